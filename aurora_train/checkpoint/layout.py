@@ -1,0 +1,130 @@
+"""The canonical form of a state on disk: a flat dict of names, one leaf per layer, whatever plan or mesh wrote it.
+
+Names are dotted paths: `params.blocks.units.0003.attention.query.kernel`. Converting goes leaf by leaf, so a restore
+holds one state and one leaf more. A save copies the whole state to the host, because it is written while training goes
+on; where host and device share their memory that is a second state until the save is done.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from aurora_train.errors import UserError
+from aurora_train.nn.stack import SEGMENTS, UNITS
+
+
+class Entry(NamedTuple):
+    """One leaf of a tree and the canonical names of what it holds: one name, or one per unit of a segment."""
+
+    names: tuple[str, ...]
+    stacked: bool
+    leaf: Any
+
+
+def entries(tree) -> Iterator[Entry]:
+    """Every leaf of a pytree with its canonical names, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sizes: dict[tuple, dict[int, int]] = defaultdict(dict)
+    for path, leaf in leaves:
+        at = _segments_at(path)
+        if at is not None:
+            sizes[_text(path[:at])][int(_part(path[at + 1]))] = leaf.shape[0]
+    for path, leaf in leaves:
+        at = _segments_at(path)
+        if at is None:
+            yield Entry((".".join(_text(path)),), False, leaf)
+            continue
+        segment = int(_part(path[at + 1]))
+        known = sizes[_text(path[:at])]
+        start = sum(size for number, size in known.items() if number < segment)
+        head, tail = ".".join((*_text(path[:at]), UNITS)), ".".join(_text(path[at + 2 :]))
+        names = tuple(f"{head}.{start + j:04d}" + (f".{tail}" if tail else "") for j in range(leaf.shape[0]))
+        yield Entry(names, True, leaf)
+
+
+def snapshot(tree) -> dict[str, np.ndarray]:
+    """A copy on the host, by canonical name. The device buffers may be donated as soon as this returns."""
+    flat: dict[str, np.ndarray] = {}
+    for names, stacked, leaf in entries(tree):
+        # On CPU a jax array and its numpy view are one buffer, which the next step overwrites: copy.
+        host = np.array(jax.device_get(leaf))
+        flat.update(zip(names, host if stacked else [host], strict=True))
+    return {name: np.asarray(array) for name, array in flat.items()}
+
+
+def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a restore must ask for: shapes, dtypes and shardings by canonical name."""
+    flat = {}
+    for (names, stacked, leaf), sharding in zip(entries(tree), jax.tree.leaves(shardings), strict=True):
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        unit = _unit_sharding(sharding) if stacked else sharding
+        flat.update({name: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=unit) for name in names})
+    return flat
+
+
+def assemble(flat: dict[str, Any], tree, shardings):
+    """Canonical arrays -> the pytree of `tree` (abstract). Empties `flat` as it goes.
+
+    Every leaf passes through a jitted copy with its sharding, because arrays straight from a restore may not be
+    donatable and may lie where a fresh start would not put them.
+    """
+    leaves = []
+    for (names, stacked, leaf), sharding in zip(entries(tree), jax.tree.leaves(shardings), strict=True):
+        parts = [flat.pop(name) for name in names]
+        join = jax.jit(_stack if stacked else _copy, out_shardings=sharding)
+        leaves.append(jax.block_until_ready(join(parts)))
+        assert leaves[-1].shape == leaf.shape and leaves[-1].dtype == leaf.dtype, names[0]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def difference(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What keeps a stored state from being restored as another one, in words; [] where nothing does."""
+    lines = [f"{name}: not in the checkpoint" for name in wanted if name not in stored]
+    lines += [f"{name}: in the checkpoint, not in this model" for name in stored if name not in wanted]
+    for name in wanted.keys() & stored.keys():
+        have, want = stored[name], wanted[name]
+        if tuple(have.shape) != tuple(want.shape) or jnp.dtype(have.dtype) != jnp.dtype(want.dtype):
+            lines.append(f"{name}: {have.dtype}{list(have.shape)} stored, {want.dtype}{list(want.shape)} wanted")
+    return sorted(lines)
+
+
+def refuse_difference(stored, wanted, where: str) -> None:
+    """Raise UserError naming every leaf that does not match."""
+    lines = difference(stored, wanted)
+    if lines:
+        more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise UserError("the checkpoint does not fit this model", where=where, why="\n  ".join(lines[:8]) + more)
+
+
+def _stack(parts):
+    return jnp.stack(parts)
+
+
+def _copy(parts):
+    return jnp.copy(parts[0])
+
+
+def _unit_sharding(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _segments_at(path) -> int | None:
+    return next((at for at, entry in enumerate(path) if _part(entry) == SEGMENTS), None)
+
+
+def _text(path) -> tuple[str, ...]:
+    return tuple(_part(entry) for entry in path)
+
+
+def _part(entry) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    raise AssertionError(entry)

@@ -1,0 +1,256 @@
+"""The checkpoints of one run: asynchronous saves through Orbax, sealed, verified at restore, and retained by our rules.
+
+Retention is ours because a score attaches after the evaluation that follows the save. A checkpoint that is given up
+is renamed into the trash first, so that a crash while deleting never leaves half of one under its own name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aurora_train.checkpoint import durable, layout
+from aurora_train.errors import UserError
+from aurora_train.files import sync, write_atomically
+
+_INDEX = "index.json"
+_DAMAGED = "damaged-"
+_MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write beside the arrays
+_MAKE_ROOM = "make room; earlier checkpoints are whole, and `aurora resume RUN` goes on from the newest"
+
+
+class Damage(NamedTuple):
+    """A checkpoint that was set aside because its bytes are not those that were saved."""
+
+    step: int
+    faults: list[str]
+    moved_to: Path
+
+
+class CheckpointStore:
+    """Checkpoints under `folder`, one subfolder a step. One writer at a time: the run's lock sees to that."""
+
+    def __init__(self, folder: Path, trash: Path, *, keep: int = 2, keep_every: int | None = None, best: int = 1):
+        self.folder, self.trash = folder, trash
+        self.keep, self.keep_every, self.best = keep, keep_every, best
+        self._orbax = None
+        self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+        self._pending: Future | None = None
+
+    # ---- reading
+
+    def steps(self) -> list[int]:
+        """Sealed steps, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = (p for p in self.folder.iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in found if durable.is_sealed(p))
+
+    def scores(self) -> dict[int, float]:
+        """Score by step, where one was attached."""
+        try:
+            stored = json.loads((self.folder / _INDEX).read_text())
+        except FileNotFoundError:
+            return {}
+        return {int(step): score for step, score in stored["scores"].items()}
+
+    def facts(self, step: int) -> dict:
+        """What was written beside a checkpoint (its manifest, without the files)."""
+        manifest = json.loads((self.folder / str(step) / durable.MANIFEST).read_text())
+        return {key: value for key, value in manifest.items() if key not in ("files", "digest")}
+
+    def newest_intact(self) -> tuple[int | None, list[Damage]]:
+        """The newest step whose every byte verifies; damaged ones newer than it are set aside, never deleted.
+
+        (None, []) where nothing was ever saved. UserError where there are checkpoints and none is intact.
+        """
+        bad: dict[int, list[str]] = {}
+        for step in reversed(self.steps()):
+            bad[step] = durable.faults(self.folder / str(step))
+            if not bad[step]:
+                del bad[step]
+                return step, [Damage(s, lines, self._set_aside(s)) for s, lines in bad.items()]
+        if bad:
+            raise UserError(
+                "every checkpoint of this run is damaged",
+                where=str(self.folder),
+                why="\n  ".join(f"{step}/{lines[0]}" for step, lines in bad.items()),
+                hint="bring a copy of one back, or start over with `aurora train CONFIG --fresh` (this run is kept)",
+            )
+        return None, []
+
+    def restore(self, step: int, tree, shardings) -> Any:
+        """The state saved at `step` as the pytree `tree` (abstract) with its shardings. UserError where it differs."""
+        wanted = layout.abstract(tree, shardings)
+        layout.refuse_difference(self.shapes(step), wanted, where=str(self.folder / str(step)))
+        return layout.assemble(self._checkpointer().load(step, wanted), tree, shardings)
+
+    def restore_some(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Only the named leaves, by canonical name (for evaluation, generation, `init.from`)."""
+        from orbax.checkpoint import v1 as ocp
+
+        layout.refuse_difference({n: s for n, s in self.shapes(step).items() if n in wanted}, wanted, str(self.folder))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return ocp.load(self.folder / str(step), wanted, checkpointable_name="state")
+
+    def shapes(self, step: int) -> dict[str, Any]:
+        """Shape and dtype of every stored leaf by canonical name."""
+        return dict(self._checkpointer().metadata(step).metadata)
+
+    # ---- writing
+
+    def sweep(self) -> None:
+        """Remove what a crash left: unsealed folders and the trash."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            kept = path.name.startswith(_DAMAGED) or (path.name.isdigit() and durable.is_sealed(path))
+            if path.is_dir() and not kept:
+                self._throw_away(path)
+        shutil.rmtree(self.trash, ignore_errors=True)
+
+    def save(self, step: int, tree, facts: dict) -> None:
+        """Copy the state to the host and write it in the background. Waits for the save before, if it still runs."""
+        self.wait()
+        flat = layout.snapshot(tree)
+        self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
+        response = self._checkpointer().save_async(step, flat, force=True)
+        assert response is not None, "Orbax skipped a save"
+        self._pending = self._sealer.submit(self._finish, step, response, facts)
+
+    def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
+        """Before anything is written: the array writer's threads report a disk that fills under them in noise."""
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes + _MARGIN_BYTES:
+            raise UserError(
+                f"cannot save step {step}: {os.strerror(errno.ENOSPC)}",
+                where=str(self.folder),
+                why=f"it needs {num_bytes + _MARGIN_BYTES:,} bytes and {free:,} are free",
+                hint=_MAKE_ROOM,
+            )
+
+    def _finish(self, step, response, facts) -> int:
+        try:
+            response.result()
+            durable.seal(self.folder / str(step), {"step": step, **facts})
+        except (OSError, ValueError) as error:
+            # The array writer reports the system's errors as ValueError, with the reason in its text.
+            reason = error.strerror if isinstance(error, OSError) else _system_error(str(error))
+            if reason is None:
+                raise
+            raise UserError(
+                f"cannot save step {step}: {reason}",
+                where=str(self.folder),
+                hint=_MAKE_ROOM,
+            ) from error
+        return step
+
+    def finished(self) -> int | None:
+        """The step of a save that became durable since the last call, or None. Raises what the save raised."""
+        if self._pending is None or not self._pending.done():
+            return None
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def wait(self) -> int | None:
+        """Block until a running save is durable; its step, or None where none was running."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def attach_score(self, step: int, score: float) -> None:
+        """Remember the evaluation of a saved step."""
+        scores = {**self.scores(), step: score}
+        write_atomically(self.folder / _INDEX, json.dumps({"scores": scores}))
+
+    def retain(self, *, lower_is_better: bool) -> list[int]:
+        """Give up what no rule keeps: the newest `keep`, every `keep_every`-th, the `best` by score. Returns steps."""
+        steps, scores = self.steps(), self.scores()
+        kept = set(steps[-self.keep :])
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        scored = (step for step in steps if math.isfinite(scores.get(step, math.nan)))
+        ranked = sorted(scored, key=lambda step: scores[step], reverse=not lower_is_better)
+        kept |= set(ranked[: self.best])
+        given_up = [step for step in steps if step not in kept]
+        for step in given_up:
+            self._throw_away(self.folder / str(step))
+        return given_up
+
+    def close(self) -> None:
+        """Wait for the running save and let go of Orbax's threads."""
+        self.wait()
+        self._sealer.shutdown()
+        if self._orbax is not None:
+            self._orbax.close()
+
+    # ---- inside
+
+    def _checkpointer(self):
+        if self._orbax is None:
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that it also raises
+            from orbax.checkpoint import v1 as ocp
+
+            context = ocp.Context()
+            context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
+            context.memory.deepcopy_host_arrays = False  # `snapshot` already made the copy
+            keep_all = ocp.training.preservation_policies.PreserveAll()
+            self._orbax = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=keep_all)
+        return self._orbax
+
+    def _throw_away(self, path: Path) -> None:
+        self.trash.mkdir(parents=True, exist_ok=True)
+        target = self.trash / path.name
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+        sync(self.folder)
+        shutil.rmtree(target, ignore_errors=True)
+
+    def _set_aside(self, step: int) -> Path:
+        target = self.folder / f"{_DAMAGED}{step}"
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.folder / f"{_DAMAGED}{step}-{number}"
+        (self.folder / str(step)).rename(target)
+        sync(self.folder)
+        return target
+
+
+def _system_error(text: str) -> str | None:
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+    return next((os.strerror(code) for code in codes if os.strerror(code) in text), None)
+
+
+def require_step(store: CheckpointStore, step: int | None, where: str) -> int:
+    """The step to read: the one asked for, or the newest. UserError where there is none."""
+    steps = store.steps()
+    if not steps:
+        raise UserError("this run has no checkpoint yet", where=where, hint="`aurora resume RUN` goes on training it")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"no checkpoint of step {step}", where=where, hint=f"there are: {', '.join(map(str, steps))}")
+    return step
+
+
+def refuse_damage(store: CheckpointStore, step: int) -> None:
+    """Raise UserError where a checkpoint's bytes are not those that were saved. Readers do not walk back silently."""
+    lines = durable.faults(store.folder / str(step))
+    if lines:
+        others = ", ".join(map(str, store.steps()))
+        raise UserError(
+            f"the checkpoint of step {step} is damaged",
+            where=str(store.folder / str(step)),
+            why="\n  ".join(lines),
+            hint=f"choose another with --step (there are: {others}), or let `aurora resume RUN` walk back",
+        )

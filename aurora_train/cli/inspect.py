@@ -1,0 +1,39 @@
+"""`aurora inspect`: show what the batch of a step really holds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
+from aurora_train.config import load
+
+EXAMPLE = "aurora inspect quickstart --step 3 --rows 2"
+
+
+def command(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="The data step, from 0.")] = 0,
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Which split.")] = "train",
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to print.")] = 4,
+    json: JsonOption = False,
+):
+    """Prepare the data of a config and show one batch: text, documents, tokens, padding."""
+    checked = load(config, overrides or ())
+
+    from rich.console import Console
+
+    from aurora_train.data.inspection import inspect_batch, show
+    from aurora_train.files import cache_folder
+    from aurora_train.observe.progress import preparation
+
+    recipe = checked.recipe_class(checked, cache_folder())
+    with preparation(quiet=json) as progress:
+        recipe.prepare(progress)
+    facts = inspect_batch(recipe.data(split), split, checked.train.seed, checked.train.batch, step, rows)
+    if json:
+        print_json(facts)
+    else:
+        show(facts, Console())

@@ -1,0 +1,109 @@
+"""The command `aurora`: finds the verb, runs it, and turns what went wrong into one message and an exit status.
+
+A verb is one module of this package with either `command`, a function typer can read, and `EXAMPLE`, one line for
+its help; or `app`, a typer group. Only the verb that was asked for is imported, and no verb imports jax at its top,
+so `aurora --help` and `aurora check` answer at once.
+
+Exit status: 0 done, 1 a failure the verb reports, 2 something the user can mend, 75 stopped and resumable,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from importlib import metadata
+
+import typer
+
+from aurora_train.errors import UserError
+
+_STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
+
+VERBS = ("train", "resume", "generate", "evaluate", "report", "recipes", "check", "schema", "inspect", "doctor")
+
+# What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.
+_UsageError = typer.BadParameter.__base__
+
+_STAY_HOME = {
+    "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for name, value in _STAY_HOME.items():
+        os.environ.setdefault(name, value)
+    try:
+        status = _app(arguments)(arguments, prog_name="aurora", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except _UsageError as fault:
+        fault.show()
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; the interpreter's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as typer does for a pipe that breaks inside a verb
+
+
+def _app(arguments: list[str]) -> typer.Typer:
+    app = typer.Typer(
+        help="Train mid-sized models end to end on one compact supercomputer.",
+        epilog="Example: aurora train quickstart",
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    )
+
+    @app.callback()
+    def root(version: bool = typer.Option(False, "--version", is_eager=True, callback=_print_version,
+                                          help="Print the version and exit.")):
+        pass
+
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    for verb in (asked,) if asked in VERBS else VERBS:
+        _add(app, verb)
+    return app
+
+
+def _add(app: typer.Typer, verb: str) -> None:
+    name = f"aurora_train.cli.{verb}"
+    if importlib.util.find_spec(name) is None:
+        return
+    module = importlib.import_module(name)
+    if hasattr(module, "app"):
+        app.add_typer(module.app, name=verb)
+    else:
+        app.command(verb, epilog=f"Example: {module.EXAMPLE}")(module.command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            print(f"aurora_train {metadata.version('aurora_train')}")
+        except metadata.PackageNotFoundError:
+            print("aurora_train of a checkout that is not installed")
+        raise typer.Exit()
+
+
+def run() -> None:
+    """The process's entry: `main`, then out."""
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == _STOPPED:
+        # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash.
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,28 @@
+"""`aurora resume`: go on with a run from its folder alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from aurora_train.cli.common import JsonOption, Overrides, RunArgument
+
+EXAMPLE = "aurora resume runs/first train.steps=400"
+
+
+def command(
+    run: RunArgument,
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
+    json: JsonOption = False,
+):
+    """Go on with a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
+    from aurora_train.cli.train import go
+    from aurora_train.train.intent import for_resume, warnings
+
+    config, found, changes = for_resume(run, overrides or [])
+    for line in warnings(changes):
+        print(f"changed {line}", file=sys.stderr)
+    return go(config, found, quiet=quiet, json=json, changes=changes)

@@ -1,0 +1,76 @@
+"""`aurora train`: start a run of a config, or go on with the one that was interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
+
+EXAMPLE = "aurora train quickstart train.steps=200 --run runs/first"
+
+
+def command(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run folder; else runs/NAME-HASH.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start over.")] = False,
+    online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
+    json: JsonOption = False,
+):
+    """Train. The same command resumes a run that was interrupted; an edited config starts a new one beside it."""
+    from aurora_train.config import load
+    from aurora_train.train.intent import for_train
+
+    if online:
+        os.environ.update(HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0")
+        overrides = [*(overrides or ()), "data.online=true"]
+    loaded = load(config, overrides or ())
+    for one in loaded.derived:
+        if not quiet:
+            print(f"{one.key} = {one.value}: {one.formula} ({one.source})", file=sys.stderr)
+    return go(loaded, for_train(loaded, run, fresh=fresh), quiet=quiet, json=json)
+
+
+def go(config, run, *, quiet: bool, json: bool, changes=()) -> int:
+    """Train a config in a run folder and print how it ended; the exit status."""
+    from aurora_train.machine.profile import prepare_environment
+
+    if run.is_finished(config.train.steps):
+        if not run.report.exists():
+            from aurora_train.observe.report import write_report
+
+            write_report(run.folder)
+        return show(run, config.train.steps, 0, None, json)
+    prepare_environment(config)
+    from aurora_train.train.start import train
+
+    outcome = train(config, run, quiet=quiet, changes=list(changes))
+    return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
+
+
+def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int:
+    """Print the end of a run: its score and report, or the command that resumes it."""
+    from aurora_train.files import read_json
+
+    scores = read_json(run.scores)
+    if json:
+        print_json({"run": str(run.folder), "step": step, "status": status, "stopped_by": stopped_by, "scores": scores})
+    elif stopped_by and step == 0:
+        print(f"stopped by {stopped_by} before anything was trained; the same command starts again")
+    elif stopped_by:
+        print(f"stopped by {stopped_by} at step {step}; everything is saved\nresume with: aurora resume {run.folder}")
+    else:
+        print(f"finished at step {step}: {run.folder}")
+        if scores:
+            name = scores["headline"]
+            print(f"{name} {scores['score'][name]:.4f}")
+            for rival, value in scores["baselines"].items():
+                if isinstance(value, (int, float)):
+                    print(f"  {rival} {value:.4f}")
+        print(f"report: {run.report}")
+    return status

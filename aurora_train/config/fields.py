@@ -1,0 +1,67 @@
+"""How a config field is declared: its default, its limits, its help, and what a resume may do with it.
+
+A resume class is part of a field's meaning, so it is written beside the field and nowhere else:
+`frozen` makes another run, `warned` may change and is recorded, `elastic` changes float order only (the plan, the
+mesh), `free` does not touch the numbers at all and is left out of the config's hash.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Resume = Literal["frozen", "warned", "elastic", "free"]
+
+
+class Section(BaseModel):
+    """A mapping of the config. Frozen; unknown keys and inexact types are errors (an int serves as a float)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+
+def setting(
+    default: Any = ...,
+    *,
+    resume: Resume = "frozen",
+    help: str = "",
+    path_unless: tuple[str, ...] | None = None,
+    **limits,
+) -> Any:
+    """Declare one field of a Section.
+
+    Args:
+        default: the value when unset; `...` makes the field required.
+        resume: what a resume may do with a changed value.
+        help: one line with the unit; it becomes the JSON Schema's description.
+        path_unless: the value is a path, unless it begins with one of these; `()` for always. Loading makes it
+            absolute, so that a resume finds it: relative to its file, or to the current folder in an override.
+        limits: pydantic's own (`ge`, `gt`, `le`, `lt`, `min_length`, `pattern`, `alias`, ...).
+    """
+    extra = {"resume": resume} | ({} if path_unless is None else {"path_unless": list(path_unless)})
+    return Field(default, description=help or None, json_schema_extra=extra, **limits)
+
+
+def resume_class(field) -> Resume:
+    """The resume class of a pydantic FieldInfo; a field declared without `setting` is frozen."""
+    extra = field.json_schema_extra
+    return extra.get("resume", "frozen") if isinstance(extra, dict) else "frozen"
+
+
+_UNITS = {"B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?i?B)\Z")
+
+
+def parse_bytes(text: str) -> int:
+    """`96GB` or `80GiB` as bytes; ValueError for anything else."""
+    found = _BYTES.match(text)
+    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ValueError("must be a size such as 96GB or 80GiB")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,241 @@
+"""From a path or bundled name, plus overrides, to one checked, frozen Config.
+
+Order: file, the file it extends underneath, overrides on top, then the recipe's derived values in the keys that
+nobody set, then validation of all of it at once. Nothing after this module touches a raw tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError, create_model
+
+from aurora_train import bundled
+from aurora_train.config import messages
+from aurora_train.config.find_recipe import FoundRecipe, find_recipe
+from aurora_train.config.schema import Core
+from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
+from aurora_train.errors import UserError
+from aurora_train.recipe import Derived, Recipe
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\Z")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a Config knows about its own origin."""
+
+    source: Path
+    recipe: FoundRecipe
+    derived: list[Derived]
+
+
+def load(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Core:
+    """Read, complete and check a config.
+
+    Args:
+        path_or_name: a YAML file, or a bundled config's name (`quickstart`, `language/quickstart`).
+        overrides: `key.path=value` strings, laid over the file in order.
+
+    Raises:
+        UserError: naming every wrong key with `file:line:column`.
+    """
+    file = _locate(str(path_or_name))
+    return _load_file(file, overrides, None)
+
+
+def load_resolved(run_folder: str | Path, overrides: Iterable[str] = ()) -> Core:
+    """The config of a run; a user's recipe is the copy in the run's `code/`, wherever the original went."""
+    run_folder = Path(run_folder)
+    return _load_file(run_folder / "config.yaml", overrides, run_folder / "code")
+
+
+def _load_file(file: Path, overrides: Iterable[str], code: Path | None) -> Core:
+    tree = _read_extended(file)
+    for override in overrides:
+        tree.merge(parse_override(override))
+    found = _recipe_of(tree, file, code)
+    schema = config_class(found.cls)
+    if tree.value.get("name") is None:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
+        tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
+    _place_paths(tree, schema)
+    derived = _derive(found, tree, schema, file)
+    try:
+        config = schema.model_validate_json(json.dumps(tree.value))
+    except ValidationError as fault:
+        raise _as_user_error(messages.explain(fault, tree, schema), file) from None
+    config._loaded = _Loaded(file, found, derived)
+    with _placed(tree):
+        found.cls.check(config)
+    return config
+
+
+def _locate(written: str) -> Path:
+    path = Path(written)
+    if os.path.isfile(path):  # unlike Path's own, false for names the system cannot even look up
+        return path
+    ours = bundled.config_file(written)
+    if ours or os.path.isdir(path):
+        return ours or path
+    known = list(bundled.configs())
+    rivals = known + [name.rpartition("/")[2] for name in known] + [str(p) for p in sorted(path.parent.glob("*.y*ml"))]
+    near = difflib.get_close_matches(written, rivals, 1)
+    if near:
+        hint = f"did you mean `{near[0]}`?"
+    else:
+        hint = "bundled configs: " + ", ".join(known) if known else None
+    raise UserError(f"no config file or bundled config `{written}`", hint=hint)
+
+
+def _read_extended(file: Path) -> Tree:
+    """The file laid over the one it extends, if any. One level: a chain is harder to read than a copy."""
+    tree = read_file(file)
+    if "extends" not in tree.value:
+        return tree
+    mark, written = tree.values[("extends",)], tree.value.pop("extends")
+    if not isinstance(written, str):
+        raise UserError("extends: must be the path of one YAML file", where=str(mark))
+    base_file = file.parent / written
+    if base_file.resolve() == file.resolve():
+        raise UserError("extends: a config cannot extend itself", where=str(mark))
+    if not base_file.exists():
+        near = difflib.get_close_matches(written, [path.name for path in sorted(file.parent.glob("*.y*ml"))], 1)
+        raise UserError(
+            f"extends: no such file {show_path(base_file)}", where=str(mark),
+            hint=f"did you mean `{near[0]}`?" if near else "the path is relative to this config",
+        )
+    base = read_file(base_file)
+    if "extends" in base.value:
+        raise UserError(
+            f"extends: {written} extends another config itself ({base.keys[('extends',)]})", where=str(mark),
+            why="`extends` is one level deep", hint="extend the base directly, or write the values out",
+        )
+    base.merge(tree)
+    base.values[()] = tree.values[()]
+    return base
+
+
+def parse_override(text: str) -> Tree:
+    """`a.b.c=value` as a tree; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals:
+        raise UserError(f"override `{text}` has no `=`", hint="write key.path=value, such as train.steps=100")
+    if not _KEY.match(key):
+        raise UserError(f"override `{text}`: `{key}` is not a key path", hint="write key.path=value")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError("the value is not UTF-8 text", where=f"override {key}")
+    mark = Mark(f"override {key}")
+    path = tuple(key.split("."))
+    inner = parse(value, lambda line, column: mark)
+    node, keys, values = inner.value, {}, {}
+    for end in range(len(path), 0, -1):
+        node = {path[end - 1]: node}
+        keys[path[:end]] = values[path[:end]] = mark
+    for marks, found in ((keys, inner.keys), (values, inner.values)):
+        marks.update({(*path, *below): place for below, place in found.items()})
+    return Tree(node, keys, values)
+
+
+def _recipe_of(tree: Tree, file: Path, code: Path | None) -> FoundRecipe:
+    written = tree.value.get("recipe")
+    if written is None:
+        raise UserError(
+            f"{show_path(file)}: recipe: is required",
+            hint="bundled: " + ", ".join(bundled.recipes()) + "; or a .py file beside the config",
+        )
+    mark = tree.mark(("recipe",))
+    if not isinstance(written, str):
+        raise UserError("recipe: must be a name or a .py file", where=str(mark))
+    if code is not None and written.endswith(".py"):
+        return find_recipe(Path(written).name, code, str(mark))
+    return find_recipe(written, (mark.file or file).parent, str(mark))
+
+
+@functools.cache
+def config_class(recipe_class: type[Recipe]) -> type[Core]:
+    """Core plus the sections of a recipe, as one pydantic class."""
+    owned: type[BaseModel] = recipe_class.Config
+    clash = [name for name in owned.model_fields if hasattr(Core, name) or name in Core.model_fields]
+    if clash:
+        raise UserError(f"{recipe_class.__name__}.Config redefines `{clash[0]}`, which belongs to the trainer")
+    return create_model("Config", __base__=(owned, Core))
+
+
+def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None:
+    """Make every path absolute: relative to the file it is written in, or to the current folder in an override."""
+    for name, field in schema.model_fields.items():
+        path, extra = (*above, field.alias or name), field.json_schema_extra or {}
+        if not _is_set(tree.value, path):
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _place_paths(tree, field.annotation, path)
+        elif isinstance(extra, dict) and "path_unless" in extra:
+            value = tree.at(path)
+            if isinstance(value, str) and value and not value.startswith(tuple(extra["path_unless"])):
+                file = tree.mark(path).file
+                base = file.parent if file else Path.cwd()
+                tree.at(above)[path[-1]] = str((base / Path(value).expanduser()).absolute())
+
+
+def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> list[Derived]:
+    """Fill what the user left unset. First everything that no derived value can cure is reported."""
+    derives = found.cls.derive.__func__ is not Recipe.derive.__func__
+    if not derives:
+        return []
+    try:
+        schema.model_validate_json(json.dumps(tree.value))
+    except ValidationError as fault:
+        lines = messages.explain(fault, tree, schema, final=False)
+        if lines:
+            raise _as_user_error(lines, file) from None
+    with _placed(tree):
+        offered = found.cls.derive(copy.deepcopy(tree.value))
+    kept = []
+    for one in offered:
+        path = tuple(one.key.split("."))
+        if _is_set(tree.value, path):
+            continue
+        value = one.value
+        for step in reversed(path):
+            value = {step: value}
+        tree.merge(Tree(value, {}, {path: Mark(f"derived ({one.formula})")}))
+        kept.append(one)
+    return kept
+
+
+def _is_set(node, path: tuple) -> bool:
+    for step in path:
+        if not isinstance(node, dict) or step not in node:
+            return False
+        node = node[step]
+    return True
+
+
+@contextlib.contextmanager
+def _placed(tree: Tree):
+    """Gives a recipe's own UserError, which knows only the key, the place where that key was written."""
+    try:
+        yield
+    except UserError as fault:
+        path = tuple(str(fault.where).split("."))
+        if not _is_set(tree.value, path[:1]):
+            raise
+        where = messages.place(tree.mark(path), fault.where)
+        raise UserError(fault.what, where=where, why=fault.why, hint=fault.hint) from None
+
+
+def _as_user_error(lines: list[str], file: Path) -> UserError:
+    if len(lines) == 1:
+        return UserError(lines[0])
+    return UserError(f"{len(lines)} errors in {show_path(file)}", why="\n  ".join(lines))

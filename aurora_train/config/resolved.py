@@ -1,0 +1,76 @@
+"""What is done with a finished Config: written out, hashed, compared, described."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from aurora_train.config.fields import resume_class
+from aurora_train.config.schema import Core
+from aurora_train.config.yaml import write
+
+_FIRST = ("recipe", "name")
+
+
+def tree_of(config: Core) -> dict:
+    """Every key and value as plain JSON-able data: the recipe, its own sections, then the trainer's."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    own = [name for name in tree if name not in Core.model_fields]
+    return {name: tree[name] for name in (*_FIRST, *own, *(n for n in Core.model_fields if n not in _FIRST))}
+
+
+def dump(config: Core) -> str:
+    """The resolved config as YAML that loads back to an equal one."""
+    return write(tree_of(config))
+
+
+def flat(config: Core) -> dict[str, tuple[Any, str]]:
+    """`key.path` -> (value, resume class) of every leaf."""
+    found: dict[str, tuple[Any, str]] = {}
+
+    def walk(model: BaseModel, above: str):
+        plain = model.model_dump(mode="json", by_alias=True)
+        for name, field in type(model).model_fields.items():
+            key, value = field.alias or name, getattr(model, name)
+            if isinstance(value, BaseModel):
+                walk(value, f"{above}{key}.")
+            else:
+                found[above + key] = (plain[key], resume_class(field))
+
+    walk(config, "")
+    return found
+
+
+def config_hash(config: Core) -> str:
+    """sha256 hex over every key that is not `free`, and over a user recipe's file."""
+    kept = {key: value for key, (value, resume) in flat(config).items() if resume != "free"}
+    if not config.recipe_bundled:
+        kept["recipe_sha256"] = config.recipe_sha256
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def diff(old: Core, new: Core) -> list[tuple[str, Any, Any, str]]:
+    """(key, old value, new value, resume class) of every key that differs; a key only one has counts as None."""
+    before, after = flat(old), flat(new)
+    changes = []
+    for key in {**before, **after}:
+        (was, resume), (now, resume_now) = (side.get(key, (None, None)) for side in (before, after))
+        if was != now or type(was) is not type(now):
+            changes.append((key, was, now, resume or resume_now))
+    if not (old.recipe_bundled and new.recipe_bundled) and old.recipe_sha256 != new.recipe_sha256:
+        changes.append(("recipe (its code)", old.recipe_sha256, new.recipe_sha256, "frozen"))
+    return changes
+
+
+def json_schema(config_class: type[BaseModel]) -> dict:
+    """JSON Schema of a config class, for editors; each field carries its `resume` class."""
+    schema = config_class.model_json_schema(by_alias=True)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["extends"] = {
+        "type": "string", "description": "another YAML file, relative to this one, whose values lie underneath"
+    }
+    return schema

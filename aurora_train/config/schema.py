@@ -1,0 +1,182 @@
+"""The core sections of every config: what the trainer owns. A recipe adds its own (`model`, `data`, ...).
+
+A field exists because a user turns it. Its help says the unit; its resume class says what a change does to a run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, field_validator
+
+from aurora_train.config.fields import Section, parse_bytes, setting
+
+
+class Train(Section):
+    """How long, how much at once, from which seed, in which number format."""
+
+    steps: int = setting(1000, resume="warned", ge=1, help="optimizer steps of the whole run")
+    batch: int = setting(32, ge=1, help="examples per optimizer step, over all devices and microbatches")
+    seed: int = setting(0, ge=0, lt=2**63, help="root of every random stream and of the data order")
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", help="number format of the compute; master parameters are float32 in either case"
+    )
+    stop_after_minutes: float | None = setting(
+        None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"
+    )
+
+
+class Schedule(Section):
+    """The learning rate over the run, as a share of `optimizer.lr`."""
+
+    name: Literal["constant", "cosine", "linear", "wsd"] = setting(
+        "cosine", resume="warned", help="shape after the warm-up; wsd = warm up, stay, decay at the end"
+    )
+    warmup: int = setting(0, resume="warned", ge=0, help="steps of linear rise from zero")
+    decay: float = setting(0.2, resume="warned", ge=0, le=1, help="wsd only: share of the steps spent decaying")
+    final: float = setting(0.1, resume="warned", ge=0, le=1, help="share of lr left at the last step")
+
+
+class Optimizer(Section):
+    """The update rule."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = setting("adamw", help="the update rule")
+    lr: float = setting(1e-3, resume="warned", gt=0, help="peak learning rate")
+    weight_decay: float = setting(0.1, resume="warned", ge=0, help="decoupled decay of matrices, times the rate")
+    beta1: float = setting(0.9, ge=0, lt=1, help="decay of the first moment, per step")
+    beta2: float = setting(0.95, ge=0, lt=1, help="decay of the second moment, per step")
+    eps: float = setting(1e-8, gt=0, help="added to the root of the second moment")
+    momentum: float = setting(0.95, ge=0, lt=1, help="muon only: decay of its momentum, per step")
+    adam_lr: float | None = setting(
+        None, resume="warned", gt=0,
+        help="muon only: peak rate of what AdamW updates (embeddings, norms, head); null = derived from lr",
+    )
+    clip: float | None = setting(1.0, resume="warned", gt=0, help="largest global gradient norm; null = no clipping")
+    ema: float | None = setting(None, gt=0, lt=1, help="decay per step of a parameter average; null = none kept")
+    schedule: Schedule = Schedule()
+
+
+class Mesh(Section):
+    """How the local devices are arranged."""
+
+    data: int = setting(-1, resume="elastic", ge=-1, help="devices that split the batch; -1 = all that remain")
+    fsdp: int = setting(1, resume="elastic", ge=1, help="devices that split the parameters (and the batch)")
+
+    @field_validator("data")
+    @classmethod
+    def _not_zero(cls, value):
+        if value == 0:
+            raise ValueError("must be -1 (all remaining devices) or at least 1")
+        return value
+
+
+class Memory(Section):
+    """What the memory planner may spend and what it is told rather than asked to choose."""
+
+    budget: str = setting("auto", resume="elastic", help="bytes per device the run may use, such as 96GB or 80GiB")
+    accumulation: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
+        "auto", resume="elastic", help="microbatches per optimizer step"
+    )
+    save: Literal["auto", "all", "nothing"] | list[str] = setting(
+        "auto", resume="elastic", help="tensors kept for the backward pass: all, nothing, or a list of tags"
+    )
+    unroll: Literal["auto"] | bool = setting("auto", resume="elastic", help="unroll the layers instead of scanning")
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_size(cls, value):
+        if value != "auto":
+            try:
+                parse_bytes(value)
+            except ValueError as fault:
+                raise ValueError(f"{fault}, or auto") from None
+        return value
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    every: int = setting(100, resume="free", ge=1, help="steps between rolling checkpoints")
+    keep: int = setting(2, resume="free", ge=1, help="rolling checkpoints kept")
+    keep_every: int | None = setting(None, resume="free", ge=1, help="keep every such step for good; null = none")
+    best: int = setting(1, resume="free", ge=0, help="checkpoints kept for the best evaluation loss")
+
+
+class Evaluate(Section):
+    """Validation while training, and the score at its end."""
+
+    every: int | None = setting(None, resume="warned", ge=1, help="steps between evaluations; null = only at the end")
+    examples: int = setting(64, resume="warned", ge=1, help="validation examples per evaluation")
+    final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
+    baselines: bool = setting(True, resume="free", help="score the recipe's simple rivals beside it")
+
+
+class Log(Section):
+    """What is shown and sent where. Nothing here touches the numbers."""
+
+    every: int = setting(10, resume="free", ge=1, help="steps between progress lines with rates")
+    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed besides metrics.jsonl")
+    online: bool = setting(False, resume="free", help="let the sinks use the network")
+
+
+class Init(Section):
+    """Where the first parameters come from."""
+
+    from_: str | None = setting(None, alias="from", path_unless=(), help="a run folder or weights file; null = random")
+
+
+class Core(Section):
+    """The whole config. Loading composes a subclass that adds the recipe's sections."""
+
+    recipe: str = setting(..., min_length=1, help="a bundled recipe's name, or a .py file beside this config")
+    name: str | None = setting(
+        None, resume="free", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        help="name of the run folder; null = the config file's name",
+    )
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    memory: Memory = Memory()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+    init: Init = Init()
+
+    _loaded: Any = PrivateAttr(None)
+
+    @property
+    def source(self) -> Path:
+        """The YAML file this config was read from."""
+        return self._loaded.source
+
+    @property
+    def recipe_class(self) -> type:
+        """The Recipe subclass that `recipe` names."""
+        return self._loaded.recipe.cls
+
+    @property
+    def recipe_file(self) -> Path:
+        """The file that holds the recipe."""
+        return self._loaded.recipe.file
+
+    @property
+    def recipe_sha256(self) -> str:
+        """sha256 hex of the recipe's file."""
+        return self._loaded.recipe.sha256
+
+    @property
+    def recipe_bundled(self) -> bool:
+        """False for a user's own file, which a run folder must keep a copy of."""
+        return self._loaded.recipe.bundled
+
+    @property
+    def derived(self) -> list:
+        """The `Derived` values that were filled in because the user left them unset."""
+        return self._loaded.derived
+
+    def __eq__(self, other):
+        # Where a config was read from is not part of what it says.
+        return isinstance(other, Core) and self.model_dump() == other.model_dump()
+
+    __hash__ = None

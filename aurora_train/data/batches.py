@@ -1,0 +1,86 @@
+"""Batches by number: Grain's threads read ahead, but what batch `data_step` holds is decided by `order` alone.
+
+There is no iterator state to save: to continue at a step is to ask for batches from that step. Zero worker processes
+on purpose: with them Grain changes the data when their number changes, and a killed trainer leaves them behind.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aurora_train.data.order import indices
+from aurora_train.recipe import Source
+
+_THREADS = 2
+
+
+class BatchFeed:
+    """Iterator of (data_step, batch), and a context manager that ends its threads. Made by `batches`."""
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+
+    def __iter__(self) -> BatchFeed:
+        return self
+
+    def __next__(self) -> tuple[int, dict[str, np.ndarray]]:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()  # Grain would go on with the batch after the failed one
+            raise
+
+    def close(self) -> None:
+        """End the threads; what they have read ahead is dropped."""
+        self._iterator.close()
+
+    def __enter__(self) -> BatchFeed:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def batches(
+    source: Source,
+    seed: int,
+    batch: int,
+    start_step: int,
+    stop_step: int,
+    *,
+    prefetch: int = 4,
+    rows: slice = slice(None),
+) -> BatchFeed:
+    """The batches of `start_step <= data_step < stop_step`, in order: `with batches(...) as feed: next(feed)`.
+
+    Each is (data_step, `read_batch` of that step).
+
+    Args:
+        source: the data; an error raised in `take` is raised by `next`, and the feed is then closed.
+        batch: examples of the global batch.
+        rows: the part of the global batch that this process holds; all of it by default.
+        prefetch: batches kept ready; 0 reads in the caller's thread.
+    """
+    import grain
+
+    def read(data_step: int) -> tuple[int, dict[str, np.ndarray]]:
+        return int(data_step), read_batch(source, seed, batch, int(data_step), rows)
+
+    options = grain.ReadOptions(num_threads=_THREADS if prefetch else 0, prefetch_buffer_size=prefetch)
+    return BatchFeed(iter(grain.MapDataset.range(start_step, stop_step).map(read).to_iter_dataset(options)))
+
+
+def read_batch(
+    source: Source, seed: int, batch: int, data_step: int, rows: slice = slice(None)
+) -> dict[str, np.ndarray]:
+    """The batch of one step: `source.take` of its indices, plus `example`, uint32[B].
+
+    `example` is the place in the endless stream of epochs, data_step * batch + i, modulo 2**32. Unlike an index it
+    differs between two visits of one example, also within a batch that spans epochs, so random keys made from it do.
+    """
+    chosen = indices(seed, data_step, batch, len(source))[rows]
+    first = data_step * batch
+    example = (np.arange(first, first + batch, dtype=np.int64)[rows] & 0xFFFFFFFF).astype(np.uint32)
+    return {**source.take(chosen), "example": example}

@@ -1,0 +1,96 @@
+"""What a batch really holds: facts about its rows as plain data, and their text with document boundaries shown."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aurora_train.data.order import indices
+from aurora_train.data.rows import TokenSource
+from aurora_train.recipe import Source
+
+_COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
+
+
+def inspect_batch(source: Source, split: str, seed: int, batch: int, data_step: int, rows: int) -> dict:
+    """JSON-able facts about the batch that training reads at `data_step`.
+
+    Always: shape, dtype and range of every array, and the example indices. For text also token counts, share of
+    padding, documents and bytes per token of the split, and, for the first `rows` rows, documents and segments with
+    their text.
+    """
+    chosen = indices(seed, data_step, batch, len(source))
+    arrays = source.take(chosen)
+    facts = {
+        "split": split,
+        "data_step": data_step,
+        "epoch": data_step * batch // len(source),
+        "examples": len(source),
+        "fingerprint": source.fingerprint,
+        "arrays": {
+            name: {"shape": list(a.shape), "dtype": str(a.dtype), "min": a.min().item(), "max": a.max().item()}
+            for name, a in arrays.items()
+        },
+        "indices": chosen.tolist(),
+    }
+    if isinstance(source, TokenSource):
+        facts |= _text_facts(source, arrays)
+        facts["rows"] = [_row(source, int(chosen[i]), arrays, i) for i in range(min(rows, batch))]
+    return facts
+
+
+def _text_facts(source: TokenSource, arrays: dict[str, np.ndarray]) -> dict:
+    counts = source.store.manifest["splits"][source.split]
+    tokenizer = source.store.manifest["tokenizer"]
+    return {
+        "source": source.store.manifest["source"],
+        "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} entries",
+        "targets": int(arrays["weights"].sum()),
+        "padding": float(1 - arrays["weights"].mean()),
+        "documents_in_split": counts["documents"],
+        "bytes_per_token": counts["bytes"] / (counts["tokens"] - counts["documents"]),
+        "segments_per_row": float(arrays["segments"].max(axis=1).mean()),
+    }
+
+
+def _row(source: TokenSource, index: int, arrays: dict[str, np.ndarray], i: int) -> dict:
+    segments = arrays["segments"][i]
+    return {
+        "index": index,
+        "segments": [
+            {
+                "document": name,
+                "tokens": int((segments == number).sum()),
+                "text": source.tokenizer.decode(arrays["tokens"][i][segments == number]),
+            }
+            for number, name in enumerate(source.documents_of(index), 1)
+        ],
+        "last_target": source.tokenizer.decode(arrays["targets"][i][segments > 0][-1:]),
+    }
+
+
+def show(facts: dict, console) -> None:
+    """Print `inspect_batch`'s facts on a rich console; each document of a row has its own colour and a rule above."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(
+        f"split {facts['split']}, data step {facts['data_step']} (epoch {facts['epoch']}), "
+        f"{len(facts['indices'])} of {facts['examples']:,} examples", highlight=False,
+    )
+    if "rows" in facts:
+        console.print(
+            f"{facts['source']}; tokenizer {facts['tokenizer']}; {facts['bytes_per_token']:.3f} bytes per token\n"
+            f"{facts['targets']:,} targets, {facts['padding']:.2%} padding, "
+            f"{facts['segments_per_row']:.2f} documents per row", highlight=False,
+        )
+    table = Table("array", "shape", "dtype", "min", "max")
+    for name, array in facts["arrays"].items():
+        table.add_row(name, str(array["shape"]), array["dtype"], f"{array['min']:g}", f"{array['max']:g}")
+    console.print(table)
+    for row in facts.get("rows", ()):
+        console.rule(f"row {row['index']}")
+        for number, segment in enumerate(row["segments"]):
+            colour = _COLOURS[number % len(_COLOURS)]
+            console.print(Text(f"[{segment['document']}: {segment['tokens']} tokens]", style=f"bold {colour}"))
+            console.print(Text(segment["text"], style=colour))
+        console.print(Text(f"last target: {row['last_target']!r}", style="dim"))

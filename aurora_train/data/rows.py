@@ -1,0 +1,82 @@
+"""Rows of a fixed length from a prepared store: `TokenSource` is the `Source` of every text recipe.
+
+Row r reads `sequence + 1` tokens from position r * sequence of its split's stream: inputs and, one further, targets,
+so that every token but the first is a target exactly once. Everything else is index arithmetic on the documents'
+offsets. A row may hold several documents: each is its own segment, attention never crosses, and the separator that
+ends a document is a target predicted from that document alone. The last row is filled up with separators of weight 0
+and segment 0; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from aurora_train.data.store import Store
+from aurora_train.errors import UserError
+
+_LAYOUT = 1  # part of the fingerprint: raise it when `take` gives other arrays for the same store
+
+
+class TokenSource:
+    """Rows of one split. `take` is a pure function of the indices and reads only the tokens it returns."""
+
+    def __init__(self, store: Store, split: str, sequence: int):
+        self.store, self.split, self.sequence = store, split, sequence
+        self.tokenizer = store.tokenizer
+        self._tokens, self._offsets = store.tokens(split), np.asarray(store.offsets(split))
+        self.num_targets = len(self._tokens) - 1
+        if self.num_targets == 0:
+            raise UserError(
+                f"the {split} split is empty", where=f"data.holdout_{split}", hint=f"data.holdout_{split}=0.01"
+            )
+        if split == "train" and self.num_targets < sequence:
+            raise UserError(
+                f"a row of {sequence} tokens is longer than the whole training text",
+                where="data.sequence",
+                why=f"it has {self.num_targets} tokens in {store.num_documents(split)} documents",
+                hint=f"data.sequence={max(2, self.num_targets // 4)}, or more text",
+            )
+        decisive = f"rows {_LAYOUT} {store.fingerprint} {split} {sequence}"
+        self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return -(-self.num_targets // self.sequence)
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """int64[B] -> tokens, targets, segments, positions int32[B, T] and weights float32[B, T].
+
+        `segments` counts a row's documents from 1 (0 is padding); `positions` restarts at 0 with each document and
+        with each row; `weights` is 1 for a real target, 0 for padding.
+        """
+        starts = np.asarray(indices, np.int64)[:, None] * self.sequence
+        places = starts + np.arange(self.sequence + 1)
+        window = self._tokens[np.minimum(places, self.num_targets)].astype(np.int32)
+        places = places[:, :-1]
+        real = places < self.num_targets
+        document = np.searchsorted(self._offsets, places, side="right") - 1
+        begins = np.maximum(self._offsets[document], starts)
+        return {
+            "tokens": window[:, :-1],
+            "targets": window[:, 1:],
+            "segments": np.where(real, document - document[:, :1] + 1, 0).astype(np.int32),
+            "positions": np.where(real, places - begins, 0).astype(np.int32),
+            "weights": real.astype(np.float32),
+        }
+
+    def documents_of(self, index: int) -> list[str]:
+        """Names of the documents that row `index` holds a part of, in order."""
+        first = index * self.sequence
+        last = min(first + self.sequence, self.num_targets) - 1
+        low, high = np.searchsorted(self._offsets, [first, last], side="right") - 1
+        return self.store.names(self.split)[low : high + 1]
+
+    def describe(self) -> dict:
+        """Provenance: the store's source, licence, counts and tokenizer, and this source's split and rows."""
+        return self.store.describe() | {
+            "split": self.split,
+            "sequence": self.sequence,
+            "rows": len(self),
+            "rows_fingerprint": self.fingerprint,
+        }

@@ -1,0 +1,136 @@
+"""Whole documents as sliding windows, packed into batches of one shape, so that a score counts every token once.
+
+A document's first token is given (the separator); each later one is a target exactly once. The first window scores
+all of its targets, a later one only those after the `overlap` that it shares with the one before, which are its
+context. The one thing to know: windows are packed several to a row, longest first, each a segment of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+_NO_DOCUMENT = -1
+
+
+def windows(documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int) -> Windows:
+    """Batches that score `documents`: an iterable that may be iterated again; its `len` is the number of batches.
+
+    Args:
+        documents: integer arrays of tokens, each beginning with a token that is given and not scored.
+        sequence: T, tokens per row. A window holds at most T inputs.
+        overlap: inputs at the start of a later window whose targets the one before has scored, 0 <= overlap < T.
+        batch: B, rows per batch. The last batch is filled up with rows of weight 0.
+
+    Yields dicts of [B, T] arrays: int32 `tokens`, `targets`, `segments` (from 1; 0 is padding), `positions` (from 0
+    in each window), float32 `weights` (1 for a target scored here, else 0), and int32 `document`, the index of the
+    document whose target is scored here, else -1: that one is for `bits_per_document`, not for the model.
+    """
+    return Windows(documents, sequence, overlap, batch)
+
+
+class Windows:
+    """What `windows` returns. `num_targets` is the number of tokens scored."""
+
+    def __init__(self, documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int):
+        assert 0 <= overlap < sequence, f"windows of {sequence} tokens cannot overlap by {overlap}"
+        self._documents, self._sequence, self._overlap, self._batch = documents, sequence, overlap, batch
+        num_targets = np.array([max(len(document) - 1, 0) for document in documents], np.int64)
+        self.num_targets = int(num_targets.sum())
+        self._cut(num_targets)
+        self._row, self._column, num_rows = pack(self._length, sequence)
+        self._by_row = np.lexsort((self._column, self._row))
+        self._num_batches = -(-num_rows // batch)
+
+    def _cut(self, num_targets: np.ndarray) -> None:
+        """The windows of all documents: int64 arrays of the document, its first input there, length, already scored."""
+        stride = self._sequence - self._overlap
+        more = -(-np.maximum(num_targets - self._sequence, 0) // stride)
+        per_document = np.where(num_targets > 0, 1 + more, 0)
+        self._document = np.repeat(np.arange(len(num_targets)), per_document)
+        number = np.arange(len(self._document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+        self._first = number * stride
+        self._length = np.minimum(num_targets[self._document] - self._first, self._sequence)
+        self._context = np.where(number > 0, self._overlap, 0)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        rows = self._row[self._by_row]
+        for i in range(self._num_batches):
+            start, end = np.searchsorted(rows, [i * self._batch, (i + 1) * self._batch])
+            yield self._fill(self._by_row[start:end], i * self._batch)
+
+    def _fill(self, chosen: np.ndarray, first_row: int) -> dict[str, np.ndarray]:
+        """One batch of the windows `chosen`, ordered by row and column."""
+        length, row = self._length[chosen], self._row[chosen] - first_row
+        pieces = [
+            np.asarray(self._documents[self._document[w]][self._first[w] : self._first[w] + self._length[w] + 1])
+            for w in chosen
+        ]
+        begins = np.cumsum(length) - length
+        position = np.arange(length.sum()) - np.repeat(begins, length)
+        place = np.repeat(row * self._sequence + self._column[chosen], length) + position
+        segment = np.arange(len(chosen)) - np.searchsorted(row, row) + 1
+        scored = position >= np.repeat(self._context[chosen], length)
+        document = np.where(scored, np.repeat(self._document[chosen], length), _NO_DOCUMENT)
+
+        def spread(values, dtype=np.int32, filler=0):
+            flat = np.full(self._batch * self._sequence, filler, dtype)
+            flat[place] = values
+            return flat.reshape(self._batch, self._sequence)
+
+        return {
+            "tokens": spread(np.concatenate([piece[:-1] for piece in pieces])),
+            "targets": spread(np.concatenate([piece[1:] for piece in pieces])),
+            "segments": spread(np.repeat(segment, length)),
+            "positions": spread(position),
+            "weights": spread(scored, np.float32),
+            "document": spread(document, filler=_NO_DOCUMENT),
+        }
+
+
+def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Place pieces of 1..`capacity` tokens in rows: (int64 row, int64 first column of each, number of rows).
+
+    Best fit, longest first: each piece goes to the row with the least room that still holds it, the longest waiting
+    of equals. At most 11/9 of the fewest rows possible, plus one (Johnson 1974), and the same on every machine.
+    """
+    row, column = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    rows_with: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # open rows by the room left in them
+    rooms: list[int] = []  # ascending: those r for which rows_with[r] is not empty
+    num_rows = 0
+    for piece in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[piece])
+        found = bisect_left(rooms, length)
+        if found < len(rooms):
+            room = rooms[found]
+            row[piece] = rows_with[room].popleft()
+            if not rows_with[room]:
+                rooms.pop(found)
+        else:
+            room, row[piece] = capacity, num_rows
+            num_rows += 1
+        column[piece] = capacity - room
+        left = room - length
+        if left and not rows_with[left]:
+            insort(rooms, left)
+        rows_with[left].append(int(row[piece]))
+    return row, column, num_rows
+
+
+def bits_per_document(scored: Iterable[tuple[dict, np.ndarray]], num_documents: int) -> np.ndarray:
+    """float64[num_documents] bits from (batch, nll) pairs: nll is float[B, T], -log p(target) in nats.
+
+    Only entries whose `document` is not -1 count, so padding and context may hold anything, also nan.
+    """
+    nats = np.zeros(num_documents)
+    for batch, nll in scored:
+        here = batch["document"] != _NO_DOCUMENT
+        values = np.asarray(nll, np.float64)[here]
+        nats += np.bincount(batch["document"][here], weights=values, minlength=num_documents)
+    return nats / np.log(2)

@@ -1,0 +1,27 @@
+"""The one error a user can cause. The command line prints it as a single message and exits with status 2."""
+
+
+class UserError(Exception):
+    """Something the user can mend: what is wrong, where, why, and the nearest thing that would work.
+
+    Args:
+        what: the fault in one sentence, without a full stop.
+        where: `file:line:column`, a config key, or a path.
+        why: the rule that was broken, when `what` does not say it.
+        hint: the nearest thing that works; often a command.
+    """
+
+    def __init__(self, what, *, where=None, why=None, hint=None):
+        self.what, self.where, self.why, self.hint = what, where, why, hint
+        head = f"{where}: {what}" if where else what
+        super().__init__("\n  ".join(part for part in (head, why, hint) if part))
+
+
+class MissingExtra(UserError):
+    """An optional package is absent; the message is the pip command that brings it."""
+
+    def __init__(self, package, extra, needed_for):
+        super().__init__(
+            f"{needed_for} needs the package `{package}`, which is not installed",
+            hint=f"pip install 'aurora_train[{extra}]'",
+        )

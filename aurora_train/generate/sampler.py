@@ -1,0 +1,170 @@
+"""`Generator`: sampling with a key-value cache, compiled for a few fixed shapes.
+
+Prompt and cache lengths are rounded up to powers of two, so that prompts of many lengths share a compilation. A
+draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would get by itself only as
+far as float order allows, and nothing depends on what the other rows do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from aurora_train.errors import UserError
+
+
+class Knobs(NamedTuple):
+    """How the next token is drawn, as arrays, so that a change compiles nothing."""
+
+    temperature: jax.Array  # float32 scalar; 0 takes the likeliest
+    top_k: jax.Array  # int32 scalar
+    top_p: jax.Array  # float32 scalar
+
+
+class Generator:
+    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; None never ends one early."""
+
+    def __init__(self, model, eos_id: int | None):
+        self.eos_id = eos_id
+        self.vocab_size = model.vocab_size
+        self.max_length = model.config.max_length if model.config.positions == "learned" else None
+        self._graph, self._state = nnx.split(model)
+
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """The new tokens after one prompt. `on_token(token)` is called as each is made."""
+
+        def tell(row, token):
+            on_token(token)
+
+        tell = None if on_token is None else tell
+        return self.generate_batch([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tell)[0]
+
+    def generate_batch(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """The new tokens after each prompt; lengths may differ. `on_token(row, token)`.
+
+        Raises UserError for an empty prompt, for settings out of range, and where prompt and new tokens exceed the
+        table of learned positions.
+        """
+        self._check(prompts, max_new_tokens, temperature, top_k, top_p)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        tokens = np.zeros((len(prompts), _bucket(lengths.max(), 16)), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        knobs = Knobs(
+            jnp.float32(temperature),
+            jnp.int32(self.vocab_size if top_k is None else top_k),
+            jnp.float32(1.0 if top_p is None else top_p),
+        )
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
+        cache_length = _bucket(lengths.max() + max_new_tokens, 64)
+        logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, lengths)
+
+        made: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts))) if max_new_tokens else set()
+        for count in range(max_new_tokens):
+            drawn = _draw(logits, keys, count, knobs)
+            for row, token in enumerate(np.asarray(drawn).tolist()):
+                if row in open_rows and token == self.eos_id:
+                    open_rows.discard(row)
+                elif row in open_rows:
+                    made[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+            if not open_rows or count + 1 == max_new_tokens:
+                break
+            logits, caches = _read_token(self._graph, self._state, caches, drawn, lengths + count)
+        return made
+
+    def _check(self, prompts, max_new_tokens, temperature, top_k, top_p):
+        for prompt in prompts:
+            if not prompt:
+                raise UserError("the prompt is empty", where="prompt", hint="give at least one token to continue")
+            if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+                raise UserError(f"a prompt token lies outside the vocabulary of {self.vocab_size}", where="prompt")
+        if max_new_tokens < 0:
+            raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", why="it must be 0 or more")
+        if temperature < 0:
+            raise UserError(f"temperature is {temperature:g}", where="temperature", why="it must be 0 or more")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k is {top_k}", where="top_k", why="it must be 1 or more")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p:g}", where="top_p", why="it must lie above 0 and at most 1")
+        total = max(len(prompt) for prompt in prompts) + max_new_tokens
+        if self.max_length is not None and total > self.max_length:
+            raise UserError(
+                f"prompt and new tokens come to {total}, the model knows {self.max_length} positions",
+                where="max_new_tokens",
+                why="its positions are a learned table",
+                hint=f"max_new_tokens of at most {max(0, total_room(self.max_length, prompts))}, or a shorter prompt",
+            )
+
+
+def total_room(max_length: int, prompts: list[list[int]]) -> int:
+    """How many tokens fit after the longest prompt."""
+    return max_length - max(len(prompt) for prompt in prompts)
+
+
+def _bucket(size, least: int) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (int(size) - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_prompt(graph, cache_length, state, tokens, lengths):
+    """Right-padded tokens[B, P] -> (logits after each row's last token, caches).
+
+    What the padding leaves in the cache is overwritten by the token of its position before any query may see it.
+    """
+    model = nnx.merge(graph, state)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, caches = model.extend(tokens, positions, model.empty_caches(tokens.shape[0], cache_length))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(last), caches
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _read_token(graph, state, caches, tokens, positions):
+    """One more token for every row, int32[B] at positions int32[B] -> (logits, caches)."""
+    model = nnx.merge(graph, state)
+    hidden, caches = model.extend(tokens[:, None], positions[:, None], caches)
+    return model.logits(hidden[:, 0]), caches
+
+
+@jax.jit
+def _draw(logits, keys, count, knobs: Knobs):
+    """float32[B, V] -> int32[B]: temperature, then the k likeliest, then the nucleus (Holtzman et al. 2020)."""
+
+    def one(logits, key):
+        order = jnp.argsort(-logits)
+        ranked = logits[order] / jnp.maximum(knobs.temperature, 1e-6)
+        kept = jnp.arange(logits.shape[0]) < knobs.top_k
+        shares = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf))
+        kept &= jnp.cumsum(shares) - shares < knobs.top_p
+        rank = jax.random.categorical(jax.random.fold_in(key, count), jnp.where(kept, ranked, -jnp.inf))
+        return order[jnp.where(knobs.temperature == 0, 0, rank)].astype(jnp.int32)
+
+    return jax.vmap(one)(logits, keys)

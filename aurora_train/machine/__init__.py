@@ -1,0 +1,1 @@
+"""What this box is: devices, memory that can really be used, peak rates, and the environment JAX wants here."""

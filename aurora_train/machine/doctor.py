@@ -1,0 +1,267 @@
+"""The checks of `aurora doctor`: each measures something real and ends in ok, warn or fail with the mending command.
+
+Only "fail" means that training cannot work here. A measurement is never replaced by a table's figure.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from aurora_train.files import cache_folder
+from aurora_train.machine.memory import budget_bytes, device_memory
+from aurora_train.machine.profile import Machine, installed_gpus, peak_flops, this_machine
+from aurora_train.units import count, percent, size
+
+_CORE = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "pyarrow", "pydantic", "ruamel.yaml",
+    "typer", "rich", "tokenizers", "safetensors", "xxhash", "matplotlib", "numpy",
+)  # fmt: skip
+_EXTRAS = {  # extra -> the module it brings, what it is for
+    "neural": ("h5py", "neural recordings (NWB, HDF5)"),
+    "tensorboard": ("tensorboardX", "the TensorBoard sink"),
+    "wandb": ("wandb", "the Weights & Biases sink (offline unless asked)"),
+}
+_WRITE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `status` is "ok", "warn" or "fail"; `mend` is the command or act that mends it."""
+
+    name: str
+    status: str
+    found: str
+    mend: str | None = None
+    values: dict = field(default_factory=dict)
+
+    @property
+    def fatal(self) -> bool:
+        return self.status == "fail"
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+def examine(run_folder: Path) -> list[Check]:
+    """All checks, in the order they are shown. Takes a few seconds, most of it jax starting and multiplying."""
+    checks = [check_python(), check_packages(), *check_extras()]
+    if any(check.fatal for check in checks):
+        return checks
+    try:
+        machine = this_machine()
+    except RuntimeError as error:  # what jax raises when a plug-in or a driver does not start
+        text = str(error).splitlines()[0]
+        return [*checks, Check("devices", "fail", f"jax finds no device: {text}", "JAX_PLATFORMS=cpu aurora doctor")]
+    checks += [check_devices(machine), *check_memory(machine)]
+    checks += [check_matmul(machine, dtype) for dtype in ("float32", "bfloat16")]
+    checks += [check_disk(run_folder), check_cache(), check_shared_memory(), check_file_limit(), check_clock()]
+    return checks
+
+
+def show(checks: list[Check]) -> None:
+    """Print the checks as aligned lines on stdout."""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{check.status:<4}  {check.name:<{width}}  {check.found}")
+        if check.mend:
+            print(f"{'':<{width + 8}}mend: {check.mend}")
+
+
+# ---- software
+
+
+def check_python() -> Check:
+    """Python 3.11 to 3.13."""
+    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Check("python", "fail", found, "use Python 3.11, 3.12 or 3.13: python3.12 -m venv .venv")
+    return Check("python", "ok", found)
+
+
+def check_packages() -> Check:
+    """Every package that training needs, with its version."""
+    versions, missing = {}, []
+    for name in _CORE:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Check("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    main = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    return Check("packages", "ok", ", ".join(f"{name} {versions[name]}" for name in main), values=versions)
+
+
+def check_extras() -> list[Check]:
+    """What optional packages are absent, and, with an idle NVIDIA GPU, the jax that could use it."""
+    checks = []
+    for extra, (module, purpose) in _EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            checks.append(
+                Check(f"extra {extra}", "ok", f"not installed; for {purpose}", f"pip install 'aurora_train[{extra}]'")
+            )
+    gpus = installed_gpus()
+    plugins = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
+    if gpus and not plugins:
+        found = f"{gpus[0]} is installed but this jax only uses the processor"
+        checks.append(Check("cuda", "warn", found, "pip install 'aurora_train[cuda13]'"))
+    return checks
+
+
+# ---- devices and memory
+
+
+def check_devices(machine: Machine) -> Check:
+    """What jax will train on, and whether its peak is known."""
+    found = f"{machine.device_count} x {machine.device_kind} ({machine.platform}), {machine.cpu_cores} cores"
+    if machine.left_out:
+        found += f"; left out: {', '.join(machine.left_out)}"
+    if machine.platform != "cpu" and machine.known is None:
+        return Check("devices", "warn", f"{found}; not in the table of machines, so MFU will be n/a", None)
+    if machine.known:
+        found += f"; {machine.known.memory_rule}"
+    return Check("devices", "ok", found, values=machine.describe())
+
+
+def check_memory(machine: Machine) -> list[Check]:
+    """Total, available, cgroup, swap and device memory, and the budget that follows from them."""
+    memory = machine.memory
+    found = f"{size(memory.total)}, {size(memory.available)} available"
+    if memory.cgroup_limit is not None:
+        found += f", cgroup limit {size(memory.cgroup_limit)} with {size(memory.cgroup_used)} in use"
+    found += f", swap {size(memory.swap_total)}"
+    checks = [Check("memory", "ok", found, values=asdict(memory))]
+    if machine.device_memory_bytes is not None:
+        import jax
+
+        account = device_memory(jax.local_devices()[0])
+        found = f"{size(account['limit'])} for jax, {size(account['in_use'])} in use"
+        checks.append(Check("device memory", "ok", found, values=account))
+    amount, reason = budget_bytes("auto", machine)
+    short = amount < 2 * 2**30
+    checks.append(
+        Check(
+            "training budget",
+            "warn" if short else "ok",
+            f"{size(amount)} a device: {reason}",
+            "close other programs, or raise the container's memory limit" if short else None,
+            {"budget_bytes": amount},
+        )
+    )
+    return checks
+
+
+def check_matmul(machine: Machine, dtype: str) -> Check:
+    """A square matrix product, timed for about half a second, beside the table's peak."""
+    import jax
+    import jax.numpy as jnp
+
+    width = 1024 if machine.platform == "cpu" else 8192
+    # bfloat16 products accumulate and return float32: XLA:CPU has its fast kernel for that form only.
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    key = jax.random.key(0)
+    a = jax.random.normal(key, (width, width), dtype)
+    seconds = _best_seconds(lambda: multiply(a, a).block_until_ready(), for_s=0.5)
+    rate = 2 * width**3 / seconds
+    peak = peak_flops(machine, dtype)
+    values = {"width": width, "flops_per_s": rate, "peak_flops_per_s": peak}
+    found = f"{count(rate)}FLOP/s measured at {width}"
+    if peak is None:
+        return Check(f"matmul {dtype}", "ok", f"{found}; peak unknown (n/a)", values=values)
+    found += f", {percent(rate / peak)} of {count(peak)}FLOP/s ({machine.known.peak_flops['bfloat16'].source})"
+    if rate < 0.4 * peak:
+        mend = "look for other work on the device, a power limit or a clock cap: nvidia-smi -q -d PERFORMANCE,CLOCK"
+        return Check(f"matmul {dtype}", "warn", found, mend, values)
+    return Check(f"matmul {dtype}", "ok", found, values=values)
+
+
+def _best_seconds(work: Callable[[], object], for_s: float) -> float:
+    work()
+    best, until = float("inf"), time.perf_counter() + for_s
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+# ---- disk and system
+
+
+def check_disk(folder: Path) -> Check:
+    """Write, fsync and remove 64 MiB in the run folder (or its nearest existing parent); free space."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < 2 * _WRITE_BYTES:
+        mend = f"free some space: du -xh {there} | sort -h | tail"
+        return Check("run folder", "fail", f"only {size(free)} free at {there}", mend, {"free_bytes": free})
+    block = os.urandom(2**20)
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".aurora-doctor-") as file:
+            start = time.perf_counter()
+            for _ in range(_WRITE_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            rate = _WRITE_BYTES / (time.perf_counter() - start)
+    except OSError as error:
+        mend = "name a folder you can write with --run-folder"
+        return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", mend)
+    values = {"free_bytes": free, "write_bytes_per_s": rate}
+    found = f"{size(rate)}/s written and synced, {size(free)} free at {there}"
+    if free < 10e9:
+        return Check("run folder", "warn", found, "free some space before a long run: checkpoints need it", values)
+    if rate < 50e6:
+        mend = "keep runs on a local disk: aurora train CONFIG --run DIR"
+        return Check("run folder", "warn", f"{found}; saves will be slow", mend, values)
+    return Check("run folder", "ok", found, values=values)
+
+
+def check_cache() -> Check:
+    """How large the cache of prepared data and compiled programs has grown."""
+    folder = cache_folder()
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Check("cache", "ok", f"{size(held)} at {folder} (safe to delete)", values={"bytes": held})
+
+
+def check_shared_memory() -> Check:
+    """/dev/shm, which data workers and NCCL use; containers often leave it at 64 MB."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        return Check("/dev/shm", "warn", "absent", "mount -t tmpfs tmpfs /dev/shm")
+    free = shutil.disk_usage(shm).free
+    if free < 512e6:
+        return Check("/dev/shm", "warn", f"{size(free)} free", "start the container with --shm-size=8g")
+    return Check("/dev/shm", "ok", f"{size(free)} free")
+
+
+def check_file_limit() -> Check:
+    """Open files: Orbax holds one or more a parameter while it saves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096:
+        return Check("open files", "warn", f"at most {soft} (hard limit {hard})", f"ulimit -n {min(hard, 65536)}")
+    return Check("open files", "ok", f"at most {soft}")
+
+
+def check_clock() -> Check:
+    """The wall clock is past this package's release and moves with the monotonic one."""
+    if time.time() < 1_750_000_000:
+        when = time.strftime("%Y-%m-%d")
+        return Check("clock", "warn", f"says {when}; event times will be wrong", "timedatectl set-ntp true")
+    wall, steady = time.time(), time.monotonic()
+    time.sleep(0.05)
+    drift = abs((time.time() - wall) - (time.monotonic() - steady))
+    if drift > 0.02:
+        return Check("clock", "warn", f"jumped {drift:.2f} s while watched", "timedatectl status")
+    return Check("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))

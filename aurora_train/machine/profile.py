@@ -1,0 +1,201 @@
+"""What this machine is, and the environment JAX wants on it.
+
+`prepare_environment` must run before jax is imported: jax reads its environment once. Nothing here imports jax at
+module level; `this_machine` does when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from aurora_train.config import parse_bytes
+from aurora_train.files import cache_folder
+from aurora_train.machine.memory import HostMemory, device_memory, host_memory, reserve_bytes
+from aurora_train.machine.table import KnownMachine, lookup
+
+_DISCRETE_FRACTION = "0.92"  # jax's own default, 0.75, leaves a quarter of the device unused
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices training runs on, and the box around them. Bytes; `known` is None for a device not in the table."""
+
+    platform: str
+    device_kind: str
+    device_count: int
+    left_out: tuple[str, ...]
+    device_memory_bytes: int | None
+    known: KnownMachine | None
+    unified: bool
+    cpu_model: str
+    cpu_cores: int
+    memory: HostMemory
+
+    def describe(self) -> dict:
+        """JSON-able record for provenance: facts only, no host name, user name or path."""
+        return {
+            "platform": self.platform,
+            "device_kind": self.device_kind,
+            "device_count": self.device_count,
+            "devices_left_out": list(self.left_out),
+            "device_memory_bytes": self.device_memory_bytes,
+            "table_row": self.known.name if self.known else None,
+            "unified_memory": self.unified,
+            "cpu_model": self.cpu_model,
+            "cpu_cores": self.cpu_cores,
+            "memory": asdict(self.memory),
+        }
+
+
+def this_machine() -> Machine:
+    """The machine as jax and Linux see it now."""
+    import jax
+
+    devices, left_out = choose_devices(jax.local_devices())
+    first = devices[0]
+    known = lookup(first.device_kind)
+    account = device_memory(first)
+    return Machine(
+        platform=first.platform,
+        device_kind=cpu_model() if first.platform == "cpu" else first.device_kind,
+        device_count=len(devices),
+        left_out=tuple(device.device_kind for device in left_out),
+        device_memory_bytes=account["limit"] or None if account else None,
+        known=known,
+        unified=first.platform == "cpu" or bool(known and known.unified),
+        cpu_model=cpu_model(),
+        cpu_cores=cpu_cores(),
+        memory=host_memory(),
+    )
+
+
+def choose_devices(devices: list) -> tuple[list, list]:
+    """(the devices to train on, those left out). Unlike devices: the kind with the highest known bfloat16 peak.
+
+    A workstation may hold a small GPU for its display; index 0 says nothing about which one that is.
+    """
+    kinds = {device.device_kind for device in devices}
+    if len(kinds) == 1:
+        return list(devices), []
+
+    def strength(kind: str) -> tuple[float, int]:
+        known = lookup(kind)
+        first = next(device for device in devices if device.device_kind == kind)
+        account = device_memory(first) or {"limit": 0}
+        return (known.peak_flops["bfloat16"].value if known else 0.0, account["limit"])
+
+    best = max(kinds, key=strength)
+    return [d for d in devices if d.device_kind == best], [d for d in devices if d.device_kind != best]
+
+
+def peak_flops(machine: Machine, dtype: str) -> float | None:
+    """Dense FLOP/s of one device for products of `dtype`, or None where unknown (MFU is then "n/a").
+
+    In float32 that is the TF32 rate where the device has one: XLA's default float32 product on it uses TF32.
+    """
+    if machine.known is None:
+        return None
+    rates = machine.known.peak_flops
+    figure = rates.get("tf32", rates.get("float32")) if dtype == "float32" else rates.get(dtype)
+    return figure.value if figure else None
+
+
+def cpu_model() -> str:
+    """The processor's name from /proc/cpuinfo, or the architecture where it gives none (Arm)."""
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1].strip() if match else f"{os.uname().machine} processor"
+
+
+def cpu_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def installed_gpus(root: Path = Path("/")) -> list[str]:
+    """Names of the NVIDIA GPUs the driver reports, without asking jax or starting CUDA; [] where there is none."""
+    reports = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    found = (re.search(r"^Model:\s*(.+)$", report.read_text(), re.MULTILINE) for report in reports)
+    return [match[1].strip() for match in found if match]
+
+
+def environment_defaults(
+    cache: Path,
+    *,
+    budget: str = "auto",
+    online: bool = False,
+    deterministic: bool = True,
+    gpus: list[str] | None = None,
+    user_flags: str = "",
+) -> dict[str, str]:
+    """The variables this machine wants, whatever the user set: a function of the arguments and of /proc alone.
+
+    Args:
+        cache: folder for compiled programs and autotuning results; must be on a local disk.
+        budget: `memory.budget`; on unified memory it becomes the share of memory that jax may take.
+        online: allow the data libraries to go to the network.
+        deterministic: on a GPU, give up autotuning and unordered kernels, so that two compilations give equal
+            bits. False keeps autotuning; bits then hold as long as the cache folder does.
+        gpus: names of the installed GPUs; asked of the driver when None.
+        user_flags: the user's own XLA_FLAGS, which win.
+    """
+    wanted = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    if not online:
+        wanted |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    wanted |= {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "compile"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    gpus = installed_gpus() if gpus is None else gpus
+    if not gpus:
+        return wanted
+    wanted["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "xla_gpu_per_fusion_autotune_cache_dir"
+    flag = "xla_gpu_deterministic_ops" if deterministic else "xla_gpu_exclude_nondeterministic_ops"
+    if flag not in user_flags:
+        wanted["XLA_FLAGS"] = f"{user_flags} --{flag}=true".strip()
+    rows = [lookup(gpu) for gpu in gpus]
+    if any(row and row.unified for row in rows):
+        memory = host_memory()
+        allowed = memory.usable - reserve_bytes(memory) if budget == "auto" else parse_bytes(budget)
+        share = min(allowed / memory.total, 1.0)
+        wanted["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.2f}"
+    else:
+        wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = _DISCRETE_FRACTION
+    return wanted
+
+
+def prepare_environment(
+    config=None, *, cache: Path | None = None, online: bool = False, deterministic: bool = True
+) -> dict[str, str]:
+    """Set the variables this machine wants, unless the user set them; return what was set, for provenance.
+
+    Call it before jax and datasets are imported. Where jax already is (a notebook, a test), the compile cache is
+    set through jax's own config instead, and only what is read later has effect.
+
+    Args:
+        config: the run's config; its `memory.budget` bounds what jax may take of a unified memory.
+        cache: the cache folder; `run.cache_folder()` when None.
+        online, deterministic: see `environment_defaults`.
+    """
+    user_flags = os.environ.get("XLA_FLAGS", "")
+    wanted = environment_defaults(
+        cache or cache_folder(),
+        budget=config.memory.budget if config else "auto",
+        online=online,
+        deterministic=deterministic,
+        user_flags=user_flags,
+    )
+    setting = {name: value for name, value in wanted.items() if name == "XLA_FLAGS" or name not in os.environ}
+    os.environ.update(setting)
+    if "jax" in sys.modules and "JAX_COMPILATION_CACHE_DIR" in setting:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", setting["JAX_COMPILATION_CACHE_DIR"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return setting

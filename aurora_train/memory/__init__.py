@@ -1,0 +1,1 @@
+"""What a step keeps in memory: the plan, and how it is applied to a model."""

@@ -1,0 +1,125 @@
+"""Cross-entropy over a vocabulary without ever holding all logits.
+
+The time axis is cut into chunks and scanned. `chunked_nll`, which trains, forms the gradients of hidden states and
+head while it has each chunk's logits, so the backward pass only scales them: three products a chunk, not four. The
+batch axis is never cut, so that it stays spread over devices.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from aurora_train.nn.linear import barrier, dot, outer
+from aurora_train.nn.platform import platform
+
+
+def logits_of(hidden, head, vocab_first: bool, softcap: float | None = None):
+    """hidden[..., D] times head -> float32[..., V]. `head` is [V, D] if `vocab_first` (tied), else [D, V]."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = dot(flat, head.astype(hidden.dtype), 1, 1 if vocab_first else 0)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+
+def chunk_tokens(setting: str | int, vocab_size: int) -> int:
+    """Tokens per chunk; auto holds about 2**24 logits (64 MiB in float32), at least 1,024 tokens."""
+    return max(1024, 2**24 // vocab_size) if setting == "auto" else setting
+
+
+def token_nll(hidden, head, targets, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
+    """-log p of each target, float32[B, T], for hidden[B, T, D] and targets int32[B, T]. Differentiable."""
+
+    @jax.checkpoint
+    def one(inputs):
+        hidden, targets = inputs
+        logits = logits_of(hidden, head, vocab_first, softcap)
+        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+    length = targets.shape[1]
+    nll = jax.lax.map(one, (_cut(hidden, chunk), _cut(targets, chunk)))
+    return nll.swapaxes(0, 1).reshape(nll.shape[1], -1)[:, :length]
+
+
+def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
+    """Sum of weights x -log p(target), a float32 scalar.
+
+    Args:
+        hidden: [B, T, D] in the compute dtype.
+        head: float32[V, D] if `vocab_first` (tied embedding), else float32[D, V].
+        targets: int32[B, T]; weights: float32[B, T], not differentiated.
+        softcap: logits become softcap x tanh(logits / softcap).
+        chunk: about how many tokens' logits to hold at a time; 0 holds all.
+    """
+    return _nll(vocab_first, softcap, chunk, hidden, head, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _nll(vocab_first, softcap, chunk, hidden, head, targets, weights):
+    def add(total, inputs):
+        hidden, targets, weights = inputs
+        logits = logits_of(hidden, head, vocab_first, softcap)
+        hit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return total + ((jax.nn.logsumexp(logits, -1) - hit) * weights).sum(), None
+
+    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk, hidden, targets, weights))[0]
+
+
+def _nll_forward(vocab_first, softcap, chunk, hidden, head, targets, weights):
+    low = head.astype(hidden.dtype)
+    wide = low.shape[0] if vocab_first else low.shape[1]
+    # The head's gradient is summed in the layout its product comes in, and turned once at the end.
+    turned = vocab_first and platform() == "cpu" and hidden.dtype != jnp.float32
+
+    def add(carry, inputs):
+        total, d_head = carry
+        hidden, targets, weights = inputs
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = logits_of(flat, head, vocab_first, softcap)
+        lse = jax.nn.logsumexp(logits, -1, keepdims=True)
+        targets, weights = targets.reshape(-1, 1), weights.reshape(-1, 1)
+        hit = jnp.take_along_axis(logits, targets, -1)
+        d_logits = (jnp.exp(logits - lse) - (jnp.arange(wide) == targets)) * weights
+        if softcap is not None:
+            d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = dot(d_logits, low, 1, 0 if vocab_first else 1).astype(hidden.dtype)
+        if turned:
+            d_chunk = dot(barrier(flat.T), d_logits, 1, 0)
+        else:
+            d_chunk = outer(d_logits, flat) if vocab_first else outer(flat, d_logits)
+        return (total + ((lse - hit) * weights).sum(), d_head + d_chunk), d_hidden.reshape(hidden.shape)
+
+    shape = head.shape[::-1] if turned else head.shape
+    start = (jnp.float32(0), jnp.zeros(shape, jnp.float32))
+    (total, d_head), d_hidden = jax.lax.scan(add, start, _chunks(chunk, hidden, targets, weights))
+    if turned:
+        d_head = barrier(d_head).T
+    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    return total, (d_hidden, d_head.astype(head.dtype))
+
+
+def _nll_backward(vocab_first, softcap, chunk, residuals, g):
+    d_hidden, d_head = residuals
+    return (d_hidden * g).astype(d_hidden.dtype), (d_head * g).astype(d_head.dtype), None, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
+
+
+def _chunks(chunk, *arrays):
+    return tuple(_cut(array, chunk) for array in arrays)
+
+
+def _cut(x, chunk):
+    """[B, T, ...] -> [chunks, B, t, ...]; the last chunk is filled with zeros, whose weight is zero."""
+    batch, length = x.shape[:2]
+    size = length if chunk == 0 else min(length, max(1, chunk // batch))
+    count = -(-length // size)
+    count = next((n for n in range(count, 2 * count + 1) if length % n == 0), count)  # rather whole than filled
+    size = -(-length // count)
+    x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)

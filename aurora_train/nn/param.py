@@ -1,0 +1,33 @@
+"""Trained arrays and their logical axis names.
+
+Every kernel is stored 2-D as (in, out) in float32 and named by what its axes mean ("embed", "mlp", "heads", ...).
+`mesh.py` alone knows which device axis a name lies on; a layer never does.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def kernel(rngs: nnx.Rngs, shape: tuple[int, int], names: tuple[str, str], gain: float = 1.0) -> nnx.Param:
+    """float32[in, out], normal with standard deviation gain / sqrt(in) (LeCun et al. 1998)."""
+    return named(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain * shape[0] ** -0.5), names)
+
+
+def table(rngs: nnx.Rngs, shape: tuple[int, int], names: tuple[str, str], std: float = 0.02) -> nnx.Param:
+    """float32[rows, width], looked up by row; normal with standard deviation 0.02 (GPT-2)."""
+    return named(jax.random.normal(rngs.params(), shape, jnp.float32) * std, names)
+
+
+def zeros(size: int, name: str) -> nnx.Param:
+    return named(jnp.zeros(size, jnp.float32), (name,))
+
+
+def ones(size: int, name: str) -> nnx.Param:
+    return named(jnp.ones(size, jnp.float32), (name,))
+
+
+def named(value: jax.Array, names: tuple[str, ...]) -> nnx.Param:
+    """`eager_sharding=False`: the names are logical, so flax must not look for a mesh that has them."""
+    assert value.ndim == len(names), (value.shape, names)
+    return nnx.Param(value, out_sharding=names, eager_sharding=False)

@@ -1,0 +1,42 @@
+"""Rotary positions (Su et al. 2021), halves convention (GPT-NeoX, Llama): component i turns with i + dim/2."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aurora_train.nn.decoder_config import RopeScaling
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """float32[head_dim / 2], radians per position."""
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    if scaling.kind == "llama3":
+        frequency = _llama3(frequency, scaling)
+    return frequency.astype(np.float32)
+
+
+def _llama3(frequency, scaling):
+    """Long waves are stretched by `factor`, short ones stay, those between are blended (Llama 3.1 reference code)."""
+    turns = scaling.original_length * frequency / (2 * math.pi)  # turns of each wave within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """int32[B, T] -> cosines and sines, float32[B, T, head_dim / 2] each; made once for all layers."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """x[B, T, heads, head_dim] turned by its position, in float32, returned in the dtype of x."""
+    cosine, sine = (part[:, :, None, :] for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1).astype(x.dtype)

@@ -1,0 +1,156 @@
+"""One dial for a whole run: `model.size` decides shape, tokens, batch and learning rate, each with its source.
+
+Free of jax. `d<depth>` follows nanochat (width 64 x depth); the named shapes are those of published models. Whatever
+the user set stays as set and enters the formulas of what remains.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from aurora_train.errors import UserError
+from aurora_train.nn.decoder_config import DecoderConfig, nearest_divisor
+from aurora_train.recipe import Derived
+
+GPT3 = "Brown et al. 2020, table 2.1"
+LLAMA3 = "Llama 3 model card"
+LLAMA3_PAPER = "Llama 3: Grattafiori et al. 2024, table 3"
+NANOCHAT = "nanochat, base_train.py"
+MUON = "the same for Muon, whose updates are scaled to AdamW's: Liu et al. 2025"
+CHINCHILLA = "Hoffmann et al. 2022"
+
+
+class Shape(NamedTuple):
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int | None  # None: by the rule of the activation
+    batch_tokens: int
+    lr: float
+    source: str
+    training_source: str
+
+
+NAMED = {
+    "125m": Shape(768, 12, 12, 12, None, 2**19, 6e-4, f"GPT-3 Small: {GPT3}", GPT3),
+    "350m": Shape(1024, 24, 16, 16, None, 2**19, 3e-4, f"GPT-3 Medium: {GPT3}", GPT3),
+    "1b": Shape(2048, 16, 32, 8, 8192, 2**20, 2e-4, f"Llama 3.2 1B: {LLAMA3}", f"GPT-3 XL: {GPT3}"),
+    "3b": Shape(3072, 28, 24, 8, 8192, 2**20, 1.6e-4, f"Llama 3.2 3B: {LLAMA3}", f"GPT-3 2.7B: {GPT3}"),
+    "8b": Shape(4096, 32, 32, 8, 14336, 2**22, 3e-4, f"Llama 3 8B: {LLAMA3}", LLAMA3_PAPER),
+}
+REFERENCE_DEPTH = 12  # nanochat tunes batch and rates at d12 and extrapolates
+
+
+def derive_from_size(size: str, given: dict, vocab_size: int = 32768, sequence: int = 2048) -> list[Derived]:
+    """What follows from `size`, less the keys in `given` (the raw tree of what the user set).
+
+    `vocab_size` and `sequence` (tokens a row) enter the count of parameters and the batch. Raises UserError for a
+    size that is neither `d<depth>` nor a named shape.
+    """
+    depth = re.fullmatch(r"d([1-9][0-9]{0,2})", size)
+    if depth is None and size not in NAMED:
+        raise UserError(
+            f"{size!r} is not a size",
+            where="model.size",
+            hint=f"d6, d12, d20, ... (the number of layers) or one of {', '.join(NAMED)}",
+        )
+    model = given.get("model") or {}
+    if not _sound(model, whole=False):
+        return []
+    shape = _by_depth(int(depth[1]), model) if depth else _by_name(size)
+    shape = [d for d in shape if d.key.removeprefix("model.") not in model]
+    chosen = {d.key.removeprefix("model."): d.value for d in shape}
+    if not _sound(model | chosen, whole=True):
+        return shape
+    parameters = _parameters(model | chosen, vocab_size)
+    tokens = 20 * parameters
+    rate = _rate_by_depth if depth else _rate_by_name
+    training = [*rate(size, model | chosen, given, tokens, sequence, vocab_size)]
+    batch = _set(given, "train", "batch")
+    if not isinstance(batch, int) or batch < 1:
+        batch = next(d.value for d in training if d.key == "train.batch")
+    training.append(
+        Derived(
+            "train.steps",
+            max(1, round(tokens / (batch * sequence))),
+            f"20 x {parameters:,} parameters = {tokens:,} tokens, over batch {batch} x sequence {sequence}",
+            CHINCHILLA,
+        )
+    )
+    return shape + [d for d in training if _set(given, *d.key.split(".")) is None]
+
+
+def _by_depth(depth: int, model: dict) -> list[Derived]:
+    width = model.get("width") or 64 * depth
+    heads = model.get("heads") or nearest_divisor(width, max(1, round(width / 128)))
+    return [
+        Derived("model.layers", depth, f"depth = {depth}", NANOCHAT),
+        Derived("model.width", width, f"64 x {depth}", NANOCHAT),
+        Derived("model.heads", heads, f"width {width} / 128, to a divisor of it", NANOCHAT),
+        Derived("model.kv_heads", heads, "as many as heads", NANOCHAT),
+    ]
+
+
+def _by_name(size: str) -> list[Derived]:
+    shape = NAMED[size]
+    values = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "kv_heads": shape.kv_heads}
+    if shape.mlp_width is not None:
+        values["mlp_width"] = shape.mlp_width
+    return [Derived(f"model.{name}", value, f"size {size}", shape.source) for name, value in values.items()]
+
+
+def _rate_by_depth(size, model, given, tokens, sequence, vocab_size):
+    reference = {"layers": REFERENCE_DEPTH, "width": 64 * REFERENCE_DEPTH, "heads": 6}
+    reference_tokens = 20 * _parameters(model | reference | {"kv_heads": None, "mlp_width": None}, vocab_size)
+    batch_tokens = 2**19 * (tokens / reference_tokens) ** 0.383
+    batch = 2 ** max(0, round(math.log2(batch_tokens / sequence)))
+    yield Derived(
+        "train.batch",
+        batch,
+        f"2^19 x (tokens / tokens of d{REFERENCE_DEPTH})^0.383 = {batch_tokens:,.0f} tokens, over sequence {sequence}, "
+        "to a power of two",
+        "Bergsma et al. 2025 (Power Lines), as in nanochat",
+    )
+    yield Derived(
+        "optimizer.lr",
+        float(f"{6e-4 * (model['width'] / 768) ** -0.5:.3g}"),
+        f"6e-4 x (width {model['width']} / 768)^-0.5",
+        f"{NANOCHAT}; 6e-4 at width 768: {GPT3}; {MUON}",
+    )
+
+
+def _rate_by_name(size, model, given, tokens, sequence, vocab_size):
+    shape = NAMED[size]
+    batch = max(1, round(shape.batch_tokens / sequence))
+    yield Derived(
+        "train.batch", batch, f"{shape.batch_tokens:,} tokens, over sequence {sequence}", shape.training_source
+    )
+    yield Derived("optimizer.lr", shape.lr, f"size {size}", f"{shape.training_source}; {MUON}")
+
+
+def _parameters(model: dict, vocab_size: int) -> int:
+    fields = {name: value for name, value in model.items() if name in DecoderConfig.model_fields}
+    return DecoderConfig.model_construct(**fields).num_parameters(vocab_size)
+
+
+def _sound(model: dict, whole: bool) -> bool:
+    """Whether what was set can enter a formula. Where it cannot, the config's own check says why, with the line."""
+    if not all(isinstance(model.get(name), int | None) for name in ("width", "heads")):
+        return False
+    try:
+        if whole:
+            DecoderConfig.model_validate(model)
+    except ValidationError:
+        return False
+    return True
+
+
+def _set(given: dict, section: str, name: str):
+    """What the user set, or None."""
+    values = given.get(section)
+    return values.get(name) if isinstance(values, dict) else None

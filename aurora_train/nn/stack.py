@@ -1,0 +1,118 @@
+"""`Stack`: n identical units, their parameters stacked, and the only place that knows how they are kept in memory.
+
+A unit may be a period of unlike layers (Gemma 2: local, then global). A plan cuts the stack into segments, stored
+apart because slicing one stored stack would copy it; each segment is scanned or unrolled, and keeps, names or
+recomputes its activations. Nothing outside sees segments: the optimizer vmaps over them, and `checkpoint/layout.py`
+names what is in them by the absolute index of its unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
+UNITS = "units"  # its canonical counterpart: one entry per unit
+
+
+class Segment(NamedTuple):
+    """Units [start, stop). `save`: names kept for the backward pass; None keeps all, () recomputes everything."""
+
+    start: int
+    stop: int
+    save: tuple[str, ...] | None = None
+    unroll: bool = False
+
+
+class Stack(nnx.Module):
+    """`num_units` units made by `make_unit(rngs) -> nnx.Module`, called in order.
+
+    Every unit is called as `x, cache = unit(x, context, index, keys, cache)`; `index` is its absolute number (int32
+    scalar, traced where scanned). Parameters of unit i come from `fold_in(key, i)`: no cut moves an initial value.
+    """
+
+    def __init__(self, make_unit, num_units: int, rngs: nnx.Rngs):
+        self.num_units = num_units
+        key = rngs.params()
+        unit_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_units))
+        unit = nnx.eval_shape(lambda: make_unit(nnx.Rngs(params=jax.random.key(0))))
+        self.tags = tuple(getattr(unit, "tags", ()))  # what a plan may name; JAX itself checks no name
+        graph, abstract = nnx.split(unit)
+        arrays = jax.vmap(lambda k: nnx.to_pure_dict(nnx.split(make_unit(nnx.Rngs(params=k)))[1]))(unit_keys)
+        self.segments = nnx.List([_merge(graph, _named_over_layers(abstract), arrays)])
+        self.plan = (Segment(0, num_units),)
+
+    def cut(self, plan: tuple[Segment, ...]) -> None:
+        """Apply a plan, before the model is split and its optimizer is made. Raises AssertionError on a gap."""
+        assert [s.start for s in plan] == [0, *(s.stop for s in plan[:-1])] and plan[-1].stop == self.num_units, plan
+        graph, state = nnx.split(self.segments[0])
+        assert len(self.segments) == 1, "cut once"
+        whole = nnx.to_pure_dict(state)
+        self.segments = nnx.List(
+            [_merge(graph, state, jax.tree.map(lambda a, s=s: a[s.start : s.stop], whole)) for s in plan]
+        )
+        self.plan = plan
+
+    def __call__(self, x, context, keys=None, caches=None):
+        """x through all units. `keys`: key[B] or None. `caches`: pytree with a leading units axis, or None.
+
+        Returns (x, caches).
+        """
+        outs = []
+        for segment, unit in zip(self.plan, self.segments, strict=True):
+            part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
+            x, out = _run(segment, unit, x, context, keys, part)
+            outs.append(out)
+        if caches is None:
+            return x, None
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
+def _run(segment: Segment, module, x, context, keys, caches):
+    graph, state = nnx.split(module)
+
+    def body(x, unit_inputs):
+        state, index, cache = unit_inputs
+        unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+        return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
+
+    if segment.save is not None:
+        policy = jax.checkpoint_policies.save_only_these_names(*segment.save)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=segment.unroll)
+    indices = jnp.arange(segment.start, segment.stop)
+    if not segment.unroll:
+        return jax.lax.scan(body, x, (state, indices, caches))
+    outs = []
+    for j in range(segment.stop - segment.start):
+        x, out = body(x, jax.tree.map(lambda a, j=j: a[j], (state, indices, caches)))
+        outs.append(out)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+
+
+def _merge(graph, like, arrays):
+    state = jax.tree.map(lambda leaf: leaf, like)
+    nnx.replace_by_pure_dict(state, arrays)
+    return nnx.merge(graph, state)
+
+
+def _named_over_layers(state):
+    """The abstract state of one unit with the logical axis `layers` put before each parameter's own names."""
+
+    def prefixed(variable):
+        names = variable.get_metadata().get("out_sharding")
+        return variable.replace(out_sharding=("layers", *names)) if names else variable
+
+    return jax.tree.map(prefixed, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def stacks(model) -> dict[tuple, Stack]:
+    """Every Stack in a model by its path."""
+    return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, Stack)}
+
+
+def is_stack(node: Any) -> bool:
+    """Whether a node of a nested parameter dict is a segmented stack."""
+    return isinstance(node, dict) and SEGMENTS in node

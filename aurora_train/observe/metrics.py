@@ -1,0 +1,283 @@
+"""The run's two logs, `metrics.jsonl` and `events.jsonl`: append-only, one JSON object a line, every bit kept.
+
+A line that ends in a newline is a record; anything after the last newline was torn by a crash and is not. Floats
+are written with `repr`, which round-trips float64 exactly; NaN and the infinities, which JSON lacks, are written
+as the strings "NaN", "Infinity" and "-Infinity" and come back as floats from `read`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from aurora_train.errors import MissingExtra, UserError
+from aurora_train.files import write_atomically
+
+_BLOCK_BYTES = 1 << 16
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_json(value: Any) -> Any:
+    """JSON-able twin of a record: numpy and jax scalars become Python's, non-finite floats become strings."""
+    if isinstance(value, dict):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _to_json(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    return value
+
+
+def encode(record: dict) -> bytes:
+    """One record as one line of ASCII JSON, newline included."""
+    return json.dumps(_to_json(record), allow_nan=False).encode("ascii") + b"\n"
+
+
+def decode(line: bytes) -> dict:
+    """The inverse of `encode`. Raises ValueError for a line that is no JSON object."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return _from_json(record)
+
+
+class Sink(Protocol):
+    """A second place for records to go. The JSONL file stays the truth; a sink may be lost without harm."""
+
+    def write(self, record: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """Append-only writer. A record has reached the operating system when `write` returns: kill -9 keeps it.
+
+    A power failure keeps what `sync` covered. Opening drops a torn last line, so that no record is glued to it.
+    Raises UserError when the file cannot be written (full disk, no permission).
+    """
+
+    def __init__(self, path: str | os.PathLike, sinks: Iterable[Sink] = ()):
+        self.path, self.sinks = Path(path), tuple(sinks)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_tail(self.path)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def write(self, record: dict) -> None:
+        line = memoryview(encode(record))
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        for sink in self.sinks:
+            sink.write(record)
+
+    def sync(self) -> None:
+        """Put everything written so far on the disk itself. Called before a checkpoint of that step is committed."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            for sink in self.sinks:
+                sink.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+class MetricsLog(JsonLines):
+    """`metrics.jsonl`: one record a training step, and one an evaluation ({"step": n, "evaluation": {...}})."""
+
+
+class EventLog(JsonLines):
+    """`events.jsonl`: what happened to the run. Each record carries its wall-clock time (ISO 8601, UTC)."""
+
+    def event(self, name: str, step: int | None = None, **details: Any) -> dict:
+        """Write {"event": name, "step": step, "time": now, **details}, put it on disk, and return it."""
+        record = {"event": name, "step": step, "time": now(), **details}
+        self.write(record)
+        self.sync()
+        return record
+
+
+def now() -> str:
+    """The current time as ISO 8601 in UTC with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """All records of a log; [] for a file that does not exist. A torn last line is left out.
+
+    Raises UserError naming the line for a record that cannot be read anywhere else in the file.
+    """
+    lines = _lines(Path(path))
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(decode(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise _damaged(path, number) from error
+    return records
+
+
+def set_aside(path: str | os.PathLike, after_step: int, aside_path: str | os.PathLike) -> int:
+    """Move the records later than `after_step` to `aside_path`; return how many lines were moved.
+
+    At resume the run goes back to a saved step, and the records of the steps that are done again must not stand
+    twice in the log. Killed at any instant, the log is either the old one or the new one, and doing it again gives
+    the same result: the moved lines are on disk before the log is replaced, and are not added twice. A torn last
+    line is dropped; unreadable lines after the last kept record, which a power failure leaves, are moved as they
+    are. Records without a step stay. Raises UserError for an unreadable line before a record that is kept.
+    """
+    path, aside_path = Path(path), Path(aside_path)
+    kept, moved, unreadable = [], [], None
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            step = decode(line).get("step")
+        except ValueError:
+            unreadable = unreadable or number
+            moved.append(line)
+            continue
+        if step is not None and step > after_step:
+            moved.append(line)
+        elif unreadable:
+            raise _damaged(path, unreadable)
+        else:
+            kept.append(line)
+    before = path.read_bytes() if path.exists() else b""
+    after = b"".join(kept)
+    if after == before:
+        return 0
+    try:
+        if moved:
+            earlier = aside_path.read_bytes() if aside_path.exists() else b""
+            addition = b"".join(moved)
+            if not earlier.endswith(addition):
+                write_atomically(aside_path, earlier + addition)
+        write_atomically(path, after)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return len(moved)
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Complete lines, newline included."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]
+
+
+def _cut_torn_tail(path: Path) -> None:
+    """Cut what follows the last newline, looking at the file's end only: a log may hold millions of records."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        end = whole = file.seek(0, os.SEEK_END)
+        while whole:
+            start = max(whole - _BLOCK_BYTES, 0)
+            file.seek(start)
+            newline = file.read(whole - start).rfind(b"\n")
+            if newline >= 0:
+                whole = start + newline + 1
+                break
+            whole = start
+        if whole != end:
+            file.truncate(whole)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        "cannot write the log",
+        where=str(path),
+        why=error.strerror or str(error),
+        hint="free some space or mend the permissions, then run the same command again: the run resumes",
+    )
+
+
+def _damaged(path, number: int) -> UserError:
+    return UserError(
+        "this line is not a JSON record",
+        where=f"{path}:{number}",
+        why="the log was edited or damaged before its end",
+        hint="delete the line, if its loss is acceptable, and run the command again",
+    )
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard in `folder`. After a resume, `after_step` purges what was logged beyond it."""
+
+    def __init__(self, folder: str | os.PathLike, after_step: int = 0):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise MissingExtra("tensorboardX", "tensorboard", "`log.sinks: [tensorboard]`") from error
+        self._writer = SummaryWriter(os.fspath(folder), purge_step=after_step + 1 if after_step else None)
+
+    def write(self, record: dict) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record.get("step"))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases. Offline unless `online`: nothing leaves the machine, `wandb sync` can send it later."""
+
+    def __init__(self, folder: str | os.PathLike, name: str, config: dict, online: bool = False):
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtra("wandb", "wandb", "`log.sinks: [wandb]`") from error
+        mode = "online" if online else "offline"
+        self._run = wandb.init(project="aurora_train", name=name, dir=os.fspath(folder), config=config, mode=mode)
+
+    def write(self, record: dict) -> None:
+        self._run.log(scalars(record), step=record.get("step"))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """The numbers of a record by slash-joined name, `step` left out: {"evaluation": {"loss": 2}} -> evaluation/loss."""
+    flat = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}/{inner}": number for inner, number in scalars(value).items()})
+        elif name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[name] = value
+    return flat

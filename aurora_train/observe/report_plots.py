@@ -1,0 +1,147 @@
+"""The report's figures: matplotlib drawings as inline SVG that take their colours from the page, light or dark.
+
+Drawn with stand-in colours that are replaced by CSS variables afterwards, so one drawing serves both themes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import numpy as np
+
+_INK, _GRID, _MAIN, _SECOND, _FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
+_CSS = {_INK: "var(--ink)", _GRID: "var(--line)", _FAINT: "var(--faint)"}
+_CSS |= {_MAIN: "var(--main)", _SECOND: "var(--second)"}
+_POINTS = 500  # a curve of more points is drawn as means over equal spans of steps
+
+
+def curve(
+    name: str,
+    series: list[tuple[str, np.ndarray, np.ndarray]],
+    ylabel: str,
+    *,
+    smooth: bool = False,
+    wide: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """Lines over steps: `series` of (label, steps, values). `smooth` draws the first faintly under its own average."""
+    figure, axes = _figure(10.0, 3.6) if wide else _figure(5.6, 2.8)
+    for index, (label, steps, values) in enumerate(series):
+        steps, values = thin(steps, values)
+        colour = (_MAIN, _SECOND)[index % 2]
+        if index == 0 and smooth and len(values) > 20:
+            axes.plot(steps, values, color=_FAINT, linewidth=1)
+            values = running_mean(values, max(len(values) // 40, 2))
+        marker = "o" if len(steps) <= 40 and index else None
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
+    if len(series) > 1:
+        axes.legend(frameon=False, labelcolor=_INK)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.yaxis.set_major_formatter(_engineering)
+    axes.margins(x=0.01)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    return _svg(figure, name, f"{ylabel} by step")
+
+
+def bars(name: str, rows: list[tuple[str, float, bool]], label: str) -> str:
+    """Horizontal bars of (name, value, whether it is this run's), top to bottom, with their values written out."""
+    figure, axes = _figure(5.6, 0.6 + 0.36 * len(rows))
+    values = [value for _, value, _ in rows]
+    places, digits = range(len(rows)), decimals(values)
+    axes.barh(places, values, color=[_MAIN if ours else _FAINT for *_, ours in rows], height=0.68)
+    low, high = min([0.0, *values]), max([0.0, *values])
+    for place, value in enumerate(values):
+        axes.text(max(value, 0.0) + 0.01 * (high - low), place, f"{value:.{digits}f}", va="center", color=_INK)
+    axes.set_yticks(places, [text for text, *_ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(low * 1.05, high + 0.14 * (high - low) or 1.0)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="both", length=0)
+    axes.set_xticks([])
+    axes.set_title(label, loc="left", color=_INK, fontsize=10)
+    return _svg(figure, name, label)
+
+
+def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `_POINTS` points: means of the finite values over equal runs of records. The last point is kept."""
+    if len(steps) <= _POINTS:
+        return steps, values
+    edges = np.linspace(0, len(steps), _POINTS, dtype=int)
+    pairs = list(zip(edges[:-1], edges[1:], strict=True))
+    x = np.array([steps[a:b].mean() for a, b in pairs])
+    finite = [values[a:b][np.isfinite(values[a:b])] for a, b in pairs]
+    y = np.array([part.mean() if len(part) else np.nan for part in finite])
+    return np.append(x, steps[-1]), np.append(y, values[-1])
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the finite values within `width` / 2 records on either side; NaN where there is none."""
+    finite = np.isfinite(values)
+    sums = np.concatenate(([0.0], np.cumsum(np.where(finite, values, 0.0))))
+    counts = np.concatenate(([0], np.cumsum(finite)))
+    centre = np.arange(len(values))
+    low, high = np.maximum(centre - width // 2, 0), np.minimum(centre + width // 2 + 1, len(values))
+    number = counts[high] - counts[low]
+    return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
+
+
+def decimals(values: list[float]) -> int:
+    """Decimals that give the largest of `values` four figures, so that a column of them lines up."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return min(max(3 - math.floor(math.log10(largest)), 0), 8) if largest else 3
+
+
+def _engineering(value: float, _position) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-2:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if suffix == 'k' else limit):.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def _figure(width: float, height: float):
+    # Figure without pyplot: no window system, no global state.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 10, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, color=_GRID)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_GRID)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    return figure, axes
+
+
+def _svg(figure, name: str, description: str) -> str:
+    """The figure as an <svg> element: ids made unique to `name`, metadata and fixed size dropped."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(url\(|href=")#([^")]+)', rf"\1#{name}-\2", svg)
+    svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    for stand_in, variable in _CSS.items():
+        svg = svg.replace(stand_in, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

@@ -1,0 +1,122 @@
+"""The contract between a recipe and the trainer: all that the trainer knows of an objective.
+
+A recipe is one Python file that defines one subclass of `Recipe`. The trainer calls the methods below and never
+asks which recipe it runs. A bundled recipe keeps this module's import list free of jax, so that `aurora check`
+stays fast; it imports jax inside the methods that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from aurora_train.errors import UserError
+
+
+class Loss(NamedTuple):
+    """A sum and its weight, never a mean: only sums can be split into microbatches and added up again.
+
+    `total` and `weight` are float32 scalars; the optimised objective is total / weight over the global batch.
+    `weight` depends on the batch alone. `metrics` maps a name to its own (sum, weight) pair.
+    """
+
+    total: Any
+    weight: Any
+    metrics: dict[str, tuple[Any, Any]] = {}
+
+
+class Source(Protocol):
+    """Random-access training data. `take` must be a pure function of the indices."""
+
+    fingerprint: str  # sha256 hex over everything that decides what `take` returns; a resume refuses another one
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """int64[B] indices in [0, len) -> arrays of fixed shape and dtype with a leading axis B."""
+
+    def describe(self) -> dict:
+        """What a reader of provenance wants: source, licence, counts, tokenizer hash. JSON-able."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One value that follows from a dial (`model.size: d6`), with the formula and its source, for the log."""
+
+    key: str
+    value: Any
+    formula: str
+    source: str
+
+
+class Recipe:
+    """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
+
+    Config: type  # pydantic model whose fields are the config sections this recipe owns (`model`, `data`, ...)
+    couples = "example"  # or "microbatch", "global": what accumulation may not split
+
+    def __init__(self, config, cache: Path):
+        self.config, self.cache = config, Path(cache)
+
+    @classmethod
+    def derive(cls, given: dict) -> list[Derived]:
+        """Values for keys the user left unset, from the raw tree of what was set. Never overrides the user."""
+        return []
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Cross-section checks without jax or data; raises UserError with `where` naming the key."""
+
+    def prepare(self, progress: Callable) -> None:
+        """Make the data ready on disk. Idempotent; an interrupted one continues or starts clean.
+
+        `progress(done, total, what)` may be called as often as liked.
+        """
+
+    def data(self, split: str) -> Source:
+        """The prepared data of a split: "train" or "validation"."""
+        raise NotImplementedError
+
+    def model(self, rngs):
+        """Construct the nnx.Module. Pure: no data, no files, no globals."""
+        raise NotImplementedError
+
+    def loss(self, model, batch: dict, key) -> Loss:
+        """Sums over the batch. `key` is a key array of shape [B], one per example; None means deterministic."""
+        raise NotImplementedError
+
+    def predict(self, model, batch: dict) -> Any:
+        """What scoring needs of the model: a pytree of arrays with a leading batch axis. Jitted by the trainer."""
+        raise NotImplementedError
+
+    def score(self, predict: Callable[[dict], Any], split: str, key, workdir: Path, progress: Callable) -> dict:
+        """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays, returns numpy.
+
+        `split` is "test" (the full answer, at the end). The first key of the result is the headline number; the keys
+        "tables" (list of {"title", "columns", "rows"}) and "notes" (list of str) are shown by the report.
+        """
+        raise NotImplementedError
+
+    def samples(self, model, key) -> list[dict]:
+        """A few things the model made, for the report ({"prompt": ..., "text": ...}); [] where it makes none."""
+        return []
+
+    def generate(self, model, prompt: str, options: dict, on_text: Callable[[str], None]) -> str:
+        """Continue a prompt. `options`: max_tokens, temperature, top_k, top_p, seed. UserError where it makes none."""
+        raise UserError(f"the recipe {self.config.recipe!r} has nothing to generate", where="recipe")
+
+    def baselines(self, workdir: Path, progress: Callable) -> dict:
+        """Scores of simple rivals on the same held-out data, by the rival's name; may hold "tables" and "notes"."""
+        return {}
+
+    def remarks(self, model) -> list[str]:
+        """What a user should know of the model as built: which attention was chosen and why. Lines for the log."""
+        return []
+
+    def flops_per_target(self, num_parameters: int) -> float | None:
+        """Training FLOPs (forward and backward) for one real target; None where the recipe cannot say."""
+        return None

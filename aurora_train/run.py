@@ -1,0 +1,157 @@
+"""The run folder: the only place that knows its paths, its lock and what it says about where a run came from."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from aurora_train.errors import UserError
+from aurora_train.files import write_atomically
+
+
+def default_folder(name: str, config_hash: str) -> Path:
+    """`runs/<name>-<8 hex>`: the same config finds its run again, an edited one starts beside it."""
+    return Path("runs") / f"{name}-{config_hash[:8]}"
+
+
+class Run:
+    """Paths and small records of one run."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder).absolute()
+
+    config = property(lambda self: self.folder / "config.yaml")
+    provenance = property(lambda self: self.folder / "provenance.json")
+    plan = property(lambda self: self.folder / "plan.json")
+    metrics = property(lambda self: self.folder / "metrics.jsonl")
+    metrics_set_aside = property(lambda self: self.folder / "metrics.set-aside.jsonl")
+    events = property(lambda self: self.folder / "events.jsonl")
+    scores = property(lambda self: self.folder / "scores.json")
+    code = property(lambda self: self.folder / "code")
+    checkpoints = property(lambda self: self.folder / "checkpoints")
+    trash = property(lambda self: self.folder / ".trash")
+    samples = property(lambda self: self.folder / "samples")
+    report = property(lambda self: self.folder / "report.html")
+    workdir = property(lambda self: self.folder / "work")
+
+    @classmethod
+    def existing(cls, folder) -> Run:
+        """A run that is there; UserError where it is not."""
+        run = cls(folder)
+        if not run.config.is_file():
+            nearby = sorted(p.parent.name for p in run.folder.parent.glob("*/config.yaml"))[:5]
+            hint = f"runs there: {', '.join(nearby)}" if nearby else "`aurora train CONFIG` starts one"
+            raise UserError("not a run folder (it has no config.yaml)", where=str(folder), hint=hint)
+        return run
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Make the folder and hold it for this process. The kernel drops the lock when the process dies."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = open(self.folder / ".lock", "a+")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder: {error.strerror}", where=str(self.folder)) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UserError(
+                    f"this run is being trained by {holder}",
+                    where=str(self.folder),
+                    hint="wait for it, stop it, or name another folder with --run",
+                ) from None
+            try:
+                handle.truncate(0)
+                os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+            except OSError as error:
+                raise UserError(f"cannot write the run folder: {error.strerror}", where=str(self.folder)) from error
+            yield
+
+    def step(self) -> int:
+        """The newest saved step, 0 where there is none. Reads names only."""
+        from aurora_train.checkpoint.store import CheckpointStore
+
+        return max(CheckpointStore(self.checkpoints, self.trash).steps(), default=0)
+
+    def holds_something_else(self) -> bool:
+        """Whether the folder is taken, and not by what a run leaves that was killed in its first moments."""
+        if not self.folder.is_dir():
+            return self.folder.exists()
+        return bool({path.name for path in self.folder.iterdir()} - {".lock", "code", "config.yaml.new"})
+
+    def has_begun(self) -> bool:
+        """Whether a step was ever taken, as far as the disk knows."""
+        return self.metrics.exists() or self.checkpoints.is_dir() and self.step() > 0
+
+    def forget(self) -> None:
+        """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""
+        for folder in (self.code, self.trash, self.workdir):
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+        for path in (self.provenance, self.plan, self.events, self.config):
+            path.unlink(missing_ok=True)
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run reached `steps` and was scored."""
+        from aurora_train.observe.metrics import read
+
+        return any(event["event"] == "finish" and event["step"] == steps for event in read(self.events))
+
+    def move_aside(self) -> Path | None:
+        """Rename the folder out of the way (`--fresh`): nothing is lost. UserError while another process trains it."""
+        if not self.folder.exists():
+            return None
+        target = self.folder.with_name(f"{self.folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
+        with self.lock():
+            self.folder.rename(target)
+        return target
+
+
+def provenance(config, recipe_file: Path, source, machine: dict) -> dict:
+    """What made this run: code, data, versions, machine, command."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "seed": config.train.seed,
+        "recipe": {"name": config.recipe, "sha256": hashlib.sha256(recipe_file.read_bytes()).hexdigest()},
+        "code_sha256": code_hash(),
+        "data": {**source.describe(), "fingerprint": source.fingerprint},
+        "versions": versions(),
+        "machine": machine,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("aurora_train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def code_hash() -> str:
+    """sha256 over the package's own Python files: which code a checkpoint came from, without asking git."""
+    root, hasher = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()
+
+
+def copy_code(run: Run, recipe_file: Path) -> None:
+    """Keep the recipe beside the run, so that a resume never depends on a file that moved or changed."""
+    target = run.code / recipe_file.name
+    if not target.exists():
+        write_atomically(target, recipe_file.read_bytes())

@@ -1,0 +1,1 @@
+"""The trainer: state, step, loop. It knows recipes only through `aurora_train.recipe`."""

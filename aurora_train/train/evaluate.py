@@ -1,0 +1,76 @@
+"""Running a model without changing it: the validation loss while training, and the recipe's score at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aurora_train import mesh as meshes
+from aurora_train.recipe import Loss
+
+
+class Evaluator:
+    """Compiles the recipe's loss and predict once for a blueprint and a mesh."""
+
+    def __init__(self, recipe, blueprint, mesh):
+        self._recipe, self._blueprint, self._mesh = recipe, blueprint, mesh
+        self._batch = meshes.batch_sharding(mesh)
+        self._num_devices = mesh.devices.size
+        self._sums = jax.jit(self._loss)
+        self._predict = jax.jit(lambda params, rest, batch: recipe.predict(blueprint.merge(params, rest), batch))
+
+    def _loss(self, params, rest, batch):
+        return Loss(*self._recipe.loss(self._blueprint.merge(params, rest), batch, None))
+
+    def loss(self, state, batches) -> dict[str, float]:
+        """Weighted mean loss (and the recipe's metrics) over the batches, without dropout."""
+        params, totals = weights_of(state), None
+        for batch in batches:
+            sums = self._sums(params, state.rest, self._put(batch))
+            totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+        total, weight, metrics = jax.device_get(totals)
+        named = {name: float(part / max(whole, 1e-9)) for name, (part, whole) in metrics.items()}
+        return {"loss": float(total / max(weight, 1e-9)), **named}
+
+    def predictor(self, state) -> Callable[[dict], object]:
+        """`predict(batch of numpy) -> numpy pytree`. A batch that the devices do not divide is padded and cut back."""
+        params = weights_of(state)
+
+        def predict(batch: dict):
+            size = len(next(iter(batch.values())))
+            short = -size % self._num_devices
+            if short:
+                batch = {k: np.concatenate([v, np.repeat(v[-1:], short, axis=0)]) for k, v in batch.items()}
+            out = jax.device_get(self._predict(params, state.rest, self._put(batch)))
+            return jax.tree.map(lambda a: a[:size], out) if short else out
+
+        return predict
+
+    def model(self, state):
+        """The nnx module with the weights to judge the run by."""
+        return self._blueprint.merge(weights_of(state), state.rest)
+
+    def _put(self, batch):
+        return jax.device_put(batch, self._batch)
+
+
+def weights_of(state):
+    """The parameters to judge a run by: their moving average where one is kept."""
+    return state.extra.get("ema", state.params)
+
+
+def validation_batches(source, batch: int, examples: int, num_devices: int):
+    """The same `examples` every time, spread evenly over a source, in batches that the devices divide.
+
+    As many as fill whole batches; where a split is smaller than one, some examples come twice.
+    """
+    count = min(examples, len(source))
+    size = max(min(batch, count) // num_devices, 1) * num_devices
+    total = max(count // size, 1) * size
+    chosen = np.arange(total, dtype=np.int64) * len(source) // total
+    for start in range(0, total, size):
+        indices = chosen[start : start + size]
+        yield {**source.take(indices), "example": indices.astype(np.uint32)}

@@ -1,0 +1,73 @@
+"""What a call of `train` or `resume` means for the run folder it meets: start, go on, or refuse with the difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aurora_train import run as runs
+from aurora_train.config import config_hash, diff, load_resolved
+from aurora_train.errors import UserError
+
+_WHY = {
+    "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",
+    "warned": "changes the run from here on",
+    "elastic": "the same maths in another order of floating-point sums: equal to tolerance, no longer to the bit",
+}
+
+
+def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
+    """The run that `aurora train CONFIG` starts or goes on with. UserError for a folder that holds another run."""
+    run = runs.Run(Path(folder) if folder else runs.default_folder(config.name, config_hash(config)))
+    if fresh:
+        run.move_aside()
+    if not run.config.is_file():
+        if run.holds_something_else():
+            raise UserError(
+                "this is not a run folder and not empty", where=str(run.folder), hint="name another one with --run"
+            )
+        return run
+    changes = [change for change in diff(load_resolved(run.folder), config) if change[3] != "free"]
+    if changes and not run.has_begun():
+        with run.lock():
+            run.forget()  # nothing was trained: a corrected config may have the folder
+        return run
+    if changes:
+        raise UserError(
+            "this folder holds a run of another config",
+            where=str(run.folder),
+            why=describe(changes),
+            hint=f"name another folder with --run, or change that run: aurora resume {run.folder} KEY=VALUE",
+        )
+    return run
+
+
+def for_resume(folder: str, overrides: list[str]) -> tuple[object, runs.Run, list]:
+    """(config, run, changes) of `aurora resume RUN [key=value ...]`. UserError where a frozen key would change."""
+    run = runs.Run.existing(folder)
+    config = load_resolved(run.folder, overrides)
+    if config.train.steps < run.step():
+        raise UserError(
+            f"train.steps={config.train.steps}, and this run is at step {run.step()} already",
+            where=str(run.folder),
+            hint=f"train.steps={run.step()} ends it there",
+        )
+    changes = diff(load_resolved(run.folder), config)
+    frozen = [change for change in changes if change[3] == "frozen"]
+    if frozen:
+        raise UserError(
+            "these keys are frozen for a run that has begun",
+            where=str(run.folder),
+            why=f"{describe(frozen)}\n  {_WHY['frozen']}",
+            hint="start a run of its own: aurora train CONFIG KEY=VALUE",
+        )
+    return config, run, changes
+
+
+def describe(changes) -> str:
+    """One line a change: key, old value, new value."""
+    return "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new, _ in changes)
+
+
+def warnings(changes) -> list[str]:
+    """What a user should know of the changes that are allowed."""
+    return [f"{key}: {old!r} -> {new!r} ({_WHY[kind]})" for key, old, new, kind in changes if kind in _WHY]

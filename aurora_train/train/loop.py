@@ -1,0 +1,200 @@
+"""The loop, and the order of things that must never change.
+
+1. The records of steps up to s are on disk before the checkpoint of s can count: a resume finds no hole.
+2. The state is copied out before the next step is dispatched, because that step overwrites its buffers.
+3. The evaluation comes after the save: an evaluation that crashes costs no training.
+4. Whatever is due at a step is decided by the step number alone, so a killed run and an undisturbed one agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import jax
+import numpy as np
+
+from aurora_train import files
+from aurora_train.checkpoint import layout
+from aurora_train.data.batches import batches
+from aurora_train.observe.metrics import EventLog, MetricsLog
+from aurora_train.observe.throughput import Throughput
+from aurora_train.train.evaluate import Evaluator, validation_batches
+from aurora_train.train.session import Session
+from aurora_train.train.signals import Stopped, StopRequest
+
+
+class Loop:
+    """Trains a session's state from where it is to the last step. `run` returns the state and why it ended."""
+
+    def __init__(
+        self,
+        session: Session,
+        state,
+        compiled,
+        *,
+        stop: StopRequest,
+        metrics: MetricsLog,
+        events: EventLog,
+        progress,
+        throughput: Throughput,
+        memory_bytes,
+        energy,
+    ):
+        self.session, self.state, self._compiled = session, state, compiled
+        self._stop, self._metrics, self._events = stop, metrics, events
+        self._progress, self._throughput, self._memory_bytes = progress, throughput, memory_bytes
+        self._energy = energy
+        self._config, self._store = session.config, session.store
+        self._step = int(jax.device_get(state.step))
+        self._last_save = self._step  # 0 for a fresh run, which has nothing to lose
+        self._late: deque = deque()  # metrics of steps that may still be running
+        self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
+        self._validation = None
+        self._timed = False  # the first step of a process still pays for what the compiler left to it
+        self._deadline = None
+        if self._config.train.stop_after_minutes is not None:
+            self._deadline = time.monotonic() + 60 * self._config.train.stop_after_minutes
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The jitted loss and predict, for the score after the last step."""
+        return self._evaluator
+
+    def run(self, evaluated: set[int]) -> str | None:
+        """Go on to the last step. `evaluated` has the steps whose evaluation is on record.
+
+        Returns None at the last step, or the name of what asked for a stop; the state is saved either way.
+        """
+        first, last, interrupted = self._step, self._config.train.steps, False
+        with self._stop.held():
+            try:
+                if first > 0 and self._evaluation_due(first) and first not in evaluated:
+                    self._evaluate(first)
+                self._steps(int(jax.device_get(self.state.data_step)), last)
+            except Stopped:
+                interrupted = True
+            self._settle()
+            if self._step != self._last_save:
+                self._save(self._step)
+            self._saved(self._store.wait())
+        return self._asked() if interrupted or self._step < last else None
+
+    def _steps(self, data_step: int, last: int) -> None:
+        config = self._config
+        ahead = last - self._step
+        if ahead == 0:
+            return
+        with batches(self.session.source, config.train.seed, config.train.batch, data_step, data_step + ahead) as feed:
+            while self._step < last and not self._asked():
+                asked_at = time.perf_counter()
+                _, batch = next(feed)
+                self._throughput.waited(time.perf_counter() - asked_at)
+                self._advance(batch)
+                self._after(self._step)
+
+    def _advance(self, batch: dict) -> None:
+        self.state, metrics = self._compiled(self.state, batch)
+        self._step += 1
+        self._late.append((self._step, metrics))
+        while len(self._late) > 1:
+            self._record(*self._late.popleft())
+
+    def _after(self, step: int) -> None:
+        if self._save_due(step):
+            self._settle()
+            self._aside(self._save, step)
+        else:
+            self._saved(self._store.finished())
+        if self._evaluation_due(step):
+            self._settle()
+            self._aside(self._evaluate, step)
+
+    def _aside(self, work, step: int) -> None:
+        """Do what is not training; its time is in no rate and in no time left."""
+        with self._throughput.excluding():
+            work(step)
+        self._progress.skip()
+
+    # ---- records
+
+    def _record(self, step: int, metrics) -> None:
+        fetched = jax.device_get(metrics)
+        names = sorted(fetched, key=lambda name: (name != "loss", name))
+        values = {name: float(fetched[name]) for name in names}
+        if self._timed:
+            self._throughput.count(values["tokens"])
+        else:
+            self._throughput.begin()
+            self._timed = True
+        record = {"step": step, **values, "tokens": int(values["tokens"]), "skipped": int(values["skipped"])}
+        if step % self._config.log.every == 0 or step == self._config.train.steps:
+            record |= {**self._throughput.measure(), "memory_bytes": self._memory_bytes(), "time": time.time()}
+            self._energy.read()  # some counters wrap within the hour
+        self._metrics.write(record)
+        self._progress.step(record)
+        if record["skipped"]:
+            self._events.event("skip", step, loss=values["loss"], grad_norm=values["grad_norm"])
+            self._progress.event(f"step {step}: loss or gradient is not finite; the update was not applied")
+
+    def _settle(self) -> None:
+        """Bring every outstanding record to the log."""
+        while self._late:
+            self._record(*self._late.popleft())
+
+    # ---- saving and evaluating
+
+    def _save(self, step: int) -> None:
+        self._last_save = step
+        self._metrics.sync()
+        files.sync(self.session.run.folder)
+        self._saved(self._store.wait())
+        self._store.save(step, self.state, {"data_step": int(jax.device_get(self.state.data_step))})
+
+    def _saved(self, step: int | None) -> None:
+        if step is None:
+            return
+        given_up = self._store.retain(lower_is_better=True)
+        self._events.event("save", step, given_up=given_up)
+        self._progress.event(f"saved step {step}")
+
+    def _save_due(self, step: int) -> bool:
+        return step == self._config.train.steps or step % self._config.checkpoint.every == 0
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self._config.evaluate.every
+        return step == self._config.train.steps or (every is not None and step % every == 0)
+
+    def _evaluate(self, step: int) -> None:
+        with self._stop.allowed():
+            result = self._evaluator.loss(self.state, self._validation_batches())
+        # The score first: a record of an evaluation says that there is nothing left to do for its step.
+        if step == self._last_save or step in self._store.steps():
+            self._store.attach_score(step, result["loss"])
+        self._metrics.write({"step": step, "evaluation": result})
+        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
+
+    def _validation_batches(self):
+        if self._validation is None:
+            source = self.session.recipe.data("validation")
+            plan, devices = self.session.plan, self.session.mesh.devices.size
+            self._validation = list(
+                validation_batches(source, plan.microbatch, self._config.evaluate.examples, devices)
+            )
+        return self._validation
+
+    def _asked(self) -> str | None:
+        if self._stop.name is None and self._deadline is not None and time.monotonic() > self._deadline:
+            return "train.stop_after_minutes"
+        return self._stop.name
+
+
+def state_hash(state) -> str:
+    """sha256 hex over every leaf of a state by canonical name: equal hashes are equal bits."""
+    import hashlib
+
+    hasher = hashlib.sha256()
+    for name, array in sorted(layout.snapshot(state).items()):
+        hasher.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        hasher.update(np.ascontiguousarray(array).tobytes())
+    return hasher.hexdigest()

@@ -1,0 +1,131 @@
+"""What a run is, as one pytree of plain arrays. There is no random state in it: keys are functions of the step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aurora_train import mesh as meshes
+from aurora_train import optimizer as optimizers
+from aurora_train.nn import stack as stacked
+from aurora_train.random import stream
+
+
+class TrainState(NamedTuple):
+    """`step`: updates attempted, int32. `data_step`: batches taken, int32. `params`: nested dict of float32 masters.
+
+    `frozen` is neither differentiated nor saved again; `rest` holds the model's other variables; `extra` holds the
+    moving average of the parameters (`ema`) where the config asks for one.
+    """
+
+    step: Any
+    data_step: Any
+    params: Any
+    frozen: Any
+    rest: Any
+    opt_state: Any
+    extra: Any
+
+
+class Blueprint(NamedTuple):
+    """Everything about a model that is not an array: made once, before anything is allocated."""
+
+    graph: Any
+    variables: Any  # the nnx State of parameters, abstract: the mould into which a nested dict is poured
+    rest: Any
+    state: TrainState  # ShapeDtypeStructs
+    shardings: TrainState
+    initialise: Any  # () -> TrainState, jitted
+
+    def merge(self, params, rest):
+        """An nnx module around plain arrays; free inside a trace."""
+        variables = jax.tree.map(lambda leaf: leaf, self.variables)
+        nnx.replace_by_pure_dict(variables, params)
+        others = jax.tree.map(lambda leaf: leaf, self.rest)
+        nnx.replace_by_pure_dict(others, rest)
+        return nnx.merge(self.graph, variables, others)
+
+
+def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
+    """Abstract model, state, shardings and the jitted initialiser, without allocating a parameter."""
+
+    def construct():
+        model = recipe.model(nnx.Rngs(params=stream(seed, "init")))
+        plan.apply(model)
+        return model
+
+    graph, variables, rest = nnx.split(nnx.eval_shape(construct), nnx.Param, ...)
+    abstract = nnx.to_pure_dict(variables)
+
+    def initialise() -> TrainState:
+        _, params, others = nnx.split(construct(), nnx.Param, ...)
+        params = nnx.to_pure_dict(params)
+        return TrainState(
+            step=jnp.int32(0),
+            data_step=jnp.int32(0),
+            params=params,
+            frozen={},
+            rest=nnx.to_pure_dict(others),
+            opt_state=optimizer.init(params),
+            extra={"ema": jax.tree.map(jnp.copy, params)} if ema else {},
+        )
+
+    state = jax.eval_shape(initialise)
+    whole = meshes.replicated(mesh)
+    parameters = meshes.parameter_shardings(variables, mesh)
+    shardings = TrainState(
+        step=whole,
+        data_step=whole,
+        params=parameters,
+        frozen={},
+        rest=jax.tree.map(lambda _: whole, state.rest),
+        opt_state=_optimizer_shardings(state.opt_state, abstract, parameters, whole),
+        extra={"ema": parameters} if ema else {},
+    )
+    return Blueprint(graph, variables, rest, state, shardings, jax.jit(initialise, out_shardings=shardings))
+
+
+def _optimizer_shardings(opt_state, params, shardings, whole):
+    """Each moment lies as its parameter does: matched by the end of its path and its shape. Others are replicated."""
+    rest, stacks = optimizers.partition(params)
+    rest_shardings, stack_shardings = optimizers.partition(shardings)
+
+    def group(state, params, shardings):
+        known = {
+            tuple(map(_key, path)): (leaf.shape, sharding)
+            for (path, leaf), sharding in zip(
+                jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+            )
+        }
+
+        def match(path, leaf):
+            names = tuple(map(_key, path))
+            for start in range(len(names)):
+                shape, sharding = known.get(names[start:], (None, None))
+                if shape == leaf.shape:
+                    return sharding
+            return whole
+
+        return jax.tree_util.tree_map_with_path(match, state)
+
+    out = {"rest": group(opt_state["rest"], rest, rest_shardings), "stacks": {}}
+    for name, stack in opt_state["stacks"].items():
+        out["stacks"][name] = {
+            stacked.SEGMENTS: {
+                i: group(s, stacks[name][stacked.SEGMENTS][i], stack_shardings[name][stacked.SEGMENTS][i])
+                for i, s in stack[stacked.SEGMENTS].items()
+            }
+        }
+    return out
+
+
+def _key(entry) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
+
+
+def parameter_count(params) -> int:
+    """Number of scalars in a parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

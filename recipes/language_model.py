@@ -1,0 +1,217 @@
+"""Language modelling: a decoder transformer trained on text, scored in bits per byte on whole held-out documents.
+
+Bits per byte do not depend on the tokenizer, so runs with different vocabularies compare, and so do file
+compressors: the score stands beside `xz` and `gzip` on the same documents, and beside an n-gram model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aurora_train.config import Section, setting
+from aurora_train.data.config import TextDataConfig, check_data
+from aurora_train.errors import UserError
+from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.nn.sizes import derive_from_size
+from aurora_train.recipe import Derived, Loss
+from aurora_train.recipe import Recipe as Base
+
+
+class Scoring(Section):
+    """How the held-out documents are read: windows of the training length, each token scored once."""
+
+    overlap: float = setting(0.5, resume="free", ge=0, lt=1, help="share of a window that is context seen before")
+    batch: int = setting(32, resume="free", ge=1, help="windows at a time")
+
+
+class Samples(Section):
+    """What is written for the report after training."""
+
+    count: int = setting(8, resume="free", ge=0, help="number of samples")
+    max_tokens: int = setting(256, resume="free", ge=1, help="tokens per sample")
+    temperature: float = setting(0.8, resume="free", ge=0, help="0 takes the likeliest token")
+    top_p: float | None = setting(0.95, resume="free", gt=0, le=1, help="nucleus of the distribution")
+    prompts: list[str] = setting([], resume="free", help="texts to continue, in turn; none: from nothing")
+
+
+class Config(Section):
+    model: DecoderConfig = setting(DecoderConfig())
+    data: TextDataConfig = setting(TextDataConfig())
+    score: Scoring = setting(Scoring())
+    samples: Samples = setting(Samples())
+
+
+class Recipe(Base):
+    """One decoder, next-token cross-entropy, bits per byte."""
+
+    Config = Config
+    @classmethod
+    def derive(cls, given: dict) -> list[Derived]:
+        size = (given.get("model") or {}).get("size")
+        if not isinstance(size, str):
+            return []
+        data = given.get("data") or {}
+        tokenizer = data.get("tokenizer") or {}
+        vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "byte") != "byte" else 257
+        return derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
+
+    @classmethod
+    def check(cls, config) -> None:
+        check_data(config.data)
+        if config.evaluate.final and config.data.holdout_test == 0:
+            raise UserError(
+                "there is no test document to score the run on",
+                where="data.holdout_test",
+                hint="data.holdout_test=0.02, or evaluate.final=false",
+            )
+        if config.model.positions == "learned" and config.model.max_length < config.data.sequence:
+            raise UserError(
+                f"rows of {config.data.sequence} tokens need as many learned positions",
+                where="model.max_length",
+                hint=f"model.max_length={config.data.sequence}, or model.positions=rope",
+            )
+
+    def prepare(self, progress) -> None:
+        from aurora_train.data.prepare import prepare
+
+        self.store = prepare(self.config.data, self.cache / "data", progress=progress)
+
+    def data(self, split: str):
+        from aurora_train.data.rows import TokenSource
+
+        return TokenSource(self.store, split, self.config.data.sequence)
+
+    def model(self, rngs):
+        from aurora_train.nn.decoder import Decoder
+
+        return Decoder(self.config.model, self.store.tokenizer.vocab_size, self.config.train.precision, rngs)
+
+    def loss(self, model, batch: dict, key) -> Loss:
+        hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)
+        return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
+
+    def predict(self, model, batch: dict):
+        """-log p of each target in nats, float32[B, T]."""
+        hidden = model(batch["tokens"], batch["segments"], batch["positions"])
+        return model.token_nll(hidden, batch["targets"])
+
+    def remarks(self, model) -> list[str]:
+        return [f"attention: {model.attention.name} ({model.attention.reason})"]
+
+    def flops_per_target(self, num_parameters: int) -> float:
+        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
+        model = self.config.model
+        table = 0 if model.tied else self.store.tokenizer.vocab_size * model.width
+        span = min(self.config.data.sequence, model.window or self.config.data.sequence)
+        return 6.0 * (num_parameters - table) + 6.0 * model.layers * span * model.heads * model.dim_per_head
+
+    def score(self, predict, split, key, workdir, progress) -> dict:
+        from aurora_train.data.windows import bits_per_document, windows
+
+        documents = list(self.store.documents(split))
+        if not documents:
+            raise UserError("the test split has no document", where="data.holdout_test", hint="data.holdout_test=0.02")
+        sequence = self.config.data.sequence
+        overlap = int(sequence * self.config.score.overlap)
+        batches = list(windows([d.tokens for d in documents], sequence, overlap, self.config.score.batch))
+
+        def scored():
+            for number, batch in enumerate(batches):
+                progress(number, len(batches), "scoring held-out documents")
+                inputs = {name: array for name, array in batch.items() if name != "document"}
+                yield batch, predict(inputs)
+            progress(len(batches), len(batches), "scoring held-out documents")
+
+        bits = bits_per_document(scored(), len(documents))
+        sizes = np.array([d.num_bytes for d in documents], np.float64)
+        np.save(workdir / "bits.npy", bits)
+        tokens = sum(len(d.tokens) - 1 for d in documents)
+        return {
+            "bits_per_byte": float(bits.sum() / sizes.sum()),
+            "documents": len(documents),
+            "bytes": int(sizes.sum()),
+            "bytes_per_token": float(sizes.sum() / tokens),
+            "notes": [
+                f"{len(documents)} whole documents held out by a hash of their path; windows of {sequence} tokens, "
+                f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"
+            ],
+        }
+
+    def baselines(self, workdir, progress) -> dict:
+        from aurora_train.data.ngram import NGram
+        from aurora_train.data.rivals import compressors
+
+        texts = [self.store.text("test", i) for i in range(self.store.num_documents("test"))]
+        packed = compressors(texts, progress)
+        trained_on = [self.store.text("train", i) for i in range(self.store.num_documents("train"))]
+        ngram = NGram.fit(trained_on, progress=progress)
+        ours, sizes = np.load(workdir / "bits.npy"), packed["documents"]["bytes"]
+        counted = ngram.bits_per_document(texts)
+        columns = {"this model": ours, f"{ngram.order}-gram": counted}
+        columns |= {name: packed["documents"][name] for name in ("xz_9", "gzip_9")}
+        names = self.store.names("test")
+        rows = [
+            [names[i], int(sizes[i]), *(round(float(bits[i]) / max(int(sizes[i]), 1), 3) for bits in columns.values())]
+            for i in np.argsort(-sizes)
+        ]
+        better = int(np.sum(ours < packed["documents"]["xz_9"]))
+        return {
+            **packed["bits_per_byte"],
+            f"{ngram.order}-gram": float(counted.sum() / sizes.sum()),
+            "tables": [{"title": "bits per byte of each held-out document",
+                        "columns": ["document", "bytes", *columns], "rows": rows}],
+            "notes": [
+                f"smaller than xz -9 on {better} of {len(texts)} documents; a compressor starts each document knowing "
+                f"nothing; xz_9_whole reads all of them as one file; the {ngram.order}-gram model was fitted "
+                f"to {ngram.trained_bytes:,} bytes of the training text"
+            ],
+        }
+
+    def samples(self, model, key) -> list[dict]:
+        import jax
+
+        from aurora_train.data.rivals import python_parse_share
+
+        wanted = self.config.samples
+        generator = self._generator(model)
+        tokenizer, made = self.store.tokenizer, []
+        prompts = [(wanted.prompts or [""])[i % max(len(wanted.prompts), 1)] for i in range(wanted.count)]
+        if not prompts:
+            return []
+        encoded = [[tokenizer.eos_id, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+        seed = int(jax.random.bits(key, dtype="uint32") >> 1)
+        outputs = generator.generate_batch(
+            encoded, wanted.max_tokens, wanted.temperature, None, wanted.top_p, seed
+        )
+        for prompt, ids in zip(prompts, outputs, strict=True):
+            text = tokenizer.decode(np.asarray(ids, np.int64))
+            checks = {"parses_as_python": bool(python_parse_share([prompt + text]))} if self._is_python else {}
+            made.append({"prompt": prompt, "text": text, **checks})
+        return made
+
+    @property
+    def _is_python(self) -> bool:
+        return self.config.data.source == "python-stdlib" or self.config.data.pattern.endswith(".py")
+
+    def generate(self, model, prompt: str, options: dict, on_text) -> str:
+        tokenizer, ids, shown = self.store.tokenizer, [], 0
+
+        def on_token(token: int) -> None:
+            nonlocal shown
+            ids.append(token)
+            text = tokenizer.decode(np.asarray(ids, np.int64))
+            if not text.endswith("\ufffd"):  # half of a character: wait for the token that completes it
+                on_text(text[shown:])
+                shown = len(text)
+
+        start = [tokenizer.eos_id, *map(int, tokenizer.encode(prompt))]
+        self._generator(model).generate(
+            start, options["max_tokens"], options["temperature"], options["top_k"], options["top_p"],
+            options["seed"], on_token,
+        )
+        return tokenizer.decode(np.asarray(ids, np.int64))
+
+    def _generator(self, model):
+        from aurora_train.generate.sampler import Generator
+
+        return Generator(model, self.store.tokenizer.eos_id)

@@ -1,0 +1,50 @@
+"""It comes back: a run killed with -9 at any moment is, when it has finished, the run that was never killed."""
+
+from __future__ import annotations
+
+import pytest
+from harness import TINY, Aurora, losses
+from killing import assert_same_run, kill_again_and_again, schedule
+
+STEPS = 40  # of the tiny config: accumulation 2, dropout, BPE, packing, EMA and Muon are on
+SEED = 20261122
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus):
+    """The run nobody kills, with a cache of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY.format(corpus=corpus))
+    Aurora(folder, folder / "cache").good("train", config, "--run", folder / "run")
+    assert [step for step, _ in losses(folder / "run")] == list(range(1, STEPS + 1))
+    return folder / "run"
+
+
+def kill(phases, seed, undisturbed, tiny, tmp_path):
+    tally = kill_again_and_again(Aurora(tmp_path, tmp_path / "cache"), tiny, STEPS, phases, seed)
+    print(f"seed {seed}: {sum(tally.kills.values())} kills {tally.kills}, {tally.missed} missed their phase")
+    assert not tally.failed_restarts, tally.failed_restarts[0]
+    assert sum(tally.kills.values()) == len(phases)
+    assert tally.finished_runs
+    for run in tally.finished_runs:
+        assert_same_run(run, undisturbed)
+
+
+def test_a_run_killed_in_each_phase_once_is_the_run_that_was_never_killed(
+    undisturbed, tiny, tmp_path
+):
+    kill(schedule(8, SEED), SEED, undisturbed, tiny, tmp_path)
+
+
+@pytest.mark.slow
+def test_twenty_kills_over_all_phases_change_no_bit(undisturbed, tiny, tmp_path):
+    kill(schedule(20, SEED + 1), SEED + 1, undisturbed, tiny, tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_during_preparation_and_again_right_after_each_resume_change_no_bit(
+    undisturbed, tiny, tmp_path
+):
+    phases = ["prepare", "prepare", "compile", "resumed", "step", "resumed", "save", "resumed", "resumed", "step"]
+    kill(phases, SEED + 2, undisturbed, tiny, tmp_path)

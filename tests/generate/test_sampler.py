@@ -1,0 +1,127 @@
+"""Sampling with a cache gives what the uncached model gives, and draws as asked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aurora_train.errors import UserError
+from aurora_train.generate.sampler import Generator, Knobs, _draw
+from aurora_train.nn.decoder import Decoder
+from aurora_train.nn.decoder_config import DecoderConfig
+
+VOCAB, PROMPT = 41, [3, 1, 4, 1, 5, 9, 2, 6]
+SHAPES = {
+    "llama": {"kv_heads": 2, "window": 5},
+    "gemma": {
+        "window": 4, "window_pattern": ["local", "global"], "attention_softcap": 5.0, "logit_softcap": 5.0,
+        "post_norm": True,
+    },
+    "gpt2": {"positions": "learned", "max_length": 40, "norm": "layernorm", "bias": "all", "activation": "gelu"},
+}  # fmt: skip
+
+
+def decoder(**settings):
+    config = DecoderConfig(**({"width": 32, "layers": 2, "heads": 4} | settings))
+
+    def make():
+        return Decoder(config, VOCAB, "float32", nnx.Rngs(params=jax.random.key(7)))
+
+    graph, _ = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1])())
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return decoder(**SHAPES["llama"])
+
+
+@pytest.mark.parametrize("shape", ["gemma", *(pytest.param(s, marks=pytest.mark.slow) for s in ("llama", "gpt2"))])
+def test_greedy_tokens_and_logits_equal_those_without_a_cache(shape):
+    model = decoder(**SHAPES[shape])
+    made = Generator(model, None).generate(PROMPT, 24, temperature=0)
+    text = jnp.asarray([PROMPT + made], jnp.int32)
+    graph, state = nnx.split(model)
+    logits = jax.jit(lambda state: (m := nnx.merge(graph, state)).logits(m(text)))(state)[0]
+    assert made == logits[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+
+    @jax.jit
+    def extend(state, tokens, positions, caches):
+        model = nnx.merge(graph, state)
+        hidden, caches = model.extend(tokens, positions, caches)
+        return model.logits(hidden), caches
+
+    caches, found = model.empty_caches(1, 32), []
+    for t in range(0, 32, 4):
+        part, caches = extend(state, text[:, t : t + 4], jnp.arange(t, t + 4)[None], caches)
+        found.append(part[0])
+    np.testing.assert_allclose(jnp.concatenate(found), logits, atol=1e-4)
+
+
+def test_prompts_of_unlike_lengths_in_a_batch_get_what_each_gets_alone(llama):
+    generator = Generator(llama, None)
+    prompts = [PROMPT, PROMPT[:2], PROMPT * 2 + [7]]
+    together = generator.generate_batch(prompts, 12, temperature=0)
+    assert together == [generator.generate(prompt, 12, temperature=0) for prompt in prompts]
+
+
+def test_a_seed_decides_the_text_and_another_gives_another(llama):
+    generator = Generator(llama, None)
+    one, again = (generator.generate(PROMPT, 20, seed=1) for _ in range(2))
+    assert one == again and len(one) == 20
+    assert generator.generate(PROMPT, 20, seed=2) != one
+
+
+def test_the_callback_gets_each_token_as_it_is_made_and_the_end_token_stops(llama):
+    seen = []
+    made = Generator(llama, None).generate(PROMPT, 20, seed=1, on_token=seen.append)
+    assert seen == made
+    end = made[6]
+    assert Generator(llama, end).generate(PROMPT, 20, seed=1) == made[: made.index(end)]
+
+
+def test_no_new_tokens_are_none(llama):
+    assert Generator(llama, None).generate(PROMPT, 0) == []
+
+
+def draws(shares, number=4000, temperature=1.0, top_k=None, top_p=1.0):
+    """Frequencies of each token when the model's shares are `shares`."""
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(shares)), (number, len(shares)))
+    knobs = Knobs(jnp.float32(temperature), jnp.int32(top_k or len(shares)), jnp.float32(top_p))
+    drawn = _draw(logits, jax.random.split(jax.random.key(0), number), 0, knobs)
+    return np.bincount(drawn, minlength=len(shares)) / number
+
+
+def test_draws_follow_temperature_top_k_and_top_p():
+    shares = np.array([0.1, 0.4, 0.2, 0.3])
+    np.testing.assert_allclose(draws(shares), shares, atol=0.03)
+    np.testing.assert_allclose(draws(shares, temperature=0.5), shares**2 / (shares**2).sum(), atol=0.03)
+    np.testing.assert_allclose(draws(shares, top_k=2), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+    np.testing.assert_allclose(draws(shares, top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9], atol=0.03)
+    np.testing.assert_allclose(draws(shares, top_p=0.65), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+    np.testing.assert_array_equal(draws(shares, temperature=0), [0, 1, 0, 0])
+    np.testing.assert_array_equal(draws(shares, top_p=1e-6), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "settings,where",
+    [
+        ({"prompt_ids": []}, "prompt"),
+        ({"prompt_ids": [VOCAB]}, "prompt"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+    ],
+)
+def test_a_setting_out_of_range_is_a_users_error(llama, settings, where):
+    with pytest.raises(UserError) as caught:
+        Generator(llama, None).generate(**({"prompt_ids": PROMPT, "max_new_tokens": 4} | settings))
+    assert caught.value.where == where
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused_with_the_room_there_is():
+    generator = Generator(nnx.eval_shape(lambda: decoder(**SHAPES["gpt2"])), None)
+    with pytest.raises(UserError, match="at most 32"):
+        generator.generate(PROMPT, 33)

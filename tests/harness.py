@@ -1,0 +1,82 @@
+"""The real command line in a process of its own, and readers of what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Dropout, BPE, packing, accumulation 2, EMA and Muon: what a resume has to get right. Formatted with `corpus`.
+TINY = """
+recipe: language_model
+model: {{width: 32, layers: 2, heads: 2, dropout: 0.1, tied: false}}
+data:
+  {{source: {corpus}, tokenizer: {{kind: bpe, vocab: 300}}, sequence: 32, holdout_test: 0.1, holdout_validation: 0.1}}
+train: {{steps: 40, batch: 8}}
+optimizer: {{name: muon, lr: 1e-2, ema: 0.9, schedule: {{warmup: 5}}}}
+memory: {{accumulation: 2}}
+checkpoint: {{every: 10}}
+evaluate: {{every: 20, examples: 16, baselines: false}}
+samples: {{count: 2, max_tokens: 16}}
+"""
+
+
+class Aurora:
+    """The command line as a user has it: another process, a folder of its own, nothing mocked."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache = folder, cache
+
+    def environment(self, devices: int = 1) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "AURORA_"))}
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
+        return {**kept, **flags, "AURORA_CACHE": str(self.cache), "JAX_PLATFORMS": "cpu"}
+
+    def command(self, *arguments) -> list[str]:
+        return [sys.executable, "-m", "aurora_train.cli.main", *map(str, arguments)]
+
+    def __call__(self, *arguments, devices: int = 1, timeout: float = 300) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments), cwd=self.folder, env=self.environment(devices), capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=timeout,
+        )
+
+    def good(self, *arguments, **options) -> subprocess.CompletedProcess:
+        """The same, for a call that must succeed."""
+        result = self(*arguments, **options)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result
+
+    def start(self, *arguments, **options) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(*arguments), cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options,
+        )
+
+
+def records(run: Path) -> list[dict]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every training record, in the order of the file."""
+    return [(r["step"], r["loss"]) for r in records(run) if "loss" in r]
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """(step, validation loss) of every evaluation, in the order of the file."""
+    return [(r["step"], r["evaluation"]["loss"]) for r in records(run) if "evaluation" in r]
+
+
+def events(run: Path, name: str) -> list[dict]:
+    """The events of one name."""
+    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == name]
+
+
+def final_hash(run: Path) -> str:
+    """The hash of the final state that a finished run recorded."""
+    return events(run, "finish")[-1]["state_sha256"]

@@ -1,0 +1,47 @@
+"""Writes `reference_<family>.npz` with transformers on torch: logits, loss and gradients of the tiny models.
+
+Run it where torch and transformers are installed (`pip install 'aurora_train[parity]'`):
+
+    python tests/parity/make_reference.py
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from families import FAMILIES, VOCAB, draw_weights, to_ours, tokens_and_targets
+
+HERE = Path(__file__).parent
+
+
+def reference(family: str) -> dict:
+    """{"shapes": name -> shape, "logits", "loss", "gradients": name -> array} in float32, attention in plain form."""
+    prefix, settings, _ = FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().train()
+    trained = dict(model.named_parameters())
+    weights = draw_weights(family, {name: tuple(p.shape) for name, p in trained.items()})
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(torch.from_numpy(weights[name]))
+    tokens, targets = (torch.from_numpy(x).long() for x in tokens_and_targets(family))
+    logits = model(tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
+    loss.backward()
+    return {
+        "shapes": {name: tuple(p.shape) for name, p in trained.items()},
+        "logits": logits.detach().numpy(),
+        "loss": loss.item(),
+        "gradients": {name: p.grad.numpy() for name, p in trained.items()},
+    }
+
+
+if __name__ == "__main__":
+    for family in FAMILIES:
+        found = reference(family)
+        to_ours(family, found["gradients"])  # every weight has its place
+        arrays = {f"gradient/{name}": g for name, g in found["gradients"].items()}
+        path = HERE / f"reference_{family}.npz"
+        np.savez_compressed(path, logits=found["logits"], loss=np.float32(found["loss"]), **arrays)
+        print(family, f"{found['loss']:.4f}", f"{path.stat().st_size:,} bytes", transformers.__version__)

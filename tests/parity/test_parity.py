@@ -1,0 +1,76 @@
+"""Tiny models of seven published families give the logits and gradients of transformers on torch.
+
+The stored references need no torch; with torch installed the slow tier makes them afresh and compares again.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aurora_train.nn.decoder import Decoder
+from aurora_train.nn.decoder_config import DecoderConfig
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from families import FAMILIES, VOCAB, draw_weights, to_ours, tokens_and_targets  # noqa: E402
+
+# A third of the compile time, the same mathematics.
+QUICK_JIT = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def assert_parity(family, shapes, logits, loss, gradients, **settings):
+    config = DecoderConfig(**FAMILIES[family][2], **settings)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))))
+    like = nnx.to_pure_dict(state)
+    weights = jax.tree.map(jnp.asarray, to_ours(family, draw_weights(family, shapes)))
+    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, like)
+    tokens, targets = tokens_and_targets(family)
+    ones = jnp.ones(targets.shape)
+
+    def run(weights):
+        nnx.replace_by_pure_dict(state, weights)
+        model = nnx.merge(graph, state)
+        hidden = model(tokens, ones.astype(jnp.int32))
+        total, weight = model.nll(hidden, targets, ones)
+        return total / weight, model.logits(hidden)
+
+    (our_loss, our_logits), ours = QUICK_JIT(jax.value_and_grad(run, has_aux=True))(weights)
+    np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(our_loss, loss, rtol=1e-5)
+    theirs = to_ours(family, gradients)
+    for path, expected in jax.tree.leaves_with_path(theirs):
+        found = functools.reduce(lambda node, key: node[key.key], path, ours)
+        scale = max(np.abs(expected).max(), 1e-4)  # GPT-2's key bias has no gradient but rounding
+        np.testing.assert_allclose(found, expected, atol=1e-3 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def stored(family):
+    with np.load(HERE / f"reference_{family}.npz") as arrays:
+        gradients = {n.removeprefix("gradient/"): arrays[n] for n in arrays.files if n.startswith("gradient/")}
+        return {n: g.shape for n, g in gradients.items()}, arrays["logits"], arrays["loss"], gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_model_equals_the_stored_logits_and_gradients_of_transformers(family):
+    assert_parity(family, *stored(family))
+
+
+def test_a_model_of_small_loss_chunks_and_reference_attention_equals_them_too():
+    assert_parity("gemma2", *stored("gemma2"), attention="reference", loss_chunk=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_model_equals_transformers_run_live(family):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_reference import reference
+
+    found = reference(family)
+    assert_parity(family, found["shapes"], found["logits"], found["loss"], found["gradients"])

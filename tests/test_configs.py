@@ -1,0 +1,39 @@
+"""Every bundled config loads, opens with its command, and trains two steps once it is shrunk."""
+
+import re
+
+import pytest
+from harness import losses
+
+from aurora_train import bundled
+from aurora_train.cli.main import main
+from aurora_train.config import load
+
+SHRUNK = ["train.steps=2", "train.batch=4", "memory.accumulation=1", "memory.unroll=false", "evaluate.examples=4",
+          "evaluate.final=false", "checkpoint.every=2"]
+# What makes each recipe small; a new recipe adds its line here.
+SMALL = {
+    "language_model": ["model.width=16", "model.heads=2", "model.layers=2", "data.max_documents=60",
+                       "data.holdout_validation=0.2", "data.sequence=16", "data.tokenizer={kind: byte}"],
+    "neural_decoding": ["model.width=8", "model.heads=2", "model.layers=1", "data.simulated_trials=20",
+                        "data.simulated_units=5"],
+}
+CONFIGS = bundled.configs()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_opens_with_a_comment_that_has_its_command(name):
+    comment = re.match(r"(?:#.*\n)+", CONFIGS[name].read_text())[0]
+    named = [bundled.config_file(found) for found in re.findall(r"aurora train (\S+)", comment)]
+    assert CONFIGS[name] in named
+    assert len(bundled.first_line(CONFIGS[name])) > 20
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shrunk_config_trains(name, tmp_path, shared_cache, monkeypatch, capsys):
+    monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
+    monkeypatch.chdir(tmp_path)
+    recipe = load(name).recipe
+    assert recipe in SMALL, f"tests/test_configs.py does not know how to make {recipe} small"
+    assert main(["train", name, *SHRUNK, *SMALL[recipe], "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]

@@ -1,0 +1,82 @@
+"""docs/extend.md works as written: its two files, in a folder of their own, train, are killed, and come back."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOC = Path(__file__).parents[1] / "docs" / "extend.md"
+AURORA = [sys.executable, "-m", "aurora_train.cli.main"]
+SHORT = ["model.width=8", "train.batch=16", "evaluate.every=null", "evaluate.examples=32"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The files of the document, by the name in the first line of each block."""
+    for block in re.findall(r"```(?:python|yaml)\n(.*?)```", DOC.read_text(), re.DOTALL):
+        name = block.split("\n", 1)[0].removeprefix("# ")
+        (tmp_path / name).write_text(block)
+    return tmp_path
+
+
+def environment(folder):
+    root = str(DOC.parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "AURORA_CACHE": str(folder / "cache")}
+
+
+def aurora(folder, *arguments):
+    done = subprocess.run([*AURORA, *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def steps(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if "loss" in record]
+
+
+def test_the_documents_recipe_is_a_single_short_file(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["forecast.py", "forecast.yaml"]
+    assert len((folder / "forecast.py").read_text().splitlines()) < 110
+
+
+def test_a_users_own_recipe_passes_check_and_its_typos_are_found_by_line(folder):
+    aurora(folder, "check", "forecast.yaml")
+    text = (folder / "forecast.yaml").read_text()
+    (folder / "forecast.yaml").write_text(text.replace("width: 64", "widht: 64"))
+    typo = subprocess.run(
+        [*AURORA, "check", "forecast.yaml"], cwd=folder, env=environment(folder), capture_output=True, text=True
+    )
+    assert typo.returncode == 2 and "forecast.yaml:3:" in typo.stderr and "width" in typo.stderr
+
+
+def test_a_users_own_recipe_comes_back_from_a_kill_though_its_file_has_gone_and_is_scored(folder):
+    run = folder / "run"
+    arguments = ["train", "forecast.yaml", *SHORT, "train.steps=100000", "checkpoint.every=20", "--run", "run"]
+    victim = subprocess.Popen(
+        [*AURORA, *arguments], cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True
+    )
+    said = []
+    for line in victim.stderr:
+        said.append(line)
+        if "saved step" in line:
+            break
+    victim.kill()
+    victim.stderr.close()
+    assert victim.wait() == -9, "".join(said)
+    assert "recipe forecast.py sha256 " in said[0]
+    (folder / "forecast.py").unlink()
+    last = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()) + 30
+    aurora(folder, "resume", "run", f"train.steps={last}")
+    assert steps(run) == list(range(1, last + 1))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    resumed = [event["step"] for event in events if event["event"] == "resume"]
+    assert len(resumed) == 1 and resumed[0] >= 20
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["headline"] == "rmse" and 0 < scores["score"]["rmse"] < 1
+    assert 0 < scores["baselines"]["linear prediction"] < 1
