@@ -42,7 +42,12 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             where="mesh",
             hint="use `mesh: {data: -1, fsdp: 1}` to take all there are",
         )
-    return Mesh(np.asarray(devices[:wanted]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+    return mesh_of(np.asarray(devices[:wanted]).reshape(data, fsdp))
+
+
+def mesh_of(devices: np.ndarray) -> Mesh:
+    """The mesh of an array of devices [data, fsdp]."""
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

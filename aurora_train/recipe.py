@@ -71,6 +71,13 @@ class Recipe:
     def check(cls, config) -> None:
         """Cross-section checks without jax or data; raises UserError with `where` naming the key."""
 
+    def shapes(self) -> dict | None:
+        """One example's arrays as `jax.ShapeDtypeStruct`s, and `model` callable, before any data is prepared.
+
+        It lets a config be planned without its data; None (the default) has the data prepared first.
+        """
+        return None
+
     def prepare(self, progress: Callable) -> None:
         """Make the data ready on disk. Idempotent; an interrupted one continues or starts clean.
 

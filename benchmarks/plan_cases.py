@@ -24,6 +24,7 @@ SHAPES = {
 }  # fmt: skip
 VOCABULARY = {"gpt2-350m": 50257, "llama-13b": 32000, "qwen3-4b": 151936, "qwen3-14b": 151936, "qwen3-32b": 151936}
 
+# "attn_out" and "attn_stats" stand for whatever the attention kernel in use calls them.
 FULL: tuple[str, ...] = ()
 PRODUCTS = ("query", "key", "value", "attn_out", "attn_stats", "mlp_gate", "mlp_up")
 LIGHT = ("attn_out", "attn_stats", "attn_proj")

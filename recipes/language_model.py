@@ -71,6 +71,24 @@ class Recipe(Base):
                 hint=f"model.max_length={config.data.sequence}, or model.positions=rope",
             )
 
+    store = None  # the prepared data, once there is any
+
+    def shapes(self) -> dict:
+        import jax
+
+        row = (self.config.data.sequence,)
+        arrays = {name: jax.ShapeDtypeStruct(row, "int32") for name in ("tokens", "targets", "segments", "positions")}
+        return arrays | {"weights": jax.ShapeDtypeStruct(row, "float32")}
+
+    @property
+    def _vocab_size(self) -> int:
+        """Of the prepared data; before there is any, what the config asks for (a small text may yield less)."""
+        if self.store is not None:
+            return self.store.tokenizer.vocab_size
+        from aurora_train.data.tokenizers import expected_vocabulary
+
+        return expected_vocabulary(self.config.data.tokenizer)
+
     def prepare(self, progress) -> None:
         from aurora_train.data.prepare import prepare
 
@@ -84,7 +102,7 @@ class Recipe(Base):
     def model(self, rngs):
         from aurora_train.nn.decoder import Decoder
 
-        return Decoder(self.config.model, self.store.tokenizer.vocab_size, self.config.train.precision, rngs)
+        return Decoder(self.config.model, self._vocab_size, self.config.train.precision, rngs)
 
     def loss(self, model, batch: dict, key) -> Loss:
         hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)
@@ -101,7 +119,7 @@ class Recipe(Base):
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
         model = self.config.model
-        table = 0 if model.tied else self.store.tokenizer.vocab_size * model.width
+        table = 0 if model.tied else self._vocab_size * model.width
         span = min(self.config.data.sequence, model.window or self.config.data.sequence)
         return 6.0 * (num_parameters - table) + 6.0 * model.layers * span * model.heads * model.dim_per_head
 

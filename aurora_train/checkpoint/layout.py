@@ -8,7 +8,7 @@ on; where host and device share their memory that is a second state until the sa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -49,10 +49,12 @@ def entries(tree) -> Iterator[Entry]:
         yield Entry(names, True, leaf)
 
 
-def snapshot(tree) -> dict[str, np.ndarray]:
-    """A copy on the host, by canonical name. The device buffers may be donated as soon as this returns."""
+def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
+    """A copy on the host of the leaves whose names are `wanted`. The device buffers may be donated when it returns."""
     flat: dict[str, np.ndarray] = {}
     for names, stacked, leaf in entries(tree):
+        if not wanted(names[0]):
+            continue
         # On CPU a jax array and its numpy view are one buffer, which the next step overwrites: copy.
         host = np.array(jax.device_get(leaf))
         flat.update(zip(names, host if stacked else [host], strict=True))
@@ -70,7 +72,7 @@ def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def assemble(flat: dict[str, Any], tree, shardings):
-    """Canonical arrays -> the pytree of `tree` (abstract). Empties `flat` as it goes.
+    """Canonical arrays -> the pytree of `tree` (abstract), in its dtypes. Empties `flat` as it goes.
 
     Every leaf passes through a jitted copy with its sharding, because arrays straight from a restore may not be
     donatable and may lie where a fresh start would not put them.
@@ -78,9 +80,9 @@ def assemble(flat: dict[str, Any], tree, shardings):
     leaves = []
     for (names, stacked, leaf), sharding in zip(entries(tree), jax.tree.leaves(shardings), strict=True):
         parts = [flat.pop(name) for name in names]
-        join = jax.jit(_stack if stacked else _copy, out_shardings=sharding)
-        leaves.append(jax.block_until_ready(join(parts)))
-        assert leaves[-1].shape == leaf.shape and leaves[-1].dtype == leaf.dtype, names[0]
+        join = jax.jit(_stack if stacked else _copy, static_argnums=1, out_shardings=sharding)
+        leaves.append(jax.block_until_ready(join(parts, leaf.dtype)))
+        assert leaves[-1].shape == leaf.shape, names[0]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -103,12 +105,12 @@ def refuse_difference(stored, wanted, where: str) -> None:
         raise UserError("the checkpoint does not fit this model", where=where, why="\n  ".join(lines[:8]) + more)
 
 
-def _stack(parts):
-    return jnp.stack(parts)
+def _stack(parts, dtype):
+    return jnp.stack(parts).astype(dtype)
 
 
-def _copy(parts):
-    return jnp.copy(parts[0])
+def _copy(parts, dtype):
+    return jnp.copy(parts[0]).astype(dtype)
 
 
 def _unit_sharding(sharding: NamedSharding) -> NamedSharding:

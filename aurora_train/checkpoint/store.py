@@ -6,6 +6,7 @@ is renamed into the trash first, so that a crash while deleting never leaves hal
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_train.checkpoint import durable, layout
+from aurora_train.checkpoint import durable, frozen, layout
 from aurora_train.errors import UserError
 from aurora_train.files import sync, write_atomically
 
@@ -43,6 +44,7 @@ class CheckpointStore:
         self._orbax = None
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._pending: Future | None = None
+        self._frozen: str | None = None  # digest of the frozen parameters, once this process wrote or restored them
 
     # ---- reading
 
@@ -69,13 +71,15 @@ class CheckpointStore:
     def newest_intact(self) -> tuple[int | None, list[Damage]]:
         """The newest step whose every byte verifies; damaged ones newer than it are set aside, never deleted.
 
-        (None, []) where nothing was ever saved. UserError where there are checkpoints and none is intact.
+        (None, []) where nothing was ever saved. UserError where there are checkpoints and none is intact, or where
+        the frozen parameters that they share are not.
         """
         bad: dict[int, list[str]] = {}
         for step in reversed(self.steps()):
             bad[step] = durable.faults(self.folder / str(step))
             if not bad[step]:
                 del bad[step]
+                self.refuse_frozen_damage(step)
                 return step, [Damage(s, lines, self._set_aside(s)) for s, lines in bad.items()]
         if bad:
             raise UserError(
@@ -90,21 +94,24 @@ class CheckpointStore:
         """The state saved at `step` as the pytree `tree` (abstract) with its shardings. UserError where it differs."""
         wanted = layout.abstract(tree, shardings)
         layout.refuse_difference(self.shapes(step), wanted, where=str(self.folder / str(step)))
-        return layout.assemble(self._checkpointer().load(step, wanted), tree, shardings)
+        self._frozen = self._frozen_digest(step)
+        return layout.assemble(self._load(step, wanted), tree, shardings)
 
     def restore_some(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         """Only the named leaves, by canonical name (for evaluation, generation, `init.from`)."""
-        from orbax.checkpoint import v1 as ocp
-
         layout.refuse_difference({n: s for n, s in self.shapes(step).items() if n in wanted}, wanted, str(self.folder))
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return ocp.load(self.folder / str(step), wanted, checkpointable_name="state")
+        return self._load(step, wanted)
 
     def shapes(self, step: int) -> dict[str, Any]:
-        """Shape and dtype of every stored leaf by canonical name."""
-        return dict(self._checkpointer().metadata(step).metadata)
+        """Shape and dtype of every stored leaf by canonical name, the frozen ones too."""
+        stored, digest = dict(self._checkpointer().metadata(step).metadata), self._frozen_digest(step)
+        return stored if digest is None else stored | frozen.shapes(self.folder / frozen.FOLDER, digest)
+
+    def refuse_frozen_damage(self, step: int) -> None:
+        """Raise UserError where the frozen parameters that a checkpoint needs are not there whole."""
+        digest = self._frozen_digest(step)
+        if digest is not None:
+            frozen.refuse_damage(self.folder / frozen.FOLDER, digest)
 
     # ---- writing
 
@@ -112,15 +119,20 @@ class CheckpointStore:
         """Remove what a crash left: unsealed folders and the trash."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            kept = path.name.startswith(_DAMAGED) or (path.name.isdigit() and durable.is_sealed(path))
+            ours = path.name.isdigit() or path.name == frozen.FOLDER
+            kept = path.name.startswith(_DAMAGED) or (ours and durable.is_sealed(path))
             if path.is_dir() and not kept:
                 self._throw_away(path)
         shutil.rmtree(self.trash, ignore_errors=True)
 
     def save(self, step: int, tree, facts: dict) -> None:
-        """Copy the state to the host and write it in the background. Waits for the save before, if it still runs."""
+        """Copy the state to the host and write it in the background. Waits for the save before, if it still runs.
+
+        Frozen parameters are written by the first save of a run alone, which waits for them.
+        """
         self.wait()
-        flat = layout.snapshot(tree)
+        facts = {**facts, **self._write_frozen(step, tree)}
+        flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
         self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
         response = self._checkpointer().save_async(step, flat, force=True)
         assert response is not None, "Orbax skipped a save"
@@ -138,9 +150,30 @@ class CheckpointStore:
             )
 
     def _finish(self, step, response, facts) -> int:
-        try:
+        with self._told(step):
             response.result()
             durable.seal(self.folder / str(step), {"step": step, **facts})
+        return step
+
+    def _write_frozen(self, step: int, tree) -> dict:
+        """What a manifest says of the frozen parameters: nothing where there are none."""
+        if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
+            return {}
+        if self._frozen is None:
+            flat = layout.snapshot(tree, frozen.is_frozen)
+            self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
+            folder = self.folder / frozen.FOLDER
+            if folder.exists():  # of an attempt that was killed before its first checkpoint
+                self._throw_away(folder)
+            with self._told(step):
+                self._frozen = frozen.write(folder, flat)
+        return {"frozen": self._frozen}
+
+    @contextlib.contextmanager
+    def _told(self, step: int):
+        """Within, a system's error becomes a UserError."""
+        try:
+            yield
         except (OSError, ValueError) as error:
             # The array writer reports the system's errors as ValueError, with the reason in its text.
             reason = error.strerror if isinstance(error, OSError) else _system_error(str(error))
@@ -151,7 +184,6 @@ class CheckpointStore:
                 where=str(self.folder),
                 hint=_MAKE_ROOM,
             ) from error
-        return step
 
     def finished(self) -> int | None:
         """The step of a save that became durable since the last call, or None. Raises what the save raised."""
@@ -194,6 +226,22 @@ class CheckpointStore:
             self._orbax.close()
 
     # ---- inside
+
+    def _frozen_digest(self, step: int) -> str | None:
+        return self.facts(step).get("frozen")
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The named leaves, of a checkpoint and of the frozen folder."""
+        from orbax.checkpoint import v1 as ocp
+
+        context, loaded = ocp.Context(), {}
+        context.pytree.loading.partial_load = True
+        for folder, there in ((str(step), False), (frozen.FOLDER, True)):
+            part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == there}
+            if part:
+                with context:
+                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name="state")
+        return loaded
 
     def _checkpointer(self):
         if self._orbax is None:
@@ -254,3 +302,4 @@ def refuse_damage(store: CheckpointStore, step: int) -> None:
             why="\n  ".join(lines),
             hint=f"choose another with --step (there are: {others}), or let `aurora resume RUN` walk back",
         )
+    store.refuse_frozen_damage(step)

@@ -14,6 +14,9 @@ EXAMPLE = "aurora doctor --run-folder runs"
 
 def command(
     run_folder: Annotated[Path, typer.Option(help="Where runs will be kept: its disk is tested.")] = Path("runs"),
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this device while it is idle, for the planner's times.")
+    ] = False,
     json: JsonOption = False,
 ):
     """Check devices, memory, speed, disk and packages. Exit status 1 if training cannot work here."""
@@ -22,7 +25,7 @@ def command(
     prepare_environment()
     from aurora_train.machine.doctor import examine, show
 
-    checks = examine(run_folder)
+    checks = examine(run_folder, calibrate)
     if json:
         print_json({"ok": not any(check.fatal for check in checks), "checks": [check.record() for check in checks]})
     else:

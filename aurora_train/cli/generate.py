@@ -8,8 +8,15 @@ from typing import Annotated
 import typer
 
 from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.errors import UserError
 
 EXAMPLE = "aurora generate runs/first --prompt 'def main(' --temperature 0.7"
+
+# What a recipe and the sampler call a setting -> the option that sets it.
+_OPTIONS = {
+    "prompt": "--prompt", "max_tokens": "--max-tokens", "max_new_tokens": "--max-tokens", "top_k": "--top-k",
+    "temperature": "--temperature", "top_p": "--top-p", "seed": "--seed",
+}
 
 
 def command(
@@ -29,14 +36,28 @@ def command(
     trained = load(run, step)
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    def show(text: str) -> None:
-        if not json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    before = prompt  # shown with the first text, when nothing can be refused any more
 
-    show(prompt)
-    text = trained.recipe.generate(trained.model, prompt, options, show)
+    def show(text: str) -> None:
+        nonlocal before
+        if not json:
+            sys.stdout.write(before + text)
+            sys.stdout.flush()
+            before = ""
+
+    try:
+        text = trained.recipe.generate(trained.model, prompt, options, show)
+    except UserError as fault:
+        raise by_option(fault) from fault
+    show("")
     if json:
         print_json({"prompt": prompt, "text": text, "step": trained.step, **options})
     else:
         print()
+
+
+def by_option(fault: UserError) -> UserError:
+    """The same fault, told of the option that a user can turn."""
+    where = _OPTIONS.get(fault.where, fault.where)
+    what, hint = (text and text.replace("max_new_tokens", "--max-tokens") for text in (fault.what, fault.hint))
+    return UserError(what, where=where, why=fault.why, hint=hint)

@@ -22,7 +22,9 @@ from aurora_train.errors import UserError
 
 _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
 
-VERBS = ("train", "resume", "generate", "evaluate", "report", "recipes", "check", "schema", "inspect", "doctor")
+VERBS = (
+    "train", "plan", "resume", "generate", "evaluate", "report", "recipes", "check", "schema", "inspect", "doctor",
+)
 
 # What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.
 _UsageError = typer.BadParameter.__base__

@@ -54,6 +54,12 @@ class Optimizer(Section):
     )
     clip: float | None = setting(1.0, resume="warned", gt=0, help="largest global gradient norm; null = no clipping")
     ema: float | None = setting(None, gt=0, lt=1, help="decay per step of a parameter average; null = none kept")
+    moments: Literal["float32", "bfloat16", "int8"] = setting(
+        "float32", help="format of the moments; int8 = 8-bit codes in blocks of 256, tables and vectors in float32"
+    )
+    master: Literal["float32", "bfloat16"] = setting(
+        "float32", help="format parameters are kept in; bfloat16 is updated by stochastic rounding"
+    )
     schedule: Schedule = Schedule()
 
 

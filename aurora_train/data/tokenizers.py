@@ -28,6 +28,17 @@ SPLIT = (
 _KNOWN_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]")
 
 
+def expected_vocabulary(config) -> int:
+    """Entries of the vocabulary that `data.tokenizer` asks for, without reading any text. bpe may end with fewer."""
+    if config.kind == "byte":
+        return Tokenizer().vocab_size
+    if config.kind == "bpe":
+        return config.vocab
+    from tokenizers import Tokenizer as Backend
+
+    return max(Backend.from_file(config.path).get_vocab().values()) + 1
+
+
 class Tokenizer:
     """`backend` is a `tokenizers.Tokenizer`, or None for plain bytes.
 

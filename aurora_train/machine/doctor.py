@@ -5,6 +5,7 @@ Only "fail" means that training cannot work here. A measurement is never replace
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import platform
@@ -13,24 +14,25 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 from aurora_train.files import cache_folder
+from aurora_train.machine.calibration import flop_rate, matmul_seconds, measure, rates_for, store
 from aurora_train.machine.memory import budget_bytes, device_memory
-from aurora_train.machine.profile import Machine, installed_gpus, peak_flops, this_machine
-from aurora_train.units import count, percent, size
+from aurora_train.machine.profile import Machine, choose_devices, installed_gpus, peak_flops, this_machine
+from aurora_train.units import percent, size
 
 _CORE = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "pyarrow", "pydantic", "ruamel.yaml",
     "typer", "rich", "tokenizers", "safetensors", "xxhash", "matplotlib", "numpy",
 )  # fmt: skip
-_EXTRAS = {  # extra -> the module it brings, what it is for
-    "neural": ("h5py", "neural recordings (NWB, HDF5)"),
-    "tensorboard": ("tensorboardX", "the TensorBoard sink"),
-    "wandb": ("wandb", "the Weights & Biases sink (offline unless asked)"),
+_EXTRAS = {  # extra -> the modules any one of which will do, what it is for
+    "neural": (("h5py",), "neural recordings (NWB, HDF5)"),
+    "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an NVIDIA GPU that is not here"),
+    "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
+    "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
 }
 _WRITE_BYTES = 64 * 2**20
 
@@ -53,8 +55,11 @@ class Check:
         return asdict(self)
 
 
-def examine(run_folder: Path) -> list[Check]:
-    """All checks, in the order they are shown. Takes a few seconds, most of it jax starting and multiplying."""
+def examine(run_folder: Path, calibrate: bool = False) -> list[Check]:
+    """All checks, in the order they are shown. Takes a few seconds, most of it jax starting and multiplying.
+
+    `calibrate`: measure the rates that the planner's times come from, and keep them for this kind of device.
+    """
     checks = [check_python(), check_packages(), *check_extras()]
     if any(check.fatal for check in checks):
         return checks
@@ -65,6 +70,7 @@ def examine(run_folder: Path) -> list[Check]:
         return [*checks, Check("devices", "fail", f"jax finds no device: {text}", "JAX_PLATFORMS=cpu aurora doctor")]
     checks += [check_devices(machine), *check_memory(machine)]
     checks += [check_matmul(machine, dtype) for dtype in ("float32", "bfloat16")]
+    checks.append(check_rates(machine, calibrate))
     checks += [check_disk(run_folder), check_cache(), check_shared_memory(), check_file_limit(), check_clock()]
     return checks
 
@@ -106,14 +112,13 @@ def check_packages() -> Check:
 def check_extras() -> list[Check]:
     """What optional packages are absent, and, with an idle NVIDIA GPU, the jax that could use it."""
     checks = []
-    for extra, (module, purpose) in _EXTRAS.items():
-        if importlib.util.find_spec(module) is None:
+    for extra, (modules, purpose) in _EXTRAS.items():
+        if not any(importlib.util.find_spec(module) for module in modules):
             checks.append(
                 Check(f"extra {extra}", "ok", f"not installed; for {purpose}", f"pip install 'aurora_train[{extra}]'")
             )
     gpus = installed_gpus()
-    plugins = any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13))
-    if gpus and not plugins:
+    if gpus and not any(importlib.util.find_spec(module) for module in _EXTRAS["plan"][0]):
         found = f"{gpus[0]} is installed but this jax only uses the processor"
         checks.append(Check("cuda", "warn", found, "pip install 'aurora_train[cuda13]'"))
     return checks
@@ -164,36 +169,36 @@ def check_memory(machine: Machine) -> list[Check]:
 
 def check_matmul(machine: Machine, dtype: str) -> Check:
     """A square matrix product, timed for about half a second, beside the table's peak."""
-    import jax
-    import jax.numpy as jnp
-
     width = 1024 if machine.platform == "cpu" else 8192
-    # bfloat16 products accumulate and return float32: XLA:CPU has its fast kernel for that form only.
-    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    key = jax.random.key(0)
-    a = jax.random.normal(key, (width, width), dtype)
-    seconds = _best_seconds(lambda: multiply(a, a).block_until_ready(), for_s=0.5)
+    seconds = matmul_seconds(width, dtype, for_s=0.5)
     rate = 2 * width**3 / seconds
     peak = peak_flops(machine, dtype)
     values = {"width": width, "flops_per_s": rate, "peak_flops_per_s": peak}
-    found = f"{count(rate)}FLOP/s measured at {width}"
+    found = f"{flop_rate(rate)} measured at {width}"
     if peak is None:
         return Check(f"matmul {dtype}", "ok", f"{found}; peak unknown (n/a)", values=values)
-    found += f", {percent(rate / peak)} of {count(peak)}FLOP/s ({machine.known.peak_flops['bfloat16'].source})"
+    found += f", {percent(rate / peak)} of {flop_rate(peak)} ({machine.known.peak_flops['bfloat16'].source})"
     if rate < 0.4 * peak:
         mend = "look for other work on the device, a power limit or a clock cap: nvidia-smi -q -d PERFORMANCE,CLOCK"
         return Check(f"matmul {dtype}", "warn", found, mend, values)
     return Check(f"matmul {dtype}", "ok", found, values=values)
 
 
-def _best_seconds(work: Callable[[], object], for_s: float) -> float:
-    work()
-    best, until = float("inf"), time.perf_counter() + for_s
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+def check_rates(machine: Machine, calibrate: bool = False) -> Check:
+    """The rates behind the planner's times: measured now, measured before, assumed from the table, or none."""
+    if calibrate:
+        import jax
+
+        devices, _ = choose_devices(jax.local_devices())
+        rates = measure(devices[0])
+        path = store(rates)
+        return Check("rates", "ok", f"{rates.describe()}, kept in {path}", values=asdict(rates))
+    rates = rates_for(machine)
+    if rates is None:
+        return Check("rates", "ok", "not measured, so plans give no times", "aurora doctor --calibrate")
+    mend = None if rates.source == "measured" else "aurora doctor --calibrate"
+    found = rates.describe() if rates.source == "measured" else f"{rates.describe()}: {rates.note}"
+    return Check("rates", "ok", found, mend, asdict(rates))
 
 
 # ---- disk and system
@@ -202,22 +207,19 @@ def _best_seconds(work: Callable[[], object], for_s: float) -> float:
 def check_disk(folder: Path) -> Check:
     """Write, fsync and remove 64 MiB in the run folder (or its nearest existing parent); free space."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < 2 * _WRITE_BYTES:
+    # First whether it can be written at all: /proc, for one, says that none of its no bytes are free.
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+        free = shutil.disk_usage(there).free
+        rate = None if free < 2 * _WRITE_BYTES else _write_rate(there)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            mend = "aurora doctor --run-folder DIR, with a folder you can write"
+            return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", mend)
+        free, rate = shutil.disk_usage(there).free, None
+    if rate is None:
         mend = f"free some space: du -xh {there} | sort -h | tail"
         return Check("run folder", "fail", f"only {size(free)} free at {there}", mend, {"free_bytes": free})
-    block = os.urandom(2**20)
-    try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".aurora-doctor-") as file:
-            start = time.perf_counter()
-            for _ in range(_WRITE_BYTES // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            rate = _WRITE_BYTES / (time.perf_counter() - start)
-    except OSError as error:
-        mend = "name a folder you can write with --run-folder"
-        return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", mend)
     values = {"free_bytes": free, "write_bytes_per_s": rate}
     found = f"{size(rate)}/s written and synced, {size(free)} free at {there}"
     if free < 10e9:
@@ -226,6 +228,18 @@ def check_disk(folder: Path) -> Check:
         mend = "keep runs on a local disk: aurora train CONFIG --run DIR"
         return Check("run folder", "warn", f"{found}; saves will be slow", mend, values)
     return Check("run folder", "ok", found, values=values)
+
+
+def _write_rate(folder: Path) -> float:
+    """Bytes/s of 64 MiB written and synced."""
+    block = os.urandom(2**20)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".aurora-doctor-") as file:
+        start = time.perf_counter()
+        for _ in range(_WRITE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITE_BYTES / (time.perf_counter() - start)
 
 
 def check_cache() -> Check:

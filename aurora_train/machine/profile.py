@@ -17,7 +17,7 @@ from aurora_train.files import cache_folder
 from aurora_train.machine.memory import HostMemory, device_memory, host_memory, reserve_bytes
 from aurora_train.machine.table import KnownMachine, lookup
 
-_DISCRETE_FRACTION = "0.92"  # jax's own default, 0.75, leaves a quarter of the device unused
+DISCRETE_FRACTION = 0.92  # jax's own default, 0.75, leaves a quarter of the device unused
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,22 @@ def installed_gpus(root: Path = Path("/")) -> list[str]:
     return [match[1].strip() for match in found if match]
 
 
+def plugin_without_driver() -> bool:
+    """Whether jax's CUDA plug-in is here (to plan for a GPU) and no driver is: jax would print its failed start."""
+    import ctypes
+    import importlib.util
+
+    if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
+        return False
+    if importlib.util.find_spec("jax_rocm_plugin") or importlib.util.find_spec("libtpu"):
+        return False  # another accelerator may be here
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
+
+
 def environment_defaults(
     cache: Path,
     *,
@@ -165,7 +181,7 @@ def environment_defaults(
         wanted["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.2f}"
     else:
-        wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = _DISCRETE_FRACTION
+        wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{DISCRETE_FRACTION:.2f}"
     return wanted
 
 
@@ -190,6 +206,8 @@ def prepare_environment(
         deterministic=deterministic,
         user_flags=user_flags,
     )
+    if plugin_without_driver():
+        wanted["JAX_PLATFORMS"] = "cpu"
     setting = {name: value for name, value in wanted.items() if name == "XLA_FLAGS" or name not in os.environ}
     os.environ.update(setting)
     if "jax" in sys.modules and "JAX_COMPILATION_CACHE_DIR" in setting:

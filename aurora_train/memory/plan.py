@@ -19,6 +19,13 @@ class Plan:
     accumulation: int
     stacks: dict[str, list[Segment]] = field(default_factory=dict)
     reason: str = ""
+    machine: str = ""  # the device it was made for, as jax calls it
+    platform: str = ""  # "cpu" or "gpu"
+    budget_bytes: int | None = None
+    predicted_bytes: int | None = None  # the analytic peak, before anything was compiled
+    compiled_bytes: int | None = None  # the compiler's own peak; None where nothing was compiled
+    measured_bytes: int | None = None  # after the run
+    details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see memory/report.py
 
     def apply(self, model) -> None:
         """Cut the stacks of a freshly constructed model. Before it is split, and once."""
@@ -36,7 +43,13 @@ class Plan:
             name: [Segment(**{**s, "save": None if s["save"] is None else tuple(s["save"])}) for s in cut]
             for name, cut in value["stacks"].items()
         }
-        return cls(value["microbatch"], value["accumulation"], cuts, value["reason"])
+        return cls(**{**value, "stacks": cuts})
+
+    @property
+    def work(self) -> dict:
+        """What the device is told to do: two plans with equal work compile to the same program."""
+        whole = self.to_json()
+        return {key: whole[key] for key in ("microbatch", "accumulation", "stacks")}
 
 
 def make_plan(config, model, *, platform: str, num_devices: int) -> Plan:

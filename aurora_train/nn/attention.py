@@ -10,10 +10,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.errors import UserError
-from aurora_train.nn import param
+from aurora_train.nn import lora, param
 from aurora_train.nn.attention_kernels import BACKENDS, Rule, masked_attention, visible
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.linear import linear
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.platform import is_remote, platform
 from aurora_train.nn.positions import rotate
@@ -117,6 +116,7 @@ class Attention(nnx.Module):
         if self.qk_norm:
             self.query_norm = Norm(dim, "rmsnorm", config.norm_eps, config.norm_offset)
             self.key_norm = Norm(dim, "rmsnorm", config.norm_eps, config.norm_offset)
+        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs)
 
     def __call__(self, x: jax.Array, context: Context, cache=None):
         """Returns (output, cache). `cache`: {"key", "value"} of [B, S, kv_heads, head_dim], slot = position."""
@@ -136,11 +136,11 @@ class Attention(nnx.Module):
             mask = visible(context.positions, slots, self.rule.window)
             out = masked_attention(query, cache["key"], cache["value"], self.rule, mask)
         flat = out.reshape(*x.shape[:-1], self.heads * self.dim)
-        return linear(flat, self.out[...], self.out_bias[...] if self.out_biased else None), cache
+        return lora.project(self, "out", flat, self.out_bias[...] if self.out_biased else None), cache
 
     def _project(self, x, name, heads):
         bias = getattr(self, f"{name}_bias")[...] if self.qkv_biased else None
-        return linear(x, getattr(self, name)[...], bias).reshape(*x.shape[:-1], heads, self.dim)
+        return lora.project(self, name, x, bias).reshape(*x.shape[:-1], heads, self.dim)
 
 
 def _write(cache, key, value, positions):

@@ -79,7 +79,8 @@ def tags(config: DecoderConfig, backend: str) -> tuple[str, ...]:
     """Every name a plan may keep, in the order a block makes them."""
     names = ["attn_norm", "query", "key", "value"]
     names += ["attn_stats", "attn_probs"] if backend == "blocked" else []
-    names += ["attn_out", "attn_proj"]
+    # cuDNN's kernel holds residuals of its own that no name reaches: nn/saving.py names them by the kernel.
+    names += ["attn_flash" if backend == "cudnn" else "attn_out", "attn_proj"]
     names += [] if config.parallel else ["mlp_norm"]
     names += ["mlp_gate"] if config.activation in GATED else []
     return (*names, "mlp_up", "mlp_act", "mlp_out")

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from aurora_train.config import Section, setting
 
 GATED = ("swiglu", "geglu")
+KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 class RopeScaling(Section):
@@ -31,6 +32,20 @@ class RopeScaling(Section):
                 f"high_freq_factor ({self.high_freq_factor:g}) must exceed low_freq_factor ({self.low_freq_factor:g})"
             )
         return self
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021). With them, nothing else is trained."""
+
+    rank: int = setting(16, resume="frozen", ge=1, help="inner size r of the adapter of each kernel")
+    alpha: float = setting(32.0, resume="frozen", gt=0, help="the adapter's output is multiplied by alpha / rank")
+    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = setting(
+        KERNELS,
+        resume="frozen",
+        min_length=1,
+        strict=False,
+        help="kernels of every block that get one; a plain MLP has no gate",
+    )
 
 
 class DecoderConfig(Section):
@@ -77,6 +92,7 @@ class DecoderConfig(Section):
     tied: bool = setting(True, resume="frozen", help="the output head is the embedding transposed")
     embed_scale: bool = setting(False, resume="frozen", help="multiply embeddings by sqrt(width) (Gemma)")
     dropout: float = setting(0.0, resume="frozen", ge=0, lt=1, help="rate on embeddings and on each block's output")
+    lora: Lora | None = setting(None, resume="frozen", help="train low-rank adapters and nothing else")
     attention: Literal["auto", "cudnn", "xla", "blocked", "reference"] = setting(
         "auto", resume="elastic", help="kernel; auto takes the fastest that serves and says which"
     )
@@ -103,6 +119,8 @@ class DecoderConfig(Section):
             raise ValueError("window_pattern alternates, but window is not set")
         if self.norm_offset and self.norm == "layernorm":
             raise ValueError("norm_offset belongs to rmsnorm (Gemma); norm is layernorm")
+        if self.lora is not None and set(self.lora.targets) == {"gate"} and self.activation not in GATED:
+            raise ValueError(f"lora.targets names only the gate, and {self.activation} has none")
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 0:
             raise ValueError(f"loss_chunk is a number of tokens, 0 for all, or auto; got {self.loss_chunk}")
         return self
@@ -128,7 +146,7 @@ class DecoderConfig(Section):
         return tuple(self.window if kind == "local" else None for kind in self.window_pattern)
 
     def num_parameters(self, vocab_size: int) -> int:
-        """Exact count of trained parameters, for budgets and tables."""
+        """Exact count of parameters, for budgets and tables; adapters (`lora`) are not counted."""
         query, shared = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
         norm = self.width * (2 if self.norm == "layernorm" else 1)
         gates = 2 if self.activation in GATED else 1

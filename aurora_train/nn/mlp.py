@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.nn import param
+from aurora_train.nn import lora, param
 from aurora_train.nn.decoder_config import GATED, DecoderConfig
 from aurora_train.nn.lean import lean
-from aurora_train.nn.linear import linear
 
 
 def gelu(x):
@@ -64,6 +63,7 @@ class Mlp(nnx.Module):
                 self.gate_bias = param.zeros(hidden, "mlp")
             self.up_bias = param.zeros(hidden, "mlp")
             self.down_bias = param.zeros(width, "embed")
+        lora.adapt(self, config.lora, ("gate", "up", "down") if self.gated else ("up", "down"), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = [checkpoint_name(self._linear(x, "up"), "mlp_up")]
@@ -74,4 +74,4 @@ class Mlp(nnx.Module):
 
     def _linear(self, x, name):
         bias = getattr(self, f"{name}_bias")[...] if self.biased else None
-        return linear(x, getattr(self, name)[...], bias)
+        return lora.project(self, name, x, bias)

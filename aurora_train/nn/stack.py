@@ -8,11 +8,15 @@ names what is in them by the absolute index of its unit.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from aurora_train.nn.saving import policy
 
 SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
 UNITS = "units"  # its canonical counterpart: one entry per unit
@@ -61,6 +65,9 @@ class Stack(nnx.Module):
 
         Returns (x, caches).
         """
+        calls = _calls.get()
+        if calls is not None and caches is None:
+            calls.append((self, x, context, keys))
         outs = []
         for segment, unit in zip(self.plan, self.segments, strict=True):
             part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
@@ -71,25 +78,47 @@ class Stack(nnx.Module):
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
 
+_calls = contextvars.ContextVar("stack_calls", default=None)
+
+
+@contextlib.contextmanager
+def watched():
+    """Within, every call of a Stack without caches is noted: a list of (stack, x, context, keys), traced values."""
+    token = _calls.set([])
+    try:
+        yield _calls.get()
+    finally:
+        _calls.reset(token)
+
+
 def _run(segment: Segment, module, x, context, keys, caches):
     graph, state = nnx.split(module)
 
     def body(x, unit_inputs):
         state, index, cache = unit_inputs
+        state = jax.tree.map(whole, state)
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
 
     if segment.save is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*segment.save)
-        body = jax.checkpoint(body, policy=policy, prevent_cse=segment.unroll)
+        body = jax.checkpoint(body, policy=policy(segment.save), prevent_cse=segment.unroll)
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))
     outs = []
     for j in range(segment.stop - segment.start):
-        x, out = body(x, jax.tree.map(lambda a, j=j: a[j], (state, indices, caches)))
+        x, out = body(x, jax.tree.map(lambda a, j=j: jax.lax.index_in_dim(a, j, keepdims=False), (state, indices, caches)))
         outs.append(out)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+
+
+@jax.custom_vjp
+def whole(x):
+    """x; but its cotangent is summed up before it goes further, and added to an accumulator once."""
+    return x
+
+
+whole.defvjp(lambda x: (x, None), lambda _, g: (g,))
 
 
 def _merge(graph, like, arrays):

@@ -15,6 +15,7 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
 from aurora_train.observe import metrics as logs
+from aurora_train.observe.report_memory import memory_section
 from aurora_train.observe.report_page import (
     cards,
     escape,
@@ -52,7 +53,7 @@ def write_report(run_folder) -> Path:
             section("Data", facts(provenance["data"]) if provenance and provenance.get("data") else ""),
             section("Config", f"<pre>{escape(config_text)}</pre>"),
             _machine(provenance),
-            section("Memory plan", facts(plan) if plan else ""),
+            memory_section(plan, steps) or section("Memory plan", facts(plan) if plan else ""),
             _events(events),
             "<footer>Drawn by <code>aurora report</code> from the files of this run folder.</footer>",
         )

@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import math
 import re
+from html import escape
 
 import numpy as np
 
-_INK, _GRID, _MAIN, _SECOND, _FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_CSS = {_INK: "var(--ink)", _GRID: "var(--line)", _FAINT: "var(--faint)"}
-_CSS |= {_MAIN: "var(--main)", _SECOND: "var(--second)"}
+INK, GRID, MAIN, SECOND, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
+_CSS = {INK: "var(--ink)", GRID: "var(--line)", FAINT: "var(--faint)"}
+_CSS |= {MAIN: "var(--main)", SECOND: "var(--second)"}
+_ON_PAPER = {INK: "#1b1f24", GRID: "#dfe3e8", FAINT: "#b9c6d4", MAIN: "#0b6bcb", SECOND: "#c2410c"}
 _POINTS = 500  # a curve of more points is drawn as means over equal spans of steps
 
 
@@ -27,35 +29,35 @@ def curve(
     from_zero: bool = False,
 ) -> str:
     """Lines over steps: `series` of (label, steps, values). `smooth` draws the first faintly under its own average."""
-    figure, axes = _figure(10.0, 3.6) if wide else _figure(5.6, 2.8)
+    figure, axes = drawing(10.0, 3.6) if wide else drawing(5.6, 2.8)
     for index, (label, steps, values) in enumerate(series):
         steps, values = thin(steps, values)
-        colour = (_MAIN, _SECOND)[index % 2]
+        colour = (MAIN, SECOND)[index % 2]
         if index == 0 and smooth and len(values) > 20:
-            axes.plot(steps, values, color=_FAINT, linewidth=1)
+            axes.plot(steps, values, color=FAINT, linewidth=1)
             values = running_mean(values, max(len(values) // 40, 2))
         marker = "o" if len(steps) <= 40 and index else None
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
     if len(series) > 1:
-        axes.legend(frameon=False, labelcolor=_INK)
+        axes.legend(frameon=False, labelcolor=INK)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     axes.yaxis.set_major_formatter(_engineering)
     axes.margins(x=0.01)
     if from_zero:
         axes.set_ylim(bottom=0)
-    return _svg(figure, name, f"{ylabel} by step")
+    return inline_svg(figure, name, f"{ylabel} by step")
 
 
 def bars(name: str, rows: list[tuple[str, float, bool]], label: str) -> str:
     """Horizontal bars of (name, value, whether it is this run's), top to bottom, with their values written out."""
-    figure, axes = _figure(5.6, 0.6 + 0.36 * len(rows))
+    figure, axes = drawing(5.6, 0.6 + 0.36 * len(rows))
     values = [value for _, value, _ in rows]
     places, digits = range(len(rows)), decimals(values)
-    axes.barh(places, values, color=[_MAIN if ours else _FAINT for *_, ours in rows], height=0.68)
+    axes.barh(places, values, color=[MAIN if ours else FAINT for *_, ours in rows], height=0.68)
     low, high = min([0.0, *values]), max([0.0, *values])
     for place, value in enumerate(values):
-        axes.text(max(value, 0.0) + 0.01 * (high - low), place, f"{value:.{digits}f}", va="center", color=_INK)
+        axes.text(max(value, 0.0) + 0.01 * (high - low), place, f"{value:.{digits}f}", va="center", color=INK)
     axes.set_yticks(places, [text for text, *_ in rows])
     axes.invert_yaxis()
     axes.set_xlim(low * 1.05, high + 0.14 * (high - low) or 1.0)
@@ -63,8 +65,8 @@ def bars(name: str, rows: list[tuple[str, float, bool]], label: str) -> str:
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="both", length=0)
     axes.set_xticks([])
-    axes.set_title(label, loc="left", color=_INK, fontsize=10)
-    return _svg(figure, name, label)
+    axes.set_title(label, loc="left", color=INK, fontsize=10)
+    return inline_svg(figure, name, label)
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +109,8 @@ def _engineering(value: float, _position) -> str:
     return f"{value:.4g}"
 
 
-def _figure(width: float, height: float):
+def drawing(width: float, height: float):
+    """(figure, axes) of the report's style; inches at 72 dots."""
     # Figure without pyplot: no window system, no global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -116,32 +119,45 @@ def _figure(width: float, height: float):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
     axes.set_facecolor("none")
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, color=_GRID)
+    axes.tick_params(colors=INK, color=GRID)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_GRID)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
+        spine.set_color(GRID)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
     return figure, axes
 
 
-def _svg(figure, name: str, description: str) -> str:
-    """The figure as an <svg> element: ids made unique to `name`, metadata and fixed size dropped."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+def inline_svg(figure, name: str, description: str) -> str:
+    """The figure as an <svg> element of a page: ids made unique to `name`, metadata and fixed size dropped."""
+    svg = _drawn(figure, name, description)
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(url\(|href=")#([^")]+)', rf"\1#{name}-\2", svg)
     svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
     svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
     for stand_in, variable in _CSS.items():
         svg = svg.replace(stand_in, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return svg
+
+
+def svg_file(figure, name: str, description: str) -> str:
+    """The figure as a file of its own, dark on white: most viewers know neither a page's variables nor its theme."""
+    figure.set_facecolor("white")
+    svg = _drawn(figure, name, description, transparent=False)
+    for stand_in, colour in _ON_PAPER.items():
+        svg = svg.replace(stand_in, colour)
+    return svg
+
+
+def _drawn(figure, name: str, description: str, *, transparent: bool = True) -> str:
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

@@ -20,16 +20,16 @@ class Evaluator:
         self._batch = meshes.batch_sharding(mesh)
         self._num_devices = mesh.devices.size
         self._sums = jax.jit(self._loss)
-        self._predict = jax.jit(lambda params, rest, batch: recipe.predict(blueprint.merge(params, rest), batch))
+        self._predict = jax.jit(lambda weights, batch: recipe.predict(blueprint.merge(*weights), batch))
 
-    def _loss(self, params, rest, batch):
-        return Loss(*self._recipe.loss(self._blueprint.merge(params, rest), batch, None))
+    def _loss(self, weights, batch):
+        return Loss(*self._recipe.loss(self._blueprint.merge(*weights), batch, None))
 
     def loss(self, state, batches) -> dict[str, float]:
         """Weighted mean loss (and the recipe's metrics) over the batches, without dropout."""
-        params, totals = weights_of(state), None
+        weights, totals = weights_of(state), None
         for batch in batches:
-            sums = self._sums(params, state.rest, self._put(batch))
+            sums = self._sums(weights, self._put(batch))
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
         total, weight, metrics = jax.device_get(totals)
         named = {name: float(part / max(whole, 1e-9)) for name, (part, whole) in metrics.items()}
@@ -37,29 +37,29 @@ class Evaluator:
 
     def predictor(self, state) -> Callable[[dict], object]:
         """`predict(batch of numpy) -> numpy pytree`. A batch that the devices do not divide is padded and cut back."""
-        params = weights_of(state)
+        weights = weights_of(state)
 
         def predict(batch: dict):
             size = len(next(iter(batch.values())))
             short = -size % self._num_devices
             if short:
                 batch = {k: np.concatenate([v, np.repeat(v[-1:], short, axis=0)]) for k, v in batch.items()}
-            out = jax.device_get(self._predict(params, state.rest, self._put(batch)))
+            out = jax.device_get(self._predict(weights, self._put(batch)))
             return jax.tree.map(lambda a: a[:size], out) if short else out
 
         return predict
 
     def model(self, state):
         """The nnx module with the weights to judge the run by."""
-        return self._blueprint.merge(weights_of(state), state.rest)
+        return self._blueprint.merge(*weights_of(state))
 
     def _put(self, batch):
         return jax.device_put(batch, self._batch)
 
 
 def weights_of(state):
-    """The parameters to judge a run by: their moving average where one is kept."""
-    return state.extra.get("ema", state.params)
+    """(params, rest, frozen) to judge a run by: the moving average of its parameters where one is kept."""
+    return state.extra.get("ema", state.params), state.rest, state.frozen
 
 
 def validation_batches(source, batch: int, examples: int, num_devices: int):

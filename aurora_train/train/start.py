@@ -13,6 +13,7 @@ from aurora_train import run as runs
 from aurora_train.config import dump
 from aurora_train.machine import memory as machine_memory
 from aurora_train.machine import profile
+from aurora_train.memory.report import one_line
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console
@@ -129,7 +130,7 @@ def _recorded(session: Session) -> Path:
 
 
 def _announce(session: Session, state, start, num_recorded: int, events, progress) -> None:
-    count, mesh = parameter_count(state.params), session.mesh
+    count, still, mesh = parameter_count(state.params), parameter_count(state.frozen), session.mesh
     if start:
         events.event("resume", start)
         progress.event(f"resuming {session.run.folder} from step {start}")
@@ -137,17 +138,19 @@ def _announce(session: Session, state, start, num_recorded: int, events, progres
             events.event("log_gap", start, recorded=num_recorded)
             progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
     else:
-        events.event("start", 0, parameters=count)
+        events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
     for what, before, after in moved(session):
         name = "replan" if what in ("plan", "mesh", "device") else "versions"
         events.event(name, start or 0, what=what, before=before, after=after)
         progress.event(f"{what} is not what this run had before: equal to tolerance from here, no longer to the bit")
     pin(session)
-    for remark in (*session.recipe.remarks(session.blueprint.merge(state.params, state.rest)), *remarks(session)):
+    model = session.blueprint.merge(state.params, state.rest, state.frozen)
+    for remark in (*session.recipe.remarks(model), *remarks(session)):
         progress.event(remark)
     held = meshes.bytes_per_device(state)
+    beside = f" trained beside {still / 1e6:.2f}M frozen ones" if still else ""
     progress.event(
-        f"{count / 1e6:.2f}M parameters, {len(session.source):,} training examples, "
+        f"{count / 1e6:.2f}M parameters{beside}, {len(session.source):,} training examples, "
         f"{mesh.devices.size} x {device_kind(mesh)}, {max(held.values()) / 2**20:.0f} MiB of state per device"
     )
 
@@ -158,11 +161,11 @@ def remarks(session: Session) -> list[str]:
     idle = jax.device_count() - mesh.devices.size
     if idle:
         lines.append(f"{idle} of {jax.device_count()} devices are not in the mesh")
-    whole = meshes.kept_whole(session.blueprint.shardings.params)
+    shardings = session.blueprint.shardings
+    whole = meshes.kept_whole((shardings.params, shardings.frozen))
     if mesh.shape["fsdp"] > 1 and whole:
         lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
-    if session.config.memory.budget != "auto":
-        lines.append("memory.budget is not planned against yet: the plan is what memory.save and accumulation say")
+    lines.append(one_line(session.plan))
     return lines
 
 
@@ -179,5 +182,8 @@ def sinks(config, run, after_step: int) -> list:
 def throughput(session: Session, state) -> Throughput:
     """Rates for this run: MFU only where both the recipe's FLOPs and the machine's peak are known."""
     peak = profile.peak_flops(profile.this_machine(), session.config.train.precision)
-    per_target = session.recipe.flops_per_target(parameter_count(state.params))
+    # A frozen weight has no gradient: 4 FLOPs a target and not 6, of which a recipe knows nothing.
+    still = parameter_count(state.frozen)
+    per_target = session.recipe.flops_per_target(parameter_count(state.params) + still)
+    per_target = per_target and per_target - 2 * still
     return Throughput(per_target, peak and peak * session.mesh.devices.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
+from aurora_train.nn import lora
 from aurora_train.nn import stack as stacked
 from aurora_train.random import stream
 
@@ -17,7 +19,8 @@ from aurora_train.random import stream
 class TrainState(NamedTuple):
     """`step`: updates attempted, int32. `data_step`: batches taken, int32. `params`: nested dict of float32 masters.
 
-    `frozen` is neither differentiated nor saved again; `rest` holds the model's other variables; `extra` holds the
+    `frozen` holds the parameters that are not trained, a nested dict like `params`: neither differentiated, donated
+    nor saved again, its matrices in the compute dtype. `rest` holds the model's other variables; `extra` holds the
     moving average of the parameters (`ema`) where the config asks for one.
     """
 
@@ -34,16 +37,16 @@ class Blueprint(NamedTuple):
     """Everything about a model that is not an array: made once, before anything is allocated."""
 
     graph: Any
-    variables: Any  # the nnx State of parameters, abstract: the mould into which a nested dict is poured
+    variables: Any  # the nnx State of parameters, abstract: the mould into which nested dicts are poured
     rest: Any
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState
     initialise: Any  # () -> TrainState, jitted
 
-    def merge(self, params, rest):
-        """An nnx module around plain arrays; free inside a trace."""
+    def merge(self, params, rest, frozen={}):  # noqa: B006 (never written to)
+        """An nnx module around plain arrays; free inside a trace. `frozen` holds the parameters not in `params`."""
         variables = jax.tree.map(lambda leaf: leaf, self.variables)
-        nnx.replace_by_pure_dict(variables, params)
+        nnx.replace_by_pure_dict(variables, _join(params, frozen))
         others = jax.tree.map(lambda leaf: leaf, self.rest)
         nnx.replace_by_pure_dict(others, rest)
         return nnx.merge(self.graph, variables, others)
@@ -58,16 +61,17 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
         return model
 
     graph, variables, rest = nnx.split(nnx.eval_shape(construct), nnx.Param, ...)
-    abstract = nnx.to_pure_dict(variables)
+    trained, still = lora.split(variables)
+    dtype = recipe.config.train.precision
 
     def initialise() -> TrainState:
-        _, params, others = nnx.split(construct(), nnx.Param, ...)
-        params = nnx.to_pure_dict(params)
+        _, everything, others = nnx.split(construct(), nnx.Param, ...)
+        params, frozen = map(nnx.to_pure_dict, lora.split(everything))
         return TrainState(
             step=jnp.int32(0),
             data_step=jnp.int32(0),
             params=params,
-            frozen={},
+            frozen=jax.tree_util.tree_map_with_path(functools.partial(_at_rest, dtype), frozen),
             rest=nnx.to_pure_dict(others),
             opt_state=optimizer.init(params),
             extra={"ema": jax.tree.map(jnp.copy, params)} if ema else {},
@@ -75,17 +79,53 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
 
     state = jax.eval_shape(initialise)
     whole = meshes.replicated(mesh)
-    parameters = meshes.parameter_shardings(variables, mesh)
+    parameters = meshes.parameter_shardings(trained, mesh)
     shardings = TrainState(
         step=whole,
         data_step=whole,
         params=parameters,
-        frozen={},
+        frozen=meshes.parameter_shardings(still, mesh),
         rest=jax.tree.map(lambda _: whole, state.rest),
-        opt_state=_optimizer_shardings(state.opt_state, abstract, parameters, whole),
+        opt_state=_optimizer_shardings(state.opt_state, nnx.to_pure_dict(trained), parameters, whole),
         extra={"ema": parameters} if ema else {},
     )
     return Blueprint(graph, variables, rest, state, shardings, jax.jit(initialise, out_shardings=shardings))
+
+
+def apart(step):
+    """A step `(state, batch) -> (state, metrics)` as `(state, frozen, batch) -> (state, metrics)`.
+
+    Both states come without their frozen leaves, so that all of the first argument can be donated and none of the
+    second; where nothing is frozen it is the same program.
+    """
+
+    def program(state: TrainState, frozen, batch):
+        state, metrics = step(state._replace(frozen=frozen), batch)
+        return state._replace(frozen={}), metrics
+
+    return program
+
+
+def together(compiled):
+    """The compiled program of `apart` as the step it was made from: `(state, batch) -> (state, metrics)`."""
+
+    def step(state: TrainState, batch):
+        new, metrics = compiled(state._replace(frozen={}), state.frozen, batch)
+        return new._replace(frozen=state.frozen), metrics
+
+    return step
+
+
+def _at_rest(dtype: str, path, leaf):
+    """A frozen matrix in the dtype its products are formed in: every layer casts it there. Vectors stay float32."""
+    layered = any(_key(entry) == stacked.SEGMENTS for entry in path)
+    return leaf.astype(dtype) if leaf.ndim - layered >= 2 else leaf
+
+
+def _join(one: dict, other: dict) -> dict:
+    """Two nested dicts without a leaf in common as one."""
+    both = {**one, **other}
+    return {k: _join(one[k], other[k]) if k in one and k in other else v for k, v in both.items()}
 
 
 def _optimizer_shardings(opt_state, params, shardings, whole):

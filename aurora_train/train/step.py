@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from aurora_train.nn.stack import whole
+from aurora_train.optimizer import join, partition
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss
 from aurora_train.train.state import Blueprint, TrainState
@@ -17,22 +19,26 @@ def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulatio
     """
     dropout = stream(seed, "dropout")
 
-    def sums(params, rest, batch, step):
-        keys = example_keys(dropout, step, batch["example"])
-        loss = recipe.loss(blueprint.merge(params, rest), batch, keys)
+    def sums(params, state, batch):
+        keys = example_keys(dropout, state.step, batch["example"])
+        rest, stacks = partition(params)
+        params = join(jax.tree.map(whole, rest), stacks)
+        loss = recipe.loss(blueprint.merge(params, state.rest, state.frozen), batch, keys)
         return loss.total, loss
 
     def gradients(state: TrainState, batch):
-        grad = jax.grad(sums, has_aux=True)
         if accumulation == 1:
-            return grad(state.params, state.rest, batch, state.step)
+            return jax.grad(sums, has_aux=True)(state.params, state, batch)
+        # Gradients are added up in place, each layer's as the reverse scan makes it: no second set ever exists.
+        grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
-        def add(carry, microbatch):
-            return jax.tree.map(jnp.add, carry, grad(state.params, state.rest, microbatch, state.step)), None
+        def add(_, microbatch):
+            total, backward, loss = jax.vjp(lambda p: sums(p, state, microbatch), state.params, has_aux=True)
+            backward.with_refs(grads)(jnp.ones_like(total))
+            return None, loss
 
-        parts = jax.tree.map(lambda x: split(x, accumulation), batch)
-        first, others = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-        return jax.lax.scan(add, grad(state.params, state.rest, first, state.step), others)[0]
+        losses = jax.lax.scan(add, None, jax.tree.map(lambda x: split(x, accumulation), batch))[1]
+        return jax.tree.map(jax.freeze, grads), jax.tree.map(sum, losses)
 
     def step(state: TrainState, batch):
         grads, loss = gradients(state, batch)

@@ -1,0 +1,70 @@
+"""The parameters that a run does not train: written once, and named by their digest in every checkpoint's manifest.
+
+They lie in `frozen/` beside the checkpoints, in the same form. The folder is sealed before the first checkpoint that
+needs it, and no rule of retention touches it: without it, none of the checkpoints can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aurora_train.checkpoint import durable
+from aurora_train.errors import UserError
+
+FOLDER = "frozen"
+_PREFIX = "frozen."
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a canonical name belongs to the frozen part of a state."""
+    return name.startswith(_PREFIX)
+
+
+def write(folder: Path, flat: dict[str, Any]) -> str:
+    """Save the named host arrays as `folder`, which must not exist, and seal it. Returns its digest."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    with context:
+        ocp.save(folder, flat)
+    return durable.seal(folder, {"frozen": len(flat)})["digest"]
+
+
+def shapes(folder: Path, digest: str) -> dict[str, Any]:
+    """Shape and dtype of every frozen leaf by canonical name. UserError where the folder is not the one of `digest`."""
+    from orbax.checkpoint import v1 as ocp
+
+    _refuse([] if _digest(folder) == digest else _other(folder), folder)
+    return dict(ocp.metadata(folder).metadata)
+
+
+def refuse_damage(folder: Path, digest: str) -> None:
+    """Raise UserError where the folder is missing, is not the one of `digest`, or has a byte changed. Reads it all."""
+    _refuse(durable.faults(folder) if _digest(folder) == digest else _other(folder), folder)
+
+
+def _digest(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / durable.MANIFEST).read_text())["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _other(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return ["the folder is missing"]
+    return [f"{durable.MANIFEST}: not the one that the checkpoints were saved with"]
+
+
+def _refuse(lines: list[str], folder: Path) -> None:
+    if lines:
+        raise UserError(
+            "the frozen parameters of this run are damaged or missing",
+            where=str(folder),
+            why="\n  ".join(lines),
+            hint="bring a copy of this folder back: every checkpoint of the run needs it, and it is written only once",
+        )

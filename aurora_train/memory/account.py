@@ -1,0 +1,240 @@
+"""What a plan is told in: bytes by cause, tensors by tag, levers not pulled, time, disk. Plain JSON, no decisions."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from aurora_train.memory.search import Candidate, seconds_of
+
+CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of a pytree of arrays, whole."""
+    return sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(shape, dtype) -> int:
+    number = 1
+    for length in shape:
+        number *= length
+    return number * jax.numpy.dtype(dtype).itemsize
+
+
+def sharded_bytes(tree, shardings) -> int:
+    """Bytes that one device holds of a pytree under a matching pytree of shardings."""
+    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
+    return sum(
+        _bytes(sharding.shard_shape(leaf.shape), leaf.dtype) for leaf, sharding in zip(leaves, places, strict=True)
+    )
+
+
+def unit_bytes(stack, mesh) -> tuple[int, int]:
+    """(gradient, weights) in bytes of one unit of an abstract Stack, on one device of an fsdp mesh."""
+    from aurora_train.nn import lora
+
+    _, state = nnx.split(stack.segments[0])
+    trained, _ = lora.split(state)
+    share = mesh.shape["fsdp"]
+    whole = tree_bytes(state) // stack.num_units
+    return tree_bytes(trained) // stack.num_units // share, whole // share
+
+
+def parameter_bytes(program) -> int:
+    """Bytes of all parameters, whole."""
+    return tree_bytes(nnx.state(program.model(), nnx.Param))
+
+
+def arguments(program, blueprint) -> dict[str, int]:
+    """Bytes of the step's arguments on one device, by cause."""
+    state, places = blueprint.state, blueprint.shardings
+    parts = {
+        "parameters": ("params",), "optimizer": ("opt_state",), "average": ("extra",), "frozen": ("frozen", "rest"),
+    }  # fmt: skip
+    out = {
+        cause: sum(sharded_bytes(getattr(state, name), getattr(places, name)) for name in names)
+        for cause, names in parts.items()
+    }
+    out["batch"] = tree_bytes(program.batch(program.config.train.batch)) // program.mesh.devices.size
+    return out
+
+
+def levers(program, blueprint) -> list[dict]:
+    """Settings that would save memory and are not used, biggest first; each changes the maths, so none is ours."""
+    config = program.config
+    count = sum(leaf.size for leaf in jax.tree.leaves(blueprint.state.params)) // program.mesh.shape["fsdp"]
+    state = tree_bytes(blueprint.state.opt_state) // program.mesh.shape["fsdp"]
+    found = []
+
+    def add(name, setting, saves):
+        if saves > 0:
+            found.append({"name": name, "setting": setting, "saves_bytes": int(saves)})
+
+    moments = getattr(config.optimizer, "moments", None)
+    if moments is not None and config.optimizer.name in ("adamw", "muon", "lion"):
+        per_moment = state / max(count, 1) / 4
+        if moments == "float32":
+            add("bfloat16 moments", "optimizer.moments=bfloat16", state - count * per_moment * 2)
+        if moments != "int8":
+            add("8-bit moments", "optimizer.moments=int8", state - count * per_moment * 1.02)
+    if getattr(config.optimizer, "master", None) == "float32":
+        add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
+    if config.optimizer.ema is not None:
+        add("no moving average", "optimizer.ema=null", 4 * count)
+    if config.train.precision == "float32":
+        add("bfloat16 activations", "train.precision=bfloat16", 0)
+    model = getattr(config, "model", None)
+    if hasattr(model, "lora") and model.lora is None and not blueprint.state.frozen:
+        add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)
+    return sorted(found, key=lambda lever: -lever["saves_bytes"])
+
+
+def essentials(planner, plan, simulated) -> dict:
+    """`Plan.details` of a plan that was not searched for."""
+    program = planner.program
+    blueprint = program.blueprint(plan)
+    timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves((blueprint.state.params, blueprint.state.frozen))),
+        "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
+        "peak_at": peak_at,
+        "timeline": timeline,
+        "levers": levers(program, blueprint),
+        "time": _time(planner, None, blueprint),
+        "checkpoint": _checkpoint(program, blueprint),
+        "attention": getattr(getattr(program.model(), "attention", None), "name", None),
+        "not_verified": _not_verified(planner),
+        "compiles": planner.compiles,
+    }
+
+
+def details(planner, space, candidates, chosen: Candidate, simulated, faster) -> dict:
+    """`Plan.details`; see memory/report.py for the reader's side."""
+    program = planner.program
+    plan = planner.plan_of(chosen)
+    blueprint = program.blueprint(plan)
+    fits = [c.microbatch for c in candidates if planner.budget is None or planner.corrected(c) <= planner.budget]
+    return essentials(planner, plan, simulated) | {
+        "tensors": {stack.path: _tensors(stack, chosen, space) for stack in space.stacks},
+        "next_faster": None if faster is None else {
+            "microbatch": faster.microbatch, "accumulation": faster.accumulation,
+            "stacks": {p: [[a, b, list(s.save)] for a, b, s in cut] for p, cut in faster.cuts.items()},
+            "lacks_bytes": max(planner.corrected(faster) - (planner.budget or 0), 0),
+            "seconds": faster.seconds if planner.rates else None,
+        },
+        "largest_microbatch": max(fits, default=None),
+        "time": _time(planner, chosen, blueprint),
+        "pareto": _pareto(planner, candidates, chosen),
+        "planning_seconds": round(planner.cpu_seconds, 2),
+    }  # fmt: skip
+
+
+def _timeline(simulated, held: dict[str, int]) -> tuple[list[dict], str]:
+    """The moments of one step that stand out: the fullest of each stretch of kernels between two loops."""
+    live, labels = simulated.profile.live(), simulated.profile.labels
+    if not live:
+        return [{"phase": "the step", "bytes": _filled(held)}], "the step"
+    marks = [0, *(i for i, label in enumerate(labels) if label.startswith("scan")), len(labels)]
+    out = []
+    for start, stop in zip(marks, marks[1:]):  # noqa: B905
+        if stop <= start:
+            continue
+        top = max(range(start, stop), key=live.__getitem__)
+        name = "before the first loop" if start == 0 else f"{labels[start]}"
+        out.append({"phase": f"{len(out) + 1}. {name}", "bytes": _filled(held | simulated.profile.by_cause(top))})
+    # Packing leaves gaps: they belong to the fullest moment, which decides the allocation.
+    fullest = max(out, key=lambda moment: sum(moment["bytes"].values()))
+    gap = simulated.bytes - sum(fullest["bytes"].values())
+    fullest["bytes"]["workspace"] = max(fullest["bytes"]["workspace"] + gap, 0)
+    return out, fullest["phase"]
+
+
+def _filled(parts: dict[str, int]) -> dict[str, int]:
+    return {cause: int(parts.get(cause, 0)) for cause in CAUSES}
+
+
+def _tensors(stack, chosen: Candidate, space) -> list[dict]:
+    """Each tag alone: what keeping it costs, and what recomputing it costs where all else is recomputed."""
+    by_save = {score.save: score for score in stack.scores}
+    none = by_save[()]
+    local = max(chosen.microbatch // space.devices, 1)
+    rows = []
+    for tag in dict.fromkeys(tag for score in stack.scores for tag in score.save or ()):
+        alone = by_save.get((tag,))
+        kept = sum(b - a for a, b, score in chosen.cuts[stack.path] if tag in (score.save or ()))
+        rows.append({
+            "tag": tag,
+            "bytes": (alone.saved_bytes - none.saved_bytes) * local if alone else None,
+            "recompute_flops": (none.flops - alone.flops) * local if alone else None,
+            "kept_units": kept,
+            "units": stack.units,
+        })  # fmt: skip
+    return rows
+
+
+def _time(planner, chosen: Candidate | None, blueprint) -> dict | None:
+    program = planner.program
+    config = program.config
+    count = sum(leaf.size for leaf in jax.tree.leaves((blueprint.state.params, blueprint.state.frozen)))
+    per_target = program.recipe.flops_per_target(count)
+    targets = _targets(program)
+    if per_target is None or targets is None:
+        return None
+    flops = per_target * targets * config.train.batch
+    out = {
+        "steps": config.train.steps, "tokens": config.train.steps * targets * config.train.batch,
+        "flops": flops * config.train.steps, "recompute_flops": chosen.flops if chosen else None,
+        "step_seconds": None, "seconds": None, "rates": "unknown", "source": "",
+    }  # fmt: skip
+    rates = planner.rates
+    if rates is not None:
+        matmul = rates.matmul.get(config.train.precision) or max(rates.matmul.values())
+        step = flops / program.mesh.devices.size / matmul + (chosen.seconds if chosen else 0.0)
+        out |= {"step_seconds": step, "seconds": step * config.train.steps}
+        out |= {"rates": "measured" if rates.source == "measured" else "bound", "source": rates.note or rates.device}
+    return out
+
+
+def _targets(program) -> int | None:
+    """Targets of one example, for the recipes whose batch has a weight for each."""
+    weights = program.shapes.get("weights")
+    if weights is None:
+        return None
+    number = 1
+    for length in weights.shape:
+        number *= length
+    return number
+
+
+def _checkpoint(program, blueprint) -> dict:
+    saved = tree_bytes(blueprint.state._replace(frozen={}))
+    kept = program.config.checkpoint.keep + program.config.checkpoint.best
+    return {"bytes": saved, "kept": kept, "disk_bytes": saved * (kept + 1)}
+
+
+def _pareto(planner, candidates, chosen: Candidate) -> list[dict]:
+    best: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        best.setdefault(candidate.microbatch, []).append(candidate)
+    rows = []
+    for microbatch, found in best.items():
+        whole = [c for c in found if all(len(cut) == 1 for cut in c.cuts.values()) or c.key == chosen.key]
+        rows += [
+            {"microbatch": microbatch, "bytes": planner.corrected(c), "recompute_flops": c.flops,
+             "seconds": c.seconds if planner.rates else None, "chosen": c.key == chosen.key}
+            for c in whole
+        ]  # fmt: skip
+    return rows
+
+
+def _not_verified(planner) -> list[str]:
+    out = []
+    if not planner.verify or not planner.compiles:
+        out.append("the peak: nothing was compiled, it is a simulation that has erred by up to about 3 %")
+    if planner.program.remote:
+        out.append("workspaces that cuDNN and cuBLAS choose on the device")
+    return out
+
+
+__all__ = ["CAUSES", "arguments", "details", "levers", "parameter_bytes", "seconds_of", "sharded_bytes", "unit_bytes"]

@@ -1,0 +1,386 @@
+"""A jaxpr as the kernels that XLA would make of it: calls inlined, elementwise chains fused, loops with a body each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from aurora_train.nn.saving import tag_of
+
+CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",
+    "remat2", "checkpoint", "custom_lin",
+}  # fmt: skip
+# The same bytes under another shape or name. A transpose is one too: XLA gives the producer the layout wanted.
+ALIASES = {
+    "reshape", "squeeze", "expand_dims", "name", "checkpoint_name", "transpose", "stop_gradient", "bitcast_convert_type",
+    "sharding_constraint",
+}  # fmt: skip
+# What reads stored operands and stores its results; all else is fused into its consumer.
+KERNELS = {
+    "dot_general", "conv_general_dilated", "scan", "while", "cond", "sort", "top_k", "scatter", "scatter-add",
+    "cumsum", "custom_call", "ffi_call", "fft", "cholesky", "triangular_solve", "all_gather", "psum",
+    "ragged_dot_general", "qr", "svd", "eigh", "lu", "pallas_call", "new_ref",
+}  # fmt: skip
+REDUCTIONS = ("reduce_", "argmax", "argmin")
+WEIGHTLESS = {"optimization_barrier"}
+
+
+@dataclass
+class Kernel:
+    """One launch. `in_place`: an output may take the place of an input that dies; `bodies`: of a loop or branch."""
+
+    reads: frozenset[int]
+    writes: tuple[int, ...]
+    label: str
+    order: int
+    in_place: bool = False
+    bodies: list = field(default_factory=list)
+    must_share: bool = False  # a loop, a scatter: XLA knows from the start that it works in place
+    early: bool = False  # the empty target of a scatter is allocated before anything else
+    members: set[int] = field(default_factory=set)
+    touches: frozenset[int] = frozenset()  # of a fused launch: all it reads, arguments and slices included
+    operands: tuple[int, ...] = ()  # `reads` in the order in which they are written in the program
+
+
+def nbytes(aval) -> int:
+    """Bytes of an abstract value; typed keys count 8 each."""
+    number = int(np.prod(aval.shape, dtype=np.int64))
+    try:
+        return number * np.dtype(aval.dtype).itemsize
+    except TypeError:
+        return number * 8
+
+
+def is_variable(atom) -> bool:
+    """Whether an operand of an equation is a variable, not a literal."""
+    return not hasattr(atom, "val")
+
+
+def is_ref(variable) -> bool:
+    """Whether a variable is a mutable array."""
+    return "Ref" in type(variable.aval).__name__
+
+
+def callee(equation):
+    """The jaxpr that a call runs once, or None."""
+    if equation.primitive.name not in CALLS:
+        return None
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in equation.params:
+            return equation.params[key]
+    return None
+
+
+class Graph:
+    """Values are numbered; `size` in bytes, `cause` where known, `free` those that live in a donated argument."""
+
+    def __init__(self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(), stacked: int | None = None, shards=1, memo=None):
+        jaxpr = closed.jaxpr
+        self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
+        self.size, self.cause, self._tags = {}, {}, {}
+        self._equations: list = []
+        self._producer: dict[int, int] = {}
+        self._users = defaultdict(set)
+        inputs = [self._new(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
+        self._external = set(inputs)
+        self._sliced = {inputs[len(jaxpr.constvars) + i] for i in sliced}
+        environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+        self._barriers: list[int] = []
+        self._refs: dict[int, int] = {}  # a version of a mutable array -> the array it started as
+        self._written: dict[int, int] = {}  # an argument that is mutable -> its last version
+        self._inline(jaxpr, environment)
+        results = [environment[v] if is_variable(v) else None for v in jaxpr.outvars]
+        self.free = {results[i] for i in donated if results[i] is not None} - self._external
+        self.outputs = {r: None for r in results if r is not None and r not in self._external}  # in order
+        self._stacked = [] if stacked is None else [r for r in results[stacked:] if r in self.outputs]
+        for version in self._written.values():
+            self.outputs[version] = None
+            self.free.add(version)
+        self.free |= {v for v, first in self._refs.items() if first in self._external}
+        self._keep_live()
+        self._scatter_into_sums()
+        self._decide()
+        self._attribute()
+        self.kernels = self._make_kernels()
+        self._stack_results()
+
+    # ---- reading the jaxpr
+
+    def _new(self, variable=None) -> int:
+        number = next(self._numbers)
+        self.size[number] = 0 if variable is None else nbytes(variable.aval) // self._shards
+        return number
+
+    def _constant(self) -> int:
+        number = self._new()
+        self._external.add(number)
+        return number
+
+    def _inline(self, jaxpr, environment) -> None:
+        for equation in jaxpr.eqns:
+            reads = [environment[v] if is_variable(v) else None for v in equation.invars]
+            inner = callee(equation)
+            if inner is not None:
+                results = self._call(inner, reads, equation, environment)
+            elif equation.primitive.name in WEIGHTLESS:
+                results = [self._constant() if r is None else r for r in reads]
+                self._barriers.extend(results)
+            elif equation.primitive.name == "freeze" or self._is_alias(equation, reads):
+                results = reads[:1]
+                tag = tag_of(equation.primitive.name, equation.params)
+                if tag:
+                    self._tags[reads[0]] = tag
+            else:
+                results = [self._new(v) for v in equation.outvars]
+                self._record(equation, reads, results + self._written_refs(equation, reads, environment))
+            environment.update(zip(equation.outvars, results, strict=True))
+
+    def _record(self, equation, reads, results) -> None:
+        for number in results:
+            self._producer[number] = len(self._equations)
+        self._equations.append((equation, [r for r in reads if r is not None], results))
+
+    def _written_refs(self, equation, reads, environment) -> list[int]:
+        """A mutable array that an equation writes is, from there on, another value in the same buffer."""
+        out = []
+        if equation.primitive.name == "new_ref" or not equation.effects:
+            return out
+        for variable, read in zip(equation.invars, reads, strict=True):
+            if read is not None and is_ref(variable):
+                version = self._new(variable)
+                environment[variable] = version
+                self._refs[version] = self._refs.get(read, read)
+                if self._refs[version] in self._external:
+                    self._written[self._refs[version]] = version
+                out.append(version)
+        return out
+
+    def _call(self, inner, reads, equation, environment) -> list[int]:
+        body = getattr(inner, "jaxpr", inner)
+        local = {v: self._constant() for v in body.constvars}
+        local |= {v: self._constant() if r is None else r for v, r in zip(body.invars, reads, strict=True)}
+        self._inline(body, local)
+        for variable, given in zip(equation.invars, body.invars, strict=True):
+            if is_variable(variable) and is_ref(variable):
+                environment[variable] = local[given]
+        return [local[v] if is_variable(v) else self._constant() for v in body.outvars]
+
+    def _is_alias(self, equation, reads) -> bool:
+        if equation.primitive.name not in ALIASES or reads[0] is None:
+            return False
+        return self.size[reads[0]] == nbytes(equation.outvars[0].aval) // self._shards
+
+    def _keep_live(self) -> None:
+        """Drop what nothing needs, as XLA does."""
+        self._live, pending = set(), list(self.outputs)
+        while pending:
+            index = self._producer.get(pending.pop())
+            if index is not None and index not in self._live:
+                self._live.add(index)
+                pending.extend(self._equations[index][1])
+        for index in self._live:
+            for number in self._equations[index][1]:
+                self._users[number].add(index)
+
+    def _scatter_into_sums(self) -> None:
+        """zeros.at[i].add(u) + y becomes y.at[i].add(u), as XLA has it: a tied table's two gradients are one buffer."""
+        for index in sorted(self._live):
+            equation, reads, writes = self._equations[index]
+            if not self._is_scatter(index) or len(self._users[writes[0]]) != 1:
+                continue
+            (adder,) = self._users[writes[0]]
+            added, terms, total = self._equations[adder]
+            others = [t for t in terms if t != writes[0]]
+            if added.primitive.name not in ("add", "add_any") or len(others) != 1:
+                continue
+            target, other = reads[0], others[0]
+            self._equations[index] = (equation, [other, *reads[1:]], total)
+            self._producer[total[0]] = index
+            self._live.discard(adder)
+            self._users[target].discard(index)
+            self._users[other].discard(adder)
+            self._users[other].add(index)
+            if not self._users[target] and target in self._producer:
+                self._live.discard(self._producer[target])
+
+    # ---- what is stored
+
+    def _is_kernel(self, index: int) -> bool:
+        name = self._equations[index][0].primitive.name
+        return name in KERNELS or "attention" in name or name.startswith("custom_")
+
+    def _decide(self) -> None:
+        self._stored, self._copied = set(self.outputs), set()
+        for index in self._live:
+            equation, reads, writes = self._equations[index]
+            if self._is_kernel(index):
+                self._stored.update(writes)
+                self._stored.update(r for r in reads if r not in self._external)
+                self._copied.update(r for r in reads if r in self._sliced)
+            elif equation.primitive.name.startswith(REDUCTIONS):
+                self._stored.update(writes)
+
+    def _sources(self, index: int, known: dict) -> tuple[int, ...]:
+        """The stored values and arguments that a fused chain ending in this equation reads, in operand order."""
+        if index not in known:
+            found: dict[int, None] = {}
+            for number in self._equations[index][1]:
+                if number in self._stored or number in self._external:
+                    found[number] = None
+                else:
+                    found.update(dict.fromkeys(self._sources(self._producer[number], known)))
+            known[index] = tuple(found)
+        return known[index]
+
+    def _attribute(self) -> None:
+        """Gradients end in the step's barrier; what one loop stacks and another reads is kept for the backward pass."""
+        for number in self._barriers:
+            while number in self._producer:
+                self.cause[number] = "gradients"
+                index = self._producer[number]
+                same = [r for r in self._equations[index][1] if self.size[r] == self.size[number]]
+                if self._is_kernel(index) or len(same) != 1:
+                    break
+                number = same[0]
+        for index in self._live:
+            equation, _, writes = self._equations[index]
+            if equation.primitive.name != "scan":
+                continue
+            for number in writes[equation.params["num_carry"] : len(equation.outvars)]:
+                readers = {self._equations[i][0].primitive.name for i in self._users[number]}
+                if number not in self.cause and "scan" in readers:
+                    self.cause[number] = "saved"
+
+    # ---- kernels
+
+    def _make_kernels(self) -> list[Kernel]:
+        made, known, copies = [], {}, {}
+        empties: dict[tuple, Kernel] = {}
+        for index in sorted(self._live):
+            equation, reads, writes = self._equations[index]
+            if self._is_kernel(index):
+                for number in sorted(set(reads) & self._copied - set(copies)):
+                    copies[number] = self._new()
+                    self.size[copies[number]] = self.size[number]
+                    made.append(Kernel(frozenset(), (copies[number],), "slice", len(made)))
+                wanted = tuple(copies.get(r, r) for r in reads if r in copies or r in self._stored)
+                wanted += self._empties(equation, writes, empties, made)
+                made.append(self._launch(equation, wanted, tuple(writes), len(made)))
+                continue
+            kept = tuple(w for w in writes if w in self._stored)
+            if not kept:
+                continue
+            touches = self._sources(index, known)
+            operands = tuple(t for t in touches if t in self._stored)
+            sources = frozenset(operands)
+            kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
+            kernel.touches, kernel.operands = frozenset(touches), operands
+            kernel.early = not sources and any(self._is_scatter(i) for w in kept for i in self._users[w])
+            made.append(kernel)
+        return _with_siblings(made, self.size)
+
+    def _empties(self, equation, writes, known, made) -> tuple:
+        """The buffers that a loop will fill. XLA makes all of one shape in one launch, before the first is needed."""
+        if equation.primitive.name != "scan":
+            return ()
+        wanted = []
+        stacked = list(zip(writes, equation.outvars, strict=False))[equation.params["num_carry"] :]
+        for number, variable in stacked:
+            if number in self.free:
+                continue
+            key = (variable.aval.shape, str(variable.aval.dtype))
+            empty = self._new()
+            self.size[empty], self.cause[empty] = self.size[number], self.cause.get(number, "")
+            kernel = known.get(key)
+            if kernel is None:
+                kernel = known[key] = Kernel(frozenset(), (), "empty", len(made))
+                made.append(kernel)
+            kernel.writes += (empty,)
+            wanted.append(empty)
+        return tuple(wanted)
+
+    def _stack_results(self) -> None:
+        """What a loop stacks leaves the iteration as soon as it is made: copied into the loop's result, or made there."""
+        maker = {w: k for k in self.kernels for w in k.writes}
+        read = {r for k in self.kernels for r in k.reads}
+        outputs = dict(self.outputs)
+        for number in dict.fromkeys(self._stacked):
+            kernel = maker.get(number)
+            if kernel is None or number in self.free:
+                continue
+            if kernel.in_place and not kernel.bodies and number not in read:
+                self.free.add(number)
+                continue
+            written = self._new()
+            order = 1 + max(k.order for k in self.kernels)
+            self.kernels.append(Kernel(frozenset((number,)), (written,), "stack", order, operands=(number,)))
+            outputs = {written if o == number else o: None for o in outputs}
+        self.outputs = outputs
+
+    def _is_scatter(self, index: int) -> bool:
+        return self._equations[index][0].primitive.name.startswith("scatter")
+
+    def _launch(self, equation, wanted, writes, order) -> Kernel:
+        name, params = equation.primitive.name, equation.params
+        kernel = Kernel(frozenset(wanted), writes, name, order, operands=wanted)
+        kernel.in_place = name in ("scan", "while", "new_ref") or name.startswith("scatter")
+        kernel.must_share = kernel.in_place
+        if name == "scan":
+            body = params["jaxpr"]
+            first = params["num_consts"] + params["num_carry"]
+            kernel.bodies = [self._body(body, frozenset(range(first, len(body.jaxpr.invars))), params["num_carry"])]
+            kernel.label = f"scan of {params['length']}"
+        elif name == "while":
+            kernel.bodies = [self._body(params["body_jaxpr"], frozenset())]
+        elif name == "cond":
+            kernel.bodies = [self._body(branch, frozenset()) for branch in params["branches"]]
+        return kernel
+
+    def _body(self, closed, sliced, stacked=None) -> Graph:
+        if id(closed) not in self._memo:
+            self._memo[id(closed)] = (Graph(closed, sliced=sliced, stacked=stacked, shards=self._shards, memo=self._memo), closed)
+        return self._memo[id(closed)][0]
+
+
+def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
+    """Fused launches that read one thing in common and write arrays of one size become one launch with several outputs.
+
+    XLA's MultiOutputFusion, siblings; never where one needs the other.
+    """
+    made_by = {w: k.order for k in kernels for w in k.writes}
+    needs: dict[int, set[int]] = {}
+    for k in kernels:  # in program order, so what is needed is known
+        needs[k.order] = set()
+        for r in k.reads:
+            if r in made_by and made_by[r] != k.order:
+                needs[k.order] |= {made_by[r]} | needs.get(made_by[r], set())
+    out, by_size = [], defaultdict(list)
+    for k in kernels:
+        twin = None
+        if k.in_place and k.touches and len(k.writes) == 1:
+            for other in by_size[size[k.writes[0]]]:
+                related = other.members & needs[k.order]
+                if not related and other.touches & k.touches:
+                    twin = other
+                    break
+        if twin is None:
+            k.members = {k.order}
+            out.append(k)
+            if k.in_place and k.touches and k.writes:
+                by_size[size[k.writes[0]]].append(k)
+            continue
+        twin.operands += tuple(o for o in k.operands if o not in twin.reads)
+        twin.reads |= k.reads
+        twin.writes += k.writes
+        twin.touches |= k.touches
+        twin.members.add(k.order)
+        for later in needs:
+            if needs[later] & twin.members:
+                needs[later] |= twin.members
+                for member in twin.members:
+                    needs[later] |= needs[member]
+    return out

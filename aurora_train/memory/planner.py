@@ -1,0 +1,311 @@
+"""From a step that can be traced and compiled to the fastest plan that fits: simulate, search, compile, correct.
+
+`program` is a `train.rehearsal.Rehearsal`: it knows how to trace and compile the real step under a plan, for this
+machine or for one that is not here. At most three compilations; the maths is never touched.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import jax
+
+from aurora_train.errors import UserError
+from aurora_train.memory import account
+from aurora_train.memory.dataflow import Graph
+from aurora_train.memory.liveness import Profile, profile_of
+from aurora_train.memory.plan import Plan, make_plan
+from aurora_train.memory.residuals import trace_stack_unit
+from aurora_train.memory.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster
+from aurora_train.memory.verify import compiled_bytes
+from aurora_train.nn.stack import Segment
+from aurora_train.units import size
+
+COMPILES = 3
+MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulation errs by about as much
+CLOSE = 0.003  # the same once a plan with the same microbatch has been compiled
+FULL_ENOUGH = 0.95  # a plan that uses this share of the budget is not worth another compilation
+IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is taken as it is
+
+
+@dataclass
+class Simulated:
+    """A plan as simulated: `bytes` is arguments plus temporaries on one device."""
+
+    bytes: int
+    arguments: int
+    profile: Profile
+
+
+@dataclass
+class Planner:
+    """One search. `budget` in bytes on one device; None only predicts."""
+
+    program: object
+    budget: int | None
+    budget_reason: str
+    machine: str
+    rates: object = None
+    verify: bool = True
+    progress: object = None
+    compiles: int = 0
+    cpu_seconds: float = 0.0
+    simulated: dict = field(default_factory=dict)
+    compiled: dict = field(default_factory=dict)
+    offsets: dict = field(default_factory=dict)  # microbatch -> bytes by which the additive model fell short
+
+    # ---- the parts
+
+    def simulate(self, plan: Plan) -> Simulated:
+        """The step's peak from its jaxpr, without compiling."""
+        key = repr(plan.work)
+        if key not in self.simulated:
+            traced, state = self.program.trace(plan)
+            arguments = sum(account.arguments(self.program, self.program.blueprint(plan)).values())
+            donated = frozenset(range(len(jax.tree.leaves(state._replace(frozen={})))))
+            scaled = Graph(traced.jaxpr, donated=donated, shards=self.program.mesh.devices.size)
+            found = profile_of(scaled)
+            self.simulated[key] = Simulated(arguments + found.peak, arguments, found)
+        return self.simulated[key]
+
+    def compile(self, plan: Plan) -> int:
+        """The compiler's peak in bytes."""
+        key = repr(plan.work)
+        if key not in self.compiled:
+            self.compiles += 1
+            if self.progress:
+                self.progress(self.compiles - 1, COMPILES, f"compiling a plan for {self.machine}")
+            paused = time.process_time()
+            self.compiled[key] = compiled_bytes(self.program.compile(plan)).peak
+            self.cpu_seconds -= time.process_time() - paused
+        return self.compiled[key]
+
+    # ---- the search
+
+    def run(self) -> Plan:
+        """The plan, verified where that is possible. UserError where nothing fits."""
+        began = time.process_time()
+        whole = self._as_asked()
+        if whole is not None:
+            compiled = self.compile(whole) if self.verify else None
+            self.cpu_seconds += time.process_time() - began
+            return self._told(whole, compiled)
+        space = self._space()
+        candidates = space.all()
+        chosen = self._choose(candidates)
+        self.cpu_seconds += time.process_time() - began
+        return self._written(space, candidates, *chosen)
+
+    def _as_asked(self) -> Plan | None:
+        """The plan where there is nothing to choose: the config says it all, or a CPU has room for everything."""
+        program, memory = self.program, self.program.config.memory
+        fixed = memory.save != "auto" or memory.unroll != "auto"
+        if not fixed and program.platform != "cpu":
+            return None
+        plan = make_plan(
+            program.config, program.model(), platform=program.platform, num_devices=program.mesh.devices.size
+        )
+        if fixed or self.simulate(plan).bytes <= IDLE * self.budget:
+            return plan
+        return None
+
+    def _told(self, plan: Plan, compiled: int | None) -> Plan:
+        """A plan that was not searched for, with its bytes."""
+        simulated = self.simulate(plan)
+        needed = compiled if compiled is not None else simulated.bytes
+        if needed > self.budget:
+            plan = replace(plan, reason=f"{plan.reason}; it needs {size(needed)}, more than the budget")
+        return replace(
+            plan, machine=self.machine, platform=self.program.platform, budget_bytes=self.budget,
+            predicted_bytes=simulated.bytes, compiled_bytes=compiled,
+            details=account.essentials(self, plan, simulated),
+        )  # fmt: skip
+
+    def smaller(self, than: Plan) -> Plan | None:
+        """After an out-of-memory: the fastest plan that needs clearly less than `than` did; None where there is none."""
+        needed = than.compiled_bytes or than.predicted_bytes
+        self.budget = min(self.budget, int(0.85 * needed))
+        self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
+        try:
+            space = self._space()
+            candidates = space.all()
+            return self._written(space, candidates, *self._choose(candidates))
+        except UserError:
+            return None
+
+    def _space(self) -> Space:
+        program = self.program
+        devices = program.mesh.devices.size
+        pairs = microbatches(program.config, program.recipe, devices)
+        stacks = [self._stack(path, call) for path, call in program.stack_calls(devices).items()]
+        space = Space(stacks, pairs, devices, self._costs(), None)
+        known: dict[int, int] = {}
+
+        def rest(local: int) -> int:
+            """Everything but what units keep and their gradients, at full recomputation; linear in between."""
+            if local not in known:
+                ends = sorted(known)
+                if len(ends) >= 2:
+                    low, high = ends[0], ends[-1]
+                    return known[low] + (known[high] - known[low]) * (local - low) // (high - low)
+                known[local] = self._rest(space, local * devices)
+            return known[local]
+
+        space.rest = rest
+        smallest, largest = pairs[-1][0] // devices, pairs[0][0] // devices
+        rest(smallest)
+        if largest != smallest:
+            rest(min(largest, 4 * smallest) if largest > 4 * smallest else largest)
+        return space
+
+    def _rest(self, space: Space, microbatch: int) -> int:
+        batch = self.program.config.train.batch
+        cuts = {s.path: [(0, s.units, space.hulls[s.path][0])] for s in space.stacks}
+        plan = Plan(microbatch, batch // microbatch, space_stacks(cuts))
+        whole = self.simulate(plan).bytes
+        local = max(microbatch // space.devices, 1)
+        return whole - sum(
+            s.units * (space.hulls[s.path][0].saved_bytes * local + s.gradient) for s in space.stacks
+        )
+
+    def _stack(self, path: str, call) -> StackCosts:
+        stack, x, context, keys, examples = call
+        with self.program.here():
+            graph = trace_stack_unit(stack, x, context, keys)
+        scores = [
+            replace(s, saved_bytes=s.saved_bytes // examples, flops=s.flops // examples,
+                    moved_bytes=s.moved_bytes // examples)
+            for s in graph.points()
+        ]  # fmt: skip
+        gradient, weights = account.unit_bytes(stack, self.program.mesh)
+        return StackCosts(path, stack.num_units, scores, gradient, weights)
+
+    def _costs(self) -> Costs:
+        if self.rates is None:
+            return Costs(1e-14, 1e-12, 1e-3)
+        precision = self.program.config.train.precision
+        matmul = self.rates.matmul.get(precision) or max(self.rates.matmul.values())
+        weights = 3 * account.parameter_bytes(self.program)  # read forward and backward, gradients written
+        return Costs(
+            1 / matmul, 1 / self.rates.bandwidth, self.rates.per_microbatch_seconds + weights / self.rates.bandwidth
+        )
+
+    def corrected(self, candidate: Candidate) -> int:
+        """The additive model plus what the nearest simulated or compiled plan taught."""
+        known = self.offsets
+        if not known:
+            return candidate.bytes
+        nearest = min(known, key=lambda m: abs(m - candidate.microbatch))
+        return candidate.bytes + known[nearest]
+
+    def _choose(self, candidates: list[Candidate]):
+        best = None  # (candidate, compiled bytes)
+        margin = MARGIN
+        refused = set()
+        for _ in range(COMPILES if self.verify else 1):
+            usable = [c for c in candidates if c.key not in refused]
+            found = self._settled(usable, self.budget * (1 - margin))
+            if found is None:
+                found = min(usable, key=self.corrected, default=None)
+            if found is None or (best and found.seconds >= best[0].seconds):
+                break
+            if not self.verify:
+                self._refuse_misfit(found, self.corrected(found))
+                return found, None
+            real = self.compile(self.plan_of(found))
+            refused.add(found.key)
+            self.offsets[found.microbatch] = real - found.bytes
+            margin = CLOSE
+            if real <= self.budget and (best is None or found.seconds < best[0].seconds):
+                best = found, real
+            if real <= self.budget and real >= FULL_ENOUGH * self.budget:
+                break
+        if best is None:
+            smallest = min(self.compiled.values(), default=None)
+            self._refuse_misfit(None, smallest if smallest else self.corrected(min(candidates, key=self.corrected)))
+        return best
+
+    def _settled(self, candidates, budget) -> Candidate | None:
+        """The cheapest under the additive model whose simulation agrees with it."""
+        for _ in range(3):
+            found = cheapest(candidates, budget, self.corrected)
+            if found is None:
+                return None
+            if self.compiles and found.microbatch in self.offsets:
+                return found  # what was compiled knows better than a simulation
+            gap = self.simulate(self.plan_of(found)).bytes - self.corrected(found)
+            if gap <= 0 and -gap < 0.01 * budget:
+                return found
+            self.offsets[found.microbatch] = self.offsets.get(found.microbatch, 0) + gap
+        return cheapest(candidates, budget, self.corrected)
+
+    def _refuse_misfit(self, found, needed: int) -> None:
+        if found is not None and needed <= self.budget:
+            return
+        levers = "; ".join(f"{lever['setting']} saves {size(lever['saves_bytes'])}" for lever in self._levers()[:3])
+        raise UserError(
+            f"no plan fits {self.machine or 'this machine'}: the smallest needs {size(needed)} of {size(self.budget)}",
+            where="memory.budget",
+            why=self.budget_reason,
+            hint=levers or "a smaller model or a shorter sequence",
+        )
+
+    def _levers(self) -> list[dict]:
+        return account.levers(self.program, self.program.blueprint(self.program.simplest_plan()))
+
+    # ---- the result
+
+    def plan_of(self, candidate: Candidate) -> Plan:
+        """The bare plan of a candidate."""
+        return Plan(candidate.microbatch, candidate.accumulation, candidate.stacks())
+
+    def _written(self, space: Space, candidates, chosen: Candidate, compiled: int | None) -> Plan:
+        plan = self.plan_of(chosen)
+        simulated = self.simulate(plan)
+        faster = next_faster(candidates, chosen, self.corrected)
+        details = account.details(self, space, candidates, chosen, simulated, faster)
+        return replace(
+            plan,
+            reason=self._reason(chosen, compiled),
+            machine=self.machine,
+            platform=self.program.platform,
+            budget_bytes=self.budget,
+            predicted_bytes=simulated.bytes,
+            compiled_bytes=compiled,
+            details=details,
+        )
+
+    def _reason(self, chosen: Candidate, compiled: int | None) -> str:
+        how = "compiled" if compiled is not None else "not compiled"
+        needed = compiled if compiled is not None else self.simulate(self.plan_of(chosen)).bytes
+        limit = f" of {size(self.budget)}" if self.budget is not None else ""
+        return f"the fastest that fits: {size(needed)}{limit} ({how}); {self.budget_reason}"
+
+
+def space_stacks(cuts) -> dict[str, list[Segment]]:
+    """Cuts of (start, stop, Score) as a Plan wants them."""
+    return {path: [Segment(a, b, score.save) for a, b, score in cut] for path, cut in cuts.items()}
+
+
+def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:
+    """(microbatch over all devices, accumulation), largest first, that the batch divides into. UserError if none."""
+    batch, wish = config.train.batch, config.memory.accumulation
+    if batch % devices:
+        raise UserError(
+            f"a batch of {batch} does not divide over {devices} devices",
+            where="train.batch",
+            hint=f"the nearest that does is {max(batch // devices, 1) * devices}",
+        )
+    local = batch // devices
+    if wish != "auto":
+        if local % wish:
+            raise UserError(
+                f"a batch of {batch} does not divide into {wish} microbatches over {devices} device(s)",
+                where="train.batch",
+                hint=f"the nearest that does is {max(batch // (wish * devices), 1) * wish * devices}",
+            )
+        return [(batch // wish, wish)]
+    if recipe.couples != "example":
+        return [(batch, 1)]
+    return [(batch // n, n) for n in range(1, local + 1) if local % n == 0]

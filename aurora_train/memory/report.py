@@ -1,0 +1,360 @@
+"""A plan as a person reads it: one line for the log, a page for `aurora plan`, one document for a script.
+
+All of `Plan.details` may be missing, as in a plan that only says what the config asked for: what is not there is left
+out, never guessed. Bytes are per device and decimal (1 GB = 1e9 bytes).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aurora_train.machine.table import lookup
+from aurora_train.units import count, duration, percent, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from aurora_train.memory.plan import Plan
+
+CAUSES = {  # in the order they are shown and stacked
+    "parameters": "parameters",
+    "frozen": "frozen parameters",
+    "optimizer": "optimizer state",
+    "average": "moving average",
+    "gradients": "gradients",
+    "batch": "batch",
+    "saved": "saved activations",
+    "workspace": "workspace",
+}
+_LEVERS_SHOWN = 5
+
+
+def one_line(plan: Plan) -> str:
+    """The line that `aurora train` prints before it compiles."""
+    return f"plan: {verdict(plan)}"
+
+
+def side_by_side(plan: Plan) -> str:
+    """Predicted, compiled and measured bytes in one line, the last two beside their difference from the prediction."""
+    told = [f"predicted {amount(plan.predicted_bytes)}" if plan.predicted_bytes else "not predicted"]
+    for name, held in (("compiled", plan.compiled_bytes), ("measured", plan.measured_bytes)):
+        apart = difference(held, plan.predicted_bytes)
+        told.append(f"{name} {amount(held)}{f' ({apart})' if apart else ''}" if held else f"not {name}")
+    return f"memory: {', '.join(told)}"
+
+
+def document(plan: Plan) -> dict:
+    """What `aurora plan --json` prints: the plan's own keys, and those of its details beside them."""
+    own = plan.to_json()
+    return {**own.pop("details"), **own}
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and what it does, in one sentence without a full stop."""
+    held = plan.compiled_bytes or plan.predicted_bytes
+    how = "compiled" if plan.compiled_bytes else "predicted, not compiled"
+    on = f" on {machine_name(plan.machine)}" if plan.machine else ""
+    if held is None:
+        start = f"{plan.reason or 'as configured'}; its memory was not predicted"
+    elif plan.budget_bytes is None:
+        start = f"needs {amount(held)}{on} ({how}); no budget to hold it against"
+    else:
+        fits = "fits" if held <= plan.budget_bytes else "does not fit"
+        start = f"{fits}: {amount(held)} of {amount(plan.budget_bytes)}{on} ({how})"
+    told = [start, f"microbatch {plan.microbatch} x accumulation {plan.accumulation}", recomputed(plan)]
+    return "; ".join(part for part in told if part)
+
+
+def recomputed(plan: Plan) -> str:
+    """How much of the forward pass is done twice, in words; "" where it is not known."""
+    if plan.stacks and all(segment.save is None for cut in plan.stacks.values() for segment in cut):
+        return "recomputes nothing"
+    time = plan.details.get("time") or {}
+    again, whole, steps = time.get("recompute_flops"), time.get("flops"), time.get("steps")
+    if again is None:
+        again = next((p.get("recompute_flops") for p in plan.details.get("pareto") or [] if p.get("chosen")), None)
+    if again is None:
+        return ""
+    if again == 0:
+        return "recomputes nothing"
+    if not whole or not steps:
+        return f"recomputes {count(again)}FLOP a step"
+    # The backward pass of a matrix product is two products of its size, so the forward pass is a third of a step.
+    return f"recomputes {percent(again / (whole / steps / 3))} of the forward pass"
+
+
+def machine_name(kind: str) -> str:
+    """The name in the table of machines for what jax calls a device, or jax's own word."""
+    known = lookup(kind)
+    return known.name if known else kind
+
+
+def amount(held: float | None) -> str:
+    """Bytes: gigabytes with one decimal, smaller amounts in their own unit."""
+    return f"{held / 1e9:.1f} GB" if held is not None and held >= 1e9 else size(held)
+
+
+def difference(held: float | None, predicted: float | None) -> str:
+    """+1.2 %: by how much `held` is more than what was predicted; "" where either is unknown."""
+    return f"{100 * (held / predicted - 1):+.1f} %" if held and predicted else ""
+
+
+def by_cause(bytes_of: dict[str, int]) -> list[tuple[str, str, int]]:
+    """(cause, its name, bytes) in the order of CAUSES, without those that hold nothing; unknown causes come last."""
+    order = [*CAUSES, *(name for name in bytes_of if name not in CAUSES)]
+    return [(name, CAUSES.get(name, _words(name)), bytes_of[name]) for name in order if bytes_of.get(name)]
+
+
+def segments(cut: list, tags: list[str] | None = None) -> list[str]:
+    """One line for each segment of a stack: which units, and what they keep for the backward pass.
+
+    Args:
+        cut: `Segment`s, or the [start, stop, save] of a plan that was not chosen.
+        tags: every tag of the stack; what of them is not kept is then named too.
+    """
+    return [f"units {_units(*part[:2])}: {_kept(part[2], tags)}" for part in cut]
+
+
+def _units(start: int, stop: int) -> str:
+    return f"{start}" if stop - start == 1 else f"{start} to {stop - 1}"
+
+
+def _kept(save, tags) -> str:
+    if save is None:
+        return "keep everything"
+    if not save:
+        return "recompute everything"
+    dropped = [tag for tag in tags or () if tag not in save]
+    return f"keep {', '.join(save)}" + (f"; recompute {', '.join(dropped)}" if dropped else "")
+
+
+# ---- the page
+
+
+def plain_console() -> Console:
+    """A rich console that takes text as it stands: colours on a terminal, none in a pipe, and no line cut there."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print the page of `aurora plan`: the verdict first, then what it follows from."""
+    console = console or plain_console()
+    console.print(verdict(plan), style="bold", soft_wrap=True)
+    if plan.reason and (plan.compiled_bytes or plan.predicted_bytes):
+        console.print(plan.reason, soft_wrap=True)
+    _show_bytes(plan, console)
+    for name, cut in plan.stacks.items():
+        _show_stack(name, cut, plan, console)
+    _show_lines("", _alternatives(plan), console)
+    _show_levers(plan.details.get("levers") or [], console)
+    _show_lines("", [*time_lines(plan), *_disk(plan)], console)
+    _show_lines("not verified:", plan.details.get("not_verified") or [], console)
+    _show_lines("", _made(plan), console)
+
+
+def _show_lines(title: str, lines: list[str], console) -> None:
+    if not lines:
+        return
+    console.print()
+    if title:
+        console.print(title, style="bold")
+    for line in lines:
+        console.print(f"  {line}" if title else line, soft_wrap=True)
+
+
+def _show_bytes(plan: Plan, console) -> None:
+    rows = by_cause(plan.details.get("by_cause") or {})
+    if rows:
+        total = sum(held for *_, held in rows)
+        whole, of = (plan.budget_bytes, "of budget") if plan.budget_bytes else (total, "share")
+        unit, divisor = _unit(max(total, 1))
+        listed = [(name, held) for _, name, held in rows]
+        listed += [("total", total), *([("budget", plan.budget_bytes)] if plan.budget_bytes else [])]
+        table = _table(f"at the peak{_during(plan)}", unit, of)
+        for name, held in listed:
+            share = "" if name == "budget" else percent(held / whole)
+            table.add_row(name, f"{held / divisor:,.1f}", share, style="bold" if name == "total" else None)
+        console.print()
+        console.print(table)
+    if plan.predicted_bytes and plan.compiled_bytes:
+        told = f"predicted {amount(plan.predicted_bytes)}, compiled {amount(plan.compiled_bytes)}"
+        console.print(f"{told} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
+    elif plan.predicted_bytes:
+        console.print(f"predicted {amount(plan.predicted_bytes)}, not compiled", soft_wrap=True)
+
+
+def _during(plan: Plan) -> str:
+    return f", {plan.details['peak_at']}" if plan.details.get("peak_at") else ""
+
+
+def _unit(total: int) -> tuple[str, float]:
+    """One unit for a whole column, so that its figures can be compared."""
+    return next((name, value) for name, value in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if total >= value)
+
+
+def _show_stack(name: str, cut: list, plan: Plan, console) -> None:
+    tensors = (plan.details.get("tensors") or {}).get(name) or []
+    tags = [tensor["tag"] for tensor in tensors]
+    num_units = cut[-1].stop if cut else 0
+    cuts = f"{len(cut)} segments" if len(cut) > 1 else "one segment"
+    _show_lines(f"{name}: {num_units} units in {cuts}", segments(cut, tags), console)
+    if tensors:
+        table = _table("tag", "bytes a unit", "FLOPs to recompute", "plan", left=(0, 3))
+        for tensor in tensors:
+            held, again = tensor.get("bytes"), tensor.get("recompute_flops")
+            table.add_row(tensor["tag"], amount(held), count(again), _fate(tensor))
+        console.print(table)
+
+
+def _fate(tensor: dict) -> str:
+    """What becomes of one tagged tensor over the units of its stack."""
+    kept, units = tensor.get("kept_units"), tensor.get("units")
+    if kept is None or units is None:
+        return "n/a"
+    if kept == units:
+        return "keep"
+    return "recompute" if kept == 0 else f"partly: keep {kept} of {units} units"
+
+
+def _alternatives(plan: Plan) -> list[str]:
+    lines = []
+    faster = plan.details.get("next_faster")
+    if faster:
+        what = [f"microbatch {faster['microbatch']} x accumulation {faster['accumulation']}"]
+        for name, cut in (faster.get("stacks") or {}).items():
+            what.append(f"{name}: {'; '.join(segments(cut))}")
+        lacks = faster.get("lacks_bytes")
+        told = f"next faster plan: {', '.join(what)}"
+        told += f"; lacks {amount(lacks)}" if lacks is not None else ""
+        told += f"; {duration(faster['seconds'])} a step" if faster.get("seconds") is not None else ""
+        lines.append(told)
+    elif "next_faster" in plan.details:
+        lines.append("next faster plan: none, more memory would gain nothing")
+    if plan.details.get("largest_microbatch") is not None:
+        lines.append(f"largest microbatch that fits: {plan.details['largest_microbatch']}")
+    return lines
+
+
+def _show_levers(levers: list[dict], console) -> None:
+    if not levers:
+        return
+    table = _table("levers not pulled", "saves", "setting", left=(0, 2))
+    for lever in levers[:_LEVERS_SHOWN]:
+        table.add_row(lever["name"], amount(lever.get("saves_bytes")), lever.get("setting") or "")
+    console.print()
+    console.print(table)
+
+
+_RATES = {  # how sure a time is: the mark of `details.time.rates`, in words
+    "measured": "measured rates",
+    "assumed": "assumed rates",
+    "bound": "peak rates: a bound, it cannot be faster",
+}
+
+
+def time_lines(plan: Plan) -> list[str]:
+    """Steps, tokens, FLOPs and time of the run. An unknown time names the command that would tell."""
+    if "time" not in plan.details:
+        return []
+    time = plan.details["time"] or {}
+    told = {
+        "steps": f"{time.get('steps') or 0:,} steps",
+        "tokens": f"{count(time.get('tokens'))} tokens",
+        "flops": f"{count(time.get('flops'))}FLOP",
+    }
+    run = [text for name, text in told.items() if time.get(name) is not None]
+    lines = [f"run: {', '.join(run)}"] if run else []
+    if time.get("seconds") is None and time.get("step_seconds") is None:
+        return [*lines, "time: unknown, run `aurora doctor --calibrate`"]
+    told = []
+    if time.get("seconds") is not None:
+        told.append(duration(time["seconds"]))
+    if time.get("step_seconds") is not None:
+        told.append(f"{duration(time['step_seconds'])} a step")
+    mark = _RATES.get(time.get("rates"), time.get("rates") or "rates of unknown origin")
+    source = f": {time['source']}" if time.get("source") else ""
+    least = "at least " if time.get("rates") == "bound" else ""
+    return [*lines, f"time: {least}{', '.join(told)} ({mark}{source})"]
+
+
+def _disk(plan: Plan) -> list[str]:
+    disk = plan.details.get("checkpoint") or {}
+    if disk.get("bytes") is None:
+        return []
+    told = f"disk: {amount(disk['bytes'])} a checkpoint"
+    if disk.get("kept") is not None:
+        told += f", {disk['kept']} kept"
+    return [told + (f", {amount(disk['disk_bytes'])} in all" if disk.get("disk_bytes") is not None else "")]
+
+
+def _made(plan: Plan) -> list[str]:
+    """How the plan came about."""
+    details, told = plan.details, []
+    if details.get("attention"):
+        told.append(f"attention: {details['attention']}")
+    if details.get("planning_seconds") is not None:
+        told.append(f"planned in {duration(details['planning_seconds'])}")
+    if details.get("compiles") is not None:
+        told.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
+    return [", ".join(told)] if told else []
+
+
+def _table(*columns: str, left: tuple[int, ...] = (0,)):
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for position, title in enumerate(columns):
+        table.add_column(title, justify="left" if position in left else "right", no_wrap=position not in left)
+    return table
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# ---- what a machine can hold
+
+
+def show_capacity(found: dict, console: Console | None = None) -> None:
+    """Print `memory.capacity.capacity`: plain values as lines, every list of records as a table.
+
+    A key that ends in `_bytes` is shown as bytes; nothing else is known of the records, so that they may grow.
+    """
+    console = console or plain_console()
+    tables = {name: value for name, value in found.items() if _is_records(value)}
+    for name, value in found.items():
+        if name not in tables and value not in (None, [], {}):
+            console.print(f"{_title(name)}: {_cell(name, value)}", soft_wrap=True)
+    for rows in tables.values():
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
+        left = tuple(i for i, flag in enumerate(numeric) if not flag)
+        table = _table(*(_title(name) for name in columns), left=left)
+        for row in rows:
+            table.add_row(*(_cell(name, row.get(name)) for name in columns))
+        console.print()
+        console.print(table)
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _title(name: str) -> str:
+    return _words(name.removesuffix("_bytes"))
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "n/a"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes"):
+        return amount(value)
+    if isinstance(value, (int, float)):
+        return count(value) if abs(value) >= 1e6 else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

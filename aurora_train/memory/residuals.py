@@ -1,0 +1,347 @@
+"""What one unit of a stack keeps for its backward pass under any save-set, and what that makes it recompute.
+
+One abstract trace gives a graph whose outputs are the residuals of the unit with everything kept. A save-set is then
+scored without JAX: walk back from the residuals, stop at values whose `checkpoint_name` is saved (those are kept) and
+at the unit's inputs; every equation met on the way is recomputed. `jax.checkpoint` with `save_only_these_names` comes
+to the same by partial evaluation, but needs a trace for each save-set. Names inside a `lax.scan` of the unit are not
+seen: its body is one equation here, kept or recomputed as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend import core
+
+from aurora_train.nn import lora
+from aurora_train.nn.saving import tag_of
+from aurora_train.nn.stack import Stack
+
+SETS_AT_ONCE = 4096  # save-sets walked together: bounds the memory of `points`
+
+INLINED = frozenset(
+    ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
+)
+# Layout alone: no arithmetic. XLA folds these into their consumers.
+FREE = frozenset(
+    ("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "rev", "iota", "copy", "name")
+    + ("optimization_barrier", "stop_gradient", "reduce_precision", "concatenate", "pad", "split")
+)
+PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
+# Neither fused into what precedes them nor into what follows: they read and write memory.
+UNFUSED = frozenset(
+    ("sort", "top_k", "cumsum", "cumprod", "cummax", "cumlogsumexp", "argmax", "argmin", "dynamic_update_slice")
+    + ("reduce_window_sum", "reduce_window_max")
+)
+SELECTING = frozenset(("gather", "dynamic_slice"))  # read no more of their operand than they give
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a save-set costs one unit; bytes exclude the weights and all other inputs but the carried x.
+
+    `flops` is what the backward pass recomputes: 2 M N K for a product, one for each element of anything else;
+    `dot_flops` is the products' part. `moved_bytes`: what the recomputed products, reductions, gathers and loops read
+    and write, plus values they or the backward pass want in memory. `used`: the saved names that matter, in forward
+    order; the others are shadowed by them or needed by nobody. `save` None: no checkpoint, every residual is kept.
+    """
+
+    saved_bytes: int
+    flops: int
+    moved_bytes: int
+    used: tuple[str, ...]
+    save: tuple[str, ...] | None = None
+    dot_flops: int = 0
+
+
+class _Equation(NamedTuple):
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    name: str | None  # of a checkpoint_name
+    kept_bytes: int  # what saving that name keeps
+    cost: np.ndarray  # int64[3]: flops, dot_flops, moved_bytes
+
+
+class UnitGraph:
+    """A unit's forward pass as equations over numbered values, pruned to what its residuals need; see `trace_unit`."""
+
+    def __init__(self, equations, residuals: dict[int, int], carried: dict[int, int], common: set[int]):
+        """`residuals` and `carried`: bytes by value; inputs other than the carried x are in neither.
+
+        `common`: values that are the same for all units. `shared_bytes` is what of them no checkpoint at all keeps,
+        once for the whole stack (attention masks, rotary tables reshaped): a scan takes them out of its loop.
+        """
+        self._equations, self._residuals, self._carried = equations, residuals, carried
+        self.tags = tuple(dict.fromkeys(e.name for e in equations if e.name is not None))
+        self.carried_bytes = sum(carried.values())
+        self.shared_bytes = sum(size for value, size in residuals.items() if value in common)
+        self._all_bytes = sum(residuals.values()) - self.shared_bytes
+
+    def score(self, save: Iterable[str] | None) -> Score:
+        """Of one save-set; None is no checkpoint at all. A name that the unit lacks saves nothing, as in JAX.
+
+        Takes about a millisecond. Where many are wanted, `points` takes microseconds for each.
+        """
+        if save is None:
+            return Score(self._all_bytes, 0, 0, ())
+        save = tuple(save)
+        return replace(self._scores([frozenset(save)])[0], save=save)
+
+    def points(self, max_tags: int = 14) -> list[Score]:
+        """Every save-set that differs in what it keeps, scored once: `save` holds no name that does not matter.
+
+        Of more than `max_tags` tags, the first `max_tags` by recomputation saved for each byte are enumerated; each
+        further tag is then tried on top of the frontier so far, so that some worse points are never looked at.
+        """
+        alone = [score for score in self._scores([frozenset((tag,)) for tag in self.tags]) if score.used]
+        nothing = self.score(())
+        gain = {s.used[0]: (nothing.flops - s.flops) / max(s.saved_bytes, 1) for s in alone}
+        tags = sorted(gain, key=gain.get, reverse=True)
+        found = self._distinct(_subsets(tags[:max_tags]))
+        for tag in tags[max_tags:]:
+            best = frontier(found.values())
+            found |= self._distinct([frozenset((*score.save, tag)) for score in best])
+        return list(found.values())
+
+    def _distinct(self, saves: list[frozenset[str]]) -> dict[tuple[str, ...], Score]:
+        found: dict[tuple[str, ...], Score] = {}
+        for start in range(0, len(saves), SETS_AT_ONCE):
+            for score in self._scores(saves[start : start + SETS_AT_ONCE]):
+                found.setdefault(score.used, score)
+        return found
+
+    def _scores(self, saves) -> list[Score]:
+        """All save-sets in one walk: each value has a flag per save-set, whether the backward pass must have it."""
+        saved = {tag: np.array([tag in save for save in saves]) for tag in self.tags}
+        every = np.ones(len(saves), bool)
+        wanted = dict.fromkeys(self._residuals, every)
+        used = {tag: ~every for tag in self.tags}
+        kept = np.zeros(len(saves), np.int64)
+        cost = np.zeros((3, len(saves)), np.int64)
+        for equation in reversed(self._equations):
+            flags = [wanted.pop(value) for value in equation.outputs if value in wanted]
+            met = flags[0] if len(flags) == 1 else np.logical_or.reduce(flags)
+            if equation.name is not None:
+                hit = met & saved[equation.name]
+                used[equation.name] |= hit
+                kept += hit * equation.kept_bytes
+                met = met & ~hit
+            if equation.cost.any():
+                cost += equation.cost[:, None] * met
+            for value in equation.inputs:
+                wanted[value] = wanted[value] | met if value in wanted else met
+        for value, size in self._carried.items():
+            if value in wanted:
+                kept += wanted[value] * size
+        hits = np.array([used[tag] for tag in self.tags]).reshape(len(self.tags), len(saves)).T
+        names = [tuple(itertools.compress(self.tags, row)) for row in hits.tolist()]
+        rows = zip(kept.tolist(), *cost.tolist(), names, strict=True)
+        return [Score(size, flops, moved, name, name, dots) for size, flops, dots, moved, name in rows]
+
+
+def _subsets(names: list[str]) -> list[frozenset[str]]:
+    sizes = range(len(names) + 1)
+    return [frozenset(s) for size in sizes for s in itertools.combinations(names, size)]
+
+
+def frontier(points: Iterable[Score]) -> list[Score]:
+    """Those that no other beats in both saved_bytes and flops: bytes rising, flops strictly falling."""
+    best: list[Score] = []
+    for point in sorted(points, key=lambda p: (p.saved_bytes, p.flops, len(p.used))):
+        if not best or point.flops < best[-1].flops:
+            best.append(point)
+    return best
+
+
+def trace_unit(fun: Callable, x: Any, weights: Any, *others: Any, shared: Sequence[int] = ()) -> UnitGraph:
+    """The graph of `fun(x, weights, *others)` -> pytree, differentiated in x and weights alone; nothing is computed.
+
+    `x` is the activation carried from unit to unit. `others` (index, context, keys) get no gradient, as in a training
+    step; those at the positions `shared` are the same for all units. All are pytrees of arrays or ShapeDtypeStructs.
+    For another machine, call within `target_platform`.
+    """
+
+    def residuals(x, weights, *others):
+        return jax.tree.leaves(jax.vjp(lambda x, w: fun(x, w, *others), x, weights)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(x, weights, *others).jaxpr
+    flat = _Flattened(jaxpr)
+    parts = [len(jax.tree.leaves(part)) for part in (x, weights, *others)]
+    owners = [number for number, size in enumerate(parts) for _ in range(size)]
+    carried = {flat.ids[v]: num_bytes(v.aval) for v in jaxpr.invars[: parts[0]]}
+    given = {flat.ids[v] for v in (*jaxpr.invars, *jaxpr.constvars)} - carried.keys()
+    wanted = {i: num_bytes(aval) for i, aval in flat.outputs(jaxpr) if i not in given}
+    own = {flat.ids[v] for v, owner in zip(jaxpr.invars, owners, strict=True) if owner - 2 not in shared}
+    common = _independent(flat.equations, own) if shared else set()
+    return UnitGraph(_costed(_needed(flat.equations, wanted), wanted), wanted, carried, common)
+
+
+def trace_stack_unit(stack: Stack, x: Any, context: Any, keys: Any = None) -> UnitGraph:
+    """`trace_unit` of one unit of a Stack. `x`, `context`, `keys`: as the Stack takes them, abstract or not."""
+    fun, weights, others = stack_unit(stack)
+    return trace_unit(fun, x, weights, *others, context, keys, shared=(len(others),))
+
+
+def stack_unit(stack: Stack) -> tuple[Callable, nnx.State, tuple]:
+    """(fun, weights, others) such that the Stack runs `fun(x, weights, *others, context, keys)` for each unit.
+
+    `stack` may be abstract and may be cut. Of a stack with adapters only these are `weights`; what is frozen is among
+    the others, as is the unit's index.
+    """
+    graph, state = nnx.split(stack.segments[0])
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
+    trained, frozen = lora.split(state)
+
+    def fun(x, trained, frozen, index, context, keys):
+        unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+        return nnx.merge(graph, trained, frozen)(x, context, index, unit_keys, None)
+
+    return fun, trained, (frozen, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def num_bytes(aval) -> int:
+    """Of an abstract value; PRNG keys count their own size."""
+    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
+
+
+def equation_flops(equation) -> tuple[int, int]:
+    """(all, products') floating-point operations of one jaxpr equation; a loop's body counts once a turn.
+
+    The turns of a `while` are unknown and count as one; a `cond` counts its dearest branch.
+    """
+    name, params = equation.primitive.name, equation.params
+    if name in PRODUCTS:
+        return (_product_flops(equation),) * 2
+    if name.startswith("dot_product_attention_fwd"):
+        return (_attention_flops(equation),) * 2
+    if (estimate := params.get("cost_estimate")) is not None:  # a Pallas kernel that says so itself
+        return int(estimate.flops), int(estimate.flops)
+    bodies = [_jaxpr_flops(body) for body in core.jaxprs_in_params(params)]
+    if bodies and name == "cond":
+        return max(bodies)
+    if bodies:
+        turns = params["length"] if name == "scan" else math.prod(_grid(params))
+        return tuple(turns * sum(part) for part in zip(*bodies, strict=True))
+    if name in FREE:
+        return 0, 0
+    sized = equation.invars[:1] if _is_reduction(name) else equation.outvars
+    return sum(math.prod(getattr(v.aval, "shape", ())) for v in sized), 0
+
+
+def _jaxpr_flops(jaxpr) -> tuple[int, int]:
+    parts = [equation_flops(equation) for equation in jaxpr.eqns]
+    return sum(p[0] for p in parts), sum(p[1] for p in parts)
+
+
+def _product_flops(equation) -> int:
+    left, right = (v.aval.shape for v in equation.invars[:2])
+    out = math.prod(equation.outvars[0].aval.shape)
+    params = equation.params
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * out * math.prod(left[i] for i in contracted)
+    if equation.primitive.name == "conv_general_dilated":
+        return 2 * out * math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
+    numbers = params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    return 2 * out * math.prod(left[i] for i in contracted)
+
+
+def _attention_flops(equation) -> int:
+    """cuDNN's fused forward pass: two products, of which a causal mask needs half."""
+    (batch, length, heads, dim), (_, seen, _, _) = (v.aval.shape for v in equation.invars[:2])
+    causal = "CAUSAL" in str(equation.params["mask_type"]).upper()
+    return 4 * batch * length * seen * heads * dim // (2 if causal else 1)
+
+
+def _grid(params) -> tuple[int, ...]:
+    grid = getattr(params.get("grid_mapping"), "grid", ())
+    return tuple(n for n in grid if isinstance(n, int))
+
+
+def _is_reduction(name: str) -> bool:
+    return name.startswith(("reduce_", "arg")) and name != "reduce_precision"
+
+
+def _is_fused(equation) -> bool:
+    name = equation.primitive.name
+    bodies = next(core.jaxprs_in_params(equation.params), None)
+    kernel = bodies is not None or "call" in name or name.startswith("dot_product_attention")
+    return not (name in PRODUCTS or name in UNFUSED or name.startswith("scatter") or kernel)
+
+
+class _Flattened:
+    """The equations of a jaxpr with called jaxprs written in place; `ids` numbers the values of the outermost."""
+
+    def __init__(self, jaxpr):
+        self._next = itertools.count()
+        self.ids = {v: next(self._next) for v in (*jaxpr.invars, *jaxpr.constvars)}
+        self.equations: list[tuple[Any, tuple, tuple]] = []  # (equation, ids in or None for a literal, ids out)
+        self._inline(jaxpr, self.ids)
+
+    def outputs(self, jaxpr) -> list[tuple[int, Any]]:
+        return [(self.ids[v], v.aval) for v in jaxpr.outvars if not isinstance(v, core.Literal)]
+
+    def _inline(self, jaxpr, ids) -> None:
+        for equation in jaxpr.eqns:
+            inputs = tuple(None if isinstance(v, core.Literal) else ids[v] for v in equation.invars)
+            body = next(core.jaxprs_in_params(equation.params), None)
+            if equation.primitive.name in INLINED and body is not None:
+                inner = {v: next(self._next) for v in body.constvars}
+                # A literal argument is a value that nothing makes: it costs and keeps nothing.
+                inner |= {v: next(self._next) if i is None else i for v, i in zip(body.invars, inputs, strict=True)}
+                self._inline(body, inner)
+                made = [next(self._next) if isinstance(v, core.Literal) else inner[v] for v in body.outvars]
+                ids |= dict(zip(equation.outvars, made, strict=True))
+            else:
+                ids |= {v: next(self._next) for v in equation.outvars}
+                self.equations.append((equation, inputs, tuple(ids[v] for v in equation.outvars)))
+
+
+def _needed(equations, wanted) -> list:
+    """Those on the way to the `wanted` values, in forward order."""
+    wanted, kept = set(wanted), []
+    for equation, inputs, outputs in reversed(equations):
+        if not wanted.isdisjoint(outputs):
+            wanted.update(i for i in inputs if i is not None)
+            kept.append((equation, inputs, outputs))
+    return kept[::-1]
+
+
+def _independent(equations, values: set[int]) -> set[int]:
+    """What is computed without any of `values`."""
+    dependent, independent = set(values), set()
+    for _, inputs, outputs in equations:
+        (independent if dependent.isdisjoint(inputs) else dependent).update(outputs)
+    return independent
+
+
+def _costed(equations, residuals) -> list[_Equation]:
+    """A fused chain moves what it leaves for the backward pass or for an unfused equation, and reads as much."""
+    stored = set(residuals).union(*(inputs for equation, inputs, _ in equations if not _is_fused(equation)))
+    costed = []
+    for equation, inputs, outputs in equations:
+        name = tag_of(equation.primitive.name, equation.params)
+        sizes = [num_bytes(v.aval) for v in equation.outvars]
+        if not _is_fused(equation):
+            moved = sum(sizes) + sum(num_bytes(v.aval) for v in equation.invars)
+        elif equation.primitive.name in SELECTING:
+            moved = 2 * sum(sizes)
+        elif _is_reduction(equation.primitive.name):
+            moved = sum(sizes) + num_bytes(equation.invars[0].aval)
+        elif equation.primitive.name in FREE:
+            moved = 0
+        else:
+            moved = 2 * sum(size for size, i in zip(sizes, outputs, strict=True) if i in stored)
+        flops, dots = equation_flops(equation)
+        cost = np.array([flops, dots, moved], np.int64)
+        costed.append(_Equation(tuple(i for i in inputs if i is not None), outputs, name, sum(sizes), cost))
+    return costed

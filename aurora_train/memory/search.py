@@ -1,0 +1,154 @@
+"""The cheapest plan that fits, by an additive model: a base for each microbatch, plus what every unit keeps.
+
+    peak(m, cuts) = rest(m) + max over segments j of (kept by segments <= j + gradients of segments >= j)
+
+`rest(m)` comes from one simulated step at full recomputation. Upgrades of the save-set are taken in the order of
+seconds saved per byte along the convex hull of each stack, and the last one for as many units as still fit, so a
+stack ends with at most two segments; the richer one comes last, because its residuals are freed first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from aurora_train.memory.residuals import Score
+from aurora_train.nn.stack import Segment
+
+SHORTEST = 2  # units of a segment: a loop of one turn is inlined, which may change bits
+
+
+class Costs(NamedTuple):
+    """Seconds per unit of work. With nothing known of the machine they are relative and only rank plans."""
+
+    per_flop: float
+    per_byte: float
+    per_microbatch: float
+
+
+@dataclass
+class StackCosts:
+    """One stack. Scores are per unit and example; `gradient` and `weights` are bytes per unit."""
+
+    path: str
+    units: int
+    scores: list[Score]
+    gradient: int
+    weights: int
+
+    def hull(self, costs: Costs) -> list[Score]:
+        """The lower convex hull of (bytes, seconds), bytes rising."""
+        points = sorted(self.scores, key=lambda s: (s.saved_bytes, seconds_of(s, costs)))
+        hull: list[Score] = []
+        for point in points:
+            if hull and seconds_of(point, costs) >= seconds_of(hull[-1], costs):
+                continue
+            while len(hull) >= 2 and _slope(hull[-2], point, costs) <= _slope(hull[-2], hull[-1], costs):
+                hull.pop()
+            hull.append(point)
+        return hull
+
+
+def seconds_of(score: Score, costs: Costs) -> float:
+    """Of recomputing one unit for one example."""
+    return score.flops * costs.per_flop + score.moved_bytes * costs.per_byte
+
+
+def _slope(low: Score, high: Score, costs: Costs) -> float:
+    return (seconds_of(high, costs) - seconds_of(low, costs)) / max(high.saved_bytes - low.saved_bytes, 1)
+
+
+@dataclass
+class Candidate:
+    """`microbatch` in examples over all devices. `seconds`: recomputation and overhead of one step."""
+
+    microbatch: int
+    accumulation: int
+    cuts: dict[str, list[tuple[int, int, Score]]]
+    bytes: int
+    seconds: float
+    flops: int
+    tried: set = field(default_factory=set)
+
+    def stacks(self) -> dict[str, list[Segment]]:
+        """As a Plan wants them."""
+        return {path: [Segment(a, b, score.save) for a, b, score in cut] for path, cut in self.cuts.items()}
+
+    @property
+    def key(self) -> tuple:
+        return self.microbatch, tuple((p, tuple((a, b, s.save) for a, b, s in cut)) for p, cut in self.cuts.items())
+
+
+class Space:
+    """All plans of one step. `rest(m)` in bytes for a microbatch of m examples on each device."""
+
+    def __init__(self, stacks: list[StackCosts], microbatches: list[tuple[int, int]], devices: int, costs: Costs, rest):
+        self.stacks, self.microbatches, self.devices, self.costs, self.rest = stacks, microbatches, devices, costs, rest
+        self.hulls = {stack.path: stack.hull(costs) for stack in stacks}
+
+    def peak(self, microbatch: int, cuts) -> int:
+        """Bytes of the additive model on one device."""
+        local = max(microbatch // self.devices, 1)
+        segments = [
+            ((b - a) * score.saved_bytes * local, (b - a) * stack.gradient, (b - a, stack.path))
+            for stack in self.stacks
+            for a, b, score in cuts[stack.path]
+        ]
+        lengths = [length for _, _, length in segments]
+        kept = worst = 0
+        for j, (saved, _, _) in enumerate(segments):
+            kept += saved
+            # XLA makes the empty gradient buffers of one shape together, so segments of equal length cost together.
+            gradients = sum(
+                size for i, (_, size, length) in enumerate(segments) if i >= j or lengths.count(length) > 1
+            )
+            worst = max(worst, kept + gradients)
+        return int(self.rest(local) + worst)
+
+    def candidate(self, microbatch: int, accumulation: int, cuts) -> Candidate:
+        """A plan with its cost."""
+        seconds, flops = accumulation * self.costs.per_microbatch, 0
+        for stack in self.stacks:
+            for a, b, score in cuts[stack.path]:
+                seconds += accumulation * microbatch / self.devices * (b - a) * seconds_of(score, self.costs)
+                flops += accumulation * microbatch * (b - a) * score.flops
+        return Candidate(microbatch, accumulation, cuts, self.peak(microbatch, cuts), seconds, flops)
+
+    def steps(self, microbatch: int, accumulation: int):
+        """Candidates of one microbatch, from the least memory to the most, each a whole upgrade or a part of one."""
+        level = {stack.path: 0 for stack in self.stacks}
+        cuts = {stack.path: [(0, stack.units, self.hulls[stack.path][0])] for stack in self.stacks}
+        yield self.candidate(microbatch, accumulation, dict(cuts))
+        upgrades = sorted(
+            (
+                (_slope(low, high, self.costs), number, stack)
+                for stack in self.stacks
+                for number, (low, high) in enumerate(zip(self.hulls[stack.path], self.hulls[stack.path][1:]))  # noqa: B905
+            ),
+            key=lambda upgrade: (upgrade[0], upgrade[1]),
+        )
+        for _, number, stack in upgrades:
+            low, high = self.hulls[stack.path][number : number + 2]
+            for units in range(SHORTEST, stack.units - SHORTEST + 1):
+                cut = stack.units - units
+                cuts[stack.path] = [(0, cut, low), (cut, stack.units, high)]
+                yield self.candidate(microbatch, accumulation, dict(cuts))
+            level[stack.path] = number + 1
+            cuts[stack.path] = [(0, stack.units, high)]
+            yield self.candidate(microbatch, accumulation, dict(cuts))
+
+    def all(self) -> list[Candidate]:
+        """Every candidate of every microbatch."""
+        return [c for m, accumulation in self.microbatches for c in self.steps(m, accumulation)]
+
+
+def cheapest(candidates: list[Candidate], budget: float, corrected) -> Candidate | None:
+    """The fastest whose corrected bytes are within the budget; of equals, the one with larger microbatches."""
+    fitting = [c for c in candidates if corrected(c) <= budget]
+    return min(fitting, key=lambda c: (c.seconds, -c.microbatch, c.bytes), default=None)
+
+
+def next_faster(candidates: list[Candidate], chosen: Candidate, corrected) -> Candidate | None:
+    """The plan of fewest bytes among those that are faster than the chosen one."""
+    faster = [c for c in candidates if c.seconds < chosen.seconds * (1 - 1e-9) and corrected(c) > corrected(chosen)]
+    return min(faster, key=lambda c: (corrected(c), c.seconds), default=None)

@@ -1,0 +1,60 @@
+"""Low-rank adapters (Hu et al. 2021, section 4.1): y = x W + (alpha / rank) (x A) B, with W as it was given.
+
+An adapted kernel `query` [in, out] stands beside `query_lora_a` [in, rank], normal, and `query_lora_b` [rank, out],
+zero: before the first step the model is its base to the bit. Both are `nnx.LoRAParam`. A model that has one trains
+these alone, and all its other parameters are frozen; `split` is the only place that knows.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aurora_train.nn.linear import linear
+
+_STREAM = 0x4C6F5241  # "LoRA": far from the counts that the kernels' own keys are folded with
+
+
+def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) -> None:
+    """Give the targeted kernels among `names` of a module their adapters. `config`: a `Lora` section, or None.
+
+    The keys are folded beside the stream and take nothing from it: kernels are drawn as they are without adapters.
+    """
+    module.lora_scale = None if config is None else config.alpha / config.rank
+    module.adapted = () if config is None else tuple(name for name in names if name in config.targets)
+    for name in module.adapted:
+        kernel = getattr(module, name)
+        (inputs, outputs), (input_axis, output_axis) = kernel.shape, kernel.get_metadata()["out_sharding"]
+        key = rngs.params.key[...]
+        for number in (_STREAM, rngs.params.count[...], zlib.crc32(name.encode())):
+            key = jax.random.fold_in(key, number)
+        down = jax.random.normal(key, (inputs, config.rank), jnp.float32) * inputs**-0.5
+        setattr(module, f"{name}_lora_a", _named(down, (input_axis, "lora")))
+        setattr(module, f"{name}_lora_b", _named(jnp.zeros((config.rank, outputs), jnp.float32), ("lora", output_axis)))
+
+
+def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x[..., in] times the kernel `name` of a module, plus bias[out], plus what its adapter adds; dtype of x."""
+    y = linear(x, getattr(module, name)[...], bias)
+    if name not in module.adapted:
+        return y
+    low = linear(x, getattr(module, f"{name}_lora_a")[...]) * jnp.asarray(module.lora_scale, x.dtype)
+    return y + linear(low, getattr(module, f"{name}_lora_b")[...])
+
+
+def split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """(trained, frozen) of all parameters of a model: its adapters and the rest, or all and none."""
+    adapters, others = nnx.split_state(variables, nnx.LoRAParam, ...)
+    return (adapters, others) if jax.tree.leaves(adapters) else (variables, adapters)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this dotted name belongs to an adapter."""
+    return name.endswith(("_lora_a", "_lora_b"))
+
+
+def _named(value: jax.Array, names: tuple[str, str]) -> nnx.LoRAParam:
+    return nnx.LoRAParam(value, out_sharding=names, eager_sharding=False)

@@ -1,0 +1,55 @@
+"""The report's Memory section: what was predicted, compiled and measured, and the step it was predicted from."""
+
+from __future__ import annotations
+
+from aurora_train.observe.report_page import escape, facts, folded, section, table
+from aurora_train.observe.report_plots import inline_svg
+
+
+def memory_section(pinned: dict | None, steps: list[dict]) -> str:
+    """From plan.json ({"plan", "mesh", "device"}) and the step records; "" where no plan with details was made.
+
+    What was measured is the plan's own figure after the run, else the highest `memory_bytes` of the records.
+    """
+    plan = (pinned or {}).get("plan") or {}
+    details = plan.get("details")
+    if not details:
+        return ""
+    from aurora_train.memory.pictures import timeline_figure
+
+    told = f"Microbatch {plan.get('microbatch')} x accumulation {plan.get('accumulation')}"
+    told += f"; {plan['reason']}." if plan.get("reason") else "."
+    parts = [f"<p>{escape(told)}</p>\n", _figures(plan, steps)]
+    figure = timeline_figure(details, plan.get("budget_bytes"), plan.get("machine") or "")
+    if figure is not None:
+        drawn = inline_svg(figure, "memory", "memory over one step by cause")
+        parts.append(f'<div class="figures"><figure class="wide">{drawn}</figure></div>\n')
+    parts += _stacks(plan.get("stacks") or {})
+    parts += [f'<p class="soft">Not verified: {escape(one)}.</p>\n' for one in details.get("not_verified") or []]
+    rest = {name: value for name, value in plan.items() if name not in ("details", "stacks", "reason")}
+    parts.append(folded("the plan as it is pinned", facts({**rest, "mesh": pinned.get("mesh")})))
+    return section("Memory", *parts)
+
+
+def _figures(plan: dict, steps: list[dict]) -> str:
+    from aurora_train.memory.report import amount, difference
+
+    predicted = plan.get("predicted_bytes")
+    recorded = [record["memory_bytes"] for record in steps if record.get("memory_bytes")]
+    measured = plan.get("measured_bytes") or max(recorded, default=None)
+    rows = [["predicted", amount(predicted), ""]]
+    for name, held in (("compiled", plan.get("compiled_bytes")), ("measured", measured)):
+        rows.append([name, amount(held), difference(held, predicted)])
+    if plan.get("budget_bytes"):
+        rows.append(["budget", amount(plan["budget_bytes"]), ""])
+    return table(["per device", "peak", "beside the prediction"], rows)
+
+
+def _stacks(stacks: dict) -> list[str]:
+    from aurora_train.memory.report import segments
+
+    shown = []
+    for name, cut in stacks.items():
+        lines = segments([[part["start"], part["stop"], part["save"]] for part in cut])
+        shown.append([name, "; ".join(lines)])
+    return [table(["stack", "for the backward pass"], shown)] if shown else []

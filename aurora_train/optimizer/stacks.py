@@ -1,0 +1,53 @@
+"""A parameter tree as what it is: leaves outside stacks, and stacks whose units are looked at one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from aurora_train.nn.stack import SEGMENTS, is_stack
+
+
+def partition(params: dict) -> tuple[dict, dict]:
+    """(parameters outside stacks, stacks by dotted path). `join` is the inverse."""
+    rest, stacks = {}, {}
+    for key, node in params.items():
+        if is_stack(node):
+            stacks[str(key)] = node
+        elif isinstance(node, dict):
+            inner, found = partition(node)
+            rest[key] = inner
+            stacks.update({f"{key}.{name}": stack for name, stack in found.items()})
+        else:
+            rest[key] = node
+    return rest, stacks
+
+
+def join(rest: dict, stacks: dict) -> dict:
+    """Put the stacks back where `partition` found them."""
+    out = dict(rest)
+    for name, stack in stacks.items():
+        head, _, tail = name.partition(".")
+        key = int(head) if head.isdigit() else head
+        out[key] = join(out[key], {tail: stack}) if tail else stack
+    return out
+
+
+def global_norm(tree) -> Any:
+    """L2 norm of a parameter tree, summed per layer in layer order, so that no cut of a stack changes its bits."""
+    rest, stacks = partition(tree)
+
+    def square(leaf, axes=None):
+        return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+
+    total = sum((square(leaf) for leaf in jax.tree.leaves(rest)), jnp.float32(0))
+    for _, stack in sorted(stacks.items()):
+        segments = [
+            sum(square(leaf, tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(segment))
+            for _, segment in sorted(stack[SEGMENTS].items())
+        ]
+        # Fused with what made its parts, the sum would be vectorised otherwise for another cut.
+        total = total + jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(segments)))
+    return jnp.sqrt(total)

@@ -1,0 +1,168 @@
+"""Config -> one optimizer: an optax transformation for the direction, a schedule for the length of the step.
+
+Everything works on one layer at a time with its own index: the stacked parameters of a stack are vmapped over, and
+the global norm is summed per layer in layer order. Stacked as one leaf, Adafactor's factors, Muon's orthogonal
+update and an `ndim` mask would each be wrong, and the norm would change bits with the cut of the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aurora_train.errors import UserError
+from aurora_train.nn.stack import SEGMENTS
+from aurora_train.optimizer import rounding
+from aurora_train.optimizer.directions import make_direction
+from aurora_train.optimizer.moments import dotted, make_format
+from aurora_train.optimizer.schedule import make_schedule
+from aurora_train.optimizer.stacks import global_norm, join, partition
+from aurora_train.random import stream
+
+
+class Optimizer(NamedTuple):
+    """`init(params) -> state`; `update(grads, state, params, step, good=None) -> (params, state, info)`.
+
+    `info` has `grad_norm` (before clipping) and `lr`, float32 scalars. With `good` (bool scalar) an update whose
+    `good` is false, or whose norm is not finite, leaves parameters and state as they were. A guard inside the update
+    costs nothing; one around it keeps the old state alive beside the new one.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any, dict]]
+    schedule: Callable[[Any], Any]
+
+
+def build(config, total_steps: int, seed: int = 0) -> Optimizer:
+    """The optimizer of `config.optimizer` for a run of `total_steps` updates. `seed` moves stochastic rounding only.
+
+    Raises UserError for moments in a format that the rule has no use for.
+    """
+    _refuse_nonsense(config)
+    schedule = make_schedule(config.lr, config.schedule, total_steps)
+    direction, stored_as = make_direction(config), make_format(config.moments)
+    over_units = _in_turn if config.name == "muon" and config.moments != "float32" else jax.vmap
+
+    def start(params):
+        return stored_as.empty(direction(params).init(_wide(params)))
+
+    @jax.jit  # so that what is read for its shape alone is never allocated
+    def init(params):
+        rest, stacks = partition(params)
+        return {
+            "rest": start(rest),
+            "stacks": {
+                name: {SEGMENTS: {i: jax.vmap(start)(segment) for i, segment in stack[SEGMENTS].items()}}
+                for name, stack in stacks.items()
+            },
+        }
+
+    def update(grads, state, params, step, good=None):
+        norm = global_norm(grads)
+        scale = jnp.float32(1.0)
+        if config.clip is not None:
+            scale = jnp.minimum(1.0, config.clip / (norm + 1e-6))
+        lr = schedule(step)
+        if good is not None:
+            good = good & jnp.isfinite(norm)
+
+        def apply_to(stack):
+            def noise(index):
+                """Key words by leaf name for one unit; traced only by what rounds with them."""
+                key = jax.random.fold_in(stream(seed, f"rounding.{stack}"), step)
+                return lambda names: rounding.words(jax.random.fold_in(key, index), names)
+
+            def apply(grads, state, params, index):
+                grads, wide = jax.tree.map(lambda g: g * scale, grads), _wide(params)
+                updates, new_state = stored_as.advance(
+                    lambda state: direction(params).update(grads, state, wide), state, noise(index)
+                )
+                new = _rounded_like(params, jax.tree.map(lambda p, u: p - lr * u, wide, updates), noise(index))
+                return (new, new_state) if good is None else _chosen(good, (new, new_state), (params, state))
+
+            return apply
+
+        (rest, stacks), (rest_grads, stack_grads) = partition(params), partition(grads)
+        rest, rest_state = apply_to("")(rest_grads, state["rest"], rest, jnp.uint32(0))
+        new_stacks, new_states = {}, {}
+        for name, stack in stacks.items():
+            both = {
+                i: over_units(apply_to(name))(
+                    stack_grads[name][SEGMENTS][i], state["stacks"][name][SEGMENTS][i], segment, indices
+                )
+                for i, segment, indices in _numbered(stack[SEGMENTS])
+            }
+            new_stacks[name] = {SEGMENTS: {i: new for i, (new, _) in both.items()}}
+            new_states[name] = {SEGMENTS: {i: new for i, (_, new) in both.items()}}
+        return join(rest, new_stacks), {"rest": rest_state, "stacks": new_states}, {"grad_norm": norm, "lr": lr}
+
+    return Optimizer(init, update, schedule)
+
+
+def stored(params, config):
+    """Freshly drawn parameters in the format that `config.optimizer.master` asks for."""
+    return jax.tree.map(lambda p: p.astype(config.master), params)
+
+
+def _refuse_nonsense(config) -> None:
+    if config.name == "adafactor" and config.moments != "float32":
+        raise UserError(
+            f"adafactor has no full moments to store as {config.moments}", where="optimizer.moments",
+            why="its second moment is two vectors for each matrix, and it has no first",
+            hint="leave out optimizer.moments, or use adamw, muon or lion",
+        )
+
+
+def _numbered(segments: dict):
+    """(key, segment, uint32 absolute index of each of its units), in order."""
+    first = 0
+    for i, segment in sorted(segments.items(), key=lambda item: int(item[0])):
+        count = jax.tree.leaves(segment)[0].shape[0]
+        yield i, segment, jnp.arange(first, first + count, dtype=jnp.uint32)
+        first += count
+
+
+def _in_turn(apply):
+    """Like `jax.vmap(apply)`, one unit after another and in place, so that one unit's float32 moments exist at a time.
+
+    A scan would write its results beside the stack that it reads.
+    """
+
+    def run(grads, state, params, indices):
+        def one(i, carry):
+            unit = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (grads, *carry, indices))
+            new_params, new_state = jax.lax.optimization_barrier(apply(*unit))
+            return jax.tree.map(
+                lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0), carry,
+                (new_state, new_params),
+            )
+
+        state, params = jax.lax.fori_loop(0, indices.shape[0], one, (state, params))
+        return params, state
+
+    return run
+
+
+def _wide(params):
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+
+def _rounded_like(params, new, noise):
+    """float32 results in the format of the parameters, bfloat16 ones rounded with a mean error of zero."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    half = [f"param.{dotted(path)}" for path, p in leaves if p.dtype == jnp.bfloat16]
+    words = noise(half) if half else {}
+
+    def one(path, p, value):
+        if p.dtype != jnp.bfloat16:
+            return value.astype(p.dtype)
+        return rounding.to_bfloat16(value, rounding.bits(words[f"param.{dotted(path)}"], p.shape))
+
+    return jax.tree_util.tree_map_with_path(one, params, new)
+
+
+def _chosen(good, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

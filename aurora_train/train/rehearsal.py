@@ -1,0 +1,168 @@
+"""A step that is built and compiled without being run: for this machine, or for one that is not here.
+
+The planner asks it what a plan costs; the session asks it for the step that it will run. There is one way from a
+config and a plan to a compiled step, so what was planned is what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from aurora_train import mesh as meshes
+from aurora_train import optimizer as optimizers
+from aurora_train.memory.plan import Plan
+from aurora_train.memory.verify import pretend_cudnn, quiet
+from aurora_train.nn.platform import target_platform
+from aurora_train.nn.stack import Segment, stacks, watched
+from aurora_train.random import example_keys, stream
+from aurora_train.train.state import Blueprint, TrainState, apart, draw
+from aurora_train.train.step import make_step
+
+
+@dataclass
+class Rehearsal:
+    """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is not of this machine."""
+
+    config: Any
+    recipe: Any
+    mesh: Any
+    platform: str
+    remote: bool
+    shapes: dict[str, jax.ShapeDtypeStruct]
+
+    def __post_init__(self):
+        self.optimizer = optimizers.build(self.config.optimizer, self.config.train.steps)
+        self._traced, self._compiled, self._blueprints, self._model = {}, {}, {}, None
+
+    def here(self):
+        """The context in which layers choose their forms for the machine of this rehearsal."""
+        if not self.remote:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        stack.enter_context(target_platform(self.platform))
+        stack.enter_context(pretend_cudnn())
+        return stack
+
+    def model(self):
+        """The model, abstract and not yet cut."""
+        if self._model is None:
+            seed = self.config.train.seed
+            with self.here():
+                self._model = nnx.eval_shape(lambda: self.recipe.model(nnx.Rngs(params=stream(seed, "init"))))
+        return self._model
+
+    def batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of that many examples."""
+        arrays = {name: jax.ShapeDtypeStruct((examples, *s.shape), s.dtype) for name, s in self.shapes.items()}
+        return arrays | {"example": jax.ShapeDtypeStruct((examples,), np.uint32)}
+
+    def blueprint(self, plan: Plan) -> Blueprint:
+        """The abstract state under a plan. Made once per plan."""
+        key = repr(plan.work)
+        if key not in self._blueprints:
+            with self.here():
+                self._blueprints[key] = draw(
+                    self.recipe, plan, self.optimizer, self.mesh,
+                    seed=self.config.train.seed, ema=self.config.optimizer.ema is not None,
+                )  # fmt: skip
+        return self._blueprints[key]
+
+    def step(self, plan: Plan, blueprint: Blueprint):
+        """The step as a function of (state, batch), not yet compiled."""
+        return make_step(
+            self.recipe, blueprint, self.optimizer, seed=self.config.train.seed,
+            accumulation=plan.accumulation, ema=self.config.optimizer.ema,
+        )  # fmt: skip
+
+    def trace(self, plan: Plan) -> tuple[Any, TrainState]:
+        """(the traced step, whose `.jaxpr` is of (state, frozen, batch); its abstract state). Made once per plan."""
+        key = repr(plan.work)
+        if key not in self._traced:
+            blueprint = self.blueprint(plan)
+            state, places = blueprint.state, blueprint.shardings
+            moving, rest = state._replace(frozen={}), places._replace(frozen={})
+            with self.here():
+                jitted = jax.jit(
+                    apart(self.step(plan, blueprint)),
+                    donate_argnums=0,
+                    in_shardings=(rest, places.frozen, meshes.batch_sharding(self.mesh)),
+                    out_shardings=(rest, meshes.replicated(self.mesh)),
+                )
+                traced = jitted.trace(moving, state.frozen, self.batch(self.config.train.batch))
+            self._traced[key] = traced, state, places
+        return self._traced[key][:2]
+
+    def compile(self, plan: Plan):
+        """The compiled step of (state, frozen, batch). Nothing is allocated; compiled once per plan."""
+        key = repr(plan.work)
+        if key not in self._compiled:
+            traced, _ = self.trace(plan)
+            with self.here(), quiet() if self.remote else contextlib.nullcontext():
+                self._compiled = {key: traced.lower().compile()}  # one at a time: programs are large
+        return self._compiled[key]
+
+    def simplest_plan(self) -> Plan:
+        """Everything at once, every stack whole: for what does not depend on the plan."""
+        cuts = {path: [Segment(0, stack.num_units)] for path, stack in self._stacks().items()}
+        return Plan(self.config.train.batch, 1, cuts)
+
+    def stack_calls(self, devices: int) -> dict[str, tuple]:
+        """For each stack by path: (stack, x, context, keys, number of examples), abstract, for one example a device.
+
+        Taken from a trace of the loss itself, so that every recipe's own use of its stacks is what is planned.
+        """
+        blueprint, whole = self.blueprint(self.simplest_plan()), self._stacks()
+        found: dict[str, tuple] = {}
+
+        def loss(state, batch):
+            keys = example_keys(stream(0, "dropout"), jnp.int32(0), batch["example"])
+            model = blueprint.merge(state.params, state.rest, state.frozen)
+            paths = {id(stack): path for path, stack in self._stacks(model).items()}
+            with watched() as calls:
+                self.recipe.loss(model, batch, keys)
+            for stack, x, context, keys in calls:
+                path = paths[id(stack)]
+                found[path] = (whole[path], *jax.tree.map(_abstract, (x, context, keys)), 1)
+
+        with self.here():
+            jax.eval_shape(loss, blueprint.state, self.batch(1))
+        return found
+
+    def _stacks(self, model=None) -> dict:
+        return {".".join(map(str, path)): stack for path, stack in stacks(model or self.model()).items()}
+
+
+def _abstract(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehearsal:
+    """A rehearsal on `mesh`, or for `target` (a `machine.targets.Target`), whose devices need not be here.
+
+    Where the recipe cannot name its arrays without its data, the data is prepared first.
+    """
+    shapes = recipe.shapes()
+    if shapes is None:
+        recipe.prepare(progress or (lambda *_: None))
+        shapes = shapes_of(recipe.data("train"))
+    if target is None:
+        mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+        return Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes)
+    from aurora_train.memory.verify import target_devices
+
+    data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
+    devices = np.asarray(target_devices(target, data * fsdp)).reshape(data, fsdp)
+    return Rehearsal(config, recipe, meshes.mesh_of(devices), "gpu", True, shapes)
+
+
+def shapes_of(source) -> dict[str, jax.ShapeDtypeStruct]:
+    """One example's arrays of a prepared source."""
+    example = source.take(np.zeros(1, np.int64))
+    return {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in example.items()}

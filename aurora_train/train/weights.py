@@ -1,0 +1,98 @@
+"""The parameters of a trained run or of a weights file, into the state of a model that may keep some of them frozen.
+
+A parameter has one name wherever it lies: what one run trained, another may freeze. So names are looked up without
+their first part: the moving average where one was kept, else the trained parameters, and the frozen ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from aurora_train import run as runs
+from aurora_train.checkpoint import layout
+from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.errors import UserError
+from aurora_train.nn.lora import is_adapter
+from aurora_train.train.state import Blueprint
+
+_PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
+
+
+def parameters_from(path: str, blueprint: Blueprint, drawn: dict) -> tuple[dict, dict]:
+    """(params, frozen) from another run's newest checkpoint or a safetensors file.
+
+    Where the model has adapters and the source has none, they stay as `drawn`: the nested dict of initial parameters.
+    """
+    if Path(path).is_file():
+        return _poured(_from_safetensors, Path(path), blueprint, path, drawn)
+    other = runs.Run.existing(path)
+    store = CheckpointStore(other.checkpoints, other.trash)
+    step = require_step(store, None, path)
+    refuse_damage(store, step)
+    return load_parameters(store, step, blueprint, where=path, drawn=drawn)
+
+
+def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, where: str, drawn: dict | None = None):
+    """(params, frozen) of a checkpoint, averaged where an average was kept. `drawn` as in `parameters_from`."""
+    return _poured(_from_store, (store, step), blueprint, where, drawn)
+
+
+def _poured(source, what, blueprint: Blueprint, where: str, drawn: dict | None) -> tuple[dict, dict]:
+    """`source(what)` gives the stored shapes by bare name, and a function that reads the wanted arrays."""
+    stored, read = source(what)
+    tree = {"params": blueprint.state.params, "frozen": blueprint.state.frozen}
+    places = {"params": blueprint.shardings.params, "frozen": blueprint.shardings.frozen}
+    wanted, own = layout.abstract(tree, places), {}
+    if drawn is not None and not any(map(is_adapter, stored)):
+        own = {name: array for name, array in _canonical(drawn).items() if is_adapter(name)}
+    wanted = {name: spec for name, spec in wanted.items() if name not in own}
+    bare = {name: name.split(".", 1)[1] for name in wanted}
+    home = {short: name for name, short in bare.items()}
+    known = {home.get(name, f"params.{name}"): spec for name, spec in stored.items()}
+    # A frozen matrix may have fewer bits than in its source: it is read as it is there, and cast once in place.
+    specs = {name: _as_stored(spec, known.get(name), name.startswith("frozen.")) for name, spec in wanted.items()}
+    layout.refuse_difference(known, specs, where=where)
+    arrays = read({bare[name]: spec for name, spec in specs.items()})
+    filled = layout.assemble({name: arrays.pop(bare[name]) for name in wanted} | own, tree, places)
+    return filled["params"], filled["frozen"]
+
+
+def _canonical(drawn: dict) -> dict[str, Any]:
+    """The initial parameters by canonical name, one array per layer."""
+    flat = {}
+    for names, stacked, leaf in layout.entries({"params": drawn}):
+        flat.update(zip(names, leaf if stacked else [leaf], strict=True))
+    return flat
+
+
+def _as_stored(spec, found, may_differ: bool):
+    if found is None or not may_differ or not jax.numpy.issubdtype(found.dtype, jax.numpy.floating):
+        return spec
+    return jax.ShapeDtypeStruct(spec.shape, found.dtype, sharding=spec.sharding)
+
+
+def _from_store(what):
+    store, step = what
+    shapes, names = store.shapes(step), {}
+    for place in _PLACES:
+        names |= {name.removeprefix(place): name for name in shapes if name.startswith(place)}
+
+    def read(wanted: dict) -> dict:
+        arrays = store.restore_some(step, {names[bare]: spec for bare, spec in wanted.items()})
+        return {bare: arrays[names[bare]] for bare in wanted}
+
+    return {bare: shapes[name] for bare, name in names.items()}, read
+
+
+def _from_safetensors(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            arrays = {name: handle.get_tensor(name) for name in handle.keys()}
+    except SafetensorError as error:
+        raise UserError(f"not a readable safetensors file: {error}", where=str(path)) from error
+    return arrays, lambda wanted: {name: jax.device_put(arrays[name], spec.sharding) for name, spec in wanted.items()}
