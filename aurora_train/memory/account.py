@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from aurora_train.memory.search import Candidate, seconds_of
+from aurora_train.memory.search import Candidate
+from aurora_train.memory.verify import can_compile_for_gpu
 
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
@@ -231,10 +232,8 @@ def _pareto(planner, candidates, chosen: Candidate) -> list[dict]:
 def _not_verified(planner) -> list[str]:
     out = []
     if not planner.verify or not planner.compiles:
-        out.append("the peak: nothing was compiled, it is a simulation that has erred by up to about 3 %")
+        hint = "" if can_compile_for_gpu() or not planner.program.remote else "; pip install 'aurora_train[plan]' compiles"
+        out.append(f"the peak: nothing was compiled, it is a simulation that has erred by up to about 3 %{hint}")
     if planner.program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")
     return out
-
-
-__all__ = ["CAUSES", "arguments", "details", "levers", "parameter_bytes", "seconds_of", "sharded_bytes", "unit_bytes"]

@@ -16,8 +16,8 @@ CALLS = {
 }  # fmt: skip
 # The same bytes under another shape or name. A transpose is one too: XLA gives the producer the layout wanted.
 ALIASES = {
-    "reshape", "squeeze", "expand_dims", "name", "checkpoint_name", "transpose", "stop_gradient", "bitcast_convert_type",
-    "sharding_constraint",
+    "reshape", "squeeze", "expand_dims", "name", "checkpoint_name", "transpose", "stop_gradient",
+    "bitcast_convert_type", "sharding_constraint",
 }  # fmt: skip
 # What reads stored operands and stores its results; all else is fused into its consumer.
 KERNELS = {
@@ -78,7 +78,10 @@ def callee(equation):
 class Graph:
     """Values are numbered; `size` in bytes, `cause` where known, `free` those that live in a donated argument."""
 
-    def __init__(self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(), stacked: int | None = None, shards=1, memo=None):
+    def __init__(
+        self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
+        stacked: int | None = None, shards: int = 1, memo=None,
+    ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
         self.size, self.cause, self._tags = {}, {}, {}
@@ -304,7 +307,7 @@ class Graph:
         return tuple(wanted)
 
     def _stack_results(self) -> None:
-        """What a loop stacks leaves the iteration as soon as it is made: copied into the loop's result, or made there."""
+        """What a loop stacks leaves the iteration as soon as it is made: it is copied into the result or made there."""
         maker = {w: k for k in self.kernels for w in k.writes}
         read = {r for k in self.kernels for r in k.reads}
         outputs = dict(self.outputs)
@@ -342,7 +345,8 @@ class Graph:
 
     def _body(self, closed, sliced, stacked=None) -> Graph:
         if id(closed) not in self._memo:
-            self._memo[id(closed)] = (Graph(closed, sliced=sliced, stacked=stacked, shards=self._shards, memo=self._memo), closed)
+            graph = Graph(closed, sliced=sliced, stacked=stacked, shards=self._shards, memo=self._memo)
+            self._memo[id(closed)] = (graph, closed)
         return self._memo[id(closed)][0]
 
 

@@ -49,6 +49,7 @@ class Planner:
     rates: object = None
     verify: bool = True
     progress: object = None
+    compiled_later: bool = False  # the caller compiles what is not searched for, when it is ready to
     compiles: int = 0
     cpu_seconds: float = 0.0
     simulated: dict = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Planner:
         began = time.process_time()
         whole = self._as_asked()
         if whole is not None:
-            compiled = self.compile(whole) if self.verify else None
+            compiled = self.compile(whole) if self.verify and not self.compiled_later else None
             self.cpu_seconds += time.process_time() - began
             return self._told(whole, compiled)
         space = self._space()
@@ -123,7 +124,7 @@ class Planner:
         )  # fmt: skip
 
     def smaller(self, than: Plan) -> Plan | None:
-        """After an out-of-memory: the fastest plan that needs clearly less than `than` did; None where there is none."""
+        """After an out-of-memory: the fastest plan that needs clearly less than `than` did, or None."""
         needed = than.compiled_bytes or than.predicted_bytes
         self.budget = min(self.budget, int(0.85 * needed))
         self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"

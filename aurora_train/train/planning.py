@@ -39,14 +39,18 @@ def plan_config(
     return Planner(program, limit, reason, target.slug, rates_for(target), verify, progress=progress).run()
 
 
-def planner_here(config, recipe, *, program: Rehearsal | None = None, budget=None, verify=True, progress=None) -> Planner:
+def planner_here(
+    config, recipe, *, program: Rehearsal | None = None, budget=None, verify=True, progress=None, compiled_later=False
+) -> Planner:
     """The planner for this machine's own devices."""
     program = program or rehearse(config, recipe, progress=progress)
     machine = this_machine()
     limit, reason = budget_bytes(config.memory.budget, machine)
     if budget is not None:
         limit, reason = budget, f"--budget {size(budget)}"
-    return Planner(program, limit, reason, machine.device_kind, rates_for(machine), verify, progress=progress)
+    return Planner(
+        program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later
+    )
 
 
 def _limit(config, budget: int | None, target) -> tuple[int, str]:

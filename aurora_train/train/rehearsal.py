@@ -17,8 +17,9 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
+from aurora_train.errors import UserError
 from aurora_train.memory.plan import Plan
-from aurora_train.memory.verify import pretend_cudnn, quiet
+from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, stacks, watched
 from aurora_train.random import example_keys, stream
@@ -155,10 +156,16 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         return Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes)
-    from aurora_train.memory.verify import target_devices
-
     data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
-    devices = np.asarray(target_devices(target, data * fsdp)).reshape(data, fsdp)
+    # Tracing needs devices of no particular kind; only compiling needs the target's own.
+    devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
+    if len(devices) < data * fsdp:
+        raise UserError(
+            f"a plan for {data * fsdp} devices cannot be simulated with {len(devices)} here",
+            where="mesh",
+            hint="pip install 'aurora_train[plan]' to compile for them, or plan with mesh.data=1 mesh.fsdp=1",
+        )
+    devices = np.asarray(devices, dtype=object).reshape(data, fsdp)
     return Rehearsal(config, recipe, meshes.mesh_of(devices), "gpu", True, shapes)
 
 

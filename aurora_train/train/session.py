@@ -88,7 +88,7 @@ def open_session(config, run: runs.Run, progress) -> Session:
     program = Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes_of(source))
     plan = pinned_plan(run, config, mesh)
     if plan is None:
-        plan = planner_here(config, recipe, program=program, progress=progress).run()
+        plan = planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
     refuse_coupled(config, recipe, plan)
     blueprint = program.blueprint(plan)
     policy = config.checkpoint
