@@ -28,18 +28,22 @@ def train(config, steps: int) -> tuple[float, float, float]:
     """(mean loss of the last tenth, bytes per parameter of masters and moments, median seconds a step)."""
     import jax
     import numpy as np
+    from flax import nnx
 
     from aurora_train import mesh as meshes
     from aurora_train import optimizer as optimizers
     from aurora_train.data.batches import read_batch
-    from aurora_train.train.session import make_recipe, planned
+    from aurora_train.memory.plan import make_plan
+    from aurora_train.train.session import make_recipe
     from aurora_train.train.state import draw
     from aurora_train.train.step import make_step
 
     recipe = make_recipe(config)
     recipe.prepare(lambda *_: None)
     mesh, seed = meshes.make_mesh(1, 1), config.train.seed
-    plan, optimizer = planned(config, recipe, mesh), optimizers.build(config.optimizer, steps, seed=seed)
+    model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=0)))
+    plan = make_plan(config, model, platform=jax.default_backend(), num_devices=1)
+    optimizer = optimizers.build(config.optimizer, steps, seed=seed)
     blueprint = draw(recipe, plan, optimizer, mesh, seed=seed, ema=False)
     step = make_step(recipe, blueprint, optimizer, seed=seed, accumulation=plan.accumulation, ema=None)
     state, source, losses, seconds = blueprint.initialise(), recipe.data("train"), [], []

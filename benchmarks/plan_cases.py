@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SHAPES = {
-    "gpt2-350m": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "norm": "layernorm", "activation": "gelu",
+    "gpt2-350m": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "norm": "layernorm",
+                  "activation": "gelu",
                   "positions": "learned", "bias": "all", "tied": True},
     "llama-1b": {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "tied": True},
     "llama-3b": {"width": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "mlp_width": 8192, "tied": True},
@@ -32,7 +33,7 @@ TAGS = "all tags"
 
 
 class Case(NamedTuple):
-    """`state`: f32 (float32 masters and moments), bf16 (both bfloat16), int8 (bfloat16 masters, 8-bit moments), lora."""
+    """`state`: f32 or bf16 (masters and moments), int8 (bfloat16 masters, 8-bit moments) or lora (float32 adapters)."""
 
     machine: str
     model: str

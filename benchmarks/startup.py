@@ -31,13 +31,17 @@ from orbax.checkpoint import v1
 from aurora_train import mesh, optimizer
 from aurora_train.data.batches import read_batch
 from aurora_train.files import cache_folder
-from aurora_train.train.session import make_recipe, planned
+from aurora_train.memory.plan import make_plan
+from aurora_train.random import stream
+from aurora_train.train.session import make_recipe
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
 recipe = make_recipe(config)
 recipe.prepare(lambda *_: None)
 devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-plan, tx = planned(config, recipe, devices), optimizer.build(config.optimizer, config.train.steps)
+model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=stream(config.train.seed, "init"))))
+plan = make_plan(config, model, platform="cpu", num_devices=1)
+tx = optimizer.build(config.optimizer, config.train.steps)
 blueprint = draw(recipe, plan, tx, devices, seed=config.train.seed, ema=config.optimizer.ema is not None)
 step = make_step(recipe, blueprint, tx, seed=0, accumulation=plan.accumulation, ema=config.optimizer.ema)
 batch = read_batch(recipe.data("train"), config.train.seed, config.train.batch, 0)

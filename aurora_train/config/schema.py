@@ -20,7 +20,7 @@ class Train(Section):
     batch: int = setting(32, ge=1, help="examples per optimizer step, over all devices and microbatches")
     seed: int = setting(0, ge=0, lt=2**63, help="root of every random stream and of the data order")
     precision: Literal["float32", "bfloat16"] = setting(
-        "float32", help="number format of the compute; master parameters are float32 in either case"
+        "float32", help="number format of the compute; what parameters are stored in is optimizer.master"
     )
     stop_after_minutes: float | None = setting(
         None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"

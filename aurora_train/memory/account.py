@@ -232,7 +232,8 @@ def _pareto(planner, candidates, chosen: Candidate) -> list[dict]:
 def _not_verified(planner) -> list[str]:
     out = []
     if not planner.verify or not planner.compiles:
-        hint = "" if can_compile_for_gpu() or not planner.program.remote else "; pip install 'aurora_train[plan]' compiles"
+        installed = can_compile_for_gpu() or not planner.program.remote
+        hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
         out.append(f"the peak: nothing was compiled, it is a simulation that has erred by up to about 3 %{hint}")
     if planner.program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")

@@ -23,6 +23,7 @@ from aurora_train.nn.stack import Segment
 from aurora_train.units import size
 
 COMPILES = 3
+SETTLE = 4  # simulations before one compilation
 MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulation errs by about as much
 CLOSE = 0.003  # the same once a plan with the same microbatch has been compiled
 FULL_ENOUGH = 0.95  # a plan that uses this share of the budget is not worth another compilation
@@ -54,7 +55,8 @@ class Planner:
     cpu_seconds: float = 0.0
     simulated: dict = field(default_factory=dict)
     compiled: dict = field(default_factory=dict)
-    offsets: dict = field(default_factory=dict)  # microbatch -> bytes by which the additive model fell short
+    offsets: dict = field(default_factory=dict)  # (microbatch, segments) -> bytes the additive model fell short by
+    taught: int = 0  # bytes by which the last compilation went beyond its simulation
 
     # ---- the parts
 
@@ -194,11 +196,11 @@ class Planner:
 
     def corrected(self, candidate: Candidate) -> int:
         """The additive model plus what the nearest simulated or compiled plan taught."""
-        known = self.offsets
-        if not known:
+        if not self.offsets:
             return candidate.bytes
-        nearest = min(known, key=lambda m: abs(m - candidate.microbatch))
-        return candidate.bytes + known[nearest]
+        microbatch, segments = candidate.microbatch, candidate.segments
+        nearest = min(self.offsets, key=lambda k: (k[1] != segments, abs(k[0] - microbatch)))
+        return candidate.bytes + self.offsets[nearest]
 
     def _choose(self, candidates: list[Candidate]):
         best = None  # (candidate, compiled bytes)
@@ -215,8 +217,9 @@ class Planner:
                 self._refuse_misfit(found, self.corrected(found))
                 return found, None
             real = self.compile(self.plan_of(found))
+            self.taught = real - self.simulate(self.plan_of(found)).bytes
             refused.add(found.key)
-            self.offsets[found.microbatch] = real - found.bytes
+            self.offsets[found.microbatch, found.segments] = real - found.bytes
             margin = CLOSE
             if real <= self.budget and (best is None or found.seconds < best[0].seconds):
                 best = found, real
@@ -229,16 +232,14 @@ class Planner:
 
     def _settled(self, candidates, budget) -> Candidate | None:
         """The cheapest under the additive model whose simulation agrees with it."""
-        for _ in range(3):
+        for _ in range(SETTLE):
             found = cheapest(candidates, budget, self.corrected)
             if found is None:
                 return None
-            if self.compiles and found.microbatch in self.offsets:
-                return found  # what was compiled knows better than a simulation
-            gap = self.simulate(self.plan_of(found)).bytes - self.corrected(found)
+            gap = self.simulate(self.plan_of(found)).bytes + self.taught - self.corrected(found)
             if gap <= 0 and -gap < 0.01 * budget:
                 return found
-            self.offsets[found.microbatch] = self.offsets.get(found.microbatch, 0) + gap
+            self.offsets[found.microbatch, found.segments] = self.corrected(found) - found.bytes + gap
         return cheapest(candidates, budget, self.corrected)
 
     def _refuse_misfit(self, found, needed: int) -> None:

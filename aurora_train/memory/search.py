@@ -1,6 +1,6 @@
 """The cheapest plan that fits, by an additive model: a base for each microbatch, plus what every unit keeps.
 
-    peak(m, cuts) = rest(m) + max over segments j of (kept by segments <= j + gradients of segments >= j)
+    peak(m, cuts) = rest(m) + all that units keep + all their gradients
 
 `rest(m)` comes from one simulated step at full recomputation. Upgrades of the save-set are taken in the order of
 seconds saved per byte along the convex hull of each stack, and the last one for as many units as still fit, so a
@@ -9,7 +9,7 @@ stack ends with at most two segments; the richer one comes last, because its res
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from aurora_train.memory.residuals import Score
@@ -68,7 +68,11 @@ class Candidate:
     bytes: int
     seconds: float
     flops: int
-    tried: set = field(default_factory=set)
+
+    @property
+    def segments(self) -> int:
+        """Of all stacks together: how far the additive model is off depends on it."""
+        return sum(len(cut) for cut in self.cuts.values())
 
     def stacks(self) -> dict[str, list[Segment]]:
         """As a Plan wants them."""
@@ -89,21 +93,12 @@ class Space:
     def peak(self, microbatch: int, cuts) -> int:
         """Bytes of the additive model on one device."""
         local = max(microbatch // self.devices, 1)
-        segments = [
-            ((b - a) * score.saved_bytes * local, (b - a) * stack.gradient, (b - a, stack.path))
+        kept = sum(
+            (b - a) * (score.saved_bytes * local + stack.gradient)
             for stack in self.stacks
             for a, b, score in cuts[stack.path]
-        ]
-        lengths = [length for _, _, length in segments]
-        kept = worst = 0
-        for j, (saved, _, _) in enumerate(segments):
-            kept += saved
-            # XLA makes the empty gradient buffers of one shape together, so segments of equal length cost together.
-            gradients = sum(
-                size for i, (_, size, length) in enumerate(segments) if i >= j or lengths.count(length) > 1
-            )
-            worst = max(worst, kept + gradients)
-        return int(self.rest(local) + worst)
+        )
+        return int(self.rest(local) + kept)
 
     def candidate(self, microbatch: int, accumulation: int, cuts) -> Candidate:
         """A plan with its cost."""

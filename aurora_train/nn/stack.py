@@ -96,7 +96,7 @@ def _run(segment: Segment, module, x, context, keys, caches):
 
     def body(x, unit_inputs):
         state, index, cache = unit_inputs
-        state = jax.tree.map(whole, state)
+        state = jax.tree.map(summed, state)
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
 
@@ -107,18 +107,23 @@ def _run(segment: Segment, module, x, context, keys, caches):
         return jax.lax.scan(body, x, (state, indices, caches))
     outs = []
     for j in range(segment.stop - segment.start):
-        x, out = body(x, jax.tree.map(lambda a, j=j: jax.lax.index_in_dim(a, j, keepdims=False), (state, indices, caches)))
+        unit = jax.tree.map(lambda a, j=j: jax.lax.index_in_dim(a, j, keepdims=False), (state, indices, caches))
+        x, out = body(x, unit)
         outs.append(out)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 
 
 @jax.custom_vjp
-def whole(x):
-    """x; but its cotangent is summed up before it goes further, and added to an accumulator once."""
+def summed(x):
+    """x, whose cotangent is summed over all its uses before it is added to an accumulator.
+
+    It keeps the order of additions that of plain gradients, and keeps slices of x away from the accumulator: jax
+    0.10 cannot transpose a slice into one.
+    """
     return x
 
 
-whole.defvjp(lambda x: (x, None), lambda _, g: (g,))
+summed.defvjp(lambda x: (x, None), lambda _, g: (g,))
 
 
 def _merge(graph, like, arrays):

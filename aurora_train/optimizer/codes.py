@@ -6,6 +6,10 @@ and small ones still have seven decades. It differs from the paper's table in on
 of their intervals instead of in the middle, so that the largest of a block comes back as it was. Then code and value
 are piecewise linear functions of each other, the code concave and the value convex, so that neither a table nor a
 logarithm is needed: the code is the least of its lines and the value the greatest.
+
+Measured on a small language model (AdamW, 200 steps, loss near 4.2): linear codes of the second moment diverge, while
+ones of its root do as well as these, which reach two decades further. Rounding is stochastic because the nearest code
+freezes a slow moment: at beta2 0.999 one that should have fallen to 0.30 of a block's largest stayed at 0.78.
 """
 
 from __future__ import annotations

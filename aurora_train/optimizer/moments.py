@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from aurora_train.optimizer import codes, rounding
 
-SMALLEST = 4096  # elements of a unit's leaf worth coding in 8 bits (Dettmers et al. 2022, section 2.3)
+SMALLEST = 4096  # elements of a unit's leaf worth coding in 8 bits; bitsandbytes' `min_8bit_size`
 NARROWEST = 64  # last axis below which the scales would weigh more than they save
-TABLES = {"embedding", "positions"}  # looked up by row; the paper's section 2.3 keeps their moments in 32 bits
+TABLES = {"embedding", "positions"}  # looked up by row: 32 bits, as in Dettmers et al. 2022, section 2.3
 
 CODES = {"mu": jnp.int8, "nu": jnp.uint8}  # the first moment has a sign
 

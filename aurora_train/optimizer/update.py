@@ -28,7 +28,7 @@ class Optimizer(NamedTuple):
 
     `info` has `grad_norm` (before clipping) and `lr`, float32 scalars. With `good` (bool scalar) an update whose
     `good` is false, or whose norm is not finite, leaves parameters and state as they were. A guard inside the update
-    costs nothing; one around it keeps the old state alive beside the new one.
+    costs nothing; one around it keeps the old state alive beside the new one where units are updated in turn.
     """
 
     init: Callable[[Any], Any]
@@ -44,6 +44,7 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
     _refuse_nonsense(config)
     schedule = make_schedule(config.lr, config.schedule, total_steps)
     direction, stored_as = make_direction(config), make_format(config.moments)
+    # Float32 Muon stays vmapped: in turn it gives other bits.
     over_units = _in_turn if config.name == "muon" and config.moments != "float32" else jax.vmap
 
     def start(params):
@@ -126,9 +127,9 @@ def _numbered(segments: dict):
 
 
 def _in_turn(apply):
-    """Like `jax.vmap(apply)`, one unit after another and in place, so that one unit's float32 moments exist at a time.
-
-    A scan would write its results beside the stack that it reads.
+    """Like `jax.vmap(apply)`, but one unit after another and in place: a stack's worth of Newton-Schulz iterates is
+    larger than its moments. A scan would write its results beside the stack that it reads. The barrier ends a unit's
+    kernels where its loop would, whatever the number of its turns.
     """
 
     def run(grads, state, params, indices):

@@ -39,7 +39,9 @@ class Rehearsal:
     shapes: dict[str, jax.ShapeDtypeStruct]
 
     def __post_init__(self):
-        self.optimizer = optimizers.build(self.config.optimizer, self.config.train.steps)
+        self.optimizer = optimizers.build(
+            self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
+        )
         self._traced, self._compiled, self._blueprints, self._model = {}, {}, {}, None
 
     def here(self):

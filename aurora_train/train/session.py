@@ -69,7 +69,7 @@ class Session:
             return state
         state = state._replace(frozen={})  # let go of them before the real ones are read: they may be most of the model
         params, frozen = parameters_from(self.config.init.from_, self.blueprint, state.params)
-        extra = {"ema": jax.tree.map(jax.numpy.copy, params)} if state.extra else {}
+        extra = {"ema": jax.tree.map(lambda p: p.astype(jax.numpy.float32), params)} if state.extra else {}
         return state._replace(params=params, frozen=frozen, extra=extra)
 
 
@@ -105,7 +105,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     refuse_other_data(run, recipe.data("train"))
     mesh = meshes.make_mesh(1, 1)
     plan = whole_plan(config, recipe)
-    optimizer = optimizers.build(config.optimizer, config.train.steps)
+    optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
     blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed, ema=False)
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn.stack import whole
+from aurora_train.nn.stack import summed
 from aurora_train.optimizer import join, partition
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss
@@ -22,14 +22,14 @@ def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulatio
     def sums(params, state, batch):
         keys = example_keys(dropout, state.step, batch["example"])
         rest, stacks = partition(params)
-        params = join(jax.tree.map(whole, rest), stacks)
+        params = join(jax.tree.map(summed, rest), stacks)
         loss = recipe.loss(blueprint.merge(params, state.rest, state.frozen), batch, keys)
         return loss.total, loss
 
     def gradients(state: TrainState, batch):
         if accumulation == 1:
             return jax.grad(sums, has_aux=True)(state.params, state, batch)
-        # Gradients are added up in place, each layer's as the reverse scan makes it: no second set ever exists.
+        # Added up in place, each layer's gradient as the reverse scan makes it: there is no second set.
         grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
         def add(_, microbatch):
@@ -43,11 +43,13 @@ def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulatio
     def step(state: TrainState, batch):
         grads, loss = gradients(state, batch)
         loss = Loss(*loss)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
+        grads = jax.tree.map(lambda g: (g / jnp.maximum(loss.weight, 1e-9)).astype(g.dtype), grads)
         mean = loss.total / jnp.maximum(loss.weight, 1e-9)
         # The barrier keeps XLA from fusing the update into the backward pass, which changes bits with the plan.
         grads, mean = jax.lax.optimization_barrier((grads, mean))
-        params, opt_state, info = optimizer.update(grads, state.opt_state, state.params, state.step)
+        params, opt_state, info = optimizer.update(
+            grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
+        )
         extra = state.extra
         if ema is not None:
             extra = {"ema": jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, extra["ema"], params)}
