@@ -26,8 +26,11 @@ def command(
         str | None, typer.Option("--budget", metavar="SIZE", help="Bytes a device, such as 96GB; else memory.budget.")
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the plan's step to check its bytes.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Compile the step to check its bytes; the default but with --capacity."
+        ),
+    ] = None,
     capacity: Annotated[bool, typer.Option("--capacity", help="Show what sizes of model the machine holds.")] = False,
     timeline: Annotated[
         Path | None, typer.Option("--timeline", metavar="FILE.svg", help="Draw the bytes over one step.")
@@ -40,10 +43,10 @@ def command(
     """Plan the memory of a run without running it, for this machine or another. Nothing is trained."""
     if capacity:
         refuse_beside_capacity(config, budget, timeline, pareto)
-        return show_capacity(machine, json)
+        return show_capacity(machine, json, verify=bool(compile))
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
-    plan = make(config, overrides or (), machine, budget, verify=compile, quiet=json)
+    plan = make(config, overrides or (), machine, budget, verify=compile is not False, quiet=json)
     from aurora_train.memory import report
 
     if json:
@@ -100,18 +103,17 @@ def refuse_beside_capacity(config, budget, timeline, pareto) -> None:
             )
 
 
-def show_capacity(machine: str | None, json: bool) -> None:
+def show_capacity(machine: str | None, json: bool, *, verify: bool) -> None:
     """Print what a machine (None: this one) can hold."""
-    from aurora_train.machine.profile import prepare_environment, this_machine
+    from aurora_train.machine.profile import prepare_environment
 
     prepare_environment()
-    from aurora_train.memory.capacity import capacity
-
     from aurora_train.memory import report
     from aurora_train.observe.progress import preparation
+    from aurora_train.train.capacity import capacity
 
     with preparation(quiet=json) as progress:
-        found = capacity(machine or this_machine().device_kind, progress)
+        found = capacity(machine, progress, verify=verify)
     if json:
         print_json(found)
     else:

@@ -15,6 +15,7 @@ EXAMPLE = "aurora resume runs/first train.steps=400"
 def command(
     run: RunArgument,
     overrides: Overrides = None,
+    replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
@@ -25,4 +26,4 @@ def command(
     config, found, changes = for_resume(run, overrides or [])
     for line in warnings(changes):
         print(f"changed {line}", file=sys.stderr)
-    return go(config, found, quiet=quiet, json=json, changes=changes)
+    return go(config, found, quiet=quiet, json=json, changes=changes, replan=replan)

@@ -18,6 +18,7 @@ def command(
     overrides: Overrides = None,
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run folder; else runs/NAME-HASH.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start over.")] = False,
+    replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
     online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
@@ -33,10 +34,10 @@ def command(
     for one in loaded.derived:
         if not quiet:
             print(f"{one.key} = {one.value}: {one.formula} ({one.source})", file=sys.stderr)
-    return go(loaded, for_train(loaded, run, fresh=fresh), quiet=quiet, json=json)
+    return go(loaded, for_train(loaded, run, fresh=fresh), quiet=quiet, json=json, replan=replan)
 
 
-def go(config, run, *, quiet: bool, json: bool, changes=()) -> int:
+def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
     """Train a config in a run folder and print how it ended; the exit status."""
     from aurora_train.machine.profile import prepare_environment
 
@@ -49,7 +50,7 @@ def go(config, run, *, quiet: bool, json: bool, changes=()) -> int:
     prepare_environment(config)
     from aurora_train.train.start import train
 
-    outcome = train(config, run, quiet=quiet, changes=list(changes))
+    outcome = train(config, run, quiet=quiet, changes=list(changes), replan=replan)
     return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
 
 

@@ -7,6 +7,7 @@ update and an `ndim` mask would each be wrong, and the norm would change bits wi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Optimizer(NamedTuple):
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any, dict]]
     schedule: Callable[[Any], Any]
+    stored: Callable[[Any], Any] = lambda params: params  # freshly drawn parameters in the format of `optimizer.master`
 
 
 def build(config, total_steps: int, seed: int = 0) -> Optimizer:
@@ -100,11 +102,11 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
             new_states[name] = {SEGMENTS: {i: new for i, (_, new) in both.items()}}
         return join(rest, new_stacks), {"rest": rest_state, "stacks": new_states}, {"grad_norm": norm, "lr": lr}
 
-    return Optimizer(init, update, schedule)
+    return Optimizer(init, update, schedule, functools.partial(stored, config=config))
 
 
 def stored(params, config):
-    """Freshly drawn parameters in the format that `config.optimizer.master` asks for."""
+    """Freshly drawn parameters in the format that `config.master` asks for."""
     return jax.tree.map(lambda p: p.astype(config.master), params)
 
 

@@ -20,8 +20,18 @@ from aurora_train.data.batches import batches
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.evaluate import Evaluator, validation_batches
+from aurora_train.train.oom import noticed, refused
 from aurora_train.train.session import Session
 from aurora_train.train.signals import Stopped, StopRequest
+
+_SAVING = (
+    "a save copies the whole state to the host's memory, whatever the plan: free some, then run the same command "
+    "again; it goes on from the newest checkpoint"
+)
+_EVALUATING = (
+    "an evaluation takes as many examples at once as the plan's microbatch, and is not replanned: `aurora resume RUN "
+    "memory.accumulation=N` with a larger N makes it smaller; it goes on from the newest checkpoint"
+)
 
 
 class Loop:
@@ -40,6 +50,7 @@ class Loop:
         throughput: Throughput,
         memory_bytes,
         energy,
+        deadline: float | None = None,
     ):
         self.session, self.state, self._compiled = session, state, compiled
         self._stop, self._metrics, self._events = stop, metrics, events
@@ -47,14 +58,15 @@ class Loop:
         self._energy = energy
         self._config, self._store = session.config, session.store
         self._step = int(jax.device_get(state.step))
+        self._first = self._recorded = self._step
         self._last_save = self._step  # 0 for a fresh run, which has nothing to lose
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = None
         self._timed = False  # the first step of a process still pays for what the compiler left to it
-        self._deadline = None
-        if self._config.train.stop_after_minutes is not None:
-            self._deadline = time.monotonic() + 60 * self._config.train.stop_after_minutes
+        self.deadline = deadline  # of time.monotonic(); None is never
+        if deadline is None and self._config.train.stop_after_minutes is not None:
+            self.deadline = time.monotonic() + 60 * self._config.train.stop_after_minutes
 
     @property
     def evaluator(self) -> Evaluator:
@@ -64,10 +76,11 @@ class Loop:
     def run(self, evaluated: set[int]) -> str | None:
         """Go on to the last step. `evaluated` has the steps whose evaluation is on record.
 
-        Returns None at the last step, or the name of what asked for a stop; the state is saved either way.
+        Returns None at the last step, or the name of what asked for a stop; the state is saved either way. Raises
+        OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`.
         """
         first, last, interrupted = self._step, self._config.train.steps, False
-        with self._stop.held():
+        with noticed(lambda: f"step {self._recorded + 1}", self.finished_steps), self._stop.held():
             try:
                 if first > 0 and self._evaluation_due(first) and first not in evaluated:
                     self._evaluate(first)
@@ -77,8 +90,21 @@ class Loop:
             self._settle()
             if self._step != self._last_save:
                 self._save(self._step)
-            self._saved(self._store.wait())
+            self._finish_save()
         return self._asked() if interrupted or self._step < last else None
+
+    def finished_steps(self) -> int:
+        """How many steps this loop has brought to the log."""
+        return self._recorded - self._first
+
+    def release(self) -> None:
+        """Let go of every array, after an out-of-memory. A save that is still running is of a step before it."""
+        for leaf in jax.tree.leaves((self.state, [metrics for _, metrics in self._late])):
+            if not leaf.is_deleted():
+                leaf.delete()
+        self.state = self._compiled = self._evaluator = self._validation = None
+        self._late.clear()
+        self._finish_save()
 
     def _steps(self, data_step: int, last: int) -> None:
         config = self._config
@@ -105,7 +131,7 @@ class Loop:
             self._settle()
             self._aside(self._save, step)
         else:
-            self._saved(self._store.finished())
+            self._finish_save(wait=False)
         if self._evaluation_due(step):
             self._settle()
             self._aside(self._evaluate, step)
@@ -132,6 +158,7 @@ class Loop:
             record |= {**self._throughput.measure(), "memory_bytes": self._memory_bytes(), "time": time.time()}
             self._energy.read()  # some counters wrap within the hour
         self._metrics.write(record)
+        self._recorded = step
         self._progress.step(record)
         if record["skipped"]:
             self._events.event("skip", step, loss=values["loss"], grad_norm=values["grad_norm"])
@@ -148,10 +175,13 @@ class Loop:
         self._last_save = step
         self._metrics.sync()
         files.sync(self.session.run.folder)
-        self._saved(self._store.wait())
-        self._store.save(step, self.state, {"data_step": int(jax.device_get(self.state.data_step))})
+        self._finish_save()
+        with refused(f"saving step {step}", _SAVING):
+            self._store.save(step, self.state, {"data_step": int(jax.device_get(self.state.data_step))})
 
-    def _saved(self, step: int | None) -> None:
+    def _finish_save(self, *, wait: bool = True) -> None:
+        with refused("writing a checkpoint", _SAVING):
+            step = self._store.wait() if wait else self._store.finished()
         if step is None:
             return
         given_up = self._store.retain(lower_is_better=True)
@@ -166,7 +196,7 @@ class Loop:
         return step == self._config.train.steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int) -> None:
-        with self._stop.allowed():
+        with refused(f"evaluating step {step}", _EVALUATING), self._stop.allowed():
             result = self._evaluator.loss(self.state, self._validation_batches())
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
         if step == self._last_save or step in self._store.steps():
@@ -184,7 +214,7 @@ class Loop:
         return self._validation
 
     def _asked(self) -> str | None:
-        if self._stop.name is None and self._deadline is not None and time.monotonic() > self._deadline:
+        if self._stop.name is None and self.deadline is not None and time.monotonic() > self.deadline:
             return "train.stop_after_minutes"
         return self._stop.name
 

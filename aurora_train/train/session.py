@@ -44,6 +44,9 @@ class Session:
     optimizer: Any
     source: Any
     store: CheckpointStore
+    given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
+    reason: str = ""  # who did: "out of memory" or "--replan"
+    fault: Any = None  # the `oom.Fault`, where that was it
 
     @property
     def mesh(self):
@@ -58,6 +61,14 @@ class Session:
             self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began
 
+    def under(self, plan: Plan, *, reason: str, fault=None) -> Session:
+        """The same run under another plan. This session must not be used any more; its store is closed."""
+        program = replace(self.program)  # a new one, with nothing traced and nothing compiled
+        return replace(
+            self, program=program, plan=plan, blueprint=program.blueprint(plan), optimizer=program.optimizer,
+            store=make_store(self.config, self.run), given_up=self.plan, reason=reason, fault=fault,
+        )  # fmt: skip
+
     def restore(self, step: int) -> TrainState:
         """The state saved at `step`, as donatable arrays where a fresh start would put them."""
         return self.store.restore(step, self.blueprint.state, self.blueprint.shardings)
@@ -69,12 +80,15 @@ class Session:
             return state
         state = state._replace(frozen={})  # let go of them before the real ones are read: they may be most of the model
         params, frozen = parameters_from(self.config.init.from_, self.blueprint, state.params)
-        extra = {"ema": jax.tree.map(lambda p: p.astype(jax.numpy.float32), params)} if state.extra else {}
+        extra = {"ema": jax.tree.map(lambda p: jax.numpy.array(p, "float32", copy=True), params)} if state.extra else {}
         return state._replace(params=params, frozen=frozen, extra=extra)
 
 
-def open_session(config, run: runs.Run, progress) -> Session:
-    """Prepare the data, look at the devices, plan, and draw the state. UserError for all that does not fit."""
+def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Session:
+    """Prepare the data, look at the devices, plan, and draw the state. UserError for all that does not fit.
+
+    `replan` drops the plan that the run is pinned to.
+    """
     if run.step() == 0:
         refuse_missing_start(config)
     recipe = make_recipe(config)
@@ -86,16 +100,24 @@ def open_session(config, run: runs.Run, progress) -> Session:
     refuse_other_data(run, source)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes_of(source))
-    plan = pinned_plan(run, config, mesh)
+    pinned = pinned_plan(run, config, mesh)
+    plan = None if replan else pinned
     if plan is None:
         plan = planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
     refuse_coupled(config, recipe, plan)
     blueprint = program.blueprint(plan)
+    session = Session(
+        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run)
+    )
+    return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
+
+
+def make_store(config, run: runs.Run) -> CheckpointStore:
+    """The checkpoints of a run, with the config's rules of what to keep."""
     policy = config.checkpoint
-    store = CheckpointStore(
+    return CheckpointStore(
         run.checkpoints, run.trash, keep=policy.keep, keep_every=policy.keep_every, best=policy.best
     )
-    return Session(config, recipe, run, program, plan, blueprint, program.optimizer, source, store)
 
 
 def open_for_reading(config, run: runs.Run, step: int | None, progress):
@@ -137,6 +159,12 @@ def _pinned(session: Session) -> dict:
 def pin(session: Session) -> None:
     """Write down the plan, the mesh and the device that the run goes on with."""
     files.write_json(session.run.plan, _pinned(session))
+
+
+def pin_plan(session: Session) -> None:
+    """Write down the plan alone: whether mesh and device are what they were is still to be looked at (`moved`)."""
+    known = files.read_json(session.run.plan) or _pinned(session)
+    files.write_json(session.run.plan, {**known, "plan": session.plan.to_json()})
 
 
 def moved(session: Session) -> list[tuple[str, object, object]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,19 +12,25 @@ from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
 from aurora_train.config import dump
-from aurora_train.machine import memory as machine_memory
 from aurora_train.machine import profile
-from aurora_train.memory.report import one_line
+from aurora_train.memory.report import one_line, side_by_side
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console
 from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.loop import Loop, state_hash
+from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned, told
 from aurora_train.train.score import score_run
-from aurora_train.train.session import Session, device_kind, moved, open_session, pin
+from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
 from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
 from aurora_train.train.state import parameter_count
+
+_STATE = (
+    "parameters and optimizer take the same room under every plan: `aurora plan CONFIG` shows how much, and the "
+    "settings that would make it less"
+)
+_SCORE = "every step is saved: run the same command again with more memory free, or with evaluate.final=false"
 
 
 @dataclass
@@ -37,16 +44,31 @@ class Outcome:
     state_sha256: str | None = None
 
 
-def train(config, run: runs.Run, *, quiet: bool = False, changes: list | None = None) -> Outcome:
+@dataclass
+class Process:
+    """What a process has whatever plan its run is on. `deadline`: of time.monotonic(), None is never."""
+
+    run: runs.Run
+    stop: StopRequest
+    energy: EnergyMeter
+    console: Any
+    quiet: bool
+    deadline: float | None = None
+
+
+def train(
+    config, run: runs.Run, *, quiet: bool = False, changes: list | None = None, replan: bool = False
+) -> Outcome:
     """Start or resume a run and take it to its last step, its score and its report.
 
-    `changes` are the (key, old, new, class) that a resume was asked for; they are recorded as an event.
+    `changes` are the (key, old, new, class) that a resume was asked for; they are recorded as an event. `replan`
+    drops the plan that the run is pinned to.
     """
     console, energy = stderr_console(), EnergyMeter()
     with run.lock(), StopRequest() as stop:
         try:
             with stop.allowed():
-                outcome = _train(config, run, stop, energy, console, quiet, changes or [])
+                outcome = _train(config, Process(run, stop, energy, console, quiet), changes or [], replan)
         except Stopped:
             outcome = Outcome(run, EXIT_STOPPED, run.step(), stop.name)
         if run.config.is_file():  # else it was stopped before there was anything to keep
@@ -63,48 +85,88 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
     write_report(outcome.run.folder)
 
 
-def _train(config, run, stop, energy, console, quiet, changes) -> Outcome:
-    with preparation(console, quiet=quiet) as prepared:
-        session = open_session(config, run, prepared)
+def _train(config, process: Process, changes, replan: bool) -> Outcome:
+    with preparation(process.console, quiet=process.quiet) as prepared:
+        session = open_session(config, process.run, prepared, replan=replan)
     with logs.EventLog(_recorded(session)) as events:
-        return _go_on(session, stop, events, energy, console, quiet, changes)
+        if changes:
+            events.event("override", process.run.step(), changes=[list(change) for change in changes])
+        return _to_its_end(session, process, events)
 
 
-def _go_on(session: Session, stop, events, energy, console, quiet, changes) -> Outcome:
+def _to_its_end(session: Session, process: Process, events) -> Outcome:
+    """Go on, and after an out-of-memory go on with a smaller plan."""
+    in_a_row = 0
+    while True:
+        try:
+            return _go_on(session, process, events)
+        except OutOfMemory as error:
+            fault = error.fault  # and not the error: its traceback holds what has to be let go of
+        if process.stop.name is not None:
+            raise Stopped(process.stop.name)
+        in_a_row = 1 if fault.finished_steps else in_a_row + 1
+        session.store.close()
+        with preparation(process.console, quiet=process.quiet) as prepared:
+            session = replanned(session, fault, in_a_row, prepared)
+
+
+def _go_on(session: Session, process: Process, events) -> Outcome:
+    """From the newest checkpoint, or from the start where there is none, to the last step and the score."""
     config, run = session.config, session.run
-    if changes:
-        events.event("override", run.step(), changes=[list(change) for change in changes])
     start, damaged = claim(session)
-    resumed_from = start or 0
-    logs.set_aside(run.metrics, resumed_from, run.metrics_set_aside)
+    logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     evaluated = {record["step"] for record in known if "evaluation" in record}
-    with Progress(config.train.steps, console, quiet=quiet) as progress:
-        for damage in damaged:
-            events.event("walk_back", damage.step, faults=damage.faults, moved_to=str(damage.moved_to))
-            progress.event(f"checkpoint {damage.step} is damaged ({damage.faults[0]}); moved to {damage.moved_to}")
-        progress.status("compiling")
-        compiled, seconds = session.compile()
-        progress.status("compiling", seconds)
-        state = session.restore(start) if start else session.fresh()
-        _announce(session, state, start, len(known) - len(evaluated), events, progress)
-        with logs.MetricsLog(run.metrics, sinks(config, run, resumed_from)) as metrics:
+    with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
+        _say_damage(damaged, events, progress)
+        _say_replan(session, start or 0, events, progress)
+        compiled = _compiled(session, progress)
+        gauge = Gauge()
+        with refused("the state is put in place", _STATE):
+            state = session.restore(start) if start else session.fresh()
+            _announce(session, state, start, len(known) - len(evaluated), events, progress)
+        with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
             loop = Loop(
-                session, state, compiled, stop=stop, metrics=metrics, events=events, progress=progress,
-                throughput=throughput(session, state), memory_bytes=machine_memory.process_memory_bytes, energy=energy,
+                session, state, compiled, stop=process.stop, metrics=metrics, events=events, progress=progress,
+                throughput=throughput(session, state), memory_bytes=gauge, energy=process.energy,
+                deadline=process.deadline,
             )
-            del state
-            stopped_by = loop.run(evaluated)
+            del state, compiled
+            process.deadline = loop.deadline
+            stopped_by = _run(loop, evaluated)
+        _say_measured(session, loop, gauge, progress)
     if stopped_by:
         session.store.close()
         return Outcome(run, EXIT_STOPPED, run.step(), stopped_by)
-    if config.evaluate.final:
-        with preparation(console, quiet=quiet) as shown:
-            score_run(
-                session.recipe, config, run, loop.evaluator, loop.state, config.train.steps, shown,
-                baselines=config.evaluate.baselines,
-            )
-    digest = state_hash(loop.state)
+    return _scored(session, loop, process)
+
+
+def _compiled(session: Session, progress):
+    progress.status("compiling")
+    with noticed(lambda: "compiling"):
+        compiled, seconds = session.compile()
+    progress.status("compiling", seconds)
+    return compiled
+
+
+def _run(loop: Loop, evaluated: set[int]) -> str | None:
+    try:
+        return loop.run(evaluated)
+    except OutOfMemory:
+        loop.release()
+        raise
+
+
+def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
+    config, run = session.config, session.run
+    with refused("the finished run is scored", _SCORE):
+        if config.evaluate.final:
+            with preparation(process.console, quiet=process.quiet) as shown:
+                score_run(
+                    session.recipe, config, run, loop.evaluator, loop.state, config.train.steps, shown,
+                    baselines=config.evaluate.baselines,
+                )
+        digest = state_hash(loop.state)
     session.store.close()
     return Outcome(run, 0, config.train.steps, state_sha256=digest)
 
@@ -127,6 +189,39 @@ def _recorded(session: Session) -> Path:
         machine = profile.this_machine().describe()
         files.write_json(run.provenance, runs.provenance(config, config.recipe_file, session.source, machine))
     return run.events
+
+
+def _say_damage(damaged, events, progress) -> None:
+    for damage in damaged:
+        events.event("walk_back", damage.step, faults=damage.faults, moved_to=str(damage.moved_to))
+        progress.event(f"checkpoint {damage.step} is damaged ({damage.faults[0]}); moved to {damage.moved_to}")
+
+
+def _say_replan(session: Session, start: int, events, progress) -> None:
+    """Record that a plan was given up, and why, and pin the run to the new one before it is tried."""
+    if session.given_up is None:
+        return
+    before, fault = session.given_up, session.fault
+    why = {"doing": fault.doing, "cause": fault.cause, "live": fault.live} if fault else {}
+    events.event(
+        "replan", start, what="plan", reason=session.reason, before=before.work, after=session.plan.work,
+        restored=start, **why,
+    )
+    pin_plan(session)
+    if fault:
+        progress.event(f"out of memory in {fault.doing}\n  " + "\n  ".join(told(fault, before)))
+    equal = before.work == session.plan.work
+    then = "the same plan as before" if equal else "equal to tolerance from here, no longer to the bit"
+    progress.event(f"a new plan ({session.reason}), going on from step {start}: {then}")
+
+
+def _say_measured(session: Session, loop: Loop, gauge: Gauge, progress) -> None:
+    """Write down what the run took beside what the plan said."""
+    if loop.finished_steps() == 0:
+        return
+    session.plan = replace(session.plan, measured_bytes=gauge.peak())
+    pin(session)
+    progress.event(side_by_side(session.plan))
 
 
 def _announce(session: Session, state, start, num_recorded: int, events, progress) -> None:

@@ -67,7 +67,7 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
     def initialise() -> TrainState:
         _, everything, others = nnx.split(construct(), nnx.Param, ...)
         params, frozen = map(nnx.to_pure_dict, lora.split(everything))
-        params = optimizers.stored(params, recipe.config.optimizer)
+        params = optimizer.stored(params)
         return TrainState(
             step=jnp.int32(0),
             data_step=jnp.int32(0),
@@ -75,7 +75,7 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
             frozen=jax.tree_util.tree_map_with_path(functools.partial(_at_rest, dtype), frozen),
             rest=nnx.to_pure_dict(others),
             opt_state=optimizer.init(params),
-            extra={"ema": jax.tree.map(lambda p: p.astype(jnp.float32), params)} if ema else {},
+            extra={"ema": jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)} if ema else {},
         )
 
     state = jax.eval_shape(initialise)

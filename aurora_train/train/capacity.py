@@ -1,0 +1,280 @@
+"""What sizes of model a machine trains, at which context: the planner asked about a ladder of published shapes.
+
+Nothing here is a formula: every cell is the real step of the bundled language model, traced and simulated (or, where
+asked, compiled) for the machine, one example at a time with everything recomputed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from aurora_train import mesh as meshes
+from aurora_train.config import config_class
+from aurora_train.config.find_recipe import find_recipe
+from aurora_train.errors import UserError
+from aurora_train.files import cache_folder
+from aurora_train.machine.memory import budget_bytes
+from aurora_train.machine.profile import this_machine
+from aurora_train.machine.targets import find_machine, machine_names
+from aurora_train.memory.plan import Plan
+from aurora_train.memory.planner import Planner
+from aurora_train.memory.verify import can_compile_for_gpu, target_devices
+from aurora_train.nn.sizes import GPT3, LLAMA3, LLAMA3_PAPER, NAMED
+from aurora_train.nn.stack import Segment
+from aurora_train.train.rehearsal import Rehearsal, rehearse
+from aurora_train.units import percent
+
+CONTEXTS = (2048, 4096, 8192, 32768)
+QWEN3 = "Yang et al. 2025, table 1; widths: the model's published config.json"
+HEDGE = 0.05  # beyond the budget by simulation, and still worth compiling: the simulation was up to 4 % too high
+
+
+@dataclass(frozen=True)
+class Size:
+    """One rung of the ladder: `model` is that section of a config, `vocab` the number of tokens."""
+
+    name: str
+    model: dict
+    vocab: int
+    source: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What is kept of a parameter besides activations: a nested dict of config sections.
+
+    `short`: the largest share of itself by which the simulated peak of such a step was seen to fall short of the
+    compiled one, rounded up. That much is kept free where nothing is compiled.
+    """
+
+    name: str
+    sections: dict
+    short: float
+
+
+def _named(size: str) -> dict:
+    shape = NAMED[size]
+    return {
+        "width": shape.width, "layers": shape.layers, "heads": shape.heads, "kv_heads": shape.kv_heads,
+        "mlp_width": shape.mlp_width,
+    }  # fmt: skip
+
+
+_GPT = {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": "all", "tied": True}
+_QWEN = {"kv_heads": 8, "head_dim": 128, "qk_norm": True}
+
+LADDER = (  # by number of parameters; the walk relies on it
+    Size("0.3B", _named("350m") | _GPT, 50257, f"GPT-3 Medium: {GPT3}"),
+    Size("1B", _named("1b") | {"tied": True}, 128256, f"Llama 3.2 1B: {LLAMA3}"),
+    Size("3B", _named("3b") | {"tied": True}, 128256, f"Llama 3.2 3B: {LLAMA3}"),
+    Size("4B", {"width": 2560, "layers": 36, "heads": 32, "mlp_width": 9728, "tied": True} | _QWEN, 151936,
+         f"Qwen3 4B: {QWEN3}"),
+    Size("8B", _named("8b") | {"tied": False}, 128256, f"Llama 3 8B: {LLAMA3_PAPER}"),
+    Size("14B", {"width": 5120, "layers": 40, "heads": 40, "mlp_width": 17408, "tied": False} | _QWEN, 151936,
+         f"Qwen3 14B: {QWEN3}"),
+    Size("32B", {"width": 5120, "layers": 64, "heads": 64, "mlp_width": 25600, "tied": False} | _QWEN, 151936,
+         f"Qwen3 32B: {QWEN3}"),
+    Size("70B", {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "mlp_width": 28672, "tied": False}, 128256,
+         f"Llama 3 70B: {LLAMA3_PAPER}"),
+)  # fmt: skip
+
+STATES = (
+    State("AdamW, float32", {"optimizer": {"master": "float32", "moments": "float32"}}, 0.05),
+    State("AdamW, all bfloat16", {"optimizer": {"master": "bfloat16", "moments": "bfloat16"}}, 0.05),
+    State("AdamW, 8-bit moments", {"optimizer": {"master": "bfloat16", "moments": "int8"}}, 0.10),
+    State("LoRA, rank 16", {"model": {"lora": {"rank": 16}}}, 0.03),
+)
+
+
+def capacity(
+    machine: str | None, progress=None, *, verify: bool = False, ladder=LADDER, states=STATES, contexts=CONTEXTS
+) -> dict:
+    """The largest size of a ladder that trains on one device of a machine, for each state and context. Plain JSON.
+
+    Args:
+        machine: a name of `machine.targets`, or None for this machine's own accelerator.
+        verify: compile what the simulation proposes, and go by the compiler's bytes.
+
+    Returns:
+        `cells`, one record for each state and context: `size`, `parameters`, `peak_bytes`, `share` of the budget and
+        `left_bytes` are None where not even the smallest fits; `how` is "simulated" or "compiled"; `next_size` and
+        `next_bytes` (simulated) are of the smallest that does not. Beside them the budget, `trainings` and `sizes`.
+
+    Raises:
+        UserError: the machine is not known, or it is this one and has no accelerator; MissingExtra where `verify`
+            needs the extra `[plan]`.
+    """
+    box = _box(machine, verify)
+    total, cells = len(states) * len(contexts), []
+    what = f"{'compiling' if verify else 'simulating'} training steps for {box.name}"
+    for state in states:
+        # What the state before it reached is a good first guess, and so is the shorter context before.
+        rung = next((c["rung"] for c in reversed(cells) if c["context"] == contexts[0]), len(ladder) // 2)
+        for context in contexts:
+            if progress:
+                progress(len(cells), total, what)
+            cells.append(_cell(box, state, context, ladder, max(rung or 0, 0), verify))
+            rung = cells[-1]["rung"]
+    if progress:
+        progress(total, total, what)
+    return {
+        "machine": box.name,
+        "budget_bytes": box.budget,
+        "budget_reason": box.reason,
+        "each_step": "one example, bfloat16 compute, every layer recomputed in the backward pass",
+        "how": _how(verify, states),
+        "cells": [{k: v for k, v in cell.items() if k != "rung"} for cell in cells],
+        "trainings": [_described(state) for state in states],
+        "sizes": [
+            {"size": s.name, "layers": s.model["layers"], "width": s.model["width"], "vocabulary": s.vocab,
+             "source": s.source}
+            for s in ladder
+        ],
+    }  # fmt: skip
+
+
+# ---- the machine
+
+
+@dataclass(frozen=True)
+class _Box:
+    """`target` is None for this machine. `budget` in bytes on one device."""
+
+    name: str
+    budget: int
+    reason: str
+    target: object
+
+    def rehearsal(self, state: State, size: Size, context: int) -> Rehearsal:
+        config = step_config(state, size, context)
+        recipe = config_recipe()(config, cache_folder())
+        return rehearse(config, recipe, mesh=None if self.target else meshes.make_mesh(1, 1), target=self.target)
+
+
+def _box(machine: str | None, verify: bool) -> _Box:
+    if machine is not None:
+        target = find_machine(machine)
+        if verify and not can_compile_for_gpu():
+            target_devices(target)  # says what to install
+        return _Box(target.slug, target.budget_bytes, target.budget_reason, target)
+    here = this_machine()
+    if here.platform == "cpu":
+        raise UserError(
+            "the table of capacities is about an accelerator, and this machine has none",
+            where="--capacity",
+            why="on a CPU the memory would hold models that it cannot train in any reasonable time",
+            hint=f"--machine NAME, one of {', '.join(machine_names())}; or plan one run: aurora plan CONFIG",
+        )
+    return _Box(here.device_kind, *budget_bytes("auto", here), None)
+
+
+def config_recipe() -> type:
+    """The bundled language model's Recipe class."""
+    return find_recipe("language_model", Path()).cls
+
+
+def step_config(state: State, size: Size, context: int):
+    """The config of one step: one example of `context` tokens on one device."""
+    tree = {
+        "recipe": "language_model",
+        "model": {**size.model, "max_length": context, **state.sections.get("model", {})},
+        "data": {"sequence": context, "tokenizer": {"kind": "bpe", "vocab": size.vocab}},
+        "train": {"batch": 1, "precision": "bfloat16"},
+        "optimizer": state.sections.get("optimizer", {}),
+        "mesh": {"data": 1, "fsdp": 1},
+    }
+    return config_class(config_recipe()).model_validate_json(json.dumps(tree))
+
+
+# ---- one cell
+
+
+@dataclass
+class _Step:
+    """One step under full recomputation. `bytes` are the simulated peak."""
+
+    planner: Planner
+    plan: Plan
+    bytes: int
+    parameters: int
+
+
+def _cell(box: _Box, state: State, context: int, ladder, start: int, verify: bool) -> dict:
+    steps: dict[int, _Step] = {}
+
+    def step(rung: int) -> _Step:
+        if rung not in steps:
+            steps[rung] = _step(box, state, ladder[rung], context)
+        return steps[rung]
+
+    limit = box.budget * (1 + HEDGE) if verify else box.budget / (1 + state.short)
+    rung = climb(lambda rung: step(rung).bytes <= limit, min(start, len(ladder) - 1), len(ladder))
+    compiled = None
+    while verify and rung >= 0:
+        compiled = step(rung).planner.compile(step(rung).plan)
+        if compiled <= box.budget:
+            break
+        rung, compiled = rung - 1, None
+    fits = rung >= 0
+    peak = (compiled or step(rung).bytes) if fits else None
+    more = rung + 1 < len(ladder)
+    return {
+        "training": state.name,
+        "context": context,
+        "size": ladder[rung].name if fits else None,
+        "parameters": step(rung).parameters if fits else None,
+        "peak_bytes": peak,
+        "simulated_bytes": step(rung).bytes if fits else None,
+        "compiled_bytes": compiled,
+        "share": peak / box.budget if fits else None,
+        "left_bytes": box.budget - peak if fits else None,
+        "how": "compiled" if compiled else "simulated",
+        "next_size": ladder[rung + 1].name if more else None,
+        "next_bytes": step(rung + 1).bytes if more else None,
+        "rung": rung,
+    }
+
+
+def climb(fits, start: int, count: int) -> int:
+    """The last of `count` rungs for which `fits(rung)` holds, or -1; whatever fits, all below it does too."""
+    rung = start
+    if fits(rung):
+        while rung + 1 < count and fits(rung + 1):
+            rung += 1
+        return rung
+    while rung >= 0 and not fits(rung):
+        rung -= 1
+    return rung
+
+
+def _step(box: _Box, state: State, size: Size, context: int) -> _Step:
+    program = box.rehearsal(state, size, context)
+    whole = program.simplest_plan()
+    plan = Plan(1, 1, {path: [Segment(0, cut[-1].stop, ())] for path, cut in whole.stacks.items()})
+    planner = Planner(program, box.budget, box.reason, box.name)
+    return _Step(planner, plan, planner.simulate(plan).bytes, program.config.model.num_parameters(size.vocab))
+
+
+# ---- in words
+
+
+def _how(verify: bool, states) -> str:
+    if verify:
+        return "compiled for the machine, not measured on it: what cuDNN and cuBLAS take on the device is not in it"
+    most = percent(max(state.short for state in states))
+    return (
+        f"simulated, not measured: of compiled steps the simulation was seen to fall short by up to {most}, by kind of "
+        "training; a size counts only where that much more would fit; --compile goes by the compiler's own bytes"
+    )
+
+
+def _described(state: State) -> dict:
+    settings = [
+        f"{section}.{key}={value}" if not isinstance(value, dict) else f"{section}.{key}.{inner}={last}"
+        for section, keys in state.sections.items()
+        for key, value in keys.items()
+        for inner, last in (value.items() if isinstance(value, dict) else [("", "")])
+    ]
+    return {"training": state.name, "settings": " ".join(settings), "kept_free": state.short}

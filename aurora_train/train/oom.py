@@ -1,0 +1,195 @@
+"""Out of memory while a run is under way: what was live beside the plan, and the plan to go on with.
+
+A step that is refused memory leaves no state: its buffers were given away before it failed, and where execution is
+asynchronous the refusal comes to light only when a later step's numbers are asked for. So nothing is mended in place:
+the state is let go of, and the run goes on from its newest checkpoint, as a resume does, under a plan for less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+
+from aurora_train.errors import UserError
+from aurora_train.machine.memory import device_memory, process_memory, process_memory_bytes
+from aurora_train.memory.plan import Plan
+from aurora_train.memory.report import by_cause
+from aurora_train.train.planning import planner_here
+from aurora_train.units import size
+
+REPLANS = 3  # in a row without one finished step; then it is not the plan
+_SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")  # XLA's own status, and CUDA's where XLA passes it on
+_SHOWN = 4  # causes in a message
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One out-of-memory as plain data: what was being done, the allocator's words, and bytes live at that moment.
+
+    `live`: {"in_use", "peak", "limit"} of the fullest device, or {"anonymous"} of the process where devices keep no
+    account. `finished_steps`: steps that this life of the run had brought to the log.
+    """
+
+    doing: str
+    cause: str
+    live: dict[str, int]
+    finished_steps: int = 0
+
+
+class OutOfMemory(Exception):
+    """Memory ran out where a smaller plan may help. Its traceback keeps the dead state alive: take `fault`, let go."""
+
+    def __init__(self, fault: Fault):
+        super().__init__(f"out of memory in {fault.doing}: {fault.cause}")
+        self.fault = fault
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation was refused, on the host or on a device."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+@contextlib.contextmanager
+def noticed(doing: Callable[[], str], finished_steps: Callable[[], int] = lambda: 0):
+    """Within, an out-of-memory becomes `OutOfMemory`; every other error passes."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cause = str(error).strip().splitlines() or ["an allocation in Python was refused"]
+        raise OutOfMemory(Fault(doing(), cause[0], live_bytes(), finished_steps())) from None
+
+
+@contextlib.contextmanager
+def refused(doing: str, hint: str):
+    """Within, an out-of-memory ends the run with a UserError: no other plan would help there."""
+    try:
+        with noticed(lambda: doing):
+            yield
+    except OutOfMemory as error:
+        raise UserError(
+            f"out of memory while {doing}", where="memory", why="\n  ".join(told(error.fault, None)), hint=hint
+        ) from None
+
+
+def live_bytes() -> dict[str, int]:
+    """What `Fault.live` says, now."""
+    accounts = [account for device in jax.local_devices() if (account := device_memory(device))]
+    if accounts:
+        return max(accounts, key=lambda account: account["in_use"])
+    return {"anonymous": process_memory()["anonymous"]}
+
+
+def told(fault: Fault, plan: Plan | None) -> list[str]:
+    """What was live beside what the plan said, one fact a line."""
+    lines = [fault.cause]
+    if plan is not None:
+        known = (("compiled", plan.compiled_bytes), ("predicted", plan.predicted_bytes), ("budget", plan.budget_bytes))
+        lines.append("the plan: " + ", ".join(f"{name} {size(held)}" for name, held in known if held))
+    if "anonymous" in fault.live:
+        lines.append(f"live: {size(fault.live['anonymous'])} of this process's own, Python and data included")
+    else:
+        lines.append("live on the fullest device: " + ", ".join(f"{_name(k)} {size(v)}" for k, v in fault.live.items()))
+    causes = by_cause(plan.details.get("by_cause") or {}) if plan is not None else []
+    biggest = sorted(causes, key=lambda cause: -cause[2])[:_SHOWN]
+    if biggest:
+        lines.append("most of the plan: " + ", ".join(f"{name} {size(held)}" for _, name, held in biggest))
+    return lines
+
+
+def _name(key: str) -> str:
+    return key.replace("_", " ")
+
+
+# ---- going on
+
+
+def replanned(session, fault: Fault, in_a_row: int, progress):
+    """The session to go on with: the same run, data and maths under a plan for clearly less.
+
+    Args:
+        in_a_row: out-of-memories without a finished step between them, this one included.
+        progress: as `recipe.prepare` takes it; told of each compilation.
+
+    Raises:
+        UserError: `memory.on_oom: stop`, three replans in a row were no help, or no smaller plan is left.
+    """
+    plan, memory, folder = session.plan, session.config.memory, session.run.folder
+    if memory.on_oom == "stop":
+        hint = f"aurora resume {folder} memory.on_oom=replan goes on with a smaller plan"
+        raise _refusal(session, fault, "memory.on_oom is stop", f"{hint}{_or_levers(plan)}")
+    if in_a_row > REPLANS:
+        hint = f"free the memory that others hold, then: aurora resume {folder} --replan{_or_levers(plan)}"
+        raise _refusal(session, fault, f"{REPLANS} smaller plans in a row did not finish one step", hint)
+    if memory.save != "auto" or memory.unroll != "auto":
+        hint = f"aurora resume {folder} memory.save=auto memory.unroll=auto{_or_levers(plan)}"
+        raise _refusal(session, fault, "memory.save or memory.unroll is set, and what is set is kept", hint)
+    smaller = _smaller(session, progress)
+    if smaller is None:
+        hint = f"free the memory that others hold, then: aurora resume {folder} --replan{_or_levers(plan)}"
+        raise _refusal(session, fault, "no plan needs clearly less than this one", hint)
+    return session.under(smaller, reason="out of memory", fault=fault)
+
+
+def _smaller(session, progress) -> Plan | None:
+    plan, program = session.plan, replace(session.program)  # a new rehearsal: the old one holds its compiled step
+    gc.collect()
+    hint = "free the memory that others hold, then run the same command again"
+    with refused("a smaller plan was searched for", hint):
+        planner = planner_here(session.config, session.recipe, program=program, progress=progress)
+        if not (plan.compiled_bytes or plan.predicted_bytes):
+            plan = replace(plan, predicted_bytes=planner.simulate(plan).bytes)
+        return planner.smaller(plan)
+
+
+def _refusal(session, fault: Fault, rule: str, hint: str) -> UserError:
+    why = "\n  ".join([*told(fault, session.plan), rule])
+    return UserError(f"out of memory in {fault.doing}", where=str(session.run.folder), why=why, hint=hint)
+
+
+def _or_levers(plan: Plan) -> str:
+    """The settings that would save the most; they change what is trained, so they are for another run."""
+    levers = [f"{one['setting']} saves {size(one['saves_bytes'])}" for one in (plan.details.get("levers") or [])[:2]]
+    return f"\n  or start a run of its own that needs less: {'; '.join(levers)}" if levers else ""
+
+
+# ---- what a run takes
+
+
+class Gauge:
+    """The memory that training takes in this process, from just before its state is made. Call it for a reading.
+
+    A device keeps its own peak. A CPU does not: there it is the peak of the process's anonymous memory less what it
+    held at the start. The kernel's high-water mark tells it exactly once training has gone beyond whatever compiling
+    took; until then it is the highest reading.
+    """
+
+    def __init__(self):
+        self._on_device = "anonymous" not in live_bytes()
+        self._before = process_memory_bytes()
+        self._mark = process_memory()["peak_resident"]
+        self._highest = 0
+
+    def __call__(self) -> int:
+        """`memory_bytes` of a record."""
+        now = process_memory_bytes()
+        self._highest = max(self._highest, now)
+        return now
+
+    def peak(self) -> int | None:
+        """Bytes; None where the device's peak is older than this gauge (of an earlier plan in the same process)."""
+        self()
+        if self._on_device:
+            return self._highest if self._highest > self._before else None
+        memory = process_memory()
+        if memory["peak_resident"] > self._mark:
+            files = memory["resident"] - memory["anonymous"]
+            self._highest = max(self._highest, memory["peak_resident"] - files)
+        return max(self._highest - self._before, 0) or None
