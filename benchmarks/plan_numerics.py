@@ -5,8 +5,9 @@
 A plan is random save-sets out of the stack's tags in one to three segments of at least two units, each scanned or
 unrolled. Every plan is compiled on the trainer's own path (Rehearsal) and trained for a few steps on the same batches;
 its losses and final parameters, layer by layer, are held against the plan that keeps all in one scan. Prints a table
-of the differences, largest absolute and in units in the last place (ulps: floats in between, plus one); exit status 1
-where one device in float32 gives other bits. On several simulated devices another cut does change bits: see --devices.
+of the differences, largest absolute and in units in the last place (ulps: floats in between, plus one), and why a plan
+may differ; exit status 1 where one that has no such reason has other bits on one device. On several simulated devices
+every cut may change bits: --devices shows by how much.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ class Bench:
 
         return self.plan([Segment(0, self.stack[1].num_units)], accumulation)
 
-    def random_plan(self, draw: random.Random, accumulation: int = 1):
-        """Random save-sets in one to three segments of at least two units, each scanned or unrolled."""
-        return self.plan(random_cut(draw, self.stack[1].num_units, self.stack[1].tags), accumulation)
+    def random_plan(self, draw: random.Random, unroll: float = 0.4):
+        """Random save-sets in one to three segments of at least two units; a share of them unrolled."""
+        return self.plan(random_cut(draw, self.stack[1].num_units, self.stack[1].tags, unroll))
 
     def train(self, plan) -> Outcome:
         """The config's steps under a plan, from the start."""
@@ -135,7 +136,7 @@ class Bench:
         return Outcome(np.array(losses), layout.snapshot({"params": state.params}))
 
 
-def random_cut(draw: random.Random, units: int, tags: tuple[str, ...]):
+def random_cut(draw: random.Random, units: int, tags: tuple[str, ...], unroll: float):
     """Segments of at least two units: None, nothing or a random set of tags kept in each; scanned or unrolled."""
     from aurora_train.nn.stack import Segment
 
@@ -146,8 +147,20 @@ def random_cut(draw: random.Random, units: int, tags: tuple[str, ...]):
     for start, stop in zip(edges, edges[1:], strict=False):
         some = tuple(tag for tag in tags if draw.random() < draw.choice((0.2, 0.5, 0.8)))
         save = draw.choice((None, (), some, some, some))
-        segments.append(Segment(start, stop, save, draw.random() < 0.4))
+        segments.append(Segment(start, stop, save, draw.random() < unroll))
     return segments
+
+
+def excuse(plan) -> str | None:
+    """Why XLA:CPU may round otherwise under this plan than in one scan; None where the bits are promised."""
+    (cut,) = plan.stacks.values()
+    if any(segment.unroll for segment in cut):
+        # Fused across the edge of a unit, a product and a sum become one operation with one rounding.
+        return "unrolled"
+    if any(s.save is not None and "attn_stats" in s.save and "attn_probs" not in s.save for s in cut):
+        # The tag stands between maximum and exponential, so that another library's exponential is taken.
+        return "attn_stats without attn_probs"
+    return None
 
 
 def _cuts(units: int, count: int) -> list[tuple[int, ...]]:
@@ -208,16 +221,14 @@ def describe(plan) -> str:
 
 
 def table(name: str, bench: Bench, plans) -> bool:
-    """Print each plan's difference from the reference of its own accumulation; whether all have its bits."""
-    print(f"\n{name}\n{'plan':72s} {'loss':>9s} {'ulps':>6s} {'parameter':>10s} {'ulps':>8s}")
-    references, same = {}, True
+    """Print each plan's difference from the reference; whether all that have no excuse have its bits."""
+    print(f"\n{name}\n{'plan':72s} {'loss':>9s} {'ulps':>6s} {'parameter':>10s} {'ulps':>8s}  may differ because")
+    reference, same = bench.train(bench.reference()), True
     for plan in plans:
-        if plan.accumulation not in references:
-            references[plan.accumulation] = bench.train(bench.reference(plan.accumulation))
-        found = difference(references[plan.accumulation], bench.train(plan))
-        same &= found.none
+        found, reason = difference(reference, bench.train(plan)), excuse(plan)
+        same &= found.none or reason is not None
         print(f"{describe(plan):72s} {found.loss:9.2g} {found.loss_ulps:6d} {found.parameter:10.2g} "
-              f"{found.parameter_ulps:8d}", flush=True)
+              f"{found.parameter_ulps:8d}  {reason or ''}", flush=True)
     return same
 
 
@@ -234,6 +245,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="*", choices=CASES, default=["adamw"])
     parser.add_argument("--plans", type=int, default=20)
+    parser.add_argument("--unroll", type=float, default=0.4, help="share of the segments that are unrolled")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, default=1, help="simulated devices that share the batch")
@@ -246,7 +258,7 @@ def main(argv=None) -> int:
         for name in options.case:
             config = load_case(name, Path(folder), [f"train.steps={options.steps}", *options.set])
             bench, draw = Bench(config, Path(folder) / "cache", options.devices), random.Random(options.seed)
-            plans = [bench.random_plan(draw) for _ in range(options.plans)]
+            plans = [bench.random_plan(draw, options.unroll) for _ in range(options.plans)]
             same &= table(f"{name}, {options.devices} device(s), {options.steps} steps", bench, plans)
             if options.devices == 1:
                 microbatches(name, bench)

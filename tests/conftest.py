@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from harness import TINY, Aurora
 
+# The suite is written for the CPU; with the extra [plan] installed jax would look for a GPU first, and complain.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what the tests do. What one worker or an earlier session compiled, nobody compiles again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"aurora-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -121,7 +121,7 @@ def details(planner, space, candidates, chosen: Candidate, simulated, faster) ->
         "next_faster": None if faster is None else {
             "microbatch": faster.microbatch, "accumulation": faster.accumulation,
             "stacks": {p: [[a, b, list(s.save)] for a, b, s in cut] for p, cut in faster.cuts.items()},
-            "lacks_bytes": max(planner.corrected(faster) - (planner.budget or 0), 0),
+            "lacks_bytes": max(planner.corrected(faster) - planner.usable, 0),
             "seconds": faster.seconds if planner.rates else None,
         },
         "largest_microbatch": max(fits, default=None),

@@ -58,6 +58,11 @@ class Planner:
     offsets: dict = field(default_factory=dict)  # (microbatch, segments) -> bytes the additive model fell short by
     taught: int = 0  # bytes by which the last compilation went beyond its simulation
 
+    @property
+    def usable(self) -> int:
+        """Bytes of the budget that a plan may be predicted to need."""
+        return int(self.budget * (1 - (CLOSE if self.compiles else MARGIN)))
+
     # ---- the parts
 
     def simulate(self, plan: Plan) -> Simulated:
@@ -204,12 +209,11 @@ class Planner:
 
     def _choose(self, candidates: list[Candidate]):
         best = None  # (candidate, compiled bytes)
-        margin = MARGIN
         refused = set()
         for _ in range(COMPILES if self.verify else 1):
             usable = [c for c in candidates if c.key not in refused]
-            found = self._settled(usable, self.budget * (1 - margin))
-            if found is None:
+            found = self._settled(usable, self.usable)
+            if found is None and best is None:
                 found = min(usable, key=self.corrected, default=None)
             if found is None or (best and found.seconds >= best[0].seconds):
                 break
@@ -220,7 +224,6 @@ class Planner:
             self.taught = real - self.simulate(self.plan_of(found)).bytes
             refused.add(found.key)
             self.offsets[found.microbatch, found.segments] = real - found.bytes
-            margin = CLOSE
             if real <= self.budget and (best is None or found.seconds < best[0].seconds):
                 best = found, real
             if real <= self.budget and real >= FULL_ENOUGH * self.budget:

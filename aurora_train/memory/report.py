@@ -323,7 +323,8 @@ def show_capacity(found: dict, console: Console | None = None) -> None:
     """Print `train.capacity.capacity`: plain values as lines, `cells` as a table of trainings by contexts, and every
     other list of records as a table of its own.
 
-    A key that ends in `_bytes` is shown as bytes; nothing else is known of those records, so that they may grow.
+    A key that ends in `_bytes` is shown as bytes, one in `_share` as a percentage; nothing else is known of those
+    records, so that they may grow.
     """
     console = console or plain_console()
     tables = {name: value for name, value in found.items() if _is_records(value)}
@@ -360,6 +361,8 @@ def _largest(cell: dict) -> str:
     after = f"{cell['next_size']} would take {amount(cell['next_bytes'])}" if cell.get("next_size") else ""
     if cell["size"] is None:
         return f"none\n{after}\n"
+    if after and cell["next_bytes"] <= cell["peak_bytes"] + cell["left_bytes"]:
+        after = f"{cell['next_size']}: {amount(cell['next_bytes'])}, too close"
     mark = ", compiled" if cell["how"] == "compiled" else ""
     lines = [cell["size"], f"{amount(cell['peak_bytes'])} ({percent(cell['share'])}{mark})"]
     return "\n".join([*lines, f"{amount(cell['left_bytes'])} left", *([after] if after else []), ""])
@@ -375,7 +378,7 @@ def _is_records(value: Any) -> bool:
 
 
 def _title(name: str) -> str:
-    return _words(name.removesuffix("_bytes"))
+    return _words(name.removesuffix("_bytes").removesuffix("_share"))
 
 
 def _cell(name: str, value: Any) -> str:
@@ -385,6 +388,8 @@ def _cell(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if name.endswith("_bytes"):
         return amount(value)
+    if name.endswith("_share"):
+        return percent(value)
     if isinstance(value, (int, float)):
         return count(value) if abs(value) >= 1e6 else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

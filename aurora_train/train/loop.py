@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 
@@ -17,6 +18,7 @@ import numpy as np
 from aurora_train import files
 from aurora_train.checkpoint import layout
 from aurora_train.data.batches import batches
+from aurora_train.errors import UserError
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.evaluate import Evaluator, validation_batches
@@ -80,18 +82,27 @@ class Loop:
         OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`.
         """
         first, last, interrupted = self._step, self._config.train.steps, False
-        with noticed(lambda: f"step {self._recorded + 1}", self.finished_steps), self._stop.held():
+        with noticed(self._failing, self.finished_steps), self._stop.held():
             try:
                 if first > 0 and self._evaluation_due(first) and first not in evaluated:
                     self._evaluate(first)
                 self._steps(int(jax.device_get(self.state.data_step)), last)
             except Stopped:
                 interrupted = True
+            except UserError:
+                self._finish_save()  # what it says of the newest checkpoint is to be true
+                raise
             self._settle()
             if self._step != self._last_save:
                 self._save(self._step)
             self._finish_save()
         return self._asked() if interrupted or self._step < last else None
+
+    def _failing(self) -> str:
+        # The refusal may come when a step is handed over or only with its numbers: the steps before it are good.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._settle()
+        return f"step {self._recorded + 1}"
 
     def finished_steps(self) -> int:
         """How many steps this loop has brought to the log."""

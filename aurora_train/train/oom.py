@@ -139,11 +139,12 @@ def replanned(session, fault: Fault, in_a_row: int, progress):
 
 
 def _smaller(session, progress) -> Plan | None:
-    plan, program = session.plan, replace(session.program)  # a new rehearsal: the old one holds its compiled step
+    plan = session.plan
+    session.program = replace(session.program)  # with nothing compiled: a program holds memory of its own
     gc.collect()
     hint = "free the memory that others hold, then run the same command again"
     with refused("a smaller plan was searched for", hint):
-        planner = planner_here(session.config, session.recipe, program=program, progress=progress)
+        planner = planner_here(session.config, session.recipe, program=session.program, progress=progress)
         if not (plan.compiled_bytes or plan.predicted_bytes):
             plan = replace(plan, predicted_bytes=planner.simulate(plan).bytes)
         return planner.smaller(plan)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from aurora_train import files
+from aurora_train import run as runs
+from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.machine.calibration import rates_for
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.targets import find_machine
+from aurora_train.memory import cache
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.planner import Planner
 from aurora_train.memory.verify import can_compile_for_gpu
@@ -35,8 +38,17 @@ def plan_config(
     limit, reason = _limit(config, budget, target)
     if not can_compile_for_gpu():
         verify = False
-    program = rehearse(config, recipe, target=target, progress=progress)
-    return Planner(program, limit, reason, target.slug, rates_for(target), verify, progress=progress).run()
+    rates = rates_for(target)
+    key = cache.key_of({
+        "config": dump(config), "recipe": config.recipe_sha256, "code": runs.code_hash(), "versions": runs.versions(),
+        "target": target.config_text, "budget": limit, "rates": rates, "verify": verify,
+    })  # fmt: skip
+    plan = cache.load(key)
+    if plan is None:
+        program = rehearse(config, recipe, target=target, progress=progress)
+        plan = Planner(program, limit, reason, target.slug, rates, verify, progress=progress).run()
+        cache.store(key, plan)
+    return plan
 
 
 def planner_here(

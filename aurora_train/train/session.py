@@ -63,9 +63,8 @@ class Session:
 
     def under(self, plan: Plan, *, reason: str, fault=None) -> Session:
         """The same run under another plan. This session must not be used any more; its store is closed."""
-        program = replace(self.program)  # a new one, with nothing traced and nothing compiled
         return replace(
-            self, program=program, plan=plan, blueprint=program.blueprint(plan), optimizer=program.optimizer,
+            self, plan=plan, blueprint=self.program.blueprint(plan), optimizer=self.program.optimizer,
             store=make_store(self.config, self.run), given_up=self.plan, reason=reason, fault=fault,
         )  # fmt: skip
 

@@ -122,7 +122,7 @@ def test_five_steps_have_the_bits_of_adding_whole_gradient_trees(cuts, tied, pre
 # Its update needs no memory of its own, so that the compiled bytes are those of the gradients.
 PLAIN = optimizers.Optimizer(
     init=lambda params: {"rest": {}, "stacks": {}},
-    update=lambda grads, state, params, step, good: (
+    update=lambda grads, state, params, step, good=None: (
         jax.tree.map(lambda p, g: p - g, params, grads), state, {"grad_norm": jnp.float32(1), "lr": jnp.float32(1)}
     ),
     schedule=lambda step: jnp.float32(1),

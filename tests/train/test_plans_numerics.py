@@ -1,0 +1,111 @@
+"""A plan never changes the maths: on one CPU in float32 no save-set and no cut of scanned units changes a bit.
+
+Two kinds of plans round otherwise, and `excuse` in benchmarks/plan_numerics.py says why: the size is bounded here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aurora_train.nn.stack import Segment
+
+
+def load_benchmark():
+    path = Path(__file__).parents[2] / "benchmarks" / "plan_numerics.py"
+    spec = importlib.util.spec_from_file_location("plan_numerics_benchmark", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = load_benchmark()
+SLOW = pytest.mark.slow
+LOSS_ULPS = 4  # what an excused plan may cost over ten steps
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """The Bench of a case, made once: its reference is trained once too."""
+    made = {}
+
+    def make(case, layers):
+        if (case, layers) not in made:
+            folder = tmp_path_factory.mktemp("numerics")
+            config = benchmark.load_case(case, folder, [f"model.layers={layers}"])
+            of_case = benchmark.Bench(config, folder / "cache")
+            made[case, layers] = of_case, of_case.train(of_case.reference())
+        return made[case, layers]
+
+    return make
+
+
+def refuse_other_bits(reference, outcome, plan):
+    found = benchmark.difference(reference, outcome)
+    where = f"{plan.stacks}: {found}"
+    if benchmark.excuse(plan) is None:
+        assert found.none, where
+    else:
+        assert found.loss_ulps <= LOSS_ULPS, where
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_random_plans_have_the_bits_of_one_scan(bench, number):
+    of_case, reference = bench("adamw", 4)
+    plan = of_case.random_plan(random.Random(100 + number), unroll=0.0 if number < 5 else 1.0)
+    refuse_other_bits(reference, of_case.train(plan), plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
+def test_twenty_random_plans_have_the_bits_of_one_scan(bench, number):
+    of_case, reference = bench("adamw", 6)
+    plan = of_case.random_plan(random.Random(number), unroll=0.2)
+    refuse_other_bits(reference, of_case.train(plan), plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("case", [case for case in benchmark.CASES if case != "adamw"])
+def test_so_they_have_with_dropout_other_optimizers_formats_and_models(bench, case, number):
+    of_case, reference = bench(case, 6)
+    plan = of_case.random_plan(random.Random(number), unroll=0.0)
+    refuse_other_bits(reference, of_case.train(plan), plan)
+
+
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=SLOW), 4, pytest.param(8, marks=SLOW)])
+@pytest.mark.parametrize("case", ["adamw", pytest.param("dropout", marks=SLOW), pytest.param("neural", marks=SLOW)])
+def test_another_microbatch_changes_losses_by_rounding_alone(bench, case, accumulation):
+    of_case, reference = bench(case, 4)
+    outcome = of_case.train(of_case.reference(accumulation))
+    np.testing.assert_allclose(outcome.losses, reference.losses, rtol=1e-6, atol=0)
+
+
+def test_a_difference_of_one_bit_is_seen(bench):
+    _, reference = bench("adamw", 4)
+    name = "params.stack.units.0003.mlp.down"
+    moved = {**reference.parameters, name: np.nextafter(reference.parameters[name], np.float32(np.inf))}
+    found = benchmark.difference(reference, reference._replace(parameters=moved))
+    assert (found.loss_ulps, found.parameter_ulps) == (0, 1) and not found.none
+
+
+def test_random_plans_are_plans(bench):
+    of_case, _ = bench("adamw", 4)
+    _, stack = of_case.stack
+    cuts = [benchmark.random_cut(random.Random(n), 6, stack.tags, 0.5) for n in range(50)]
+    assert {len(cut) for cut in cuts} == {1, 2, 3}
+    assert all(segment.stop - segment.start >= 2 for cut in cuts for segment in cut)
+    assert all([s.start for s in cut] == [0, *(s.stop for s in cut[:-1])] and cut[-1].stop == 6 for cut in cuts)
+    assert {type(segment.save) for cut in cuts for segment in cut} == {tuple, type(None)}
+    assert benchmark.excuse(of_case.plan([Segment(0, 4, ("attn_stats",))])) and of_case.reference()
+
+
+@pytest.mark.parametrize("a,b,steps", [(1.0, 1.0, 0), (1.0, np.nextafter(np.float32(1), np.float32(2)), 1),
+                                       (0.0, -0.0, 0), (1e-45, -1e-45, 2)])
+def test_ulps_count_floats_in_between(a, b, steps):
+    assert benchmark.ulps(np.array([a], np.float32), np.array([b], np.float32)) == steps
