@@ -158,6 +158,10 @@ def summary(rows: list[dict]) -> str:
     )
 
 
+def told(plan: Truth) -> str:
+    return f"{plan.bytes / 1e6:.1f} MB ({plan.microbatch} a microbatch, {'+'.join(plan.save) or 'nothing'} kept)"
+
+
 def show(row: dict) -> str:
     head = f"{row['budget'] / 1e6:8.2f} MB  truth {1e6 * row['best']:8.2f} us ({row['best_microbatch']} a microbatch, "
     head += f"{100 * row['best_bytes'] / row['budget']:5.1f} % full)"
@@ -187,8 +191,10 @@ def measure(tree: dict, machine: str, count: int, cache: Path | None = None, gro
             progress(done)
 
     truth = exhaust(planner, groups, kept)
-    rows = [judge(planner, truth, budget) for budget in budgets(truth, count)]
-    keep()
+    rows = []
+    for budget in budgets(truth, count):
+        rows.append(judge(planner, truth, budget))
+        keep()
     return truth, rows
 
 
@@ -207,7 +213,8 @@ def main() -> None:
     )  # fmt: skip
     print(f"{date.today()}, {cpu_model()}; {options.machine}, {tree['model']}, batch {options.batch}")
     truth, rows = measure(tree, options.machine, options.budgets, options.cache)
-    print(f"truth: {len(truth)} plans of {min(truth, key=lambda t: t.bytes)} to {max(truth, key=lambda t: t.bytes)}")
+    least, most = min(truth, key=lambda t: t.bytes), max(truth, key=lambda t: t.bytes)
+    print(f"truth: {len(truth)} plans compiled, from {told(least)} to {told(most)}")
     for row in rows:
         print(show(row))
     print(summary(rows))

@@ -42,6 +42,8 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     from aurora_train.machine.profile import prepare_environment
 
     if run.is_finished(config.train.steps):
+        if replan:
+            print("this run is finished: there is nothing left to plan", file=sys.stderr)
         if not run.report.exists():
             from aurora_train.observe.report import write_report
 

@@ -75,12 +75,28 @@ def callee(equation):
     return None
 
 
+def needed_results(params, used: list[bool]) -> list[bool]:
+    """Which results of a scan must be computed, where only those `used` are read after it: a carry may feed others."""
+    body = params["jaxpr"].jaxpr
+    carried = body.invars[params["num_consts"] : params["num_consts"] + params["num_carry"]]
+    needed = list(used)
+    while True:
+        wanted = {v for v, keep in zip(body.outvars, needed, strict=True) if keep and is_variable(v)}
+        for equation in reversed(body.eqns):
+            if equation.effects or not wanted.isdisjoint(equation.outvars):
+                wanted.update(v for v in equation.invars if is_variable(v))
+        further = [keep or (i < len(carried) and carried[i] in wanted) for i, keep in enumerate(needed)]
+        if further == needed:
+            return needed
+        needed = further
+
+
 class Graph:
     """Values are numbered; `size` in bytes, `cause` where known, `free` those that live in a donated argument."""
 
     def __init__(
         self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
-        stacked: int | None = None, shards: int = 1, memo=None,
+        stacked: int | None = None, needed: tuple[bool, ...] | None = None, shards: int = 1, memo=None,
     ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
@@ -97,6 +113,8 @@ class Graph:
         self._written: dict[int, int] = {}  # an argument that is mutable -> its last version
         self._inline(jaxpr, environment)
         results = [environment[v] if is_variable(v) else None for v in jaxpr.outvars]
+        if needed is not None:
+            results = [r if keep else None for r, keep in zip(results, needed, strict=True)]
         self.free = {results[i] for i in donated if results[i] is not None} - self._external
         self.outputs = {r: None for r in results if r is not None and r not in self._external}  # in order
         self._stacked = [] if stacked is None else [r for r in results[stacked:] if r in self.outputs]
@@ -218,6 +236,7 @@ class Graph:
 
     def _decide(self) -> None:
         self._stored, self._copied = set(self.outputs), set()
+        self._stored.update(n for n in self._barriers if self._producer.get(n) in self._live)
         for index in self._live:
             equation, reads, writes = self._equations[index]
             if self._is_kernel(index):
@@ -272,7 +291,7 @@ class Graph:
                     made.append(Kernel(frozenset(), (copies[number],), "slice", len(made)))
                 wanted = tuple(copies.get(r, r) for r in reads if r in copies or r in self._stored)
                 wanted += self._empties(equation, writes, empties, made)
-                made.append(self._launch(equation, wanted, tuple(writes), len(made)))
+                made.append(self._launch(equation, wanted, writes, len(made)))
                 continue
             kept = tuple(w for w in writes if w in self._stored)
             if not kept:
@@ -292,8 +311,9 @@ class Graph:
             return ()
         wanted = []
         stacked = list(zip(writes, equation.outvars, strict=False))[equation.params["num_carry"] :]
+        kept = self._wanted(equation, writes)
         for number, variable in stacked:
-            if number in self.free:
+            if number in self.free or number not in kept:
                 continue
             key = (variable.aval.shape, str(variable.aval.dtype))
             empty = self._new()
@@ -327,15 +347,18 @@ class Graph:
     def _is_scatter(self, index: int) -> bool:
         return self._equations[index][0].primitive.name.startswith("scatter")
 
-    def _launch(self, equation, wanted, writes, order) -> Kernel:
+    def _launch(self, equation, wanted, results, order) -> Kernel:
         name, params = equation.primitive.name, equation.params
+        writes = self._wanted(equation, results)
         kernel = Kernel(frozenset(wanted), writes, name, order, operands=wanted)
         kernel.in_place = name in ("scan", "while", "new_ref") or name.startswith("scatter")
         kernel.must_share = kernel.in_place
         if name == "scan":
             body = params["jaxpr"]
             first = params["num_consts"] + params["num_carry"]
-            kernel.bodies = [self._body(body, frozenset(range(first, len(body.jaxpr.invars))), params["num_carry"])]
+            needed = tuple(needed_results(params, [w in writes for w in results[: len(equation.outvars)]]))
+            sliced = frozenset(range(first, len(body.jaxpr.invars)))
+            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed)]
             kernel.label = f"scan of {params['length']}"
         elif name == "while":
             kernel.bodies = [self._body(params["body_jaxpr"], frozenset())]
@@ -343,11 +366,23 @@ class Graph:
             kernel.bodies = [self._body(branch, frozenset()) for branch in params["branches"]]
         return kernel
 
-    def _body(self, closed, sliced, stacked=None) -> Graph:
-        if id(closed) not in self._memo:
-            graph = Graph(closed, sliced=sliced, stacked=stacked, shards=self._shards, memo=self._memo)
-            self._memo[id(closed)] = (graph, closed)
-        return self._memo[id(closed)][0]
+    def _wanted(self, equation, writes) -> tuple[int, ...]:
+        """The results that exist: a loop does not carry what nobody reads."""
+        if equation.primitive.name != "scan":
+            return tuple(writes)
+        results = writes[: len(equation.outvars)]
+        used = [bool(self._users[w]) or w in self.outputs for w in results]
+        needed = needed_results(equation.params, used)
+        return tuple(w for w, keep in zip(results, needed, strict=True) if keep) + tuple(writes[len(results) :])
+
+    def _body(self, closed, sliced, stacked=None, needed=None) -> Graph:
+        key = id(closed), needed
+        if key not in self._memo:
+            graph = Graph(
+                closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo
+            )
+            self._memo[key] = (graph, closed)
+        return self._memo[key][0]
 
 
 def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
@@ -368,7 +403,8 @@ def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
         if k.in_place and k.touches and len(k.writes) == 1:
             for other in by_size[size[k.writes[0]]]:
                 related = other.members & needs[k.order]
-                if not related and other.touches & k.touches:
+                shared = max((size[t] for t in other.touches & k.touches), default=0)
+                if not related and 2 * shared >= size[k.writes[0]]:  # a scalar in common is no reason
                     twin = other
                     break
         if twin is None:

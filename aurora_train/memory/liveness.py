@@ -92,12 +92,16 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
         for number in (*kernel.reads, *kernel.writes):
             last[number] = position
     open_buffers: dict[int, list] = {}  # value -> [size, start, cause, label]
+    looped: set[int] = set()  # results of loops: XLA gives their buffers to no fused kernel
     for position, kernel in enumerate(order):
         start = len(clock.labels)
         clock.labels.append(kernel.label)
         dying = [r for r in kernel.reads if r in open_buffers and last[r] == position and r not in ends]
         shares = kernel.in_place and (clock.sharing or kernel.must_share)
-        inherited = _reuse(kernel, dying, graph) if shares else {}
+        spare = dying if kernel.must_share else [r for r in dying if r not in looped]
+        inherited = _reuse(kernel, spare, graph) if shares else {}
+        if kernel.bodies:
+            looped.update(kernel.writes)
         for number in kernel.writes:
             if number in graph.free:
                 continue

@@ -45,8 +45,8 @@ class Size:
 class State:
     """What is kept of a parameter besides activations: a nested dict of config sections.
 
-    `short`: the largest share of itself by which the simulated peak of such a step was seen to fall short of the
-    compiled one, rounded up. That much is kept free where nothing is compiled.
+    `short`: a little more than the largest share of itself by which the simulated peak of such a step was seen to fall
+    short of the compiled one (docs/capacity.md), never less than 3 %. It is kept free where nothing is compiled.
     """
 
     name: str

@@ -116,7 +116,7 @@ def replanned(session, fault: Fault, in_a_row: int, progress):
 
     Args:
         in_a_row: out-of-memories without a finished step between them, this one included.
-        progress: as `recipe.prepare` takes it; told of each compilation.
+        progress: an `observe.progress.preparation`: told what happened, and of each compilation.
 
     Raises:
         UserError: `memory.on_oom: stop`, three replans in a row were no help, or no smaller plan is left.
@@ -131,6 +131,7 @@ def replanned(session, fault: Fault, in_a_row: int, progress):
     if memory.save != "auto" or memory.unroll != "auto":
         hint = f"aurora resume {folder} memory.save=auto memory.unroll=auto{_or_levers(plan)}"
         raise _refusal(session, fault, "memory.save or memory.unroll is set, and what is set is kept", hint)
+    progress.event(f"out of memory in {fault.doing}\n  " + "\n  ".join(told(fault, plan)))
     smaller = _smaller(session, progress)
     if smaller is None:
         hint = f"free the memory that others hold, then: aurora resume {folder} --replan{_or_levers(plan)}"

@@ -20,7 +20,7 @@ from aurora_train.observe.progress import Progress, preparation, stderr_console
 from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.loop import Loop, state_hash
-from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned, told
+from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
 from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
@@ -208,8 +208,6 @@ def _say_replan(session: Session, start: int, events, progress) -> None:
         restored=start, **why,
     )
     pin_plan(session)
-    if fault:
-        progress.event(f"out of memory in {fault.doing}\n  " + "\n  ".join(told(fault, before)))
     equal = before.work == session.plan.work
     then = "the same plan as before" if equal else "equal to tolerance from here, no longer to the bit"
     progress.event(f"a new plan ({session.reason}), going on from step {start}: {then}")

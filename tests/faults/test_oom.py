@@ -25,28 +25,31 @@ from aurora_train.train import oom
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.session import Session
 
-# Keeps everything and unrolls by itself: 542 MB by the compiler's account, and the next smaller plan 430 MB.
+# Keeps everything and unrolls by itself: some 810 MB by the compiler's account, and the next smaller plan 640 MB.
 BIG = """
 recipe: language_model
 model: {{width: 64, layers: 6, heads: 4, dropout: 0.1}}
 data:
   {{source: {corpus}, tokenizer: {{kind: bpe, vocab: 300}}, sequence: 256, holdout_test: 0.1, holdout_validation: 0.1}}
-train: {{steps: 8, batch: 32}}
+train: {{steps: 8, batch: 48}}
 optimizer: {{lr: 1e-3, schedule: {{name: constant}}}}
 checkpoint: {{every: 4, keep: 9}}
 evaluate: {{examples: 8, final: false}}
 log: {{every: 1}}
 """
-ROOM = 490_000_000  # bytes of address space: between the two plans
+# Bytes of address space between the two plans: clearly too little for the first one, then the most it is still too
+# little for, because threads and the allocator take some beside the plan.
+ROOM, ROOM_LATER = 720_000_000, 795_000_000
 
-# The command line in a process that may grow by `room` once `after` steps are on record, and from then on always.
+# The command line in a process that may grow by `room` once `after` steps are on record, and by `later` in each life
+# after that; with `after` 0, by `room` from before the first step of its first life to that life's end.
 LIMITED = '''
 import gc, json, re, resource, sys, time
 from aurora_train.cli.main import main
 from aurora_train.observe import metrics as logs
 from aurora_train.train import start
 
-after, room, told = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+(after, room, later), told = map(int, sys.argv[1:4]), sys.argv[4]
 idle, live, replanned = None, [], start.replanned
 
 def address_space():
@@ -66,13 +69,13 @@ class Limiting(logs.MetricsLog):
         with open(told, "w") as file:
             json.dump(live, file)
         idle = address_space()
-        if len(live) > 1 or after == 0:
-            limit(idle + room)
+        if (len(live) > 1) == (after > 0):  # the first step of a process takes more than a plan knows of
+            limit(idle + (later if after else room))
 
     def write(self, record):
         super().write(record)
         if record["step"] == after and len(live) == 1 and "loss" in record:
-            while address_space() > idle + 300_000_000:  # the next step is under way
+            while address_space() > idle + 400_000_000:  # the next step is under way
                 time.sleep(0.002)
             limit(address_space() + room)
 
@@ -81,7 +84,7 @@ def unlimited(*arguments):
     return replanned(*arguments)
 
 logs.MetricsLog, start.replanned = Limiting, unlimited
-sys.exit(main(sys.argv[4:]))
+sys.exit(main(sys.argv[5:]))
 '''
 
 
@@ -98,7 +101,7 @@ def big(tmp_path_factory, corpus) -> Aurora:
 
 def limited(aurora: Aurora, after: int, *arguments) -> tuple[subprocess.CompletedProcess, list[int]]:
     """(the ended process, bytes of the live arrays when each of its lives had its state in place)."""
-    command = [sys.executable, "limited.py", after, ROOM, "live.json", *arguments]
+    command = [sys.executable, "limited.py", after, ROOM, ROOM_LATER, "live.json", *arguments]
     result = subprocess.run(
         list(map(str, command)), cwd=aurora.folder, env={**aurora.environment(), "MALLOC_ARENA_MAX": "2"},
         capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
@@ -136,7 +139,8 @@ def test_a_refused_step_goes_on_under_a_smaller_plan_as_a_run_that_was_moved_to_
     assert result.returncode == 0, result.stderr[-3000:]
     run, plain = big.folder / name, big.folder / "plain"
 
-    (replan,) = events(run, "replan")
+    replan, *more = events(run, "replan")
+    assert not more, more
     assert replan["reason"] == "out of memory" and replan["restored"] == replan["step"] == restored
     assert "RESOURCE_EXHAUSTED" in replan["cause"] and replan["live"]["anonymous"] > 0
     assert replan["before"] == work(plain) and replan["after"] == work(run) != replan["before"]
@@ -157,7 +161,7 @@ def test_a_refused_step_goes_on_under_a_smaller_plan_as_a_run_that_was_moved_to_
     np.testing.assert_allclose([x for _, x in losses(run)], [x for _, x in losses(plain)], rtol=1e-5)
 
     plan = pinned(run)
-    assert plan.compiled_bytes < ROOM < pinned(plain).compiled_bytes
+    assert plan.compiled_bytes < ROOM < ROOM_LATER < pinned(plain).compiled_bytes
     assert 0.5 < plan.measured_bytes / plan.compiled_bytes < 2
     assert f"measured {plan.measured_bytes / 1e6:.0f} MB" in result.stderr
 
@@ -168,7 +172,7 @@ def test_a_run_told_to_stop_says_what_was_live_and_what_would_go_on(big):
     result, _ = limited(big, 0, *arguments)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    for said in ("out of memory in step 1", "the plan: compiled 542 MB", "aurora resume", "memory.on_oom=replan"):
+    for said in ("out of memory in step 1", "the plan: compiled 8", "aurora resume", "memory.on_oom=replan"):
         assert said in result.stderr, result.stderr
     assert work(big.folder / "stopped") == work(big.folder / "plain")
 
@@ -199,6 +203,7 @@ def refuse(*_arguments, **_options):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
 
 
+@pytest.mark.slow
 def test_three_replans_without_a_finished_step_are_the_last_and_each_was_for_less(here, monkeypatch, capsys):
     monkeypatch.setattr(Session, "compile", refuse)
     assert main([*TRAIN, "model.layers=8", "train.batch=512"]) == 2
