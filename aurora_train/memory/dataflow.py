@@ -26,6 +26,7 @@ KERNELS = {
     "ragged_dot_general", "qr", "svd", "eigh", "lu", "pallas_call", "new_ref",
 }  # fmt: skip
 REDUCTIONS = ("reduce_", "argmax", "argmin")
+WRITES_REFS = {"addupdate", "swap"}
 WEIGHTLESS = {"optimization_barrier"}
 
 
@@ -40,6 +41,7 @@ class Kernel:
     in_place: bool = False
     bodies: list = field(default_factory=list)
     must_share: bool = False  # a loop, a scatter: XLA knows from the start that it works in place
+    shunned: bool = False  # writes into a whole stack or carries one: XLA's list scheduler counts all of it as new
     early: bool = False  # the empty target of a scatter is allocated before anything else
     members: set[int] = field(default_factory=set)
     touches: frozenset[int] = frozenset()  # of a fused launch: all it reads, arguments and slices included
@@ -302,6 +304,7 @@ class Graph:
             kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
             kernel.touches, kernel.operands = frozenset(touches), operands
             kernel.early = not sources and any(self._is_scatter(i) for w in kept for i in self._users[w])
+            kernel.shunned = equation.primitive.name in WRITES_REFS
             made.append(kernel)
         return _with_siblings(made, self.size)
 
@@ -337,10 +340,11 @@ class Graph:
                 continue
             if kernel.in_place and not kernel.bodies and number not in read:
                 self.free.add(number)
+                kernel.shunned = True
                 continue
             written = self._new()
             order = 1 + max(k.order for k in self.kernels)
-            self.kernels.append(Kernel(frozenset((number,)), (written,), "stack", order, operands=(number,)))
+            self.kernels.append(Kernel(frozenset((number,)), (written,), "stack", order, operands=(number,), shunned=True))
             outputs = {written if o == number else o: None for o in outputs}
         self.outputs = outputs
 
@@ -353,6 +357,7 @@ class Graph:
         kernel = Kernel(frozenset(wanted), writes, name, order, operands=wanted)
         kernel.in_place = name in ("scan", "while", "new_ref") or name.startswith("scatter")
         kernel.must_share = kernel.in_place
+        kernel.shunned = name in ("scan", "while")
         if name == "scan":
             body = params["jaxpr"]
             first = params["num_consts"] + params["num_carry"]
