@@ -20,7 +20,7 @@ def _bytes(shape, dtype) -> int:
     number = 1
     for length in shape:
         number *= length
-    return number * jax.numpy.dtype(dtype).itemsize
+    return number * dtype.itemsize
 
 
 def sharded_bytes(tree, shardings) -> int:
@@ -231,7 +231,7 @@ def _pareto(planner, candidates, chosen: Candidate) -> list[dict]:
 
 def _not_verified(planner) -> list[str]:
     out = []
-    if not planner.verify or not planner.compiles:
+    if not (planner.compiles or planner.compiled_later):
         installed = can_compile_for_gpu() or not planner.program.remote
         hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
         out.append(f"the peak: nothing was compiled, it is a simulation that has erred by up to about 3 %{hint}")

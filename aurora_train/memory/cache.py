@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aurora_train import files
+from aurora_train.errors import UserError
 from aurora_train.memory.plan import Plan
 
 
@@ -32,7 +33,7 @@ def store(key: str, plan: Plan) -> None:
     """Keep a plan. A cache that cannot be written costs time, never a run."""
     try:
         files.write_json(_file(key), {"key": key, "plan": plan.to_json()})
-    except OSError:
+    except (OSError, UserError):
         pass
 
 

@@ -218,7 +218,7 @@ class Graph:
             (adder,) = self._users[writes[0]]
             added, terms, total = self._equations[adder]
             others = [t for t in terms if t != writes[0]]
-            if added.primitive.name not in ("add", "add_any") or len(others) != 1:
+            if added.primitive.name not in ("add", "add_any") or len(others) != 1 or writes[0] in self.outputs:
                 continue
             target, other = reads[0], others[0]
             self._equations[index] = (equation, [other, *reads[1:]], total)
@@ -250,14 +250,23 @@ class Graph:
 
     def _sources(self, index: int, known: dict) -> tuple[int, ...]:
         """The stored values and arguments that a fused chain ending in this equation reads, in operand order."""
-        if index not in known:
+        pending = [index]
+        while pending:
+            number = pending[-1]
+            inner = [
+                self._producer[n]
+                for n in self._equations[number][1]
+                if n not in self._stored and n not in self._external and self._producer[n] not in known
+            ]
+            if inner and number not in known:
+                pending.extend(inner)
+                continue
+            pending.pop()
             found: dict[int, None] = {}
-            for number in self._equations[index][1]:
-                if number in self._stored or number in self._external:
-                    found[number] = None
-                else:
-                    found.update(dict.fromkeys(self._sources(self._producer[number], known)))
-            known[index] = tuple(found)
+            for n in self._equations[number][1]:
+                near = n in self._stored or n in self._external
+                found.update({n: None} if near else dict.fromkeys(known[self._producer[n]]))
+            known[number] = tuple(found)
         return known[index]
 
     def _attribute(self) -> None:
@@ -344,7 +353,8 @@ class Graph:
                 continue
             written = self._new()
             order = 1 + max(k.order for k in self.kernels)
-            self.kernels.append(Kernel(frozenset((number,)), (written,), "stack", order, operands=(number,), shunned=True))
+            stack = Kernel(frozenset((number,)), (written,), "stack", order, operands=(number,), shunned=True)
+            self.kernels.append(stack)
             outputs = {written if o == number else o: None for o in outputs}
         self.outputs = outputs
 

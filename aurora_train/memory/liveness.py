@@ -30,7 +30,10 @@ class Buffer(NamedTuple):
 
 @dataclass
 class Profile:
-    """`peak`: bytes of the packed temporaries. `buffers` in order of birth; `labels` names the kernels by number."""
+    """`peak`: bytes of the packed temporaries, or the middle between two schedules (`profile_of`).
+
+    `buffers` in order of birth; `labels` names the kernels by number.
+    """
 
     peak: int
     buffers: list[Buffer]
@@ -70,7 +73,7 @@ def profile_of(graph: Graph) -> Profile:
         # XLA compares its schedules before it knows which buffers fused kernels will share.
         guess = _Clock(algorithm, sharing=False)
         _lay_out(graph, guess)
-        needed = max(Profile(0, guess.buffers, guess.labels).live())
+        needed = max(Profile(0, guess.buffers, guess.labels).live(), default=0)
         if least is None or needed < least:
             least, best = needed, algorithm
     chosen = _packed(graph, best)

@@ -135,12 +135,15 @@ class Planner:
         needed = than.compiled_bytes or than.predicted_bytes
         self.budget = min(self.budget, int(0.85 * needed))
         self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
+        began = time.process_time()
         try:
             space = self._space()
             candidates = space.all()
-            return self._written(space, candidates, *self._choose(candidates))
+            chosen = self._choose(candidates)
         except UserError:
             return None
+        self.cpu_seconds += time.process_time() - began
+        return self._written(space, candidates, *chosen)
 
     def _space(self) -> Space:
         program = self.program
@@ -164,13 +167,15 @@ class Planner:
         smallest, largest = pairs[-1][0] // devices, pairs[0][0] // devices
         rest(smallest)
         if largest != smallest:
-            rest(min(largest, 4 * smallest) if largest > 4 * smallest else largest)
+            reach = max(4 * smallest, pairs[-2][0] // devices)
+            rest(max(m // devices for m, _ in pairs if m // devices <= reach))
         return space
 
     def _rest(self, space: Space, microbatch: int) -> int:
         batch = self.program.config.train.batch
         cuts = {s.path: [(0, s.units, space.hulls[s.path][0])] for s in space.stacks}
-        plan = Plan(microbatch, batch // microbatch, space_stacks(cuts))
+        segments = space_stacks(cuts)
+        plan = Plan(microbatch, batch // microbatch, segments | self.program.uncalled(segments))
         whole = self.simulate(plan).bytes
         local = max(microbatch // space.devices, 1)
         return whole - sum(
@@ -263,7 +268,8 @@ class Planner:
 
     def plan_of(self, candidate: Candidate) -> Plan:
         """The bare plan of a candidate."""
-        return Plan(candidate.microbatch, candidate.accumulation, candidate.stacks())
+        cuts = candidate.stacks()
+        return Plan(candidate.microbatch, candidate.accumulation, cuts | self.program.uncalled(cuts))
 
     def _written(self, space: Space, candidates, chosen: Candidate, compiled: int | None) -> Plan:
         plan = self.plan_of(chosen)

@@ -107,7 +107,7 @@ class Rehearsal:
         key = repr(plan.work)
         if key not in self._compiled:
             traced, _ = self.trace(plan)
-            with self.here(), quiet() if self.remote else contextlib.nullcontext():
+            with self.here(), _alone() if self.remote else contextlib.nullcontext():
                 self._compiled = {key: traced.lower().compile()}  # one at a time: programs are large
         return self._compiled[key]
 
@@ -138,11 +138,29 @@ class Rehearsal:
             jax.eval_shape(loss, blueprint.state, self.batch(1))
         return found
 
+    def uncalled(self, called) -> dict[str, list[Segment]]:
+        """Stacks that the loss does not call, whole: they keep nothing."""
+        return {path: [Segment(0, s.num_units)] for path, s in self._stacks().items() if path not in called}
+
     def _stacks(self, model=None) -> dict:
         return {".".join(map(str, path)): stack for path, stack in stacks(model or self.model()).items()}
 
 
+@contextlib.contextmanager
+def _alone():
+    """Compile for an absent device: without its complaints, and without a cache that could not be read back."""
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with quiet():
+            yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
 def _abstract(leaf):
+    if not hasattr(leaf, "shape"):
+        return leaf  # a plain number: the layers know it while they are traced
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
@@ -173,5 +191,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
 
 def shapes_of(source) -> dict[str, jax.ShapeDtypeStruct]:
     """One example's arrays of a prepared source."""
+    if len(source) == 0:
+        raise UserError("the training split has no example", where="data")
     example = source.take(np.zeros(1, np.int64))
     return {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in example.items()}

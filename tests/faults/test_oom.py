@@ -44,7 +44,10 @@ ROOM, ROOM_LATER = 720_000_000, 795_000_000
 # The command line in a process that may grow by `room` once `after` steps are on record, and by `later` in each life
 # after that; with `after` 0, by `room` from before the first step of its first life to that life's end.
 LIMITED = '''
-import gc, json, re, resource, sys, time
+import contextlib, json, re, resource, sys, time
+
+import jax
+
 from aurora_train.cli.main import main
 from aurora_train.observe import metrics as logs
 from aurora_train.train import start
@@ -63,7 +66,6 @@ class Limiting(logs.MetricsLog):
 
     def __init__(self, *arguments):
         global idle
-        import jax
         super().__init__(*arguments)
         live.append(sum(array.nbytes for array in jax.live_arrays()))
         with open(told, "w") as file:
@@ -75,14 +77,26 @@ class Limiting(logs.MetricsLog):
     def write(self, record):
         super().write(record)
         if record["step"] == after and len(live) == 1 and "loss" in record:
-            while address_space() > idle + 400_000_000:  # the next step is under way
-                time.sleep(0.002)
+            given_back()  # the next step is under way
             limit(address_space() + room)
+
+def given_back():
+    while address_space() > idle + 400_000_000:
+        time.sleep(0.002)
+
+def one_at_a_time(loop, batch):
+    # XLA:CPU gives a step's temporaries back in a thread of its own, now and then after the next step has begun: the
+    # smaller plan would need room for two. Whoever waits for a refused step is told by the loop.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(loop.state)
+    given_back()
+    return advance(loop, batch)
 
 def unlimited(*arguments):
     limit(resource.RLIM_INFINITY)
     return replanned(*arguments)
 
+advance, start.Loop._advance = start.Loop._advance, one_at_a_time
 logs.MetricsLog, start.replanned = Limiting, unlimited
 sys.exit(main(sys.argv[5:]))
 '''
@@ -101,14 +115,9 @@ def big(tmp_path_factory, corpus) -> Aurora:
 
 def limited(aurora: Aurora, after: int, *arguments) -> tuple[subprocess.CompletedProcess, list[int]]:
     """(the ended process, bytes of the live arrays when each of its lives had its state in place)."""
-    limits = {"MALLOC_ARENA_MAX": "2"}
-    if after:
-        # Else XLA:CPU may set out on the next step before it has given back the address space of this one, and the
-        # smaller plan would need room for two. Started at once, a refusal also comes at once and not with the numbers.
-        limits["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
     command = [sys.executable, "limited.py", after, ROOM, ROOM_LATER, "live.json", *arguments]
     result = subprocess.run(
-        list(map(str, command)), cwd=aurora.folder, env={**aurora.environment(), **limits},
+        list(map(str, command)), cwd=aurora.folder, env={**aurora.environment(), "MALLOC_ARENA_MAX": "2"},
         capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
     )  # fmt: skip
     return result, json.loads((aurora.folder / "live.json").read_text())

@@ -181,6 +181,16 @@ def test_a_tied_tables_two_gradients_are_one_buffer():
     assert alone <= peak(tied, x, index, rows, x) < 1.5
 
 
+def test_a_scatter_that_is_an_output_itself_is_kept_beside_its_sum():
+    rows, index = jax.ShapeDtypeStruct((8, N), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
+
+    def both(table, index, rows):
+        scattered = jnp.zeros_like(table).at[index].add(rows)
+        return scattered, scattered + table
+
+    assert 2 <= peak(both, x, index, rows) < 2.1
+
+
 def test_an_output_written_over_an_argument_takes_no_memory():
     def updated(x, w):
         return x + 1e-3 * (x @ w), x @ w @ w
@@ -204,10 +214,12 @@ def test_the_products_of_a_backward_pass_run_where_they_free_most():
         return (x * x).sum()
 
     weights, rows = [w] * 6, jax.ShapeDtypeStruct((16 * N, N), jnp.float32)  # an activation is 16 matrices
-    kept = peak(jax.grad(loss), weights, rows)
+    found = profile(jax.make_jaxpr(jax.grad(loss))(weights, rows))
+    kept = pack(found.buffers) / MATRIX
     assert 6 * 16 <= kept <= 8 * 16 + 6, "every layer's input, once, and the cotangent"
-    dropped = peak(jax.grad(lambda ws, x: jax.checkpoint(loss)(ws, x)), weights, rows)
-    assert dropped >= kept - 1, "one checkpoint around everything keeps nothing off the peak"
+    assert kept <= found.peak / MATRIX <= 2 * kept, "XLA's own schedule may be worse, and how much is an estimate"
+    dropped = profile(jax.make_jaxpr(jax.grad(lambda ws, x: jax.checkpoint(loss)(ws, x)))(weights, rows))
+    assert pack(dropped.buffers) / MATRIX >= kept - 1, "one checkpoint around everything keeps nothing off the peak"
 
 
 def test_a_profile_tells_what_is_live_and_why():
@@ -235,12 +247,10 @@ def test_devices_share_what_is_in_the_graph():
     assert profile_of(Graph(closed, shards=4)).peak == profile(closed).peak // 4
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="profile_of takes the max of no moment")
 def test_a_program_that_computes_nothing_needs_nothing():
     assert peak(lambda x: x, x) == 0 == peak(lambda x: 1.0, x)
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="Graph._sources recurses once for each equation")
 def test_a_long_elementwise_chain_is_one_launch():
     def long(x):
         for _ in range(2000):

@@ -170,6 +170,22 @@ def test_what_just_fits_is_found_and_what_just_does_not_is_refused():
     assert search.compiles <= COMPILES
 
 
+@pytest.mark.xfail(strict=True, reason="three plans are compiled whatever the simulation says")
+def test_nothing_is_compiled_where_nothing_can_fit():
+    search = planner(program(), 1000)
+    with pytest.raises(UserError, match=r"memory\.budget"):
+        search.run()
+    assert search.compiles == 0
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="on a CPU, 8-bit updates take more than twice the simulated bytes")
+def test_what_was_kept_because_of_its_simulation_is_let_go_where_compiling_says_otherwise():
+    made = program(optimizer={"moments": "int8", "ema": 0.9})
+    budget = 2.3 * planner(made, verify=False).run().predicted_bytes
+    assert planner(made, budget).run().compiled_bytes <= budget
+
+
 def test_a_search_comes_out_the_same_every_time():
     plans = [again(0.55 * full(), verify=False).run() for _ in range(2)]
     assert plans[0].work == plans[1].work and plans[0].predicted_bytes == plans[1].predicted_bytes
@@ -216,7 +232,6 @@ def test_a_smaller_plan_is_one_that_compiles_to_less():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="smaller() takes the seconds of compiling off and adds none of its own")
 def test_the_time_of_planning_is_not_negative():
     search = planner(program(), 0.8 * full())
     assert search.smaller(Plan(8, 1, {}, compiled_bytes=full())).details["planning_seconds"] >= 0
@@ -235,14 +250,8 @@ MODELS = {
     "one unit": ({"a": (Unit, 1)}, through_a, {}),
     "two stacks": ({"a": (Unit, 4), "b": (Untagged, 3)}, through_both, {}),
     "called twice": (ONE, lambda model, x: through_a(model, through_a(model, x)), {}),
-    "never called": pytest.param(
-        {"a": (Unit, 4), "b": (Unit, 2)}, through_a, {},
-        marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="plans name only the stacks that the loss calls"),
-    ),
-    "a number in the context": pytest.param(
-        ONE, lambda model, x: model.a(x, {"scale": 2.0})[0], {},
-        marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="a float has no shape"),
-    ),
+    "never called": ({"a": (Unit, 4), "b": (Unit, 2)}, through_a, {}),
+    "a number in the context": (ONE, lambda model, x: model.a(x, {"scale": 2.0})[0], {}),
     "a batch of one": (ONE, through_a, {"train": {"batch": 1}}),
     "a prime batch": (ONE, through_a, {"train": {"batch": 5}}),
     "an average": (ONE, through_a, {"optimizer": {"ema": 0.9}}),
@@ -271,7 +280,6 @@ def test_every_model_gets_a_plan_for_less_than_everything(stacks, call, sections
         planner(made, 0.3 * few, verify=False).run()
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a typed key has no itemsize for numpy")
 def test_a_model_with_its_own_random_state_gets_a_plan():
     class Noisy(Rows):
         def model(self, rngs):
@@ -314,7 +322,23 @@ def test_a_save_set_that_was_asked_for_is_kept_and_compiled(save, segment):
     plan = planner(program(memory={"save": save})).run()
     assert plan.stacks == {"a": [segment]} and plan.compiled_bytes > 0
     tight = planner(program(memory={"save": save}), 1000, verify=False).run()
-    assert tight.work == plan.work and "more than the budget" in tight.reason
+    assert tight.stacks == plan.stacks and "more than the budget" in tight.reason
+
+
+@pytest.mark.xfail(strict=True, reason="with memory.save set, memory.accumulation: auto is taken for 1")
+def test_what_is_left_to_the_planner_beside_a_save_set_is_still_chosen():
+    made = program(memory={"save": ["hidden"]})
+    search = planner(made, verify=False)
+    whole, half = (search.simulate(Plan(8 // n, n, {"a": [Segment(0, 4, ("hidden",))]})).bytes for n in (1, 2))
+    plan = planner(made, (whole + half) / 2, verify=False).run()
+    assert plan.accumulation > 1 and plan.predicted_bytes <= plan.budget_bytes
+
+
+@pytest.mark.xfail(strict=True, reason="only a session looks at what the loss couples")
+def test_microbatches_that_were_asked_for_of_a_coupled_loss_are_refused_when_it_is_planned():
+    for accumulation_of in ({"accumulation": 2}, {"accumulation": 2, "save": "nothing"}):
+        with pytest.raises(UserError, match=r"memory\.accumulation"):
+            planner(program(couples="global", memory=accumulation_of), verify=False).run()
 
 
 def test_a_tag_that_is_not_there_is_refused():
@@ -328,7 +352,6 @@ def test_only_divisors_of_the_batch_are_simulated():
     assert simulated(search, 8)
 
 
-@pytest.mark.xfail(strict=True, reason="rest() is anchored at 4 examples, whether or not they divide the batch")
 @pytest.mark.parametrize("batch", [6, 10])
 def test_only_divisors_of_an_odd_batch_are_simulated(batch):
     search = planner(program(train={"batch": batch}), 10**6, verify=False)
@@ -363,7 +386,7 @@ def test_levers_save_what_they_say_and_those_pulled_are_not_offered():
     assert offered["optimizer.master=bfloat16"] == pytest.approx(base - held(master="bfloat16") + gradients, rel=0.05)
     assert levers(optimizer={"ema": 0.9})["optimizer.ema=null"] == pytest.approx(held(ema=0.9) - base, rel=0.05)
     pulled = levers(optimizer={"moments": "int8", "master": "bfloat16"})
-    assert not any(setting.startswith("optimizer") for setting in pulled)
+    assert not {"optimizer.moments=int8", "optimizer.master=bfloat16"} & pulled.keys()
 
 
 @pytest.mark.xfail(strict=True, reason="a guess: tables and narrow matrices stay float32, and a moment may be bfloat16")
@@ -373,8 +396,8 @@ def test_the_lever_of_8_bit_moments_saves_what_it_says(moments):
         made = program(optimizer={"moments": moments})
         return account.arguments(made, made.blueprint(made.simplest_plan()))["optimizer"]
 
-    offered = levers(optimizer={"moments": moments})["optimizer.moments=int8"]
-    assert offered == pytest.approx(held(moments) - held("int8"), rel=0.1)
+    offered = levers(optimizer={"moments": moments}).get("optimizer.moments=int8", 0)
+    assert offered == pytest.approx(max(held(moments) - held("int8"), 0), rel=0.1)
 
 
 def test_arguments_are_the_states_own_bytes():

@@ -147,6 +147,15 @@ def test_the_cheapest_is_the_fastest_of_all_that_fit(stacks, budget, shift):
         assert corrected(faster) == min(corrected(c) for c in beyond)
 
 
+def test_of_equals_the_larger_microbatch_is_chosen_then_the_fewer_bytes():
+    free = Costs(1.0, 0.5, 0.0)
+    stack = StackCosts("s", 4, [score(0, 9), score(3, 9, name="dear")], 0, 0)
+    space = Space([stack], [(8, 1), (4, 2), (2, 4)], 1, free, lambda local: 10 * local)
+    assert len({c.seconds for c in space.all()}) == 1
+    assert cheapest(space.all(), 1000, lambda c: c.bytes).microbatch == 8
+    assert cheapest(space.all(), 50, lambda c: c.bytes).microbatch == 4
+
+
 def brute(stack, budget, local, rest):
     """The least seconds of any two-segment plan of one stack, over every pair of save-sets and every cut."""
     best = None

@@ -109,7 +109,6 @@ def test_a_broken_cache_is_planned_again(no_compiler, language_model, plans, mon
     assert len(made) == 6
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="write_json raises UserError, and store expects OSError")
 def test_a_cache_that_cannot_be_written_costs_no_plan(no_compiler, language_model, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "file"))

@@ -1,6 +1,6 @@
 """A plan never changes the maths: on one CPU in float32 no save-set and no cut of scanned units changes a bit.
 
-Two kinds of plans round otherwise, and `excuse` in benchmarks/plan_numerics.py says why: the size is bounded here.
+Some kinds of plans round otherwise, and `excuse` in benchmarks/plan_numerics.py says why: the size is bounded here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def load_benchmark():
 
 benchmark = load_benchmark()
 SLOW = pytest.mark.slow
-LOSS_ULPS = 4  # what an excused plan may cost over ten steps
+EXCUSED = 2e-6  # what an excused plan may cost, relative, over ten steps
+SEEDS = (0, 2, 5, 7, 10, 12)  # of plans without an excuse: one scan and two, all kept, some or nothing
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +46,27 @@ def bench(tmp_path_factory):
     return make
 
 
-def refuse_other_bits(reference, outcome, plan):
-    found = benchmark.difference(reference, outcome)
-    where = f"{plan.stacks}: {found}"
-    if benchmark.excuse(plan) is None:
-        assert found.none, where
-    else:
-        assert found.loss_ulps <= LOSS_ULPS, where
+def refuse_other_bits(of_case, reference, plan):
+    outcome = of_case.train(plan)
+    found, reason = benchmark.difference(reference, outcome), benchmark.excuse(plan, of_case.program.config.optimizer)
+    if reason is None:
+        assert found.none, f"{plan.stacks}: {found}"
+    np.testing.assert_allclose(outcome.losses, reference.losses, rtol=EXCUSED, atol=0, err_msg=f"{plan.stacks}")
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_random_plans_have_the_bits_of_one_scan(bench, number):
-    of_case, reference = bench("adamw", 4)
-    plan = of_case.random_plan(random.Random(100 + number), unroll=0.0 if number < 5 else 1.0)
-    refuse_other_bits(reference, of_case.train(plan), plan)
+    of_case, reference = bench("unclipped", 4)
+    plan = of_case.random_plan(random.Random(SEEDS[number]), unroll=0.0)
+    assert benchmark.excuse(plan, of_case.program.config.optimizer) is None
+    refuse_other_bits(of_case, reference, plan)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(20))
-def test_twenty_random_plans_have_the_bits_of_one_scan(bench, number):
+def test_twenty_random_plans_have_them_or_a_reason(bench, number):
     of_case, reference = bench("adamw", 6)
-    plan = of_case.random_plan(random.Random(number), unroll=0.2)
-    refuse_other_bits(reference, of_case.train(plan), plan)
+    refuse_other_bits(of_case, reference, of_case.random_plan(random.Random(number), unroll=0.2))
 
 
 @pytest.mark.slow
@@ -74,12 +74,11 @@ def test_twenty_random_plans_have_the_bits_of_one_scan(bench, number):
 @pytest.mark.parametrize("case", [case for case in benchmark.CASES if case != "adamw"])
 def test_so_they_have_with_dropout_other_optimizers_formats_and_models(bench, case, number):
     of_case, reference = bench(case, 6)
-    plan = of_case.random_plan(random.Random(number), unroll=0.0)
-    refuse_other_bits(reference, of_case.train(plan), plan)
+    refuse_other_bits(of_case, reference, of_case.random_plan(random.Random(number), unroll=0.0))
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=SLOW), 4, pytest.param(8, marks=SLOW)])
-@pytest.mark.parametrize("case", ["adamw", pytest.param("dropout", marks=SLOW), pytest.param("neural", marks=SLOW)])
+@pytest.mark.parametrize("case", ["unclipped", *(pytest.param(c, marks=SLOW) for c in ("dropout", "muon", "neural"))])
 def test_another_microbatch_changes_losses_by_rounding_alone(bench, case, accumulation):
     of_case, reference = bench(case, 4)
     outcome = of_case.train(of_case.reference(accumulation))
@@ -87,7 +86,7 @@ def test_another_microbatch_changes_losses_by_rounding_alone(bench, case, accumu
 
 
 def test_a_difference_of_one_bit_is_seen(bench):
-    _, reference = bench("adamw", 4)
+    _, reference = bench("unclipped", 4)
     name = "params.stack.units.0003.mlp.down"
     moved = {**reference.parameters, name: np.nextafter(reference.parameters[name], np.float32(np.inf))}
     found = benchmark.difference(reference, reference._replace(parameters=moved))
@@ -95,14 +94,16 @@ def test_a_difference_of_one_bit_is_seen(bench):
 
 
 def test_random_plans_are_plans(bench):
-    of_case, _ = bench("adamw", 4)
+    of_case, _ = bench("unclipped", 4)
     _, stack = of_case.stack
     cuts = [benchmark.random_cut(random.Random(n), 6, stack.tags, 0.5) for n in range(50)]
     assert {len(cut) for cut in cuts} == {1, 2, 3}
     assert all(segment.stop - segment.start >= 2 for cut in cuts for segment in cut)
     assert all([s.start for s in cut] == [0, *(s.stop for s in cut[:-1])] and cut[-1].stop == 6 for cut in cuts)
     assert {type(segment.save) for cut in cuts for segment in cut} == {tuple, type(None)}
-    assert benchmark.excuse(of_case.plan([Segment(0, 4, ("attn_stats",))])) and of_case.reference()
+    optimizer = of_case.program.config.optimizer
+    assert benchmark.excuse(of_case.reference(), optimizer) is None
+    assert benchmark.excuse(of_case.plan([Segment(0, 4, ("attn_stats",))]), optimizer)
 
 
 @pytest.mark.parametrize("a,b,steps", [(1.0, 1.0, 0), (1.0, np.nextafter(np.float32(1), np.float32(2)), 1),

@@ -71,7 +71,6 @@ def test_a_recipe_with_shapes_needs_no_data():
     assert program.shapes["tokens"].shape == (64,) and not program.remote and program.platform == "cpu"
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="shapes_of takes row 0 of a source that has none")
 def test_an_empty_source_is_refused(tmp_path):
     config = toy_config(tmp_path, **{"train: {steps": "data: {rows: 0}\ntrain: {steps"})
     with pytest.raises(UserError, match="no example"):
