@@ -40,6 +40,7 @@ data: {{{{simulated_trials: 40, simulated_units: 24, window: 16}}}}
 train: {{{{steps: 10, batch: 8}}}}
 optimizer: {{{{name: adamw, lr: 1e-3, clip: 1.0, ema: 0.9, schedule: {{{{warmup: 3}}}}}}}}
 """
+STORED = ["optimizer.clip=null", "optimizer.ema=null"]
 CASES = {
     "adamw": (LANGUAGE, []),
     "unclipped": (LANGUAGE, ["optimizer.clip=null"]),
@@ -48,11 +49,12 @@ CASES = {
     "gpt2": (LANGUAGE, ["model.dropout=0.1", "model.norm=layernorm", "model.positions=learned", "model.max_length=32",
                         "model.activation=gelu_tanh", "model.bias=all"]),
     "muon": (LANGUAGE, ["model.dropout=0.1", "optimizer.name=muon"]),
-    # Wide enough that its matrices are coded: 8 bits are for rows of at least 64 and leaves of at least 4,096.
-    "int8": (LANGUAGE, ["model.width=64", "optimizer.moments=int8", "optimizer.ema=null"]),
-    "bfloat16 masters": (LANGUAGE, ["optimizer.master=bfloat16", "optimizer.ema=null"]),
+    # Unclipped, so that every cut must have the bits. Wide enough that matrices are coded: 8 bits are for rows of at
+    # least 64 and leaves of at least 4,096.
+    "int8": (LANGUAGE, ["model.width=64", "optimizer.moments=int8", *STORED]),
+    "bfloat16 masters": (LANGUAGE, ["optimizer.master=bfloat16", *STORED]),
     "int8, bfloat16 masters": (
-        LANGUAGE, ["model.width=64", "optimizer.moments=int8", "optimizer.master=bfloat16", "optimizer.ema=null"],
+        LANGUAGE, ["model.width=64", "optimizer.moments=int8", "optimizer.master=bfloat16", *STORED],
     ),
     "neural": (NEURAL, []),
     "unclipped neural": (NEURAL, ["optimizer.clip=null"]),

@@ -145,7 +145,7 @@ def moved_over(aurora: Aurora, name: str, step: int, plan: Path) -> Path:
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.release  # the limit must fall between two plans, which other work on the machine can spoil
 @pytest.mark.parametrize(("after", "restored"), [(5, 4), (0, 0)])
 def test_a_refused_step_goes_on_under_a_smaller_plan_as_a_run_that_was_moved_to_it(big, after, restored):
     name = f"refused-{after}"
@@ -180,7 +180,7 @@ def test_a_refused_step_goes_on_under_a_smaller_plan_as_a_run_that_was_moved_to_
     assert f"measured {plan.measured_bytes / 1e6:.0f} MB" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_told_to_stop_says_what_was_live_and_what_would_go_on(big):
     arguments = ("train", "big.yaml", "memory.on_oom=stop", "--run", "stopped", "--quiet")
     result, _ = limited(big, 0, *arguments)
