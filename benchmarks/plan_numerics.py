@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Two outcomes: largest absolute and ulp distances. All zero means the same bits."""
+    """Two outcomes: largest absolute and ulp distances. All zero means the same bits, the sign of a zero apart."""
 
     loss: float
     loss_ulps: int
