@@ -31,15 +31,13 @@ def sharded_bytes(tree, shardings) -> int:
     )
 
 
-def unit_bytes(stack, mesh) -> tuple[int, int]:
-    """(gradient, weights) in bytes of one unit of an abstract Stack, on one device of an fsdp mesh."""
+def unit_gradient_bytes(stack, mesh) -> int:
+    """Of one unit of an abstract Stack, on one device of an fsdp mesh."""
     from aurora_train.nn import lora
 
     _, state = nnx.split(stack.segments[0])
     trained, _ = lora.split(state)
-    share = mesh.shape["fsdp"]
-    whole = tree_bytes(state) // stack.num_units
-    return tree_bytes(trained) // stack.num_units // share, whole // share
+    return tree_bytes(trained) // stack.num_units // mesh.shape["fsdp"]
 
 
 def parameter_bytes(program) -> int:
@@ -72,19 +70,17 @@ def levers(program, blueprint) -> list[dict]:
         if saves > 0:
             found.append({"name": name, "setting": setting, "saves_bytes": int(saves)})
 
-    moments = getattr(config.optimizer, "moments", None)
-    if moments is not None and config.optimizer.name in ("adamw", "muon", "lion"):
+    moments = config.optimizer.moments
+    if config.optimizer.name in ("adamw", "muon", "lion"):
         per_moment = state / max(count, 1) / 4
         if moments == "float32":
             add("bfloat16 moments", "optimizer.moments=bfloat16", state - count * per_moment * 2)
         if moments != "int8":
             add("8-bit moments", "optimizer.moments=int8", state - count * per_moment * 1.02)
-    if getattr(config.optimizer, "master", None) == "float32":
+    if config.optimizer.master == "float32":
         add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
     if config.optimizer.ema is not None:
         add("no moving average", "optimizer.ema=null", 4 * count)
-    if config.train.precision == "float32":
-        add("bfloat16 activations", "train.precision=bfloat16", 0)
     model = getattr(config, "model", None)
     if hasattr(model, "lora") and model.lora is None and not blueprint.state.frozen:
         add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)
@@ -234,7 +230,8 @@ def _not_verified(planner) -> list[str]:
     if not (planner.compiles or planner.compiled_later):
         installed = can_compile_for_gpu() or not planner.program.remote
         hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
-        out.append(f"the peak: nothing was compiled, it is a simulation that has erred by up to about 3 %{hint}")
+        erred = "a simulation that has erred by up to 7 % (docs/planner_accuracy.md)"
+        out.append(f"the peak: nothing was compiled, it is {erred}{hint}")
     if planner.program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")
     return out

@@ -8,8 +8,6 @@ from itertools import count
 
 import numpy as np
 
-from aurora_train.nn.saving import tag_of
-
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",
     "remat2", "checkpoint", "custom_lin",
@@ -42,7 +40,6 @@ class Kernel:
     bodies: list = field(default_factory=list)
     must_share: bool = False  # a loop, a scatter: XLA knows from the start that it works in place
     shunned: bool = False  # writes into a whole stack or carries one: XLA's list scheduler counts all of it as new
-    early: bool = False  # the empty target of a scatter is allocated before anything else
     members: set[int] = field(default_factory=set)
     touches: frozenset[int] = frozenset()  # of a fused launch: all it reads, arguments and slices included
     operands: tuple[int, ...] = ()  # `reads` in the order in which they are written in the program
@@ -102,7 +99,7 @@ class Graph:
     ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
-        self.size, self.cause, self._tags = {}, {}, {}
+        self.size, self.cause = {}, {}
         self._equations: list = []
         self._producer: dict[int, int] = {}
         self._users = defaultdict(set)
@@ -154,9 +151,6 @@ class Graph:
                 self._barriers.extend(results)
             elif equation.primitive.name == "freeze" or self._is_alias(equation, reads):
                 results = reads[:1]
-                tag = tag_of(equation.primitive.name, equation.params)
-                if tag:
-                    self._tags[reads[0]] = tag
             else:
                 results = [self._new(v) for v in equation.outvars]
                 self._record(equation, reads, results + self._written_refs(equation, reads, environment))
@@ -312,7 +306,6 @@ class Graph:
             sources = frozenset(operands)
             kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
             kernel.touches, kernel.operands = frozenset(touches), operands
-            kernel.early = not sources and any(self._is_scatter(i) for w in kept for i in self._users[w])
             kernel.shunned = equation.primitive.name in WRITES_REFS
             made.append(kernel)
         return _with_siblings(made, self.size)

@@ -268,8 +268,10 @@ def pack(buffers: list[Buffer]) -> int:
     """
     placed: list[tuple[int, int, int, int]] = []  # offset, top, start, end
     height = 0
-    for buffer in sorted(buffers, key=lambda b: (-b.size, -(b.end - b.start), b.start)):
-        size = -(-buffer.size // ALIGNMENT) * ALIGNMENT
+    # By whole units of the alignment, so that equal buffers are equal whatever order they come in.
+    whole = [buffer._replace(size=-(-buffer.size // ALIGNMENT) * ALIGNMENT) for buffer in buffers]
+    for buffer in sorted(whole, key=lambda b: (-b.size, -(b.end - b.start), b.start)):
+        size = buffer.size
         meets = sorted(p for p in placed if p[2] <= buffer.end and buffer.start <= p[3])
         best, offset, floor = None, 0, 0
         for low, top, _, _ in meets:

@@ -28,13 +28,12 @@ class Costs(NamedTuple):
 
 @dataclass
 class StackCosts:
-    """One stack. Scores are per unit and example; `gradient` and `weights` are bytes per unit."""
+    """One stack. Scores are per unit and example; `gradient` is bytes per unit."""
 
     path: str
     units: int
     scores: list[Score]
     gradient: int
-    weights: int
 
     def hull(self, costs: Costs) -> list[Score]:
         """The lower convex hull of (bytes, seconds), bytes rising."""
@@ -76,11 +75,16 @@ class Candidate:
 
     def stacks(self) -> dict[str, list[Segment]]:
         """As a Plan wants them."""
-        return {path: [Segment(a, b, score.save) for a, b, score in cut] for path, cut in self.cuts.items()}
+        return as_segments(self.cuts)
 
     @property
     def key(self) -> tuple:
         return self.microbatch, tuple((p, tuple((a, b, s.save) for a, b, s in cut)) for p, cut in self.cuts.items())
+
+
+def as_segments(cuts) -> dict[str, list[Segment]]:
+    """Cuts of (start, stop, Score) as a Plan wants them."""
+    return {path: [Segment(a, b, score.save) for a, b, score in cut] for path, cut in cuts.items()}
 
 
 class Space:
@@ -111,7 +115,6 @@ class Space:
 
     def steps(self, microbatch: int, accumulation: int):
         """Candidates of one microbatch, from the least memory to the most, each a whole upgrade or a part of one."""
-        level = {stack.path: 0 for stack in self.stacks}
         cuts = {stack.path: [(0, stack.units, self.hulls[stack.path][0])] for stack in self.stacks}
         yield self.candidate(microbatch, accumulation, dict(cuts))
         upgrades = sorted(
@@ -128,7 +131,6 @@ class Space:
                 cut = stack.units - units
                 cuts[stack.path] = [(0, cut, low), (cut, stack.units, high)]
                 yield self.candidate(microbatch, accumulation, dict(cuts))
-            level[stack.path] = number + 1
             cuts[stack.path] = [(0, stack.units, high)]
             yield self.candidate(microbatch, accumulation, dict(cuts))
 

@@ -99,8 +99,8 @@ class Rehearsal:
                     out_shardings=(rest, meshes.replicated(self.mesh)),
                 )
                 traced = jitted.trace(moving, state.frozen, self.batch(self.config.train.batch))
-            self._traced[key] = traced, state, places
-        return self._traced[key][:2]
+            self._traced[key] = traced, state
+        return self._traced[key]
 
     def compile(self, plan: Plan):
         """The compiled step of (state, frozen, batch). Nothing is allocated; compiled once per plan."""
@@ -116,8 +116,8 @@ class Rehearsal:
         cuts = {path: [Segment(0, stack.num_units)] for path, stack in self._stacks().items()}
         return Plan(self.config.train.batch, 1, cuts)
 
-    def stack_calls(self, devices: int) -> dict[str, tuple]:
-        """For each stack by path: (stack, x, context, keys, number of examples), abstract, for one example a device.
+    def stack_calls(self) -> dict[str, tuple]:
+        """For each stack by path: (stack, x, context, keys), abstract, for one example.
 
         Taken from a trace of the loss itself, so that every recipe's own use of its stacks is what is planned.
         """
@@ -132,7 +132,7 @@ class Rehearsal:
                 self.recipe.loss(model, batch, keys)
             for stack, x, context, keys in calls:
                 path = paths[id(stack)]
-                found[path] = (whole[path], *jax.tree.map(_abstract, (x, context, keys)), 1)
+                found[path] = (whole[path], *jax.tree.map(_abstract, (x, context, keys)))
 
         with self.here():
             jax.eval_shape(loss, blueprint.state, self.batch(1))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from harness import load_benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
@@ -23,16 +21,7 @@ from aurora_train.nn.lean import lean
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment
 
-
-def load_benchmark():
-    path = Path(__file__).parents[2] / "benchmarks" / "residuals.py"
-    spec = importlib.util.spec_from_file_location("residuals_benchmark", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark()
+benchmark = load_benchmark("residuals")
 DECODERS = [{**benchmark.SHAPE, **shape} for shape in benchmark.DECODERS.values()]
 
 

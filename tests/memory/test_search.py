@@ -25,7 +25,7 @@ SCORES = st.lists(
     st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=8, unique=True
 ).map(lambda rows: [score(*row, name=f"t{i}") for i, row in enumerate(rows)])
 STACKS = st.lists(st.tuples(st.integers(1, 7), SCORES, st.integers(0, 9)), min_size=1, max_size=3).map(
-    lambda rows: [StackCosts(f"s{i}", units, scores, gradient, 0) for i, (units, scores, gradient) in enumerate(rows)]
+    lambda rows: [StackCosts(f"s{i}", units, scores, gradient) for i, (units, scores, gradient) in enumerate(rows)]
 )
 
 
@@ -39,7 +39,7 @@ def space_of(stacks, pairs=((8, 1), (4, 2), (2, 4)), devices=1, rest=lambda loca
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(SCORES)
 def test_the_hull_is_convex_falls_and_lies_under_every_score(scores):
-    hull = StackCosts("s", 4, scores, 0, 0).hull(COSTS)
+    hull = StackCosts("s", 4, scores, 0).hull(COSTS)
     points = [(s.saved_bytes, seconds_of(s, COSTS)) for s in hull]
     assert set(hull) <= set(scores)
     assert points[0] == min((s.saved_bytes, seconds_of(s, COSTS)) for s in scores), "it begins where memory is least"
@@ -55,9 +55,9 @@ def test_the_hull_is_convex_falls_and_lies_under_every_score(scores):
 
 def test_a_tensor_that_costs_more_than_a_mix_of_its_neighbours_is_not_on_the_hull():
     low, bad, high = score(0, 10), score(4, 9, name="bad"), score(5, 0, name="good")
-    assert StackCosts("s", 4, [high, bad, low], 0, 0).hull(COSTS) == [low, high]
+    assert StackCosts("s", 4, [high, bad, low], 0).hull(COSTS) == [low, high]
     worse = score(6, 10, name="worse")
-    assert StackCosts("s", 4, [low, worse], 0, 0).hull(COSTS) == [low]
+    assert StackCosts("s", 4, [low, worse], 0).hull(COSTS) == [low]
 
 
 def test_time_is_work_by_rate():
@@ -100,7 +100,7 @@ def test_each_step_of_one_microbatch_takes_more_memory_and_less_time(stacks):
 
 def test_bytes_and_time_of_a_candidate_are_the_sums_they_stand_for():
     scores = [score(0, 10, 2), score(5, 1, 0, "a")]
-    space = space_of([StackCosts("s", 6, scores, 7, 0)], pairs=[(8, 3)], devices=2)
+    space = space_of([StackCosts("s", 6, scores, 7)], pairs=[(8, 3)], devices=2)
     cut = {"s": [(0, 4, scores[0]), (4, 6, scores[1])]}
     found = space.candidate(8, 3, cut)
     local = 8 // 2
@@ -110,7 +110,7 @@ def test_bytes_and_time_of_a_candidate_are_the_sums_they_stand_for():
 
 
 def test_all_is_every_step_of_every_microbatch():
-    space = space_of([StackCosts("s", 4, [score(0, 9), score(3, 1, name="a")], 1, 0)])
+    space = space_of([StackCosts("s", 4, [score(0, 9), score(3, 1, name="a")], 1)])
     found = space.all()
     assert [c.microbatch for c in found] == [8] * 3 + [4] * 3 + [2] * 3
     assert all(c.accumulation * c.microbatch == 8 for c in found)
@@ -149,7 +149,7 @@ def test_the_cheapest_is_the_fastest_of_all_that_fit(stacks, budget, shift):
 
 def test_of_equals_the_larger_microbatch_is_chosen_then_the_fewer_bytes():
     free = Costs(1.0, 0.5, 0.0)
-    stack = StackCosts("s", 4, [score(0, 9), score(3, 9, name="dear")], 0, 0)
+    stack = StackCosts("s", 4, [score(0, 9), score(3, 9, name="dear")], 0)
     space = Space([stack], [(8, 1), (4, 2), (2, 4)], 1, free, lambda local: 10 * local)
     assert len({c.seconds for c in space.all()}) == 1
     assert cheapest(space.all(), 1000, lambda c: c.bytes).microbatch == 8
@@ -171,7 +171,7 @@ def brute(stack, budget, local, rest):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(SCORES, st.integers(4, 8), st.integers(0, 400))
 def test_of_one_stack_the_choice_is_within_one_unit_of_the_best_two_segment_plan(scores, units, budget):
-    stack = StackCosts("s", units, scores, 1, 0)
+    stack = StackCosts("s", units, scores, 1)
     space = space_of([stack], pairs=[(1, 1)], rest=lambda local: 10)
     found = cheapest(space.all(), budget, lambda c: c.bytes)
     best = brute(stack, budget, 1, 10)

@@ -5,26 +5,15 @@ Some kinds of plans round otherwise, and `excuse` in benchmarks/plan_numerics.py
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import load_benchmark
 
 from aurora_train.nn.stack import Segment
 
-
-def load_benchmark():
-    path = Path(__file__).parents[2] / "benchmarks" / "plan_numerics.py"
-    spec = importlib.util.spec_from_file_location("plan_numerics_benchmark", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark()
+benchmark = load_benchmark("plan_numerics")
 SLOW = pytest.mark.slow
 EXCUSED = 2e-6  # what an excused plan may cost, relative, over ten steps
 SEEDS = (0, 2, 5, 7, 10, 12)  # of plans without an excuse: one scan and two, all kept, some or nothing

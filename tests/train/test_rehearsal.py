@@ -134,17 +134,17 @@ def test_the_simplest_plan_has_every_stack_whole(program):
 
 def test_a_stacks_call_is_that_of_one_example():
     program = rehearse(*language_model())
-    calls = program.stack_calls(1)
+    calls = program.stack_calls()
     assert set(calls) == {"stack"}
-    stack, x, context, keys, examples = calls["stack"]
-    assert stack is program.model().stack and (x.shape, examples) == ((1, 64, 32), 1)
+    stack, x, context, keys = calls["stack"]
+    assert stack is program.model().stack and x.shape == (1, 64, 32)
     assert keys.shape == (1,), "with dropout, a key an example"
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((x, context, keys)))
 
 
 def test_adapters_are_planned_like_any_model():
     program = rehearse(*language_model(model={"lora": {"rank": 2}}))
-    assert set(program.stack_calls(1)) == {"stack"}
+    assert set(program.stack_calls()) == {"stack"}
     frozen = jax.tree.leaves(program.blueprint(program.simplest_plan()).state.frozen)
     traced, state = program.trace(Plan(8, 1, {"stack": [Segment(0, 4, ())]}))
     assert frozen and len(traced.jaxpr.in_avals) > len(jax.tree.leaves(state._replace(frozen={})))
