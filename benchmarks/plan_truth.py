@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -69,25 +69,18 @@ def unions(groups) -> list[tuple[str, ...]]:
     return [tuple(itertools.chain.from_iterable(pick)) for pick in picks]
 
 
-def unit_graphs(planner: Planner, devices: int) -> dict[str, tuple]:
-    """(graph of one unit, examples it was traced with) by the path of each stack."""
-    out = {}
-    for path, (stack, x, context, keys, examples) in planner.program.stack_calls(devices).items():
-        with planner.program.here():
-            out[path] = trace_stack_unit(stack, x, context, keys), examples
-    return out
+def unit_graphs(planner: Planner) -> dict:
+    """The graph of one unit for one example, by the path of each stack."""
+    with planner.program.here():
+        return {path: trace_stack_unit(*call) for path, call in planner.program.stack_calls().items()}
 
 
 def uniform(space, graphs, microbatch: int, accumulation: int, save) -> Candidate:
     """The plan that keeps `save` in all units; a name that a stack lacks saves nothing there."""
     cuts = {}
     for stack in space.stacks:
-        graph, examples = graphs[stack.path]
+        graph = graphs[stack.path]
         score = graph.score(tuple(tag for tag in save if tag in graph.tags))
-        score = replace(
-            score, saved_bytes=score.saved_bytes // examples, flops=score.flops // examples,
-            moved_bytes=score.moved_bytes // examples,
-        )  # fmt: skip
         cuts[stack.path] = [(0, stack.units, score)]
     return space.candidate(microbatch, accumulation, cuts)
 
@@ -95,8 +88,8 @@ def uniform(space, graphs, microbatch: int, accumulation: int, save) -> Candidat
 def exhaust(planner: Planner, groups=GROUPS, progress=None) -> list[Truth]:
     """Every union of groups with every microbatch, compiled by `planner`. ValueError for a tag that no stack has."""
     space = planner._space()
-    graphs = unit_graphs(planner, space.devices)
-    known = {tag for graph, _ in graphs.values() for tag in graph.tags}
+    graphs = unit_graphs(planner)
+    known = {tag for graph in graphs.values() for tag in graph.tags}
     missing = {tag for group in groups for tag in group} - known
     if missing:
         raise ValueError(f"no stack has the tags {sorted(missing)}; there are {sorted(known)}")
