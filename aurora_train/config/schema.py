@@ -88,6 +88,9 @@ class Memory(Section):
         "auto", resume="elastic", help="tensors kept for the backward pass: all, nothing, or a list of tags"
     )
     unroll: Literal["auto"] | bool = setting("auto", resume="elastic", help="unroll the layers instead of scanning")
+    fuse_update: bool = setting(
+        False, resume="elastic", help="update each layer within the backward pass: no set of gradients is kept"
+    )
     on_oom: Literal["replan", "stop"] = setting(
         "replan", resume="free", help="out of memory while training: go on with the next smaller plan, or stop"
     )

@@ -106,24 +106,23 @@ def essentials(planner, plan, simulated) -> dict:
     }
 
 
-def details(planner, space, candidates, chosen: Candidate, simulated, faster) -> dict:
+def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> dict:
     """`Plan.details`; see memory/report.py for the reader's side."""
     program = planner.program
     plan = planner.plan_of(chosen)
     blueprint = program.blueprint(plan)
-    fits = [c.microbatch for c in candidates if planner.budget is None or planner.corrected(c) <= planner.budget]
+    fits = [c.microbatch for c in shortlist.candidates if shortlist.expected(c) <= planner.budget]
     return essentials(planner, plan, simulated) | {
         "tensors": {stack.path: _tensors(stack, chosen, space) for stack in space.stacks},
         "next_faster": None if faster is None else {
             "microbatch": faster.microbatch, "accumulation": faster.accumulation,
             "stacks": {p: [[a, b, list(s.save)] for a, b, s in cut] for p, cut in faster.cuts.items()},
-            "lacks_bytes": max(planner.corrected(faster) - planner.usable, 0),
+            "lacks_bytes": max(shortlist.expected(faster) - planner.usable, 0),
             "seconds": faster.seconds if planner.rates else None,
         },
         "largest_microbatch": max(fits, default=None),
         "time": _time(planner, chosen, blueprint),
-        "pareto": _pareto(planner, candidates, chosen),
-        "planning_seconds": round(planner.cpu_seconds, 2),
+        "pareto": _pareto(planner, shortlist, chosen),
     }  # fmt: skip
 
 
@@ -210,15 +209,15 @@ def _checkpoint(program, blueprint) -> dict:
     return {"bytes": saved, "kept": kept, "disk_bytes": saved * (kept + 1)}
 
 
-def _pareto(planner, candidates, chosen: Candidate) -> list[dict]:
+def _pareto(planner, shortlist, chosen: Candidate) -> list[dict]:
     best: dict[int, list[Candidate]] = {}
-    for candidate in candidates:
+    for candidate in shortlist.candidates:
         best.setdefault(candidate.microbatch, []).append(candidate)
     rows = []
     for microbatch, found in best.items():
         whole = [c for c in found if all(len(cut) == 1 for cut in c.cuts.values()) or c.key == chosen.key]
         rows += [
-            {"microbatch": microbatch, "bytes": planner.corrected(c), "recompute_flops": c.flops,
+            {"microbatch": microbatch, "bytes": shortlist.expected(c), "recompute_flops": c.flops,
              "seconds": c.seconds if planner.rates else None, "chosen": c.key == chosen.key}
             for c in whole
         ]  # fmt: skip

@@ -96,6 +96,7 @@ class Graph:
     def __init__(
         self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
         stacked: int | None = None, needed: tuple[bool, ...] | None = None, shards: int = 1, memo=None,
+        loop: bool = False,
     ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
@@ -121,6 +122,8 @@ class Graph:
             self.outputs[version] = None
             self.free.add(version)
         self.free |= {v for v, first in self._refs.items() if first in self._external}
+        if loop:
+            self.free |= {v for v in self.outputs if self._is_written_carry(v)}
         self._keep_live()
         self._scatter_into_sums()
         self._decide()
@@ -129,6 +132,11 @@ class Graph:
         self._stack_results()
 
     # ---- reading the jaxpr
+
+    def _is_written_carry(self, number: int) -> bool:
+        """Whether a result of a loop's body is what it was given with one slice written: that happens in place."""
+        equation, reads, _ = self._equations[self._producer[number]]
+        return equation.primitive.name == "dynamic_update_slice" and reads[0] in self._external
 
     def _new(self, variable=None) -> int:
         number = next(self._numbers)
@@ -366,10 +374,10 @@ class Graph:
             first = params["num_consts"] + params["num_carry"]
             needed = tuple(needed_results(params, [w in writes for w in results[: len(equation.outvars)]]))
             sliced = frozenset(range(first, len(body.jaxpr.invars)))
-            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed)]
+            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed, loop=True)]
             kernel.label = f"scan of {params['length']}"
         elif name == "while":
-            kernel.bodies = [self._body(params["body_jaxpr"], frozenset())]
+            kernel.bodies = [self._body(params["body_jaxpr"], frozenset(), loop=True)]
         elif name == "cond":
             kernel.bodies = [self._body(branch, frozenset()) for branch in params["branches"]]
         return kernel
@@ -383,12 +391,13 @@ class Graph:
         needed = needed_results(equation.params, used)
         return tuple(w for w, keep in zip(results, needed, strict=True) if keep) + tuple(writes[len(results) :])
 
-    def _body(self, closed, sliced, stacked=None, needed=None) -> Graph:
+    def _body(self, closed, sliced, stacked=None, needed=None, loop=False) -> Graph:
         key = id(closed), needed
         if key not in self._memo:
             graph = Graph(
-                closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo
-            )
+                closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo,
+                loop=loop,
+            )  # fmt: skip
             self._memo[key] = (graph, closed)
         return self._memo[key][0]
 

@@ -18,14 +18,17 @@ from aurora_train.memory.liveness import Profile, profile_of
 from aurora_train.memory.plan import Plan, make_plan
 from aurora_train.memory.residuals import trace_stack_unit
 from aurora_train.memory.search import Candidate, Costs, Space, StackCosts, as_segments, cheapest, next_faster
+from aurora_train.memory.shortlist import Shortlist
 from aurora_train.memory.verify import compiled_bytes
 from aurora_train.units import size
 
 COMPILES = 3
-SETTLE = 4  # simulations before one compilation
+SETTLE = (4, 2, 2)  # simulations before each
 MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulation errs by 1.2 % in the mean
-CLOSE = 0.003  # the same once a plan with the same microbatch has been compiled
-FULL_ENOUGH = 0.95  # a plan that uses this share of the budget is not worth another compilation
+FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
+WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
+SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled, where none has fitted yet
+HOPELESS = 1.25  # times the budget by simulation: not worth a compilation
 IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is taken as it is
 
 
@@ -54,13 +57,11 @@ class Planner:
     cpu_seconds: float = 0.0
     simulated: dict = field(default_factory=dict)
     compiled: dict = field(default_factory=dict)
-    offsets: dict = field(default_factory=dict)  # (microbatch, segments) -> bytes the additive model fell short by
-    taught: int = 0  # bytes by which the last compilation went beyond its simulation
 
     @property
     def usable(self) -> int:
         """Bytes of the budget that a plan may be predicted to need."""
-        return int(self.budget * (1 - (CLOSE if self.compiles else MARGIN)))
+        return int(self.budget * (1 if self.compiles else 1 - MARGIN))
 
     # ---- the parts
 
@@ -98,11 +99,14 @@ class Planner:
             compiled = self.compile(whole) if self.verify and not self.compiled_later else None
             self.cpu_seconds += time.process_time() - began
             return self._told(whole, compiled)
+        return self._searched(began)
+
+    def _searched(self, began: float) -> Plan:
         space = self._space()
-        candidates = space.all()
-        chosen = self._choose(candidates)
+        shortlist = Shortlist(space.all(), self.budget)
+        plan = self._written(space, shortlist, *self._choose(shortlist))
         self.cpu_seconds += time.process_time() - began
-        return self._written(space, candidates, *chosen)
+        return replace(plan, details=plan.details | {"planning_seconds": round(self.cpu_seconds, 2)})
 
     def _as_asked(self) -> Plan | None:
         """The plan where there is nothing to choose: the config says it all, or a CPU has room for everything."""
@@ -134,15 +138,10 @@ class Planner:
         needed = than.compiled_bytes or than.predicted_bytes
         self.budget = min(self.budget, int(0.85 * needed))
         self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
-        began = time.process_time()
         try:
-            space = self._space()
-            candidates = space.all()
-            chosen = self._choose(candidates)
+            return self._searched(time.process_time())
         except UserError:
             return None
-        self.cpu_seconds += time.process_time() - began
-        return self._written(space, candidates, *chosen)
 
     def _space(self) -> Space:
         program = self.program
@@ -198,51 +197,57 @@ class Planner:
             1 / matmul, 1 / self.rates.bandwidth, self.rates.per_microbatch_seconds + weights / self.rates.bandwidth
         )
 
-    def corrected(self, candidate: Candidate) -> int:
-        """The additive model plus what the nearest simulated or compiled plan taught."""
-        if not self.offsets:
-            return candidate.bytes
-        microbatch, segments = candidate.microbatch, candidate.segments
-        nearest = min(self.offsets, key=lambda k: (k[1] != segments, abs(k[0] - microbatch)))
-        return candidate.bytes + self.offsets[nearest]
-
-    def _choose(self, candidates: list[Candidate]):
-        best = None  # (candidate, compiled bytes)
-        refused = set()
-        for _ in range(COMPILES if self.verify else 1):
-            left = [c for c in candidates if c.key not in refused]
-            found = self._settled(left, self.usable)
-            if found is None and best is None:
-                found = min(left, key=self.corrected, default=None)
-            if found is None or (best and found.seconds >= best[0].seconds):
+    def _choose(self, shortlist: Shortlist) -> tuple[Candidate, int | None]:
+        """(the plan, its compiled bytes; None where nothing is compiled)."""
+        if not self.verify:
+            found = self._settled(shortlist, lambda: cheapest(shortlist.candidates, self.usable, shortlist.expected))
+            self._refuse_misfit(found, self._simulated(found or shortlist.smallest()))
+            return found, None
+        best, real, least = None, None, None
+        for turn in range(COMPILES):
+            found = self._next(shortlist, best, turn)
+            if found is None or (best is not None and not self._pays(shortlist, found, best, real)):
                 break
-            if not self.verify:
-                self._refuse_misfit(found, self.corrected(found))
-                return found, None
-            real = self.compile(self.plan_of(found))
-            self.taught = real - self.simulate(self.plan_of(found)).bytes
-            refused.add(found.key)
-            self.offsets[found.microbatch, found.segments] = real - found.bytes
-            if real <= self.budget and (best is None or found.seconds < best[0].seconds):
-                best = found, real
-            if real <= self.budget and real >= FULL_ENOUGH * self.budget:
-                break
+            needed = self._compiled(found, shortlist)
+            least = min(needed, least or needed)
+            if needed <= self.budget:
+                best, real = found, needed
         if best is None:
-            smallest = min(self.compiled.values(), default=None)
-            self._refuse_misfit(None, smallest if smallest else self.corrected(min(candidates, key=self.corrected)))
-        return best
+            self._refuse_misfit(None, least or self._simulated(shortlist.smallest()))
+        return best, real
 
-    def _settled(self, candidates, budget) -> Candidate | None:
-        """The cheapest under the additive model whose simulation agrees with it."""
-        for _ in range(SETTLE):
-            found = cheapest(candidates, budget, self.corrected)
-            if found is None:
-                return None
-            gap = self.simulate(self.plan_of(found)).bytes + self.taught - self.corrected(found)
-            if gap <= 0 and -gap < 0.01 * budget:
+    def _next(self, shortlist: Shortlist, best: Candidate | None, turn: int) -> Candidate | None:
+        """The plan to compile next; the smallest where no other can be trusted to fit."""
+        sure = SURE if best is None and turn == COMPILES - 1 else 0.0
+        found = self._settled(shortlist, lambda: shortlist.most_promising(best, sure), SETTLE[turn])
+        if found is not None or best is not None:
+            return found
+        smallest = shortlist.smallest()
+        hopeless = shortlist.is_compiled(smallest) or self._simulated(smallest) > HOPELESS * self.budget
+        return None if hopeless else smallest
+
+    def _pays(self, shortlist: Shortlist, found: Candidate, best: Candidate, real: int) -> bool:
+        """Whether to compile once more where a plan that fits is known."""
+        gain = WORTH if real >= FULL_ENOUGH * self.budget else 0.0
+        return shortlist.promise(found, best) > gain * best.seconds
+
+    def _settled(self, shortlist: Shortlist, pick, tries: int = SETTLE[0]) -> Candidate | None:
+        """What `pick` picks once it is itself simulated, so that it is not picked for an error of the model."""
+        found = None
+        for _ in range(tries):
+            found = pick()
+            if found is None or shortlist.is_simulated(found):
                 return found
-            self.offsets[found.microbatch, found.segments] = self.corrected(found) - found.bytes + gap
-        return cheapest(candidates, budget, self.corrected)
+            shortlist.learn(found, self._simulated(found))
+        return pick()
+
+    def _simulated(self, candidate: Candidate) -> int:
+        return self.simulate(self.plan_of(candidate)).bytes
+
+    def _compiled(self, candidate: Candidate, shortlist: Shortlist) -> int:
+        found = self.compile(self.plan_of(candidate))
+        shortlist.learn(candidate, self._simulated(candidate), found)
+        return found
 
     def _refuse_misfit(self, found, needed: int) -> None:
         if found is not None and needed <= self.budget:
@@ -265,11 +270,11 @@ class Planner:
         cuts = candidate.stacks()
         return Plan(candidate.microbatch, candidate.accumulation, cuts | self.program.uncalled(cuts))
 
-    def _written(self, space: Space, candidates, chosen: Candidate, compiled: int | None) -> Plan:
+    def _written(self, space: Space, shortlist: Shortlist, chosen: Candidate, compiled: int | None) -> Plan:
         plan = self.plan_of(chosen)
         simulated = self.simulate(plan)
-        faster = next_faster(candidates, chosen, self.corrected)
-        details = account.details(self, space, candidates, chosen, simulated, faster)
+        faster = next_faster(shortlist.candidates, chosen, shortlist.expected)
+        details = account.details(self, space, shortlist, chosen, simulated, faster)
         return replace(
             plan,
             reason=self._reason(chosen, compiled),

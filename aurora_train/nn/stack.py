@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from aurora_train.nn import fused
 from aurora_train.nn.saving import policy
 
 SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
@@ -68,6 +69,9 @@ class Stack(nnx.Module):
         calls = _calls.get()
         if calls is not None and caches is None:
             calls.append((self, x, context, keys))
+        update = None if caches is not None else fused.update_of(self)
+        if update is not None:
+            return self._updated(update, x, context, keys), None
         outs = []
         for segment, unit in zip(self.plan, self.segments, strict=True):
             part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
@@ -76,6 +80,18 @@ class Stack(nnx.Module):
         if caches is None:
             return x, None
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+    def _updated(self, update: fused.Update, x, context, keys):
+        for i, (segment, module) in enumerate(zip(self.plan, self.segments, strict=True)):
+            graph, state = nnx.split(module)
+            segment = segment._replace(unroll=False)
+
+            def unit(state, index, x, context, segment=segment, graph=graph):
+                return _unit(segment, graph, context, keys)(x, (state, index, None))[0]
+
+            indices = jnp.arange(segment.start, segment.stop)
+            x = fused.run(unit, update, i, indices, state, x, context)
+        return x
 
 
 _calls = contextvars.ContextVar("stack_calls", default=None)
@@ -91,8 +107,8 @@ def watched():
         _calls.reset(token)
 
 
-def _run(segment: Segment, module, x, context, keys, caches):
-    graph, state = nnx.split(module)
+def _unit(segment: Segment, graph, context, keys):
+    """One unit as a function of (x, (state, index, cache)) that keeps what its segment asks for."""
 
     def body(x, unit_inputs):
         state, index, cache = unit_inputs
@@ -100,8 +116,14 @@ def _run(segment: Segment, module, x, context, keys, caches):
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
 
-    if segment.save is not None:
-        body = jax.checkpoint(body, policy=policy(segment.save), prevent_cse=segment.unroll)
+    if segment.save is None:
+        return body
+    return jax.checkpoint(body, policy=policy(segment.save), prevent_cse=segment.unroll)
+
+
+def _run(segment: Segment, module, x, context, keys, caches):
+    graph, state = nnx.split(module)
+    body = _unit(segment, graph, context, keys)
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))

@@ -38,16 +38,29 @@ def join(rest: dict, stacks: dict) -> dict:
 def global_norm(tree) -> Any:
     """L2 norm of a parameter tree, summed per layer in layer order, so that no cut of a stack changes its bits."""
     rest, stacks = partition(tree)
-
-    def square(leaf, axes=None):
-        return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
-
-    total = sum((square(leaf) for leaf in jax.tree.leaves(rest)), jnp.float32(0))
-    for _, stack in sorted(stacks.items()):
-        segments = [
-            sum(square(leaf, tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(segment))
+    squares = {
+        name: [
+            sum(_square(leaf, tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(segment))
             for _, segment in sorted(stack[SEGMENTS].items())
         ]
+        for name, stack in stacks.items()
+    }
+    return norm_of(squared(rest), squares)
+
+
+def squared(tree) -> Any:
+    """The squared L2 norm of all leaves, float32."""
+    return sum((_square(leaf) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
+
+
+def norm_of(rest, squares: dict[str, list]) -> Any:
+    """The norm of a tree from the squared norms of what is outside stacks and, by stack and segment, of each unit."""
+    total = rest
+    for _, segments in sorted(squares.items()):
         # Fused with what made its parts, the sum would be vectorised otherwise for another cut.
         total = total + jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(segments)))
     return jnp.sqrt(total)
+
+
+def _square(leaf, axes=None):
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)

@@ -36,6 +36,7 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[Any, Any, dict]]
     schedule: Callable[[Any], Any]
     stored: Callable[[Any], Any] = lambda params: params  # freshly drawn parameters in the format of `optimizer.master`
+    rule: Callable[..., Callable] | None = None  # (stack, step) -> the update of one unit
 
 
 def build(config, total_steps: int, seed: int = 0) -> Optimizer:
@@ -63,31 +64,33 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
             },
         }
 
+    def rule(stack, step, scale=1.0, good=None):
+        """(grads, state, params, index) -> (params, state) of one unit of a stack; index is uint32 and absolute."""
+        lr = schedule(step)
+
+        def noise(index):
+            """Key words by leaf name for one unit; traced only by what rounds with them."""
+            key = jax.random.fold_in(stream(seed, f"rounding.{stack}"), step)
+            return lambda names: rounding.words(jax.random.fold_in(key, index), names)
+
+        def apply(grads, state, params, index):
+            grads, wide = jax.tree.map(lambda g: g * scale, grads), _wide(params)
+            updates, new_state = stored_as.advance(
+                lambda state: direction(params).update(grads, state, wide), state, noise(index)
+            )
+            new = _rounded_like(params, jax.tree.map(lambda p, u: p - lr * u, wide, updates), noise(index))
+            return (new, new_state) if good is None else _chosen(good, (new, new_state), (params, state))
+
+        return apply
+
     def update(grads, state, params, step, good=None):
         norm = global_norm(grads)
         scale = jnp.float32(1.0)
         if config.clip is not None:
             scale = jnp.minimum(1.0, config.clip / (norm + 1e-6))
-        lr = schedule(step)
         if good is not None:
             good = good & jnp.isfinite(norm)
-
-        def apply_to(stack):
-            def noise(index):
-                """Key words by leaf name for one unit; traced only by what rounds with them."""
-                key = jax.random.fold_in(stream(seed, f"rounding.{stack}"), step)
-                return lambda names: rounding.words(jax.random.fold_in(key, index), names)
-
-            def apply(grads, state, params, index):
-                grads, wide = jax.tree.map(lambda g: g * scale, grads), _wide(params)
-                updates, new_state = stored_as.advance(
-                    lambda state: direction(params).update(grads, state, wide), state, noise(index)
-                )
-                new = _rounded_like(params, jax.tree.map(lambda p, u: p - lr * u, wide, updates), noise(index))
-                return (new, new_state) if good is None else _chosen(good, (new, new_state), (params, state))
-
-            return apply
-
+        apply_to = functools.partial(rule, step=step, scale=scale, good=good)
         (rest, stacks), (rest_grads, stack_grads) = partition(params), partition(grads)
         rest, rest_state = apply_to("")(rest_grads, state["rest"], rest, jnp.uint32(0))
         new_stacks, new_states = {}, {}
@@ -100,9 +103,11 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
             }
             new_stacks[name] = {SEGMENTS: {i: new for i, (new, _) in both.items()}}
             new_states[name] = {SEGMENTS: {i: new for i, (_, new) in both.items()}}
-        return join(rest, new_stacks), {"rest": rest_state, "stacks": new_states}, {"grad_norm": norm, "lr": lr}
+        return join(rest, new_stacks), {"rest": rest_state, "stacks": new_states}, {
+            "grad_norm": norm, "lr": schedule(step)
+        }  # fmt: skip
 
-    return Optimizer(init, update, schedule, functools.partial(stored, config=config))
+    return Optimizer(init, update, schedule, functools.partial(stored, config=config), rule)
 
 
 def stored(params, config):

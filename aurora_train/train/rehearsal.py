@@ -81,7 +81,7 @@ class Rehearsal:
         """The step as a function of (state, batch), not yet compiled."""
         return make_step(
             self.recipe, blueprint, self.optimizer, seed=self.config.train.seed,
-            accumulation=plan.accumulation, ema=self.config.optimizer.ema,
+            accumulation=plan.accumulation, ema=self.config.optimizer.ema, fuse=self.config.memory.fuse_update,
         )  # fmt: skip
 
     def trace(self, plan: Plan) -> tuple[Any, TrainState]:

@@ -9,22 +9,28 @@ from aurora_train.nn.stack import summed
 from aurora_train.optimizer import join, partition
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss
+from aurora_train.train.fused import make_fused
 from aurora_train.train.state import Blueprint, TrainState
 
 
-def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulation: int, ema: float | None):
+def make_step(
+    recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulation: int, ema: float | None, fuse: bool = False
+):
     """The training step of a recipe. `metrics`: float32 scalars loss, tokens, grad_norm, lr, skipped, and the recipe's.
 
-    A step whose loss or gradient norm is not finite is counted in `skipped` and changes nothing but the step number.
+    A step whose loss or gradient norm is not finite is counted in `skipped` and changes nothing but the step number;
+    with `fuse` (see `train/fused.py`) a gradient that is not finite spares its own unit alone.
     """
     dropout = stream(seed, "dropout")
 
+    def loss_of(model, state, batch):
+        loss = recipe.loss(model, batch, example_keys(dropout, state.step, batch["example"]))
+        return loss.total, loss
+
     def sums(params, state, batch):
-        keys = example_keys(dropout, state.step, batch["example"])
         rest, stacks = partition(params)
         params = join(jax.tree.map(summed, rest), stacks)
-        loss = recipe.loss(blueprint.merge(params, state.rest, state.frozen), batch, keys)
-        return loss.total, loss
+        return loss_of(blueprint.merge(params, state.rest, state.frozen), state, batch)
 
     def gradients(state: TrainState, batch):
         if accumulation == 1:
@@ -40,7 +46,7 @@ def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulatio
         losses = jax.lax.scan(add, None, jax.tree.map(lambda x: split(x, accumulation), batch))[1]
         return jax.tree.map(jax.freeze, grads), jax.tree.map(sum, losses)
 
-    def step(state: TrainState, batch):
+    def advance(state: TrainState, batch):
         grads, loss = gradients(state, batch)
         loss = Loss(*loss)
         grads = jax.tree.map(lambda g: (g / jnp.maximum(loss.weight, 1e-9)).astype(g.dtype), grads)
@@ -50,16 +56,21 @@ def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulatio
         params, opt_state, info = optimizer.update(
             grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
         )
+        good = jnp.isfinite(mean) & jnp.isfinite(info["grad_norm"])
+        params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
+        return params, opt_state, loss, info | {"loss": mean}
+
+    if fuse:
+        advance = make_fused(blueprint, optimizer, loss_of)
+
+    def step(state: TrainState, batch):
+        params, opt_state, loss, info = advance(state, batch)
+        good = jnp.isfinite(info["loss"]) & jnp.isfinite(info["grad_norm"])
         extra = state.extra
         if ema is not None:
-            extra = {"ema": jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, extra["ema"], params)}
-        good = jnp.isfinite(mean) & jnp.isfinite(info["grad_norm"])
-        params, opt_state, extra = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
-            (params, opt_state, extra),
-            (state.params, state.opt_state, state.extra),
-        )
-        metrics = {"loss": mean, "tokens": loss.weight, **info, "skipped": 1.0 - good.astype(jnp.float32)}
+            average = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, extra["ema"], params)
+            extra = _where(good, {"ema": average}, extra)
+        metrics = {**info, "tokens": loss.weight, "skipped": 1.0 - good.astype(jnp.float32)}
         metrics |= {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in loss.metrics.items()}
         state = state._replace(
             step=state.step + 1, data_step=state.data_step + 1, params=params, opt_state=opt_state, extra=extra
@@ -67,6 +78,10 @@ def make_step(recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulatio
         return state, metrics
 
     return step
+
+
+def _where(good, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
 def split(x, parts: int):

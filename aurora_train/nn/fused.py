@@ -1,0 +1,192 @@
+"""A stack whose units are updated as the backward pass reaches them: no gradient of the whole stack ever exists.
+
+The reverse scan carries the stacked parameters and their optimizer state, and writes unit i's new ones over the old
+once its gradient is known (LOMO, Lv et al. 2023, for any optimizer that works unit by unit). To automatic
+differentiation this is a custom backward rule that returns the *new* values where cotangents are expected: nothing may
+add to them on the way, so a stack must be called exactly once, and its parameters used nowhere else.
+
+`jax.vjp` inside a scan returns its residuals; those that are the unit's own inputs (its weights, above all) are not
+stacked but taken from the carry again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_DISGUISES = {1: jnp.float8_e4m3fn, 4: jnp.float32}  # by bytes
+_updates = contextvars.ContextVar("stack_updates", default=None)
+
+
+class Update(NamedTuple):
+    """What is done to each unit of one stack.
+
+    `state`: the optimizer's, by segment, `disguised`; `dtypes`: the same as it was, abstract. `norms`: float32[units]
+    by segment, any values; the squared norm of each unit's gradient comes back as its cotangent.
+    `rule(grads, state, params, index) -> (params, state, squared norm)` works on nested dicts of one unit.
+    """
+
+    state: list
+    dtypes: list
+    norms: list
+    rule: Callable[..., tuple[Any, Any]]
+
+
+@contextlib.contextmanager
+def updating(updates: dict[int, Update]):
+    """Within, a Stack whose `id` is a key is updated in its backward pass. Yields the ids called so far, in order."""
+    called: list[int] = []
+    token = _updates.set((updates, called))
+    try:
+        yield called
+    finally:
+        _updates.reset(token)
+
+
+def update_of(stack) -> Update | None:
+    """The update that is due to a stack, which counts as called from here on."""
+    updates, called = _updates.get() or ({}, [])
+    found = updates.get(id(stack))
+    if found is not None:
+        called.append(id(stack))
+    return found
+
+
+def disguised(tree):
+    """Integers as floats of the same bits: only floats have cotangents, and these pass through untouched."""
+    return jax.tree.map(lambda a: a if _is_float(a) else jax.lax.bitcast_convert_type(a, _DISGUISES[a.itemsize]), tree)
+
+
+def undisguised(tree, like):
+    """The inverse of `disguised`; `like` has the dtypes."""
+    return jax.tree.map(
+        lambda a, b: a if a.dtype == b.dtype else jax.lax.bitcast_convert_type(a, b.dtype), tree, like
+    )
+
+
+def run(unit, update: Update, segment: int, indices, module, x, context):
+    """x through the units of one segment of a stack. `unit(state, index, x, context) -> x`.
+
+    Args:
+        segment: its number in `update`.
+        indices: int32[units], absolute.
+        module: the segment's stacked parameters, an nnx.State.
+    """
+    floats, rest = _split_floats(context)
+    call = _Call(unit, update.rule, update.dtypes[segment], indices, rest)
+
+    @jax.custom_vjp
+    def through(module, state, norms, x, floats):
+        def body(x, inputs):
+            return unit(*inputs, x, _join_floats(floats, rest)), None
+
+        return jax.lax.scan(body, x, (module, indices))[0]
+
+    through.defvjp(
+        lambda module, state, norms, x, floats: call.forward(module, state, x, floats),
+        lambda residuals, dy: call.backward(*residuals, dy),
+    )
+    return through(module, update.state[segment], update.norms[segment], x, floats)
+
+
+class _Call:
+    """One call of `run`: what its forward rule has to tell its backward rule beside arrays."""
+
+    def __init__(self, unit, rule, dtypes, indices, rest):
+        self.unit, self.rule, self.dtypes, self.indices, self.rest = unit, rule, dtypes, indices, rest
+
+    def forward(self, module, state, x, floats):
+        first = jax.tree.map(lambda a: a[0], (module, self.indices))
+        self._classify(*first, x, floats)
+
+        def body(x, inputs):
+            y, leaves = self._differentiated(*inputs, x, floats)
+            return y, [leaves[k] for k in self.kept]
+
+        y, kept = jax.lax.scan(body, x, (module, self.indices))
+        return y, (kept, module, state, floats)
+
+    def backward(self, kept, module, state, floats, dy):
+        def body(carry, inputs):
+            module, state, dx, dfloats = carry
+            kept, index, i = inputs
+            unit_module, unit_state = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (module, state)
+            )
+            back = self._refilled(kept, (unit_module, index, floats))
+            grads, dx, more = back(dx)
+            square, new_module, new_state = self._updated(grads, unit_state, unit_module, index)
+            module, state = jax.tree.map(
+                lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0),
+                (module, state), (new_module, new_state),
+            )  # fmt: skip
+            return (module, state, dx, jax.tree.map(jnp.add, dfloats, more)), square
+
+        state = undisguised(state, self.dtypes)
+        start = (module, state, dy, jax.tree.map(jnp.zeros_like, floats))
+        number = jnp.arange(self.indices.shape[0])
+        (module, state, dx, dfloats), squares = jax.lax.scan(body, start, (kept, self.indices, number), reverse=True)
+        return module, disguised(state), squares, dx, dfloats
+
+    def _updated(self, grads, state, module, index):
+        # The barrier ends the backward pass of a unit where its update begins, as the step does without fusion.
+        plain = jax.lax.optimization_barrier(nnx.to_pure_dict(grads))
+        params, state, square = self.rule(plain, state, nnx.to_pure_dict(module), index)
+        new = jax.tree.map(lambda leaf: leaf, module)
+        nnx.replace_by_pure_dict(new, params)
+        return square, new, state
+
+    def _differentiated(self, module, index, x, floats):
+        def of(module, x, floats):
+            return self.unit(module, index, x, _join_floats(floats, self.rest))
+
+        y, back = jax.vjp(of, module, x, floats)
+        leaves, self.tree = jax.tree.flatten(back)
+        return y, leaves
+
+    def _classify(self, *inputs):
+        """Which residuals are stacked (`kept`), and which are inputs of the unit (`given`: residual -> input)."""
+        closed = jax.make_jaxpr(lambda *inputs: self._differentiated(*inputs)[1])(*inputs)
+        jaxpr = closed.jaxpr
+        before = len(jax.tree.leaves(inputs[:2]))
+        own = len(jax.tree.leaves(inputs[2]))  # x changes from unit to unit and is not in the carry
+        place = {v: i for i, v in enumerate(jaxpr.invars) if not before <= i < before + own}
+        constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))  # closed over: keys, masks
+        self.given, self.constant, self.kept = {}, {}, []
+        for k, v in enumerate(jaxpr.outvars):
+            if not hasattr(v, "val") and v in place:
+                self.given[k] = place[v] - (own if place[v] >= before else 0)
+            elif not hasattr(v, "val") and v in constants:
+                self.constant[k] = constants[v]
+            else:
+                self.kept.append(k)
+
+    def _refilled(self, kept, inputs):
+        flat = jax.tree.leaves(inputs)
+        found = dict(zip(self.kept, kept, strict=True)) | self.constant
+        found |= {k: flat[place] for k, place in self.given.items()}
+        return jax.tree.unflatten(self.tree, [found[k] for k in range(len(found))])
+
+
+def _is_float(a) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def _split_floats(context):
+    """(the leaves that have cotangents, the context without them); `_join_floats` is the inverse."""
+    leaves, tree = jax.tree.flatten(context)
+    keep = [hasattr(a, "dtype") and _is_float(a) for a in leaves]
+    floats = [a for a, is_float in zip(leaves, keep, strict=True) if is_float]
+    return floats, (tree, keep, [None if is_float else a for a, is_float in zip(leaves, keep, strict=True)])
+
+
+def _join_floats(floats, rest):
+    tree, keep, others = rest
+    given = iter(floats)
+    return jax.tree.unflatten(tree, [next(given) if k else a for k, a in zip(keep, others, strict=True)])
