@@ -7,6 +7,7 @@ from flax import nnx
 
 from aurora_train.memory.search import Candidate
 from aurora_train.memory.verify import can_compile_for_gpu
+from aurora_train.optimizer import partition
 
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
@@ -70,17 +71,18 @@ def levers(program, blueprint) -> list[dict]:
         if saves > 0:
             found.append({"name": name, "setting": setting, "saves_bytes": int(saves)})
 
-    moments = config.optimizer.moments
-    if config.optimizer.name in ("adamw", "muon", "lion"):
-        per_moment = state / max(count, 1) / 4
-        if moments == "float32":
-            add("bfloat16 moments", "optimizer.moments=bfloat16", state - count * per_moment * 2)
-        if moments != "int8":
-            add("8-bit moments", "optimizer.moments=int8", state - count * per_moment * 1.02)
+    for moments, name in (("bfloat16", "bfloat16 moments"), ("int8", "8-bit moments")):
+        if moments != config.optimizer.moments and config.optimizer.name != "adafactor":
+            needed = tree_bytes(program.optimizer_state(moments=moments)) // program.mesh.shape["fsdp"]
+            add(name, f"optimizer.moments={moments}", state - needed)
     if config.optimizer.master == "float32":
         add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
     if config.optimizer.ema is not None:
         add("no moving average", "optimizer.ema=null", 4 * count)
+    if not config.memory.fuse_update and not blueprint.state.frozen:
+        gradients = tree_bytes(partition(blueprint.state.params)[1]) // program.mesh.shape["fsdp"]
+        setting = "memory.fuse_update=true" + (" optimizer.clip=null" if config.optimizer.clip is not None else "")
+        add("the update fused into the backward pass", setting, gradients)
     model = getattr(config, "model", None)
     if hasattr(model, "lora") and model.lora is None and not blueprint.state.frozen:
         add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)

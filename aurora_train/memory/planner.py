@@ -97,8 +97,9 @@ class Planner:
         whole = self._as_asked()
         if whole is not None:
             compiled = self.compile(whole) if self.verify and not self.compiled_later else None
-            self.cpu_seconds += time.process_time() - began
-            return self._told(whole, compiled)
+            if self._fixed or compiled is None or compiled <= self.budget:
+                self.cpu_seconds += time.process_time() - began
+                return self._told(whole, compiled)
         return self._searched(began)
 
     def _searched(self, began: float) -> Plan:
@@ -110,16 +111,21 @@ class Planner:
 
     def _as_asked(self) -> Plan | None:
         """The plan where there is nothing to choose: the config says it all, or a CPU has room for everything."""
-        program, memory = self.program, self.program.config.memory
-        fixed = memory.save != "auto" or memory.unroll != "auto"
-        if not fixed and program.platform != "cpu":
+        program, devices = self.program, self.program.mesh.devices.size
+        pairs = microbatches(program.config, program.recipe, devices)
+        if not self._fixed and program.platform != "cpu":
             return None
-        plan = make_plan(
-            program.config, program.model(), platform=program.platform, num_devices=program.mesh.devices.size
-        )
-        if fixed or self.simulate(plan).bytes <= IDLE * self.budget:
-            return plan
-        return None
+        plan = make_plan(program.config, program.model(), platform=program.platform, num_devices=devices)
+        if not self._fixed:
+            return plan if self.simulate(plan).bytes <= IDLE * self.budget else None
+        plans = [replace(plan, microbatch=m, accumulation=n) for m, n in pairs]
+        return next((p for p in plans if self.simulate(p).bytes <= self.usable), plans[-1])
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the config says what is kept."""
+        memory = self.program.config.memory
+        return memory.save != "auto" or memory.unroll != "auto"
 
     def _told(self, plan: Plan, compiled: int | None) -> Plan:
         """A plan that was not searched for, with its bytes."""
@@ -184,7 +190,8 @@ class Planner:
         stack = call[0]
         with self.program.here():
             graph = trace_stack_unit(*call)
-        gradient = account.unit_gradient_bytes(stack, self.program.mesh)
+        fused = self.program.config.memory.fuse_update  # then there is a gradient of one unit at a time
+        gradient = 0 if fused else account.unit_gradient_bytes(stack, self.program.mesh)
         return StackCosts(path, stack.num_units, graph.points(), gradient)
 
     def _costs(self) -> Costs:
@@ -310,7 +317,13 @@ def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:
                 where="train.batch",
                 hint=f"the nearest that does is {max(batch // (wish * devices), 1) * wish * devices}",
             )
+        if wish > 1 and recipe.couples != "example":
+            raise UserError(
+                f"the loss of {config.recipe} couples a whole batch, so it cannot be split into microbatches",
+                where="memory.accumulation",
+                hint="memory.accumulation=1 and a smaller train.batch",
+            )
         return [(batch // wish, wish)]
-    if recipe.couples != "example":
+    if recipe.couples != "example" or config.memory.fuse_update:
         return [(batch, 1)]
     return [(batch // n, n) for n in range(1, local + 1) if local % n == 0]

@@ -23,6 +23,7 @@ from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, stacks, watched
 from aurora_train.random import example_keys, stream
+from aurora_train.train.fused import refuse_fused
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
 
@@ -39,6 +40,7 @@ class Rehearsal:
     shapes: dict[str, jax.ShapeDtypeStruct]
 
     def __post_init__(self):
+        refuse_fused(self.config)
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
@@ -110,6 +112,12 @@ class Rehearsal:
             with self.here(), _alone() if self.remote else contextlib.nullcontext():
                 self._compiled = {key: traced.lower().compile()}  # one at a time: programs are large
         return self._compiled[key]
+
+    def optimizer_state(self, **changes):
+        """The optimizer's state, abstract, were its settings changed (`moments="int8"`)."""
+        section = self.config.optimizer.model_copy(update=changes)
+        optimizer = optimizers.build(section, self.config.train.steps, seed=self.config.train.seed)
+        return jax.eval_shape(optimizer.init, self.blueprint(self.simplest_plan()).state.params)
 
     def simplest_plan(self) -> Plan:
         """Everything at once, every stack whole: for what does not depend on the plan."""

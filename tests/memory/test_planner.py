@@ -165,12 +165,11 @@ def test_what_just_fits_is_found_and_what_just_does_not_is_refused():
     with pytest.raises(UserError) as caught:
         search.run()
     message = str(caught.value)
-    for part in ("memory.budget", "no plan fits a processor", "so much was given", "optimizer.moments=int8 saves"):
+    for part in ("memory.budget", "no plan fits a processor", "so much was given", "optimizer.moments=bfloat16 saves"):
         assert part in message
     assert search.compiles <= COMPILES
 
 
-@pytest.mark.xfail(strict=True, reason="three plans are compiled whatever the simulation says")
 def test_nothing_is_compiled_where_nothing_can_fit():
     search = planner(program(), 1000)
     with pytest.raises(UserError, match=r"memory\.budget"):
@@ -179,7 +178,6 @@ def test_nothing_is_compiled_where_nothing_can_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="on a CPU, 8-bit updates take more than twice the simulated bytes")
 def test_what_was_kept_because_of_its_simulation_is_let_go_where_compiling_says_otherwise():
     made = program(optimizer={"moments": "int8", "ema": 0.9})
     budget = 2.3 * planner(made, verify=False).run().predicted_bytes
@@ -325,7 +323,6 @@ def test_a_save_set_that_was_asked_for_is_kept_and_compiled(save, segment):
     assert tight.stacks == plan.stacks and "more than the budget" in tight.reason
 
 
-@pytest.mark.xfail(strict=True, reason="with memory.save set, memory.accumulation: auto is taken for 1")
 def test_what_is_left_to_the_planner_beside_a_save_set_is_still_chosen():
     made = program(memory={"save": ["hidden"]})
     search = planner(made, verify=False)
@@ -334,7 +331,6 @@ def test_what_is_left_to_the_planner_beside_a_save_set_is_still_chosen():
     assert plan.accumulation > 1 and plan.predicted_bytes <= plan.budget_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="only a session looks at what the loss couples")
 def test_microbatches_that_were_asked_for_of_a_coupled_loss_are_refused_when_it_is_planned():
     for accumulation_of in ({"accumulation": 2}, {"accumulation": 2, "save": "nothing"}):
         with pytest.raises(UserError, match=r"memory\.accumulation"):
@@ -389,7 +385,6 @@ def test_levers_save_what_they_say_and_those_pulled_are_not_offered():
     assert not {"optimizer.moments=int8", "optimizer.master=bfloat16"} & pulled.keys()
 
 
-@pytest.mark.xfail(strict=True, reason="a guess: tables and narrow matrices stay float32, and a moment may be bfloat16")
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_the_lever_of_8_bit_moments_saves_what_it_says(moments):
     def held(moments):
