@@ -47,8 +47,7 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
     _refuse_nonsense(config)
     schedule = make_schedule(config.lr, config.schedule, total_steps)
     direction, stored_as = make_direction(config), make_format(config.moments)
-    # Float32 Muon stays vmapped: in turn it gives other bits.
-    over_units = _in_turn if config.name == "muon" and config.moments != "float32" else jax.vmap
+    over_units = _in_turn if config.name == "muon" else jax.vmap
 
     def start(params):
         return stored_as.empty(direction(params).init(_wide(params)))
