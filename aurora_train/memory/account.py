@@ -60,7 +60,7 @@ def arguments(program, blueprint) -> dict[str, int]:
     return out
 
 
-def levers(program, blueprint) -> list[dict]:
+def levers(program, blueprint, accumulation: int | None = None) -> list[dict]:
     """Settings that would save memory and are not used, biggest first; each changes the maths, so none is ours."""
     config = program.config
     count = sum(leaf.size for leaf in jax.tree.leaves(blueprint.state.params)) // program.mesh.shape["fsdp"]
@@ -79,12 +79,14 @@ def levers(program, blueprint) -> list[dict]:
         add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
     if config.optimizer.ema is not None:
         add("no moving average", "optimizer.ema=null", 4 * count)
-    if not config.memory.fuse_update and not blueprint.state.frozen:
+    # It asks for the whole batch at once, and XLA:CPU copies what its loops carry: no gain there.
+    one_gpu_batch = accumulation == 1 and program.platform != "cpu"
+    if one_gpu_batch and not config.memory.fuse_update and not blueprint.state.frozen:
         gradients = tree_bytes(partition(blueprint.state.params)[1]) // program.mesh.shape["fsdp"]
         setting = "memory.fuse_update=true" + (" optimizer.clip=null" if config.optimizer.clip is not None else "")
         add("the update fused into the backward pass", setting, gradients)
     model = getattr(config, "model", None)
-    if hasattr(model, "lora") and model.lora is None and not blueprint.state.frozen:
+    if hasattr(model, "lora") and model.lora is None and not (blueprint.state.frozen or config.memory.fuse_update):
         add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)
     return sorted(found, key=lambda lever: -lever["saves_bytes"])
 
@@ -99,7 +101,7 @@ def essentials(planner, plan, simulated) -> dict:
         "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
         "peak_at": peak_at,
         "timeline": timeline,
-        "levers": levers(program, blueprint),
+        "levers": levers(program, blueprint, plan.accumulation),
         "time": _time(planner, None, blueprint),
         "checkpoint": _checkpoint(program, blueprint),
         "attention": getattr(getattr(program.model(), "attention", None), "name", None),
@@ -232,6 +234,8 @@ def _not_verified(planner) -> list[str]:
         installed = can_compile_for_gpu() or not planner.program.remote
         hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
         erred = "a simulation that has erred by up to 7 % (docs/planner_accuracy.md)"
+        if planner.program.platform == "cpu":
+            erred = "a simulation of what XLA does for GPUs; on a CPU it has erred by 40 % on tiny steps"
         out.append(f"the peak: nothing was compiled, it is {erred}{hint}")
     if planner.program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")

@@ -392,7 +392,7 @@ class Graph:
         return tuple(w for w, keep in zip(results, needed, strict=True) if keep) + tuple(writes[len(results) :])
 
     def _body(self, closed, sliced, stacked=None, needed=None, loop=False) -> Graph:
-        key = id(closed), needed
+        key = id(closed), needed, loop
         if key not in self._memo:
             graph = Graph(
                 closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo,

@@ -67,7 +67,8 @@ def make_plan(config, model, *, platform: str, num_devices: int) -> Plan:
     for path, stack in stacks(model).items():
         save = _save_set(memory.save, stack.tags, platform)
         # On CPU a scan costs a fifth of the speed, but an unrolled stack cannot recompute: XLA merges it away.
-        unroll = memory.unroll if memory.unroll != "auto" else platform == "cpu" and save is None
+        scans = memory.fuse_update or platform != "cpu" or save is not None
+        unroll = memory.unroll if memory.unroll != "auto" else not scans
         cuts[_dotted(path)] = [Segment(0, stack.num_units, save, unroll)]
     reason = f"as configured: save {memory.save}, accumulation {memory.accumulation}"
     return Plan(batch // accumulation, accumulation, cuts, reason)

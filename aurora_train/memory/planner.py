@@ -211,7 +211,7 @@ class Planner:
             self._refuse_misfit(found, self._simulated(found or shortlist.smallest()))
             return found, None
         best, real, least = None, None, None
-        for turn in range(COMPILES):
+        for turn in range(min(self.compiles, COMPILES - 1), COMPILES):
             found = self._next(shortlist, best, turn)
             if found is None or (best is not None and not self._pays(shortlist, found, best, real)):
                 break
@@ -260,6 +260,8 @@ class Planner:
         if found is not None and needed <= self.budget:
             return
         levers = "; ".join(f"{lever['setting']} saves {size(lever['saves_bytes'])}" for lever in self._levers()[:3])
+        if self.program.config.memory.fuse_update:
+            levers = "memory.fuse_update=false lets the batch be cut into microbatches" + (levers and f"; {levers}")
         raise UserError(
             f"no plan fits {self.machine or 'this machine'}: the smallest needs {size(needed)} of {size(self.budget)}",
             where="memory.budget",

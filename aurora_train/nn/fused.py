@@ -3,7 +3,8 @@
 The reverse scan carries the stacked parameters and their optimizer state, and writes unit i's new ones over the old
 once its gradient is known (LOMO, Lv et al. 2023, for any optimizer that works unit by unit). To automatic
 differentiation this is a custom backward rule that returns the *new* values where cotangents are expected: nothing may
-add to them on the way, so a stack must be called exactly once, and its parameters used nowhere else.
+add to them on the way, so a stack must be called exactly once, and its parameters used nowhere else. Whoever
+differentiates has to look (`Updating.called` and `made`).
 
 `jax.vjp` inside a scan returns its residuals; those that are the unit's own inputs (its weights, above all) are not
 stacked but taken from the carry again.
@@ -20,7 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_DISGUISES = {1: jnp.float8_e4m3fn, 4: jnp.float32}  # by bytes
+from aurora_train.errors import UserError
+
+_DISGUISES = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.float32}  # by bytes
 _updates = contextvars.ContextVar("stack_updates", default=None)
 
 
@@ -29,33 +32,48 @@ class Update(NamedTuple):
 
     `state`: the optimizer's, by segment, `disguised`; `dtypes`: the same as it was, abstract. `norms`: float32[units]
     by segment, any values; the squared norm of each unit's gradient comes back as its cotangent.
-    `rule(grads, state, params, index) -> (params, state, squared norm)` works on nested dicts of one unit.
+    `rule(grads, weight, state, params, index) -> (params, state, squared norm)` works on nested dicts of one unit.
     """
 
     state: list
     dtypes: list
     norms: list
-    rule: Callable[..., tuple[Any, Any]]
+    rule: Callable[..., tuple[Any, Any, Any]]
+
+
+class Updating:
+    """What was called within `updating`. `taps`: a float32 zero for each segment, to be an output of what is
+    differentiated: its cotangent is the `weight` that the rule is given. `made`: ids of the arrays that rules made."""
+
+    def __init__(self, updates: dict[int, Update]):
+        self.updates, self.called, self.taps, self.made = updates, [], [], set()
+        self.trace = jax.core.get_opaque_trace_state(convention="nnx")
 
 
 @contextlib.contextmanager
 def updating(updates: dict[int, Update]):
-    """Within, a Stack whose `id` is a key is updated in its backward pass. Yields the ids called so far, in order."""
-    called: list[int] = []
-    token = _updates.set((updates, called))
+    """Within, a Stack whose `id` is a key is updated in its backward pass. Yields an `Updating`."""
+    found = Updating(updates)
+    token = _updates.set(found)
     try:
-        yield called
+        yield found
     finally:
         _updates.reset(token)
 
 
 def update_of(stack) -> Update | None:
-    """The update that is due to a stack, which counts as called from here on."""
-    updates, called = _updates.get() or ({}, [])
-    found = updates.get(id(stack))
-    if found is not None:
-        called.append(id(stack))
-    return found
+    """The update that is due to a stack, which counts as called from here on. UserError inside a transformation."""
+    now = _updates.get()
+    if now is None or id(stack) not in now.updates:
+        return None
+    if jax.core.get_opaque_trace_state(convention="nnx") != now.trace:
+        raise UserError(
+            "the loss calls a stack inside jit, vmap, scan, cond, grad or checkpoint", where="memory.fuse_update",
+            why="an update fused into the backward pass needs each stack called once, by the loss itself",
+            hint="memory.fuse_update=false",
+        )  # fmt: skip
+    now.called.append(id(stack))
+    return now.updates[id(stack)]
 
 
 def disguised(tree):
@@ -79,27 +97,30 @@ def run(unit, update: Update, segment: int, indices, module, x, context):
         module: the segment's stacked parameters, an nnx.State.
     """
     floats, rest = _split_floats(context)
-    call = _Call(unit, update.rule, update.dtypes[segment], indices, rest)
+    call = _Call(unit, update.rule, update.dtypes[segment], indices, rest, _updates.get().made)
 
     @jax.custom_vjp
     def through(module, state, norms, x, floats):
         def body(x, inputs):
             return unit(*inputs, x, _join_floats(floats, rest)), None
 
-        return jax.lax.scan(body, x, (module, indices))[0]
+        return jax.lax.scan(body, x, (module, indices))[0], jnp.float32(0)
 
     through.defvjp(
         lambda module, state, norms, x, floats: call.forward(module, state, x, floats),
-        lambda residuals, dy: call.backward(*residuals, dy),
+        lambda residuals, cotangents: call.backward(*residuals, *cotangents),
     )
-    return through(module, update.state[segment], update.norms[segment], x, floats)
+    x, tap = through(module, update.state[segment], update.norms[segment], x, floats)
+    _updates.get().taps.append(tap)
+    return x
 
 
 class _Call:
     """One call of `run`: what its forward rule has to tell its backward rule beside arrays."""
 
-    def __init__(self, unit, rule, dtypes, indices, rest):
+    def __init__(self, unit, rule, dtypes, indices, rest, made):
         self.unit, self.rule, self.dtypes, self.indices, self.rest = unit, rule, dtypes, indices, rest
+        self.made = made
 
     def forward(self, module, state, x, floats):
         first = jax.tree.map(lambda a: a[0], (module, self.indices))
@@ -110,9 +131,9 @@ class _Call:
             return y, [leaves[k] for k in self.kept]
 
         y, kept = jax.lax.scan(body, x, (module, self.indices))
-        return y, (kept, module, state, floats)
+        return (y, jnp.float32(0)), (kept, module, state, floats)
 
-    def backward(self, kept, module, state, floats, dy):
+    def backward(self, kept, module, state, floats, dy, weight):
         def body(carry, inputs):
             module, state, dx, dfloats = carry
             kept, index, i = inputs
@@ -121,7 +142,7 @@ class _Call:
             )
             back = self._refilled(kept, (unit_module, index, floats))
             grads, dx, more = back(dx)
-            square, new_module, new_state = self._updated(grads, unit_state, unit_module, index)
+            square, new_module, new_state = self._updated(grads, weight, unit_state, unit_module, index)
             module, state = jax.tree.map(
                 lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0),
                 (module, state), (new_module, new_state),
@@ -132,12 +153,14 @@ class _Call:
         start = (module, state, dy, jax.tree.map(jnp.zeros_like, floats))
         number = jnp.arange(self.indices.shape[0])
         (module, state, dx, dfloats), squares = jax.lax.scan(body, start, (kept, self.indices, number), reverse=True)
+        self.made.update(map(id, jax.tree.leaves(module)))
+        self.alive = module  # so that no id is given twice
         return module, disguised(state), squares, dx, dfloats
 
-    def _updated(self, grads, state, module, index):
+    def _updated(self, grads, weight, state, module, index):
         # The barrier ends the backward pass of a unit where its update begins, as the step does without fusion.
         plain = jax.lax.optimization_barrier(nnx.to_pure_dict(grads))
-        params, state, square = self.rule(plain, state, nnx.to_pure_dict(module), index)
+        params, state, square = self.rule(plain, weight, state, nnx.to_pure_dict(module), index)
         new = jax.tree.map(lambda leaf: leaf, module)
         nnx.replace_by_pure_dict(new, params)
         return square, new, state

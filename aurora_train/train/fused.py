@@ -16,29 +16,6 @@ from aurora_train.nn.stack import SEGMENTS, stacks
 from aurora_train.optimizer import join, norm_of, partition, squared
 
 
-def refuse_fused(config) -> None:
-    """UserError where a config asks for `memory.fuse_update` beside what needs all gradients at once."""
-    if not config.memory.fuse_update:
-        return
-    where = "memory.fuse_update"
-    if config.optimizer.clip is not None:
-        raise UserError(
-            "an update fused into the backward pass cannot clip by the norm of all gradients", where=where,
-            why="the norm is known only after the last unit has been updated", hint="optimizer.clip=null",
-        )  # fmt: skip
-    if config.memory.accumulation not in ("auto", 1):
-        raise UserError(
-            "an update fused into the backward pass sees one microbatch", where=where,
-            why="the gradients of several would have to be kept, which is what it is there to avoid",
-            hint="memory.accumulation=1, or memory.fuse_update=false",
-        )  # fmt: skip
-    if getattr(getattr(config, "model", None), "lora", None) is not None:
-        raise UserError(
-            "adapters have gradients too small to be worth fusing their update", where=where,
-            hint="memory.fuse_update=false",
-        )  # fmt: skip
-
-
 def make_fused(blueprint, optimizer, loss_of):
     """`(state, batch) -> (params, opt_state, loss, info)`; `loss_of(model, state, batch) -> (total, Loss)`."""
 
@@ -53,16 +30,19 @@ def make_fused(blueprint, optimizer, loss_of):
                 id(stack): Update(kept_as_floats[name], kept[name], norms[name], _rule(optimizer, name, state.step))
                 for name, stack in _by_name(model).items()
             }
-            with updating(updates) as called:
+            with updating(updates) as now:
                 total, loss = loss_of(model, state, batch)
-            _refuse_strange_calls(_by_name(model), called)
-            return total, loss
+            _refuse_strange_calls(_by_name(model), now.called)
+            return (total, now.taps), (loss, now)
 
-        total, backward, loss = jax.vjp(total_of, rest, held, disguised(kept), norms, has_aux=True)
-        mean = total / jnp.maximum(loss.weight, 1e-9)
+        (total, taps), backward, (loss, now) = jax.vjp(total_of, rest, held, disguised(kept), norms, has_aux=True)
+        weight = jnp.maximum(loss.weight, 1e-9)
+        mean = total / weight
         # Not a number where the loss is none: then every gradient is none, and no unit is updated.
-        seed = jnp.where(jnp.isfinite(mean), 1 / jnp.maximum(loss.weight, 1e-9), jnp.nan).astype(total.dtype)
-        rest_grads, held, moved, squares = backward(seed)
+        divisor = jnp.where(jnp.isfinite(mean), weight, jnp.nan).astype(jnp.float32)
+        rest_grads, held, moved, squares = backward((jnp.ones_like(total), [divisor for _ in taps]))
+        _refuse_other_uses(held, now.made)
+        rest_grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), rest_grads)
         moved = undisguised(moved, kept)
         norm = norm_of(squared(rest_grads), squares)
         rest, opt_state, info = optimizer.update(
@@ -76,7 +56,8 @@ def make_fused(blueprint, optimizer, loss_of):
 
 
 def _rule(optimizer, name: str, step):
-    def rule(grads, kept, params, index):
+    def rule(grads, weight, kept, params, index):
+        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
         square = squared(grads)
         new = optimizer.rule(name, step, good=jnp.isfinite(square))(grads, kept, params, index.astype(jnp.uint32))
         return *new, square
@@ -89,9 +70,19 @@ def _refuse_strange_calls(by_name, called) -> None:
         times = called.count(id(stack))
         if times != 1:
             raise UserError(
-                f"the loss calls the stack {name!r} {times} times", where="memory.fuse_update",
+                f"the loss calls the stack {name!r} of its model {times} times", where="memory.fuse_update",
                 why="an update fused into the backward pass needs each stack called once",
                 hint="memory.fuse_update=false",
+            )  # fmt: skip
+
+
+def _refuse_other_uses(held, made: set[int]) -> None:
+    """Parameters that come back as anything but what the rules made were used outside their stack's call."""
+    for name, stack in held.items():
+        if any(id(leaf) not in made for leaf in jax.tree.leaves(stack)):
+            raise UserError(
+                f"the loss uses parameters of the stack {name!r} outside its call", where="memory.fuse_update",
+                why="their gradient is known only after they have been updated", hint="memory.fuse_update=false",
             )  # fmt: skip
 
 

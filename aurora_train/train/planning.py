@@ -5,7 +5,6 @@ from __future__ import annotations
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.config import dump
-from aurora_train.errors import UserError
 from aurora_train.machine.calibration import rates_for
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
@@ -92,12 +91,3 @@ def device_kind(mesh) -> str:
     """What JAX calls the devices of a mesh."""
     return mesh.devices.flat[0].device_kind
 
-
-def refuse_coupled(config, recipe, plan: Plan) -> None:
-    """A loss that couples a batch cannot be cut into microbatches."""
-    if plan.accumulation > 1 and recipe.couples != "example":
-        raise UserError(
-            f"the loss of {config.recipe} couples a whole batch, so it cannot be split into microbatches",
-            where="memory.accumulation",
-            hint="memory.accumulation=1 and a smaller train.batch",
-        )

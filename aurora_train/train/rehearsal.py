@@ -23,7 +23,6 @@ from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, stacks, watched
 from aurora_train.random import example_keys, stream
-from aurora_train.train.fused import refuse_fused
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
 
@@ -40,7 +39,6 @@ class Rehearsal:
     shapes: dict[str, jax.ShapeDtypeStruct]
 
     def __post_init__(self):
-        refuse_fused(self.config)
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )

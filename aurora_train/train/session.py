@@ -25,8 +25,7 @@ from aurora_train.memory.plan import Plan
 from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.stack import Segment, stacks
 from aurora_train.random import stream
-from aurora_train.train.fused import refuse_fused
-from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here, refuse_coupled
+from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.rehearsal import Rehearsal, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, draw, together
 from aurora_train.train.weights import load_parameters, parameters_from
@@ -91,7 +90,6 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     """
     if run.step() == 0:
         refuse_missing_start(config)
-    refuse_fused(config)
     recipe = make_recipe(config)
     recipe.prepare(progress)
     source = recipe.data("train")
@@ -105,7 +103,6 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     plan = None if replan else pinned
     if plan is None:
         plan = planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
-    refuse_coupled(config, recipe, plan)
     blueprint = program.blueprint(plan)
     session = Session(
         config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run)

@@ -61,6 +61,7 @@ def make_step(
         return params, opt_state, loss, info | {"loss": mean}
 
     if fuse:
+        assert accumulation == 1, "refused where the config is read"
         advance = make_fused(blueprint, optimizer, loss_of)
 
     def step(state: TrainState, batch):

@@ -158,6 +158,6 @@ def model_tags(doc):
     return doc["Net"](nnx.Rngs(params=jax.random.key(0))).stack.tags
 
 
-@pytest.mark.parametrize("setting", sorted(set(re.findall(r"`((?:\w+\.)+\w+=[\w]+)`", DOC.read_text()))))
+@pytest.mark.parametrize("setting", sorted(set(re.findall(r"`((?:(?:\w+\.)+\w+=\w+ ?)+)`", DOC.read_text()))))
 def test_every_setting_of_the_document_is_one(setting, here):
-    load("quickstart", [setting])
+    load("quickstart", setting.split())

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from harness import records
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
@@ -33,22 +35,24 @@ CUTS = {
     "all recomputed": [Segment(0, 4, ())],
     "two segments": [Segment(0, 2, ("attn_out",)), Segment(2, 4, ("attn_out", "mlp_up"))],
     "everything kept": [Segment(0, 4)],
-    "unrolled": [Segment(0, 4, None, True)],
 }
 
 
 class Language:
     """A decoder with dropout on packed random tokens: keys, segments and rotations are closed over by every layer."""
 
-    def __init__(self, calls=1, **shape):
+    def __init__(self, calls=1, loss=None, precision="float32", **shape):
+        self.other_loss = loss
         defaults = {"width": 16, "layers": 4, "heads": 2, "mlp_width": 32, "dropout": 0.2, "max_length": LENGTH}
         self.shape, self.calls = DecoderConfig(**defaults | shape), calls
-        self.config = SimpleNamespace(train=SimpleNamespace(precision="float32"))
+        self.config = SimpleNamespace(train=SimpleNamespace(precision=precision))
 
     def model(self, rngs):
-        return Decoder(self.shape, VOCAB, "float32", rngs)
+        return Decoder(self.shape, VOCAB, self.config.train.precision, rngs)
 
     def loss(self, model, batch, key):
+        if self.other_loss:
+            return self.other_loss(self, model, batch, key)
         hidden = sum(model(batch["tokens"], segments=batch["segments"], keys=key) for _ in range(self.calls))
         return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
 
@@ -86,7 +90,7 @@ def trained(blueprint, step, batches):
     return state, told
 
 
-def close(one, other, rtol=2e-5, atol=1e-6):
+def close(one, other, rtol=2e-5, atol=5e-6):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         assert a.dtype == b.dtype, path
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol, atol, err_msg=str(path))
@@ -121,7 +125,12 @@ def test_every_optimizer_can_be_fused(settings):
         if not jnp.issubdtype(a.dtype, jnp.floating)
     ]
     assert min(same) > 0.9  # a code may round the other way where the last bit of a gradient differs
-    assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True))
+    stack, stack_fused = (trained(blueprint, steps[f], [batch_of(0)])[0].params["stack"] for f in (False, True))
+    for a, b in zip(jax.tree.leaves(stack), jax.tree.leaves(stack_fused), strict=True):
+        assert a.dtype == b.dtype
+        # A rounding may fall the other way where a gradient's last bit differs; with other noise every second does.
+        near = np.isclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-3, atol=1e-5)
+        assert near.mean() > 0.8, near.mean()
 
 
 def test_no_gradient_of_the_whole_stack_is_ever_held():
@@ -177,19 +186,71 @@ def test_a_loss_that_is_no_number_changes_nothing():
 
 def test_a_stack_called_twice_is_refused():
     blueprint, steps = made(Language(calls=2), CUTS["all recomputed"])
-    with pytest.raises(UserError, match="calls the stack 'stack' 2 times"):
+    with pytest.raises(UserError, match="calls the stack 'stack' of its model 2 times"):
         steps[True].lower(blueprint.state, batch_of(0))
 
 
+def plain_loss(recipe, model, batch, key, through=lambda hidden: hidden):
+    hidden = through(model(batch["tokens"], segments=batch["segments"], keys=key))
+    return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
+
+
+def test_a_stack_that_no_gradient_reaches_is_trained_as_by_the_ordinary_step():
+    """Moments decay and so do weights: zero is a gradient too."""
+    recipe = Language(loss=lambda *given: plain_loss(*given, through=jax.lax.stop_gradient))
+    blueprint, steps = made(recipe, CUTS["two segments"])
+    (plain, told), (fused, told_fused) = (trained(blueprint, steps[f], [batch_of(0)] * 3) for f in (False, True))
+    np.testing.assert_allclose([t["loss"] for t in told], [t["loss"] for t in told_fused], rtol=1e-5)
+    close(plain, fused)
+
+
+def with_a_penalty(recipe, model, batch, key):
+    total, *rest = plain_loss(recipe, model, batch, key)
+    return Loss(total + 1e-3 * sum(jnp.square(p).sum() for p in jax.tree.leaves(nnx.state(model.stack))), *rest)
+
+
+def in_a_vmap(recipe, model, batch, key):
+    def one(tokens, segments, key):
+        return model(tokens[None], segments=segments[None], keys=key[None])[0]
+
+    hidden = jax.vmap(one)(batch["tokens"], batch["segments"], key)
+    return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
+
+
+def in_a_scan(recipe, model, batch, key):
+    def one(hidden, _):
+        return hidden + model(batch["tokens"], segments=batch["segments"], keys=key), None
+
+    hidden = jax.lax.scan(one, jnp.zeros((BATCH, LENGTH, 16)), None, length=2)[0]
+    return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
+
+
+@pytest.mark.parametrize("loss,why", [
+    (with_a_penalty, "uses parameters of the stack 'stack' outside its call"),
+    (in_a_vmap, "inside jit, vmap, scan"), (in_a_scan, "inside jit, vmap, scan"),
+])  # fmt: skip
+def test_a_loss_that_it_would_train_wrongly_is_refused(loss, why):
+    blueprint, steps = made(Language(loss=loss), CUTS["all recomputed"])
+    steps[False].lower(blueprint.state, batch_of(0))  # the ordinary step can
+    with pytest.raises(UserError, match=why):
+        steps[True].lower(blueprint.state, batch_of(0))
+
+
+def test_in_bfloat16_its_gradients_are_as_near_as_its_rounding():
+    blueprint, steps = made(Language(precision="bfloat16"), CUTS["all recomputed"], lr=1e-3)
+    told, told_fused = (trained(blueprint, steps[f], [batch_of(n) for n in range(5)])[1] for f in (False, True))
+    np.testing.assert_allclose([t["loss"] for t in told], [t["loss"] for t in told_fused], rtol=2e-4)
+
+
 @pytest.mark.slow
-def test_on_eight_devices_it_trains_the_same():
-    mesh = meshes.make_mesh(2, 2)
-    blueprint, steps = made(Language(), CUTS["all recomputed"], mesh=mesh)
-    single, one = made(Language(), CUTS["all recomputed"])
-    batches = [batch_of(number) for number in range(3)]
-    many = trained(blueprint, steps[True], batches)[1]
-    alone = trained(single, one[True], batches)[1]
-    np.testing.assert_allclose([t["loss"] for t in many], [t["loss"] for t in alone], rtol=1e-5)
+def test_on_eight_devices_it_trains_the_same(tiny, aurora, tmp_path):
+    fused = ["memory.fuse_update=true", "memory.accumulation=1", "optimizer.clip=null", "train.batch=8"]
+    cut = ["mesh.data=2", "mesh.fsdp=4"]
+    aurora.good("train", tiny, *fused, "--run", tmp_path / "one")
+    aurora.good("train", tiny, *fused, *cut, "--run", tmp_path / "eight", devices=8)
+    one, eight = ([r["loss"] for r in records(tmp_path / name) if "loss" in r] for name in ("one", "eight"))
+    assert len(one) == len(eight) > 0
+    np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
 TREE = {
@@ -202,19 +263,25 @@ TREE = {
     ([], "optimizer.clip=null"),
     (["optimizer.clip=null", "memory.accumulation=2"], "memory.accumulation=1"),
     (["optimizer.clip=null", "model.lora.rank=4"], "memory.fuse_update=false"),
+    (["optimizer.clip=null", "memory.unroll=true"], "memory.unroll=auto"),
 ])  # fmt: skip
 def test_what_it_cannot_be_combined_with_is_refused(tmp_path, capsys, settings, word):
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps(TREE))
-    assert main(["plan", str(file), "memory.fuse_update=true", *settings]) == 2
-    told = capsys.readouterr().err
-    assert "memory.fuse_update" in told and word in told and "Traceback" not in told
+    for verb in ("plan", "check"):
+        assert main([verb, str(file), "memory.fuse_update=true", *settings]) == 2
+        told = capsys.readouterr().err
+        assert "memory.fuse_update" in told and word in told and "Traceback" not in told
 
 
 def test_the_planner_never_cuts_the_batch_of_a_fused_update(tmp_path, capsys):
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps(TREE))
-    asked = ["plan", str(file), "memory.fuse_update=true", "optimizer.clip=null", "--budget", "1GB", "--json"]
-    assert main(asked) == 0
+    cut = ["plan", str(file), "optimizer.clip=null", "train.batch=32", "--no-compile", "--machine", "h200", "--json"]
+    assert main([*cut, "--budget", "15MB"]) == 0
+    assert json.loads(capsys.readouterr().out)["accumulation"] > 1
+    assert main([*cut, "--budget", "15MB", "memory.fuse_update=true"]) == 2
+    assert "memory.fuse_update=false" in capsys.readouterr().err
+    assert main([*cut, "--budget", "1GB", "memory.fuse_update=true"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["microbatch"], plan["accumulation"]) == (4, 1) and plan["compiled_bytes"] <= 10**9
+    assert (plan["microbatch"], plan["accumulation"]) == (32, 1)

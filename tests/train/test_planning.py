@@ -15,7 +15,7 @@ from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
 from aurora_train.run import Run
 from aurora_train.train import planning
-from aurora_train.train.planning import asked, device_kind, pinned_plan, plan_config, planner_here, refuse_coupled
+from aurora_train.train.planning import asked, device_kind, pinned_plan, plan_config, planner_here
 
 MB = 10**6
 
@@ -216,14 +216,3 @@ def test_a_real_run_resumes_with_its_plan_and_plans_again_for_another_memory_sec
 
 
 # ---- losses that couple a batch
-
-
-@pytest.mark.parametrize("couples,accumulation,refused", [
-    ("example", 4, False), ("microbatch", 1, False), ("microbatch", 2, True), ("global", 2, True),
-])  # fmt: skip
-def test_a_coupled_loss_is_not_cut(couples, accumulation, refused):
-    config, recipe = SimpleNamespace(recipe="contrast.py"), SimpleNamespace(couples=couples)
-    if not refused:
-        return refuse_coupled(config, recipe, Plan(4, accumulation))
-    with pytest.raises(UserError, match=r"memory\.accumulation.*couples"):
-        refuse_coupled(config, recipe, Plan(4, accumulation))

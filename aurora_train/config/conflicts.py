@@ -1,0 +1,33 @@
+"""What keys of a config ask for together and cannot have."""
+
+from __future__ import annotations
+
+from aurora_train.errors import UserError
+
+
+def refuse_fused(config) -> None:
+    """UserError where a config asks for `memory.fuse_update` beside what needs all gradients at once."""
+    if not config.memory.fuse_update:
+        return
+    where = "memory.fuse_update"
+    if config.optimizer.clip is not None:
+        raise UserError(
+            "an update fused into the backward pass cannot clip by the norm of all gradients", where=where,
+            why="the norm is known only after the last unit has been updated", hint="optimizer.clip=null",
+        )  # fmt: skip
+    if config.memory.accumulation not in ("auto", 1):
+        raise UserError(
+            "an update fused into the backward pass sees one microbatch", where=where,
+            why="the gradients of several would have to be kept, which is what it is there to avoid",
+            hint="memory.accumulation=1, or memory.fuse_update=false",
+        )  # fmt: skip
+    if config.memory.unroll is True:
+        raise UserError(
+            "an update fused into the backward pass scans its layers", where=where,
+            hint="memory.unroll=auto, or memory.fuse_update=false",
+        )  # fmt: skip
+    if getattr(getattr(config, "model", None), "lora", None) is not None:
+        raise UserError(
+            "adapters have gradients too small to be worth fusing their update", where=where,
+            hint="memory.fuse_update=false",
+        )  # fmt: skip
