@@ -110,7 +110,7 @@ class Planner:
         return replace(plan, details=plan.details | {"planning_seconds": round(self.cpu_seconds, 2)})
 
     def _as_asked(self) -> Plan | None:
-        """The plan where there is nothing to choose: the config says it all, or a CPU has room for everything."""
+        """The plan that needs no search: the config says what is kept, or a CPU has room for everything."""
         program, devices = self.program, self.program.mesh.devices.size
         pairs = microbatches(program.config, program.recipe, devices)
         if not self._fixed and program.platform != "cpu":

@@ -30,8 +30,8 @@ _updates = contextvars.ContextVar("stack_updates", default=None)
 class Update(NamedTuple):
     """What is done to each unit of one stack.
 
-    `state`: the optimizer's, by segment, `disguised`; `dtypes`: the same as it was, abstract. `norms`: float32[units]
-    by segment, any values; the squared norm of each unit's gradient comes back as its cotangent.
+    `state`: the optimizer's, by segment, `disguised`; `dtypes`: the same as it was, for its dtypes alone.
+    `norms`: float32[units] by segment, any values; each unit's squared gradient norm comes back as its cotangent.
     `rule(grads, weight, state, params, index) -> (params, state, squared norm)` works on nested dicts of one unit.
     """
 

@@ -169,6 +169,11 @@ def stacks(model) -> dict[tuple, Stack]:
     return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, Stack)}
 
 
+def named_stacks(model) -> dict[str, Stack]:
+    """Every Stack in a model by its dotted path, as plans and parameter trees call it."""
+    return {".".join(map(str, path)): stack for path, stack in stacks(model).items()}
+
+
 def is_stack(node: Any) -> bool:
     """Whether a node of a nested parameter dict is a segmented stack."""
     return isinstance(node, dict) and SEGMENTS in node

@@ -1,7 +1,10 @@
 """The update rule of a run: direction, length of the step, and the format of what it remembers."""
 
 from aurora_train.optimizer.schedule import make_schedule
-from aurora_train.optimizer.stacks import global_norm, join, norm_of, partition, squared
+from aurora_train.optimizer.stacks import global_norm, join, norm_of, partition, segments_of, squared
 from aurora_train.optimizer.update import Optimizer, build, stored
 
-__all__ = ["Optimizer", "build", "global_norm", "join", "make_schedule", "norm_of", "partition", "squared", "stored"]
+__all__ = [
+    "Optimizer", "build", "global_norm", "join", "make_schedule", "norm_of", "partition", "segments_of", "squared",
+    "stored",
+]  # fmt: skip

@@ -36,13 +36,18 @@ def join(rest: dict, stacks: dict) -> dict:
     return out
 
 
+def segments_of(stack: dict) -> list[tuple[Any, Any]]:
+    """(key, segment) of a stack, in the order of its units."""
+    return sorted(stack[SEGMENTS].items(), key=lambda item: int(item[0]))
+
+
 def global_norm(tree) -> Any:
     """L2 norm of a parameter tree, summed per layer in layer order, so that no cut of a stack changes its bits."""
     rest, stacks = partition(tree)
     # One unit after another on a CPU: its library sums the squares of more units at once in another order.
     over_units = jax.vmap if platform() != "cpu" else lambda f: lambda segment: jax.lax.map(f, segment)
     squares = {
-        name: [over_units(squared)(segment) for _, segment in sorted(stack[SEGMENTS].items())]
+        name: [over_units(squared)(segment) for _, segment in segments_of(stack)]
         for name, stack in stacks.items()
     }
     return norm_of(squared(rest), squares)

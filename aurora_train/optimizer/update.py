@@ -20,7 +20,7 @@ from aurora_train.optimizer import rounding
 from aurora_train.optimizer.directions import make_direction
 from aurora_train.optimizer.moments import dotted, make_format
 from aurora_train.optimizer.schedule import make_schedule
-from aurora_train.optimizer.stacks import global_norm, join, partition
+from aurora_train.optimizer.stacks import global_norm, join, partition, segments_of
 from aurora_train.random import stream
 
 
@@ -98,7 +98,7 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
                 i: over_units(apply_to(name))(
                     stack_grads[name][SEGMENTS][i], state["stacks"][name][SEGMENTS][i], segment, indices
                 )
-                for i, segment, indices in _numbered(stack[SEGMENTS])
+                for i, segment, indices in _numbered(stack)
             }
             new_stacks[name] = {SEGMENTS: {i: new for i, (new, _) in both.items()}}
             new_states[name] = {SEGMENTS: {i: new for i, (_, new) in both.items()}}
@@ -123,10 +123,10 @@ def _refuse_nonsense(config) -> None:
         )
 
 
-def _numbered(segments: dict):
+def _numbered(stack: dict):
     """(key, segment, uint32 absolute index of each of its units), in order."""
     first = 0
-    for i, segment in sorted(segments.items(), key=lambda item: int(item[0])):
+    for i, segment in segments_of(stack):
         count = jax.tree.leaves(segment)[0].shape[0]
         yield i, segment, jnp.arange(first, first + count, dtype=jnp.uint32)
         first += count

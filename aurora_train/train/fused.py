@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from aurora_train.errors import UserError
 from aurora_train.nn.fused import Update, disguised, undisguised, updating
-from aurora_train.nn.stack import SEGMENTS, stacks
-from aurora_train.optimizer import join, norm_of, partition, squared
+from aurora_train.nn.stack import SEGMENTS, named_stacks
+from aurora_train.optimizer import join, norm_of, partition, segments_of, squared
 
 
 def make_fused(blueprint, optimizer, loss_of):
@@ -28,11 +28,11 @@ def make_fused(blueprint, optimizer, loss_of):
             model = blueprint.merge(join(rest, held), state.rest, state.frozen)
             updates = {
                 id(stack): Update(kept_as_floats[name], kept[name], norms[name], _rule(optimizer, name, state.step))
-                for name, stack in _by_name(model).items()
+                for name, stack in named_stacks(model).items()
             }
             with updating(updates) as now:
                 total, loss = loss_of(model, state, batch)
-            _refuse_strange_calls(_by_name(model), now.called)
+            _refuse_strange_calls(named_stacks(model), now.called)
             return (total, now.taps), (loss, now)
 
         (total, taps), backward, (loss, now) = jax.vjp(total_of, rest, held, disguised(kept), norms, has_aux=True)
@@ -86,16 +86,12 @@ def _refuse_other_uses(held, made: set[int]) -> None:
             )  # fmt: skip
 
 
-def _by_name(model) -> dict:
-    return {".".join(map(str, path)): stack for path, stack in stacks(model).items()}
-
-
 def _in_order(stack: dict) -> list:
-    return [part for _, part in sorted(stack[SEGMENTS].items(), key=lambda item: int(item[0]))]
+    return [part for _, part in segments_of(stack)]
 
 
 def _numbered(parts: list, like: dict) -> dict:
-    return dict(zip(sorted(like[SEGMENTS], key=int), parts, strict=True))
+    return {key: part for (key, _), part in zip(segments_of(like), parts, strict=True)}
 
 
 def _units(segment) -> int:

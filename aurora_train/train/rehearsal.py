@@ -21,7 +21,7 @@ from aurora_train.errors import UserError
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.nn.platform import target_platform
-from aurora_train.nn.stack import Segment, stacks, watched
+from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
@@ -149,7 +149,7 @@ class Rehearsal:
         return {path: [Segment(0, s.num_units)] for path, s in self._stacks().items() if path not in called}
 
     def _stacks(self, model=None) -> dict:
-        return {".".join(map(str, path)): stack for path, stack in stacks(model or self.model()).items()}
+        return named_stacks(model or self.model())
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, requir
 from aurora_train.errors import UserError
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.verify import compiled_bytes
-from aurora_train.nn.stack import Segment, stacks
+from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.random import stream
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.rehearsal import Rehearsal, shapes_of
@@ -180,7 +180,7 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
 def whole_plan(config, recipe) -> Plan:
     """Every stack whole: for reading, where nothing is kept for a backward pass."""
     model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=stream(config.train.seed, "init"))))
-    cuts = {".".join(map(str, path)): [Segment(0, stack.num_units)] for path, stack in stacks(model).items()}
+    cuts = {name: [Segment(0, stack.num_units)] for name, stack in named_stacks(model).items()}
     return Plan(config.train.batch, 1, cuts, "reading")
 
 
