@@ -91,7 +91,10 @@ def needed_results(params, used: list[bool]) -> list[bool]:
 
 
 class Graph:
-    """Values are numbered; `size` in bytes, `cause` where known, `free` those that live in a donated argument."""
+    """Values are numbered; `size` in bytes, `cause` where known, `free` those that live in a buffer already there.
+
+    `donated` results are written over an argument in the end; XLA schedules as though they were not.
+    """
 
     def __init__(
         self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
@@ -115,7 +118,10 @@ class Graph:
         results = [environment[v] if is_variable(v) else None for v in jaxpr.outvars]
         if needed is not None:
             results = [r if keep else None for r, keep in zip(results, needed, strict=True)]
-        self.free = {results[i] for i in donated if results[i] is not None} - self._external
+        self.donated = {results[i] for i in donated if results[i] is not None} - self._external
+        first = len(jaxpr.constvars)
+        self.replaced = {inputs[first + i] for i in donated}
+        self.free: set[int] = set()
         self.outputs = {r: None for r in results if r is not None and r not in self._external}  # in order
         self._stacked = [] if stacked is None else [r for r in results[stacked:] if r in self.outputs]
         for version in self._written.values():
@@ -421,7 +427,7 @@ def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
             for other in by_size[size[k.writes[0]]]:
                 related = other.members & needs[k.order]
                 shared = max((size[t] for t in other.touches & k.touches), default=0)
-                if not related and 2 * shared >= size[k.writes[0]]:  # a scalar in common is no reason
+                if not related and shared > 8:  # what one element has in common is no reason
                     twin = other
                     break
         if twin is None:

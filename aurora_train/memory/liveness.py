@@ -102,9 +102,11 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
     order = clock.algorithm(graph)
     last, ends = {}, set(graph.outputs)
     for position, kernel in enumerate(order):
-        for number in (*kernel.reads, *kernel.writes):
+        for number in (*kernel.reads, *kernel.writes, *kernel.touches):
             last[number] = position
     open_buffers: dict[int, list] = {}  # value -> [size, start, cause, label]
+    if not clock.sharing:
+        open_buffers |= {n: [graph.size[n], len(clock.labels), "", "argument"] for n in graph.replaced}
     looped: set[int] = set()  # results of loops: XLA gives their buffers to no fused kernel
     for position, kernel in enumerate(order):
         start = len(clock.labels)
@@ -116,7 +118,7 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
         if kernel.bodies:
             looped.update(kernel.writes)
         for number in kernel.writes:
-            if number in graph.free:
+            if number in graph.free or (clock.sharing and number in graph.donated):
                 continue
             source = inherited.get(number)
             if source is not None:
@@ -128,7 +130,8 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
         for body in kernel.bodies:
             _lay_out(body, clock)
         now = len(clock.labels) - 1
-        for number in (*dying, *(w for w in kernel.writes if last[w] == position and w not in ends)):
+        replaced = [t for t in kernel.touches if t in graph.replaced and last[t] == position]
+        for number in (*dying, *replaced, *(w for w in kernel.writes if last[w] == position and w not in ends)):
             if number in open_buffers:
                 _close(open_buffers.pop(number), now, clock)
     now = len(clock.labels) - 1
