@@ -99,7 +99,7 @@ class Graph:
     def __init__(
         self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
         stacked: int | None = None, needed: tuple[bool, ...] | None = None, shards: int = 1, memo=None,
-        loop: bool = False,
+        loop: bool = False, length: int = 1,
     ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
@@ -119,11 +119,13 @@ class Graph:
         if needed is not None:
             results = [r if keep else None for r, keep in zip(results, needed, strict=True)]
         self.donated = {results[i] for i in donated if results[i] is not None} - self._external
+        self._length = length
+        self.whole: dict[int, int] = {}  # a result of a loop's body that is written into a stack -> bytes of the stack
         first = len(jaxpr.constvars)
         self.replaced = {inputs[first + i] for i in donated}
         self.free: set[int] = set()
         self.outputs = {r: None for r in results if r is not None and r not in self._external}  # in order
-        self._stacked = [] if stacked is None else [r for r in results[stacked:] if r in self.outputs]
+        self._stacked = [] if stacked is None else [r for r in results[stacked:] if r is not None]
         for version in self._written.values():
             self.outputs[version] = None
             self.free.add(version)
@@ -352,18 +354,28 @@ class Graph:
         outputs = dict(self.outputs)
         for number in dict.fromkeys(self._stacked):
             kernel = maker.get(number)
+            if number in self._external:  # what the iteration was given
+                outputs = {**outputs, self._stack(number): None}
+                continue
             if kernel is None or number in self.free:
                 continue
             if kernel.in_place and not kernel.bodies and number not in read:
                 self.free.add(number)
+                self.whole[number] = self._length * self.size[number]
                 kernel.shunned = True
                 continue
-            written = self._new()
-            order = 1 + max(k.order for k in self.kernels)
-            stack = Kernel(frozenset((number,)), (written,), "stack", order, operands=(number,), shunned=True)
-            self.kernels.append(stack)
+            written = self._stack(number)
             outputs = {written if o == number else o: None for o in outputs}
         self.outputs = outputs
+
+    def _stack(self, number: int) -> int:
+        """Add the launch that copies a value of one iteration into its stack; the value that stands for the copy."""
+        written = self._new()
+        self.whole[written] = self._length * self.size[number]
+        order = 1 + max((k.order for k in self.kernels), default=0)
+        reads = () if number in self._external else (number,)
+        self.kernels.append(Kernel(frozenset(reads), (written,), "stack", order, operands=reads, shunned=True))
+        return written
 
     def _is_scatter(self, index: int) -> bool:
         return self._equations[index][0].primitive.name.startswith("scatter")
@@ -380,7 +392,7 @@ class Graph:
             first = params["num_consts"] + params["num_carry"]
             needed = tuple(needed_results(params, [w in writes for w in results[: len(equation.outvars)]]))
             sliced = frozenset(range(first, len(body.jaxpr.invars)))
-            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed, loop=True)]
+            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed, True, params["length"])]
             kernel.label = f"scan of {params['length']}"
         elif name == "while":
             kernel.bodies = [self._body(params["body_jaxpr"], frozenset(), loop=True)]
@@ -397,12 +409,12 @@ class Graph:
         needed = needed_results(equation.params, used)
         return tuple(w for w, keep in zip(results, needed, strict=True) if keep) + tuple(writes[len(results) :])
 
-    def _body(self, closed, sliced, stacked=None, needed=None, loop=False) -> Graph:
+    def _body(self, closed, sliced, stacked=None, needed=None, loop=False, length=1) -> Graph:
         key = id(closed), needed, loop
         if key not in self._memo:
             graph = Graph(
                 closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo,
-                loop=loop,
+                loop=loop, length=length,
             )  # fmt: skip
             self._memo[key] = (graph, closed)
         return self._memo[key][0]
