@@ -23,9 +23,12 @@ KERNELS = {
     "cumsum", "custom_call", "ffi_call", "fft", "cholesky", "triangular_solve", "all_gather", "psum",
     "ragged_dot_general", "qr", "svd", "eigh", "lu", "pallas_call", "new_ref",
 }  # fmt: skip
-REDUCTIONS = ("reduce_", "argmax", "argmin")
+REDUCTIONS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
+}  # fmt: skip
 WRITES_REFS = {"addupdate", "swap"}
 WEIGHTLESS = {"optimization_barrier"}
+ONE_ELEMENT = 8  # bytes at most: that much in common is no reason to fuse
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Kernel:
     members: set[int] = field(default_factory=set)
     touches: frozenset[int] = frozenset()  # of a fused launch: all it reads, arguments and slices included
     operands: tuple[int, ...] = ()  # `reads` in the order in which they are written in the program
+    elements: int = 0  # of a fused launch: of what it runs over, the operand of a reduction or else the result
+    axes: tuple[int, ...] | None = None  # of a reduction
 
 
 def nbytes(aval) -> int:
@@ -255,7 +260,7 @@ class Graph:
                 self._stored.update(writes)
                 self._stored.update(r for r in reads if r not in self._external)
                 self._copied.update(r for r in reads if r in self._sliced)
-            elif equation.primitive.name.startswith(REDUCTIONS):
+            elif equation.primitive.name in REDUCTIONS:
                 self._stored.update(writes)
 
     def _sources(self, index: int, known: dict) -> tuple[int, ...]:
@@ -323,6 +328,10 @@ class Graph:
             kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
             kernel.touches, kernel.operands = frozenset(touches), operands
             kernel.shunned = equation.primitive.name in WRITES_REFS
+            reduces = equation.primitive.name in REDUCTIONS
+            runs_over = equation.invars if reduces or not equation.outvars else equation.outvars
+            kernel.elements = int(np.prod(runs_over[0].aval.shape, dtype=np.int64))
+            kernel.axes = tuple(equation.params["axes"]) if reduces else None
             made.append(kernel)
         return _with_siblings(made, self.size)
 
@@ -421,37 +430,27 @@ class Graph:
 
 
 def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
-    """Fused launches that read one thing in common and write arrays of one size become one launch with several outputs.
+    """Fused launches that read one array in common and run over as many elements become one with several outputs.
 
-    XLA's MultiOutputFusion, siblings; never where one needs the other.
+    XLA's MultiOutputFusion, siblings: reductions over the same axes, and elementwise results beside them. Never where
+    one needs the other.
     """
-    made_by = {w: k.order for k in kernels for w in k.writes}
-    needs: dict[int, set[int]] = {}
-    for k in kernels:  # in program order, so what is needed is known
-        needs[k.order] = set()
-        for r in k.reads:
-            if r in made_by and made_by[r] != k.order:
-                needs[k.order] |= {made_by[r]} | needs.get(made_by[r], set())
-    out, by_size = [], defaultdict(list)
+    needs = _needs(kernels)
+    out, by_elements = [], defaultdict(list)
     for k in kernels:
-        twin = None
-        if k.in_place and k.touches and len(k.writes) == 1:
-            for other in by_size[size[k.writes[0]]]:
-                related = other.members & needs[k.order]
-                shared = max((size[t] for t in other.touches & k.touches), default=0)
-                if not related and shared > 8:  # what one element has in common is no reason
-                    twin = other
-                    break
+        k.members = {k.order}
+        fused = k.in_place and k.touches and len(k.writes) == 1
+        twin = next((o for o in by_elements[k.elements] if _are_siblings(o, k, needs, size)), None) if fused else None
         if twin is None:
-            k.members = {k.order}
             out.append(k)
             if k.in_place and k.touches and k.writes:
-                by_size[size[k.writes[0]]].append(k)
+                by_elements[k.elements].append(k)
             continue
         twin.operands += tuple(o for o in k.operands if o not in twin.reads)
         twin.reads |= k.reads
         twin.writes += k.writes
         twin.touches |= k.touches
+        twin.axes = k.axes if twin.axes is None else twin.axes
         twin.members.add(k.order)
         for later in needs:
             if needs[later] & twin.members:
@@ -459,3 +458,23 @@ def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
                 for member in twin.members:
                     needs[later] |= needs[member]
     return out
+
+
+def _are_siblings(one: Kernel, other: Kernel, needs, size) -> bool:
+    if one.axes is not None and other.axes is not None and one.axes != other.axes:
+        return False
+    if one.members & needs[other.order]:
+        return False
+    return any(size[t] > ONE_ELEMENT for t in one.touches & other.touches)
+
+
+def _needs(kernels: list[Kernel]) -> dict[int, set[int]]:
+    """Kernel -> all kernels that must run before it. The kernels come in the order of the program."""
+    made_by = {w: k.order for k in kernels for w in k.writes}
+    needs: dict[int, set[int]] = {}
+    for k in kernels:
+        needs[k.order] = set()
+        for r in k.reads:
+            if r in made_by and made_by[r] != k.order:
+                needs[k.order] |= {made_by[r]} | needs.get(made_by[r], set())
+    return needs
