@@ -39,6 +39,16 @@ class Target:
         chip = _CHIPS.get(self.row.name)
         return chip.capability if chip else None
 
+    @property
+    def multiprocessors(self) -> int:
+        """How many the chip has."""
+        return _CHIPS[self.row.name].multiprocessors
+
+    @property
+    def l2_bytes(self) -> int:
+        """Of its level-2 cache."""
+        return _CHIPS[self.row.name].l2
+
 
 @dataclass(frozen=True)
 class _Chip:

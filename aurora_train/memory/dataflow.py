@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
+
+from aurora_train.memory.splits import Chip, Product, splits
 
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",
@@ -27,6 +30,7 @@ REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
 }  # fmt: skip
 WRITES_REFS = {"addupdate", "swap"}
+UNARY = {"convert_element_type", "neg", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "erf"}
 WEIGHTLESS = {"optimization_barrier"}
 ONE_ELEMENT = 8  # bytes at most: that much in common is no reason to fuse
 
@@ -104,10 +108,11 @@ class Graph:
     def __init__(
         self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
         stacked: int | None = None, needed: tuple[bool, ...] | None = None, shards: int = 1, memo=None,
-        loop: bool = False, length: int = 1,
+        loop: bool = False, length: int = 1, chip: Chip | None = None,
     ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
+        self._chip = chip
         self.size, self.cause = {}, {}
         self._equations: list = []
         self._producer: dict[int, int] = {}
@@ -318,6 +323,7 @@ class Graph:
                 wanted = tuple(copies.get(r, r) for r in reads if r in copies or r in self._stored)
                 wanted += self._empties(equation, writes, empties, made)
                 made.append(self._launch(equation, wanted, writes, len(made)))
+                self._split(equation, reads, made)
                 continue
             kept = tuple(w for w in writes if w in self._stored)
             if not kept:
@@ -327,13 +333,64 @@ class Graph:
             sources = frozenset(operands)
             kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
             kernel.touches, kernel.operands = frozenset(touches), operands
-            kernel.shunned = equation.primitive.name in WRITES_REFS
+            kernel.shunned = equation.primitive.name in WRITES_REFS and not self._writes_whole(equation)
             reduces = equation.primitive.name in REDUCTIONS
             runs_over = equation.invars if reduces or not equation.outvars else equation.outvars
             kernel.elements = int(np.prod(runs_over[0].aval.shape, dtype=np.int64))
             kernel.axes = tuple(equation.params["axes"]) if reduces else None
             made.append(kernel)
-        return _with_siblings(made, self.size)
+        return _with_siblings(made, self.size, self._custom_results())
+
+    def _custom_results(self) -> set[int]:
+        """Results of matrix products that XLA makes kernels of before it looks for siblings: they bring none together.
+
+        So it was in all steps compiled for Hopper and for consumer Blackwell, and in none for datacenter Blackwell.
+        """
+        if self._chip is None or self._chip.capability[0] == 10:
+            return set()
+        products = (self._equations[i] for i in self._live)
+        return {w for equation, _, writes in products if equation.primitive.name == "dot_general" for w in writes}
+
+    def _split(self, equation, reads, made) -> None:
+        """A product whose contraction is split writes all parts; another launch adds them."""
+        if self._chip is None or equation.primitive.name != "dot_general":
+            return
+        product, launch = self._product(equation, reads), made[-1]
+        parts = splits(product, self._chip)
+        if parts == 1:
+            return
+        partial = self._new()
+        elements = product.batch * product.m * product.n
+        self.size[partial] = parts * elements * product.sum_bits // 8 // self._shards
+        results, launch.writes = launch.writes, (partial,)
+        added = Kernel(frozenset((partial,)), results, "sum of parts", len(made), in_place=True, operands=(partial,))
+        added.touches, added.elements, added.axes = added.reads, parts * elements, (0,)
+        made.append(added)
+
+    def _product(self, equation, reads) -> Product:
+        (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+        left, right = (v.aval for v in equation.invars)
+        k = math.prod(left.shape[i] for i in contracted)
+        batch = math.prod(left.shape[i] for i in batched)
+        bits = [self._bits(v.aval, r) for v, r in zip(equation.invars, reads, strict=True)]
+        result = 8 * equation.outvars[0].aval.dtype.itemsize
+        m, n = (math.prod(side.shape) // (k * batch) for side in (left, right))
+        return Product(batch, m, n, k, *bits, max(result, 32), result)
+
+    def _bits(self, aval, number) -> int:
+        """Of an element as it is read: before the conversions that a product makes as it reads a matrix."""
+        bits = 8 * aval.dtype.itemsize
+        while len(aval.shape) == 2 and number in self._producer:
+            equation, reads, _ = self._equations[self._producer[number]]
+            if equation.primitive.name not in UNARY:
+                break
+            number, aval = reads[0] if reads else None, equation.invars[0].aval
+            bits = 8 * aval.dtype.itemsize
+        return bits
+
+    def _writes_whole(self, equation) -> bool:
+        """Whether all of a mutable array is written, not one layer's slice of it."""
+        return nbytes(equation.invars[0].aval) == nbytes(equation.invars[1].aval)
 
     def _empties(self, equation, writes, known, made) -> tuple:
         """The buffers that a loop will fill. XLA makes all of one shape in one launch, before the first is needed."""
@@ -423,19 +480,20 @@ class Graph:
         if key not in self._memo:
             graph = Graph(
                 closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo,
-                loop=loop, length=length,
+                loop=loop, length=length, chip=self._chip,
             )  # fmt: skip
             self._memo[key] = (graph, closed)
         return self._memo[key][0]
 
 
-def _with_siblings(kernels: list[Kernel], size) -> list[Kernel]:
+def _with_siblings(kernels: list[Kernel], size, custom=frozenset()) -> list[Kernel]:
     """Fused launches that read one array in common and run over as many elements become one with several outputs.
 
     XLA's MultiOutputFusion, siblings: reductions over the same axes, and elementwise results beside them. Never where
-    one needs the other.
+    one needs the other, nor for what a kernel in `custom` made.
     """
     needs = _needs(kernels)
+    size = {number: nbytes for number, nbytes in size.items() if number not in custom and nbytes > ONE_ELEMENT}
     out, by_elements = [], defaultdict(list)
     for k in kernels:
         k.members = {k.order}
@@ -465,7 +523,7 @@ def _are_siblings(one: Kernel, other: Kernel, needs, size) -> bool:
         return False
     if one.members & needs[other.order]:
         return False
-    return any(size[t] > ONE_ELEMENT for t in one.touches & other.touches)
+    return not size.keys().isdisjoint(one.touches & other.touches)
 
 
 def _needs(kernels: list[Kernel]) -> dict[int, set[int]]:

@@ -169,7 +169,7 @@ def by_list(graph: Graph) -> list[Kernel]:
     def gain(order: int) -> int:
         k = kernels[order]
         dying = [r for r in k.reads if r in made and r not in keep and left[r] == {order}]
-        written = [w for w in k.writes if w not in graph.free]
+        written = k.writes  # all of them: what is donated or written in place counts as new too
         if k.in_place and k.bodies:
             dying, written = _without_reused(dying, written, graph.size)
         return sum(graph.size[r] for r in dying) - sum(graph.size[w] for w in written)

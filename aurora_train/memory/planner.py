@@ -72,7 +72,8 @@ class Planner:
             traced, state = self.program.trace(plan)
             arguments = sum(account.arguments(self.program, self.program.blueprint(plan)).values())
             donated = frozenset(range(len(jax.tree.leaves(state._replace(frozen={})))))
-            scaled = Graph(traced.jaxpr, donated=donated, shards=self.program.mesh.devices.size)
+            shards = self.program.mesh.devices.size
+            scaled = Graph(traced.jaxpr, donated=donated, shards=shards, chip=self.program.chip)
             found = profile_of(scaled)
             self.simulated[key] = Simulated(arguments + found.peak, arguments, found)
         return self.simulated[key]

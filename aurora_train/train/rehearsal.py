@@ -18,7 +18,9 @@ from flax import nnx
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.errors import UserError
+from aurora_train.machine.targets import find_machine
 from aurora_train.memory.plan import Plan
+from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
@@ -29,7 +31,10 @@ from aurora_train.train.step import make_step
 
 @dataclass
 class Rehearsal:
-    """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is not of this machine."""
+    """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is not of this machine.
+
+    `chip`: what XLA's rewrites ask of the GPU, where that is known.
+    """
 
     config: Any
     recipe: Any
@@ -37,6 +42,7 @@ class Rehearsal:
     platform: str
     remote: bool
     shapes: dict[str, jax.ShapeDtypeStruct]
+    chip: Chip | None = None
 
     def __post_init__(self):
         self.optimizer = optimizers.build(
@@ -181,7 +187,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
         shapes = shapes_of(recipe.data("train"))
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-        return Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes)
+        return Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes, _chip_here())
     data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
     # Tracing needs devices of no particular kind; only compiling needs the target's own.
     devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
@@ -192,7 +198,21 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
             hint="pip install 'aurora_train[plan]' to compile for them, or plan with mesh.data=1 mesh.fsdp=1",
         )
     devices = np.asarray(devices, dtype=object).reshape(data, fsdp)
-    return Rehearsal(config, recipe, meshes.mesh_of(devices), "gpu", True, shapes)
+    return Rehearsal(config, recipe, meshes.mesh_of(devices), "gpu", True, shapes, _chip(target))
+
+
+def _chip(target) -> Chip | None:
+    return target and Chip(target.multiprocessors, target.l2_bytes, target.compute_capability)
+
+
+def _chip_here() -> Chip | None:
+    """Of the GPU that jax has found, where the table knows it."""
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        return _chip(find_machine(jax.devices()[0].device_kind))
+    except UserError:
+        return None
 
 
 def shapes_of(source) -> dict[str, jax.ShapeDtypeStruct]:
