@@ -52,6 +52,7 @@ class Kernel:
     operands: tuple[int, ...] = ()  # `reads` in the order in which they are written in the program
     elements: int = 0  # of a fused launch: of what it runs over, the operand of a reduction or else the result
     axes: tuple[int, ...] | None = None  # of a reduction
+    arguments: frozenset[int] = frozenset()  # what it reads of its program's arguments
 
 
 def nbytes(aval) -> int:
@@ -108,7 +109,7 @@ class Graph:
     def __init__(
         self, closed, *, donated: frozenset = frozenset(), sliced: frozenset = frozenset(),
         stacked: int | None = None, needed: tuple[bool, ...] | None = None, shards: int = 1, memo=None,
-        loop: bool = False, length: int = 1, chip: Chip | None = None,
+        carry: tuple[int, int] | None = None, length: int = 1, chip: Chip | None = None,
     ):  # fmt: skip
         jaxpr = closed.jaxpr
         self._numbers, self._memo, self._shards = count(), {} if memo is None else memo, shards
@@ -117,6 +118,7 @@ class Graph:
         self._equations: list = []
         self._producer: dict[int, int] = {}
         self._users = defaultdict(set)
+        self._summed: set[int] = set()  # equations of products that a sum was joined to
         inputs = [self._new(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
         self._external = set(inputs)
         self._sliced = {inputs[len(jaxpr.constvars) + i] for i in sliced}
@@ -140,10 +142,15 @@ class Graph:
             self.outputs[version] = None
             self.free.add(version)
         self.free |= {v for v, first in self._refs.items() if first in self._external}
-        if loop:
+        self.carries: dict[int, int] = {}  # a result of a loop's body -> the argument that it follows
+        if carry is not None:
             self.free |= {v for v in self.outputs if self._is_written_carry(v)}
+            start, number = carry
+            old = inputs[first + start : first + start + number]
+            self.carries = {r: a for r, a in zip(results, old, strict=False) if r in self.outputs}
         self._keep_live()
         self._scatter_into_sums()
+        self._products_into_sums()
         self._decide()
         self._attribute()
         self.kernels = self._make_kernels()
@@ -250,6 +257,26 @@ class Graph:
             if not self._users[target] and target in self._producer:
                 self._live.discard(self._producer[target])
 
+    def _products_into_sums(self) -> None:
+        """a @ b + y is one kernel where nothing but the sum reads the product, and it may be written over y."""
+        for index in sorted(self._live):
+            equation, reads, writes = self._equations[index]
+            if equation.primitive.name != "dot_general" or len(self._users[writes[0]]) != 1 or writes[0] in self.outputs:
+                continue
+            (adder,) = self._users[writes[0]]
+            added, terms, total = self._equations[adder]
+            product = equation.outvars[0].aval
+            others = [t for t in terms if t != writes[0]]
+            alike = all(is_variable(v) and v.aval.shape == product.shape for v in added.invars)
+            if added.primitive.name not in ("add", "add_any") or len(others) != 1 or not alike or product.ndim != 2:
+                continue
+            self._equations[index] = (equation, [*reads, others[0]], total)
+            self._producer[total[0]] = index
+            self._live.discard(adder)
+            self._users[others[0]].discard(adder)
+            self._users[others[0]].add(index)
+            self._summed.add(index)
+
     # ---- what is stored
 
     def _is_kernel(self, index: int) -> bool:
@@ -323,6 +350,8 @@ class Graph:
                 wanted = tuple(copies.get(r, r) for r in reads if r in copies or r in self._stored)
                 wanted += self._empties(equation, writes, empties, made)
                 made.append(self._launch(equation, wanted, writes, len(made)))
+                made[-1].arguments = frozenset(r for r in reads if r in self._external)
+                made[-1].in_place |= index in self._summed
                 self._split(equation, reads, made)
                 continue
             kept = tuple(w for w in writes if w in self._stored)
@@ -333,6 +362,7 @@ class Graph:
             sources = frozenset(operands)
             kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
             kernel.touches, kernel.operands = frozenset(touches), operands
+            kernel.arguments = kernel.touches & self._external
             kernel.shunned = equation.primitive.name in WRITES_REFS and not self._writes_whole(equation)
             reduces = equation.primitive.name in REDUCTIONS
             runs_over = equation.invars if reduces or not equation.outvars else equation.outvars
@@ -372,7 +402,7 @@ class Graph:
         left, right = (v.aval for v in equation.invars)
         k = math.prod(left.shape[i] for i in contracted)
         batch = math.prod(left.shape[i] for i in batched)
-        bits = [self._bits(v.aval, r) for v, r in zip(equation.invars, reads, strict=True)]
+        bits = [self._bits(v.aval, r) for v, r in zip(equation.invars, reads, strict=False)]
         result = 8 * equation.outvars[0].aval.dtype.itemsize
         m, n = (math.prod(side.shape) // (k * batch) for side in (left, right))
         return Product(batch, m, n, k, *bits, max(result, 32), result)
@@ -458,10 +488,12 @@ class Graph:
             first = params["num_consts"] + params["num_carry"]
             needed = tuple(needed_results(params, [w in writes for w in results[: len(equation.outvars)]]))
             sliced = frozenset(range(first, len(body.jaxpr.invars)))
-            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed, True, params["length"])]
+            carry = params["num_consts"], params["num_carry"]
+            kernel.bodies = [self._body(body, sliced, params["num_carry"], needed, carry, params["length"])]
             kernel.label = f"scan of {params['length']}"
         elif name == "while":
-            kernel.bodies = [self._body(params["body_jaxpr"], frozenset(), loop=True)]
+            carry = params["body_nconsts"], len(equation.outvars)
+            kernel.bodies = [self._body(params["body_jaxpr"], frozenset(), carry=carry)]
         elif name == "cond":
             kernel.bodies = [self._body(branch, frozenset()) for branch in params["branches"]]
         return kernel
@@ -475,12 +507,12 @@ class Graph:
         needed = needed_results(equation.params, used)
         return tuple(w for w, keep in zip(results, needed, strict=True) if keep) + tuple(writes[len(results) :])
 
-    def _body(self, closed, sliced, stacked=None, needed=None, loop=False, length=1) -> Graph:
-        key = id(closed), needed, loop
+    def _body(self, closed, sliced, stacked=None, needed=None, carry=None, length=1) -> Graph:
+        key = id(closed), needed, carry
         if key not in self._memo:
             graph = Graph(
                 closed, sliced=sliced, stacked=stacked, needed=needed, shards=self._shards, memo=self._memo,
-                loop=loop, length=length, chip=self._chip,
+                carry=carry, length=length, chip=self._chip,
             )  # fmt: skip
             self._memo[key] = (graph, closed)
         return self._memo[key][0]
@@ -508,6 +540,7 @@ def _with_siblings(kernels: list[Kernel], size, custom=frozenset()) -> list[Kern
         twin.reads |= k.reads
         twin.writes += k.writes
         twin.touches |= k.touches
+        twin.arguments |= k.arguments
         twin.axes = k.axes if twin.axes is None else twin.axes
         twin.members.add(k.order)
         for later in needs:

@@ -97,7 +97,7 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
     order = clock.algorithm(graph)
     last, ends = {}, set(graph.outputs)
     for position, kernel in enumerate(order):
-        for number in (*kernel.reads, *kernel.writes, *kernel.touches):
+        for number in (*kernel.reads, *kernel.writes, *kernel.arguments):
             last[number] = position
     open_buffers: dict[int, list] = {}  # value -> [size, start, cause, label]
     if not clock.sharing:
@@ -115,6 +115,8 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
         for number in kernel.writes:
             if clock.sharing and (number in graph.free or number in graph.donated):
                 continue
+            if clock.sharing and _follows(graph, kernel, number, last, position):
+                continue
             whole = None if clock.sharing else graph.whole.get(number)
             if number in graph.free and whole is None:
                 continue
@@ -128,13 +130,21 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
         for body in kernel.bodies:
             _lay_out(body, clock)
         now = len(clock.labels) - 1
-        replaced = [t for t in kernel.touches if t in graph.replaced and last[t] == position]
+        replaced = [t for t in kernel.arguments if t in graph.replaced and last[t] == position]
         for number in (*dying, *replaced, *(w for w in kernel.writes if last[w] == position and w not in ends)):
             if number in open_buffers:
                 _close(open_buffers.pop(number), now, clock)
     now = len(clock.labels) - 1
     for held in open_buffers.values():
         _close(held, max(now, held[1]), clock)
+
+
+def _follows(graph: Graph, kernel: Kernel, number: int, last, position: int) -> bool:
+    """Whether a loop's carry is written where the one of the iteration before was: nothing reads that any more."""
+    old = graph.carries.get(number)
+    if old is None or graph.size[old] != graph.size[number]:
+        return False
+    return last.get(old, -1) < position or (last[old] == position and kernel.in_place)
 
 
 def _close(held, now, clock):
