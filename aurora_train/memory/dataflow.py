@@ -124,6 +124,8 @@ class Graph:
         self._sliced = {inputs[len(jaxpr.constvars) + i] for i in sliced}
         environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
         self._barriers: list[int] = []
+        self._passed = 0  # barriers so far
+        self._known: dict[tuple, list[int]] = {}  # equations by what they compute -> their results
         self._refs: dict[int, int] = {}  # a version of a mutable array -> the array it started as
         self._written: dict[int, int] = {}  # an argument that is mutable -> its last version
         self._inline(jaxpr, environment)
@@ -182,12 +184,38 @@ class Graph:
             elif equation.primitive.name in WEIGHTLESS:
                 results = [self._constant() if r is None else r for r in reads]
                 self._barriers.extend(results)
+                self._passed += 1
             elif equation.primitive.name == "freeze" or self._is_alias(equation, reads):
                 results = reads[:1]
             else:
-                results = [self._new(v) for v in equation.outvars]
-                self._record(equation, reads, results + self._written_refs(equation, reads, environment))
+                results = self._once(equation, reads, environment)
             environment.update(zip(equation.outvars, results, strict=True))
+
+    def _once(self, equation, reads, environment) -> list[int]:
+        """The results of an equation; those of an equal one that was there before, as XLA has it."""
+        key = self._identity(equation, reads)
+        if key is None or key not in self._known:
+            results = [self._new(v) for v in equation.outvars]
+            self._record(equation, reads, results + self._written_refs(equation, reads, environment))
+            if key is None:
+                return results
+            self._known[key] = results
+        return self._known[key]
+
+    def _identity(self, equation, reads) -> tuple | None:
+        """What equal elementwise equations have in common; a barrier parts what is before it from what is after."""
+        if self._is_kernel_name(equation.primitive.name) or equation.effects:
+            return None
+        operands = tuple(
+            (str(v.aval), repr(v.val)) if r is None and not is_variable(v) else r
+            for v, r in zip(equation.invars, reads, strict=True)
+        )
+        try:
+            key = equation.primitive.name, self._passed, operands, tuple(sorted(equation.params.items()))
+            hash(key)
+        except TypeError:
+            return None
+        return key
 
     def _record(self, equation, reads, results) -> None:
         for number in results:
@@ -280,7 +308,10 @@ class Graph:
     # ---- what is stored
 
     def _is_kernel(self, index: int) -> bool:
-        name = self._equations[index][0].primitive.name
+        return self._is_kernel_name(self._equations[index][0].primitive.name)
+
+    @staticmethod
+    def _is_kernel_name(name: str) -> bool:
         return name in KERNELS or "attention" in name or name.startswith("custom_")
 
     def _decide(self) -> None:
