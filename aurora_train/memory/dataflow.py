@@ -325,6 +325,38 @@ class Graph:
                 self._copied.update(r for r in reads if r in self._sliced)
             elif equation.primitive.name in REDUCTIONS:
                 self._stored.update(writes)
+        self._alone = self._normalised()
+        self._stored |= self._alone
+
+    def _normalised(self) -> set[int]:
+        """(x - mean) / deviation over the last axis, where several kernels read it: XLA makes a kernel of the whole.
+
+        A norm that does not subtract a mean is left to its readers instead, each of which computes it again.
+        """
+        found = set()
+        for index in self._live:
+            equation, reads, writes = self._equations[index]
+            if equation.primitive.name != "sub" or len(reads) != 2 or self._reduced(reads[1]) != reads[0]:
+                continue
+            for user in self._users[writes[0]]:
+                scaled, terms, units = self._equations[user]
+                others = [t for t in terms if t != writes[0]]
+                if scaled.primitive.name in ("mul", "div") and len(others) == 1 and len(self._users[units[0]]) > 1:
+                    square = self._reduced(others[0])
+                    if square in self._producer and set(self._equations[self._producer[square]][1]) == {writes[0]}:
+                        found.add(units[0])
+        return found
+
+    def _reduced(self, number: int) -> int | None:
+        """What a value is the sum of, where it is nothing but a scaled, shifted or broadcast sum."""
+        while number in self._producer:
+            equation, reads, _ = self._equations[self._producer[number]]
+            if equation.primitive.name == "reduce_sum":
+                return reads[0]
+            if len(reads) != 1 or self._is_kernel(self._producer[number]):
+                return None
+            number = reads[0]
+        return None
 
     def _sources(self, index: int, known: dict) -> tuple[int, ...]:
         """The stored values and arguments that a fused chain ending in this equation reads, in operand order."""
@@ -394,6 +426,8 @@ class Graph:
             kernel = Kernel(sources, kept, equation.primitive.name, len(made), in_place=True)
             kernel.touches, kernel.operands = frozenset(touches), operands
             kernel.arguments = kernel.touches & self._external
+            if not self._alone.isdisjoint(writes):
+                kernel.touches = frozenset()  # it has no siblings
             kernel.shunned = equation.primitive.name in WRITES_REFS and not self._writes_whole(equation)
             reduces = equation.primitive.name in REDUCTIONS
             runs_over = equation.invars if reduces or not equation.outvars else equation.outvars
