@@ -173,6 +173,11 @@ def by_list(graph: Graph) -> list[Kernel]:
         missing[k.order] = {r for r in k.reads if r in made}
         for r in k.reads:
             readers[r].add(k.order)
+    followers = defaultdict(set)
+    for k in graph.kernels:
+        missing[k.order] |= {("after", o) for o in k.after}
+        for o in k.after:
+            followers[o].add(k.order)
     left = {number: set(orders) for number, orders in readers.items()}
     keep = set(graph.outputs)
 
@@ -193,11 +198,11 @@ def by_list(graph: Graph) -> list[Kernel]:
         out.append(k)
         for r in k.reads:
             left[r].discard(order)
-        for w in k.writes:
-            for reader in readers[w]:
-                missing[reader].discard(w)
-                if not missing[reader]:
-                    ready.add(reader)
+        done = [(w, reader) for w in k.writes for reader in readers[w]]
+        for what, reader in [*done, *((("after", order), follower) for follower in followers[order])]:
+            missing[reader].discard(what)
+            if not missing[reader]:
+                ready.add(reader)
     assert len(out) == len(graph.kernels), "a cycle"
     return out
 
@@ -229,7 +234,7 @@ def post_order(graph: Graph) -> list[Kernel]:
 
 def _visit(graph, maker, ordered) -> list[Kernel]:
     """Post-order from the outputs; `ordered(operands)` says which of a kernel's operands is made first."""
-    out, seen = [], set()
+    out, seen, by_order = [], set(), {k.order: k for k in graph.kernels}
     roots = ordered(list({maker[o].order: maker[o] for o in graph.outputs}.values()))
     pending = [(k, False) for k in reversed(roots)]
     while pending:
@@ -240,6 +245,7 @@ def _visit(graph, maker, ordered) -> list[Kernel]:
             seen.add(k.order)
             pending.append((k, True))
             operands = list({maker[r].order: maker[r] for r in k.operands if r in maker}.values())
+            operands = [by_order[o] for o in reversed(k.after)] + operands
             pending.extend((o, False) for o in reversed(ordered(operands)))
     return out
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.memory.dataflow import Graph, callee, is_ref, is_variable, nbytes
+from aurora_train.memory.dataflow import Graph
+from aurora_train.memory.program import callee, is_ref, is_variable, nbytes
 
 N = 16
 MATRIX = N * N * 4

@@ -1,0 +1,82 @@
+"""One launch of a GPU, and which launches XLA makes one of: its MultiOutputFusion, in short."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+ONE_ELEMENT = 8  # bytes at most: that much in common is no reason to fuse
+
+
+@dataclass
+class Kernel:
+    """One launch. `in_place`: an output may take the place of an input that dies; `bodies`: of a loop or branch."""
+
+    reads: frozenset[int]
+    writes: tuple[int, ...]
+    label: str
+    order: int
+    in_place: bool = False
+    bodies: list = field(default_factory=list)
+    must_share: bool = False  # a loop, a scatter: XLA knows from the start that it works in place
+    shunned: bool = False  # writes into a whole stack or carries one: XLA's list scheduler counts all of it as new
+    members: set[int] = field(default_factory=set)
+    touches: frozenset[int] = frozenset()  # of a fused launch: all it reads, arguments and slices included
+    operands: tuple[int, ...] = ()  # `reads` in the order in which they are written in the program
+    elements: int = 0  # of a fused launch: of what it runs over, the operand of a reduction or else the result
+    axes: tuple[int, ...] | None = None  # of a reduction
+    arguments: frozenset[int] = frozenset()  # what it reads of its program's arguments
+    after: tuple[int, ...] = ()  # orders of launches that must run before it, though it reads nothing of theirs
+
+
+def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int]) -> list[Kernel]:
+    """Fused launches that read one array in common and run over as many elements become one with several outputs.
+
+    XLA's MultiOutputFusion, siblings: reductions over the same axes, and elementwise results beside them. Never where
+    one needs the other, nor for what a kernel in `custom` made.
+    """
+    needs = needs_of(kernels)
+    size = {number: nbytes for number, nbytes in size.items() if number not in custom and nbytes > ONE_ELEMENT}
+    out, by_elements = [], defaultdict(list)
+    for k in kernels:
+        k.members = {k.order}
+        fused = k.in_place and k.touches and len(k.writes) == 1
+        twin = next((o for o in by_elements[k.elements] if _are_siblings(o, k, needs, size)), None) if fused else None
+        if twin is None:
+            out.append(k)
+            if k.in_place and k.touches and k.writes:
+                by_elements[k.elements].append(k)
+            continue
+        twin.operands += tuple(o for o in k.operands if o not in twin.reads)
+        twin.reads |= k.reads
+        twin.writes += k.writes
+        twin.touches |= k.touches
+        twin.arguments |= k.arguments
+        twin.axes = k.axes if twin.axes is None else twin.axes
+        twin.members.add(k.order)
+        for later in needs:
+            if needs[later] & twin.members:
+                needs[later] |= twin.members
+                for member in twin.members:
+                    needs[later] |= needs[member]
+    return out
+
+
+def _are_siblings(one: Kernel, other: Kernel, needs, size) -> bool:
+    if one.axes is not None and other.axes is not None and one.axes != other.axes:
+        return False
+    if one.members & needs[other.order]:
+        return False
+    return not size.keys().isdisjoint(one.touches & other.touches)
+
+
+def needs_of(kernels: list[Kernel]) -> dict[int, set[int]]:
+    """Kernel -> all kernels that must run before it. The kernels come in the order of the program."""
+    made_by = {w: k.order for k in kernels for w in k.writes}
+    needs: dict[int, set[int]] = {}
+    for k in kernels:
+        needs[k.order] = set()
+        for r in k.reads:
+            if r in made_by and made_by[r] != k.order:
+                needs[k.order] |= {made_by[r]} | needs.get(made_by[r], set())
+    return needs
