@@ -28,6 +28,7 @@ class Loop(NamedTuple):
     num_carry: int
     length: int = 1
     needed: tuple[bool, ...] | None = None  # which results anybody reads
+    reverse: bool = False
 
 
 class Graph(Program):
@@ -43,7 +44,7 @@ class Graph(Program):
         loop: Loop | None = None, memo=None,
     ):  # fmt: skip
         super().__init__(closed, shards=shards, needed=loop and loop.needed)
-        self._chip, self._memo, self._loop = chip, {} if memo is None else memo, loop
+        self._chip, self._memo, self.loop = chip, {} if memo is None else memo, loop
         self.cause: dict[int, str] = {}
         self.donated = {self.results[i] for i in donated if self.results[i] is not None} - self.external
         self.replaced = {self.inputs[i] for i in donated}
@@ -279,7 +280,7 @@ class Graph(Program):
                 continue
             if kernel.in_place and not kernel.bodies and number not in read:
                 self.free.add(number)
-                self.whole[number] = self._loop.length * self.size[number]
+                self.whole[number] = self.loop.length * self.size[number]
                 kernel.shunned = True
                 continue
             written = self._stack(number)
@@ -303,7 +304,7 @@ class Graph(Program):
     def _stack(self, number: int) -> int:
         """Add the launch that copies a value of one iteration into its stack; the value that stands for the copy."""
         written = self.new()
-        self.whole[written] = self._loop.length * self.size[number]
+        self.whole[written] = self.loop.length * self.size[number]
         order = 1 + max((k.order for k in self.kernels), default=0)
         reads = () if number in self.external else (number,)
         self.kernels.append(Kernel(frozenset(reads), (written,), "stack", order, operands=reads, shunned=True))
@@ -318,7 +319,7 @@ class Graph(Program):
         kernel.shunned = name in ("scan", "while")
         if name == "scan":
             needed = tuple(needed_results(params, [w in writes for w in results[: len(equation.outvars)]]))
-            loop = Loop(params["num_consts"], params["num_carry"], params["length"], needed)
+            loop = Loop(params["num_consts"], params["num_carry"], params["length"], needed, params["reverse"])
             kernel.bodies = [self._body(params["jaxpr"], loop)]
             kernel.label = f"scan of {params['length']}"
         elif name == "while":

@@ -227,15 +227,22 @@ def depth_first(graph: Graph) -> list[Kernel]:
 
 
 def post_order(graph: Graph) -> list[Kernel]:
-    """XLA's post-order scheduler: operands first, as they are written."""
+    """XLA's post-order scheduler: operands first, as they are written.
+
+    A loop's counter is its first result, and what reads the old one, each write into a stack, comes before it. So it
+    was in the backward loops that were compiled; in forward loops the carry came first.
+    """
     maker = {w: k for k in graph.kernels for w in k.writes}
-    return _visit(graph, maker, lambda found: found)
+    outputs = list(graph.outputs)
+    if graph.loop is not None and graph.loop.reverse:
+        outputs = [o for o in reversed(outputs) if o in graph.whole] + [o for o in outputs if o not in graph.whole]
+    return _visit(graph, maker, lambda found: found, outputs)
 
 
-def _visit(graph, maker, ordered) -> list[Kernel]:
+def _visit(graph, maker, ordered, outputs=None) -> list[Kernel]:
     """Post-order from the outputs; `ordered(operands)` says which of a kernel's operands is made first."""
     out, seen, by_order = [], set(), {k.order: k for k in graph.kernels}
-    roots = ordered(list({maker[o].order: maker[o] for o in graph.outputs}.values()))
+    roots = ordered(list({maker[o].order: maker[o] for o in outputs or graph.outputs}.values()))
     pending = [(k, False) for k in reversed(roots)]
     while pending:
         k, expanded = pending.pop()
