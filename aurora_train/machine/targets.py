@@ -44,11 +44,6 @@ class Target:
         """How many the chip has."""
         return _CHIPS[self.row.name].multiprocessors
 
-    @property
-    def l2_bytes(self) -> int:
-        """Of its level-2 cache."""
-        return _CHIPS[self.row.name].l2
-
 
 @dataclass(frozen=True)
 class _Chip:

@@ -2,8 +2,8 @@
 
 A product with few output tiles leaves multiprocessors idle, so XLA computes parts of the contraction side by side and
 sums them. The partial results are memory: up to a tenth of the peak of a tiny step. The choice is XLA's cost model
-(openxla/xla, `xla/backends/gpu/transforms/splitk_rewriter.cc`, 2025), whose fitted constants are given here under
-their meaning.
+(openxla/xla, `xla/backends/gpu/transforms/splitk_rewriter.cc`, 2026), whose fitted weights are given here under their
+meaning; jax 0.10.2 splits as it says (tests/memory/test_splits.py).
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-CHOICES = (1, 2, 4, 8, 16, 32, 64, 128)
-ALIGNMENT_BITS = 128  # of the contraction of one part
-_TILE = 212  # rows and columns of an output tile
-_STEP_BYTES = 442  # of the contraction, that a tile takes in one go
-_FLOPS = 2 + 4.73313  # an element: a product, a sum, and what goes with them
-_FLOPS_PER_BYTE, _FLOPS_PER_CACHED_BYTE = 2842.3, 1846.31  # that moving a byte costs
-_CACHED = 2.19872  # times the level-2 cache: what all tiles of one wave may read to be cached
-_SUM_LAUNCH_FLOPS, _SUM_FLOPS_PER_BYTE = 2.74228e9, 677.076  # of adding the parts
+TILE = 128  # rows and columns of an output tile
+CHOICES = tuple(2**i for i in range(12))
+FLOP = 100.0  # the cost of one; the others are in the same unit
+
+
+class Weights(NamedTuple):
+    """Of a byte that a product moves, a byte that the sum of the parts moves, and the launch of that sum."""
+
+    moved: float
+    summed: float
+    launch: float
+
+
+_WEIGHTS = (  # from this major compute capability on
+    (10, Weights(0.0848863, 189.711, 1.21563e08)),
+    (9, Weights(0.194136, 193.1384, 4.36e07)),
+    (0, Weights(0.0666955, 467.815, 5.65307e07)),
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,6 @@ class Chip:
     """What XLA's rewrites ask of a GPU. `capability`: (major, minor), as NVIDIA counts."""
 
     multiprocessors: int
-    l2_bytes: int
     capability: tuple[int, int]
 
 
@@ -45,25 +54,24 @@ class Product(NamedTuple):
 
 def splits(product: Product, chip: Chip) -> int:
     """The number of parts; 1 where the contraction is left whole."""
-    return min(CHOICES, key=lambda parts: _cost(product, parts, chip))
+    weights = next(weights for major, weights in _WEIGHTS if chip.capability[0] >= major)
+    return min(CHOICES, key=lambda parts: _cost(product, parts, chip.multiprocessors, weights))
 
 
-def _cost(product: Product, parts: int, chip: Chip) -> float:
-    """In FLOPs: waves of tiles, each bound by its arithmetic or by what it moves, and then the sum of the parts."""
-    batch, k = product.batch * parts, _ceil(product.k, parts)
-    waves = _ceil(batch * _ceil(product.m, _TILE) * _ceil(product.n, _TILE), chip.multiprocessors)
-    steps = _ceil(k * max(product.left_bits, product.right_bits) // 8, _STEP_BYTES)
-    arithmetic = int(_FLOPS * _TILE * _TILE * steps * _STEP_BYTES * product.sum_bits / 8)
-    written_bits = product.sum_bits if parts > 1 else product.result_bits
-    moved = sum(_TILE * k * bits // 8 for bits in (product.left_bits, product.right_bits))
-    moved += _TILE * _TILE * written_bits // 8
-    cached = moved * chip.multiprocessors < _CACHED * chip.l2_bytes
-    wave = max(arithmetic, int(moved * (_FLOPS_PER_CACHED_BYTE if cached else _FLOPS_PER_BYTE)))
+def _cost(product: Product, parts: int, multiprocessors: int, weights: Weights) -> float:
+    """Waves of tiles, bound by their arithmetic or by what they move, and then the sum of the parts."""
+    m, n, k, batch = product.m, product.n, _ceil(product.k, parts), product.batch * parts
+    rows, columns = min(m, TILE), min(n, TILE)
+    slots = multiprocessors * TILE * TILE / (rows * columns)
+    waves = max(1.0, batch * _ceil(m, TILE) * _ceil(n, TILE) / slots)
+    arithmetic = 2 * rows * columns * k * waves * FLOP
+    read = product.batch * product.k * (m * product.left_bits + n * product.right_bits) / 8
+    written = batch * m * n * (product.sum_bits if parts > 1 else product.result_bits) / 8
+    cost = max(arithmetic, (read + written) * weights.moved)
     if parts == 1:
-        return wave * waves
-    summed = batch * product.m * product.n * product.sum_bits // 8
-    summed += product.batch * product.m * product.n * product.result_bits // 8
-    return wave * waves + _SUM_LAUNCH_FLOPS + int(summed * _SUM_FLOPS_PER_BYTE)
+        return cost
+    summed = (batch * product.sum_bits + product.batch * product.result_bits) * m * n / 8
+    return cost + weights.launch + summed * weights.summed
 
 
 def _ceil(a: int, b: int) -> int:

@@ -202,7 +202,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
 
 
 def _chip(target) -> Chip | None:
-    return target and Chip(target.multiprocessors, target.l2_bytes, target.compute_capability)
+    return target and Chip(target.multiprocessors, target.compute_capability)
 
 
 def _chip_here() -> Chip | None:
