@@ -3,8 +3,9 @@
     peak(m, cuts) = rest(m) + all that units keep + all their gradients
 
 `rest(m)` comes from one simulated step at full recomputation. Upgrades of the save-set are taken in the order of
-seconds saved per byte along the convex hull of each stack, and the last one for as many units as still fit, so a
-stack ends with at most two segments; the richer one comes last, because its residuals are freed first.
+seconds saved per byte along the convex hull of each stack, and the last one for as many units as still fit, or
+instead a save-set that lies between for all units; so a stack ends with at most two segments, and the richer one
+comes last, because its residuals are freed first.
 """
 
 from __future__ import annotations
@@ -35,13 +36,18 @@ class StackCosts:
     scores: list[Score]
     gradient: int
 
+    def front(self, costs: Costs) -> list[Score]:
+        """The save-sets than which no other is both smaller and faster, bytes rising."""
+        out: list[Score] = []
+        for point in sorted(self.scores, key=lambda s: (s.saved_bytes, seconds_of(s, costs))):
+            if not out or seconds_of(point, costs) < seconds_of(out[-1], costs):
+                out.append(point)
+        return out
+
     def hull(self, costs: Costs) -> list[Score]:
         """The lower convex hull of (bytes, seconds), bytes rising."""
-        points = sorted(self.scores, key=lambda s: (s.saved_bytes, seconds_of(s, costs)))
         hull: list[Score] = []
-        for point in points:
-            if hull and seconds_of(point, costs) >= seconds_of(hull[-1], costs):
-                continue
+        for point in self.front(costs):
             while len(hull) >= 2 and _slope(hull[-2], point, costs) <= _slope(hull[-2], hull[-1], costs):
                 hull.pop()
             hull.append(point)
@@ -131,8 +137,16 @@ class Space:
                 cut = stack.units - units
                 cuts[stack.path] = [(0, cut, low), (cut, stack.units, high)]
                 yield self.candidate(microbatch, accumulation, dict(cuts))
+            for between in self._between(stack, low, high):
+                cuts[stack.path] = [(0, stack.units, between)]
+                yield self.candidate(microbatch, accumulation, dict(cuts))
             cuts[stack.path] = [(0, stack.units, high)]
             yield self.candidate(microbatch, accumulation, dict(cuts))
+
+    def _between(self, stack: StackCosts, low: Score, high: Score) -> list[Score]:
+        """Save-sets off the hull: a whole stack of one may fit where no cut between its neighbours does."""
+        front = stack.front(self.costs)
+        return [s for s in front if low.saved_bytes < s.saved_bytes < high.saved_bytes]
 
     def all(self) -> list[Candidate]:
         """Every candidate of every microbatch."""

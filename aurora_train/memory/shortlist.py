@@ -17,6 +17,7 @@ from aurora_train.memory.search import Candidate, preference
 SPREAD = 0.012  # of the budget: the standard error of a simulation where nothing was compiled yet
 CLOSE = 0.002  # the same right beside a plan that was compiled
 FAR = 0.1  # the distance from it at which an estimate errs as much as anywhere
+LEAST_CHANCE = 0.03  # of fitting, that a plan must have to be worth a compilation
 CUT = 0.02  # the distance between plans of as many segments and plans of more
 
 _erfc = np.vectorize(math.erfc, otypes=[float])
@@ -64,7 +65,7 @@ class Shortlist:
         Only plans that fit with a chance of at least `sure` count, and none that was compiled.
         """
         chance = self._chance()
-        counts = (self._expected <= self.budget) & (chance >= sure)
+        counts = chance >= max(sure, LEAST_CHANCE)
         counts[list(self._of_simulation)] = False
         if best is not None:
             counts &= self._seconds < best.seconds
@@ -92,7 +93,7 @@ class Shortlist:
         if not self._of_simulation:
             return SPREAD * self.budget
         near = np.min([self._distances(place) for place in self._of_simulation], axis=0)
-        worst = max(SPREAD * self.budget / 3, max(map(abs, self._of_simulation.values())) / 2)
+        worst = max(SPREAD * self.budget, max(map(abs, self._of_simulation.values())) / 2)
         return CLOSE * self.budget + worst * np.minimum(near / FAR, 1)
 
     def _distances(self, place: int) -> np.ndarray:
