@@ -18,7 +18,7 @@ CANDIDATES = st.lists(
 
 
 @given(CANDIDATES, st.integers(10**6, 10**9), st.data())
-def test_what_is_promising_is_expected_to_fit_faster_than_the_best_and_not_known(candidates, budget, data):
+def test_what_is_promising_may_fit_is_faster_than_the_best_and_not_known(candidates, budget, data):
     shortlist = Shortlist(candidates, budget)
     known = data.draw(st.lists(st.sampled_from(candidates), max_size=3, unique_by=id))
     for c in known:
@@ -29,7 +29,7 @@ def test_what_is_promising_is_expected_to_fit_faster_than_the_best_and_not_known
         rivals = [c for c in candidates if c.seconds < best.seconds and not shortlist.is_compiled(c)]
         assert all(shortlist.expected(c) > budget for c in rivals)
         return
-    assert shortlist.expected(found) <= budget and found.seconds < best.seconds
+    assert found.seconds < best.seconds
     assert not any(found is c for c in known) and shortlist.promise(found, best) > 0
 
 
