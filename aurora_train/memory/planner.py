@@ -24,7 +24,7 @@ from aurora_train.units import size
 
 COMPILES = 3
 SETTLE = (4, 2, 2)  # simulations before each
-MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulation errs by 1.2 % in the mean
+MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulation errs by 0.9 % in the mean
 FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
 WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
 SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled, where none has fitted yet
