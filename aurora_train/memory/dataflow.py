@@ -16,9 +16,7 @@ REDUCTIONS = {
     "argmin",
 }  # fmt: skip
 WRITES_REFS = {"addupdate", "swap"}
-UNARY = {"convert_element_type", "neg", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "erf"}
-WRITES_REFS = {"addupdate", "swap"}
-UNARY = {"convert_element_type", "neg", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "erf"}
+UNARY = {"convert_element_type", "neg", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "erf"}
 
 
 class Loop(NamedTuple):
@@ -77,7 +75,7 @@ class Graph(Program):
         self._stored.update(n for n in self.barriers if self.producer.get(n) in self.live)
         for index in self.live:
             equation, reads, writes = self.equations[index]
-            if is_kernel(self.equations[index][0].primitive.name):
+            if is_kernel(equation.primitive.name):
                 self._stored.update(writes)
                 self._stored.update(r for r in reads if r not in self.external)
                 self._copied.update(r for r in reads if r in self._sliced)
@@ -163,7 +161,7 @@ class Graph(Program):
         empties: dict[tuple, Kernel] = {}
         for index in sorted(self.live):
             equation, reads, writes = self.equations[index]
-            if is_kernel(self.equations[index][0].primitive.name):
+            if is_kernel(equation.primitive.name):
                 for number in sorted(set(reads) & self._copied - set(copies)):
                     copies[number] = self.new()
                     self.size[copies[number]] = self.size[number]
@@ -295,7 +293,7 @@ class Graph(Program):
             writer = maker.get(result)
             if writer is None:
                 continue
-            before = [k.order for k in self.kernels if old in k.arguments and not needs[k.order] & writer.members]
+            before = [k.order for k in self.kernels if old in k.arguments and writer.order not in needs[k.order]]
             writer.after += tuple(o for o in before if o not in (writer.order, *writer.after))
             for o in needs:
                 if o == writer.order or writer.order in needs[o]:

@@ -71,12 +71,14 @@ def _are_siblings(one: Kernel, other: Kernel, needs, size) -> bool:
 
 
 def needs_of(kernels: list[Kernel]) -> dict[int, set[int]]:
-    """Kernel -> all kernels that must run before it. The kernels come in the order of the program."""
+    """Kernel -> all kernels that must run before it. They may come in any order; in the program's it takes one pass."""
     made_by = {w: k.order for k in kernels for w in k.writes}
-    needs: dict[int, set[int]] = {}
-    for k in kernels:
-        needs[k.order] = set()
-        for r in k.reads:
-            if r in made_by and made_by[r] != k.order:
-                needs[k.order] |= {made_by[r]} | needs.get(made_by[r], set())
+    needs = {k.order: {made_by[r] for r in k.reads if r in made_by} - {k.order} for k in kernels}
+    grown = True
+    while grown:
+        grown = False
+        for direct in needs.values():
+            further = set().union(*(needs[n] for n in direct)) - direct
+            grown |= bool(further)
+            direct |= further
     return needs

@@ -223,7 +223,10 @@ def depth_first(graph: Graph) -> list[Kernel]:
         total = sum(graph.size[w] for w in k.writes if w not in graph.free)
         below = [weight[o] for o in operands[k.order]]
         weight[k.order] = (others + sum(b[0] for b in below), total + sum(b[1] for b in below))
-    return _visit(graph, maker, lambda found: sorted(found, key=lambda o: (-weight[o.order][0], -weight[o.order][1])))
+    def ordered(found):
+        return sorted(found, key=lambda o: (-weight[o.order][0], -weight[o.order][1]))
+
+    return _visit(graph, maker, ordered, graph.outputs)
 
 
 def post_order(graph: Graph) -> list[Kernel]:
@@ -239,10 +242,10 @@ def post_order(graph: Graph) -> list[Kernel]:
     return _visit(graph, maker, lambda found: found, outputs)
 
 
-def _visit(graph, maker, ordered, outputs=None) -> list[Kernel]:
-    """Post-order from the outputs; `ordered(operands)` says which of a kernel's operands is made first."""
+def _visit(graph, maker, ordered, outputs) -> list[Kernel]:
+    """Post-order from `outputs`; `ordered(operands)` says which of a kernel's operands is made first."""
     out, seen, by_order = [], set(), {k.order: k for k in graph.kernels}
-    roots = ordered(list({maker[o].order: maker[o] for o in outputs or graph.outputs}.values()))
+    roots = ordered(list({maker[o].order: maker[o] for o in outputs}.values()))
     pending = [(k, False) for k in reversed(roots)]
     while pending:
         k, expanded = pending.pop()

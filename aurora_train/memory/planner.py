@@ -73,8 +73,8 @@ class Planner:
             arguments = sum(account.arguments(self.program, self.program.blueprint(plan)).values())
             donated = frozenset(range(len(jax.tree.leaves(state._replace(frozen={})))))
             shards = self.program.mesh.devices.size
-            scaled = Graph(traced.jaxpr, donated=donated, shards=shards, chip=self.program.chip)
-            found = profile_of(scaled)
+            graph = Graph(traced.jaxpr, donated=donated, shards=shards, chip=self.program.chip)
+            found = profile_of(graph)
             self.simulated[key] = Simulated(arguments + found.peak, arguments, found)
         return self.simulated[key]
 

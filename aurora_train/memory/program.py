@@ -244,12 +244,12 @@ class Program:
             alike = all(is_variable(v) and v.aval.shape == product.shape for v in added.invars)
             if added.primitive.name not in ("add", "add_any") or len(others) != 1 or not alike or product.ndim != 2:
                 continue
-            self.equations[index] = (equation, [*reads, others[0]], total)
-            self.producer[total[0]] = index
-            self.live.discard(adder)
-            self.users[others[0]].discard(adder)
-            self.users[others[0]].add(index)
-            self.summed.add(index)
+            # Where the sum was: what it adds may be made after the product.
+            self.equations[adder] = (equation, [*reads, others[0]], total)
+            self.live.discard(index)
+            for number in reads:
+                self.users[number] = self.users[number] - {index} | {adder}
+            self.summed.add(adder)
 
     def _is_scatter(self, index: int) -> bool:
         return self.equations[index][0].primitive.name.startswith("scatter")
