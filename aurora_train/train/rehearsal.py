@@ -73,8 +73,8 @@ class Rehearsal:
         return arrays | {"example": jax.ShapeDtypeStruct((examples,), np.uint32)}
 
     def blueprint(self, plan: Plan) -> Blueprint:
-        """The abstract state under a plan. Made once per plan."""
-        key = repr(plan.work)
+        """The abstract state under a plan. Made once per cut of the stacks: the microbatch does not change it."""
+        key = repr(plan.stacks)
         if key not in self._blueprints:
             with self.here():
                 self._blueprints[key] = draw(
