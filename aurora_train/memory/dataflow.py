@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aurora_train.memory.kernel import Kernel, needs_of, with_siblings
+from aurora_train.memory.kernel import Kernel, needs_of, normalised, with_siblings
 from aurora_train.memory.program import Program, is_kernel, nbytes, needed_results
 from aurora_train.memory.splits import Chip, Product, splits
 
@@ -17,6 +17,9 @@ REDUCTIONS = {
 }  # fmt: skip
 WRITES_REFS = {"addupdate", "swap"}
 UNARY = {"convert_element_type", "neg", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "erf"}
+
+
+THIN_ROWS = 4096  # XLA's TreeReductionRewriter cuts a sum down more rows than these into parts
 
 
 class Loop(NamedTuple):
@@ -81,8 +84,40 @@ class Graph(Program):
                 self._copied.update(r for r in reads if r in self._sliced)
             elif equation.primitive.name in REDUCTIONS:
                 self._stored.update(writes)
+                if self._is_thin(equation):
+                    self._stored.update(r for r in reads if r not in self.external)
+            else:
+                self._stored.update(r for r in reads if self._grows(r, writes[0]) and self._has_logarithm(r))
         self._alone = self._normalised()
         self._stored |= self._alone
+
+    def _grows(self, number: int, result: int) -> bool:
+        """Whether one element of a value goes into many of a result."""
+        return number not in self.external and 0 < 64 * self.size[number] <= self.size[result]
+
+    def _has_logarithm(self, number: int) -> bool:
+        """Whether elementwise work from what is stored to this value takes a logarithm: too dear to do once a column."""
+        pending, seen = [number], set()
+        while pending:
+            index = self.producer.get(pending.pop())
+            if index is None or index in seen:
+                continue
+            seen.add(index)
+            name = self.equations[index][0].primitive.name
+            if name == "log":
+                return True
+            if not is_kernel(name) and name not in REDUCTIONS:
+                pending.extend(self.equations[index][1])
+        return False
+
+    def _is_thin(self, equation) -> bool:
+        """A sum down columns, too short for XLA to cut into parts and too narrow to fill the GPU."""
+        shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
+        if self._chip is None or len(shape) - 1 in axes:
+            return False
+        rows = math.prod(shape[i] for i in axes)
+        columns = math.prod(shape) // rows
+        return 1 < rows <= THIN_ROWS and columns // 32 < self._chip.multiprocessors
 
     def _normalised(self) -> set[int]:
         """(x - mean) / deviation over the last axis, where several kernels read it: XLA makes a kernel of the whole.
@@ -189,7 +224,9 @@ class Graph(Program):
             runs_over = equation.invars if reduces or not equation.outvars else equation.outvars
             kernel.elements = int(np.prod(runs_over[0].aval.shape, dtype=np.int64))
             kernel.axes = tuple(equation.params["axes"]) if reduces else None
+            kernel.rows = reduces and kernel.axes == (len(runs_over[0].aval.shape) - 1,)
             made.append(kernel)
+        normalised(made)
         return with_siblings(made, self.size, self._custom_results())
 
     def _custom_results(self) -> set[int]:
@@ -215,6 +252,7 @@ class Graph(Program):
         self.size[partial] = parts * elements * product.sum_bits // 8 // self._shards
         results, launch.writes = launch.writes, (partial,)
         added = Kernel(frozenset((partial,)), results, "sum of parts", len(made), in_place=True, operands=(partial,))
+        added.adds_parts = True
         added.touches, added.elements, added.axes = added.reads, parts * elements, (0,)
         made.append(added)
 

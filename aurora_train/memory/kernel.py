@@ -27,6 +27,9 @@ class Kernel:
     axes: tuple[int, ...] | None = None  # of a reduction
     arguments: frozenset[int] = frozenset()  # what it reads of its program's arguments
     after: tuple[int, ...] = ()  # orders of launches that must run before it, though it reads nothing of theirs
+    adds_parts: bool = False  # of a product whose contraction was split
+    rows: bool = False  # of a reduction: over the last axis alone
+    kept: frozenset[int] = frozenset()  # inputs whose place it cannot take
 
 
 def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int]) -> list[Kernel]:
@@ -47,8 +50,8 @@ def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int])
             if k.in_place and k.touches and k.writes:
                 by_elements[k.elements].append(k)
             continue
-        twin.operands += tuple(o for o in k.operands if o not in twin.reads)
-        twin.reads |= k.reads
+        twin.operands += tuple(o for o in k.operands if o not in twin.reads and o not in twin.writes)
+        twin.reads |= k.reads - set(twin.writes)
         twin.writes += k.writes
         twin.touches |= k.touches
         twin.arguments |= k.arguments
@@ -62,11 +65,27 @@ def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int])
     return out
 
 
+def normalised(kernels: list[Kernel]) -> None:
+    """Mark what is normalised by sums or maxima of its own rows, such as a softmax.
+
+    XLA's SoftmaxRewriterTriton makes one tiled kernel of such a diamond, and that never writes over what it reads.
+    """
+    reductions = {w: k for k in kernels if k.rows for w in k.writes}
+    for k in kernels:
+        if not k.in_place or k.axes is not None or k.bodies:
+            continue
+        summed = [reductions[r] for r in k.operands if r in reductions]
+        k.kept = frozenset().union(*(s.touches for s in summed)) & k.touches
+
+
 def _are_siblings(one: Kernel, other: Kernel, needs, size) -> bool:
     if one.axes is not None and other.axes is not None and one.axes != other.axes:
         return False
-    if one.members & needs[other.order]:
-        return False
+    between = needs[other.order] & one.members
+    if between:  # a result and what reads it: no third may be needed in between
+        return one.axes is None and not any(
+            needs[n] & one.members for n in needs[other.order] - one.members
+        )
     return not size.keys().isdisjoint(one.touches & other.touches)
 
 

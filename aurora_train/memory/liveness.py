@@ -108,7 +108,7 @@ def _lay_out(graph: Graph, clock: _Clock) -> None:
         clock.labels.append(kernel.label)
         dying = [r for r in kernel.reads if r in open_buffers and last[r] == position and r not in ends]
         shares = kernel.in_place and (clock.sharing or kernel.must_share)
-        spare = dying if kernel.must_share else [r for r in dying if r not in looped]
+        spare = dying if kernel.must_share else [r for r in dying if r not in looped and r not in kernel.kept]
         inherited = _reuse(kernel, spare, graph) if shares else {}
         if kernel.bodies:
             looped.update(kernel.writes)
@@ -189,10 +189,16 @@ def by_list(graph: Graph) -> list[Kernel]:
             dying, written = _without_reused(dying, written, graph.size)
         return sum(graph.size[r] for r in dying) - sum(graph.size[w] for w in written)
 
+    def rank(order: int) -> tuple:
+        k, freed = kernels[order], gain(order)
+        # A stack counts as new with all its bytes; the parts that are added into it may be more.
+        outweighs = k.adds_parts and freed > sum(graph.whole.get(w, 0) for w in k.writes)
+        return outweighs or not k.shunned, freed, -order
+
     out = []
     ready = {o for o, needs in missing.items() if not needs}
     while ready:
-        order = max(ready, key=lambda o: (not kernels[o].shunned, gain(o), -o))
+        order = max(ready, key=rank)
         ready.remove(order)
         k = kernels[order]
         out.append(k)

@@ -125,6 +125,8 @@ class Program:
         for equation in jaxpr.eqns:
             reads = [environment[v] if is_variable(v) else None for v in equation.invars]
             inner = callee(equation)
+            if inner is None and equation.primitive.name == "scan" and equation.params["length"] == 1:
+                inner = equation.params["jaxpr"]  # XLA's WhileLoopSimplifier: a loop of one turn is no loop
             if inner is not None:
                 results = self._call(inner, reads, equation, environment)
             elif equation.primitive.name in WEIGHTLESS:
