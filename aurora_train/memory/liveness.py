@@ -189,11 +189,13 @@ def by_list(graph: Graph) -> list[Kernel]:
             dying, written = _without_reused(dying, written, graph.size)
         return sum(graph.size[r] for r in dying) - sum(graph.size[w] for w in written)
 
+    read_by = {o: len(set().union(*(readers[w] for w in k.writes))) for o, k in kernels.items()}
+
     def rank(order: int) -> tuple:
         k, freed = kernels[order], gain(order)
         # A stack counts as new with all its bytes; the parts that are added into it may be more.
         outweighs = k.adds_parts and freed > sum(graph.whole.get(w, 0) for w in k.writes)
-        return outweighs or not k.shunned, freed, -order
+        return outweighs or not k.shunned, freed, read_by[order], -order
 
     out = []
     ready = {o for o, needs in missing.items() if not needs}

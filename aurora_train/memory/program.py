@@ -7,6 +7,8 @@ from itertools import count
 
 import numpy as np
 
+from aurora_train.memory.merging import merge_products
+
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat",
     "remat2", "checkpoint", "custom_lin",
@@ -108,6 +110,7 @@ class Program:
         self.outputs |= dict.fromkeys(self._written.values())
         self.live: set[int] = set()
         self._keep_live()
+        merge_products(self)
         self._scatter_into_sums()
         self._products_into_sums()
 
