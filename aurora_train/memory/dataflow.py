@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aurora_train.memory.kernel import Kernel, needs_of, normalised, with_siblings
+from aurora_train.memory.kernel import Kernel, join_parts, needs_of, normalised, with_siblings
 from aurora_train.memory.program import Program, is_kernel, nbytes, needed_results
 from aurora_train.memory.splits import Chip, Product, splits
 
@@ -88,6 +88,8 @@ class Graph(Program):
                     self._stored.update(r for r in reads if r not in self.external)
             else:
                 self._stored.update(r for r in reads if self._grows(r, writes[0]) and self._has_logarithm(r))
+            if equation.primitive.name in ("add", "add_any") and all(self._is_parted(r, index) for r in reads):
+                self._stored.update(writes)
         self._alone = self._normalised()
         self._stored |= self._alone
 
@@ -226,6 +228,7 @@ class Graph(Program):
             kernel.axes = tuple(equation.params["axes"]) if reduces else None
             kernel.rows = reduces and kernel.axes == (len(runs_over[0].aval.shape) - 1,)
             made.append(kernel)
+        made = join_parts(made)
         normalised(made)
         return with_siblings(made, self.size, self._custom_results())
 
@@ -239,14 +242,25 @@ class Graph(Program):
         products = (self.equations[i] for i in self.live)
         return {w for equation, _, writes in products if equation.primitive.name == "dot_general" for w in writes}
 
+    def _parts(self, equation, reads) -> int:
+        """Into how many parts the contraction of an equation is split."""
+        if self._chip is None or equation.primitive.name != "dot_general":
+            return 1
+        return splits(self._product(equation, reads), self._chip)
+
+    def _is_parted(self, number: int, user: int) -> bool:
+        """Whether a value is the sum of a product's parts that one equation alone reads."""
+        if number not in self.producer or self.users[number] != {user}:
+            return False
+        equation, reads, _ = self.equations[self.producer[number]]
+        return self._parts(equation, reads) > 1
+
     def _split(self, equation, reads, made) -> None:
         """A product whose contraction is split writes all parts; another launch adds them."""
-        if self._chip is None or equation.primitive.name != "dot_general":
-            return
-        product, launch = self._product(equation, reads), made[-1]
-        parts = splits(product, self._chip)
+        parts = self._parts(equation, reads)
         if parts == 1:
             return
+        product, launch = self._product(equation, reads), made[-1]
         partial = self.new()
         elements = product.batch * product.m * product.n
         self.size[partial] = parts * elements * product.sum_bits // 8 // self._shards

@@ -65,6 +65,30 @@ def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int])
     return out
 
 
+def join_parts(kernels: list[Kernel]) -> list[Kernel]:
+    """Where one elementwise kernel alone reads the sum of a product's parts, it adds them itself."""
+    readers = defaultdict(list)
+    for k in kernels:
+        for number in k.reads:
+            readers[number].append(k)
+    gone = set()
+    for k in kernels:
+        if not k.adds_parts or len(k.writes) != 1 or len(readers[k.writes[0]]) != 1:
+            continue
+        (reader,) = readers[k.writes[0]]
+        if not (reader.in_place and reader.touches) or reader.axes not in (None, k.axes) or reader.bodies:
+            continue
+        (partial,) = k.reads
+        swap = {k.writes[0]: partial}
+        reader.operands = tuple(swap.get(o, o) for o in reader.operands)
+        reader.reads = frozenset(swap.get(r, r) for r in reader.reads)
+        reader.touches = frozenset(swap.get(r, r) for r in reader.touches)
+        reader.elements, reader.axes, reader.adds_parts = k.elements, k.axes, True
+        readers[partial] = [reader]
+        gone.add(k.order)
+    return [k for k in kernels if k.order not in gone]
+
+
 def normalised(kernels: list[Kernel]) -> None:
     """Mark what is normalised by sums or maxima of its own rows, such as a softmax.
 
