@@ -98,7 +98,7 @@ class Graph(Program):
         return number not in self.external and 0 < 64 * self.size[number] <= self.size[result]
 
     def _has_logarithm(self, number: int) -> bool:
-        """Whether elementwise work from what is stored to this value takes a logarithm: too dear to do once a column."""
+        """Whether elementwise work up to this value takes a logarithm: too dear to do once for every column."""
         pending, seen = [number], set()
         while pending:
             index = self.producer.get(pending.pop())
@@ -196,7 +196,7 @@ class Graph(Program):
     def _make_kernels(self) -> list[Kernel]:
         made, known, copies = [], {}, {}
         empties: dict[tuple, Kernel] = {}
-        for index in sorted(self.live):
+        for index in self._ordered():
             equation, reads, writes = self.equations[index]
             if is_kernel(equation.primitive.name):
                 for number in sorted(set(reads) & self._copied - set(copies)):
@@ -231,6 +231,19 @@ class Graph(Program):
         made = join_parts(made)
         normalised(made)
         return with_siblings(made, self.size, self._custom_results())
+
+    def _ordered(self) -> list[int]:
+        """Equations in the order of the program, and none before what makes its operands, merged products included."""
+        out: dict[int, None] = {}
+        for index in sorted(self.live):
+            pending = [index]
+            while pending:
+                makers = (self.producer.get(n) for n in self.equations[pending[-1]][1])
+                missing = [m for m in makers if m is not None and m not in out and m in self.live and m != pending[-1]]
+                pending.extend(missing)
+                if not missing:
+                    out[pending.pop()] = None
+        return list(out)
 
     def _custom_results(self) -> set[int]:
         """Results of matrix products that XLA makes kernels of before it looks for siblings: they bring none together.

@@ -32,11 +32,14 @@ def merge_products(program) -> None:
             if key is not None:
                 groups[key].append(index)
     merged: set[int] = set()
-    for (_, side, *_), indices in groups.items():
+    for (_, _, side, *_), indices in groups.items():
         chosen: list[int] = []
+        others: set[int] = set()  # the same product twice is not merged
         for index in indices:
-            if index not in merged and not _needs_any(program, index, chosen):
+            other = program.equations[index][1][1 - side]
+            if index not in merged and other not in others and not _needs_any(program, index, chosen):
                 chosen.append(index)
+                others.add(other)
         if len(chosen) > 1:
             merged.update(chosen)
             _merge(program, chosen, side)
@@ -54,7 +57,8 @@ def _key(program, index: int, side: int) -> tuple | None:
     if sum(program.size[n] for n in (*reads, *writes)) > LARGEST:
         return None
     result = equation.outvars[0].aval.dtype
-    return reads[side], side, str(contracted), str(other.dtype), str(result)
+    turned = program.turned.get(equation.invars[side])
+    return reads[side], turned, side, str(contracted), str(other.dtype), str(result)
 
 
 def _needs_any(program, index: int, others: list[int]) -> bool:

@@ -98,6 +98,7 @@ class Program:
         environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *self.inputs), strict=True))
         self.barriers: list[int] = []
         self._passed = 0  # barriers so far
+        self.turned: dict = {}  # a variable that is another transposed -> the permutation
         self._known: dict[tuple, list[int]] = {}  # equations by what they compute -> their results
         self.refs: dict[int, int] = {}  # a version of a mutable array -> the array it started as
         self._written: dict[int, int] = {}  # an argument that is mutable -> its last version
@@ -138,6 +139,8 @@ class Program:
                 self._passed += 1
             elif equation.primitive.name == "freeze" or self._is_alias(equation, reads):
                 results = reads[:1]
+                if equation.primitive.name == "transpose":
+                    self.turned[equation.outvars[0]] = equation.params["permutation"]
             else:
                 results = self._once(equation, reads, environment)
             environment.update(zip(equation.outvars, results, strict=True))

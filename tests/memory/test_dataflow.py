@@ -112,7 +112,7 @@ def test_what_no_output_needs_is_dropped():
     assert labels(wasteful, x, w) == ["add"]
 
 
-def test_siblings_are_one_launch_with_two_outputs_and_relatives_are_not():
+def test_siblings_are_one_launch_with_two_outputs_and_so_are_a_result_and_what_reads_it():
     (twin,) = graph(lambda x: (jnp.sin(x), jnp.cos(x)), x).kernels
     assert len(twin.writes) == 2 and twin.in_place
     assert len(labels(lambda x, y: (jnp.sin(x), jnp.cos(y)), x, w)) == 2, "nothing in common"
@@ -122,7 +122,12 @@ def test_siblings_are_one_launch_with_two_outputs_and_relatives_are_not():
         parent = jnp.sin(x)
         return parent, jnp.cos(x * parent)
 
-    assert len(labels(parent_and_child, x)) == 2, "one needs the other"
+    def sum_between(x):
+        parent = jnp.sin(x)
+        return parent, parent * parent.sum()
+
+    assert labels(parent_and_child, x) == ["sin"]
+    assert len(labels(sum_between, x)) == 2, "the sum is needed in between; it is taken where its terms are made"
 
 
 def test_kernels_read_what_earlier_ones_write():

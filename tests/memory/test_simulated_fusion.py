@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from aurora_train.memory.dataflow import Graph
 from aurora_train.memory.kernel import needs_of
+from aurora_train.memory.liveness import profile_of
 from aurora_train.memory.splits import Chip
 
 HOPPER, BLACKWELL = Chip(132, (9, 0)), Chip(152, (10, 3))
@@ -97,3 +98,72 @@ def test_what_reads_a_carry_runs_before_what_writes_the_next():
     writer = next(k for k in body.kernels if set(k.writes) & body.carries.keys())
     readers = {k.order for k in body.kernels if k.arguments & set(body.carries.values())} - {writer.order}
     assert readers and readers <= {*writer.after, *needs_of(body.kernels)[writer.order]}
+
+
+def test_a_softmax_is_not_written_over_what_it_is_of_but_other_elementwise_work_is():
+    def peak(fun):
+        return profile_of(graph(lambda x, w: fun(x @ w), X, W)).peak
+
+    stored = 64 * 32 * 4
+    softmax = peak(lambda y: jnp.exp(y - y.max(-1, keepdims=True)))
+    assert peak(jnp.exp) < 1.5 * stored < softmax
+
+
+def test_a_loop_of_one_turn_is_no_loop():
+    def turns(number):
+        weights = jax.ShapeDtypeStruct((number, 32, 32), jnp.float32)
+        return labels(graph(lambda x, w: jax.lax.scan(lambda c, w: (jnp.sin(c @ w), c @ w.T), x, w), X, weights))
+
+    assert "dot_general" in turns(1) and not any("scan" in label for label in turns(1))
+    assert "scan of 2" in turns(2)
+
+
+def test_small_products_of_one_matrix_are_one_and_their_results_slices_of_it():
+    def three(x, q, k, v):
+        return jnp.sin(x @ q), jnp.exp(x @ k), x @ v
+
+    found = graph(three, X, W, W, W)
+    products = [k for k in found.kernels if k.label == "dot_general"]
+    assert [found.size[w] for k in products for w in k.writes] == [3 * 64 * 32 * 4]
+    assert products[0].order < min(k.order for k in found.kernels if k not in products)
+
+    def chained(x, q, k):
+        first = x @ q
+        return first, x @ (first.T @ x @ k)
+
+    assert labels(graph(chained, X, W, W)).count("dot_general") == 4, "one needs the other"
+    wide = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    assert labels(graph(lambda x, a, b: (x @ a, x @ b), wide, wide, wide)).count("dot_general") == 2, "over 32 MB"
+
+
+def test_two_sums_of_parts_that_are_added_are_added_at_once():
+    x, w = jax.ShapeDtypeStruct((4, 256, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16)
+    found = graph(lambda a, b, c, d: a @ b + c @ d, x, w, x, w, chip=HOPPER)
+    assert labels(found) == ["dot_general", "dot_general", "add"]
+    assert len({w for k in found.kernels for w in k.writes}) == 3
+
+
+def test_what_a_short_narrow_column_sum_is_of_is_stored_and_of_a_long_one_is_not():
+    def fun(x):
+        return jnp.sum(x * x, 0)
+
+    def written(rows):
+        found = graph(fun, jax.ShapeDtypeStruct((rows, 256), jnp.float32), chip=HOPPER)
+        return sum(found.size[w] for k in found.kernels for w in k.writes)
+
+    assert written(2048) >= 2048 * 256 * 4 and written(8192) < 2048 * 256 * 4
+
+
+def test_a_logarithm_is_not_taken_again_for_every_column():
+    def loss(x, w):
+        logits = x @ w
+        total = jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True))
+        return (logits - total) @ w.T
+
+    def square_root(x, w):
+        logits = x @ w
+        return (logits * jax.lax.rsqrt(jnp.sum(logits * logits, -1, keepdims=True))) @ w.T
+
+    x, w = jax.ShapeDtypeStruct((64, 256), jnp.float32), jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    assert labels(graph(loss, x, w)) == ["dot_general", "reduce_sum", "log", "sub", "dot_general"]
+    assert labels(graph(square_root, x, w)) == ["dot_general", "reduce_sum", "mul", "dot_general"]
