@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -38,24 +39,60 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def faults(folder: Path) -> list[str]:
-    """What differs between a sealed folder and its manifest, one line a file; [] for an intact one."""
+def manifest(folder: Path) -> dict:
+    """What a folder's manifest says; {} where there is none that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST}: unreadable ({error})"]
-    if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
-        return [f"{MANIFEST}: not what was written"]
-    lines = []
-    for name, (size, digest) in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            lines.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            lines.append(f"{name}: {path.stat().st_size} bytes, expected {size}")
-        elif _hash(path) != digest:
-            lines.append(f"{name}: xxh3 {_hash(path)}, expected {digest}")
+        found = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def num_bytes(folder: Path) -> int:
+    """Of the files that a folder's manifest lists."""
+    files = manifest(folder).get("files", {})
+    return sum(size for size, _ in files.values()) if isinstance(files, dict) else 0
+
+
+def faults(folder: Path, read: Callable[[int], None] | None = None) -> list[str]:
+    """What differs between a sealed folder and its manifest, one line a file; [] for an intact one.
+
+    Every byte is read; `read` is told how many, as they are.
+    """
+    files, lines = _listed(folder)
+    for name, (size, digest) in files.items():
+        found = _size_fault(folder / name, name, size)
+        if found is None and (actual := _hash(folder / name, read)) != digest:
+            found = f"{name}: xxh3 {actual}, expected {digest}"
+        if found:
+            lines.append(found)
     return lines
+
+
+def quick_faults(folder: Path) -> list[str]:
+    """As `faults`, but of names and sizes alone: no byte of the data is read."""
+    files, lines = _listed(folder)
+    return lines + [line for name, (size, _) in files.items() if (line := _size_fault(folder / name, name, size))]
+
+
+def _listed(folder: Path) -> tuple[dict, list[str]]:
+    """(the files of a manifest by name, []), or ({}, [why it cannot be believed])."""
+    if not is_sealed(folder):
+        return {}, [f"{MANIFEST}: missing"]
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return {}, [f"{MANIFEST}: unreadable ({error})"]
+    if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
+        return {}, [f"{MANIFEST}: not what was written"]
+    return found["files"], []
+
+
+def _size_fault(path: Path, name: str, size: int) -> str | None:
+    if not path.is_file():
+        return f"{name}: missing"
+    there = path.stat().st_size
+    return None if there == size else f"{name}: {there} bytes, expected {size}"
 
 
 def _digest(manifest: dict) -> str:
@@ -73,9 +110,11 @@ def _hash_and_sync(path: Path) -> tuple[int, str]:
         os.close(descriptor)
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, read: Callable[[int], None] | None = None) -> str:
     hasher = xxhash.xxh3_64()
     with open(path, "rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
             hasher.update(chunk)
+            if read:
+                read(len(chunk))
     return hasher.hexdigest()

@@ -10,29 +10,36 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_train.checkpoint import durable, frozen, layout
+from aurora_train.checkpoint import durable, frozen, layout, ledger
+from aurora_train.checkpoint.audit import ASIDE
+from aurora_train.checkpoint.ledger import Ledger
+from aurora_train.checkpoint.retention import reasons
 from aurora_train.errors import UserError
-from aurora_train.files import sync, write_atomically
+from aurora_train.files import sync
 
-_INDEX = "index.json"
-_DAMAGED = "damaged-"
 _MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write beside the arrays
 _MAKE_ROOM = "make room; earlier checkpoints are whole, and `aurora resume RUN` goes on from the newest"
 
 
 class Damage(NamedTuple):
-    """A checkpoint that was set aside because its bytes are not those that were saved."""
+    """A checkpoint whose bytes are not those that were saved, or the record of them (`step` is None).
 
-    step: int
+    `moved_to` is None where there is nothing left to set aside.
+    """
+
+    step: int | None
     faults: list[str]
-    moved_to: Path
+    moved_to: Path | None
+
+    def __str__(self) -> str:
+        what = "the record of checkpoints" if self.step is None else f"checkpoint {self.step}"
+        return f"{what} is damaged ({self.faults[0]})" + (f"; moved to {self.moved_to}" if self.moved_to else "")
 
 
 class CheckpointStore:
@@ -41,6 +48,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, trash: Path, *, keep: int = 2, keep_every: int | None = None, best: int = 1):
         self.folder, self.trash = folder, trash
         self.keep, self.keep_every, self.best = keep, keep_every, best
+        self.ledger = Ledger(folder)
         self._orbax = None
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._pending: Future | None = None
@@ -50,18 +58,11 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Sealed steps, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = (p for p in self.folder.iterdir() if p.name.isdigit())
-        return sorted(int(p.name) for p in found if durable.is_sealed(p))
+        return sorted(int(p.name) for p in self._folders() if durable.is_sealed(p))
 
     def scores(self) -> dict[int, float]:
         """Score by step, where one was attached."""
-        try:
-            stored = json.loads((self.folder / _INDEX).read_text())
-        except FileNotFoundError:
-            return {}
-        return {int(step): score for step, score in stored["scores"].items()}
+        return self.ledger.read().scores
 
     def facts(self, step: int) -> dict:
         """What was written beside a checkpoint (its manifest, without the files)."""
@@ -74,21 +75,43 @@ class CheckpointStore:
         (None, []) where nothing was ever saved. UserError where there are checkpoints and none is intact, or where
         the frozen parameters that they share are not.
         """
-        bad: dict[int, list[str]] = {}
-        for step in reversed(self.steps()):
-            bad[step] = durable.faults(self.folder / str(step))
-            if not bad[step]:
-                del bad[step]
+        entries, bad = self.ledger.read(), {}
+        intact = None
+        for step in sorted({*self.steps(), *self._lost(entries)}, reverse=True):
+            lines = self._faults(step)
+            if not lines:
                 self.refuse_frozen_damage(step)
-                return step, [Damage(s, lines, self._set_aside(s)) for s, lines in bad.items()]
-        if bad:
+                intact = step
+                break
+            bad[step] = lines
+        if bad and intact is None:
             raise UserError(
                 "every checkpoint of this run is damaged",
                 where=str(self.folder),
-                why="\n  ".join(f"{step}/{lines[0]}" for step, lines in bad.items()),
+                why="\n  ".join(f"{step}: {lines[0]}" for step, lines in bad.items()),
                 hint="bring a copy of one back, or start over with `aurora train CONFIG --fresh` (this run is kept)",
             )
-        return None, []
+        found = [Damage(step, lines, self._set_aside(step)) for step, lines in bad.items()]
+        if entries.fault:
+            moved_to = self.ledger.begin_anew(self.steps())
+            return intact, [Damage(None, [f"{ledger.NAME}: {entries.fault}"], moved_to), *found]
+        self.ledger.strike(bad)
+        return intact, found
+
+    def _faults(self, step: int) -> list[str]:
+        folder = self.folder / str(step)
+        if not folder.is_dir():
+            return ["the folder is missing"]
+        return durable.faults(folder) if durable.is_sealed(folder) else [f"{durable.MANIFEST}: missing"]
+
+    def _lost(self, entries) -> set[int]:
+        """Steps that were committed, or may have been, and have no manifest any more."""
+        unsealed = {int(p.name) for p in self._folders() if not durable.is_sealed(p)}
+        gone = {step for step in entries.committed if not (self.folder / str(step)).is_dir()}
+        return gone | (unsealed if entries.fault else unsealed & entries.committed)
+
+    def _folders(self) -> list[Path]:
+        return [p for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
 
     def restore(self, step: int, tree, shardings) -> Any:
         """The state saved at `step` as the pytree `tree` (abstract) with its shardings. UserError where it differs."""
@@ -116,11 +139,12 @@ class CheckpointStore:
     # ---- writing
 
     def sweep(self) -> None:
-        """Remove what a crash left: unsealed folders and the trash."""
+        """Remove what a crash left: saves that were never finished, and the trash."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        lost = {str(step) for step in self._lost(self.ledger.read())}
         for path in self.folder.iterdir():
             ours = path.name.isdigit() or path.name == frozen.FOLDER
-            kept = path.name.startswith(_DAMAGED) or (ours and durable.is_sealed(path))
+            kept = path.name.startswith(ASIDE) or path.name in lost or (ours and durable.is_sealed(path))
             if path.is_dir() and not kept:
                 self._throw_away(path)
         shutil.rmtree(self.trash, ignore_errors=True)
@@ -153,6 +177,7 @@ class CheckpointStore:
         with self._told(step):
             response.result()
             durable.seal(self.folder / str(step), {"step": step, **facts})
+            self.ledger.commit(step)
         return step
 
     def _write_frozen(self, step: int, tree) -> dict:
@@ -201,19 +226,17 @@ class CheckpointStore:
 
     def attach_score(self, step: int, score: float) -> None:
         """Remember the evaluation of a saved step."""
-        scores = {**self.scores(), step: score}
-        write_atomically(self.folder / _INDEX, json.dumps({"scores": scores}))
+        self.ledger.attach_score(step, score)
 
     def retain(self, *, lower_is_better: bool) -> list[int]:
         """Give up what no rule keeps: the newest `keep`, every `keep_every`-th, the `best` by score. Returns steps."""
-        steps, scores = self.steps(), self.scores()
-        kept = set(steps[-self.keep :])
-        if self.keep_every:
-            kept |= {step for step in steps if step % self.keep_every == 0}
-        scored = (step for step in steps if math.isfinite(scores.get(step, math.nan)))
-        ranked = sorted(scored, key=lambda step: scores[step], reverse=not lower_is_better)
-        kept |= set(ranked[: self.best])
+        steps = self.steps()
+        kept = reasons(
+            steps, self.scores(), keep=self.keep, keep_every=self.keep_every, best=self.best,
+            lower_is_better=lower_is_better,
+        )  # fmt: skip
         given_up = [step for step in steps if step not in kept]
+        self.ledger.strike(given_up)
         for step in given_up:
             self._throw_away(self.folder / str(step))
         return given_up
@@ -263,12 +286,14 @@ class CheckpointStore:
         sync(self.folder)
         shutil.rmtree(target, ignore_errors=True)
 
-    def _set_aside(self, step: int) -> Path:
-        target = self.folder / f"{_DAMAGED}{step}"
+    def _set_aside(self, step: int) -> Path | None:
+        if not (self.folder / str(step)).is_dir():
+            return None
+        target = self.folder / f"{ASIDE}{step}"
         number = 1
         while target.exists():
             number += 1
-            target = self.folder / f"{_DAMAGED}{step}-{number}"
+            target = self.folder / f"{ASIDE}{step}-{number}"
         (self.folder / str(step)).rename(target)
         sync(self.folder)
         return target

@@ -23,7 +23,8 @@ from aurora_train.errors import UserError
 _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
 
 VERBS = (
-    "train", "plan", "resume", "generate", "evaluate", "report", "recipes", "check", "schema", "inspect", "doctor",
+    "train", "plan", "resume", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check", "schema",
+    "inspect", "doctor",
 )
 
 # What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.

@@ -39,9 +39,13 @@ def command(
 
 def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
     """Train a config in a run folder and print how it ended; the exit status."""
+    from aurora_train.checkpoint.audit import newest_fault
     from aurora_train.machine.profile import prepare_environment
 
-    if run.is_finished(config.train.steps):
+    fault = newest_fault(run.checkpoints) if run.is_finished(config.train.steps) else None
+    if fault:
+        print(f"the run is finished, but its newest checkpoint is damaged: {fault}", file=sys.stderr)
+    elif run.is_finished(config.train.steps):
         if replan:
             print("this run is finished: there is nothing left to plan", file=sys.stderr)
         if not run.report.exists():

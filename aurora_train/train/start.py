@@ -118,7 +118,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     known = logs.read(run.metrics)
     evaluated = {record["step"] for record in known if "evaluation" in record}
     with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
-        _say_damage(damaged, events, progress)
+        _say_damage(damaged, start or 0, events, progress)
         _say_replan(session, start or 0, events, progress)
         compiled = _compiled(session, progress)
         gauge = Gauge()
@@ -191,10 +191,13 @@ def _recorded(session: Session) -> Path:
     return run.events
 
 
-def _say_damage(damaged, events, progress) -> None:
+def _say_damage(damaged, start: int, events, progress) -> None:
     for damage in damaged:
-        events.event("walk_back", damage.step, faults=damage.faults, moved_to=str(damage.moved_to))
-        progress.event(f"checkpoint {damage.step} is damaged ({damage.faults[0]}); moved to {damage.moved_to}")
+        moved_to = damage.moved_to and str(damage.moved_to)
+        events.event("walk_back", damage.step or start, faults=damage.faults, moved_to=moved_to, restored=start)
+        progress.event(str(damage))
+    if any(damage.step is not None for damage in damaged):
+        progress.event(f"going back to step {start}; the steps after it are trained again")
 
 
 def _say_replan(session: Session, start: int, events, progress) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import durable
-from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.checkpoint.store import CheckpointStore, Damage, refuse_damage, require_step
 from aurora_train.errors import UserError
 
 
@@ -106,9 +106,7 @@ def test_forty_random_accidents_in_any_file_are_each_seen_and_walked_back_from(s
         before = (run / target).read_bytes()
         kind = damage(run / target, draw)
         store = open_store(run)
-        if target.name == durable.MANIFEST and kind == "missing":
-            assert store.newest_intact() == (20, [])  # a folder without a manifest never was a checkpoint
-            continue
+        store.sweep()
         step, damaged = store.newest_intact()
         assert step == 20, f"{kind} of {target} passed for intact"
         assert [one.step for one in damaged] == [30] and target.name in damaged[0].faults[0]
@@ -149,7 +147,7 @@ def test_where_no_checkpoint_is_intact_nothing_moves_and_each_is_named(saved):
     before = sorted(p.relative_to(saved) for p in saved.rglob("*"))
     with pytest.raises(UserError) as caught:
         open_store(saved).newest_intact()
-    assert all(f"{step}/" in str(caught.value) for step in (10, 20, 30)) and "--fresh" in str(caught.value)
+    assert all(f"{step}: " in str(caught.value) for step in (10, 20, 30)) and "--fresh" in str(caught.value)
     assert sorted(p.relative_to(saved) for p in saved.rglob("*")) == before
 
 
@@ -192,6 +190,44 @@ def test_what_a_crash_left_is_swept_and_sealed_steps_stay(saved):
     open_store(saved).sweep()
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["10", "20", "30"]
     assert not (saved / ".trash").exists()
+
+
+def test_a_checkpoint_that_vanished_is_missed(saved):
+    shutil.rmtree(saved / "checkpoints" / "30")
+    store = open_store(saved)
+    store.sweep()
+    assert store.newest_intact() == (20, [Damage(30, ["the folder is missing"], None)])
+    assert open_store(saved).newest_intact() == (20, []), "it is said once"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe", None])
+def test_a_damaged_record_is_set_aside_and_nothing_is_thrown_away_for_it(saved, content):
+    ledger = saved / "checkpoints" / "index.json"
+    if content is None:
+        content = ledger.read_bytes().replace(b"20", b"21")
+    ledger.write_bytes(content)
+    (saved / "checkpoints" / "30" / durable.MANIFEST).unlink()
+    store = open_store(saved)
+    store.sweep()
+    step, damaged = store.newest_intact()
+    assert step == 20 and [one.step for one in damaged] == [None, 30]
+    assert all(one.moved_to.exists() for one in damaged) and damaged[0].moved_to.read_bytes() == content
+    assert open_store(saved).newest_intact() == (20, []) and store.ledger.read().committed == {10, 20}
+
+
+def test_every_step_is_on_record_until_it_is_given_up(tmp_path):
+    store = open_store(tmp_path, keep=2)
+    store.sweep()
+    for step in (1, 2, 3):
+        store.save(step, tree(step), {})
+        store.wait()
+        store.attach_score(step, -float(step))
+        store.retain(lower_is_better=False)
+    assert store.ledger.read().committed == {1, 2, 3} == set(store.steps())
+    store.best = 0
+    assert store.retain(lower_is_better=False) == [1]
+    assert store.ledger.read() == (frozenset({2, 3}), {1: -1.0, 2: -2.0, 3: -3.0}, None)
+    store.close()
 
 
 # ---- retention, against a model of it

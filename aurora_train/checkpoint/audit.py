@@ -1,0 +1,114 @@
+"""What a run's checkpoints are, as a person asks: which steps, how large, how good, and is every byte as it was saved.
+
+Reads only. A trainer may be at work in the same folder: what it gives up while this looks is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from aurora_train.checkpoint import durable, frozen
+from aurora_train.checkpoint.ledger import Ledger
+from aurora_train.checkpoint.retention import reasons
+
+ASIDE = "damaged-"  # a folder that was set aside begins with this
+
+
+def listing(folder: Path, *, keep: int, keep_every: int | None, best: int) -> list[dict]:
+    """One row a checkpoint, by step: step, bytes, files, saved (ISO time), score, kept (why), state, folder.
+
+    `state` is "whole" where every file is there with its size, else what is wrong first; bytes are not read.
+    """
+    entries, rows = Ledger(folder).read(), []
+    sealed = _sealed(folder)
+    why = reasons(sorted(sealed), entries.scores, keep=keep, keep_every=keep_every, best=best, lower_is_better=True)
+    for path in sorted(_folders(folder), key=lambda p: (_step(p), p.name)):
+        step = _step(path)
+        rows.append(_row(path, entries.scores.get(step) if path.name.isdigit() else None, why.get(step)))
+    for step in sorted(entries.committed - {_step(p) for p in _folders(folder) if p.name.isdigit()}):
+        lost = {"step": step, "bytes": 0, "files": 0, "saved": None, "score": entries.scores.get(step), "kept": None}
+        rows.append({**lost, "state": "the folder is missing", "folder": str(folder / str(step))})
+    if entries.fault:
+        lost = {"step": None, "bytes": 0, "files": 0, "saved": None, "score": None, "kept": None}
+        rows.append({**lost, "state": entries.fault, "folder": str(Ledger(folder).path)})
+    there = (row for row in rows if row is not None)
+    return sorted(there, key=lambda row: (row["step"] is None, row["step"] or 0))
+
+
+def verify(folder: Path, steps: Iterable[int], progress: Callable[[int, int], None] | None = None) -> list[dict]:
+    """Read every byte of these checkpoints, and of the frozen parameters where there are some: one row each.
+
+    Keys: step (None for what all share), files, bytes, faults (one line a file; [] for an intact one), folder.
+    `progress` is told the bytes read and the bytes in all.
+    """
+    folders = [(step, folder / str(step)) for step in steps]
+    if (folder / frozen.FOLDER).is_dir():
+        folders.append((None, folder / frozen.FOLDER))
+    in_all = sum(durable.num_bytes(path) for _, path in folders)
+    done, rows = 0, []
+
+    def read(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, in_all)
+
+    for step, path in folders:
+        lines = durable.faults(path, read) if path.is_dir() else ["the folder is missing"]
+        rows.append({
+            "step": step, "files": len(durable.manifest(path).get("files", ())), "bytes": durable.num_bytes(path),
+            "faults": lines, "folder": str(path),
+        })  # fmt: skip
+    return rows
+
+
+def committed(folder: Path) -> list[int]:
+    """The steps that ought to be there: those with a manifest, and those on record."""
+    return sorted(_sealed(folder) | Ledger(folder).read().committed)
+
+
+def newest_fault(folder: Path) -> str | None:
+    """What is wrong with the newest checkpoint by its names and sizes, or None. No byte of the data is read."""
+    steps = committed(folder)
+    lines = durable.quick_faults(folder / str(steps[-1])) if steps else []
+    return f"{steps[-1]}/{lines[0]}" if lines else None
+
+
+def _row(path: Path, score: float | None, why: str | None) -> dict | None:
+    manifest = durable.manifest(path)
+    try:
+        files = [p for p in path.rglob("*") if p.is_file()]
+        sizes = sum(p.stat().st_size for p in files)
+        saved = datetime.fromtimestamp((path / durable.MANIFEST).stat().st_mtime, UTC) if manifest else None
+    except FileNotFoundError:  # the trainer gave it up just now
+        return None
+    if path.name.startswith(ASIDE):
+        state = "set aside"
+    elif not path.name.isdigit():
+        state = "unfinished"
+    else:
+        state = (durable.quick_faults(path) or ["whole"])[0]
+    return {
+        "step": _step(path), "bytes": sizes, "files": len(files),
+        "saved": saved and saved.isoformat(timespec="seconds"), "score": score,
+        "kept": why if path.name.isdigit() else None, "state": state, "folder": str(path),
+    }  # fmt: skip
+
+
+def _folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if p.is_dir() and _step(p) is not None]
+
+
+def _sealed(folder: Path) -> set[int]:
+    return {_step(p) for p in _folders(folder) if p.name.isdigit() and durable.is_sealed(p)}
+
+
+def _step(path: Path) -> int | None:
+    """Of a folder's name: "30", "30.orbax-checkpoint-tmp", "damaged-30", "damaged-30-2"."""
+    name = path.name.removeprefix(ASIDE)
+    digits = name[: len(name) - len(name.lstrip("0123456789"))]
+    return int(digits) if digits else None

@@ -1,0 +1,90 @@
+"""Which checkpoints a run has committed, and their scores: so that one that vanished is missed, and not taken for new.
+
+A folder without a manifest is what a killed save leaves, or a checkpoint that lost its manifest. Only a record that
+lies elsewhere tells them apart: a step is entered here after it is sealed, and struck out before it is given up.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from aurora_train.files import write_atomically
+
+NAME = "index.json"
+
+
+class Entries(NamedTuple):
+    """`fault`: why the record cannot be read, or None; then nothing is known of what was committed."""
+
+    committed: frozenset[int]
+    scores: dict[int, float]
+    fault: str | None = None
+
+
+class Ledger:
+    """The record in a folder of checkpoints. Its methods may be called from several threads of one process."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / NAME
+        self._lock = threading.Lock()
+
+    def read(self) -> Entries:
+        """What is on record; nothing where there is none yet."""
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return Entries(frozenset(), {})
+        except (OSError, UnicodeDecodeError) as error:
+            return Entries(frozenset(), {}, f"unreadable ({error})")
+        try:
+            stored = json.loads(text)
+            scores = {int(step): float(score) for step, score in stored["scores"].items()}
+            if "committed" not in stored:  # of a version that kept scores alone
+                return Entries(frozenset(), scores)
+            committed = frozenset(int(step) for step in stored["committed"])
+            if stored["digest"] != _digest(stored["committed"], stored["scores"]):
+                return Entries(frozenset(), {}, "not what was written")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return Entries(frozenset(), {}, f"unreadable ({error})")
+        return Entries(committed, scores)
+
+    def commit(self, step: int) -> None:
+        """Enter a step that is sealed."""
+        with self._lock:
+            entries = self.read()
+            self._write(entries.committed | {step}, entries.scores)
+
+    def strike(self, steps) -> None:
+        """Steps that are given up, or were set aside."""
+        with self._lock:
+            entries = self.read()
+            if not entries.committed.isdisjoint(steps):
+                self._write(entries.committed - set(steps), entries.scores)
+
+    def attach_score(self, step: int, score: float) -> None:
+        """The score of a step."""
+        with self._lock:
+            entries = self.read()
+            self._write(entries.committed, {**entries.scores, step: score})
+
+    def begin_anew(self, steps) -> Path:
+        """Set a record aside that cannot be read, and start one of these steps. Returns where the old one lies."""
+        with self._lock:
+            aside = self.path.with_name(f"damaged-{NAME}")
+            self.path.replace(aside)
+            self._write(frozenset(steps), {})
+            return aside
+
+    def _write(self, committed, scores) -> None:
+        steps, named = sorted(committed), {str(step): score for step, score in sorted(scores.items())}
+        document = {"committed": steps, "scores": named, "digest": _digest(steps, named)}
+        write_atomically(self.path, json.dumps(document))
+
+
+def _digest(committed, scores) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps([committed, scores]).encode())

@@ -1,0 +1,22 @@
+"""Which checkpoints are kept, and why."""
+
+from __future__ import annotations
+
+import math
+
+
+def reasons(
+    steps: list[int], scores: dict[int, float], *, keep: int, keep_every: int | None, best: int, lower_is_better: bool
+) -> dict[int, str]:
+    """Step -> why it is kept, of ascending `steps`: the newest `keep`, every `keep_every`-th, the `best` by score."""
+    why: dict[int, list[str]] = {}
+    scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+    ranked = sorted(scored, key=lambda step: scores[step], reverse=not lower_is_better)
+    for step in steps[-keep:]:
+        why.setdefault(step, []).append("newest")
+    for step in steps:
+        if keep_every and step % keep_every == 0:
+            why.setdefault(step, []).append(f"every {keep_every}")
+    for step in ranked[:best]:
+        why.setdefault(step, []).append("best")
+    return {step: ", ".join(why[step]) for step in sorted(why)}

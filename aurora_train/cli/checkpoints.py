@@ -1,0 +1,57 @@
+"""`aurora checkpoints`: what a run has saved."""
+
+from __future__ import annotations
+
+import typer
+
+from aurora_train.cli.common import JsonOption, RunArgument, print_json
+
+EXAMPLE = "aurora checkpoints runs/quickstart-1a2b3c4d"
+
+
+def command(run: RunArgument, json: JsonOption = False):
+    """List a run's checkpoints: step, size, when, score, why it is kept, and whether its files are all there."""
+    from aurora_train.checkpoint.audit import listing
+    from aurora_train.config.schema import Checkpoint
+    from aurora_train.config.yaml import read_file
+    from aurora_train.run import Run
+
+    found = Run.existing(run)
+    policy = Checkpoint(**read_file(found.config).value.get("checkpoint", {}))  # the recipe's code is not needed
+    rows = listing(found.checkpoints, keep=policy.keep, keep_every=policy.keep_every, best=policy.best)
+    if json:
+        print_json({"run": str(found.folder), "checkpoints": rows})
+    elif not rows:
+        print(f"no checkpoint yet; the first comes at step {policy.every}")
+    else:
+        _show(rows)
+    if any(row["state"] not in _FINE for row in rows):
+        raise typer.Exit(1)
+
+
+_FINE = ("whole", "unfinished", "set aside")
+
+
+def _show(rows: list[dict]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from aurora_train.units import size
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, side in (("step", "right"), ("size", "right"), ("saved (UTC)", "left"), ("loss", "right"),
+                       ("kept as", "left"), ("files", "left")):  # fmt: skip
+        table.add_column(name, justify=side)
+    for row in rows:
+        score = "" if row["score"] is None else f"{row['score']:.4f}"
+        saved = (row["saved"] or "").replace("T", " ").removesuffix("+00:00")
+        step = "record" if row["step"] is None else str(row["step"])
+        state = row["state"] if row["state"] in _FINE else "damaged"
+        table.add_row(step, size(row["bytes"]), saved, score, row["kept"] or "", state)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for row in rows:
+        if row["state"] not in _FINE:
+            console.print(f"damaged: {row['folder']}: {row['state']}")
+    console.print("Names and sizes were looked at, bytes were not: `aurora verify RUN` reads them all.")

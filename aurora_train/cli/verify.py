@@ -1,0 +1,55 @@
+"""`aurora verify`: is every byte of a run's checkpoints the one that was saved?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from aurora_train.cli.common import JsonOption, RunArgument, print_json
+
+EXAMPLE = "aurora verify runs/quickstart-1a2b3c4d --step 400"
+
+
+def command(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="This checkpoint alone; else all.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show the result only.")] = False,
+    json: JsonOption = False,
+):
+    """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 1 for damage."""
+    from aurora_train.checkpoint.audit import committed, verify
+    from aurora_train.errors import UserError
+    from aurora_train.observe.progress import preparation
+    from aurora_train.run import Run
+
+    folder = Run.existing(run).checkpoints
+    steps = committed(folder)
+    if not steps:
+        raise UserError("this run has no checkpoint yet", where=str(run))
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"no checkpoint of step {step}", where=str(run), hint=f"there are: {there}")
+    with preparation(quiet=quiet or json) as progress:
+        rows = verify(folder, steps if step is None else [step],
+                      lambda done, in_all: progress(done, in_all, "reading checkpoints"))  # fmt: skip
+    damaged = [row for row in rows if row["faults"]]
+    if json:
+        print_json({"run": str(run), "intact": not damaged, "checkpoints": rows})
+    else:
+        _show(rows)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _show(rows: list[dict]) -> None:
+    from aurora_train.units import size
+
+    for row in rows:
+        name = "frozen parameters" if row["step"] is None else f"step {row['step']}"
+        if not row["faults"]:
+            print(f"{name}: intact ({row['files']} files, {size(row['bytes'])})")
+        for line in row["faults"]:
+            print(f"{name}: damaged: {line}")
+    if any(row["faults"] for row in rows):
+        print("`aurora resume RUN` sets damaged checkpoints aside and goes on from the newest intact one.")
