@@ -2,7 +2,8 @@
 
 It has what the trainer has to get right: a stack with tags, dropout, biases and norms, targets that do not count, and
 on request one example whose loss is not a number. `TOY_SIGNAL=take:13:SIGTERM` sends its own process a real signal
-when the batch of that data step is read, `TOY_SIGNAL=prepare:0:SIGINT` while it prepares.
+when the batch of that data step is read, `TOY_SIGNAL=prepare:0:SIGINT` while it prepares, `take:13:HANG` never returns
+from reading it and `take:13:DIE` ends the thread that reads; `TOY_HANG=step` and `TOY_HANG=save` hang there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 RECIPE = '''"""Noise to a smooth function of it."""
 import os
 import signal
+import time
 
 import numpy as np
 
@@ -40,7 +42,42 @@ def told(place, number):
     at, _, rest = os.environ.get("TOY_SIGNAL", "").partition(":")
     when, _, name = rest.partition(":")
     if at == place and int(when) == number:
+        if name == "HANG":
+            time.sleep(3600)
+        if name == "DIE":
+            raise SystemExit
         os.kill(os.getpid(), getattr(signal, name))
+
+
+def hang_in_a_save():
+    """From its second call on, what makes a save durable waits for a disk that never answers."""
+    from aurora_train.checkpoint import durable
+
+    real, calls = durable.seal, []
+
+    def seal(*arguments):
+        calls.append(arguments)
+        return real(*arguments) if len(calls) < 2 else time.sleep(3600)
+
+    durable.seal = seal
+
+
+def hang_in_a_step(x):
+    """The device stops answering at the batch whose first example is of that stream position."""
+    import jax
+
+    turns = []
+
+    def wait(_):
+        turns.append(0)
+        if len(turns) > 20:
+            time.sleep(3600)
+
+    jax.debug.callback(wait, x.sum())
+
+
+if os.environ.get("TOY_HANG") == "save":
+    hang_in_a_save()
 
 
 class Rows:
@@ -118,6 +155,8 @@ class Toy(Base):
     def loss(self, model, batch, key):
         import jax.numpy as jnp
 
+        if os.environ.get("TOY_HANG") == "step":
+            hang_in_a_step(batch["x"])
         errors = jnp.square(model(batch["x"], key) - batch["y"]).mean(-1)
         return Loss((errors * batch["weights"]).sum(), batch["weights"].sum())
 

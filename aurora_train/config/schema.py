@@ -25,6 +25,10 @@ class Train(Section):
     stop_after_minutes: float | None = setting(
         None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"
     )
+    watchdog: Literal["auto", "off"] | Annotated[float, Field(gt=0)] = setting(
+        "auto", resume="free",
+        help="end a process that makes no progress: after minutes learned from the run, after this many, or never",
+    )
 
 
 class Schedule(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from aurora_train.data.order import indices
+from aurora_train.errors import UserError
 from aurora_train.recipe import Source
 
 _THREADS = 2
@@ -66,7 +67,14 @@ def batches(
     import grain
 
     def read(data_step: int) -> tuple[int, dict[str, np.ndarray]]:
-        return int(data_step), read_batch(source, seed, batch, int(data_step), rows)
+        try:
+            return int(data_step), read_batch(source, seed, batch, int(data_step), rows)
+        except SystemExit as error:  # it would end this process with the status of a success
+            raise UserError(
+                f"reading the batch of data step {int(data_step)} ended its thread",
+                where=type(source).__name__,
+                why="the recipe's data raised SystemExit",
+            ) from error
 
     options = grain.ReadOptions(num_threads=_THREADS if prefetch else 0, prefetch_buffer_size=prefetch)
     return BatchFeed(iter(grain.MapDataset.range(start_step, stop_step).map(read).to_iter_dataset(options)))

@@ -25,6 +25,7 @@ from aurora_train.train.evaluate import Evaluator, validation_batches
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.session import Session
 from aurora_train.train.signals import Stopped, StopRequest
+from aurora_train.train.watchdog import Watchdog
 
 _SAVING = (
     "a save copies the whole state to the host's memory, whatever the plan: free some, then run the same command "
@@ -52,12 +53,13 @@ class Loop:
         throughput: Throughput,
         memory_bytes,
         energy,
+        watchdog: Watchdog,
         deadline: float | None = None,
     ):
         self.session, self.state, self._compiled = session, state, compiled
         self._stop, self._metrics, self._events = stop, metrics, events
         self._progress, self._throughput, self._memory_bytes = progress, throughput, memory_bytes
-        self._energy = energy
+        self._energy, self._watchdog = energy, watchdog
         self._config, self._store = session.config, session.store
         self._step = int(jax.device_get(state.step))
         self._first = self._recorded = self._step
@@ -124,10 +126,11 @@ class Loop:
             return
         with batches(self.session.source, config.train.seed, config.train.batch, data_step, data_step + ahead) as feed:
             while self._step < last and not self._asked():
-                asked_at = time.perf_counter()
-                _, batch = next(feed)
-                self._throughput.waited(time.perf_counter() - asked_at)
-                self._advance(batch)
+                with self._watchdog.during("a step"):
+                    asked_at = time.perf_counter()
+                    _, batch = next(feed)
+                    self._throughput.waited(time.perf_counter() - asked_at)
+                    self._advance(batch)
                 self._after(self._step)
 
     def _advance(self, batch: dict) -> None:
@@ -169,7 +172,7 @@ class Loop:
             record |= {**self._throughput.measure(), "memory_bytes": self._memory_bytes(), "time": time.time()}
             self._energy.read()  # some counters wrap within the hour
         self._metrics.write(record)
-        self._recorded = step
+        self._recorded = self._watchdog.step = step
         self._progress.step(record)
         if record["skipped"]:
             self._events.event("skip", step, loss=values["loss"], grad_norm=values["grad_norm"])
@@ -178,7 +181,8 @@ class Loop:
     def _settle(self) -> None:
         """Bring every outstanding record to the log."""
         while self._late:
-            self._record(*self._late.popleft())
+            with self._watchdog.during("a step"):
+                self._record(*self._late.popleft())
 
     # ---- saving and evaluating
 
@@ -187,11 +191,11 @@ class Loop:
         self._metrics.sync()
         files.sync(self.session.run.folder)
         self._finish_save()
-        with refused(f"saving step {step}", _SAVING):
+        with refused(f"saving step {step}", _SAVING), self._watchdog.during("a save"):
             self._store.save(step, self.state, {"data_step": int(jax.device_get(self.state.data_step))})
 
     def _finish_save(self, *, wait: bool = True) -> None:
-        with refused("writing a checkpoint", _SAVING):
+        with refused("writing a checkpoint", _SAVING), self._watchdog.during("a save"):
             step = self._store.wait() if wait else self._store.finished()
         if step is None:
             return
@@ -207,7 +211,8 @@ class Loop:
         return step == self._config.train.steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int) -> None:
-        with refused(f"evaluating step {step}", _EVALUATING), self._stop.allowed():
+        watched = self._watchdog.during("an evaluation")
+        with refused(f"evaluating step {step}", _EVALUATING), self._stop.allowed(), watched:
             result = self._evaluator.loss(self.state, self._validation_batches())
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
         if step == self._last_save or step in self._store.steps():

@@ -25,6 +25,7 @@ from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
 from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
 from aurora_train.train.state import parameter_count
+from aurora_train.train.watchdog import Watchdog
 
 _STATE = (
     "parameters and optimizer take the same room under every plan: `aurora plan CONFIG` shows how much, and the "
@@ -53,6 +54,7 @@ class Process:
     energy: EnergyMeter
     console: Any
     quiet: bool
+    watchdog: Watchdog
     deadline: float | None = None
 
 
@@ -65,15 +67,21 @@ def train(
     drops the plan that the run is pinned to.
     """
     console, energy = stderr_console(), EnergyMeter()
-    with run.lock(), StopRequest() as stop:
+    with run.lock(), StopRequest() as stop, _watchdog(config, run) as watchdog:
         try:
             with stop.allowed():
-                outcome = _train(config, Process(run, stop, energy, console, quiet), changes or [], replan)
+                outcome = _train(config, Process(run, stop, energy, console, quiet, watchdog), changes or [], replan)
         except Stopped:
             outcome = Outcome(run, EXIT_STOPPED, run.step(), stop.name)
         if run.config.is_file():  # else it was stopped before there was anything to keep
             _close(outcome, energy)
         return outcome
+
+
+def _watchdog(config, run: runs.Run) -> Watchdog:
+    wish = config.train.watchdog
+    fixed = 60 * wish if isinstance(wish, int | float) else None
+    return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off")
 
 
 def _close(outcome: Outcome, energy: EnergyMeter) -> None:
@@ -129,7 +137,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             loop = Loop(
                 session, state, compiled, stop=process.stop, metrics=metrics, events=events, progress=progress,
                 throughput=throughput(session, state), memory_bytes=gauge, energy=process.energy,
-                deadline=process.deadline,
+                watchdog=process.watchdog, deadline=process.deadline,
             )
             del state, compiled
             process.deadline = loop.deadline

@@ -1,0 +1,67 @@
+"""A trainer that hangs ends by itself, with its stacks on disk and nobody left behind, and the next one goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+import pytest
+import toy
+from harness import Aurora, events, final_hash, losses
+
+from aurora_train.train.watchdog import EXIT_HUNG
+
+BUDGET_S = 15.0  # longer than compiling and saving take on two busy cores
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = toy.write(folder)
+    Aurora(folder, folder / "cache").good("train", config, "--run", folder / "run", "--quiet")
+    return folder / "run"
+
+
+def children_of(pid: int) -> list[str]:
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    "where,environment,doing",
+    [
+        ("the loader", {"TOY_SIGNAL": "take:13:HANG"}, "a step"),
+        ("the step", {"TOY_HANG": "step"}, "a step"),
+        ("a save", {"TOY_HANG": "save"}, "a save"),
+    ],
+)
+def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(where, environment, doing, undisturbed, tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    command = aurora.command("train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet")
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**aurora.environment(), **environment}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=240)
+    took = time.monotonic() - began
+    assert process.returncode == EXIT_HUNG, err[-2000:]
+    assert took < BUDGET_S + 60 and not children_of(process.pid) and not os.path.exists(f"/proc/{process.pid}")
+    assert f"hang: {doing}" in err
+    (stacks,) = (tmp_path / "run").glob("hang-*.txt")
+    assert "Thread" in stacks.read_text() and events(tmp_path / "run", "hang")[0]["doing"] == doing
+    aurora.good("resume", "run", "train.watchdog=auto", "--quiet")
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 31))
+    if where != "the step":  # a callback in the step is another program
+        assert final_hash(tmp_path / "run") == final_hash(undisturbed)
+
+
+def test_a_loader_whose_thread_ends_does_not_wait_for_ever(undisturbed, tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    process = subprocess.run(
+        aurora.command("train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet"), cwd=tmp_path,
+        env={**aurora.environment(), "TOY_SIGNAL": "take:13:DIE"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert process.returncode == 2 and "ended its thread" in process.stderr, process.stderr[-2000:]
+    aurora.good("resume", "run", "--quiet")
+    assert final_hash(tmp_path / "run") == final_hash(undisturbed)
