@@ -27,6 +27,14 @@ _MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write beside the arrays
 _MAKE_ROOM = "make room; earlier checkpoints are whole, and `aurora resume RUN` goes on from the newest"
 
 
+class SaveFailed(UserError):
+    """A save could not be written. `needed`: bytes that it takes; `no_space`: whether more room would help."""
+
+    def __init__(self, step: int, reason: str, folder: Path, *, needed: int = 0, no_space: bool = False, why=None):
+        super().__init__(f"cannot save step {step}: {reason}", where=str(folder), why=why, hint=_MAKE_ROOM)
+        self.reason, self.needed, self.no_space = reason, needed, no_space
+
+
 class Damage(NamedTuple):
     """A checkpoint whose bytes are not those that were saved, or the record of them (`step` is None).
 
@@ -164,14 +172,12 @@ class CheckpointStore:
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
         """Before anything is written: the array writer's threads report a disk that fills under them in noise."""
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes + _MARGIN_BYTES:
-            raise UserError(
-                f"cannot save step {step}: {os.strerror(errno.ENOSPC)}",
-                where=str(self.folder),
-                why=f"it needs {num_bytes + _MARGIN_BYTES:,} bytes and {free:,} are free",
-                hint=_MAKE_ROOM,
-            )
+        free, needed = shutil.disk_usage(self.folder).free, num_bytes + _MARGIN_BYTES
+        if free < needed:
+            raise SaveFailed(
+                step, os.strerror(errno.ENOSPC), self.folder, needed=needed, no_space=True,
+                why=f"it needs {needed:,} bytes and {free:,} are free",
+            )  # fmt: skip
 
     def _finish(self, step, response, facts) -> int:
         with self._told(step):
@@ -196,19 +202,42 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _told(self, step: int):
-        """Within, a system's error becomes a UserError."""
+        """Within, a system's error becomes a SaveFailed, and what was written of the save is removed."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             # The array writer reports the system's errors as ValueError, with the reason in its text.
             reason = error.strerror if isinstance(error, OSError) else _system_error(str(error))
             if reason is None:
                 raise
-            raise UserError(
-                f"cannot save step {step}: {reason}",
-                where=str(self.folder),
-                hint=_MAKE_ROOM,
-            ) from error
+            self._discard(step)
+            no_space = reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+            raise SaveFailed(step, reason, self.folder, needed=_MARGIN_BYTES, no_space=no_space) from error
+
+    def _discard(self, step: int) -> None:
+        """Remove what there is of an unfinished save: it takes room that the next one needs."""
+        for path in self.folder.glob(f"{step}*"):
+            if path.name.split(".")[0] == str(step) and not durable.is_sealed(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def make_room(self, needed: int) -> list[int]:
+        """Give up rolling checkpoints, oldest first, until `needed` bytes are free. Returns their steps.
+
+        The newest is never given up, nor what `keep_every` or `best` keep.
+        """
+        good = reasons(
+            self.steps(), self.scores(), keep=1, keep_every=self.keep_every, best=self.best, lower_is_better=True
+        )
+        given_up = []
+        for step in self.steps():
+            if shutil.disk_usage(self.folder).free >= needed and given_up:
+                break
+            if step not in good:
+                self._throw_away(self.folder / str(step))
+                given_up.append(step)
+        if given_up:
+            self.ledger.strike(given_up)
+        return given_up
 
     def finished(self) -> int | None:
         """The step of a save that became durable since the last call, or None. Raises what the save raised."""

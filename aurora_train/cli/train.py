@@ -60,6 +60,9 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
 
 
+_UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, without importing what trains
+
+
 def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int:
     """Print the end of a run: its score and report, or the command that resumes it."""
     from aurora_train.files import read_json
@@ -67,6 +70,9 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
     scores = read_json(run.scores)
     if json:
         print_json({"run": str(run.folder), "step": step, "status": status, "stopped_by": stopped_by, "scores": scores})
+    elif status == _UNSAVED:
+        print(f"stopped by {stopped_by}; what comes after step {step} is lost\n"
+              f"make room, then: aurora resume {run.folder}")  # fmt: skip
     elif stopped_by and step == 0:
         print(f"stopped by {stopped_by} before anything was trained; the same command starts again")
     elif stopped_by:

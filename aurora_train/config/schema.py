@@ -117,6 +117,9 @@ class Checkpoint(Section):
     keep: int = setting(2, resume="free", ge=1, help="rolling checkpoints kept")
     keep_every: int | None = setting(None, resume="free", ge=1, help="keep every such step for good; null = none")
     best: int = setting(1, resume="free", ge=0, help="checkpoints kept for the best evaluation loss")
+    patience_minutes: float = setting(
+        60, resume="free", ge=0, help="how long the run goes on while no save succeeds, such as on a full disk"
+    )
 
 
 class Evaluate(Section):

@@ -7,6 +7,7 @@ as the strings "NaN", "Infinity" and "-Infinity" and come back as floats from `r
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -60,6 +61,9 @@ def decode(line: bytes) -> dict:
     return _from_json(record)
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
 class Sink(Protocol):
     """A second place for records to go. The JSONL file stays the truth; a sink may be lost without harm."""
 
@@ -72,7 +76,8 @@ class JsonLines:
     """Append-only writer. A record has reached the operating system when `write` returns: kill -9 keeps it.
 
     A power failure keeps what `sync` covered. Opening drops a torn last line, so that no record is glued to it.
-    Raises UserError when the file cannot be written (full disk, no permission).
+    On a full disk records wait in memory for room, in order, and `sync` says that they do. Raises UserError when the
+    file cannot be written for another reason.
     """
 
     def __init__(self, path: str | os.PathLike, sinks: Iterable[Sink] = ()):
@@ -83,23 +88,29 @@ class JsonLines:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+        self._waiting = bytearray()  # what the disk had no room for
 
     def write(self, record: dict) -> None:
-        line = memoryview(encode(record))
+        self._waiting += encode(record)
         try:
-            while line:
-                line = line[os.write(self._file, line) :]
+            self._drain()
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            if error.errno not in _NO_SPACE:
+                raise _cannot_write(self.path, error) from error
         for sink in self.sinks:
             sink.write(record)
 
     def sync(self) -> None:
         """Put everything written so far on the disk itself. Called before a checkpoint of that step is committed."""
         try:
+            self._drain()
             os.fsync(self._file)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+
+    def _drain(self) -> None:
+        while self._waiting:
+            del self._waiting[: os.write(self._file, self._waiting)]
 
     def close(self) -> None:
         if self._file is not None:
@@ -126,7 +137,8 @@ class EventLog(JsonLines):
         """Write {"event": name, "step": step, "time": now, **details}, put it on disk, and return it."""
         record = {"event": name, "step": step, "time": now(), **details}
         self.write(record)
-        self.sync()
+        if not self._waiting:
+            self.sync()
         return record
 
 

@@ -133,6 +133,7 @@ class Progress(_Display):
         self._left = TimeLeft(total_steps)
         self._record: dict = {}
         self._doing: tuple[str, float] | None = None
+        self._alarm: str | None = None
         super().__init__(console, quiet, plain_every_s)
 
     def status(self, what: str, seconds: float | None = None) -> None:
@@ -159,6 +160,10 @@ class Progress(_Display):
             self._print_plain(0.0)
         else:
             self._print_plain(self._plain_every_s / 5 if "tokens_per_s" in record else self._plain_every_s)
+
+    def alarm(self, text: str | None) -> None:
+        """Show this in every line from now on; None takes it back."""
+        self._alarm = text
 
     def skip(self) -> None:
         """The time since the last step went into something else; it does not count for the time left."""
@@ -190,7 +195,7 @@ class Progress(_Display):
             parts.append(size(record["memory_bytes"]))
         if step < self._total_steps and self._left.seconds() is not None:
             parts.append(f"{duration(self._left.seconds())} left")
-        return "  ".join(parts)
+        return "  ".join(parts + ([self._alarm] if self._alarm else []))
 
 
 class _Preparation(_Display):

@@ -15,7 +15,6 @@ from collections import deque
 import jax
 import numpy as np
 
-from aurora_train import files
 from aurora_train.checkpoint import layout
 from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
@@ -23,18 +22,18 @@ from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.evaluate import Evaluator, validation_batches
 from aurora_train.train.oom import noticed, refused
+from aurora_train.train.saving import Saver
 from aurora_train.train.session import Session
 from aurora_train.train.signals import Stopped, StopRequest
 from aurora_train.train.watchdog import Watchdog
 
-_SAVING = (
-    "a save copies the whole state to the host's memory, whatever the plan: free some, then run the same command "
-    "again; it goes on from the newest checkpoint"
-)
 _EVALUATING = (
     "an evaluation takes as many examples at once as the plan's microbatch, and is not replanned: `aurora resume RUN "
     "memory.accumulation=N` with a larger N makes it smaller; it goes on from the newest checkpoint"
 )
+
+
+UNSAVED = "a disk that cannot be written"  # why a run ended that could not be saved
 
 
 class Loop:
@@ -63,7 +62,11 @@ class Loop:
         self._config, self._store = session.config, session.store
         self._step = int(jax.device_get(state.step))
         self._first = self._recorded = self._step
-        self._last_save = self._step  # 0 for a fresh run, which has nothing to lose
+        self._saver = Saver(
+            session.store, session.run.folder, metrics=metrics, events=events, progress=progress, watchdog=watchdog,
+            patience=60 * session.config.checkpoint.patience_minutes,
+            last=self._step,  # 0 for a fresh run, which has nothing to lose
+        )  # fmt: skip
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = None
@@ -80,7 +83,8 @@ class Loop:
     def run(self, evaluated: set[int]) -> str | None:
         """Go on to the last step. `evaluated` has the steps whose evaluation is on record.
 
-        Returns None at the last step, or the name of what asked for a stop; the state is saved either way. Raises
+        Returns None at the last step, or the name of what asked for a stop; the state is saved either way, unless
+        the name is UNSAVED. Raises
         OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`.
         """
         first, last, interrupted = self._step, self._config.train.steps, False
@@ -92,12 +96,11 @@ class Loop:
             except Stopped:
                 interrupted = True
             except UserError:
-                self._finish_save()  # what it says of the newest checkpoint is to be true
+                self._saver.finish()  # what it says of the newest checkpoint is to be true
                 raise
             self._settle()
-            if self._step != self._last_save:
-                self._save(self._step)
-            self._finish_save()
+            if not self._saver.settle(self.state, self._step, lambda: self._stop.name is not None):
+                return UNSAVED
         return self._asked() if interrupted or self._step < last else None
 
     def _failing(self) -> str:
@@ -117,7 +120,7 @@ class Loop:
                 leaf.delete()
         self.state = self._compiled = self._evaluator = self._validation = None
         self._late.clear()
-        self._finish_save()
+        self._saver.finish()
 
     def _steps(self, data_step: int, last: int) -> None:
         config = self._config
@@ -125,7 +128,7 @@ class Loop:
         if ahead == 0:
             return
         with batches(self.session.source, config.train.seed, config.train.batch, data_step, data_step + ahead) as feed:
-            while self._step < last and not self._asked():
+            while self._step < last and not self._asked() and not self._saver.overdue():
                 with self._watchdog.during("a step"):
                     asked_at = time.perf_counter()
                     _, batch = next(feed)
@@ -141,11 +144,11 @@ class Loop:
             self._record(*self._late.popleft())
 
     def _after(self, step: int) -> None:
-        if self._save_due(step):
+        if self._save_due(step) or self._saver.retry_due():
             self._settle()
-            self._aside(self._save, step)
+            self._aside(lambda at: self._saver.save(self.state, at), step)
         else:
-            self._finish_save(wait=False)
+            self._saver.finish(wait=False)
         if self._evaluation_due(step):
             self._settle()
             self._aside(self._evaluate, step)
@@ -186,23 +189,6 @@ class Loop:
 
     # ---- saving and evaluating
 
-    def _save(self, step: int) -> None:
-        self._last_save = step
-        self._metrics.sync()
-        files.sync(self.session.run.folder)
-        self._finish_save()
-        with refused(f"saving step {step}", _SAVING), self._watchdog.during("a save"):
-            self._store.save(step, self.state, {"data_step": int(jax.device_get(self.state.data_step))})
-
-    def _finish_save(self, *, wait: bool = True) -> None:
-        with refused("writing a checkpoint", _SAVING), self._watchdog.during("a save"):
-            step = self._store.wait() if wait else self._store.finished()
-        if step is None:
-            return
-        given_up = self._store.retain(lower_is_better=True)
-        self._events.event("save", step, given_up=given_up)
-        self._progress.event(f"saved step {step}")
-
     def _save_due(self, step: int) -> bool:
         return step == self._config.train.steps or step % self._config.checkpoint.every == 0
 
@@ -215,8 +201,7 @@ class Loop:
         with refused(f"evaluating step {step}", _EVALUATING), self._stop.allowed(), watched:
             result = self._evaluator.loss(self.state, self._validation_batches())
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
-        if step == self._last_save or step in self._store.steps():
-            self._store.attach_score(step, result["loss"])
+        self._saver.attach_score(step, result["loss"])
         self._metrics.write({"step": step, "evaluation": result})
         self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
 

@@ -19,8 +19,9 @@ from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console
 from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
-from aurora_train.train.loop import Loop, state_hash
+from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
+from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
 from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
@@ -145,7 +146,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         _say_measured(session, loop, gauge, progress)
     if stopped_by:
         session.store.close()
-        return Outcome(run, EXIT_STOPPED, run.step(), stopped_by)
+        return Outcome(run, EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_STOPPED, run.step(), stopped_by)
     return _scored(session, loop, process)
 
 

@@ -1,0 +1,142 @@
+"""When a run saves, and what it does where it cannot: it goes on, says so at every chance, and stops in the end.
+
+A full disk is no reason to throw away hours of steps that are still in memory. Older rolling checkpoints are given up
+for the new one; where that is not enough the save is tried again later, and training goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+
+from aurora_train import files
+from aurora_train.checkpoint.store import SaveFailed
+from aurora_train.errors import UserError
+from aurora_train.train.oom import refused
+
+EXIT_UNSAVED = 74  # EX_IOERR: could not save for as long as the config allows; the newest checkpoint is whole
+_RETRY_SECONDS = 30.0
+_MEMORY = (
+    "a save copies the whole state to the host's memory, whatever the plan: free some, then run the same command "
+    "again; it goes on from the newest checkpoint"
+)
+
+
+class Saver:
+    """Saves of one loop. `patience` is in seconds: how long the run goes on without being able to save."""
+
+    def __init__(self, store, folder, *, metrics, events, progress, watchdog, patience: float, last: int):
+        self._store, self._folder = store, folder
+        self._metrics, self._events, self._progress, self._watchdog = metrics, events, progress, watchdog
+        self._patience = patience
+        self.last = last  # the newest step that is saved or on its way
+        self._committed = last
+        self._failing_since: float | None = None
+        self._tried_at = 0.0
+        self._scores: dict[int, float] = {}  # not attached yet
+
+    @property
+    def failing(self) -> bool:
+        """Whether the newest save failed."""
+        return self._failing_since is not None
+
+    def overdue(self) -> bool:
+        """Whether saving has failed for longer than the config allows."""
+        return self.failing and time.monotonic() - self._failing_since > self._patience
+
+    def retry_due(self) -> bool:
+        """Whether a failed save should be tried again at the step in hand."""
+        return self.failing and time.monotonic() - self._tried_at > _RETRY_SECONDS
+
+    def save(self, state, step: int) -> None:
+        """Copy the state out and write it in the background; the save before is finished first."""
+        self.finish()
+        self.last, self._tried_at = step, time.monotonic()
+        facts = {"data_step": int(jax.device_get(state.data_step))}
+        for attempt in ("first", "with room made"):
+            try:
+                self._sync_records(step)
+                with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save"):
+                    self._store.save(step, state, facts)
+                return
+            except SaveFailed as error:
+                if attempt == "first" and self._make_room(step, error):
+                    continue
+                self._failed(step, error)
+                return
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Note the end of the save in the background, waiting for it or not."""
+        try:
+            with refused("writing a checkpoint", _MEMORY), self._watchdog.during("a save"):
+                step = self._store.wait() if wait else self._store.finished()
+        except SaveFailed as error:
+            if not self._make_room(self.last, error):
+                self._failed(self.last, error)
+            else:
+                self._failing_since, self._tried_at = self._failing_since or time.monotonic(), 0.0
+            return
+        if step is None:
+            return
+        self._attach()
+        given_up = self._store.retain(lower_is_better=True)
+        self._events.event("save", step, given_up=given_up)
+        again = " again" if self.failing else ""
+        self._progress.event(f"saved step {step}{again}")
+        self._committed, self._failing_since = step, None
+        self._progress.alarm(None)
+
+    def settle(self, state, step: int, asked) -> bool:
+        """At the end: the state of this step on disk, tried again until then. False where it cannot be.
+
+        `asked` says whether somebody asked the run to stop: then it does not wait for room.
+        """
+        while True:
+            if step != self.last or self.failing:
+                self.save(state, step)
+            self.finish()
+            if not self.failing:
+                return True
+            if self.overdue() or asked():
+                return False
+            time.sleep(min(_RETRY_SECONDS, 1 + self._patience / 10))
+
+    def attach_score(self, step: int, score: float) -> None:
+        """Remember the evaluation of a step that is saved, at once or when there is room."""
+        if step == self.last or step in self._store.steps():
+            self._scores[step] = score
+            self._attach()
+
+    def _sync_records(self, step: int) -> None:
+        """The records of steps up to this one are on disk before its checkpoint can count."""
+        try:
+            self._metrics.sync()
+        except UserError as error:
+            raise SaveFailed(step, error.why, self._metrics.path, needed=1 << 20, no_space=True) from error
+        files.sync(self._folder)
+
+    def _attach(self) -> None:
+        for step in list(self._scores):
+            try:
+                self._store.attach_score(step, self._scores[step])
+            except UserError:
+                return  # full: it is tried again with the next save
+            del self._scores[step]
+
+    def _make_room(self, step: int, error: SaveFailed) -> bool:
+        given_up = self._store.make_room(error.needed) if error.no_space else []
+        if given_up:
+            listed = ", ".join(map(str, given_up))
+            self._events.event("room", step, given_up=given_up, why=error.what)
+            self._progress.event(f"the disk is full: gave up the rolling checkpoints {listed} for step {step}")
+        return bool(given_up)
+
+    def _failed(self, step: int, error: SaveFailed) -> None:
+        first = not self.failing
+        self._failing_since = self._failing_since or time.monotonic()
+        self._tried_at = time.monotonic()
+        self._events.event("save_failed", step, why=str(error), newest=self._committed)
+        self._progress.alarm(f"NOT SAVED since step {self._committed}: {error.reason}")
+        if first:
+            self._progress.event(f"{error}\n  training goes on; the save is tried again")
