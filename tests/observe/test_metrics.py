@@ -1,5 +1,6 @@
 """The logs keep every bit, survive a kill at any instant, and give up only what a crash tore."""
 
+import errno
 import json
 import math
 import os
@@ -159,10 +160,32 @@ def test_records_written_before_kill_9_are_all_there(tmp_path):
     assert [record["step"] for record in read(path)] == list(range(1, 101))
 
 
-def test_a_full_disk_is_one_clear_message():
+def test_on_a_full_disk_records_wait_and_a_sync_says_so():
     log = MetricsLog("/dev/full")
+    log.write({"step": 1})
     with pytest.raises(UserError, match="No space left"):
-        log.write({"step": 1})
+        log.sync()
+    assert EventLog("/dev/full").event("save_failed", 1)["step"] == 1
+
+
+def test_records_that_waited_for_room_are_written_once_and_in_order(tmp_path, monkeypatch):
+    room, real = [0], os.write
+
+    def short_of_room(descriptor, content):
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(descriptor, bytes(content)[: room[0]])
+        room[0] -= written
+        return written
+
+    with MetricsLog(tmp_path / "m.jsonl") as log:
+        monkeypatch.setattr(os, "write", short_of_room)
+        for step, free in ((1, 7), (2, 0), (3, 20), (4, 10**6)):
+            room[0] = free
+            log.write({"step": step})
+        log.sync()
+    monkeypatch.undo()
+    assert [record["step"] for record in read(tmp_path / "m.jsonl")] == [1, 2, 3, 4]
 
 
 def test_events_carry_their_time_and_sinks_get_every_record(tmp_path):
