@@ -87,7 +87,7 @@ def estimator_sets(model) -> dict[str, tuple[str, ...]]:
 
 def ratio_sets(graphs) -> dict[str, tuple[str, ...]]:
     """torch's: for each ratio of the bytes of all products' outputs, those of most FLOPs of their own that fit in."""
-    (graph, _) = next(iter(graphs.values()))
+    graph = next(iter(graphs.values()))
     nothing = graph.score(())
     items = []
     for tag in (*DOTS, *CONTEXT):
@@ -161,7 +161,7 @@ def measure(machine: str, model: str, sequence: int, batch: int, state: str, who
     planner = planner_of(machine, model, sequence, batch, state, whole)
     program = planner.program
     space = planner._space()
-    graphs = unit_graphs(planner, space.devices)
+    graphs = unit_graphs(planner)
     rivals = {
         "full": {"full": ()},
         "dots": {"dots": DOTS, "dots, attention": (*DOTS, *CONTEXT)},
