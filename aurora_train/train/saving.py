@@ -57,7 +57,7 @@ class Saver:
         for attempt in ("first", "with room made"):
             try:
                 self._sync_records(step)
-                with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save"):
+                with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save", learn=False):
                     self._store.save(step, state, facts)
                 return
             except SaveFailed as error:
@@ -69,7 +69,7 @@ class Saver:
     def finish(self, *, wait: bool = True) -> None:
         """Note the end of the save in the background, waiting for it or not."""
         try:
-            with refused("writing a checkpoint", _MEMORY), self._watchdog.during("a save"):
+            with refused("writing a checkpoint", _MEMORY), self._watchdog.during("a save", learn=False):
                 step = self._store.wait() if wait else self._store.finished()
         except SaveFailed as error:
             if not self._make_room(self.last, error):
@@ -79,6 +79,8 @@ class Saver:
             return
         if step is None:
             return
+        # All of it, and not how long somebody waited: the last save of a run is waited for from its beginning.
+        self._watchdog.budgets.took("a save", time.monotonic() - self._tried_at)
         self._attach()
         given_up = self._store.retain(lower_is_better=True)
         self._events.event("save", step, given_up=given_up)

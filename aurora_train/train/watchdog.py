@@ -69,13 +69,18 @@ class Watchdog:
         self._ended.set()
 
     @contextlib.contextmanager
-    def during(self, kind: str):
-        """Watch a stretch of work. Inside another one, that one's clock stands still and then starts anew."""
+    def during(self, kind: str, *, learn: bool = True):
+        """Watch a stretch of work. Inside another one, that one's clock stands still and then starts anew.
+
+        `learn` is False where a short stretch says nothing of how long that kind of work may take: the caller tells
+        `budgets` what it took.
+        """
         before, now = self._work, time.monotonic()
         self._work = (kind, now, now + self.budgets.of(kind))
         try:
             yield
-            self.budgets.took(kind, time.monotonic() - now)
+            if learn:
+                self.budgets.took(kind, time.monotonic() - now)
         finally:
             if before is not None:
                 kind, now = before[0], time.monotonic()

@@ -77,8 +77,10 @@ def test_a_process_that_was_stopped_is_not_taken_for_hung(tmp_path):
     assert process.returncode == 0 and "ended" in out
 
 
-def test_what_fails_teaches_nothing(tmp_path):
+def test_what_fails_or_is_no_measure_teaches_nothing(tmp_path):
     with Watchdog(tmp_path, tmp_path / "events.jsonl", enabled=False) as dog:
         with pytest.raises(ValueError), dog.during("a step"):
             raise ValueError
+        with dog.during("a step", learn=False):
+            pass
         assert dog.budgets.of("a step") == FIRST_SECONDS
