@@ -139,6 +139,7 @@ def moved_over(aurora: Aurora, name: str, step: int, plan: Path) -> Path:
     for folder in (run / "checkpoints").iterdir():
         if folder.name.isdigit() and int(folder.name) > step:
             shutil.rmtree(folder)
+    (run / "checkpoints" / "index.json").unlink()  # else they are missed
     (run / "events.jsonl").unlink()
     shutil.copyfile(plan, run / "plan.json")
     aurora.good("resume", name)
