@@ -80,9 +80,9 @@ class Run:
 
     def step(self) -> int:
         """The newest saved step, 0 where there is none. Reads names only."""
-        from aurora_train.checkpoint.store import CheckpointStore
+        from aurora_train.checkpoint.audit import sealed_steps  # not the store: it imports jax, which is not set up yet
 
-        return max(CheckpointStore(self.checkpoints, self.trash).steps(), default=0)
+        return max(sealed_steps(self.checkpoints), default=0)
 
     def holds_something_else(self) -> bool:
         """Whether the folder is taken, and not by what a run leaves that was killed in its first moments."""

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from aurora_train.checkpoint import durable, frozen
-from aurora_train.checkpoint.ledger import Ledger
+from aurora_train.checkpoint.ledger import NAME, Ledger
 from aurora_train.checkpoint.retention import reasons
 
 ASIDE = "damaged-"  # a folder that was set aside begins with this
@@ -22,7 +22,7 @@ def listing(folder: Path, *, keep: int, keep_every: int | None, best: int) -> li
     `state` is "whole" where every file is there with its size, else what is wrong first; bytes are not read.
     """
     entries, rows = Ledger(folder).read(), []
-    sealed = _sealed(folder)
+    sealed = sealed_steps(folder)
     why = reasons(sorted(sealed), entries.scores, keep=keep, keep_every=keep_every, best=best, lower_is_better=True)
     for path in sorted(_folders(folder), key=lambda p: (_step(p), p.name)):
         step = _step(path)
@@ -56,24 +56,35 @@ def verify(folder: Path, steps: Iterable[int], progress: Callable[[int, int], No
             progress(done, in_all)
 
     for step, path in folders:
-        lines = durable.faults(path, read) if path.is_dir() else ["the folder is missing"]
+        lines = step_faults(folder, step, read) if step is not None else durable.faults(path, read)
         rows.append({
             "step": step, "files": len(durable.manifest(path).get("files", ())), "bytes": durable.num_bytes(path),
             "faults": lines, "folder": str(path),
         })  # fmt: skip
+    if (fault := Ledger(folder).read().fault) is not None:
+        record = str(Ledger(folder).path)
+        rows.append({"step": None, "files": 0, "bytes": 0, "faults": [f"{NAME}: {fault}"], "folder": record})
     return rows
 
 
 def committed(folder: Path) -> list[int]:
     """The steps that ought to be there: those with a manifest, and those on record."""
-    return sorted(_sealed(folder) | Ledger(folder).read().committed)
+    return sorted(sealed_steps(folder) | Ledger(folder).read().committed)
 
 
-def newest_fault(folder: Path) -> str | None:
-    """What is wrong with the newest checkpoint by its names and sizes, or None. No byte of the data is read."""
+def newest_fault(folder: Path, read: Callable[[int], None] | None = None) -> str | None:
+    """What is wrong with the newest checkpoint, or None. Every byte of it is read; `read` is told how many."""
     steps = committed(folder)
-    lines = durable.quick_faults(folder / str(steps[-1])) if steps else []
-    return f"{steps[-1]}/{lines[0]}" if lines else None
+    if not steps:
+        return "no checkpoint is left"
+    lines = step_faults(folder, steps[-1], read)
+    return f"step {steps[-1]}: {lines[0]}" if lines else None
+
+
+def step_faults(folder: Path, step: int, read: Callable[[int], None] | None = None) -> list[str]:
+    """What is wrong with one checkpoint that ought to be there, one line a file; [] for an intact one."""
+    path = folder / str(step)
+    return durable.faults(path, read) if path.is_dir() else ["the folder is missing"]
 
 
 def _row(path: Path, score: float | None, why: str | None) -> dict | None:
@@ -81,7 +92,7 @@ def _row(path: Path, score: float | None, why: str | None) -> dict | None:
     try:
         files = [p for p in path.rglob("*") if p.is_file()]
         sizes = sum(p.stat().st_size for p in files)
-        saved = datetime.fromtimestamp((path / durable.MANIFEST).stat().st_mtime, UTC) if manifest else None
+        copied = datetime.fromtimestamp((path / durable.MANIFEST).stat().st_mtime, UTC) if manifest else None
     except FileNotFoundError:  # the trainer gave it up just now
         return None
     if path.name.startswith(ASIDE):
@@ -92,7 +103,7 @@ def _row(path: Path, score: float | None, why: str | None) -> dict | None:
         state = (durable.quick_faults(path) or ["whole"])[0]
     return {
         "step": _step(path), "bytes": sizes, "files": len(files),
-        "saved": saved and saved.isoformat(timespec="seconds"), "score": score,
+        "saved": manifest.get("saved") or (copied and copied.isoformat(timespec="seconds")), "score": score,
         "kept": why if path.name.isdigit() else None, "state": state, "folder": str(path),
     }  # fmt: skip
 
@@ -103,7 +114,8 @@ def _folders(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if p.is_dir() and _step(p) is not None]
 
 
-def _sealed(folder: Path) -> set[int]:
+def sealed_steps(folder: Path) -> set[int]:
+    """The steps whose folder has a manifest. Reads names only, and imports nothing that trains."""
     return {_step(p) for p in _folders(folder) if p.name.isdigit() and durable.is_sealed(p)}
 
 

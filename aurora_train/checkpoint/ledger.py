@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from aurora_train.checkpoint import durable
 from aurora_train.files import write_atomically
 
 NAME = "index.json"
@@ -38,7 +39,9 @@ class Ledger:
         try:
             text = self.path.read_text()
         except FileNotFoundError:
-            return Entries(frozenset(), {})
+            # The first save may have been killed right before its entry; a second one was never sealed without.
+            sealed = [path for path in self.path.parent.glob("*") if path.name.isdigit() and durable.is_sealed(path)]
+            return Entries(frozenset(), {}, "missing" if len(sealed) > 1 else None)
         except (OSError, UnicodeDecodeError) as error:
             return Entries(frozenset(), {}, f"unreadable ({error})")
         try:
@@ -72,11 +75,12 @@ class Ledger:
             entries = self.read()
             self._write(entries.committed, {**entries.scores, step: score})
 
-    def begin_anew(self, steps) -> Path:
+    def begin_anew(self, steps) -> Path | None:
         """Set a record aside that cannot be read, and start one of these steps. Returns where the old one lies."""
         with self._lock:
-            aside = self.path.with_name(f"damaged-{NAME}")
-            self.path.replace(aside)
+            aside = self.path.with_name(f"damaged-{NAME}") if self.path.exists() else None
+            if aside is not None:
+                self.path.replace(aside)
             self._write(frozenset(steps), {})
             return aside
 

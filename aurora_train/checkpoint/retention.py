@@ -13,7 +13,7 @@ def reasons(
     scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
     ranked = sorted(scored, key=lambda step: scores[step], reverse=not lower_is_better)
     for step in steps[-keep:]:
-        why.setdefault(step, []).append("newest")
+        why.setdefault(step, []).append("newest" if step == steps[-1] else "rolling")
     for step in steps:
         if keep_every and step % keep_every == 0:
             why.setdefault(step, []).append(f"every {keep_every}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aurora_train.checkpoint import durable, frozen, layout, ledger
-from aurora_train.checkpoint.audit import ASIDE
+from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
 from aurora_train.errors import UserError
@@ -66,7 +66,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Sealed steps, ascending."""
-        return sorted(int(p.name) for p in self._folders() if durable.is_sealed(p))
+        return sorted(sealed_steps(self.folder))
 
     def scores(self) -> dict[int, float]:
         """Score by step, where one was attached."""
@@ -86,7 +86,7 @@ class CheckpointStore:
         entries, bad = self.ledger.read(), {}
         intact = None
         for step in sorted({*self.steps(), *self._lost(entries)}, reverse=True):
-            lines = self._faults(step)
+            lines = step_faults(self.folder, step)
             if not lines:
                 self.refuse_frozen_damage(step)
                 intact = step
@@ -105,12 +105,6 @@ class CheckpointStore:
             return intact, [Damage(None, [f"{ledger.NAME}: {entries.fault}"], moved_to), *found]
         self.ledger.strike(bad)
         return intact, found
-
-    def _faults(self, step: int) -> list[str]:
-        folder = self.folder / str(step)
-        if not folder.is_dir():
-            return ["the folder is missing"]
-        return durable.faults(folder) if durable.is_sealed(folder) else [f"{durable.MANIFEST}: missing"]
 
     def _lost(self, entries) -> set[int]:
         """Steps that were committed, or may have been, and have no manifest any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.cli.verify import DAMAGED
 
 EXAMPLE = "aurora checkpoints runs/quickstart-1a2b3c4d"
 
@@ -26,7 +27,7 @@ def command(run: RunArgument, json: JsonOption = False):
     else:
         _show(rows)
     if any(row["state"] not in _FINE for row in rows):
-        raise typer.Exit(1)
+        raise typer.Exit(DAMAGED)
 
 
 _FINE = ("whole", "unfinished", "set aside")

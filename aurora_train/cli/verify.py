@@ -11,13 +11,16 @@ from aurora_train.cli.common import JsonOption, RunArgument, print_json
 EXAMPLE = "aurora verify runs/quickstart-1a2b3c4d --step 400"
 
 
+DAMAGED = 3  # 1 is a pipe that broke
+
+
 def command(
     run: RunArgument,
     step: Annotated[int | None, typer.Option("--step", min=0, help="This checkpoint alone; else all.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 1 for damage."""
+    """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 3 for damage."""
     from aurora_train.checkpoint.audit import committed, verify
     from aurora_train.errors import UserError
     from aurora_train.observe.progress import preparation
@@ -39,17 +42,20 @@ def command(
     else:
         _show(rows)
     if damaged:
-        raise typer.Exit(1)
+        raise typer.Exit(DAMAGED)
 
 
 def _show(rows: list[dict]) -> None:
     from aurora_train.units import size
 
     for row in rows:
-        name = "frozen parameters" if row["step"] is None else f"step {row['step']}"
+        name = "shared by all" if row["step"] is None else f"step {row['step']}"
         if not row["faults"]:
             print(f"{name}: intact ({row['files']} files, {size(row['bytes'])})")
         for line in row["faults"]:
             print(f"{name}: damaged: {line}")
-    if any(row["faults"] for row in rows):
+    steps = [row for row in rows if row["step"] is not None]
+    if all(row["faults"] for row in steps):
+        print("None of these can be gone on from: bring a copy back.")
+    elif any(row["faults"] for row in rows):
         print("`aurora resume RUN` sets damaged checkpoints aside and goes on from the newest intact one.")

@@ -7,6 +7,7 @@ for the new one; where that is not enough the save is tried again later, and tra
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 import jax
 
@@ -53,7 +54,8 @@ class Saver:
         """Copy the state out and write it in the background; the save before is finished first."""
         self.finish()
         self.last, self._tried_at = step, time.monotonic()
-        facts = {"data_step": int(jax.device_get(state.data_step))}
+        saved = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = {"data_step": int(jax.device_get(state.data_step)), "saved": saved}
         for attempt in ("first", "with room made"):
             try:
                 self._sync_records(step)

@@ -12,6 +12,7 @@ from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
 from aurora_train.config import dump
+from aurora_train.errors import UserError
 from aurora_train.machine import profile
 from aurora_train.memory.report import one_line, side_by_side
 from aurora_train.observe import metrics as logs
@@ -181,9 +182,21 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
 
 
 def claim(session: Session) -> tuple[int | None, list]:
-    """Clear what a crash left and find the newest intact checkpoint: (its step or None, what was damaged)."""
+    """Clear what a crash left and find the newest intact checkpoint: (its step or None, what was damaged).
+
+    UserError where the log says that there were checkpoints, and there is none.
+    """
     session.store.sweep()
-    return session.store.newest_intact()
+    start, damaged = session.store.newest_intact()
+    saved = [event["step"] for event in logs.read(session.run.events) if event["event"] == "save"]
+    if start is None and saved:
+        raise UserError(
+            "every checkpoint of this run is gone",
+            where=str(session.run.checkpoints),
+            why=f"events.jsonl says that step {max(saved)} was saved",
+            hint="bring a copy of one back, or start over with `aurora train CONFIG --fresh` (this run is kept)",
+        )
+    return start, damaged
 
 
 def _recorded(session: Session) -> Path:

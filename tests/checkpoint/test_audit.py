@@ -29,7 +29,7 @@ def states(saved):
 def test_each_checkpoint_is_listed_with_its_size_score_and_why_it_is_kept(saved):
     rows = audit.listing(saved, **POLICY)
     assert [row["step"] for row in rows] == [10, 20, 30, 40] and {row["state"] for row in rows} == {"whole"}
-    assert [row["kept"] for row in rows] == ["best", "every 20", "newest", "newest, every 20"]
+    assert [row["kept"] for row in rows] == ["best", "every 20", "rolling", "newest, every 20"]
     assert [row["score"] for row in rows] == [1.0, 2.0, 3.0, 4.0]
     for row in rows:
         folder = saved / str(row["step"])
@@ -60,7 +60,9 @@ def test_verify_reads_every_byte_and_tells_how_far_it_is(saved):
     data.write_bytes(content)
     assert states(saved)[30] == "whole", "its size is what it was"
     assert [row["step"] for row in audit.verify(saved, [20, 30]) if row["faults"]] == [30]
-    assert audit.newest_fault(saved) is None
+    assert audit.newest_fault(saved) is None and audit.newest_fault(saved / "none") == "no checkpoint is left"
+    (saved / "index.json").unlink()
+    assert audit.verify(saved, [20])[-1]["faults"] == ["index.json: missing"]
 
 
 def test_nothing_saved_is_an_empty_list(tmp_path):

@@ -108,7 +108,7 @@ def test_a_real_resume_walks_back_says_what_it_lost_and_ends_in_the_same_bits(tr
     for step in (40, 30):  # the newest two, so that there is something to train again
         data = max((copy / "checkpoints" / str(step)).rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
         data.write_bytes(data.read_bytes()[:-7])
-    assert aurora("verify", copy).returncode == 1
+    assert aurora("verify", copy).returncode == 3
     resumed = aurora.good("resume", copy)
     assert "checkpoint 40 is damaged" in resumed.stderr and "checkpoint 30 is damaged" in resumed.stderr
     assert "going back to step 20" in resumed.stderr
@@ -119,3 +119,29 @@ def test_a_real_resume_walks_back_says_what_it_lost_and_ends_in_the_same_bits(tr
     listed = json.loads(aurora.good("checkpoints", copy, "--json").stdout)["checkpoints"]
     assert [row["step"] for row in listed if row["state"] == "whole"] == [10, 20, 30, 40]
     assert [row["step"] for row in listed if row["state"] == "set aside"] == [30, 40]
+
+
+def test_a_run_whose_checkpoints_are_all_gone_is_refused_and_not_begun_again(trained, tmp_path):
+    aurora, run = trained
+    for finished in (True, False):
+        copy = tmp_path / f"run-{finished}"
+        shutil.copytree(run, copy)
+        shutil.rmtree(copy / "checkpoints")
+        if not finished:
+            kept = [line for line in (copy / "events.jsonl").read_text().splitlines() if '"finish"' not in line]
+            (copy / "events.jsonl").write_text("\n".join(kept) + "\n")
+        before = (copy / "metrics.jsonl").read_bytes()
+        done = aurora("resume", copy)
+        assert done.returncode == 2 and "every checkpoint of this run is gone" in done.stderr, done.stderr[-2000:]
+        assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_flipped_bit_in_a_finished_run_is_found_by_the_same_command(trained, tmp_path):
+    aurora, run = trained
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    data = max((copy / "checkpoints" / "40").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    assert damage(data, "bit", random.Random(SEED + 3))
+    resumed = aurora.good("resume", copy)
+    assert "finished, but its newest checkpoint is damaged" in resumed.stderr
+    assert final_hash(copy) == final_hash(run)
