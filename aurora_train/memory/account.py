@@ -192,7 +192,7 @@ def _time(planner, chosen: Candidate | None, blueprint) -> dict | None:
         matmul = rates.matmul.get(config.train.precision) or max(rates.matmul.values())
         step = flops / program.mesh.devices.size / matmul + (chosen.seconds if chosen else 0.0)
         out |= {"step_seconds": step, "seconds": step * config.train.steps}
-        out |= {"rates": "measured" if rates.source == "measured" else "bound", "source": rates.note or rates.device}
+        out |= {"rates": rates.source, "source": rates.note or rates.device}
     return out
 
 
