@@ -67,6 +67,7 @@ def test_older_rolling_checkpoints_make_room_and_the_run_ends_in_the_same_bits(u
     assert whole_checkpoints(run)[-1] == 120 and [s for s, _ in losses(run)] == list(range(1, 121))
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed, tmp_path):
     freed = "(while [ ! -e free ]; do sleep 0.1; done; rm -f disk/filler) &"
     process = on_a_small_disk(tmp_path, "6m", "checkpoint.patience_minutes=5", filler="5400000", then=freed)
@@ -84,7 +85,7 @@ def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed
     assert final_hash(run) == final_hash(undisturbed) and whole_checkpoints(run)[-1] == 120
 
 
-@pytest.mark.parametrize("how", ["patience", "SIGTERM"])
+@pytest.mark.parametrize("how", ["patience", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_run_that_can_save_nothing_stops_with_its_own_status(how, tmp_path):
     patience = "0.05" if how == "patience" else "60"
     process = on_a_small_disk(tmp_path, "6m", f"checkpoint.patience_minutes={patience}", filler="5400000")

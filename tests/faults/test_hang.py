@@ -31,8 +31,8 @@ def children_of(pid: int) -> list[str]:
     "where,environment,doing",
     [
         ("the loader", {"TOY_SIGNAL": "take:13:HANG"}, "a step"),
-        ("the step", {"TOY_HANG": "step"}, "a step"),
-        ("a save", {"TOY_HANG": "save"}, "a save"),
+        pytest.param("the step", {"TOY_HANG": "step"}, "a step", marks=pytest.mark.slow),
+        pytest.param("a save", {"TOY_HANG": "save"}, "a save", marks=pytest.mark.slow),
     ],
 )
 def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(where, environment, doing, undisturbed, tmp_path):
