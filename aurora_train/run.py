@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from aurora_train.errors import UserError
-from aurora_train.files import write_atomically
+from aurora_train.files import read_json, write_atomically, write_json
 
 
 def default_folder(name: str, config_hash: str) -> Path:
@@ -131,6 +131,15 @@ def provenance(config, recipe_file: Path, source, machine: dict) -> dict:
         "versions": versions(),
         "machine": machine,
     }
+
+
+def record_allowed(run: Run, changes: list[tuple]) -> None:
+    """Put changes of frozen keys into the run's provenance: (key, old, new, class) each."""
+    if not changes:
+        return
+    known, now = read_json(run.provenance, {}), datetime.now(UTC).isoformat(timespec="seconds")
+    allowed = [{"key": key, "old": old, "new": new, "step": run.step(), "time": now} for key, old, new, _ in changes]
+    write_json(run.provenance, {**known, "allowed_changes": [*known.get("allowed_changes", []), *allowed]})
 
 
 def versions() -> dict[str, str]:

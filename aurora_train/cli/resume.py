@@ -16,6 +16,10 @@ def command(
     run: RunArgument,
     overrides: Overrides = None,
     replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option("--allow-change", metavar="KEY", help="Let this frozen key change, on record. Repeatable."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
@@ -23,7 +27,7 @@ def command(
     from aurora_train.cli.train import go
     from aurora_train.train.intent import for_resume, warnings
 
-    config, found, changes = for_resume(run, overrides or [])
+    config, found, changes = for_resume(run, overrides or [], allow_change or [])
     for line in warnings(changes):
         print(f"changed {line}", file=sys.stderr)
     return go(config, found, quiet=quiet, json=json, changes=changes, replan=replan)

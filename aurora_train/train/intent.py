@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from aurora_train import run as runs
-from aurora_train.config import config_hash, diff, load_resolved
+from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
 
 _WHY = {
     "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",
     "warned": "changes the run from here on",
+    "allowed": "frozen, and changed at your word: from here on it is another run; on record in provenance.json",
     "elastic": "the same maths in another order of floating-point sums: equal to tolerance, no longer to the bit",
 }
 
@@ -41,26 +43,50 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
     return run
 
 
-def for_resume(folder: str, overrides: list[str]) -> tuple[object, runs.Run, list]:
-    """(config, run, changes) of `aurora resume RUN [key=value ...]`. UserError where a frozen key would change."""
+def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = ()) -> tuple[object, runs.Run, list]:
+    """(config, run, changes) of `aurora resume RUN [key=value ...]`. UserError where a frozen key would change.
+
+    `allowed`: frozen keys that may; such a change has the class "allowed".
+    """
     run = runs.Run.existing(folder)
     config = load_resolved(run.folder, overrides)
+    _refuse_unknown(allowed, config)
     if config.train.steps < run.step():
         raise UserError(
             f"train.steps={config.train.steps}, and this run is at step {run.step()} already",
             where=str(run.folder),
             hint=f"train.steps={run.step()} ends it there",
         )
-    changes = diff(load_resolved(run.folder), config)
+    changes = [
+        (key, old, new, "allowed" if kind == "frozen" and _is_allowed(key, allowed) else kind)
+        for key, old, new, kind in diff(load_resolved(run.folder), config)
+    ]
     frozen = [change for change in changes if change[3] == "frozen"]
     if frozen:
         raise UserError(
             "these keys are frozen for a run that has begun",
             where=str(run.folder),
             why=f"{describe(frozen)}\n  {_WHY['frozen']}",
-            hint="start a run of its own: aurora train CONFIG KEY=VALUE",
+            hint="start a run of its own: aurora train CONFIG KEY=VALUE; or, if you must: "
+            + " ".join(f"--allow-change {key}" for key, *_ in frozen),
         )
     return config, run, changes
+
+
+def _is_allowed(key: str, allowed) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)  # a section stands for all in it
+
+
+def _refuse_unknown(allowed, config) -> None:
+    known = [key for key, (_, kind) in flat(config).items() if kind == "frozen"]
+    for key in allowed:
+        if not any(_is_allowed(name, [key]) for name in known):
+            near = get_close_matches(key, known, n=1)
+            raise UserError(
+                f"`{key}` is not a frozen key",
+                where="--allow-change",
+                hint=f"did you mean `{near[0]}`?" if near else f"frozen are: {', '.join(known)}",
+            )
 
 
 def describe(changes) -> str:

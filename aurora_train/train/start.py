@@ -101,6 +101,7 @@ def _train(config, process: Process, changes, replan: bool) -> Outcome:
     with logs.EventLog(_recorded(session)) as events:
         if changes:
             events.event("override", process.run.step(), changes=[list(change) for change in changes])
+            runs.record_allowed(process.run, [change for change in changes if change[3] == "allowed"])
         return _to_its_end(session, process, events)
 
 

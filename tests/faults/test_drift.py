@@ -1,0 +1,94 @@
+"""Nothing that a run is made of changes in silence: every frozen key, the data, and what is allowed is on record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import toy
+from harness import Aurora, events
+
+from aurora_train.config import dump, flat, load
+from aurora_train.errors import UserError
+from aurora_train.train.intent import for_resume
+
+GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden" / "0.1"
+OTHER = [
+    "true", "false", "1", "2", "3", "8", "16", "64", "5000", "0.25", "0.5", "0.05", "1e-3", "float32", "bfloat16",
+    "other", "bpe", "byte", "lion", "muon", "adamw", "layernorm", "rmsnorm", "gelu", "swiglu", "learned", "rope", "{}",
+    "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[local, global]", str(GOLDEN),
+]  # fmt: skip
+BESIDE = {"model.window_pattern": "model.window"}  # a key that must be set too; to 64
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder of the bundled language model, as far as the config goes."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump(load("quickstart")))
+    return tmp_path / "run"
+
+
+def keys(kind: str) -> list[str]:
+    return [key for key, (_, found) in flat(load("quickstart")).items() if found == kind and key != "recipe"]
+
+
+@pytest.mark.parametrize("key", keys("frozen"))
+def test_each_frozen_key_is_refused_by_name_and_passes_only_where_it_is_allowed(key, run):
+    allowed = [key, *([BESIDE[key]] if key in BESIDE else [])]
+    beside = [f"{name}=64" for name in allowed[1:]]
+    for value in OTHER:
+        try:
+            _, _, changes = for_resume(run, [f"{key}={value}", *beside], allowed)
+        except UserError:
+            continue  # not a value that this key takes
+        kinds = {kind for name, _, _, kind in changes if name == key or name.startswith(f"{key}.")}
+        if not kinds:
+            continue  # it is the value that the key has
+        assert kinds == {"allowed"}
+        with pytest.raises(UserError) as caught:
+            for_resume(run, [f"{key}={value}", *beside])
+        assert "frozen" in str(caught.value) and f"--allow-change {key}" in str(caught.value)
+        return
+    raise AssertionError(f"no other value of {key} is in OTHER")
+
+
+def test_allowing_what_is_not_frozen_is_a_mistake(run):
+    with pytest.raises(UserError, match="`log.every` is not a frozen key"):
+        for_resume(run, [], ["log.every"])
+    with pytest.raises(UserError, match="did you mean `model.width`"):
+        for_resume(run, [], ["model.wdith"])
+
+
+@pytest.fixture
+def begun(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "run")
+    (tmp_path / "run" / "expected.json").unlink()
+    return Aurora(tmp_path, tmp_path / "cache"), tmp_path / "run"
+
+
+def test_a_frozen_key_that_is_allowed_goes_on_and_is_on_record(begun):
+    aurora, run = begun
+    refused = aurora("resume", run, "train.seed=5")
+    assert refused.returncode == 2 and "train.seed: 0 -> 5" in refused.stderr
+    aurora.good("resume", run, "train.seed=5", "--allow-change", "train.seed")
+    (change,) = json.loads((run / "provenance.json").read_text())["allowed_changes"]
+    assert (change["key"], change["old"], change["new"], change["step"]) == ("train.seed", 0, 5, 20)
+    assert events(run, "override")[0]["changes"] == [["train.seed", 0, 5, "allowed"]]
+    assert toy.CONFIG
+
+
+def test_data_that_was_edited_in_place_is_refused(tmp_path, corpus):
+    from harness import TINY
+
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text) if Path(corpus).is_dir() else shutil.copy(corpus, text)
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), tmp_path / "tiny.yaml"
+    config.write_text(TINY.format(corpus=text).replace("steps: 40", "steps: 10"))
+    aurora.good("train", config, "--run", "run")
+    file = max((p for p in [text, *text.rglob("*")] if p.is_file()), key=lambda p: p.stat().st_size)
+    file.write_text(file.read_text().replace("e", "f", 1))
+    done = aurora("resume", "run", "train.steps=20")
+    assert done.returncode == 2 and "is not what this run started on" in done.stderr, done.stderr[-2000:]
