@@ -125,6 +125,8 @@ def _kept(save, tags) -> str:
     if not save:
         return "recompute everything"
     dropped = [tag for tag in tags or () if tag not in save]
+    if tags and not dropped:
+        return f"keep {', '.join(save)}; recompute what lies between them and has no tag"
     return f"keep {', '.join(save)}" + (f"; recompute {', '.join(dropped)}" if dropped else "")
 
 

@@ -90,6 +90,11 @@ def test_the_page_has_the_bytes_of_every_cause_and_their_share_of_the_budget():
     assert "predicted 82.0 GB, compiled 84.0 GB (+2.4 %)" in shown(plan())
 
 
+def test_where_every_tag_is_kept_it_says_what_is_recomputed_all_the_same():
+    (line,) = report.segments([Segment(0, 4, ("query",))], ["query"])
+    assert line == "units 0 to 3: keep query; recompute what lies between them and has no tag"
+
+
 def test_the_page_says_of_every_tag_what_becomes_of_it():
     lines = shown(plan()).splitlines()
     assert "  units 0 to 11: keep query, mlp_up; recompute attn_norm" in lines
