@@ -63,6 +63,7 @@ def ask(tmp_path, number: int, steps: int):
     assert [step for step, _ in losses(run)] == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_a_signal_of_each_kind_is_a_save_an_exit_75_and_no_other_bit(tmp_path):
     ask(tmp_path, 3, 3000)
 
