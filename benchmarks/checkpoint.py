@@ -149,8 +149,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as here:
         here = Path(here).absolute()
-        text = here / "text.txt"
-        text.write_text("\n".join(p.read_text() for p in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]))
+        text = here / "text"
+        text.mkdir()
+        for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]:
+            shutil.copy(path, text)
         session = open_session(
             load_tree(tree_of(options.width, options.layers, options.vocabulary, text)), Run(here / "run"),
             lambda *_: None,
