@@ -227,11 +227,21 @@ class CheckpointStore:
             if shutil.disk_usage(self.folder).free >= needed and given_up:
                 break
             if step not in good:
-                self._throw_away(self.folder / str(step))
+                self._give_up([step])
                 given_up.append(step)
-        if given_up:
-            self.ledger.strike(given_up)
         return given_up
+
+    def _give_up(self, steps: list[int]) -> None:
+        """Strike them out and remove them; on a full disk the other way round, which makes the room to strike out."""
+        try:
+            self.ledger.strike(steps)
+            struck = True
+        except UserError:
+            struck = False
+        for step in steps:
+            self._throw_away(self.folder / str(step))
+        if not struck:
+            self.ledger.strike(steps)
 
     def finished(self) -> int | None:
         """The step of a save that became durable since the last call, or None. Raises what the save raised."""
@@ -259,9 +269,7 @@ class CheckpointStore:
             lower_is_better=lower_is_better,
         )  # fmt: skip
         given_up = [step for step in steps if step not in kept]
-        self.ledger.strike(given_up)
-        for step in given_up:
-            self._throw_away(self.folder / str(step))
+        self._give_up(given_up)
         return given_up
 
     def close(self) -> None:

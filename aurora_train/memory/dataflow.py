@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aurora_train.memory.kernel import Kernel, join_parts, needs_of, normalised, with_siblings
+from aurora_train.memory.kernel import Kernel, join_parts, mark_tiled, needs_of, with_siblings
 from aurora_train.memory.program import Program, is_kernel, nbytes, needed_results
 from aurora_train.memory.splits import Chip, Product, splits
 
@@ -229,7 +229,7 @@ class Graph(Program):
             kernel.rows = reduces and kernel.axes == (len(runs_over[0].aval.shape) - 1,)
             made.append(kernel)
         made = join_parts(made)
-        normalised(made)
+        mark_tiled(made)
         return with_siblings(made, self.size, self._custom_results())
 
     def _ordered(self) -> list[int]:

@@ -35,8 +35,9 @@ class Kernel:
 def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int]) -> list[Kernel]:
     """Fused launches that read one array in common and run over as many elements become one with several outputs.
 
-    XLA's MultiOutputFusion, siblings: reductions over the same axes, and elementwise results beside them. Never where
-    one needs the other, nor for what a kernel in `custom` made.
+    XLA's MultiOutputFusion, siblings: reductions over the same axes, and elementwise results beside them. An
+    elementwise result and what reads it too, where nothing else is needed in between. Never for what a kernel in
+    `custom` made.
     """
     needs = needs_of(kernels)
     size = {number: nbytes for number, nbytes in size.items() if number not in custom and nbytes > ONE_ELEMENT}
@@ -89,7 +90,7 @@ def join_parts(kernels: list[Kernel]) -> list[Kernel]:
     return [k for k in kernels if k.order not in gone]
 
 
-def normalised(kernels: list[Kernel]) -> None:
+def mark_tiled(kernels: list[Kernel]) -> None:
     """Mark what is normalised by sums or maxima of its own rows, such as a softmax.
 
     XLA's SoftmaxRewriterTriton makes one tiled kernel of such a diamond, and that never writes over what it reads.

@@ -266,7 +266,7 @@ class Planner:
         raise UserError(
             f"no plan fits {self.machine or 'this machine'}: the smallest needs {size(needed)} of {size(self.budget)}",
             where="memory.budget",
-            why=f"the budget is {self.budget_reason}" if self.budget_reason.startswith("--") else self.budget_reason,
+            why=f"budget: {self.budget_reason}",
             hint=levers or "a smaller model or a shorter sequence",
         )
 

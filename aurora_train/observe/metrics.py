@@ -7,6 +7,7 @@ as the strings "NaN", "Infinity" and "-Infinity" and come back as floats from `r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -114,6 +115,8 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
+            with contextlib.suppress(OSError):  # what finds no room now is of steps that no checkpoint has
+                self._drain()
             os.close(self._file)
             self._file = None
             for sink in self.sinks:

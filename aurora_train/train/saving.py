@@ -102,6 +102,8 @@ class Saver:
             self.finish()
             if not self.failing:
                 return True
+            if self._tried_at == 0.0:
+                continue  # room was made for another try
             if self.overdue() or asked():
                 return False
             time.sleep(min(_RETRY_SECONDS, 1 + self._patience / 10))

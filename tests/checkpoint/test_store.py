@@ -230,6 +230,21 @@ def test_every_step_is_on_record_until_it_is_given_up(tmp_path):
     store.close()
 
 
+def test_where_a_full_disk_has_no_room_to_strike_a_step_out_removing_it_makes_some(saved):
+    store = open_store(saved, keep=1, best=0)
+    strike, refused = store.ledger.strike, []
+
+    def short_of_room(steps):
+        if (saved / "checkpoints" / "10").exists():
+            refused.append(steps)
+            raise UserError("cannot write: No space left on device")
+        strike(steps)
+
+    store.ledger.strike = short_of_room
+    assert store.retain(lower_is_better=True) == [10, 20] and refused == [[10, 20]]
+    assert store.steps() == [30] and store.ledger.read().committed == {30}
+
+
 # ---- retention, against a model of it
 
 OPERATIONS = st.lists(

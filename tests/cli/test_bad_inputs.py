@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from harness import can_mount
 
 from aurora_train.cli.main import main
 
@@ -180,13 +181,6 @@ def test_a_folder_in_which_nothing_was_trained_yet_takes_the_corrected_config(he
 # ---- disks. These need a process of their own: a mount is for the whole process, a limit too.
 
 UNMOUNTABLE = "needs the right to mount a small disk"
-
-
-def can_mount() -> bool:
-    """Whether a disk of our own can be mounted where nobody else sees it; a plain container may refuse it to root."""
-    probe = ["unshare", "-m", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
-
 
 
 def aurora_after(setup, arguments, folder, limit=None):

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import toy
-from harness import Aurora, events
+from harness import TINY, Aurora, events
 
 from aurora_train.config import dump, flat, load
 from aurora_train.errors import UserError
@@ -77,12 +76,9 @@ def test_a_frozen_key_that_is_allowed_goes_on_and_is_on_record(begun):
     (change,) = json.loads((run / "provenance.json").read_text())["allowed_changes"]
     assert (change["key"], change["old"], change["new"], change["step"]) == ("train.seed", 0, 5, 20)
     assert events(run, "override")[0]["changes"] == [["train.seed", 0, 5, "allowed"]]
-    assert toy.CONFIG
 
 
 def test_data_that_was_edited_in_place_is_refused(tmp_path, corpus):
-    from harness import TINY
-
     text = tmp_path / "text"
     shutil.copytree(corpus, text) if Path(corpus).is_dir() else shutil.copy(corpus, text)
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), tmp_path / "tiny.yaml"

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
 
 import pytest
 import toy
-from harness import Aurora, events, final_hash, losses
+from harness import Aurora, can_mount, events, final_hash, losses
 
 from aurora_train.checkpoint import durable
 from aurora_train.train.saving import EXIT_UNSAVED
-
-
-def can_mount() -> bool:
-    probe = ["unshare", "-m", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
-
 
 pytestmark = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")
 WIDE = ("model.width=64", "checkpoint.keep=100", "train.steps=120", "evaluate.every=60")  # 0.9 MB a checkpoint
