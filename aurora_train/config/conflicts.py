@@ -5,6 +5,22 @@ from __future__ import annotations
 from aurora_train.errors import UserError
 
 
+def refuse_offload(config) -> None:
+    """UserError where a config asks for `memory.offload` beside what leaves nothing to be named."""
+    if config.memory.offload == "none" or not config.memory.offload:
+        return
+    if config.memory.save == "all":
+        raise UserError(
+            "with everything kept nothing is kept by name, so nothing can be offloaded by name", where="memory.offload",
+            hint="memory.save=auto, or a list of tags",
+        )  # fmt: skip
+    if config.memory.fuse_update:
+        raise UserError(
+            "an update fused into the backward pass keeps its tensors on the device", where="memory.offload",
+            hint="memory.offload=none, or memory.fuse_update=false",
+        )  # fmt: skip
+
+
 def refuse_fused(config) -> None:
     """UserError where a config asks for `memory.fuse_update` beside what needs all gradients at once."""
     if not config.memory.fuse_update:

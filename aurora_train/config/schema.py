@@ -91,6 +91,10 @@ class Memory(Section):
     save: Literal["auto", "all", "nothing"] | list[str] = setting(
         "auto", resume="elastic", help="tensors kept for the backward pass: all, nothing, or a list of tags"
     )
+    offload: Literal["none", "auto"] | list[str] = setting(
+        "none", resume="elastic",
+        help="kept tensors that wait in the processor's memory: none, auto (the planner's choice), or a list of tags",
+    )
     unroll: Literal["auto"] | bool = setting("auto", resume="elastic", help="unroll the layers instead of scanning")
     fuse_update: bool = setting(
         False, resume="elastic", help="update each layer within the backward pass: no set of gradients is kept"

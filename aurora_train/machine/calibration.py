@@ -27,7 +27,8 @@ class Rates:
     """One device. `matmul`: dtype name -> FLOP/s of large products; `bandwidth`: bytes/s read and written together.
 
     `per_microbatch_seconds`: what one more microbatch costs beside its work: a loop iteration of `_SMALL_OPS` small
-    dependent products. `source`: "measured" or "assumed"; `note` says where from, in words; `date`: ISO, or "".
+    dependent products. `link`: bytes/s to or from the processor's memory, one way; None where it is shared.
+    `source`: "measured" or "assumed"; `note` says where from, in words; `date`: ISO, or "".
     """
 
     matmul: dict[str, float]
@@ -37,11 +38,13 @@ class Rates:
     date: str
     device: str
     note: str = ""
+    link: float | None = None
 
     def describe(self) -> str:
         """One line for people."""
         products = ", ".join(f"{name} {flop_rate(rate)}" for name, rate in self.matmul.items())
         line = f"{products}; memory {size(self.bandwidth)}/s; {self.per_microbatch_seconds * 1e6:.0f} us a microbatch"
+        line += f"; link {size(self.link)}/s" if self.link else ""
         return f"{line}; {self.source} {self.date}".rstrip()
 
 
@@ -119,6 +122,7 @@ def _read(path: Path) -> Rates | None:
 _SHARES = {"Hopper": (0.79, "reached on an H200"), "GB10": (0.36, "the middle of what users measured on a GB10")}
 _SHARES |= {"Blackwell": (0.48, "the middle of trainings on a GB300"), "else": (0.7, "a guess: nothing was measured")}
 _BANDWIDTH_SHARE = 0.85  # what streaming copies usually reach; not measured on these devices
+_LINK_SHARE = 0.8  # of the link's rate, by large copies from pinned memory; not measured on these devices
 _LOOP_SECONDS = 2e-4  # 32 kernels at about 5 us each, and the loop's own synchronisation; not measured
 
 
@@ -136,6 +140,7 @@ def assumed(row: KnownMachine) -> Rates:
         device=row.name,
         note=f"{percent(share)} of the peak ({why}), {percent(_BANDWIDTH_SHARE)} of the bandwidth; "
         "measure it there with aurora doctor --calibrate",
+        link=_LINK_SHARE * row.link.value if row.link else None,
     )
 
 
@@ -166,6 +171,7 @@ def measure(device) -> Rates:
         matmul = {dtype: max(_matmul_rate(width, dtype, for_s=0.8) for width in widths) for dtype in DTYPES}
         bandwidth = _triad_rate(megabytes, for_s=1.0)
         overhead = _loop_seconds(for_s=0.5)
+        link = None if on_cpu else _link_rate(device, megabytes, for_s=1.0)
     return Rates(
         matmul=matmul,
         bandwidth=bandwidth,
@@ -174,6 +180,7 @@ def measure(device) -> Rates:
         date=time.strftime("%Y-%m-%d"),
         device=device_name(device),
         note=f"best of repeated products of {' and '.join(map(str, widths))}, a triad of {megabytes} MB arrays",
+        link=link,
     )
 
 
@@ -220,6 +227,21 @@ def _triad_rate(megabytes: int, for_s: float) -> float:
         held[0].block_until_ready()
 
     return 3 * 4 * number / best_seconds(once, for_s)
+
+
+def _link_rate(device, megabytes: int, for_s: float) -> float:
+    """Bytes/s between a device and pinned memory of its processor: one way, as a copy there and back takes twice."""
+    import jax
+    import jax.numpy as jnp
+
+    here = jax.sharding.SingleDeviceSharding(device)
+    there = here.with_memory_kind("pinned_host")
+    array = jax.device_put(jnp.ones(megabytes * 10**6 // 4), here)
+
+    def once():
+        jax.device_put(jax.device_put(array, there).block_until_ready(), here).block_until_ready()
+
+    return 2 * array.nbytes / best_seconds(once, for_s)
 
 
 def _loop_seconds(for_s: float) -> float:

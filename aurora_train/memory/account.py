@@ -118,9 +118,13 @@ def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> 
     fits = [c.microbatch for c in shortlist.candidates if shortlist.expected(c) <= planner.budget]
     return essentials(planner, plan, simulated) | {
         "tensors": {stack.path: _tensors(stack, chosen, space) for stack in space.stacks},
+        "host_bytes": space.offloaded(chosen.microbatch, chosen.cuts),
         "next_faster": None if faster is None else {
             "microbatch": faster.microbatch, "accumulation": faster.accumulation,
-            "stacks": {p: [[a, b, list(s.save)] for a, b, s in cut] for p, cut in faster.cuts.items()},
+            "stacks": {
+                path: [[a, b, list(s.save), False, list(s.offload)] for a, b, s in cut]
+                for path, cut in faster.cuts.items()
+            },
             "lacks_bytes": max(shortlist.expected(faster) - planner.usable, 0),
             "seconds": faster.seconds if planner.rates else None,
         },
@@ -156,18 +160,22 @@ def _filled(parts: dict[str, int]) -> dict[str, int]:
 
 def _tensors(stack, chosen: Candidate, space) -> list[dict]:
     """Each tag alone: what keeping it costs, and what recomputing it costs where all else is recomputed."""
-    by_save = {score.save: score for score in stack.scores}
-    none = by_save[()]
+    by_save = {score.save: score for score in stack.scores if not score.offload}
+    none = by_save.get((), stack.scores[0])
+    moving = {score.offload[0]: score.offloaded_bytes for score in stack.scores if len(score.offload) == 1}
     local = max(chosen.microbatch // space.devices, 1)
     rows = []
-    for tag in dict.fromkeys(tag for score in stack.scores for tag in score.save or ()):
+    for tag in dict.fromkeys(tag for score in stack.scores for tag in (*(score.save or ()), *score.offload)):
         alone = by_save.get((tag,))
+        size = alone.saved_bytes - none.saved_bytes if alone else moving.get(tag)
         kept = sum(b - a for a, b, score in chosen.cuts[stack.path] if tag in (score.save or ()))
+        moved = sum(b - a for a, b, score in chosen.cuts[stack.path] if tag in score.offload)
         rows.append({
             "tag": tag,
-            "bytes": (alone.saved_bytes - none.saved_bytes) * local if alone else None,
+            "bytes": size * local if size is not None else None,
             "recompute_flops": (none.flops - alone.flops) * local if alone else None,
             "kept_units": kept,
+            "offloaded_units": moved,
             "units": stack.units,
         })  # fmt: skip
     return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from aurora_train.errors import UserError
+from aurora_train.memory import offload
 from aurora_train.nn.stack import Segment, stacks
 
 
@@ -40,7 +41,7 @@ class Plan:
     def from_json(cls, value: dict) -> Plan:
         """The plan that a run was pinned to."""
         cuts = {
-            name: [Segment(**{**s, "save": None if s["save"] is None else tuple(s["save"])}) for s in cut]
+            name: [Segment(**{key: tuple(v) if isinstance(v, list) else v for key, v in s.items()}) for s in cut]
             for name, cut in value["stacks"].items()
         }
         return cls(**{**value, "stacks": cuts})
@@ -52,8 +53,11 @@ class Plan:
         return {key: whole[key] for key in ("microbatch", "accumulation", "stacks")}
 
 
-def make_plan(config, model, *, platform: str, num_devices: int) -> Plan:
-    """The plan that the config asks for. `model` may be abstract. UserError where a batch or a tag does not fit."""
+def make_plan(config, model, *, platform: str, num_devices: int, apart: bool = False) -> Plan:
+    """The plan that the config asks for. `model` may be abstract. UserError where a batch or a tag does not fit.
+
+    `apart`: whether a device has memory of its own, which it takes to offload.
+    """
     batch, memory = config.train.batch, config.memory
     accumulation = 1 if memory.accumulation == "auto" else memory.accumulation
     parts = accumulation * num_devices
@@ -63,14 +67,18 @@ def make_plan(config, model, *, platform: str, num_devices: int) -> Plan:
             where="train.batch",
             hint=f"the nearest that does is {max(batch // parts, 1) * parts}",
         )
-    cuts = {}
+    cuts, moved = {}, offload.named(config, stacks(model).values(), apart=apart)
     for path, stack in stacks(model).items():
         save = _save_set(memory.save, stack.tags, platform)
         # On CPU a scan costs a fifth of the speed, but an unrolled stack cannot recompute: XLA merges it away.
         scans = memory.fuse_update or platform != "cpu" or save is not None
         unroll = memory.unroll if memory.unroll != "auto" else not scans
-        cuts[_dotted(path)] = [Segment(0, stack.num_units, save, unroll)]
+        if moved:
+            save = tuple(tag for tag in save or () if tag not in moved)
+        here = tuple(tag for tag in moved if tag in offload.tags_of(stack))
+        cuts[_dotted(path)] = [Segment(0, stack.num_units, save, unroll, here)]
     reason = f"as configured: save {memory.save}, accumulation {memory.accumulation}"
+    reason += f", offload {', '.join(moved)}" if moved else ""
     return Plan(batch // accumulation, accumulation, cuts, reason)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import jax
 
 from aurora_train.errors import UserError
-from aurora_train.memory import account
+from aurora_train.memory import account, offload
 from aurora_train.memory.dataflow import Graph
 from aurora_train.memory.liveness import Profile, profile_of
 from aurora_train.memory.plan import Plan, make_plan
@@ -28,6 +28,7 @@ MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulat
 FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
 WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
 SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled, where none has fitted yet
+UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back where the link to the processor is not known
 HOPELESS = 1.25  # times the budget by simulation: not worth a compilation
 IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is taken as it is
 
@@ -116,7 +117,9 @@ class Planner:
         pairs = microbatches(program.config, program.recipe, devices)
         if not self._fixed and program.platform != "cpu":
             return None
-        plan = make_plan(program.config, program.model(), platform=program.platform, num_devices=devices)
+        plan = make_plan(
+            program.config, program.model(), platform=program.platform, num_devices=devices, apart=program.apart
+        )
         if not self._fixed:
             return plan if self.simulate(plan).bytes <= IDLE * self.budget else None
         plans = [replace(plan, microbatch=m, accumulation=n) for m, n in pairs]
@@ -154,8 +157,10 @@ class Planner:
         program = self.program
         devices = program.mesh.devices.size
         pairs = microbatches(program.config, program.recipe, devices)
-        stacks = [self._stack(path, call) for path, call in program.stack_calls().items()]
-        space = Space(stacks, pairs, devices, self._costs(), None)
+        calls = program.stack_calls()
+        moved = offload.named(program.config, [call[0] for call in calls.values()], apart=program.apart)
+        stacks = [self._stack(path, call, moved) for path, call in calls.items()]
+        space = Space(stacks, pairs, devices, self._costs(), None, program.host_bytes)
         known: dict[int, int] = {}
 
         def rest(local: int) -> int:
@@ -187,23 +192,26 @@ class Planner:
             s.units * (space.hulls[s.path][0].saved_bytes * local + s.gradient) for s in space.stacks
         )
 
-    def _stack(self, path: str, call) -> StackCosts:
-        stack = call[0]
+    def _stack(self, path: str, call, moved: tuple[str, ...]) -> StackCosts:
+        stack, wish = call[0], self.program.config.memory.offload
         with self.program.here():
             graph = trace_stack_unit(*call)
+        mine = tuple(tag for tag in moved if tag in offload.tags_of(stack))
+        scores = offload.with_offload(graph, graph.points(), wish, mine, self.program.apart)
         fused = self.program.config.memory.fuse_update  # then there is a gradient of one unit at a time
         gradient = 0 if fused else account.unit_gradient_bytes(stack, self.program.mesh)
-        return StackCosts(path, stack.num_units, graph.points(), gradient)
+        return StackCosts(path, stack.num_units, scores, gradient)
 
     def _costs(self) -> Costs:
         if self.rates is None:
-            return Costs(1e-14, 1e-12, 1e-3)
+            return Costs(1e-14, 1e-12, 1e-3, 1e-10)
         precision = self.program.config.train.precision
         matmul = self.rates.matmul.get(precision) or max(self.rates.matmul.values())
         weights = 3 * account.parameter_bytes(self.program)  # read forward and backward, gradients written
         return Costs(
-            1 / matmul, 1 / self.rates.bandwidth, self.rates.per_microbatch_seconds + weights / self.rates.bandwidth
-        )
+            1 / matmul, 1 / self.rates.bandwidth, self.rates.per_microbatch_seconds + weights / self.rates.bandwidth,
+            2 / self.rates.link if self.rates.link else UNKNOWN_LINK,
+        )  # fmt: skip
 
     def _choose(self, shortlist: Shortlist) -> tuple[Candidate, int | None]:
         """(the plan, its compiled bytes; None where nothing is compiled)."""

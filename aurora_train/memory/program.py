@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import count
 
+import jax
 import numpy as np
 
 from aurora_train.memory.merging import merge_products
@@ -22,13 +23,20 @@ ALIASES = {
 KERNELS = {
     "dot_general", "conv_general_dilated", "scan", "while", "cond", "sort", "top_k", "scatter", "scatter-add",
     "cumsum", "custom_call", "ffi_call", "fft", "cholesky", "triangular_solve", "all_gather", "psum",
-    "ragged_dot_general", "qr", "svd", "eigh", "lu", "pallas_call", "new_ref",
+    "ragged_dot_general", "qr", "svd", "eigh", "lu", "pallas_call", "new_ref", "device_put",
 }  # fmt: skip
 WEIGHTLESS = {"optimization_barrier"}
 
 
+def on_host(aval) -> bool:
+    """Whether a value lies in the processor's memory."""
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
+
+
 def nbytes(aval) -> int:
-    """Bytes of an abstract value; typed keys count 8 each."""
+    """Bytes of an abstract value on the device; typed keys count 8 each."""
+    if on_host(aval):
+        return 0
     number = int(np.prod(aval.shape, dtype=np.int64))
     try:
         return number * np.dtype(aval.dtype).itemsize

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aurora_train.machine.table import lookup
+from aurora_train.nn.saving import UNIT_INPUT
 from aurora_train.units import count, duration, percent, size
 
 if TYPE_CHECKING:
@@ -109,25 +110,26 @@ def segments(cut: list, tags: list[str] | None = None) -> list[str]:
     """One line for each segment of a stack: which units, and what they keep for the backward pass.
 
     Args:
-        cut: `Segment`s, or the [start, stop, save] of a plan that was not chosen.
+        cut: `Segment`s, or their fields in a list, of a plan that was not chosen; the last may be missing.
         tags: every tag of the stack; what of them is not kept is then named too.
     """
-    return [f"units {_units(*part[:2])}: {_kept(part[2], tags)}" for part in cut]
+    return [f"units {_units(*part[:2])}: {_kept(part[2], tags, tuple(*part[4:]))}" for part in cut]
 
 
 def _units(start: int, stop: int) -> str:
     return f"{start}" if stop - start == 1 else f"{start} to {stop - 1}"
 
 
-def _kept(save, tags) -> str:
+def _kept(save, tags, offload: tuple[str, ...] = ()) -> str:
     if save is None:
         return "keep everything"
+    moved = f"offload {', '.join(offload)}; " if offload else ""
     if not save:
-        return "recompute everything"
-    dropped = [tag for tag in tags or () if tag not in save]
+        return moved + ("recompute the rest" if offload else "recompute everything")
+    dropped = [tag for tag in tags or () if tag not in save and tag not in offload and tag != UNIT_INPUT]
     if tags and not dropped:
-        return f"keep {', '.join(save)}; recompute what lies between them and has no tag"
-    return f"keep {', '.join(save)}" + (f"; recompute {', '.join(dropped)}" if dropped else "")
+        return f"{moved}keep {', '.join(save)}; recompute what lies between them and has no tag"
+    return f"{moved}keep {', '.join(save)}" + (f"; recompute {', '.join(dropped)}" if dropped else "")
 
 
 # ---- the page
@@ -151,7 +153,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     _show_bytes(plan, console)
     for name, cut in plan.stacks.items():
         _show_stack(name, cut, plan, console)
-    _show_lines("", _alternatives(plan), console)
+    _show_lines("", [*_offloaded(plan), *_alternatives(plan)], console)
     _show_levers(plan.details.get("levers") or [], console)
     _show_lines("", [*time_lines(plan), *_disk(plan)], console)
     _show_lines("not verified:", plan.details.get("not_verified") or [], console)
@@ -217,9 +219,19 @@ def _fate(tensor: dict) -> str:
     kept, units = tensor.get("kept_units"), tensor.get("units")
     if kept is None or units is None:
         return "n/a"
-    if kept == units:
-        return "keep"
-    return "recompute" if kept == 0 else f"partly: keep {kept} of {units} units"
+    moved = tensor.get("offloaded_units") or 0
+    rest = "keep" if tensor["tag"] == UNIT_INPUT else "recompute"
+    for number, word in ((kept, "keep"), (moved, "offload"), (units - kept - moved, rest)):
+        if number == units:
+            return word
+    parts = [f"{word} {number}" for number, word in ((kept, "keep"), (moved, "offload")) if number]
+    return f"partly: {', '.join(parts)} of {units} units"
+
+
+def _offloaded(plan: Plan) -> list[str]:
+    """Bytes that wait in the processor's memory."""
+    held = plan.details.get("host_bytes")
+    return [f"in the processor's memory: {amount(held)} a device, pinned"] if held else []
 
 
 def _alternatives(plan: Plan) -> list[str]:

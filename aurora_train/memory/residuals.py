@@ -22,7 +22,7 @@ from flax import nnx
 from jax.extend import core
 
 from aurora_train.nn import lora
-from aurora_train.nn.saving import tag_of
+from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
 from aurora_train.nn.stack import Stack
 
 SETS_AT_ONCE = 4096  # save-sets walked together: bounds the memory of `points`
@@ -52,6 +52,7 @@ class Score:
     `dot_flops` is the products' part. `moved_bytes`: what the recomputed products, reductions, gathers and loops read
     and write, plus values they or the backward pass want in memory. `used`: the saved names that matter, in forward
     order; the others are shadowed by them or needed by nobody. `save` None: no checkpoint, every residual is kept.
+    `offload`: names kept in the processor's memory, of `offloaded_bytes`, which are not in `saved_bytes`.
     """
 
     saved_bytes: int
@@ -60,6 +61,8 @@ class Score:
     used: tuple[str, ...]
     save: tuple[str, ...] | None = None
     dot_flops: int = 0
+    offload: tuple[str, ...] = ()
+    offloaded_bytes: int = 0
 
 
 class _Equation(NamedTuple):
@@ -94,6 +97,25 @@ class UnitGraph:
             return Score(self._all_bytes, 0, 0, ())
         save = tuple(save)
         return replace(self._scores([frozenset(save)])[0], save=save)
+
+    def offloads(self, score: Score) -> list[Score]:
+        """The score itself, and with each choice of what it keeps moved to the processor's memory."""
+        sizes = self.kept_by_name(score.save)
+        choices = _subsets([tag for tag in sizes if can_offload(tag)])
+        return [offloaded(score, tuple(tag for tag in sizes if tag in chosen), sizes) for chosen in choices]
+
+    def kept_by_name(self, save: tuple[str, ...]) -> dict[str, int]:
+        """What a save-set keeps, in bytes by tag; what is carried from unit to unit has a name of its own."""
+        wanted, kept = set(self._residuals), dict.fromkeys(save, 0)
+        for equation in reversed(self._equations):
+            if wanted.isdisjoint(equation.outputs):
+                continue
+            if equation.name in kept:
+                kept[equation.name] += equation.kept_bytes
+            else:
+                wanted.update(equation.inputs)
+        kept[UNIT_INPUT] = sum(size for value, size in self._carried.items() if value in wanted)
+        return {tag: size for tag, size in kept.items() if size}
 
     def points(self, max_tags: int = 14) -> list[Score]:
         """Every save-set that differs in what it keeps, scored once: `save` holds no name that does not matter.
@@ -145,6 +167,13 @@ class UnitGraph:
         names = [tuple(itertools.compress(self.tags, row)) for row in hits.tolist()]
         rows = zip(kept.tolist(), *cost.tolist(), names, strict=True)
         return [Score(size, flops, moved, name, name, dots) for size, flops, dots, moved, name in rows]
+
+
+def offloaded(score: Score, tags: tuple[str, ...], sizes: dict[str, int]) -> Score:
+    """A score with what it keeps under these tags moved to the processor's memory. `sizes`: `kept_by_name` of it."""
+    moved = sum(sizes.get(tag, 0) for tag in tags)
+    save = tuple(tag for tag in score.save if tag not in tags)
+    return replace(score, saved_bytes=score.saved_bytes - moved, save=save, offload=tags, offloaded_bytes=moved)
 
 
 def _subsets(names: list[str]) -> list[frozenset[str]]:

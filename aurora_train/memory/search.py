@@ -25,6 +25,7 @@ class Costs(NamedTuple):
     per_flop: float
     per_byte: float
     per_microbatch: float
+    per_offloaded: float = 0.0  # a byte moved to the processor's memory and back, as though nothing ran meanwhile
 
 
 @dataclass
@@ -55,8 +56,9 @@ class StackCosts:
 
 
 def seconds_of(score: Score, costs: Costs) -> float:
-    """Of recomputing one unit for one example."""
-    return score.flops * costs.per_flop + score.moved_bytes * costs.per_byte
+    """Of recomputing one unit for one example, and of moving what is offloaded."""
+    again = score.flops * costs.per_flop + score.moved_bytes * costs.per_byte
+    return again + score.offloaded_bytes * costs.per_offloaded
 
 
 def _slope(low: Score, high: Score, costs: Costs) -> float:
@@ -85,18 +87,26 @@ class Candidate:
 
     @property
     def key(self) -> tuple:
-        return self.microbatch, tuple((p, tuple((a, b, s.save) for a, b, s in cut)) for p, cut in self.cuts.items())
+        """What tells a candidate from every other."""
+        return self.microbatch, tuple((path, tuple(cut)) for path, cut in self.stacks().items())
 
 
 def as_segments(cuts) -> dict[str, list[Segment]]:
     """Cuts of (start, stop, Score) as a Plan wants them."""
-    return {path: [Segment(a, b, score.save) for a, b, score in cut] for path, cut in cuts.items()}
+    return {path: [Segment(a, b, s.save, offload=s.offload) for a, b, s in cut] for path, cut in cuts.items()}
 
 
 class Space:
-    """All plans of one step. `rest(m)` in bytes for a microbatch of m examples on each device."""
+    """All plans of one step. `rest(m)` in bytes for a microbatch of m examples on each device.
 
-    def __init__(self, stacks: list[StackCosts], microbatches: list[tuple[int, int]], devices: int, costs: Costs, rest):
+    `host_bytes`: of the processor's memory that one device may fill; None where nobody knows.
+    """
+
+    def __init__(
+        self, stacks: list[StackCosts], microbatches: list[tuple[int, int]], devices: int, costs: Costs, rest,
+        host_bytes: int | None = None,
+    ):  # fmt: skip
+        self.host_bytes = host_bytes
         self.stacks, self.microbatches, self.devices, self.costs, self.rest = stacks, microbatches, devices, costs, rest
         self.hulls = {stack.path: stack.hull(costs) for stack in stacks}
 
@@ -109,6 +119,11 @@ class Space:
             for a, b, score in cuts[stack.path]
         )
         return int(self.rest(local) + kept)
+
+    def offloaded(self, microbatch: int, cuts) -> int:
+        """Bytes in the processor's memory for one device."""
+        local = max(microbatch // self.devices, 1)
+        return sum((b - a) * score.offloaded_bytes * local for cut in cuts.values() for a, b, score in cut)
 
     def candidate(self, microbatch: int, accumulation: int, cuts) -> Candidate:
         """A plan with its cost."""
@@ -149,8 +164,11 @@ class Space:
         return [s for s in front if low.saved_bytes < s.saved_bytes < high.saved_bytes]
 
     def all(self) -> list[Candidate]:
-        """Every candidate of every microbatch."""
-        return [c for m, accumulation in self.microbatches for c in self.steps(m, accumulation)]
+        """Every candidate of every microbatch that the processor's memory has room for."""
+        found = [c for m, accumulation in self.microbatches for c in self.steps(m, accumulation)]
+        if self.host_bytes is None:
+            return found
+        return [c for c in found if self.offloaded(c.microbatch, c.cuts) <= self.host_bytes]
 
 
 def cheapest(candidates: list[Candidate], budget: float, corrected) -> Candidate | None:

@@ -20,12 +20,16 @@ CUDNN_VERSION = 91000  # what a target is taken to have: no library is needed to
 
 @dataclass(frozen=True)
 class Compiled:
-    """Bytes of a compiled step. `peak` = arguments + outputs - aliased + temporaries, by the compiler's own plan."""
+    """Bytes of a compiled step. `peak` = arguments + outputs - aliased + temporaries, by the compiler's own plan.
+
+    `host`: temporaries in the processor's memory.
+    """
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -40,6 +44,7 @@ def compiled_bytes(compiled) -> Compiled:
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.host_temp_size_in_bytes,
     )
 
 

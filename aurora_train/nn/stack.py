@@ -15,21 +15,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.nn import fused
-from aurora_train.nn.saving import policy
+from aurora_train.nn.saving import UNIT_INPUT, policy
 
 SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
 UNITS = "units"  # its canonical counterpart: one entry per unit
 
 
 class Segment(NamedTuple):
-    """Units [start, stop). `save`: names kept for the backward pass; None keeps all, () recomputes everything."""
+    """Units [start, stop). `save`: names kept for the backward pass; None keeps all, () recomputes everything.
+
+    `offload`: names kept in the processor's memory instead (`nn.saving`); they need a `save` that is not None.
+    """
 
     start: int
     stop: int
     save: tuple[str, ...] | None = None
     unroll: bool = False
+    offload: tuple[str, ...] = ()
 
 
 class Stack(nnx.Module):
@@ -114,11 +119,14 @@ def _unit(segment: Segment, graph, context, keys):
         state, index, cache = unit_inputs
         state = jax.tree.map(summed, state)
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+        if UNIT_INPUT in segment.offload:
+            x = jax.tree.map(lambda a: checkpoint_name(a, UNIT_INPUT), x)
         return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
 
     if segment.save is None:
+        assert not segment.offload, segment
         return body
-    return jax.checkpoint(body, policy=policy(segment.save), prevent_cse=segment.unroll)
+    return jax.checkpoint(body, policy=policy(segment.save, segment.offload), prevent_cse=segment.unroll)
 
 
 def _run(segment: Segment, module, x, context, keys, caches):

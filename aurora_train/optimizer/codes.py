@@ -40,7 +40,8 @@ def pack(x, scales, dtype, noise):
     code = jnp.floor(_least(share, dtype) + (0.5 if noise is None else uniform(noise)))
     code = jnp.minimum(code, jnp.iinfo(dtype).max)
     if dtype == jnp.uint8:
-        return jnp.maximum(code, (share > 0).astype(code.dtype)).astype(dtype)
+        # Not `share > 0`: XLA:GPU keeps the zeros it compares with in memory, as many as there are parameters.
+        return jnp.maximum(code, jnp.ceil(share)).astype(dtype)
     return (jnp.sign(x) * code).astype(dtype)
 
 

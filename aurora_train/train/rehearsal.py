@@ -18,6 +18,8 @@ from flax import nnx
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.errors import UserError
+from aurora_train.machine.memory import reserve_bytes
+from aurora_train.machine.profile import this_machine
 from aurora_train.machine.targets import find_machine
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.splits import Chip
@@ -33,7 +35,8 @@ from aurora_train.train.step import make_step
 class Rehearsal:
     """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is not of this machine.
 
-    `chip`: what XLA's rewrites ask of the GPU, where that is known.
+    `chip`: what XLA's rewrites ask of the GPU, where that is known. `apart`: whether a device has memory of its own.
+    `host_bytes`: of the processor's memory that a device may fill beside it, where that is known.
     """
 
     config: Any
@@ -43,6 +46,8 @@ class Rehearsal:
     remote: bool
     shapes: dict[str, jax.ShapeDtypeStruct]
     chip: Chip | None = None
+    apart: bool = False
+    host_bytes: int | None = None
 
     def __post_init__(self):
         self.optimizer = optimizers.build(
@@ -187,7 +192,13 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
         shapes = shapes_of(recipe.data("train"))
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-        return Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes, _chip_here())
+        here = this_machine()
+        room = here.memory.usable - reserve_bytes(here.memory)
+        return Rehearsal(
+            config, recipe, mesh, jax.default_backend(), False, shapes, _chip_here(),
+            apart=here.device_memory_bytes is not None and not here.unified,
+            host_bytes=room // max(here.device_count, 1),
+        )  # fmt: skip
     data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
     # Tracing needs devices of no particular kind; only compiling needs the target's own.
     devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
@@ -198,7 +209,8 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
             hint="pip install 'aurora_train[plan]' to compile for them, or plan with mesh.data=1 mesh.fsdp=1",
         )
     devices = np.asarray(devices, dtype=object).reshape(data, fsdp)
-    return Rehearsal(config, recipe, meshes.mesh_of(devices), "gpu", True, shapes, _chip(target))
+    mesh = meshes.mesh_of(devices)
+    return Rehearsal(config, recipe, mesh, "gpu", True, shapes, _chip(target), apart=not target.row.unified)
 
 
 def _chip(target) -> Chip | None:

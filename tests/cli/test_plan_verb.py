@@ -76,7 +76,8 @@ def test_a_script_gets_one_document_and_nothing_else(here, planner, capsys):
     assert "searching" not in err and told["largest_microbatch"] == 8
     names = ("machine", "budget_bytes", "predicted_bytes", "compiled_bytes", "microbatch", "accumulation", "stacks")
     assert [told[name] for name in names[:6]] == ["NVIDIA GB10", 10 * GB, 7 * GB, 8 * GB, 4, 2]
-    assert told["stacks"] == {"stack": [{"start": 0, "stop": 3, "save": ["hidden"], "unroll": False}]}
+    cut = {"start": 0, "stop": 3, "save": ["hidden"], "unroll": False, "offload": []}
+    assert told["stacks"] == {"stack": [cut]}
 
 
 def test_the_pictures_are_drawn_where_they_were_asked_for(here, planner, capsys):

@@ -98,3 +98,10 @@ def test_random_plans_are_plans(bench):
                                        (0.0, -0.0, 0), (1e-45, -1e-45, 2)])
 def test_ulps_count_floats_in_between(a, b, steps):
     assert benchmark.ulps(np.array([a], np.float32), np.array([b], np.float32)) == steps
+
+
+def test_offloaded_tensors_have_the_bits_of_those_that_stay(bench):
+    """jax runs the copies on a CPU too, where they free nothing."""
+    of_case, reference = bench("unclipped", 4)
+    moved = [Segment(0, 2, (), offload=("unit_input",)), Segment(2, 4, ("attn_out",), offload=("mlp_up", "query"))]
+    refuse_other_bits(of_case, reference, of_case.plan(moved))

@@ -1,0 +1,56 @@
+"""Whether, and which, kept tensors may wait in the processor's memory.
+
+It frees memory only where the device has its own. What is moved costs the link to the processor twice; the planner
+reckons as though nothing ran meanwhile, which is the most that it can cost.
+"""
+
+from __future__ import annotations
+
+from aurora_train.errors import UserError
+from aurora_train.memory.residuals import Score, UnitGraph, frontier, offloaded
+from aurora_train.nn.saving import UNIT_INPUT, can_offload
+
+
+def tags_of(stack) -> tuple[str, ...]:
+    """What of a Stack can be offloaded, by name."""
+    return (UNIT_INPUT, *(tag for tag in stack.tags if can_offload(tag)))
+
+
+def named(config, stacks, *, apart: bool) -> tuple[str, ...]:
+    """The tags that `memory.offload` names, () for none and for auto; UserError where they cannot be offloaded.
+
+    Args:
+        stacks: all Stacks of the model, which may be abstract.
+        apart: whether the device has memory of its own.
+    """
+    wish = config.memory.offload
+    if wish in ("none", "auto") or not wish:
+        return ()
+    where = "memory.offload"
+    if not apart:
+        raise UserError(
+            "processor and accelerator share their memory here, so moving a tensor frees nothing", where=where,
+            hint="memory.offload=none; what is not kept at all does free memory: memory.save=auto",
+        )  # fmt: skip
+    known = dict.fromkeys(tag for stack in stacks for tag in tags_of(stack))
+    for tag in wish:
+        if tag not in known:
+            raise UserError(
+                f"the model has no tensor {tag!r} that can be offloaded", where=where,
+                hint=f"those that can: {', '.join(known) or 'none'}",
+            )  # fmt: skip
+    return tuple(dict.fromkeys(wish))
+
+
+def with_offload(graph: UnitGraph, scores: list[Score], wish, tags: tuple[str, ...], apart: bool) -> list[Score]:
+    """The scores of a search where tensors may (`wish` "auto") or must (`tags`) be offloaded.
+
+    With auto the save-sets off the frontier of bytes and FLOPs are left as they are: moving a part of one cannot beat
+    moving the same part of one that is smaller and faster.
+    """
+    if wish == "auto" and apart:
+        return [*scores, *(moved for score in frontier(scores) for moved in graph.offloads(score) if moved.offload)]
+    if not tags:
+        return scores
+    forced = [graph.score((*score.save, *(tag for tag in tags if tag != UNIT_INPUT))) for score in scores]
+    return list({s.used: offloaded(s, tags, graph.kept_by_name(s.save)) for s in forced}.values())
