@@ -7,6 +7,7 @@ from flax import nnx
 
 from aurora_train.memory.search import Candidate
 from aurora_train.memory.verify import can_compile_for_gpu
+from aurora_train.nn.nf4 import parameter_count
 from aurora_train.optimizer import partition
 
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
@@ -88,6 +89,10 @@ def levers(program, blueprint, accumulation: int | None = None) -> list[dict]:
     model = getattr(config, "model", None)
     if hasattr(model, "lora") and model.lora is None and not (blueprint.state.frozen or config.memory.fuse_update):
         add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)
+    if getattr(model, "lora", None) is not None and model.lora.base != "nf4":
+        kernels = [leaf for leaf in jax.tree.leaves(partition(blueprint.state.frozen)[1]) if leaf.ndim == 3]
+        saves = tree_bytes(kernels) - sum(leaf.size for leaf in kernels) * 4.25 / 8
+        add("a frozen base of 4 bits", "model.lora.base=nf4", saves / program.mesh.shape["fsdp"])
     return sorted(found, key=lambda lever: -lever["saves_bytes"])
 
 
@@ -97,7 +102,7 @@ def essentials(planner, plan, simulated) -> dict:
     blueprint = program.blueprint(plan)
     timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves((blueprint.state.params, blueprint.state.frozen))),
+        "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
         "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
         "peak_at": peak_at,
         "timeline": timeline,
@@ -184,7 +189,7 @@ def _tensors(stack, chosen: Candidate, space) -> list[dict]:
 def _time(planner, chosen: Candidate | None, blueprint) -> dict | None:
     program = planner.program
     config = program.config
-    count = sum(leaf.size for leaf in jax.tree.leaves((blueprint.state.params, blueprint.state.frozen)))
+    count = parameter_count((blueprint.state.params, blueprint.state.frozen))
     per_target = program.recipe.flops_per_target(count)
     targets = _targets(program)
     if per_target is None or targets is None:

@@ -80,6 +80,17 @@ def needed_results(params, used: list[bool]) -> list[bool]:
         needed = further
 
 
+def needed_operands(params, needed: list[bool]) -> list[bool]:
+    """Which operands of a scan are read at all, where only the results `needed` are computed (`needed_results`)."""
+    body, consts, carry = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    wanted = {v for v, keep in zip(body.outvars, needed, strict=True) if keep and is_variable(v)}
+    for equation in reversed(body.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            wanted.update(v for v in equation.invars if is_variable(v))
+    carried = [False] * consts + needed[:carry] + [False] * (len(body.invars) - consts - carry)
+    return [v in wanted or keep for v, keep in zip(body.invars, carried, strict=True)]
+
+
 def is_kernel(name: str) -> bool:
     """Whether a primitive is a launch of its own."""
     return name in KERNELS or "attention" in name or name.startswith("custom_")
@@ -215,15 +226,21 @@ class Program:
         return self.size[reads[0]] == nbytes(equation.outvars[0].aval) // self._shards
 
     def _keep_live(self) -> None:
-        """Drop what nothing needs, as XLA does."""
-        pending = list(self.outputs)
-        while pending:
-            index = self.producer.get(pending.pop())
-            if index is not None and index not in self.live:
-                self.live.add(index)
-                pending.extend(self.equations[index][1])
-        for index in self.live:
-            for number in self.equations[index][1]:
+        """Drop what nothing needs, as XLA does: equations, and operands of loops."""
+        wanted = set(self.outputs)
+        for index in reversed(range(len(self.equations))):
+            equation, reads, writes = self.equations[index]
+            if wanted.isdisjoint(writes):
+                continue
+            if equation.primitive.name == "scan":
+                used = [w in wanted for w in writes[: len(equation.outvars)]]
+                read = needed_operands(equation.params, needed_results(equation.params, used))
+                read = [keep for v, keep in zip(equation.invars, read, strict=True) if is_variable(v)]
+                reads = [r for r, keep in zip(reads, read, strict=True) if keep]
+                self.equations[index] = (equation, reads, writes)
+            self.live.add(index)
+            wanted.update(reads)
+            for number in reads:
                 self.users[number].add(index)
 
     def _scatter_into_sums(self) -> None:

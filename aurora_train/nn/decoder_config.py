@@ -14,6 +14,7 @@ from aurora_train.config import Section, setting
 
 GATED = ("swiglu", "geglu")
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
+NF4_BLOCK = 64  # inputs of a kernel that share a scale, where it is stored in 4 bits
 
 
 class RopeScaling(Section):
@@ -45,6 +46,10 @@ class Lora(Section):
         min_length=1,
         strict=False,
         help="kernels of every block that get one; a plain MLP has no gate",
+    )
+    base: Literal["compute", "nf4"] = setting(
+        "compute", resume="frozen",
+        help="how the frozen kernels of the blocks are stored: as they are computed with, or in 4 bits (QLoRA)",
     )
 
 
@@ -121,6 +126,12 @@ class DecoderConfig(Section):
             raise ValueError("norm_offset belongs to rmsnorm (Gemma); norm is layernorm")
         if self.lora is not None and set(self.lora.targets) == {"gate"} and self.activation not in GATED:
             raise ValueError(f"lora.targets names only the gate, and {self.activation} has none")
+        if self.lora is not None and self.lora.base == "nf4":
+            inputs = {"width": self.width, "heads x head_dim": self.heads * self.dim_per_head,
+                      "mlp_width": self.hidden_width}  # fmt: skip
+            for name, size in inputs.items():
+                if size % NF4_BLOCK:
+                    raise ValueError(f"lora.base: nf4 needs {name} ({size}) to be a multiple of {NF4_BLOCK}")
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 0:
             raise ValueError(f"loss_chunk is a number of tokens, 0 for all, or auto; got {self.loss_chunk}")
         return self

@@ -31,6 +31,20 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.floa
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=out_dtype)
 
 
+def times(on_cpu: bool, x: jax.Array, low: jax.Array) -> jax.Array:
+    """x[n, in] times low[in, out], both of one dtype and so the result."""
+    if on_cpu and x.dtype != jnp.float32:
+        return dot(barrier(x), low, 1, 0).astype(x.dtype)
+    return dot(x, low, 1, 0, x.dtype)
+
+
+def times_transposed(on_cpu: bool, g: jax.Array, low: jax.Array) -> jax.Array:
+    """g[n, out] times the transpose of low[in, out]: the gradient of what was multiplied by it."""
+    if on_cpu and g.dtype != jnp.float32:
+        return dot(g, low, 1, 1).astype(g.dtype)
+    return dot(g, low, 1, 1, g.dtype)
+
+
 def outer(a: jax.Array, b: jax.Array) -> jax.Array:
     """a[n, k], b[n, m] -> float32[k, m]: the gradient of a weight, in the form that is fast on this platform."""
     if platform() != "cpu" or a.dtype == jnp.float32:
@@ -46,10 +60,7 @@ def _mixed(on_cpu: bool, x, weight):
 
 
 def _mixed_forward(on_cpu, x, weight):
-    low = weight.astype(x.dtype)
-    if on_cpu:
-        return dot(barrier(x), low, 1, 0).astype(x.dtype), (x, weight)
-    return dot(x, low, 1, 0, x.dtype), (x, weight)
+    return times(on_cpu, x, weight.astype(x.dtype)), (x, weight)
 
 
 def _mixed_backward(on_cpu, residuals, g):
@@ -57,10 +68,7 @@ def _mixed_backward(on_cpu, residuals, g):
     low = weight.astype(x.dtype)
     if on_cpu:
         x, g = barrier(x), barrier(g)
-        dx = dot(g, low, 1, 1).astype(x.dtype)
-    else:
-        dx = dot(g, low, 1, 1, x.dtype)
-    return dx, outer(x, g).astype(weight.dtype)
+    return times_transposed(on_cpu, g, low), outer(x, g).astype(weight.dtype)
 
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)

@@ -1,5 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, section 4.1): y = x W + (alpha / rank) (x A) B, with W as it was given.
 
+The frozen kernels of the blocks may be stored in 4 bits (`nn.nf4`): QLoRA.
+
 An adapted kernel `query` [in, out] stands beside `query_lora_a` [in, rank], normal, and `query_lora_b` [rank, out],
 zero: before the first step the model is its base to the bit. Both are `nnx.LoRAParam`. A model that has one trains
 these alone, and all its other parameters are frozen; `split` is the only place that knows.
@@ -13,17 +15,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from aurora_train.nn import nf4
 from aurora_train.nn.linear import linear
+from aurora_train.nn.param import named
 
 _STREAM = 0x4C6F5241  # "LoRA": far from the counts that the kernels' own keys are folded with
 
 
 def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) -> None:
-    """Give the targeted kernels among `names` of a module their adapters. `config`: a `Lora` section, or None.
+    """Give the targeted kernels among `names` of a module their adapters, and code all of them where `base` says so.
+
+    `config`: a `Lora` section, or None.
 
     The keys are folded beside the stream and take nothing from it: kernels are drawn as they are without adapters.
     """
     module.lora_scale = None if config is None else config.alpha / config.rank
+    module.coded = () if config is None or config.base != "nf4" else names
     module.adapted = () if config is None else tuple(name for name in names if name in config.targets)
     for name in module.adapted:
         kernel = getattr(module, name)
@@ -34,11 +41,20 @@ def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) ->
         down = jax.random.normal(key, (inputs, config.rank), jnp.float32) * inputs**-0.5
         setattr(module, f"{name}_lora_a", _named(down, (input_axis, "lora")))
         setattr(module, f"{name}_lora_b", _named(jnp.zeros((config.rank, outputs), jnp.float32), ("lora", output_axis)))
+    for name in module.coded:
+        kernel = getattr(module, name)
+        delattr(module, name)
+        for suffix, value in zip((nf4.CODES, nf4.SCALES), nf4.encode(kernel[...]), strict=True):
+            setattr(module, name + suffix, named(value, kernel.get_metadata()["out_sharding"]))
 
 
 def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x[..., in] times the kernel `name` of a module, plus bias[out], plus what its adapter adds; dtype of x."""
-    y = linear(x, getattr(module, name)[...], bias)
+    if name in module.coded:
+        y = nf4.linear(x, *(getattr(module, name + suffix)[...] for suffix in (nf4.CODES, nf4.SCALES)))
+        y = y if bias is None else y + bias.astype(y.dtype)
+    else:
+        y = linear(x, getattr(module, name)[...], bias)
     if name not in module.adapted:
         return y
     low = linear(x, getattr(module, f"{name}_lora_a")[...]) * jnp.asarray(module.lora_scale, x.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,10 @@ class Stack(nnx.Module):
         unit = nnx.eval_shape(lambda: make_unit(nnx.Rngs(params=jax.random.key(0))))
         self.tags = tuple(getattr(unit, "tags", ()))  # what a plan may name; JAX itself checks no name
         graph, abstract = nnx.split(unit)
-        arrays = jax.vmap(lambda k: nnx.to_pure_dict(nnx.split(make_unit(nnx.Rngs(params=k)))[1]))(unit_keys)
+        # What is coded as it is drawn is drawn one unit at a time: a whole stack of it as drawn may not fit.
+        coded = any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(abstract))
+        each = (lambda draw: functools.partial(jax.lax.map, draw)) if coded else jax.vmap
+        arrays = each(lambda k: nnx.to_pure_dict(nnx.split(make_unit(nnx.Rngs(params=k)))[1]))(unit_keys)
         self.segments = nnx.List([_merge(graph, _named_over_layers(abstract), arrays)])
         self.plan = (Segment(0, num_units),)
 

@@ -192,13 +192,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
         shapes = shapes_of(recipe.data("train"))
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-        here = this_machine()
-        room = here.memory.usable - reserve_bytes(here.memory)
-        return Rehearsal(
-            config, recipe, mesh, jax.default_backend(), False, shapes, _chip_here(),
-            apart=here.device_memory_bytes is not None and not here.unified,
-            host_bytes=room // max(here.device_count, 1),
-        )  # fmt: skip
+        return rehearse_here(config, recipe, mesh, shapes)
     data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
     # Tracing needs devices of no particular kind; only compiling needs the target's own.
     devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
@@ -211,6 +205,17 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     devices = np.asarray(devices, dtype=object).reshape(data, fsdp)
     mesh = meshes.mesh_of(devices)
     return Rehearsal(config, recipe, mesh, "gpu", True, shapes, _chip(target), apart=not target.row.unified)
+
+
+def rehearse_here(config, recipe, mesh, shapes) -> Rehearsal:
+    """A rehearsal on devices of this machine. `shapes` as in Rehearsal."""
+    here = this_machine()
+    room = here.memory.usable - reserve_bytes(here.memory)
+    return Rehearsal(
+        config, recipe, mesh, jax.default_backend(), False, shapes, _chip_here(),
+        apart=here.device_memory_bytes is not None and not here.unified,
+        host_bytes=room // max(here.device_count, 1),
+    )  # fmt: skip
 
 
 def _chip(target) -> Chip | None:

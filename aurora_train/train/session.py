@@ -26,7 +26,7 @@ from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.random import stream
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
-from aurora_train.train.rehearsal import Rehearsal, shapes_of
+from aurora_train.train.rehearsal import Rehearsal, rehearse_here, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, draw, together
 from aurora_train.train.weights import load_parameters, parameters_from
 
@@ -98,7 +98,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     recipe.data("validation")  # an empty one is found now, not at the last step
     refuse_other_data(run, source)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    program = Rehearsal(config, recipe, mesh, jax.default_backend(), False, shapes_of(source))
+    program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
     plan = None if replan else pinned
     if plan is None:

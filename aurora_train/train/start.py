@@ -15,6 +15,7 @@ from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.machine import profile
 from aurora_train.memory.report import one_line, side_by_side
+from aurora_train.nn.nf4 import parameter_count
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console
@@ -26,7 +27,6 @@ from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
 from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
-from aurora_train.train.state import parameter_count
 from aurora_train.train.watchdog import Watchdog
 
 _STATE = (

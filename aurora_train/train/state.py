@@ -11,7 +11,7 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
-from aurora_train.nn import lora
+from aurora_train.nn import lora, nf4
 from aurora_train.nn import stack as stacked
 from aurora_train.random import stream
 
@@ -120,7 +120,8 @@ def together(compiled):
 def _at_rest(dtype: str, path, leaf):
     """A frozen matrix in the dtype its products are formed in: every layer casts it there. Vectors stay float32."""
     layered = any(_key(entry) == stacked.SEGMENTS for entry in path)
-    return leaf.astype(dtype) if leaf.ndim - layered >= 2 else leaf
+    matrix = leaf.ndim - layered >= 2 and not nf4.is_coded(_key(path[-1]))
+    return leaf.astype(dtype) if matrix else leaf
 
 
 def _join(one: dict, other: dict) -> dict:
@@ -165,8 +166,3 @@ def _optimizer_shardings(opt_state, params, shardings, whole):
 
 def _key(entry) -> str:
     return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
-
-
-def parameter_count(params) -> int:
-    """Number of scalars in a parameter tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -15,9 +15,14 @@ from aurora_train import run as runs
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
+from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
 from aurora_train.train.state import Blueprint
 
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I32": "int32",
+}  # fmt: skip
+_READ = ", ".join(_SAFETENSORS)
 _PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
 
 
@@ -49,15 +54,39 @@ def _poured(source, what, blueprint: Blueprint, where: str, drawn: dict | None) 
     if drawn is not None and not any(map(is_adapter, stored)):
         own = {name: array for name, array in _canonical(drawn).items() if is_adapter(name)}
     wanted = {name: spec for name, spec in wanted.items() if name not in own}
+    kernels = _uncoded(wanted, stored)
+    wanted = {name: spec for name, spec in wanted.items() if _kernel_of(name) not in kernels} | kernels
     bare = {name: name.split(".", 1)[1] for name in wanted}
     home = {short: name for name, short in bare.items()}
     known = {home.get(name, f"params.{name}"): spec for name, spec in stored.items()}
     # A frozen matrix may have fewer bits than in its source: it is read as it is there, and cast once in place.
     specs = {name: _as_stored(spec, known.get(name), name.startswith("frozen.")) for name, spec in wanted.items()}
     layout.refuse_difference(known, specs, where=where)
-    arrays = read({bare[name]: spec for name, spec in specs.items()})
-    filled = layout.assemble({name: arrays.pop(bare[name]) for name in wanted} | own, tree, places)
+    arrays = read({bare[name]: spec for name, spec in specs.items() if name not in kernels})
+    flat = {name: arrays.pop(bare[name]) for name in wanted if name not in kernels} | own
+    for name in kernels:  # one at a time: as it is in its source it may be eight times as large
+        (kernel,) = read({bare[name]: specs[name]}).values()
+        flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
+    filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
+
+
+_encode = jax.jit(nf4.encode)
+
+
+def _kernel_of(name: str) -> str | None:
+    """The kernel that a parameter holds the codes or the scales of."""
+    return name.removesuffix(nf4.SCALES).removesuffix(nf4.CODES) if nf4.is_coded(name) else None
+
+
+def _uncoded(wanted: dict, stored: dict) -> dict:
+    """The kernels that are wanted in 4 bits and that the source does not have so, as they are before."""
+    found = {}
+    for name, spec in wanted.items():
+        if name.endswith(nf4.CODES) and name.split(".", 1)[1] not in stored:
+            half, outputs = spec.shape
+            found[_kernel_of(name)] = jax.ShapeDtypeStruct((2 * half, outputs), "float32", sharding=spec.sharding)
+    return found
 
 
 def _canonical(drawn: dict) -> dict[str, Any]:
@@ -88,11 +117,28 @@ def _from_store(what):
 
 
 def _from_safetensors(path: Path):
+    """Arrays are read when they are asked for: a file may be larger than memory."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as handle:
-            arrays = {name: handle.get_tensor(name) for name in handle.keys()}
-    except SafetensorError as error:
-        raise UserError(f"not a readable safetensors file: {error}", where=str(path)) from error
-    return arrays, lambda wanted: {name: jax.device_put(arrays[name], spec.sharding) for name, spec in wanted.items()}
+    def asked(what):
+        try:
+            return what()
+        except SafetensorError as error:
+            raise UserError(f"not a readable safetensors file: {error}", where=str(path)) from error
+
+    handle = asked(lambda: safe_open(path, framework="numpy"))
+    stored = {}
+    for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+        part = handle.get_slice(name)
+        dtype = _SAFETENSORS.get(part.get_dtype())
+        if dtype is None:
+            raise UserError(f"{name} is stored as {part.get_dtype()}", where=str(path), why=f"read are {_READ}")
+        stored[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
+
+    def read(wanted: dict) -> dict:
+        return {
+            name: jax.device_put(asked(lambda name=name: handle.get_tensor(name)), spec.sharding)
+            for name, spec in wanted.items()
+        }
+
+    return stored, read

@@ -110,7 +110,7 @@ def test_devices_of_a_target_are_what_was_asked_for():
 
 
 # The most, in percent, that the simulation may be off. Measured with jax 0.10.2 on this very model for an H100: -0.8,
-# 9.0, 1.9 and -6.5 (8-bit moments: 4.6). It is small: real sizes are where the simulation is measured (benchmarks/plan_error.py).
+# 9.0, 1.9, 4.6 and -6.5. It is small: real sizes are where the simulation is measured (benchmarks/plan_error.py).
 CASES = {
     "everything recomputed": ([Segment(0, LAYERS, ())], 1, {}, 14),
     "two segments": (

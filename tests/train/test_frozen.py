@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from harness import evaluations, events, final_hash, losses
+from safetensors.numpy import save_file
 
 from aurora_train import load as load_run
 from aurora_train.checkpoint import layout
@@ -14,6 +15,7 @@ from aurora_train.cli.main import main
 from aurora_train.config import load
 from aurora_train.data.batches import read_batch
 from aurora_train.errors import UserError
+from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
 from aurora_train.run import Run
 from aurora_train.train.session import open_session
@@ -114,6 +116,15 @@ def stepped(session, state, number):
     return compiled(state, jax.device_put(read_batch(session.source, 0, 8, number)))
 
 
+def resumed_without(run, *steps):
+    """Resume a finished run as though it had not finished, and had not saved these steps."""
+    for step in steps:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    kept = [line for line in (run / "events.jsonl").read_text().splitlines() if '"finish"' not in line]
+    (run / "events.jsonl").write_text("\n".join(kept) + "\n")
+    assert main(["resume", run.name, "--quiet"]) == 0
+
+
 # ---- the step
 
 
@@ -162,11 +173,7 @@ def test_a_run_that_was_cut_off_after_its_first_save_ends_as_if_it_had_not_been(
     whole, run = here / "adapted", here / "cut"
     arguments = ["counted.yaml", *ADAPTED, "init.from=base", "--run", run.name, "--quiet"]
     assert main(["train", *arguments, "checkpoint.keep=9"]) == 0
-    for step in (4, 6):
-        shutil.rmtree(run / "checkpoints" / str(step))
-    kept = [line for line in (run / "events.jsonl").read_text().splitlines() if '"finish"' not in line]
-    (run / "events.jsonl").write_text("\n".join(kept) + "\n")
-    assert main(["resume", run.name, "--quiet"]) == 0
+    resumed_without(run, 4, 6)
     assert [event["step"] for event in events(run, "resume")] == [2]
     assert losses(run) == losses(whole) and evaluations(run) == evaluations(whole)
     assert final_hash(run) == final_hash(whole)
@@ -260,3 +267,51 @@ def test_a_trained_run_is_read_with_both_parts_and_scores_as_it_did(here, capsys
     assert known["score"]["nll"] != base["score"]["nll"]
     assert any(np.any(leaf) for name, leaf in layout.snapshot(load_run(here / "adapted").state.params).items()
                if name.endswith("_lora_b"))
+
+
+# ---- a base of 4 bits
+
+
+WIDE = ["model.width=64", "model.mlp_width=64"]
+CODED = [*WIDE, *ADAPTED, "model.lora.base=nf4"]
+
+
+def test_a_base_is_coded_as_it_is_read_and_the_run_resumes_scores_and_counts_as_any(here, capsys):
+    assert main(["train", "counted.yaml", *WIDE, "train.steps=2", "--run", "wide", "--quiet"]) == 0
+    read = load_run(here / "wide").state.params
+    kernels = {name: np.asarray(leaf) for name, leaf in layout.snapshot(read).items()}
+    save_file(kernels, here / "wide.safetensors")
+    for source in ("wide", "wide.safetensors"):
+        session = open_session(load(here / "counted.yaml", [*CODED, f"init.from={source}"]), Run(here / "q"), silent)
+        frozen = layout.snapshot(session.fresh().frozen)
+        session.store.close()
+        coded = [name for name in frozen if name.endswith(nf4.CODES)]
+        assert len(coded) == 2 * 7
+        for name in coded:
+            kernel = name.removesuffix(nf4.CODES)
+            known = nf4.encode(kernels[kernel])
+            for told, wanted in zip((frozen[name], frozen[kernel + nf4.SCALES]), known, strict=True):
+                np.testing.assert_array_equal(told, wanted, err_msg=name)
+    assert main(["train", "counted.yaml", *CODED, "init.from=wide", "--run", "coded", "--quiet"]) == 0
+    whole, scores = load_run(here / "coded").state, (here / "coded" / "scores.json").read_text()
+    known = final_hash(here / "coded")
+    resumed_without(here / "coded", 6)
+    assert final_hash(here / "coded") == known
+    again = load_run(here / "coded").state
+    jax.tree.map(np.testing.assert_array_equal, (whole.params, whole.frozen), (again.params, again.frozen))
+    capsys.readouterr()
+    assert main(["evaluate", "coded", "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["score"]["nll"] == json.loads(scores)["score"]["nll"]
+    assert whole.params["stack"]["segments"][0]["mlp"]["up_lora_b"].any()
+
+
+def test_a_base_of_4_bits_is_not_read_as_one_of_more(here):
+    session = open_session(load(here / "counted.yaml", [*CODED]), Run(here / "q"), silent)
+    frozen = layout.snapshot(session.fresh().frozen)
+    session.store.close()
+    save_file({name: np.asarray(leaf) for name, leaf in frozen.items() if "scale" not in name}, here / "q.safetensors")
+    config = load(here / "counted.yaml", [*WIDE, *ADAPTED, "init.from=q.safetensors"])
+    session = open_session(config, Run(here / "p"), silent)
+    with pytest.raises(UserError, match="query"):
+        session.fresh()
+    session.store.close()
