@@ -82,12 +82,12 @@ def test_every_training_reaches_the_config():
     seen = {}
     for state in STATES:
         config = step_config(state, LADDER[0], 4096)
-        lora = config.model.lora.rank if config.model.lora else None
+        lora = (config.model.lora.rank, config.model.lora.base) if config.model.lora else None
         seen[state.name] = (config.optimizer.master, config.optimizer.moments, lora)
         assert (config.train.batch, config.train.precision, config.data.sequence) == (1, "bfloat16", 4096)
     assert list(seen.values()) == [
         ("float32", "float32", None), ("bfloat16", "bfloat16", None), ("bfloat16", "int8", None),
-        ("float32", "float32", 16),
+        ("float32", "float32", (16, "compute")), ("float32", "float32", (16, "nf4")),
     ]  # fmt: skip
 
 
@@ -116,9 +116,9 @@ def test_leaner_states_hold_less_of_one_size(box, monkeypatch):
         found = capacity("h100", ladder=SMALL[2:], states=(state,), contexts=(64,))
         (cell,) = found["cells"]
         one[state.name] = (cell["peak_bytes"], cell["parameters"])
-    (full, count), (half, _), (eighth, _), (adapters, _) = one.values()
+    (full, count), (half, _), (eighth, _), (adapters, _), (coded, _) = one.values()
     assert full > 16 * count and half < 0.6 * full, "bfloat16 masters, moments and gradients are half of float32 ones"
-    assert eighth < 0.9 * half and adapters < 0.8 * eighth
+    assert eighth < 0.9 * half and coded < adapters < 0.8 * eighth
 
 
 def test_what_does_not_fit_at_all_is_none_and_the_margin_counts(reckoned, monkeypatch):
