@@ -14,6 +14,11 @@ def refuse_offload(config) -> None:
             "with everything kept nothing is kept by name, so nothing can be offloaded by name", where="memory.offload",
             hint="memory.save=auto, or a list of tags",
         )  # fmt: skip
+    if config.memory.offload == "auto" and (config.memory.save != "auto" or config.memory.unroll != "auto"):
+        raise UserError(
+            "what is offloaded is chosen together with what is kept, and the config says what is kept",
+            where="memory.offload", hint="memory.save=auto memory.unroll=auto, or name the tags to be offloaded",
+        )  # fmt: skip
     if config.memory.fuse_update:
         raise UserError(
             "an update fused into the backward pass keeps its tensors on the device", where="memory.offload",

@@ -7,7 +7,8 @@ from flax import nnx
 
 from aurora_train.memory.search import Candidate
 from aurora_train.memory.verify import can_compile_for_gpu
-from aurora_train.nn.nf4 import parameter_count
+from aurora_train.nn.decoder_config import NF4_BLOCK
+from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
 
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
@@ -61,8 +62,11 @@ def arguments(program, blueprint) -> dict[str, int]:
     return out
 
 
-def levers(program, blueprint, accumulation: int | None = None) -> list[dict]:
-    """Settings that would save memory and are not used, biggest first; each changes the maths, so none is ours."""
+def levers(program, blueprint, plan=None) -> list[dict]:
+    """Settings that would save memory and are not used, biggest first; none is the planner's to pull.
+
+    Under a plan, or, where None, at its smallest: one example at a time.
+    """
     config = program.config
     count = sum(leaf.size for leaf in jax.tree.leaves(blueprint.state.params)) // program.mesh.shape["fsdp"]
     state = tree_bytes(blueprint.state.opt_state) // program.mesh.shape["fsdp"]
@@ -81,7 +85,7 @@ def levers(program, blueprint, accumulation: int | None = None) -> list[dict]:
     if config.optimizer.ema is not None:
         add("no moving average", "optimizer.ema=null", 4 * count)
     # It asks for the whole batch at once, and XLA:CPU copies what its loops carry: no gain there.
-    one_gpu_batch = accumulation == 1 and program.platform != "cpu"
+    one_gpu_batch = plan is not None and plan.accumulation == 1 and program.platform != "cpu"
     if one_gpu_batch and not config.memory.fuse_update and not blueprint.state.frozen:
         gradients = tree_bytes(partition(blueprint.state.params)[1]) // program.mesh.shape["fsdp"]
         setting = "memory.fuse_update=true" + (" optimizer.clip=null" if config.optimizer.clip is not None else "")
@@ -89,15 +93,21 @@ def levers(program, blueprint, accumulation: int | None = None) -> list[dict]:
     model = getattr(config, "model", None)
     if hasattr(model, "lora") and model.lora is None and not (blueprint.state.frozen or config.memory.fuse_update):
         add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)
-    if getattr(model, "lora", None) is not None and model.lora.base != "nf4":
+    if getattr(getattr(model, "lora", None), "base", "") == "compute":
         kernels = [leaf for leaf in jax.tree.leaves(partition(blueprint.state.frozen)[1]) if leaf.ndim == 3]
         saves = tree_bytes(kernels) - sum(leaf.size for leaf in kernels) * 4.25 / 8
-        add("a frozen base of 4 bits", "model.lora.base=nf4", saves / program.mesh.shape["fsdp"])
+        if all(leaf.shape[1] % NF4_BLOCK == 0 for leaf in kernels):
+            add("a frozen base of 4 bits", "model.lora.base=nf4", saves / program.mesh.shape["fsdp"])
+    memory = config.memory
+    if program.apart and memory.offload == "none" and memory.save != "all" and not memory.fuse_update:
+        local = plan.microbatch // program.mesh.devices.size if plan else 1
+        inputs = sum(call[0].num_units * tree_bytes(call[1]) for call in program.stack_calls().values())
+        add("what layers are given, on the host", "memory.offload=[unit_input]", local * inputs)
     return sorted(found, key=lambda lever: -lever["saves_bytes"])
 
 
-def essentials(planner, plan, simulated) -> dict:
-    """`Plan.details` of a plan that was not searched for."""
+def essentials(planner, plan, simulated, cost: Candidate) -> dict:
+    """`Plan.details` of any plan. `cost`: what it takes beside the work itself."""
     program = planner.program
     blueprint = program.blueprint(plan)
     timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
@@ -106,8 +116,9 @@ def essentials(planner, plan, simulated) -> dict:
         "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
         "peak_at": peak_at,
         "timeline": timeline,
-        "levers": levers(program, blueprint, plan.accumulation),
-        "time": _time(planner, None, blueprint),
+        "levers": levers(program, blueprint, plan),
+        "host_bytes": cost.host,
+        "time": _time(planner, cost, blueprint),
         "checkpoint": _checkpoint(program, blueprint),
         "attention": getattr(getattr(program.model(), "attention", None), "name", None),
         "not_verified": _not_verified(planner),
@@ -117,24 +128,20 @@ def essentials(planner, plan, simulated) -> dict:
 
 def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> dict:
     """`Plan.details`; see memory/report.py for the reader's side."""
-    program = planner.program
     plan = planner.plan_of(chosen)
-    blueprint = program.blueprint(plan)
     fits = [c.microbatch for c in shortlist.candidates if shortlist.expected(c) <= planner.budget]
-    return essentials(planner, plan, simulated) | {
+    return essentials(planner, plan, simulated, chosen) | {
         "tensors": {stack.path: _tensors(stack, chosen, space) for stack in space.stacks},
-        "host_bytes": space.offloaded(chosen.microbatch, chosen.cuts),
         "next_faster": None if faster is None else {
             "microbatch": faster.microbatch, "accumulation": faster.accumulation,
             "stacks": {
-                path: [[a, b, list(s.save), False, list(s.offload)] for a, b, s in cut]
-                for path, cut in faster.cuts.items()
+                path: [s._asdict() | {"save": list(s.save), "offload": list(s.offload)} for s in cut]
+                for path, cut in faster.stacks().items()
             },
             "lacks_bytes": max(shortlist.expected(faster) - planner.usable, 0),
             "seconds": faster.seconds if planner.rates else None,
         },
         "largest_microbatch": max(fits, default=None),
-        "time": _time(planner, chosen, blueprint),
         "pareto": _pareto(planner, shortlist, chosen),
     }  # fmt: skip
 
@@ -186,7 +193,7 @@ def _tensors(stack, chosen: Candidate, space) -> list[dict]:
     return rows
 
 
-def _time(planner, chosen: Candidate | None, blueprint) -> dict | None:
+def _time(planner, cost: Candidate, blueprint) -> dict | None:
     program = planner.program
     config = program.config
     count = parameter_count((blueprint.state.params, blueprint.state.frozen))
@@ -197,13 +204,13 @@ def _time(planner, chosen: Candidate | None, blueprint) -> dict | None:
     flops = per_target * targets * config.train.batch
     out = {
         "steps": config.train.steps, "tokens": config.train.steps * targets * config.train.batch,
-        "flops": flops * config.train.steps, "recompute_flops": chosen.flops if chosen else None,
+        "flops": flops * config.train.steps, "recompute_flops": cost.flops,
         "step_seconds": None, "seconds": None, "rates": "unknown", "source": "",
     }  # fmt: skip
     rates = planner.rates
     if rates is not None:
         matmul = rates.matmul.get(config.train.precision) or max(rates.matmul.values())
-        step = flops / program.mesh.devices.size / matmul + (chosen.seconds if chosen else 0.0)
+        step = flops / program.mesh.devices.size / matmul + cost.seconds
         out |= {"step_seconds": step, "seconds": step * config.train.steps}
         out |= {"rates": rates.source, "source": rates.note or rates.device}
     return out
@@ -221,9 +228,9 @@ def _targets(program) -> int | None:
 
 
 def _checkpoint(program, blueprint) -> dict:
-    saved = tree_bytes(blueprint.state._replace(frozen={}))
+    saved, frozen = tree_bytes(blueprint.state._replace(frozen={})), tree_bytes(blueprint.state.frozen)
     kept = program.config.checkpoint.keep + program.config.checkpoint.best
-    return {"bytes": saved, "kept": kept, "disk_bytes": saved * (kept + 1)}
+    return {"bytes": saved, "kept": kept, "frozen_bytes": frozen, "disk_bytes": saved * (kept + 1) + frozen}
 
 
 def _pareto(planner, shortlist, chosen: Candidate) -> list[dict]:
@@ -246,7 +253,7 @@ def _not_verified(planner) -> list[str]:
     if not (planner.compiles or planner.compiled_later):
         installed = can_compile_for_gpu() or not planner.program.remote
         hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
-        erred = "a simulation that has erred by up to 8 % (docs/planner_accuracy.md)"
+        erred = "a simulation that has erred by up to 9 % (docs/planner_accuracy.md)"
         if planner.program.platform == "cpu":
             erred = "a simulation of what XLA does for GPUs; on a CPU it has erred by 40 % on tiny steps"
         out.append(f"the peak: nothing was compiled, it is {erred}{hint}")

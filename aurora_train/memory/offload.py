@@ -9,6 +9,7 @@ from __future__ import annotations
 from aurora_train.errors import UserError
 from aurora_train.memory.residuals import Score, UnitGraph, frontier, offloaded
 from aurora_train.nn.saving import UNIT_INPUT, can_offload
+from aurora_train.units import size
 
 
 def tags_of(stack) -> tuple[str, ...]:
@@ -24,7 +25,7 @@ def named(config, stacks, *, apart: bool) -> tuple[str, ...]:
         apart: whether the device has memory of its own.
     """
     wish = config.memory.offload
-    if wish in ("none", "auto") or not wish:
+    if isinstance(wish, str) or not wish:  # none, auto
         return ()
     where = "memory.offload"
     if not apart:
@@ -42,6 +43,26 @@ def named(config, stacks, *, apart: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wish))
 
 
+def refuse_idle(tags: tuple[str, ...], graphs) -> None:
+    """UserError where one of the `tags` keeps nothing in any of the UnitGraphs: moving it would free nothing."""
+    for tag in tags:
+        save = () if tag == UNIT_INPUT else (tag,)
+        if not any(graph.kept_by_name(save).get(tag) for graph in graphs):
+            raise UserError(
+                f"the backward pass reads nothing under {tag!r}, so offloading it frees nothing",
+                where="memory.offload", hint=f"leave {tag} out",
+            )  # fmt: skip
+
+
+def refuse_overflow(needed: int, free: int | None) -> None:
+    """UserError where the processor's memory has no room for what is offloaded; bytes for one device."""
+    if free is not None and needed > free:
+        raise UserError(
+            f"the processor's memory has no room: what is offloaded needs {size(needed)} of {size(free)} a device",
+            where="memory.offload", hint="memory.offload=auto takes no more than there is; memory.offload=none",
+        )  # fmt: skip
+
+
 def with_offload(graph: UnitGraph, scores: list[Score], wish, tags: tuple[str, ...], apart: bool) -> list[Score]:
     """The scores of a search where tensors may (`wish` "auto") or must (`tags`) be offloaded.
 
@@ -52,5 +73,13 @@ def with_offload(graph: UnitGraph, scores: list[Score], wish, tags: tuple[str, .
         return [*scores, *(moved for score in frontier(scores) for moved in graph.offloads(score) if moved.offload)]
     if not tags:
         return scores
-    forced = [graph.score((*score.save, *(tag for tag in tags if tag != UNIT_INPUT))) for score in scores]
-    return list({s.used: offloaded(s, tags, graph.kept_by_name(s.save)) for s in forced}.values())
+    forced = [score_of(graph, score.save, tags) for score in scores]
+    return list({score.used: score for score in forced}.values())
+
+
+def score_of(graph: UnitGraph, save: tuple[str, ...] | None, tags: tuple[str, ...]) -> Score:
+    """The score of a segment that keeps `save` and `tags`, the latter in the processor's memory."""
+    if save is None:
+        return graph.score(None)
+    whole = graph.score((*save, *(tag for tag in tags if tag != UNIT_INPUT)))
+    return offloaded(whole, tags, graph.kept_by_name(whole.save))

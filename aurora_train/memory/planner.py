@@ -28,6 +28,7 @@ MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulat
 FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
 WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
 SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled, where none has fitted yet
+UNKNOWN = Costs(1e-14, 1e-12, 1e-3, 1e-10)  # of a machine that nothing is known of: they only rank plans
 UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back where the link to the processor is not known
 HOPELESS = 1.25  # times the budget by simulation: not worth a compilation
 IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is taken as it is
@@ -105,8 +106,12 @@ class Planner:
         return self._searched(began)
 
     def _searched(self, began: float) -> Plan:
-        space = self._space()
-        shortlist = Shortlist(space.all(), self.budget)
+        space, room = self._space(), self.program.host_bytes
+        candidates = space.all()
+        roomy = [c for c in candidates if room is None or c.host <= room]
+        if not roomy:
+            offload.refuse_overflow(min(c.host for c in candidates), room)
+        shortlist = Shortlist(roomy, self.budget)
         plan = self._written(space, shortlist, *self._choose(shortlist))
         self.cpu_seconds += time.process_time() - began
         return replace(plan, details=plan.details | {"planning_seconds": round(self.cpu_seconds, 2)})
@@ -133,14 +138,15 @@ class Planner:
 
     def _told(self, plan: Plan, compiled: int | None) -> Plan:
         """A plan that was not searched for, with its bytes."""
-        simulated = self.simulate(plan)
+        simulated, cost = self.simulate(plan), self.priced(plan)
+        offload.refuse_overflow(cost.host, self.program.host_bytes)
         needed = compiled if compiled is not None else simulated.bytes
         if needed > self.budget:
             plan = replace(plan, reason=f"{plan.reason}; it needs {size(needed)}, more than the budget")
         return replace(
             plan, machine=self.machine, platform=self.program.platform, budget_bytes=self.budget,
             predicted_bytes=simulated.bytes, compiled_bytes=compiled,
-            details=account.essentials(self, plan, simulated),
+            details=account.essentials(self, plan, simulated, cost),
         )  # fmt: skip
 
     def smaller(self, than: Plan) -> Plan | None:
@@ -159,8 +165,9 @@ class Planner:
         pairs = microbatches(program.config, program.recipe, devices)
         calls = program.stack_calls()
         moved = offload.named(program.config, [call[0] for call in calls.values()], apart=program.apart)
+        offload.refuse_idle(moved, [self._graph(call) for call in calls.values()] if moved else [])
         stacks = [self._stack(path, call, moved) for path, call in calls.items()]
-        space = Space(stacks, pairs, devices, self._costs(), None, program.host_bytes)
+        space = Space(stacks, pairs, devices, self._costs(), None)
         known: dict[int, int] = {}
 
         def rest(local: int) -> int:
@@ -193,18 +200,35 @@ class Planner:
         )
 
     def _stack(self, path: str, call, moved: tuple[str, ...]) -> StackCosts:
-        stack, wish = call[0], self.program.config.memory.offload
-        with self.program.here():
-            graph = trace_stack_unit(*call)
+        stack, wish, graph = call[0], self.program.config.memory.offload, self._graph(call)
         mine = tuple(tag for tag in moved if tag in offload.tags_of(stack))
         scores = offload.with_offload(graph, graph.points(), wish, mine, self.program.apart)
         fused = self.program.config.memory.fuse_update  # then there is a gradient of one unit at a time
         gradient = 0 if fused else account.unit_gradient_bytes(stack, self.program.mesh)
         return StackCosts(path, stack.num_units, scores, gradient)
 
+    def _graph(self, call):
+        with self.program.here():
+            return trace_stack_unit(*call)
+
+    def priced(self, plan: Plan) -> Candidate:
+        """A plan that was not searched for, with what it costs beside the work itself; `bytes` are not known."""
+        calls, cuts = {}, {}
+        if any(segment.save is not None for cut in plan.stacks.values() for segment in cut):
+            calls = self.program.stack_calls()
+        graphs = {path: self._graph(call) for path, call in calls.items()}
+        moved = dict.fromkeys(tag for cut in plan.stacks.values() for segment in cut for tag in segment.offload)
+        offload.refuse_idle(tuple(moved), graphs.values())
+        for path, graph in graphs.items():
+            cuts[path] = [(s.start, s.stop, offload.score_of(graph, s.save, s.offload)) for s in plan.stacks[path]]
+        stacks = [StackCosts(path, call[0].num_units, [], 0) for path, call in calls.items()]
+        devices = self.program.mesh.devices.size
+        space = Space(stacks, [], devices, self._costs(), lambda local: 0)
+        return space.candidate(plan.microbatch, plan.accumulation, cuts)
+
     def _costs(self) -> Costs:
         if self.rates is None:
-            return Costs(1e-14, 1e-12, 1e-3, 1e-10)
+            return UNKNOWN
         precision = self.program.config.train.precision
         matmul = self.rates.matmul.get(precision) or max(self.rates.matmul.values())
         weights = 3 * account.parameter_bytes(self.program)  # read forward and backward, gradients written

@@ -110,10 +110,18 @@ def segments(cut: list, tags: list[str] | None = None) -> list[str]:
     """One line for each segment of a stack: which units, and what they keep for the backward pass.
 
     Args:
-        cut: `Segment`s, or their fields in a list, of a plan that was not chosen; the last may be missing.
+        cut: `Segment`s, or their fields as a plan's JSON has them.
         tags: every tag of the stack; what of them is not kept is then named too.
     """
-    return [f"units {_units(*part[:2])}: {_kept(part[2], tags, tuple(*part[4:]))}" for part in cut]
+    parts = map(_fields, cut)
+    return [f"units {_units(p['start'], p['stop'])}: {_kept(p['save'], tags, p.get('offload') or ())}" for p in parts]
+
+
+def _fields(part) -> dict:
+    if isinstance(part, dict):
+        return part
+    # A list is of a plan that was written before tensors could be offloaded.
+    return part._asdict() if hasattr(part, "_asdict") else dict(zip(("start", "stop", "save"), part, strict=True))
 
 
 def _units(start: int, stop: int) -> str:
@@ -302,6 +310,8 @@ def _disk(plan: Plan) -> list[str]:
     told = f"disk: {amount(disk['bytes'])} a checkpoint"
     if disk.get("kept") is not None:
         told += f", {disk['kept']} kept"
+    if disk.get("frozen_bytes"):
+        told += f", {amount(disk['frozen_bytes'])} that is not trained, once"
     return [told + (f", {amount(disk['disk_bytes'])} in all" if disk.get("disk_bytes") is not None else "")]
 
 

@@ -25,6 +25,7 @@ from aurora_train.nn import lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
 from aurora_train.nn.stack import Stack
 
+MOST_MOVED = 10  # of the largest tensors: every choice of these is tried
 SETS_AT_ONCE = 4096  # save-sets walked together: bounds the memory of `points`
 
 INLINED = frozenset(
@@ -101,7 +102,8 @@ class UnitGraph:
     def offloads(self, score: Score) -> list[Score]:
         """The score itself, and with each choice of what it keeps moved to the processor's memory."""
         sizes = self.kept_by_name(score.save)
-        choices = _subsets([tag for tag in sizes if can_offload(tag)])
+        movable = sorted((tag for tag in sizes if can_offload(tag)), key=sizes.get, reverse=True)
+        choices = _subsets(movable[:MOST_MOVED])
         return [offloaded(score, tuple(tag for tag in sizes if tag in chosen), sizes) for chosen in choices]
 
     def kept_by_name(self, save: tuple[str, ...]) -> dict[str, int]:

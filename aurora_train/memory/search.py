@@ -67,7 +67,10 @@ def _slope(low: Score, high: Score, costs: Costs) -> float:
 
 @dataclass
 class Candidate:
-    """`microbatch` in examples over all devices. `seconds`: recomputation and overhead of one step."""
+    """`microbatch` in examples over all devices. `seconds`: recomputation and overhead of one step.
+
+    `host`: bytes in the processor's memory for one device.
+    """
 
     microbatch: int
     accumulation: int
@@ -75,6 +78,7 @@ class Candidate:
     bytes: int
     seconds: float
     flops: int
+    host: int = 0
 
     @property
     def segments(self) -> int:
@@ -97,16 +101,9 @@ def as_segments(cuts) -> dict[str, list[Segment]]:
 
 
 class Space:
-    """All plans of one step. `rest(m)` in bytes for a microbatch of m examples on each device.
+    """All plans of one step. `rest(m)` in bytes for a microbatch of m examples on each device."""
 
-    `host_bytes`: of the processor's memory that one device may fill; None where nobody knows.
-    """
-
-    def __init__(
-        self, stacks: list[StackCosts], microbatches: list[tuple[int, int]], devices: int, costs: Costs, rest,
-        host_bytes: int | None = None,
-    ):  # fmt: skip
-        self.host_bytes = host_bytes
+    def __init__(self, stacks: list[StackCosts], microbatches: list[tuple[int, int]], devices: int, costs: Costs, rest):
         self.stacks, self.microbatches, self.devices, self.costs, self.rest = stacks, microbatches, devices, costs, rest
         self.hulls = {stack.path: stack.hull(costs) for stack in stacks}
 
@@ -120,11 +117,6 @@ class Space:
         )
         return int(self.rest(local) + kept)
 
-    def offloaded(self, microbatch: int, cuts) -> int:
-        """Bytes in the processor's memory for one device."""
-        local = max(microbatch // self.devices, 1)
-        return sum((b - a) * score.offloaded_bytes * local for cut in cuts.values() for a, b, score in cut)
-
     def candidate(self, microbatch: int, accumulation: int, cuts) -> Candidate:
         """A plan with its cost."""
         seconds, flops = accumulation * self.costs.per_microbatch, 0
@@ -132,7 +124,9 @@ class Space:
             for a, b, score in cuts[stack.path]:
                 seconds += accumulation * microbatch / self.devices * (b - a) * seconds_of(score, self.costs)
                 flops += accumulation * microbatch * (b - a) * score.flops
-        return Candidate(microbatch, accumulation, cuts, self.peak(microbatch, cuts), seconds, flops)
+        local = max(microbatch // self.devices, 1)
+        host = sum((b - a) * score.offloaded_bytes * local for cut in cuts.values() for a, b, score in cut)
+        return Candidate(microbatch, accumulation, cuts, self.peak(microbatch, cuts), seconds, flops, host)
 
     def steps(self, microbatch: int, accumulation: int):
         """Candidates of one microbatch, from the least memory to the most, each a whole upgrade or a part of one."""
@@ -164,11 +158,8 @@ class Space:
         return [s for s in front if low.saved_bytes < s.saved_bytes < high.saved_bytes]
 
     def all(self) -> list[Candidate]:
-        """Every candidate of every microbatch that the processor's memory has room for."""
-        found = [c for m, accumulation in self.microbatches for c in self.steps(m, accumulation)]
-        if self.host_bytes is None:
-            return found
-        return [c for c in found if self.offloaded(c.microbatch, c.cuts) <= self.host_bytes]
+        """Every candidate of every microbatch."""
+        return [c for m, accumulation in self.microbatches for c in self.steps(m, accumulation)]
 
 
 def cheapest(candidates: list[Candidate], budget: float, corrected) -> Candidate | None:

@@ -131,7 +131,10 @@ class DecoderConfig(Section):
                       "mlp_width": self.hidden_width}  # fmt: skip
             for name, size in inputs.items():
                 if size % NF4_BLOCK:
-                    raise ValueError(f"lora.base: nf4 needs {name} ({size}) to be a multiple of {NF4_BLOCK}")
+                    near = max(round(size / NF4_BLOCK), 1) * NF4_BLOCK
+                    raise ValueError(
+                        f"lora.base: nf4 needs {name} ({size}) to be a multiple of {NF4_BLOCK}; {near} would be"
+                    )
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 0:
             raise ValueError(f"loss_chunk is a number of tokens, 0 for all, or auto; got {self.loss_chunk}")
         return self

@@ -61,15 +61,6 @@ def linear(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     return _product(platform() == "cpu", flat, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
 
 
-def parameter_count(tree) -> int:
-    """Scalars that a nested dict of parameters stands for: two to a byte of codes, none in their scales."""
-    count = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = str(getattr(path[-1], "key", path[-1]))
-        count += 0 if name.endswith(SCALES) else leaf.size * (2 if name.endswith(CODES) else 1)
-    return count
-
-
 def is_coded(name: str) -> bool:
     """Whether a parameter of this dotted name holds the codes or the scales of a kernel."""
     return name.endswith((CODES, SCALES))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from aurora_train.nn.nf4 import CODES, SCALES
+
 
 def kernel(rngs: nnx.Rngs, shape: tuple[int, int], names: tuple[str, str], gain: float = 1.0) -> nnx.Param:
     """float32[in, out], normal with standard deviation gain / sqrt(in) (LeCun et al. 1998)."""
@@ -25,6 +27,15 @@ def zeros(size: int, name: str) -> nnx.Param:
 
 def ones(size: int, name: str) -> nnx.Param:
     return named(jnp.ones(size, jnp.float32), (name,))
+
+
+def parameter_count(tree) -> int:
+    """Scalars that a nested dict of parameters stands for: two to a byte of codes, none in their scales."""
+    count = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = str(getattr(path[-1], "key", path[-1]))
+        count += 0 if name.endswith(SCALES) else leaf.size * (2 if name.endswith(CODES) else 1)
+    return count
 
 
 def named(value: jax.Array, names: tuple[str, ...]) -> nnx.Param:

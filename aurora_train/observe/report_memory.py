@@ -50,6 +50,6 @@ def _stacks(stacks: dict) -> list[str]:
 
     shown = []
     for name, cut in stacks.items():
-        lines = segments([tuple(part.values()) for part in cut])
+        lines = segments(cut)
         shown.append([name, "; ".join(lines)])
     return [table(["stack", "for the backward pass"], shown)] if shown else []

@@ -53,7 +53,7 @@ class Rehearsal:
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
-        self._traced, self._compiled, self._blueprints, self._model = {}, {}, {}, None
+        self._traced, self._compiled, self._blueprints, self._model, self._calls = {}, {}, {}, None, None
 
     def here(self):
         """The context in which layers choose their forms for the machine of this rehearsal."""
@@ -138,6 +138,11 @@ class Rehearsal:
 
         Taken from a trace of the loss itself, so that every recipe's own use of its stacks is what is planned.
         """
+        if self._calls is None:
+            self._calls = self._traced_calls()
+        return self._calls
+
+    def _traced_calls(self) -> dict[str, tuple]:
         blueprint, whole = self.blueprint(self.simplest_plan()), self._stacks()
         found: dict[str, tuple] = {}
 

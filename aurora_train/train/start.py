@@ -15,7 +15,7 @@ from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.machine import profile
 from aurora_train.memory.report import one_line, side_by_side
-from aurora_train.nn.nf4 import parameter_count
+from aurora_train.nn.param import parameter_count
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console

@@ -55,6 +55,7 @@ def _poured(source, what, blueprint: Blueprint, where: str, drawn: dict | None) 
         own = {name: array for name, array in _canonical(drawn).items() if is_adapter(name)}
     wanted = {name: spec for name, spec in wanted.items() if name not in own}
     kernels = _uncoded(wanted, stored)
+    _refuse_coded(wanted, stored, where)
     wanted = {name: spec for name, spec in wanted.items() if _kernel_of(name) not in kernels} | kernels
     bare = {name: name.split(".", 1)[1] for name in wanted}
     home = {short: name for name, short in bare.items()}
@@ -77,6 +78,15 @@ _encode = jax.jit(nf4.encode)
 def _kernel_of(name: str) -> str | None:
     """The kernel that a parameter holds the codes or the scales of."""
     return name.removesuffix(nf4.SCALES).removesuffix(nf4.CODES) if nf4.is_coded(name) else None
+
+
+def _refuse_coded(wanted: dict, stored: dict, where: str) -> None:
+    """UserError where the source has a base of 4 bits and the model has none."""
+    if any(map(nf4.is_coded, stored)) and not any(map(nf4.is_coded, wanted)):
+        raise UserError(
+            "its base is stored in 4 bits, and what was rounded away cannot be had back", where=where,
+            hint="model.lora.base=nf4 and the model.lora.rank it was trained with; or start from what it started from",
+        )  # fmt: skip
 
 
 def _uncoded(wanted: dict, stored: dict) -> dict:
@@ -132,7 +142,9 @@ def _from_safetensors(path: Path):
         part = handle.get_slice(name)
         dtype = _SAFETENSORS.get(part.get_dtype())
         if dtype is None:
-            raise UserError(f"{name} is stored as {part.get_dtype()}", where=str(path), why=f"read are {_READ}")
+            raise UserError(
+                f"{name} is stored as {part.get_dtype()}", where=str(path), why=f"supported dtypes are {_READ}"
+            )
         stored[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
 
     def read(wanted: dict) -> dict:

@@ -8,8 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from aurora_train.config import config_class
-from aurora_train.config.conflicts import refuse_offload
+from aurora_train.config import config_class, load
 from aurora_train.config.find_recipe import find_recipe
 from aurora_train.errors import UserError
 from aurora_train.machine.calibration import assumed
@@ -124,10 +123,16 @@ def test_named_tags_are_moved_whatever_else_is_kept():
     assert fixed.stacks["stack"] == [Segment(0, LAYERS, ("query",), False, ("mlp_up",))]
 
 
-def test_what_the_processors_memory_has_no_room_for_is_not_moved():
-    program = dataclasses.replace(rehearsal(offload="auto"), host_bytes=1000)
-    planner = Planner(program, 10**9, "a test", "gh200", assumed(TARGET.row), verify=False)
-    assert all(not s.offload for c in planner._space().all() for cut in c.stacks().values() for s in cut)
+@pytest.mark.parametrize("fixed", [{}, {"save": "nothing"}])
+def test_what_the_processors_memory_has_no_room_for_is_not_moved(fixed):
+    def of(**memory):
+        program = dataclasses.replace(rehearsal(**memory, accumulation=1), host_bytes=1000)
+        return Planner(program, _least(), "a test", "gh200", assumed(TARGET.row), verify=False)
+
+    with pytest.raises(UserError, match=r"memory\.offload.*no room.*16\.8 MB of 1\.00 kB"):
+        of(**fixed, offload=["unit_input"]).run()
+    with pytest.raises(UserError, match="no plan fits"):
+        of(offload="auto").run()
 
 
 @pytest.mark.parametrize("machine", ["dgx-spark", None])
@@ -144,11 +149,32 @@ def test_an_unknown_tag_names_those_that_can_be_moved():
     assert "mlp_up" in str(caught.value) and "unit_input" in str(caught.value) and "attn_flash" not in str(caught.value)
 
 
-@pytest.mark.parametrize("other", [{"save": "all"}, {"fuse_update": True}])
-def test_what_leaves_nothing_to_name_is_refused(other):
-    program = rehearsal(offload="auto", **other)
+@pytest.mark.parametrize("other", ["save=all", "fuse_update=true", "save=nothing", "unroll=true"])
+def test_what_leaves_nothing_to_choose_is_refused_when_the_config_is_loaded(other):
     with pytest.raises(UserError, match=r"memory\.offload"):
-        refuse_offload(program.config)
+        load("quickstart", ["memory.offload=auto", f"memory.{other}", "optimizer.clip=null"])
+
+
+def test_a_tag_that_keeps_nothing_is_refused():
+    for fixed in ({}, {"save": "nothing"}):
+        with pytest.raises(UserError, match="'mlp_out'.*frees nothing"):
+            planned(10**11, offload=["mlp_out"], **fixed)
+
+
+def test_a_fixed_plan_costs_what_the_same_plan_costs_when_it_is_found():
+    found = planned(10**11, offload=["mlp_up"], accumulation=2)
+    save = list(found.stacks["stack"][0].save)
+    fixed = planned(10**11, offload=["mlp_up"], save=save, accumulation=2)
+    assert fixed.stacks == found.stacks
+    for name in ("host_bytes", "time"):
+        assert fixed.details[name] == found.details[name]
+    assert fixed.details["host_bytes"] == LAYERS * BATCH // 2 * 512 * 1024 * 2
+
+
+def test_the_input_of_layers_is_a_lever_where_it_frees_something():
+    assert "memory.offload=[unit_input]" in [lever["setting"] for lever in planned(10**11).details["levers"]]
+    here = planned(10**11, "dgx-spark").details["levers"]
+    assert "memory.offload=[unit_input]" not in [lever["setting"] for lever in here]
 
 
 def test_every_known_device_with_memory_of_its_own_has_a_link():
