@@ -24,7 +24,7 @@ _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
 
 VERBS = (
     "train", "plan", "resume", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check", "schema",
-    "inspect", "doctor",
+    "inspect", "inspect-batch", "doctor",
 )
 
 # What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.
@@ -78,7 +78,7 @@ def _app(arguments: list[str]) -> typer.Typer:
 
 
 def _add(app: typer.Typer, verb: str) -> None:
-    name = f"aurora_train.cli.{verb}"
+    name = "aurora_train.cli." + verb.replace("-", "_")
     if importlib.util.find_spec(name) is None:
         return
     module = importlib.import_module(name)

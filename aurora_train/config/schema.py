@@ -25,6 +25,11 @@ class Train(Section):
     stop_after_minutes: float | None = setting(
         None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"
     )
+    rewind_after: int | None = setting(
+        5, resume="warned", ge=1,
+        help="steps in a row that are not finite, before the run goes back and leaves out their data; null = never",
+    )
+    rewinds: int = setting(3, resume="free", ge=0, help="returns to one checkpoint, after which the run stops")
     watchdog: Literal["auto", "off"] | Annotated[float, Field(gt=0)] = setting(
         "auto", resume="free",
         help="end a process that makes no progress: after minutes learned from the run, after this many, or never",

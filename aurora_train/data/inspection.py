@@ -31,11 +31,22 @@ def inspect_batch(source: Source, split: str, seed: int, batch: int, data_step: 
             for name, a in arrays.items()
         },
         "indices": chosen.tolist(),
+        "not_finite": not_finite(arrays, chosen),
     }
     if isinstance(source, TokenSource):
         facts |= _text_facts(source, arrays)
         facts["rows"] = [_row(source, int(chosen[i]), arrays, i) for i in range(min(rows, batch))]
     return facts
+
+
+def not_finite(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, list[int]]:
+    """The examples, among those `chosen`, whose arrays hold NaN or an infinity: by name, those that have any."""
+    found = {}
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating):
+            bad = ~np.isfinite(array.reshape(len(array), -1)).all(1)
+            found |= {name: chosen[bad].tolist()} if bad.any() else {}
+    return found
 
 
 def _text_facts(source: TokenSource, arrays: dict[str, np.ndarray]) -> dict:
@@ -87,6 +98,8 @@ def show(facts: dict, console) -> None:
     for name, array in facts["arrays"].items():
         table.add_row(name, str(array["shape"]), array["dtype"], f"{array['min']:g}", f"{array['max']:g}")
     console.print(table)
+    for name, examples in facts["not_finite"].items():
+        console.print(f"{name} is not finite in example {', '.join(map(str, examples))}", style="bold", highlight=False)
     for row in facts.get("rows", ()):
         console.rule(f"row {row['index']}")
         for number, segment in enumerate(row["segments"]):

@@ -78,6 +78,9 @@ class Stack(nnx.Module):
         calls = _calls.get()
         if calls is not None and caches is None:
             calls.append((self, x, context, keys))
+        seen = _probe.get()
+        if seen is not None and caches is None:
+            return self._probed(seen, x, context, keys), None
         update = None if caches is not None else fused.update_of(self)
         if update is not None:
             return self._updated(update, x, context, keys), None
@@ -89,6 +92,17 @@ class Stack(nnx.Module):
         if caches is None:
             return x, None
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+    def _probed(self, seen: list, x, context, keys):
+        for segment, module in zip(self.plan, self.segments, strict=True):
+            graph, state = nnx.split(module)
+            body = _unit(segment._replace(save=None, offload=()), graph, context, keys)
+            for index in range(segment.start, segment.stop):
+                unit = jax.tree.map(lambda a, j=index - segment.start: a[j], state)
+                x, _ = body(x, (unit, jnp.int32(index), None))
+                finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(x))
+                seen.append((id(self), index, finite))
+        return x
 
     def _updated(self, update: fused.Update, x, context, keys):
         for i, (segment, module) in enumerate(zip(self.plan, self.segments, strict=True)):
@@ -114,6 +128,19 @@ def watched():
         yield _calls.get()
     finally:
         _calls.reset(token)
+
+
+_probe = contextvars.ContextVar("stack_probe", default=None)
+
+
+@contextlib.contextmanager
+def probed():
+    """Within, and outside jit, a Stack runs unit by unit: a list of (id of the stack, unit, whether all is finite)."""
+    token = _probe.set([])
+    try:
+        yield _probe.get()
+    finally:
+        _probe.reset(token)
 
 
 def _unit(segment: Segment, graph, context, keys):

@@ -20,6 +20,7 @@ from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
+from aurora_train.train.bad_numbers import Streak
 from aurora_train.train.evaluate import Evaluator, validation_batches
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
@@ -67,6 +68,8 @@ class Loop:
             patience=60 * session.config.checkpoint.patience_minutes,
             last=self._step,  # 0 for a fresh run, which has nothing to lose
         )  # fmt: skip
+        lag = int(jax.device_get(state.data_step)) - self._step
+        self._lag, self._streak = lag, Streak(session.config.train.rewind_after, lag)
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = None
@@ -85,7 +88,8 @@ class Loop:
 
         Returns None at the last step, or the name of what asked for a stop; the state is saved either way, unless
         the name is UNSAVED. Raises
-        OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`.
+        OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`;
+        BadNumbers where steps in a row were skipped.
         """
         first, last, interrupted = self._step, self._config.train.steps, False
         with noticed(self._failing, self.finished_steps), self._stop.held():
@@ -144,8 +148,11 @@ class Loop:
             self._record(*self._late.popleft())
 
     def _after(self, step: int) -> None:
-        if self._save_due(step) or self._saver.retry_due():
+        due = self._save_due(step) or self._saver.retry_due()
+        if due:
             self._settle()
+        # Among bad steps nothing is saved: the newest checkpoint is of before them.
+        if due and (not self._streak.length or step == self._config.train.steps):
             self._aside(lambda at: self._saver.save(self.state, at), step)
         else:
             self._saver.finish(wait=False)
@@ -171,6 +178,8 @@ class Loop:
             self._throughput.begin()
             self._timed = True
         record = {"step": step, **values, "tokens": int(values["tokens"]), "skipped": int(values["skipped"])}
+        if self._lag:
+            record["data_step"] = step - 1 + self._lag
         if step % self._config.log.every == 0 or step == self._config.train.steps:
             record |= {**self._throughput.measure(), "memory_bytes": self._memory_bytes(), "time": time.time()}
             self._energy.read()  # some counters wrap within the hour
@@ -180,6 +189,7 @@ class Loop:
         if record["skipped"]:
             self._events.event("skip", step, loss=values["loss"], grad_norm=values["grad_norm"])
             self._progress.event(f"step {step}: loss or gradient is not finite; the update was not applied")
+        self._streak.count(step, bool(record["skipped"]))
 
     def _settle(self) -> None:
         """Bring every outstanding record to the log."""

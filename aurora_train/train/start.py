@@ -21,6 +21,7 @@ from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console
 from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
+from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
@@ -106,11 +107,15 @@ def _train(config, process: Process, changes, replan: bool) -> Outcome:
 
 
 def _to_its_end(session: Session, process: Process, events) -> Outcome:
-    """Go on, and after an out-of-memory go on with a smaller plan."""
+    """Go on; after an out-of-memory with a smaller plan, after numbers that stay bad with other data."""
     in_a_row = 0
     while True:
         try:
             return _go_on(session, process, events)
+        except BadNumbers as error:
+            with preparation(process.console, quiet=process.quiet) as told:
+                told.event(go_back(session, error, events))
+            continue
         except OutOfMemory as error:
             fault = error.fault  # and not the error: its traceback holds what has to be let go of
         if process.stop.name is not None:
@@ -134,7 +139,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         compiled = _compiled(session, progress)
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
-            state = session.restore(start) if start else session.fresh()
+            state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
             _announce(session, state, start, len(known) - len(evaluated), events, progress)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
             loop = Loop(
@@ -166,6 +171,18 @@ def _run(loop: Loop, evaluated: set[int]) -> str | None:
     except OutOfMemory:
         loop.release()
         raise
+    except BadNumbers as error:
+        error.fault = where_it_begins(loop.session, loop.state, error.window)
+        loop.release()
+        raise
+
+
+def _past_bad_data(state, run: runs.Run, step: int):
+    """The state of a checkpoint that the run went back to, with the data after what it went back for."""
+    data_step = data_step_of(logs.read(run.events), step)
+    if data_step is None:
+        return state
+    return state._replace(data_step=jax.device_put(jax.numpy.int32(data_step), state.data_step.sharding))
 
 
 def _scored(session: Session, loop: Loop, process: Process) -> Outcome:

@@ -1,0 +1,148 @@
+"""Numbers that stay bad: back to the newest checkpoint, past the data they came with, and at last a report.
+
+A step whose loss or gradient is not finite changes nothing but the step number. One such step is a bad batch; several
+in a row are a bad stretch of data or a state that has gone bad. The run then goes on from its newest checkpoint, which
+is of before them because nothing is saved meanwhile, with the batch after the last bad one. That choice is an event,
+so that a run which is killed after it makes it again to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aurora_train.checkpoint import layout
+from aurora_train.data.batches import read_batch
+from aurora_train.data.inspection import inspect_batch, not_finite
+from aurora_train.data.order import indices
+from aurora_train.errors import UserError
+from aurora_train.nn.stack import named_stacks, probed
+from aurora_train.observe import metrics as logs
+from aurora_train.random import example_keys, stream
+
+_NAMED = 6  # documents in a message
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps first to last, both included, that were skipped in a row; `data_first` is the data step of the first."""
+
+    first: int
+    last: int
+    data_first: int
+
+    @property
+    def data_after(self) -> int:
+        """The data step after the window's last."""
+        return self.data_first + self.last - self.first + 1
+
+
+class BadNumbers(Exception):
+    """As many steps were skipped in a row as the config allows. `fault`: where it begins, in words."""
+
+    def __init__(self, window: Window):
+        super().__init__(f"steps {window.first} to {window.last} were skipped")
+        self.window, self.fault = window, ""
+
+
+class Streak:
+    """Skipped steps in a row. `limit` None is no limit; `lag`: data step less the number of steps done before it."""
+
+    def __init__(self, limit: int | None, lag: int):
+        self._limit, self._lag, self.length = limit, lag, 0
+
+    def count(self, step: int, skipped: bool) -> None:
+        """Take note of a step. Raises BadNumbers at the limit."""
+        self.length = self.length + 1 if skipped else 0
+        if self.length and self.length == self._limit:
+            first = step - self.length + 1
+            raise BadNumbers(Window(first, step, first - 1 + self._lag))
+
+
+def data_step_of(events, restored: int) -> int | None:
+    """The data step to go on with after a return to the checkpoint of step `restored`; None for its own."""
+    steps = [e["data_step"] for e in events if e["event"] == "rewind" and e["step"] == restored]
+    return max(steps, default=None)
+
+
+def data_step_of_step(step: int, metrics, events, where: str) -> int:
+    """The data step that a step of a run was made from; UserError for a step that the run has not made."""
+    for record in reversed(metrics):
+        if record["step"] == step and "loss" in record:
+            return record.get("data_step", step - 1)
+    for event in reversed(events):
+        if event["event"] == "rewind" and event["first"] <= step <= event["last"]:
+            return event["data_first"] + step - event["first"]
+    done = max((record["step"] for record in metrics), default=0)
+    raise UserError(f"this run has made no step {step}", where=where, hint=f"it is at step {done}")
+
+
+def go_back(session, error: BadNumbers, events) -> str:
+    """Record that the run goes back, and say so in words. UserError where it has gone back too often already."""
+    config, run, window = session.config, session.run, error.window
+    restored = max(session.store.steps(), default=0)
+    before = [e for e in logs.read(run.events) if e["event"] == "rewind" and e["step"] == restored]
+    documents = _documents(session, window)
+    batches = _span("data step", window.data_first, window.data_after - 1)
+    steps = _span("step", window.first, window.last)
+    are = "are" if window.last > window.first else "is"
+    if len(before) >= config.train.rewinds:
+        command = f"aurora inspect-batch {run.folder} {window.first}"
+        raise UserError(
+            f"{steps} {are} not finite, after {len(before)} returns to step {restored}",
+            where=str(run.folder),
+            why="\n  ".join([f"it begins with {error.fault}", f"batches: {batches}", *documents]),
+            hint=f"{command} shows the first of them. Data that is bad has to be mended; for a state that goes bad, "
+            f"a gentler rate: aurora resume {run.folder} optimizer.lr={config.optimizer.lr / 3:.1g}",
+        )  # fmt: skip
+    events.event(
+        "rewind", restored, first=window.first, last=window.last, data_first=window.data_first,
+        data_step=window.data_after, fault=error.fault, documents=documents,
+    )  # fmt: skip
+    return (
+        f"{steps} {are} not finite; it begins with {error.fault}. Going back to step {restored}, and on with the data "
+        f"after that ({batches} {are} left out)"
+    )
+
+
+def _span(what: str, first: int, last: int) -> str:
+    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
+
+
+def _documents(session, window: Window) -> list[str]:
+    """The source documents of the first batch of a window, where the data has such."""
+    config = session.config.train
+    facts = inspect_batch(session.source, "train", config.seed, config.batch, window.data_first, config.batch)
+    names = dict.fromkeys(s["document"] for row in facts.get("rows", ()) for s in row["segments"])
+    if not names:
+        return [f"examples {', '.join(map(str, facts['indices'][:_NAMED]))}"]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return [f"documents of the first: {', '.join(list(names)[:_NAMED])}{more}"]
+
+
+def where_it_begins(session, state, window: Window) -> str:
+    """The first thing that is not finite in the first step of a window, under the parameters of now, in words.
+
+    In order: the batch, the parameters, the output of each unit of each stack, the loss; else it is the gradient.
+    """
+    config = session.config.train
+    batch = read_batch(session.source, config.seed, config.batch, window.data_first)
+    chosen = indices(config.seed, window.data_first, config.batch, len(session.source))
+    for name, examples in not_finite(batch, chosen).items():
+        return f"the data: {name} of example {examples[0]}"
+    for names, stacked, leaf in layout.entries(state.params):
+        finite = np.atleast_1d(jnp.isfinite(leaf).all(tuple(range(int(stacked), leaf.ndim))))
+        if not finite.all():
+            return f"the parameter {names[int(finite.argmin())]}"
+    model = session.blueprint.merge(state.params, state.rest, state.frozen)
+    paths = {id(stack): path for path, stack in named_stacks(model).items()}
+    keys = example_keys(stream(config.seed, "dropout"), jnp.int32(window.first - 1), jnp.asarray(batch["example"]))
+    with probed() as seen:
+        loss = session.recipe.loss(model, jax.tree.map(jnp.asarray, batch), keys)
+    for stack, unit, finite in seen:
+        if not finite:
+            return f"the output of unit {unit} of {paths.get(stack, 'a stack')}"
+    return "the gradient: the loss is finite" if bool(jnp.isfinite(loss.total)) else "the loss, after the last unit"
