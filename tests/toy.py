@@ -31,6 +31,7 @@ class Model(Section):
 class Data(Section):
     rows: int = setting(50, ge=0, help="training rows")
     bad: int | None = setting(None, help="the row whose target is not a number")
+    loud: int | None = setting(None, help="the row whose target is a thousand times too large")
 
 
 class Config(Section):
@@ -81,12 +82,14 @@ if os.environ.get("TOY_HANG") == "save":
 
 
 class Rows:
-    def __init__(self, seed, rows, bad):
+    def __init__(self, seed, rows, bad=None, loud=None):
         draw = np.random.default_rng(seed)
         self.x = draw.standard_normal((rows, 8)).astype(np.float32)
         self.y = np.sin(self.x[:, ::-1] * 2).astype(np.float32)
         if bad is not None:
             self.y[bad] = np.nan
+        if loud is not None:
+            self.y[loud] *= 1000
         self.fingerprint = f"{seed}{rows}".rjust(64, "0")
         self.taken = 0
 
@@ -147,7 +150,8 @@ class Toy(Base):
     def data(self, split):
         told("data", 0)
         rows = self.config.data.rows if split == "train" else 40
-        return Rows(len(split), rows, self.config.data.bad if split == "train" else None)
+        harm = (self.config.data.bad, self.config.data.loud) if split == "train" else ()
+        return Rows(len(split), rows, *harm)
 
     def model(self, rngs):
         return make_model(self.config.model, rngs)

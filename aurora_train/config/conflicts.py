@@ -42,6 +42,11 @@ def refuse_fused(config) -> None:
             why="the gradients of several would have to be kept, which is what it is there to avoid",
             hint="memory.accumulation=1, or memory.fuse_update=false",
         )  # fmt: skip
+    if config.train.spike is not None:
+        raise UserError(
+            "an update fused into the backward pass is made before the step can be called an outlier", where=where,
+            hint="train.spike=null, or memory.fuse_update=false",
+        )  # fmt: skip
     if config.memory.unroll is True:
         raise UserError(
             "an update fused into the backward pass scans its layers", where=where,

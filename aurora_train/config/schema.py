@@ -25,9 +25,14 @@ class Train(Section):
     stop_after_minutes: float | None = setting(
         None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"
     )
+    spike: float | None = setting(
+        None, gt=0,
+        help="skip a step whose loss or gradient norm lies so many robust standard deviations above the median of the "
+        "last 64; null = never",
+    )
     rewind_after: int | None = setting(
         5, resume="warned", ge=1,
-        help="steps in a row that are not finite, before the run goes back and leaves out their data; null = never",
+        help="skipped steps in a row, before the run goes back and leaves out their data; null = never",
     )
     rewinds: int = setting(3, resume="free", ge=0, help="returns to one checkpoint, after which the run stops")
     watchdog: Literal["auto", "off"] | Annotated[float, Field(gt=0)] = setting(

@@ -1,9 +1,9 @@
 """Numbers that stay bad: back to the newest checkpoint, past the data they came with, and at last a report.
 
-A step whose loss or gradient is not finite changes nothing but the step number. One such step is a bad batch; several
-in a row are a bad stretch of data or a state that has gone bad. The run then goes on from its newest checkpoint, which
-is of before them because nothing is saved meanwhile, with the batch after the last bad one. That choice is an event,
-so that a run which is killed after it makes it again to the bit.
+A step whose loss or gradient is not finite, or an outlier (`train.spike`), changes nothing but the step number. One
+such step is a bad batch; several in a row are a bad stretch of data or a state that has gone bad. The run then goes on
+from its newest checkpoint, which is of before them because nothing is saved meanwhile, with the batch after the last
+bad one. That choice is an event, so that a run which is killed after it makes it again to the bit.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def go_back(session, error: BadNumbers, events) -> str:
     documents = _documents(session, window)
     batches = _span("data step", window.data_first, window.data_after - 1)
     steps = _span("step", window.first, window.last)
-    are = "are" if window.last > window.first else "is"
+    are = "were" if window.last > window.first else "was"
     if len(before) >= config.train.rewinds:
         command = f"aurora inspect-batch {run.folder} {window.first}"
         raise UserError(
-            f"{steps} {are} not finite, after {len(before)} returns to step {restored}",
+            f"{steps} {are} skipped, after {len(before)} returns to step {restored}",
             where=str(run.folder),
             why="\n  ".join([f"it begins with {error.fault}", f"batches: {batches}", *documents]),
             hint=f"{command} shows the first of them. Data that is bad has to be mended; for a state that goes bad, "
@@ -103,7 +103,7 @@ def go_back(session, error: BadNumbers, events) -> str:
         data_step=window.data_after, fault=error.fault, documents=documents,
     )  # fmt: skip
     return (
-        f"{steps} {are} not finite; it begins with {error.fault}. Going back to step {restored}, and on with the data "
+        f"{steps} {are} skipped; it begins with {error.fault}. Going back to step {restored}, and on with the data "
         f"after that ({batches} {are} left out)"
     )
 
@@ -145,4 +145,7 @@ def where_it_begins(session, state, window: Window) -> str:
     for stack, unit, finite in seen:
         if not finite:
             return f"the output of unit {unit} of {paths.get(stack, 'a stack')}"
-    return "the gradient: the loss is finite" if bool(jnp.isfinite(loss.total)) else "the loss, after the last unit"
+    if not bool(jnp.isfinite(loss.total)):
+        return "the loss, after the last unit"
+    mean = float(loss.total / loss.weight)
+    return f"a loss of {mean:.4g} or its gradient: the output of every unit is finite"

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 
@@ -188,7 +189,9 @@ class Loop:
         self._progress.step(record)
         if record["skipped"]:
             self._events.event("skip", step, loss=values["loss"], grad_norm=values["grad_norm"])
-            self._progress.event(f"step {step}: loss or gradient is not finite; the update was not applied")
+            finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+            what = "is an outlier" if finite else "is not finite"
+            self._progress.event(f"step {step}: loss or gradient {what}; the update was not applied")
         self._streak.count(step, bool(record["skipped"]))
 
     def _settle(self) -> None:

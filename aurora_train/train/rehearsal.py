@@ -85,6 +85,7 @@ class Rehearsal:
                 self._blueprints[key] = draw(
                     self.recipe, plan, self.optimizer, self.mesh,
                     seed=self.config.train.seed, ema=self.config.optimizer.ema is not None,
+                    spike=self.config.train.spike is not None,
                 )  # fmt: skip
         return self._blueprints[key]
 
@@ -93,6 +94,7 @@ class Rehearsal:
         return make_step(
             self.recipe, blueprint, self.optimizer, seed=self.config.train.seed,
             accumulation=plan.accumulation, ema=self.config.optimizer.ema, fuse=self.config.memory.fuse_update,
+            spike=self.config.train.spike,
         )  # fmt: skip
 
     def trace(self, plan: Plan) -> tuple[Any, TrainState]:

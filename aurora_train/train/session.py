@@ -27,7 +27,7 @@ from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.random import stream
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.rehearsal import Rehearsal, rehearse_here, shapes_of
-from aurora_train.train.state import Blueprint, TrainState, draw, together
+from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
 from aurora_train.train.weights import load_parameters, parameters_from
 
 
@@ -79,7 +79,7 @@ class Session:
             return state
         state = state._replace(frozen={})  # let go of them before the real ones are read: they may be most of the model
         params, frozen = parameters_from(self.config.init.from_, self.blueprint, state.params)
-        extra = {"ema": jax.tree.map(lambda p: jax.numpy.array(p, "float32", copy=True), params)} if state.extra else {}
+        extra = beside(params, ema="ema" in state.extra, spike="recent" in state.extra)
         return state._replace(params=params, frozen=frozen, extra=extra)
 
 

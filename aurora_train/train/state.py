@@ -14,6 +14,7 @@ from aurora_train import optimizer as optimizers
 from aurora_train.nn import lora, nf4
 from aurora_train.nn import stack as stacked
 from aurora_train.random import stream
+from aurora_train.train import outliers
 
 
 class TrainState(NamedTuple):
@@ -21,7 +22,7 @@ class TrainState(NamedTuple):
 
     `frozen` holds the parameters that are not trained, a nested dict like `params`: neither differentiated, donated
     nor saved again, its matrices in the compute dtype. `rest` holds the model's other variables; `extra` holds the
-    moving average of the parameters (`ema`) where the config asks for one.
+    moving average of the parameters (`ema`) and the memory of `train/outliers.py` (`recent`) where the config asks.
     """
 
     step: Any
@@ -52,8 +53,11 @@ class Blueprint(NamedTuple):
         return nnx.merge(self.graph, variables, others)
 
 
-def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
-    """Abstract model, state, shardings and the jitted initialiser, without allocating a parameter."""
+def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = False) -> Blueprint:
+    """Abstract model, state, shardings and the jitted initialiser, without allocating a parameter.
+
+    `ema` and `spike`: whether the config asks for a moving average and for outliers to be skipped.
+    """
 
     def construct():
         model = recipe.model(nnx.Rngs(params=stream(seed, "init")))
@@ -75,7 +79,7 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
             frozen=jax.tree_util.tree_map_with_path(functools.partial(_at_rest, dtype), frozen),
             rest=nnx.to_pure_dict(others),
             opt_state=optimizer.init(params),
-            extra={"ema": jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)} if ema else {},
+            extra=beside(params, ema=ema, spike=spike),
         )
 
     state = jax.eval_shape(initialise)
@@ -88,9 +92,16 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool) -> Blueprint:
         frozen=meshes.parameter_shardings(still, mesh),
         rest=jax.tree.map(lambda _: whole, state.rest),
         opt_state=_optimizer_shardings(state.opt_state, nnx.to_pure_dict(trained), parameters, whole),
-        extra={"ema": parameters} if ema else {},
+        extra=({"ema": parameters} if ema else {})
+        | ({"recent": jax.tree.map(lambda _: whole, state.extra["recent"])} if spike else {}),
     )
     return Blueprint(graph, variables, rest, state, shardings, jax.jit(initialise, out_shardings=shardings))
+
+
+def beside(params, *, ema: bool, spike: bool) -> dict:
+    """`TrainState.extra` at the start."""
+    average = {"ema": jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)} if ema else {}
+    return average | ({"recent": outliers.empty()} if spike else {})
 
 
 def apart(step):

@@ -9,17 +9,20 @@ from aurora_train.nn.stack import summed
 from aurora_train.optimizer import join, partition
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss
+from aurora_train.train import outliers
 from aurora_train.train.fused import make_fused
 from aurora_train.train.state import Blueprint, TrainState
 
 
 def make_step(
-    recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulation: int, ema: float | None, fuse: bool = False
-):
+    recipe, blueprint: Blueprint, optimizer, *, seed: int, accumulation: int, ema: float | None, fuse: bool = False,
+    spike: float | None = None,
+):  # fmt: skip
     """The training step of a recipe. `metrics`: float32 scalars loss, tokens, grad_norm, lr, skipped, and the recipe's.
 
-    A step whose loss or gradient norm is not finite is counted in `skipped` and changes nothing but the step number;
-    with `fuse` (see `train/fused.py`) a gradient that is not finite spares its own unit alone.
+    A step whose loss or gradient norm is not finite, or an outlier by `spike` (`train/outliers.py`), is counted in
+    `skipped` and changes nothing but the step number; with `fuse` (see `train/fused.py`) a gradient that is not finite
+    spares its own unit alone.
     """
     dropout = stream(seed, "dropout")
 
@@ -46,6 +49,10 @@ def make_step(
         losses = jax.lax.scan(add, None, jax.tree.map(lambda x: split(x, accumulation), batch))[1]
         return jax.tree.map(jax.freeze, grads), jax.tree.map(sum, losses)
 
+    def passes(state: TrainState, info):
+        finite = jnp.isfinite(info["loss"]) & jnp.isfinite(info["grad_norm"])
+        return finite if spike is None else finite & ~outliers.is_outlier(state.extra["recent"], info, spike)
+
     def advance(state: TrainState, batch):
         grads, loss = gradients(state, batch)
         loss = Loss(*loss)
@@ -56,7 +63,7 @@ def make_step(
         params, opt_state, info = optimizer.update(
             grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
         )
-        good = jnp.isfinite(mean) & jnp.isfinite(info["grad_norm"])
+        good = passes(state, info | {"loss": mean})
         params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
         return params, opt_state, loss, info | {"loss": mean}
 
@@ -66,11 +73,12 @@ def make_step(
 
     def step(state: TrainState, batch):
         params, opt_state, loss, info = advance(state, batch)
-        good = jnp.isfinite(info["loss"]) & jnp.isfinite(info["grad_norm"])
-        extra = state.extra
+        good, extra = passes(state, info), dict(state.extra)
         if ema is not None:
             average = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, extra["ema"], params)
-            extra = _where(good, {"ema": average}, extra)
+            extra["ema"] = _where(good, average, extra["ema"])
+        if spike is not None:
+            extra["recent"] = outliers.remembered(extra["recent"], info, good)
         metrics = {**info, "tokens": loss.weight, "skipped": 1.0 - good.astype(jnp.float32)}
         metrics |= {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in loss.metrics.items()}
         state = state._replace(
