@@ -15,6 +15,12 @@ from pathlib import Path
 KINDS = ("eager", "compiled")
 
 
+def peak_rss(pid: int) -> int:
+    """Bytes: VmHWM of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 class Peer:
     """One process. `case`: the fields of train_step.Case."""
 
@@ -30,9 +36,8 @@ class Peer:
         return float(self._process.stdout.readline())
 
     def peak_rss(self) -> int:
-        """Bytes: VmHWM of the process."""
-        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        """Bytes."""
+        return peak_rss(self._process.pid)
 
     def close(self) -> None:
         """End the process."""

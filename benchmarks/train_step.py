@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from torch_peer import KINDS, Peer
+from torch_peer import KINDS, Peer, peak_rss
 
 from aurora_train.machine.profile import cpu_model
 
@@ -103,9 +103,8 @@ class Ours:
         return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
 
     def peak_rss(self) -> int:
-        """Bytes: VmHWM of the process."""
-        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        """Bytes."""
+        return peak_rss(self._process.pid)
 
     def close(self) -> None:
         """End the process."""

@@ -118,29 +118,26 @@ class Stack(nnx.Module):
 
 
 _calls = contextvars.ContextVar("stack_calls", default=None)
-
-
-@contextlib.contextmanager
-def watched():
-    """Within, every call of a Stack without caches is noted: a list of (stack, x, context, keys), traced values."""
-    token = _calls.set([])
-    try:
-        yield _calls.get()
-    finally:
-        _calls.reset(token)
-
-
 _probe = contextvars.ContextVar("stack_probe", default=None)
 
 
-@contextlib.contextmanager
+def watched():
+    """Within, every call of a Stack without caches is noted: a list of (stack, x, context, keys), traced values."""
+    return _noted(_calls)
+
+
 def probed():
     """Within, and outside jit, a Stack runs unit by unit: a list of (id of the stack, unit, whether all is finite)."""
-    token = _probe.set([])
+    return _noted(_probe)
+
+
+@contextlib.contextmanager
+def _noted(variable):
+    token = variable.set([])
     try:
-        yield _probe.get()
+        yield variable.get()
     finally:
-        _probe.reset(token)
+        variable.reset(token)
 
 
 def _unit(segment: Segment, graph, context, keys):

@@ -88,11 +88,11 @@ def go_back(session, error: BadNumbers, events) -> str:
     documents = _documents(session, window)
     batches = _span("data step", window.data_first, window.data_after - 1)
     steps = _span("step", window.first, window.last)
-    are = "were" if window.last > window.first else "was"
+    verb = "were" if window.last > window.first else "was"
     if len(before) >= config.train.rewinds:
         command = f"aurora inspect-batch {run.folder} {window.first}"
         raise UserError(
-            f"{steps} {are} skipped, after {len(before)} returns to step {restored}",
+            f"{steps} {verb} skipped, after {len(before)} returns to step {restored}",
             where=str(run.folder),
             why="\n  ".join([f"it begins with {error.fault}", f"batches: {batches}", *documents]),
             hint=f"{command} shows the first of them. Data that is bad has to be mended; for a state that goes bad, "
@@ -103,8 +103,8 @@ def go_back(session, error: BadNumbers, events) -> str:
         data_step=window.data_after, fault=error.fault, documents=documents,
     )  # fmt: skip
     return (
-        f"{steps} {are} skipped; it begins with {error.fault}. Going back to step {restored}, and on with the data "
-        f"after that ({batches} {are} left out)"
+        f"{steps} {verb} skipped; it begins with {error.fault}. Going back to step {restored}, and on with the data "
+        f"after that ({batches} {verb} left out)"
     )
 
 

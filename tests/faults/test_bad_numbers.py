@@ -148,7 +148,7 @@ def test_an_outlier_is_one_by_the_robust_z_score_of_the_last_good_steps(steps, s
     for loss, norm in told:
         values = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm)}
         recent = _remembered(recent, values, jnp.bool_(True))
-    _remembered(recent, {"loss": jnp.float32(jnp.nan), "grad_norm": jnp.float32(1)}, jnp.bool_(False))
+    recent = _remembered(recent, {"loss": jnp.float32(jnp.nan), "grad_norm": jnp.float32(1)}, jnp.bool_(False))
     value = np.float32(factor)
     values = {"loss": jnp.float32(1.0), "grad_norm": jnp.float32(value)}
     found = bool(_is_outlier(recent, values, limit))
