@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from datetime import date
 
-from plan_cases import SHAPES, VOCABULARY
-from planning import rehearsal_of
+from plan_cases import SHAPES
+from planning import rehearsal_of, shape_tree
 
 from aurora_train.machine.profile import cpu_model
 from aurora_train.memory.account import tree_bytes
@@ -27,13 +27,10 @@ CASES = (("llama-1b", "float32"), ("llama-1b", "int8"), ("llama-8b", "bfloat16")
 def measure(model: str, moments: str, machine: str, sequence: int, batch: int, fuse: bool):
     """(simulated, compiled, the stacks' gradients) in bytes. Masters are bfloat16 where moments are not float32."""
     master = "float32" if moments == "float32" else "bfloat16"
-    tree = {
-        "recipe": "language_model", "model": {**SHAPES[model], "max_length": sequence},
-        "data": {"sequence": sequence, "tokenizer": {"kind": "bpe", "vocab": VOCABULARY.get(model, 128256)}},
-        "train": {"batch": batch, "precision": "bfloat16"},
-        "optimizer": {"clip": None, "moments": moments, "master": master},
-        "memory": {"fuse_update": fuse, "accumulation": 1},
-    }  # fmt: skip
+    tree = shape_tree(
+        model, sequence, batch, optimizer={"clip": None, "moments": moments, "master": master},
+        memory={"fuse_update": fuse, "accumulation": 1},
+    )  # fmt: skip
     program = rehearsal_of(tree, machine)
     plan = Plan(batch, 1, {"stack": [Segment(0, SHAPES[model]["layers"], ())]})
     simulated = Planner(program, None, "", machine).simulate(plan).bytes

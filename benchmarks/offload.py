@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 from datetime import date
 
-from plan_cases import SHAPES, VOCABULARY
-from planning import rehearsal_of
+from planning import rehearsal_of, shape_tree
 
 from aurora_train.machine.profile import cpu_model
 from aurora_train.memory.plan import Plan
@@ -27,12 +26,7 @@ CHOICES = (((), ()), ((), (UNIT_INPUT,)), (("attn_flash",), (UNIT_INPUT, "mlp_up
 
 def rows(model: str, machine: str, sequence: int, batch: int):
     """(kept, moved, simulated, compiled, planned on the host, compiled on the host) for each of CHOICES, in bytes."""
-    tree = {
-        "recipe": "language_model", "model": {**SHAPES[model], "max_length": sequence},
-        "data": {"sequence": sequence, "tokenizer": {"kind": "bpe", "vocab": VOCABULARY.get(model, 128256)}},
-        "train": {"batch": batch, "precision": "bfloat16"}, "optimizer": {"moments": "int8"},
-        "memory": {"accumulation": 1},
-    }  # fmt: skip
+    tree = shape_tree(model, sequence, batch, optimizer={"moments": "int8"}, memory={"accumulation": 1})
     program = rehearsal_of(tree, machine)
     ((path, call),) = program.stack_calls().items()
     with program.here():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from plan_cases import PRODUCTS, TAGS, overrides
+from plan_cases import PRODUCTS, SHAPES, TAGS, VOCABULARY, overrides
 
 from aurora_train.config import load
 from aurora_train.machine.targets import find_machine
@@ -31,6 +31,15 @@ def rehearsal_of(tree: dict, machine: str) -> Rehearsal:
     config = load_tree(tree)
     recipe = config.recipe_class(config, Path(tempfile.gettempdir()))
     return rehearse(config, recipe, target=find_machine(machine))
+
+
+def shape_tree(model: str, sequence: int, batch: int, **sections) -> dict:
+    """A language model of a published shape in bfloat16, as a nested dict of config sections."""
+    return {
+        "recipe": "language_model", "model": {**SHAPES[model], "max_length": sequence},
+        "data": {"sequence": sequence, "tokenizer": {"kind": "bpe", "vocab": VOCABULARY.get(model, 128256)}},
+        "train": {"batch": batch, "precision": "bfloat16"}, **sections,
+    }  # fmt: skip
 
 
 def case_rehearsal(case) -> Rehearsal:
