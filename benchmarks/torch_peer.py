@@ -49,6 +49,7 @@ def build(case: dict):
     """transformers' model of a case, with random weights."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
     vocabulary = case["vocabulary"] or 256
     if case["llama"]:
         config = transformers.LlamaConfig(
