@@ -24,7 +24,7 @@ _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
 
 VERBS = (
     "train", "plan", "resume", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check", "schema",
-    "inspect", "inspect-batch", "doctor",
+    "inspect", "inspect-batch", "profile", "doctor",
 )
 
 # What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.

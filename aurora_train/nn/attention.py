@@ -118,6 +118,7 @@ class Attention(nnx.Module):
             self.key_norm = Norm(dim, "rmsnorm", config.norm_eps, config.norm_offset)
         lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, context: Context, cache=None):
         """Returns (output, cache). `cache`: {"key", "value"} of [B, S, kv_heads, head_dim], slot = position."""
         query = self._project(x, "query", self.heads)

@@ -71,6 +71,7 @@ class Decoder(nnx.Module):
         """float32[..., vocab]."""
         return losses.logits_of(hidden, *self._head(), self.config.logit_softcap)
 
+    @jax.named_scope("loss")
     def nll(self, hidden, targets, weights):
         """(sum of weights x -log p(target), sum of weights), float32 scalars."""
         head, vocab_first = self._head()
@@ -91,6 +92,7 @@ class Decoder(nnx.Module):
     def _head(self):
         return (self.embedding[...], True) if self.config.tied else (self.head[...], False)
 
+    @jax.named_scope("embedding")
     def _enter(self, tokens, positions, segments):
         config = self.config
         x = self.embedding[...][tokens].astype(self.dtype)

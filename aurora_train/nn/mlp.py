@@ -65,6 +65,7 @@ class Mlp(nnx.Module):
             self.down_bias = param.zeros(width, "embed")
         lora.adapt(self, config.lora, ("gate", "up", "down") if self.gated else ("up", "down"), rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = [checkpoint_name(self._linear(x, "up"), "mlp_up")]
         if self.gated:

@@ -24,6 +24,7 @@ class Norm(nnx.Module):
         if self.centred:
             self.bias = param.zeros(size, "norm")
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...] + 1.0 if self.offset else self.scale[...]
         return normalise(self.eps, self.centred, x, scale, self.bias[...] if self.centred else None)

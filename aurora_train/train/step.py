@@ -60,11 +60,12 @@ def make_step(
         mean = loss.total / jnp.maximum(loss.weight, 1e-9)
         # The barrier keeps XLA from fusing the update into the backward pass, which changes bits with the plan.
         grads, mean = jax.lax.optimization_barrier((grads, mean))
-        params, opt_state, info = optimizer.update(
-            grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
-        )
-        good = passes(state, info | {"loss": mean})
-        params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
+        with jax.named_scope("optimizer"):
+            params, opt_state, info = optimizer.update(
+                grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
+            )
+            good = passes(state, info | {"loss": mean})
+            params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
         return params, opt_state, loss, info | {"loss": mean}
 
     if fuse:

@@ -1,0 +1,80 @@
+"""`aurora profile`: where the time of a step goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
+from aurora_train.errors import UserError
+
+EXAMPLE = "aurora profile quickstart --steps 5 --out profiles/quickstart"
+
+
+def command(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="How many steps to trace.")] = 5,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For the trace; else profiles/NAME.")] = None,
+    json: JsonOption = False,
+):
+    """Trace a few real steps: device busy, host, waiting for data, a save, and time by part of the model.
+
+    The trace opens in Perfetto (perfetto_trace.json.gz) and in xprof (the whole folder). No run is touched.
+    """
+    from aurora_train.config import load
+
+    loaded = load(config, overrides or ())
+    folder = out or Path("profiles") / loaded.name
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            "a profile needs a folder of its own", where=str(folder), why="it is there and not empty",
+            hint="--out with another name, or remove it",
+        )  # fmt: skip
+    from aurora_train.machine.profile import prepare_environment
+
+    prepare_environment(loaded)
+    from aurora_train.observe.progress import preparation
+    from aurora_train.train.profile import profile
+
+    with preparation(quiet=json) as progress:
+        found = profile(loaded, folder, steps=steps, progress=progress)
+    if json:
+        print_json(document(found))
+    else:
+        show(found)
+
+
+def document(found) -> dict:
+    """For scripts: seconds a step, and the table."""
+    line = found.timeline
+    return {
+        "steps": found.steps, "step_s": line.step, "device_busy_s": line.busy, "host_s": line.host,
+        "save_blocks_s": found.save, "compile_s": found.compile, "plan": found.plan, "trace": str(found.trace),
+        "operations": [row._asdict() for row in line.rows],
+    }  # fmt: skip
+
+
+def show(found) -> None:
+    """For people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    line, console = found.timeline, Console()
+    table = Table(title=f"a step of {1e3 * line.step:.1f} ms, mean of {found.steps}", title_justify="left")
+    for name, side in (("part", "left"), ("kind", "left"), ("ms", "right"), ("share", "right"), ("operations", "right")):
+        table.add_column(name, justify=side)
+    for row in line.rows:
+        if row.share >= 0.001:
+            table.add_row(row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")
+    console.print(table)
+    host = ", ".join(f"{name} {1e3 * took:.1f} ms" for name, took in line.host.items())
+    console.print(
+        f"device busy {1e3 * line.busy:.1f} ms ({line.busy / line.step:.1%}); host: {host}\n"
+        f"a save holds up the steps for {1e3 * found.save:.0f} ms; compiled in {found.compile:.1f} s\n"
+        f"{found.plan}\n"
+        f"for Perfetto: {found.trace}\nfor xprof: xprof --logdir {found.trace.parents[3]}",
+        soft_wrap=True,
+    )

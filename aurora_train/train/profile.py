@@ -1,0 +1,77 @@
+"""`aurora profile`: a few real steps of a config, traced. Nothing of a run is touched: it has a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from aurora_train.data.batches import batches
+from aurora_train.memory.report import one_line
+from aurora_train.observe.trace import Timeline, perfetto_file, read_events, timeline
+from aurora_train.run import Run
+from aurora_train.train.session import open_session
+
+HOST = ("data", "dispatch", "wait")
+_WARM = 3  # steps before the trace: the first pays for what the compiler left to it
+
+
+class Profile(NamedTuple):
+    """What `profile` found. Seconds; `save`: how long a save of the state holds up the steps; `plan`: one line;
+    `trace`: the file for Perfetto."""
+
+    timeline: Timeline
+    steps: int
+    compile: float
+    save: float
+    plan: str
+    trace: Path
+
+
+def profile(config, folder: Path, *, steps: int, progress) -> Profile:
+    """Trace `steps` steps of a config into `folder`, which must be empty or new. UserError for what `train` refuses."""
+    session = open_session(config, Run(folder / "run"), progress)
+    progress(0, 1, "compiling")
+    jax.config.update("jax_enable_compilation_cache", False)  # it may hold this program under an older version's names
+    compiled, seconds = session.compile()
+    state, store = session.fresh(), session.store
+    with batches(session.source, config.train.seed, config.train.batch, 0, _WARM + steps) as feed:
+        for number in range(_WARM):
+            progress(number, _WARM, "steps before the trace")
+            state, metrics = compiled(state, next(feed)[1])
+            jax.block_until_ready(metrics)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would be most of what is traced, and slow the host
+        with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
+            state = _traced(compiled, state, metrics, feed, steps, progress)
+    progress(0, 1, "a save")
+    store.sweep()
+    began = time.perf_counter()
+    store.save(_WARM + steps, state, {})
+    blocked = time.perf_counter() - began
+    store.wait()
+    store.close()
+    shutil.rmtree(folder / "run")  # the checkpoint was only timed
+    text = session.program.compile(session.plan).as_text()
+    found = timeline(read_events(folder), text, steps, HOST)
+    return Profile(found, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder))
+
+
+def _traced(compiled, state, before, feed, steps: int, progress):
+    """As the loop does it: a step is dispatched, then the numbers of the one before are waited for."""
+    for number in range(steps):
+        progress(number, steps, "steps traced")
+        with jax.profiler.TraceAnnotation("step"):
+            with jax.profiler.TraceAnnotation("data"):
+                _, batch = next(feed)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number), jax.profiler.TraceAnnotation("dispatch"):
+                state, metrics = compiled(state, batch)
+            with jax.profiler.TraceAnnotation("wait"):
+                jax.device_get(before)
+        before = metrics
+    with jax.profiler.TraceAnnotation("step"), jax.profiler.TraceAnnotation("wait"):
+        jax.device_get(before)
+    return state
