@@ -66,7 +66,8 @@ CASES = {
 class Ours:
     """An `aurora train` that is stopped but when asked to run."""
 
-    def __init__(self, case: Case, precision: str, folder: Path):
+    def __init__(self, case: Case, precision: str, folder: Path, environment: dict[str, str] | None = None):
+        folder.mkdir(exist_ok=True)
         tokenizer = {"kind": "byte"} if case.vocabulary is None else {"kind": "bpe", "vocab": case.vocabulary}
         config = {
             "recipe": "language_model", "model": case.model,
@@ -79,8 +80,9 @@ class Ours:
         self._metrics = folder / "run" / "metrics.jsonl"
         command = [sys.executable, "-m", "aurora_train", "train", str(folder / "case.yaml"), "--run"]
         self._process = subprocess.Popen(
-            [*command, str(folder / "run")], stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("w")
-        )
+            [*command, str(folder / "run")], stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("w"),
+            env=os.environ | (environment or {}),
+        )  # fmt: skip
         while len(self._times()) < 3:
             if self._process.poll() is not None:
                 sys.exit(f"aurora train ended: {(folder / 'stderr').read_text()[-2000:]}")

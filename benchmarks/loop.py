@@ -1,0 +1,111 @@
+"""`aurora train`'s loop against its own compiled step in a bare Python loop; interleaved in one run.
+
+    python benchmarks/loop.py [--case 0.8m 10m] [--rounds 5]
+
+The loop reads data, logs every step, shows progress and watches for hangs. The bare side calls the same compiled
+step on one batch that is there already and waits for nothing but the last number. A ratio of 1 is a loop for free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+from train_step import CASES, Ours
+
+from aurora_train.machine.profile import cpu_model
+
+
+def bare(file: str, folder: str) -> None:
+    """Answers each line of stdin, seconds, with the mean seconds of a step over as long."""
+    from aurora_train.config import load
+    from aurora_train.machine.profile import prepare_environment
+
+    config = load(file, [])
+    prepare_environment(config)
+    import jax
+
+    from aurora_train.data.batches import read_batch
+    from aurora_train.observe.progress import silent
+    from aurora_train.run import Run
+    from aurora_train.train.session import open_session
+
+    session = open_session(config, Run(Path(folder)), silent)
+    step, _ = session.compile()
+    state = session.fresh()
+    batch = jax.device_put(read_batch(session.source, config.train.seed, config.train.batch, 0))
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began, count = time.perf_counter(), 0
+        while count < 3 or time.perf_counter() - began < float(line):
+            before, (state, metrics) = metrics, step(state, batch)
+            jax.block_until_ready(before)
+            count += 1
+        jax.block_until_ready(metrics)
+        print((time.perf_counter() - began) / count, flush=True)
+
+
+class Bare:
+    """The bare side, in a process of its own."""
+
+    def __init__(self, file: Path, folder: Path):
+        command = [sys.executable, __file__, "--bare", str(file), str(folder)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stdout.readline() == "ready\n", "the bare loop failed"
+
+    def run(self, seconds: float) -> float:
+        """Seconds a step."""
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(name: str, rounds: int) -> str:
+    """One line of the table."""
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(case, "float32", Path(folder))
+        try:
+            plain = Bare(Path(folder) / "case.yaml", Path(folder) / "bare")
+            pairs = [(plain.run(case.seconds), ours.run(case.seconds)) for _ in range(rounds)]
+        finally:
+            ours.close()
+        plain.close()
+    ratios = [mine / theirs for mine, theirs in pairs]
+    medians = [f"{1e3 * statistics.median(side):.2f} ms" for side in zip(*pairs, strict=True)]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    return f"| {name} | {medians[0]} | {medians[1]} | **{statistics.median(ratios):.3f}** ({spread}) |"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--bare"]:
+        return bare(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="*", choices=CASES, default=["0.8m", "10m"])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, float32, {options.rounds} rounds\n")
+    print("| case | bare step | aurora train | bare over ours |\n|---|---|---|---|")
+    for name in options.case:
+        print(measure(name, options.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
