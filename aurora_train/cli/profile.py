@@ -64,8 +64,10 @@ def show(found) -> None:
 
     line, console = found.timeline, Console()
     table = Table(title=f"a step of {1e3 * line.step:.1f} ms, mean of {found.steps}", title_justify="left")
-    for name, side in (("part", "left"), ("kind", "left"), ("ms", "right"), ("share", "right"), ("operations", "right")):
-        table.add_column(name, justify=side)
+    for name in ("part", "kind"):
+        table.add_column(name)
+    for name in ("ms", "share", "operations"):
+        table.add_column(name, justify="right")
     for row in line.rows:
         if row.share >= 0.001:
             table.add_row(row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")

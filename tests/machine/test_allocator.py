@@ -16,7 +16,7 @@ import numpy as np
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
-    for size in (25, 90):
+    for size in (5, 30):
         np.ones(size * 2**18, np.float32)
 step(); step()
 before = faults()
