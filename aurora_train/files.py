@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write: {error.strerror}", where=str(path)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that a power cut cannot take its name. Raises OSError.
+
+    Its parent is synced where the folder is there already, too: whoever made it may have been killed before that.
+    """
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a parent that may be passed through, but not read
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

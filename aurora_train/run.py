@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from aurora_train.errors import UserError
-from aurora_train.files import read_json, write_atomically, write_json
+from aurora_train.files import make_folder, read_json, write_atomically, write_json
 
 
 def default_folder(name: str, config_hash: str) -> Path:
@@ -56,7 +56,7 @@ class Run:
     def lock(self):
         """Make the folder and hold it for this process. The kernel drops the lock when the process dies."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             handle = open(self.folder / ".lock", "a+")
         except OSError as error:
             raise UserError(f"cannot write the run folder: {error.strerror}", where=str(self.folder)) from error

@@ -20,12 +20,15 @@ _CHUNK_BYTES = 1 << 22
 
 
 def seal(folder: Path, facts: dict) -> dict:
-    """fsync every file and folder under `folder`, then write the manifest, then fsync the parent. Returns it."""
+    """fsync every file and folder of `folder`, then write the manifest, then fsync the parent. Returns it.
+
+    `folder` is synced before too: its own names must not be on the disk later than the manifest's, which claims them.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = _hash_and_sync(path)
-    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+    for path in [*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder]:
         sync(path)
     manifest = {"format": 1, **facts, "files": files}
     manifest["digest"] = _digest(manifest)

@@ -1,6 +1,7 @@
 """The run's two logs, `metrics.jsonl` and `events.jsonl`: append-only, one JSON object a line, every bit kept.
 
-A line that ends in a newline is a record; anything after the last newline was torn by a crash and is not. Floats
+A line that ends in a newline is a record; anything after the last newline was torn by a crash and is not, and a power
+cut may leave unreadable lines at the end. Floats
 are written with `repr`, which round-trips float64 exactly; NaN and the infinities, which JSON lacks, are written
 as the strings "NaN", "Infinity" and "-Infinity" and come back as floats from `read`.
 """
@@ -76,7 +77,7 @@ class Sink(Protocol):
 class JsonLines:
     """Append-only writer. A record has reached the operating system when `write` returns: kill -9 keeps it.
 
-    A power failure keeps what `sync` covered. Opening drops a torn last line, so that no record is glued to it.
+    A power failure keeps what `sync` covered. Opening drops what was torn at the end, so that no record follows it.
     On a full disk records wait in memory for room, in order, and `sync` says that they do. Raises UserError when the
     file cannot be written for another reason.
     """
@@ -216,21 +217,43 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _cut_torn_tail(path: Path) -> None:
-    """Cut what follows the last newline, looking at the file's end only: a log may hold millions of records."""
+    """Cut from the end what is no record, looking at the file's end only: a log may hold millions of records.
+
+    A kill leaves part of a line. A power cut may leave its end alone, with zeros in place of its beginning.
+    """
     if not path.exists():
         return
     with open(path, "rb+") as file:
         end = whole = file.seek(0, os.SEEK_END)
         while whole:
-            start = max(whole - _BLOCK_BYTES, 0)
-            file.seek(start)
-            newline = file.read(whole - start).rfind(b"\n")
-            if newline >= 0:
-                whole = start + newline + 1
+            begin = _last_line(file, whole)
+            file.seek(begin)
+            if _is_record(file.read(whole - begin)):
                 break
-            whole = start
+            whole = begin
         if whole != end:
             file.truncate(whole)
+
+
+def _last_line(file, end: int) -> int:
+    """Where the last line of a file's first `end` bytes begins."""
+    stop = end - 1
+    while stop > 0:
+        start = max(stop - _BLOCK_BYTES, 0)
+        file.seek(start)
+        newline = file.read(stop - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        stop = start
+    return 0
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        decode(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n")
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

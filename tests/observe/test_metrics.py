@@ -56,6 +56,16 @@ def test_a_torn_last_line_is_left_out_and_the_next_record_is_not_glued_to_it(tmp
     assert [record["step"] for record in read(path)] == [1, 2, 3]
 
 
+def test_a_last_line_whose_beginning_never_reached_the_disk_is_dropped_before_the_next_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    fill(path, [1, 2, 3])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1] + bytes(7) + lines[2][7:])
+    assert [record["step"] for record in read(path)] == [1, 2]
+    fill(path, [3, 4])
+    assert [record["step"] for record in read(path)] == [1, 2, 3, 4]
+
+
 def test_a_log_cut_at_any_byte_reads_as_its_whole_records(tmp_path):
     path = tmp_path / "metrics.jsonl"
     fill(path, [1, 2, 3])

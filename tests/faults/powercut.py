@@ -1,0 +1,409 @@
+"""A disk of our own under a real program, and what a power cut would have left on it at any moment.
+
+The disk is a FUSE file system. It keeps what the program wrote (the view that every process has) and, apart from it,
+what is durable: a file's bytes as of its last fsync, a folder's names as of the folder's. It numbers every change and
+logs it; from the log the disk after a cut at any number can be made again, as an ordinary folder.
+
+The model is POSIX at its most pessimistic. fsync of a file says nothing of its name, a rename between two folders is
+two changes that each folder's fsync makes durable, and a new folder is in its parent only when the parent was synced.
+
+    python tests/faults/powercut.py FOLDER LOG      # serves a disk at FOLDER until it is unmounted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import random
+import shlex
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from harness import can_mount
+
+ROOT = 1
+SECTOR = 512  # bytes that a disk writes whole or not at all
+_WORDS = {"create", "mkdir", "unlink", "rename", "write", "truncate", "fsync", "fsyncdir"}
+
+
+@dataclass
+class File:
+    """`pending`: changes since the last fsync, as (offset, bytes), or (size, None) for a truncation."""
+
+    parent: int
+    now: bytearray = field(default_factory=bytearray)
+    synced: bytes = b""
+    pending: list[tuple[int, bytes | None]] = field(default_factory=list)
+
+    def change(self, at: int, data: bytes | None) -> None:
+        if data is None:
+            del self.now[at:]
+        end = at if data is None else at + len(data)
+        self.now.extend(bytes(max(end - len(self.now), 0)))
+        if data is not None:
+            self.now[at:end] = data
+        self.pending.append((at, data))
+
+    def sync(self) -> None:
+        self.synced = bytes(self.now)
+        self.pending.clear()
+
+
+@dataclass
+class Folder:
+    """`pending`: changes of names since the last fsync; each is a tuple of (name, node or None) that go together."""
+
+    parent: int
+    now: dict[str, int] = field(default_factory=dict)
+    synced: dict[str, int] = field(default_factory=dict)
+    pending: list[tuple] = field(default_factory=list)
+
+    def change(self, *names: tuple[str, int | None]) -> None:
+        _enter(self.now, names)
+        self.pending.append(names)
+
+    def sync(self) -> None:
+        self.synced = dict(self.now)
+        self.pending.clear()
+
+
+def _enter(names: dict[str, int], changes) -> None:
+    for name, node in changes:
+        names.pop(name, None)
+        if node is not None:
+            names[name] = node
+
+
+class Disk:
+    """Files and folders by number, changed by the operations of the log and by nothing else."""
+
+    def __init__(self):
+        self.nodes: dict[int, File | Folder] = {ROOT: Folder(ROOT)}
+
+    # ---- the operations
+
+    def apply(self, operation: tuple) -> None:
+        """One operation of the log: its name and its arguments."""
+        name, *arguments = operation
+        assert name in _WORDS, operation
+        getattr(self, name)(*arguments)
+
+    def create(self, folder: int, name: str, node: int) -> None:
+        self.nodes[node] = File(folder)
+        self.nodes[folder].change((name, node))
+
+    def mkdir(self, folder: int, name: str, node: int) -> None:
+        self.nodes[node] = Folder(folder)
+        self.nodes[folder].change((name, node))
+
+    def unlink(self, folder: int, name: str) -> None:
+        self.nodes[folder].change((name, None))
+
+    def rename(self, folder: int, name: str, to_folder: int, to_name: str) -> None:
+        node = self.nodes[folder].now[name]
+        self.nodes[node].parent = to_folder
+        if folder == to_folder:
+            self.nodes[folder].change((name, None), (to_name, node))
+        else:
+            self.nodes[to_folder].change((to_name, node))
+            self.nodes[folder].change((name, None))
+
+    def write(self, node: int, offset: int, data: bytes) -> None:
+        self.nodes[node].change(offset, data)
+
+    def truncate(self, node: int, size: int) -> None:
+        self.nodes[node].change(size, None)
+
+    def fsync(self, node: int) -> None:
+        self.nodes[node].sync()
+
+    def fsyncdir(self, node: int) -> None:
+        self.nodes[node].sync()
+
+    # ---- looking at it
+
+    def find(self, path: str) -> int | None:
+        """The number of a file or folder, as the program sees it now; None where there is none."""
+        node = ROOT
+        for name in PurePosixPath(path).parts:
+            if name == "/":
+                continue
+            if not isinstance(self.nodes[node], Folder) or name not in self.nodes[node].now:
+                return None
+            node = self.nodes[node].now[name]
+        return node
+
+    def read(self, path: str) -> bytes:
+        """A file's bytes as the program sees them; b"" where it is not there."""
+        node = self.find(path)
+        return b"" if node is None else bytes(self.nodes[node].now)
+
+    def path_of(self, operation: tuple) -> str:
+        """Which file or folder an operation is about, as a path, right after it."""
+        name, node, *rest = operation
+        tail = {"create": rest[:1], "mkdir": rest[:1], "unlink": rest[:1], "rename": rest[2:]}.get(name, [])
+        node = rest[1] if name == "rename" else node
+        parts = list(tail)
+        while node != ROOT:
+            parent = self.nodes[node].parent
+            parts.insert(0, next((n for n, number in self.nodes[parent].now.items() if number == node), "(removed)"))
+            node = parent
+        return "/".join(parts)
+
+
+class Image:
+    """A disk after a cut: what was durable; with `draw`, a random part of the rest too, in any order.
+
+    Of what was not synced, each change of a folder's names reached the disk or did not; each sector of a file is as
+    of some moment since its last fsync, and so is the file's size, apart from its sectors. A sector that was never
+    written holds zeros.
+    """
+
+    def __init__(self, disk: Disk, draw: random.Random | None = None):
+        self.disk, self.draw = disk, draw
+        self.reached = draw.choice((0.1, 0.5, 0.9)) if draw else 0.0  # how likely a change that was not synced is
+        self._bytes: dict[int, bytes] = {}
+
+    def make(self, target: Path, node: int = ROOT) -> Path:
+        """Write it as a folder that is not there yet."""
+        target.mkdir()
+        for name, number in self._names(self.disk.nodes[node]).items():
+            if isinstance(self.disk.nodes[number], Folder):
+                self.make(target / name, number)
+            else:
+                (target / name).write_bytes(self._content(number))
+        return target
+
+    def _names(self, folder: Folder) -> dict[str, int]:
+        names = dict(folder.synced)
+        for changes in folder.pending if self.draw else ():
+            if self.draw.random() < self.reached:
+                _enter(names, changes)
+        return names
+
+    def _content(self, number: int) -> bytes:
+        file = self.disk.nodes[number]
+        if not self.draw or not file.pending:
+            return file.synced
+        if number not in self._bytes:  # a file with two names has one content
+            self._bytes[number] = self._torn(file)
+        return self._bytes[number]
+
+    def _torn(self, file: File) -> bytes:
+        sizes = [len(file.synced)]
+        for at, data in file.pending:
+            sizes.append(at if data is None else max(sizes[-1], at + len(data)))
+        longest = -(-max(sizes) // SECTOR) * SECTOR
+        content = bytearray(file.synced.ljust(longest, b"\0"))
+        moments = [self._moment(len(file.pending)) for _ in range(longest // SECTOR)]
+        for number, (at, data) in enumerate(file.pending):
+            # A truncation zeroes what lay beyond it.
+            end, new = (longest, bytes(longest - at)) if data is None else (at + len(data), data)
+            for sector in range(at // SECTOR, -(-end // SECTOR)):
+                if number < moments[sector]:
+                    begin, stop = max(at, sector * SECTOR), min(end, (sector + 1) * SECTOR)
+                    content[begin:stop] = new[begin - at : stop - at]
+        return bytes(content[: sizes[self._moment(len(file.pending))]])
+
+    def _moment(self, last: int) -> int:
+        return last if self.draw.random() < self.reached else self.draw.randrange(last + 1)
+
+
+def now(disk: Disk, target: Path, node: int = ROOT) -> Path:
+    """Write the disk as the program sees it, as a folder that is not there yet."""
+    target.mkdir()
+    for name, number in disk.nodes[node].now.items():
+        found = disk.nodes[number]
+        if isinstance(found, Folder):
+            now(disk, target / name, number)
+        else:
+            (target / name).write_bytes(found.now)
+    return target
+
+
+def replay(log: list[tuple], cuts: list[int]) -> Iterator[tuple[int, Disk]]:
+    """(cut, the disk after that many operations) for each cut, ascending. The disk is one and goes on."""
+    disk, done = Disk(), 0
+    for cut in sorted(cuts):
+        for operation in log[done:cut]:
+            disk.apply(operation)
+        done = cut
+        yield cut, disk
+
+
+def read_log(path: Path) -> list[tuple]:
+    """The operations that a disk logged, in order."""
+    log = []
+    with open(path, "rb") as handle:
+        while True:
+            try:
+                log.append(pickle.load(handle))
+            except EOFError:
+                return log
+
+
+# ---- the file system
+
+
+def why_not() -> str | None:
+    """Why no such disk can be had here, or None where it can."""
+    if not os.path.exists("/dev/fuse"):
+        return "needs /dev/fuse"
+    if not can_mount():
+        return "needs the right to mount a disk"
+    probe = subprocess.run([sys.executable, "-c", "import mfusepy"], capture_output=True, text=True)
+    if probe.returncode:
+        return f"needs mfusepy and libfuse ({probe.stderr.strip().splitlines()[-1]})"
+    return None
+
+
+def on_such_a_disk(command: list, folder: Path, environment: dict | None = None) -> list[tuple]:
+    """Run a command in `folder` with such a disk at `folder`/disk; the log. AssertionError where it fails.
+
+    The mount is seen by this command alone, and is gone with it.
+    """
+    (folder / "disk").mkdir()
+    serve = shlex.join([sys.executable, __file__, "disk", "operations.log"])
+    script = f"""{serve} 2> server.txt &
+server=$!
+until grep -q ' {folder}/disk fuse' /proc/mounts; do
+  kill -0 $server || {{ cat server.txt >&2; exit 99; }}
+  sleep 0.05
+done
+{shlex.join(map(str, command))}
+status=$?
+umount disk && wait $server || exit 98
+exit $status"""
+    search = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], cwd=folder, capture_output=True, text=True, timeout=300,
+        stdin=subprocess.DEVNULL, env={**(environment or os.environ), "PYTHONPATH": search},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stdout[-1000:], done.stderr[-3000:])
+    return read_log(folder / "operations.log")
+
+
+class Operations:
+    """What mfusepy calls. One thread; a file handle is the node's number."""
+
+    use_ns = True
+
+    def __init__(self, log):
+        self.disk, self._log = Disk(), log
+        self._number, self._began = ROOT, time.time_ns()
+        self._changed: dict[int, int] = {}
+        # libfuse renames a file that is unlinked while it is open. For the disk its name is gone all the same.
+        self._unlinked: dict[str, int] = {}
+
+    def _do(self, *operation) -> None:
+        self.disk.apply(operation)
+        pickle.dump(operation, self._log)
+
+    def _at(self, path: str) -> int:
+        node = self._unlinked.get(path) or self.disk.find(path)
+        if node is None:
+            raise OSError(errno.ENOENT, path)
+        return node
+
+    def _place(self, path: str) -> tuple[int, str]:
+        head, _, name = path.rpartition("/")
+        return self._at(head or "/"), name
+
+    def _made(self, word: str, path: str) -> int:
+        self._number += 1
+        self._do(word, *self._place(path), self._number)
+        self._changed[self._number] = time.time_ns()
+        return self._number
+
+    def getattr(self, path, fh=None):
+        node = self._at(path) if fh is None else fh
+        found, changed = self.disk.nodes[node], self._changed.get(node, self._began)
+        is_folder = isinstance(found, Folder)
+        return {
+            "st_mode": stat.S_IFDIR | 0o755 if is_folder else stat.S_IFREG | 0o644, "st_nlink": 2 if is_folder else 1,
+            "st_size": 0 if is_folder else len(found.now), "st_uid": os.getuid(), "st_gid": os.getgid(),
+            "st_mtime": changed, "st_ctime": changed, "st_atime": changed,
+        }  # fmt: skip
+
+    def create(self, path, mode, flags=None):
+        return self._made("create", path)
+
+    def mkdir(self, path, mode):
+        self._made("mkdir", path)
+
+    def open(self, path, flags):
+        node = self._at(path)
+        if flags & os.O_TRUNC:
+            self._do("truncate", node, 0)
+        return node
+
+    def opendir(self, path):
+        return self._at(path)
+
+    def readdir(self, path, fh):
+        return [".", "..", *self.disk.nodes[fh].now]
+
+    def read(self, path, size, offset, fh):
+        return bytes(self.disk.nodes[fh].now[offset : offset + size])
+
+    def write(self, path, data, offset, fh):
+        self._do("write", fh, offset, bytes(data))
+        self._changed[fh] = time.time_ns()
+        return len(data)
+
+    def truncate(self, path, length, fh=None):
+        self._do("truncate", self._at(path) if fh is None else fh, length)
+
+    def unlink(self, path):
+        if self._unlinked.pop(path, None) is None:
+            self._do("unlink", *self._place(path))
+
+    def rmdir(self, path):
+        if self.disk.nodes[self._at(path)].now:
+            raise OSError(errno.ENOTEMPTY, path)
+        self._do("unlink", *self._place(path))
+
+    def rename(self, old, new):
+        if PurePosixPath(new).name.startswith(".fuse_hidden"):
+            self._unlinked[new] = self._at(old)
+            return self.unlink(old)
+        there = self.disk.find(new)
+        if there is not None and isinstance(self.disk.nodes[there], Folder) and self.disk.nodes[there].now:
+            raise OSError(errno.ENOTEMPTY, new)
+        self._do("rename", *self._place(old), *self._place(new))
+
+    def fsync(self, path, datasync, fh):
+        self._do("fsync", fh)
+
+    def fsyncdir(self, path, datasync, fh):
+        self._do("fsyncdir", fh)
+
+    def statfs(self, path):
+        return {"f_bsize": 4096, "f_frsize": 4096, "f_blocks": 1 << 22, "f_bfree": 1 << 21, "f_bavail": 1 << 21}
+
+    def chmod(self, path, mode):
+        return 0
+
+    def utimens(self, path, times=None):
+        return 0
+
+    def destroy(self, path):
+        self._log.flush()
+
+
+def serve(folder: str, log: str) -> None:
+    """Mount a disk at `folder` and answer for it until it is unmounted."""
+    from mfusepy import FUSE
+
+    with open(log, "wb") as handle:
+        FUSE(Operations(handle), folder, foreground=True, nothreads=True, fsname="powercut")
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
