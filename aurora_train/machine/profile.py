@@ -14,7 +14,6 @@ from pathlib import Path
 
 from aurora_train.config import parse_bytes
 from aurora_train.files import cache_folder
-from aurora_train.machine.allocator import keep_freed_memory
 from aurora_train.machine.memory import HostMemory, device_memory, host_memory, reserve_bytes
 from aurora_train.machine.table import KnownMachine, lookup
 
@@ -209,7 +208,6 @@ def prepare_environment(
     )
     if plugin_without_driver():
         wanted["JAX_PLATFORMS"] = "cpu"
-    keep_freed_memory(installed_gpus())
     setting = {name: value for name, value in wanted.items() if name == "XLA_FLAGS" or name not in os.environ}
     os.environ.update(setting)
     if "jax" in sys.modules and "JAX_COMPILATION_CACHE_DIR" in setting:
