@@ -226,7 +226,8 @@ def cut_and_resume(recorded, tmp_path, number: int, resumed: int, variant: str) 
     lost = cut_at(recorded, tmp_path, moments, variant)
     print(f"{variant}: {len(moments)} cuts {dict(Counter(moments.values()))}, {len(lost)} lost something")
     assert not lost, "\n".join(lost)
-    resume_at(recorded, tmp_path, list(moments)[resumed // 2 :: -(-number // resumed)], variant)
+    apart = number // resumed
+    resume_at(recorded, tmp_path, list(moments)[apart // 2 :: apart], variant)
 
 
 @pytest.mark.slow
