@@ -1,7 +1,5 @@
 """`python -m aurora_train` is `aurora`."""
 
-import sys
+from aurora_train.cli.main import run
 
-from aurora_train.cli.main import main
-
-sys.exit(main())
+run()

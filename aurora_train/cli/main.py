@@ -5,7 +5,7 @@ its help; or `app`, a typer group. Only the verb that was asked for is imported,
 so `aurora --help` and `aurora check` answer at once.
 
 Exit status: 0 done, 1 a failure the verb reports, 2 something the user can mend, 75 stopped and resumable,
-130 interrupted.
+130 interrupted; all of them are in docs/always-on.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from aurora_train.errors import UserError
 _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
 
 VERBS = (
-    "train", "plan", "resume", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check", "schema",
-    "inspect", "inspect-batch", "profile", "doctor",
+    "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
+    "schema", "inspect", "inspect-batch", "profile", "doctor",
 )
 
 # What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.
