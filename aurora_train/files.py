@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
 
 from aurora_train.errors import UserError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # of a disk, and of a user's or a folder's share of one
 
 
 def cache_folder() -> Path:

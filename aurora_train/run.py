@@ -113,7 +113,11 @@ class Run:
         """Rename the folder out of the way (`--fresh`): nothing is lost. UserError while another process trains it."""
         if not self.folder.exists():
             return None
-        target = self.folder.with_name(f"{self.folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
+        aside = f"{self.folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        target, number = self.folder.with_name(aside), 1
+        while target.exists():  # the clock may stand where it stood before
+            number += 1
+            target = self.folder.with_name(f"{aside}-{number}")
         with self.lock():
             self.folder.rename(target)
         return target

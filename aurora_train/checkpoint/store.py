@@ -21,17 +21,20 @@ from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
 from aurora_train.errors import UserError
-from aurora_train.files import sync
+from aurora_train.files import NO_SPACE, sync
 
-_MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write beside the arrays
-_MAKE_ROOM = "make room; earlier checkpoints are whole, and `aurora resume RUN` goes on from the newest"
+# Orbax counts its 20 minutes by the wall clock, which may be set; a save that hangs is the watchdog's to end.
+_NEVER_S = 10 * 365 * 86_400
+MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write beside the arrays
+_WHOLE = "earlier checkpoints are whole, and `aurora resume RUN` goes on from the newest"
 
 
 class SaveFailed(UserError):
     """A save could not be written. `needed`: bytes that it takes; `no_space`: whether more room would help."""
 
     def __init__(self, step: int, reason: str, folder: Path, *, needed: int = 0, no_space: bool = False, why=None):
-        super().__init__(f"cannot save step {step}: {reason}", where=str(folder), why=why, hint=_MAKE_ROOM)
+        mend = "make room" if no_space else "make the disk writable again"
+        super().__init__(f"cannot save step {step}: {reason}", where=str(folder), why=why, hint=f"{mend}; {_WHOLE}")
         self.reason, self.needed, self.no_space = reason, needed, no_space
 
 
@@ -160,13 +163,15 @@ class CheckpointStore:
         facts = {**facts, **self._write_frozen(step, tree)}
         flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
         self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
-        response = self._checkpointer().save_async(step, flat, force=True)
+        with self._told(step):
+            response = self._checkpointer().save_async(step, flat, force=True)
         assert response is not None, "Orbax skipped a save"
         self._pending = self._sealer.submit(self._finish, step, response, facts)
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
         """Before anything is written: the array writer's threads report a disk that fills under them in noise."""
-        free, needed = shutil.disk_usage(self.folder).free, num_bytes + _MARGIN_BYTES
+        with self._told(step):
+            free, needed = shutil.disk_usage(self.folder).free, num_bytes + MARGIN_BYTES
         if free < needed:
             raise SaveFailed(
                 step, os.strerror(errno.ENOSPC), self.folder, needed=needed, no_space=True,
@@ -188,9 +193,9 @@ class CheckpointStore:
             flat = layout.snapshot(tree, frozen.is_frozen)
             self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
             folder = self.folder / frozen.FOLDER
-            if folder.exists():  # of an attempt that was killed before its first checkpoint
-                self._throw_away(folder)
             with self._told(step):
+                if folder.exists():  # of an attempt that was killed before its first checkpoint
+                    self._throw_away(folder)
                 self._frozen = frozen.write(folder, flat)
         return {"frozen": self._frozen}
 
@@ -201,12 +206,14 @@ class CheckpointStore:
             yield
         except (OSError, ValueError, UserError) as error:
             # The array writer reports the system's errors as ValueError, with the reason in its text.
-            reason = error.strerror if isinstance(error, OSError) else _system_error(str(error))
+            reason = getattr(error, "strerror", None) or _system_error(str(error))
+            if isinstance(error, TimeoutError):  # of Orbax's own, for a shorter wait: it has no number
+                reason = reason or "it did not end in time"
             if reason is None:
                 raise
             self._discard(step)
-            no_space = reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-            raise SaveFailed(step, reason, self.folder, needed=_MARGIN_BYTES, no_space=no_space) from error
+            no_space = reason in map(os.strerror, NO_SPACE)
+            raise SaveFailed(step, reason, self.folder, needed=MARGIN_BYTES, no_space=no_space) from error
 
     def _discard(self, step: int) -> None:
         """Remove what there is of an unfinished save: it takes room that the next one needs."""
@@ -219,17 +226,20 @@ class CheckpointStore:
 
         The newest is never given up, nor what `keep_every` or `best` keep.
         """
+        given_up = []
+        for step in self.spare():
+            if shutil.disk_usage(self.folder).free >= needed and given_up:
+                break
+            self._give_up([step])
+            given_up.append(step)
+        return given_up
+
+    def spare(self) -> list[int]:
+        """The steps that `make_room` may give up, oldest first."""
         good = reasons(
             self.steps(), self.scores(), keep=1, keep_every=self.keep_every, best=self.best, lower_is_better=True
         )
-        given_up = []
-        for step in self.steps():
-            if shutil.disk_usage(self.folder).free >= needed and given_up:
-                break
-            if step not in good:
-                self._give_up([step])
-                given_up.append(step)
-        return given_up
+        return [step for step in self.steps() if step not in good]
 
     def _give_up(self, steps: list[int]) -> None:
         """Strike them out and remove them; on a full disk the other way round, which makes the room to strike out."""
@@ -305,15 +315,23 @@ class CheckpointStore:
             context = ocp.Context()
             context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
             context.memory.deepcopy_host_arrays = False  # `snapshot` already made the copy
+            context.asynchronous.timeout_secs = _NEVER_S
             keep_all = ocp.training.preservation_policies.PreserveAll()
             self._orbax = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=keep_all)
         return self._orbax
 
     def _throw_away(self, path: Path) -> None:
-        self.trash.mkdir(parents=True, exist_ok=True)
         target = self.trash / path.name
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
+        try:
+            self.trash.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+        except OSError as error:
+            if error.errno not in (*NO_SPACE, errno.EXDEV):
+                raise
+            # No room for a name, or a disk of its own below the run: without its manifest it is no checkpoint either.
+            (path / durable.MANIFEST).unlink(missing_ok=True)
+            target = path
         sync(self.folder)
         shutil.rmtree(target, ignore_errors=True)
 

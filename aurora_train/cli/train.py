@@ -72,7 +72,7 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
         print_json({"run": str(run.folder), "step": step, "status": status, "stopped_by": stopped_by, "scores": scores})
     elif status == _UNSAVED:
         print(f"stopped by {stopped_by}; what comes after step {step} is lost\n"
-              f"make room, then: aurora resume {run.folder}")  # fmt: skip
+              f"make room, or the disk writable again, then: aurora resume {run.folder}")  # fmt: skip
     elif stopped_by and step == 0:
         print(f"stopped by {stopped_by} before anything was trained; the same command starts again")
     elif stopped_by:

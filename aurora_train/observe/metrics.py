@@ -9,7 +9,6 @@ as the strings "NaN", "Infinity" and "-Infinity" and come back as floats from `r
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -63,9 +62,6 @@ def decode(line: bytes) -> dict:
     return _from_json(record)
 
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
 class Sink(Protocol):
     """A second place for records to go. The JSONL file stays the truth; a sink may be lost without harm."""
 
@@ -78,8 +74,8 @@ class JsonLines:
     """Append-only writer. A record has reached the operating system when `write` returns: kill -9 keeps it.
 
     A power failure keeps what `sync` covered. Opening drops what was torn at the end, so that no record follows it.
-    On a full disk records wait in memory for room, in order, and `sync` says that they do. Raises UserError when the
-    file cannot be written for another reason.
+    Where the disk is full, read-only or failing, records wait in memory, in order, and `sync` raises UserError: what is
+    in memory is worth more than the log of it. Raises UserError where the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike, sinks: Iterable[Sink] = ()):
@@ -90,15 +86,12 @@ class JsonLines:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self._waiting = bytearray()  # what the disk had no room for
+        self._waiting = bytearray()  # what the disk did not take
 
     def write(self, record: dict) -> None:
         self._waiting += encode(record)
-        try:
+        with contextlib.suppress(OSError):  # the next save says so
             self._drain()
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise _cannot_write(self.path, error) from error
         for sink in self.sinks:
             sink.write(record)
 
@@ -116,7 +109,7 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what finds no room now is of steps that no checkpoint has
+            with contextlib.suppress(OSError):  # what cannot be written now is of steps that no checkpoint has
                 self._drain()
             os.close(self._file)
             self._file = None
@@ -138,11 +131,12 @@ class EventLog(JsonLines):
     """`events.jsonl`: what happened to the run. Each record carries its wall-clock time (ISO 8601, UTC)."""
 
     def event(self, name: str, step: int | None = None, **details: Any) -> dict:
-        """Write {"event": name, "step": step, "time": now, **details}, put it on disk, and return it."""
+        """Write {"event": name, "step": step, "time": now, **details}, put it on disk if it can be, and return it."""
         record = {"event": name, "step": step, "time": now(), **details}
         self.write(record)
         if not self._waiting:
-            self.sync()
+            with contextlib.suppress(UserError):
+                self.sync()
         return record
 
 

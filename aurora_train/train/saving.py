@@ -1,11 +1,13 @@
 """When a run saves, and what it does where it cannot: it goes on, says so at every chance, and stops in the end.
 
-A full disk is no reason to throw away hours of steps that are still in memory. Older rolling checkpoints are given up
-for the new one; where that is not enough the save is tried again later, and training goes on meanwhile.
+A disk that is full, read-only or failing is no reason to throw away hours of steps that are still in memory. On a full
+one older rolling checkpoints are given up for the new one; where that is not enough, or would not help, the save is
+tried again later, and training goes on meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import UTC, datetime
 
@@ -84,7 +86,9 @@ class Saver:
         # All of it, and not how long somebody waited: the last save of a run is waited for from its beginning.
         self._watchdog.budgets.took("a save", time.monotonic() - self._tried_at)
         self._attach()
-        given_up = self._store.retain(lower_is_better=True)
+        given_up = []
+        with contextlib.suppress(OSError, UserError):  # it is committed; what is too much is given up with the next one
+            given_up = self._store.retain(lower_is_better=True)
         self._events.event("save", step, given_up=given_up)
         again = " again" if self.failing else ""
         self._progress.event(f"saved step {step}{again}")
@@ -118,16 +122,18 @@ class Saver:
         """The records of steps up to this one are on disk before its checkpoint can count."""
         try:
             self._metrics.sync()
-        except UserError as error:
-            raise SaveFailed(step, error.why, self._metrics.path, needed=1 << 20, no_space=True) from error
-        files.sync(self._folder)
+            files.sync(self._folder)
+        except (OSError, UserError) as error:
+            fault = error if isinstance(error, OSError) else error.__cause__
+            full = fault.errno in files.NO_SPACE
+            raise SaveFailed(step, fault.strerror, self._metrics.path, needed=1 << 20, no_space=full) from error
 
     def _attach(self) -> None:
         for step in list(self._scores):
             try:
                 self._store.attach_score(step, self._scores[step])
             except UserError:
-                return  # full: it is tried again with the next save
+                return  # it is tried again with the next save
             del self._scores[step]
 
     def _make_room(self, step: int, error: SaveFailed) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from aurora_train.observe.energy import EnergyMeter
 from aurora_train.observe.progress import Progress, preparation, stderr_console
 from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
+from aurora_train.train import preflight
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
@@ -77,7 +79,8 @@ def train(
         except Stopped:
             outcome = Outcome(run, EXIT_STOPPED, run.step(), stop.name)
         if run.config.is_file():  # else it was stopped before there was anything to keep
-            _close(outcome, energy)
+            with _told_anyway(outcome.status):
+                _close(outcome, energy)
         return outcome
 
 
@@ -85,6 +88,11 @@ def _watchdog(config, run: runs.Run) -> Watchdog:
     wish = config.train.watchdog
     fixed = 60 * wish if isinstance(wish, int | float) else None
     return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off")
+
+
+def _told_anyway(status: int):
+    """A disk that takes no checkpoint may take no record of that either: then the exit status alone says it."""
+    return contextlib.suppress(UserError) if status == EXIT_UNSAVED else contextlib.nullcontext()
 
 
 def _close(outcome: Outcome, energy: EnergyMeter) -> None:
@@ -98,7 +106,9 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
 
 def _train(config, process: Process, changes, replan: bool) -> Outcome:
     with preparation(process.console, quiet=process.quiet) as prepared:
+        preflight.refuse_unwritable(process.run)
         session = open_session(config, process.run, prepared, replan=replan)
+        preflight.refuse_no_room(session)
     with logs.EventLog(_recorded(session)) as events:
         if changes:
             events.event("override", process.run.step(), changes=[list(change) for change in changes])
@@ -132,6 +142,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     start, damaged = claim(session)
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
+    behind = preflight.clock_behind([*logs.read(run.events), *known])
     evaluated = {record["step"] for record in known if "evaluation" in record}
     with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
         _say_damage(damaged, start or 0, events, progress)
@@ -141,6 +152,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         with refused("the state is put in place", _STATE):
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
             _announce(session, state, start, len(known) - len(evaluated), events, progress)
+            preflight.say_clock(behind, start or 0, events, progress)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
             loop = Loop(
                 session, state, compiled, stop=process.stop, metrics=metrics, events=events, progress=progress,
@@ -150,7 +162,8 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             del state, compiled
             process.deadline = loop.deadline
             stopped_by = _run(loop, evaluated)
-        _say_measured(session, loop, gauge, progress)
+        with _told_anyway(EXIT_UNSAVED if stopped_by == UNSAVED else 0):
+            _say_measured(session, loop, gauge, progress)
     if stopped_by:
         session.store.close()
         return Outcome(run, EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_STOPPED, run.step(), stopped_by)

@@ -26,12 +26,12 @@ def undisturbed(tmp_path_factory):
 
 
 def on_a_small_disk(tmp_path, size: str, *settings, filler: str = "0", then: str = ""):
-    """Train on a tmpfs of its own, with `filler` bytes of another file on it; what is left is copied to `kept`."""
+    """Train on a tmpfs of its own; `filler` bytes of another file come when it compiles. The rest ends in `kept`."""
     config, aurora = toy.write(tmp_path), Aurora(tmp_path, tmp_path / "cache")
     (tmp_path / "disk").mkdir()
     command = " ".join(f"'{part}'" for part in aurora.command("train", config, *WIDE, *settings, "--run", "disk/run"))
     script = f"""mount -t tmpfs -o size={size} tmpfs disk || exit 99
-head -c {filler} /dev/zero > disk/filler
+(while [ ! -e disk/run/events.jsonl ]; do sleep 0.02; done; head -c {filler} /dev/zero > disk/filler) &
 {then}
 {command}
 status=$?

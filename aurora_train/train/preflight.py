@@ -1,0 +1,88 @@
+"""What is looked at before a run may start or go on: whether it can be written, whether a save has room, the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from datetime import UTC, datetime, timedelta
+
+import jax
+
+from aurora_train.checkpoint import durable, frozen
+from aurora_train.checkpoint.store import MARGIN_BYTES
+from aurora_train.errors import UserError
+from aurora_train.files import NO_SPACE
+from aurora_train.units import duration, size
+
+_CLOCK_GRACE = timedelta(seconds=1)
+
+
+def refuse_unwritable(run) -> None:
+    """UserError where a file cannot be made in the run folder or among its checkpoints: a save would fail hours later.
+
+    A full disk is no fault here: older checkpoints may make room.
+    """
+    for folder in (run.folder, run.checkpoints):
+        if not folder.is_dir():
+            continue
+        try:
+            with contextlib.closing(tempfile.TemporaryFile(dir=folder)):
+                pass
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise UserError(
+                    f"cannot write the run folder: {error.strerror}", where=str(folder),
+                    hint="mend its permissions, or the mount's, then run the same command again",
+                ) from error  # fmt: skip
+
+
+def refuse_no_room(session) -> None:
+    """UserError where not one checkpoint has room, not even when every spare one is given up for it."""
+    run, store, state = session.run, session.store, session.blueprint.state
+    if run.step() >= session.config.train.steps:
+        return  # all is saved
+    needed = _num_bytes(state) - _num_bytes(state.frozen) + MARGIN_BYTES
+    if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
+        needed += _num_bytes(state.frozen)
+    there = run.checkpoints if run.checkpoints.is_dir() else run.folder
+    free = shutil.disk_usage(there).free
+    spare = sum(durable.num_bytes(run.checkpoints / str(step)) for step in store.spare())
+    if free + spare < needed:
+        older = f" and older checkpoints hold {size(spare)}" if spare else ""
+        raise UserError(
+            "no room for a checkpoint", where=str(there),
+            why=f"one takes {size(needed)}, {size(free)} are free{older}",
+            hint="make room, or start on another disk with --run",
+        )  # fmt: skip
+
+
+def _num_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def clock_behind(records: list[dict]) -> tuple[timedelta, datetime] | None:
+    """How far the clock is before the newest of a run's records, and when that was; None where it is not."""
+    times = [time for record in records if (time := _when(record.get("time"))) is not None]
+    behind = max(times, default=datetime.min.replace(tzinfo=UTC)) - datetime.now(UTC)
+    return (behind, max(times)) if behind > _CLOCK_GRACE else None
+
+
+def _when(time) -> datetime | None:
+    """Of an event's ISO time, or of a log step's seconds since 1970."""
+    try:
+        return datetime.fromisoformat(time) if isinstance(time, str) else datetime.fromtimestamp(time, UTC)
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
+
+
+def say_clock(behind, step: int, events, progress) -> None:
+    """Record that the clock was set back. No refusal: nothing of a run is ordered by the clock."""
+    if behind is None:
+        return
+    how_far, newest = behind
+    events.event("clock", step, behind_seconds=round(how_far.total_seconds(), 3), newest=newest.isoformat())
+    progress.event(
+        f"the clock is {duration(how_far.total_seconds())} before this run's newest record ({newest:%Y-%m-%d %H:%M:%S} "
+        "UTC): times on record will not ascend; steps, saves and what is kept do not depend on it"
+    )
