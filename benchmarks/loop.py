@@ -88,7 +88,7 @@ def measure(name: str, rounds: int) -> str:
         finally:
             ours.close()
         plain.close()
-    ratios = [mine / theirs for mine, theirs in pairs]
+    ratios = [alone / looped for alone, looped in pairs]
     medians = [f"{1e3 * statistics.median(side):.2f} ms" for side in zip(*pairs, strict=True)]
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     return f"| {name} | {medians[0]} | {medians[1]} | **{statistics.median(ratios):.3f}** ({spread}) |"
