@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,12 +311,15 @@ class CheckpointStore:
     def _checkpointer(self):
         if self._orbax is None:
             logging.getLogger("absl").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that it also raises
+            _without_echoes()
             from orbax.checkpoint import v1 as ocp
 
             context = ocp.Context()
             context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
             context.memory.deepcopy_host_arrays = False  # `snapshot` already made the copy
             context.asynchronous.timeout_secs = _NEVER_S
+            # Made in the background, a folder that cannot be made leaves threads that wait for it, at exit too.
+            context.asynchronous.create_directories_asynchronously = False
             keep_all = ocp.training.preservation_policies.PreserveAll()
             self._orbax = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=keep_all)
         return self._orbax
@@ -346,6 +350,17 @@ class CheckpointStore:
         (self.folder / str(step)).rename(target)
         sync(self.folder)
         return target
+
+
+def _without_echoes() -> None:
+    """Keep quiet of a failed save's other writers: each tells an event loop that has ended, one traceback a file."""
+    before = sys.unraisablehook
+
+    def told(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = told
 
 
 def _system_error(text: str) -> str | None:

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from importlib import metadata
 
 import typer
@@ -97,13 +98,19 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit()
 
 
+def _holds_up(thread: threading.Thread) -> bool:
+    """Whether the interpreter would wait for this thread at its end."""
+    return not thread.daemon and thread is not threading.main_thread()
+
+
 def run() -> None:
     """The process's entry: `main`, then out."""
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == _STOPPED:
-        # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash.
+    if status == _STOPPED or any(map(_holds_up, threading.enumerate())):
+        # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash. A
+        # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now.
         os._exit(status)
     sys.exit(status)
 
