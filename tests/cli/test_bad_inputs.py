@@ -194,10 +194,10 @@ def aurora_after(setup, arguments, folder, limit=None):
 
 @pytest.mark.skipif(not can_mount(), reason=UNMOUNTABLE)
 def test_a_disk_without_room_for_the_config_is_one_message(here):
-    """What a disk that fills later does is in tests/faults/test_full_disk.py."""
+    """It has no name left; of room for bytes there is a test in tests/faults/test_preflight.py."""
     (here / "disk").mkdir()
     arguments = ["train", "toy.yaml", "--run", "disk/run", "--quiet"]
-    done = aurora_after("mount -t tmpfs -o size=4k tmpfs disk", arguments, here)
+    done = aurora_after("mount -t tmpfs -o nr_inodes=3 tmpfs disk", arguments, here)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "No space left" in done.stderr and "disk/run" in done.stderr
 

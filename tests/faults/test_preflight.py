@@ -77,6 +77,7 @@ def test_a_budget_that_no_plan_fits_is_refused_before_anything_is_compiled(auror
     assert not (aurora.folder / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_lock_file_that_names_a_living_process_holds_nobody_up(aurora):
     """The kernel's lock counts, which dies with its holder; the text in the file is for people."""
     (aurora.folder / "run").mkdir()
@@ -88,7 +89,7 @@ def test_a_lock_file_that_names_a_living_process_holds_nobody_up(aurora):
 
 @pytest.mark.slow
 def test_of_trainers_that_start_at_once_one_trains_and_the_others_say_why(aurora):
-    command = aurora.command("train", "toy.yaml", "train.steps=2000", "evaluate.every=null", "--run", "run", "--quiet")
+    command = aurora.command("train", "toy.yaml", "train.steps=500", "evaluate.every=null", "--run", "run", "--quiet")
     racing = [
         subprocess.Popen(command, cwd=aurora.folder, env=aurora.environment(), stdout=subprocess.DEVNULL,
                          stderr=subprocess.PIPE, text=True)

@@ -80,7 +80,7 @@ train checkpoint.patience_minutes=0.5; status=$?
 touch over; wait
 mkdir copy; cp -r run/checkpoints copy; umount run/checkpoints; cp -r copy/checkpoints run
 exit $status""")
-    out, err = process.communicate(timeout=80)
+    out, err = process.communicate(timeout=200)
     run = aurora.folder / "run"
     assert process.returncode == 0, (out, err[-3000:])
     assert "Read-only file system" in err and "again" in err and "Traceback" not in err
@@ -119,7 +119,7 @@ def test_a_disk_that_fails_under_everything_ends_in_status_74_and_the_mended_one
             lines.append(line)
         time.sleep(0.5)
         os.kill(trainer_of(process), signal.SIGTERM)
-    out, err = process.communicate(timeout=80)
+    out, err = process.communicate(timeout=200)
     if process.returncode == 98:
         pytest.skip("this kernel's ext4 has no trigger_fs_error to write to")
     assert process.returncode == EXIT_UNSAVED, (process.returncode, out, err[-3000:])
