@@ -310,7 +310,8 @@ class CheckpointStore:
 
     def _checkpointer(self):
         if self._orbax is None:
-            logging.getLogger("absl").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that it also raises
+            for name in ("absl", "asyncio"):  # they print tracebacks of errors that Orbax also raises
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             _without_echoes()
             from orbax.checkpoint import v1 as ocp
 

@@ -44,7 +44,7 @@ def assert_sane(run: Path, undisturbed: Path) -> None:
     assert saved == sorted(set(saved)), "in the order of steps"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_killed_and_resumed_three_days_earlier_says_so_and_ends_in_the_same_bits(tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     aurora.good("train", config, "--run", "whole", "log.every=5", "--quiet")
@@ -69,7 +69,7 @@ def test_a_run_killed_and_resumed_three_days_earlier_says_so_and_ends_in_the_sam
     assert not events(tmp_path / "whole", "clock")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_clock_that_jumps_while_a_run_trains_confuses_neither_deadline_nor_watchdog(tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     aurora.good("train", config, "--run", "whole", *MANY, "--quiet")

@@ -26,7 +26,7 @@ status=$?
 cp -r disk/run kept; exit $status"""
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.release,
     pytest.mark.skipif(not can_mount() or shutil.which("mkfs.btrfs") is None, reason="needs mkfs.btrfs and a mount"),
 ]
 

@@ -21,7 +21,7 @@ from aurora_train.train.saving import EXIT_UNSAVED
 
 LONG = ("train.steps=600", "checkpoint.every=20", "checkpoint.keep=3", "evaluate.every=100")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")]
+pytestmark = [pytest.mark.release, pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")]
 
 
 @pytest.fixture(scope="module")
