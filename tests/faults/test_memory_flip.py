@@ -26,7 +26,10 @@ NEAR = 0.005  # more than a weight moves between two checkpoints at that rate
 LENGTH = 48  # this many weights in a row are like no other place in memory
 CHUNK_BYTES = 1 << 26
 
-pytestmark = [pytest.mark.release, pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc/PID/mem")]
+pytestmark = [
+    pytest.mark.release,
+    pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc/PID/mem"),
+]
 
 
 def writable_regions(pid: int):
