@@ -23,6 +23,7 @@ NOT_AGAIN = (2, 74)
 STOPPED = 75
 RESTART_SECONDS = 30
 STARTS_A_DAY = 20
+STOP_MINUTES = 10
 
 _KEPT = re.compile(
     r"(AURORA|JAX|XLA|CUDA|NVIDIA|NCCL|OMP)_\w+|TF_CPP_\w+|TF_CUDNN_\w+|HF_HOME|PATH|PYTHONPATH|LD_LIBRARY_PATH"
@@ -37,7 +38,7 @@ def unit_name(run: Path) -> str:
 
 
 def unit_text(
-    run, *, system: bool, stop_minutes: int = 10, on_failure: str | None = None, stays_stopped: bool = False
+    run, *, system: bool, stop_minutes: int = STOP_MINUTES, on_failure: str | None = None, stays_stopped: bool = False
 ) -> str:
     """The unit of a run (a `run.Run`), as the text of a .service file.
 
@@ -47,10 +48,13 @@ def unit_text(
         on_failure: a unit that systemd starts when it gives up.
         stays_stopped: a run that stops itself (`train.stop_after_minutes`) is not started again until the next boot.
     """
+    options = [] if stop_minutes == STOP_MINUTES else [f"--stop-minutes={stop_minutes}"]
+    options += [f"--on-failure={on_failure}"] if on_failure else []
     name, variables = unit_name(run.folder), kept_environment(dict(os.environ), _is_on_gpu(run))
     go_on = (sys.executable, "-P", "-m", "aurora_train", "resume", str(run.folder))
     parts = [
-        *_header(run.folder, name, system),
+        f"# {name}.service: goes on with a run at boot and after a crash, a hang, a power cut. docs/always-on.md",
+        *(f"#   {line}" for line in commands(run.folder, system, options) if "\n" not in line),
         "",
         "[Unit]",
         f"Description=aurora run {_plain(run.folder.name)}",
@@ -62,7 +66,7 @@ def unit_text(
         "",
         "[Service]",
         "Type=exec",
-        *([f"User={_plain(run.folder.owner())}"] if system else []),
+        *([f"User={_plain(_owner(run.folder))}"] if system else []),
         "WorkingDirectory=~",
         *(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(variables.items())),
         "ExecStart=" + " ".join(map(_argument, go_on)),
@@ -81,9 +85,9 @@ def unit_text(
     return "\n".join(parts) + "\n"
 
 
-def commands(run: Path, system: bool) -> list[str]:
-    """What a user types to put the unit in place, start it now and at every boot."""
-    name, asked = unit_name(run), f"aurora unit {shlex.quote(str(run))}"
+def commands(run: Path, system: bool, options: list[str]) -> list[str]:
+    """What a user types to put the unit in place, start it now and at every boot. `options`: of `aurora unit`."""
+    name, asked = unit_name(run), shlex.join(["aurora", "unit", str(run), *options])
     if system:
         return [
             f"{asked} --system | sudo install -D -m 644 /dev/stdin /etc/systemd/system/{name}.service",
@@ -112,12 +116,12 @@ def _is_on_gpu(run) -> bool:
     return str((read_json(run.plan) or {}).get("device", "")).startswith("NVIDIA")
 
 
-def _header(run: Path, name: str, system: bool) -> list[str]:
-    lines = commands(run, system)
-    return [
-        f"# {name}.service: goes on with a run at boot and after a crash, a hang, a power cut. docs/always-on.md",
-        *(f"#   {line}" for line in lines if "\n" not in line),
-    ]
+def _owner(folder: Path) -> str:
+    """The name of a folder's owner, or the number where it has no name (in a container)."""
+    try:
+        return folder.owner()
+    except KeyError:
+        return str(folder.stat().st_uid)
 
 
 def _plain(text: str) -> str:
