@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 
+from torch_peer import Side
 from train_step import CASES, Ours
 
 from aurora_train.machine.profile import cpu_model
@@ -55,39 +56,17 @@ def bare(file: str, folder: str) -> None:
         print((time.perf_counter() - began) / count, flush=True)
 
 
-class Bare:
-    """The bare side, in a process of its own."""
-
-    def __init__(self, file: Path, folder: Path):
-        command = [sys.executable, __file__, "--bare", str(file), str(folder)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self._process.stdout.readline() == "ready\n", "the bare loop failed"
-
-    def run(self, seconds: float) -> float:
-        """Seconds a step."""
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+def bare_side(folder: Path) -> Side:
+    """The bare side, in a process of its own, for the config that `Ours` wrote into `folder`."""
+    return Side(__file__, "--bare", str(folder / "case.yaml"), str(folder / "bare"))
 
 
 def measure(name: str, rounds: int) -> str:
     """One line of the table."""
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(case, "float32", Path(folder))
-        try:
-            plain = Bare(Path(folder) / "case.yaml", Path(folder) / "bare")
+        with closing(Ours(case, "float32", Path(folder))) as ours, closing(bare_side(Path(folder))) as plain:
             pairs = [(plain.run(case.seconds), ours.run(case.seconds)) for _ in range(rounds)]
-        finally:
-            ours.close()
-        plain.close()
     ratios = [alone / looped for alone, looped in pairs]
     medians = [f"{1e3 * statistics.median(side):.2f} ms" for side in zip(*pairs, strict=True)]
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"

@@ -21,13 +21,15 @@ def peak_rss(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-class Peer:
-    """One process. `case`: the fields of train_step.Case."""
+class Side:
+    """One side of a comparison: a process that says ready, and answers each line of seconds with those of a step."""
 
-    def __init__(self, case: dict, precision: str, kind: str):
-        command = [sys.executable, __file__, json.dumps(case), precision, kind]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout.readline() == "ready\n", f"torch {kind} failed"
+    def __init__(self, *command: str):
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if self._process.stdout.readline() != "ready\n":
+            sys.exit(f"{' '.join(command)} failed")
 
     def run(self, seconds: float) -> float:
         """Seconds a step."""
@@ -43,6 +45,11 @@ class Peer:
         """End the process."""
         self._process.kill()
         self._process.wait()
+
+
+def torch_side(case: dict, precision: str, kind: str) -> Side:
+    """Torch, in a process of its own. `case`: the fields of train_step.Case; `kind`: one of KINDS."""
+    return Side(__file__, json.dumps(case), precision, kind)
 
 
 def build(case: dict):

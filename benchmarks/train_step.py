@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from torch_peer import KINDS, Peer, peak_rss
+from torch_peer import KINDS, peak_rss, torch_side
 
 from aurora_train.machine.profile import cpu_model
 
@@ -66,8 +66,7 @@ CASES = {
 class Ours:
     """An `aurora train` that is stopped but when asked to run."""
 
-    def __init__(self, case: Case, precision: str, folder: Path, environment: dict[str, str] | None = None):
-        folder.mkdir(exist_ok=True)
+    def __init__(self, case: Case, precision: str, folder: Path):
         tokenizer = {"kind": "byte"} if case.vocabulary is None else {"kind": "bpe", "vocab": case.vocabulary}
         config = {
             "recipe": "language_model", "model": case.model,
@@ -80,9 +79,8 @@ class Ours:
         self._metrics = folder / "run" / "metrics.jsonl"
         command = [sys.executable, "-m", "aurora_train", "train", str(folder / "case.yaml"), "--run"]
         self._process = subprocess.Popen(
-            [*command, str(folder / "run")], stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("w"),
-            env=os.environ | (environment or {}),
-        )  # fmt: skip
+            [*command, str(folder / "run")], stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("w")
+        )
         while len(self._times()) < 3:
             if self._process.poll() is not None:
                 sys.exit(f"aurora train ended: {(folder / 'stderr').read_text()[-2000:]}")
@@ -141,7 +139,7 @@ def measure(name: str, precision: str, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(case, precision, Path(folder))
         try:
-            peers = {kind: Peer(asdict(case), precision, kind) for kind in KINDS}
+            peers = {kind: torch_side(asdict(case), precision, kind) for kind in KINDS}
             seconds: dict[str, list[float]] = {side: [] for side in ("ours", *peers)}
             for _ in range(rounds):
                 seconds["ours"].append(ours.run(case.seconds))

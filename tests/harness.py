@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,14 @@ class Aurora:
             self.command(*arguments), cwd=self.folder, env=self.environment(devices), capture_output=True, text=True,
             stdin=subprocess.DEVNULL, timeout=timeout,
         )
+
+    def after(self, setup: str, *arguments) -> subprocess.CompletedProcess:
+        """The same, in a mount namespace of its own after shell lines. Needs `can_mount`."""
+        quoted = shlex.join(self.command(*arguments))
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-ec", f"{setup}\nexec {quoted}"], cwd=self.folder, env=self.environment(),
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
 
     def good(self, *arguments, **options) -> subprocess.CompletedProcess:
         """The same, for a call that must succeed."""

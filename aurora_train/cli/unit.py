@@ -29,7 +29,7 @@ def command(
     from aurora_train.run import Run
 
     found = Run.existing(run)
-    on_a_clock = read_file(found.config).value.get("train", {}).get("stop_after_minutes") is not None
+    on_a_clock = (read_file(found.config).value.get("train") or {}).get("stop_after_minutes") is not None
     print(
         unit_text(found, system=system, stop_minutes=stop_minutes, on_failure=on_failure, stays_stopped=on_a_clock),
         end="",

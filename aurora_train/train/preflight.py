@@ -7,12 +7,11 @@ import shutil
 import tempfile
 from datetime import UTC, datetime, timedelta
 
-import jax
-
 from aurora_train.checkpoint import durable, frozen
 from aurora_train.checkpoint.store import MARGIN_BYTES
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE
+from aurora_train.memory.account import tree_bytes
 from aurora_train.units import duration, size
 
 _CLOCK_GRACE = timedelta(seconds=1)
@@ -42,9 +41,9 @@ def refuse_no_room(session) -> None:
     run, store, state = session.run, session.store, session.blueprint.state
     if run.step() >= session.config.train.steps:
         return  # all is saved
-    needed = _num_bytes(state) - _num_bytes(state.frozen) + MARGIN_BYTES
+    needed = tree_bytes(state) - tree_bytes(state.frozen) + MARGIN_BYTES
     if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
-        needed += _num_bytes(state.frozen)
+        needed += tree_bytes(state.frozen)
     there = run.checkpoints if run.checkpoints.is_dir() else run.folder
     free = shutil.disk_usage(there).free
     spare = sum(durable.num_bytes(run.checkpoints / str(step)) for step in store.spare())
@@ -55,10 +54,6 @@ def refuse_no_room(session) -> None:
             why=f"one takes {size(needed)}, {size(free)} are free{older}",
             hint="make room, or start on another disk with --run",
         )  # fmt: skip
-
-
-def _num_bytes(tree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def clock_behind(records: list[dict]) -> tuple[timedelta, datetime] | None:

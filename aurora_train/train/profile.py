@@ -33,11 +33,18 @@ class Profile(NamedTuple):
 
 def profile(config, folder: Path, *, steps: int, progress) -> Profile:
     """Trace `steps` steps of a config into `folder`, which must be empty or new. UserError for what `train` refuses."""
+    try:
+        return _measured(config, folder, steps, progress)
+    finally:
+        shutil.rmtree(folder / "run", ignore_errors=True)  # its checkpoint was only timed
+
+
+def _measured(config, folder: Path, steps: int, progress) -> Profile:
     session = open_session(config, Run(folder / "run"), progress)
     progress(0, 1, "compiling")
     jax.config.update("jax_enable_compilation_cache", False)  # it may hold this program under an older version's names
     compiled, seconds = session.compile()
-    state, store = session.fresh(), session.store
+    state = session.fresh()
     with batches(session.source, config.train.seed, config.train.batch, 0, _WARM + steps) as feed:
         for number in range(_WARM):
             progress(number, _WARM, "steps before the trace")
@@ -48,16 +55,21 @@ def profile(config, folder: Path, *, steps: int, progress) -> Profile:
         with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
             state = _traced(compiled, state, metrics, feed, steps, progress)
     progress(0, 1, "a save")
-    store.sweep()
-    began = time.perf_counter()
-    store.save(_WARM + steps, state, {})
-    blocked = time.perf_counter() - began
-    store.wait()
-    store.close()
-    shutil.rmtree(folder / "run")  # the checkpoint was only timed
+    blocked = _blocked_by_a_save(session.store, state)
     text = session.program.compile(session.plan).as_text()
     found = timeline(read_events(folder), text, steps, HOST)
     return Profile(found, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder))
+
+
+def _blocked_by_a_save(store, state) -> float:
+    """Seconds until the next step could begin."""
+    store.sweep()
+    began = time.perf_counter()
+    store.save(1, state, {})
+    blocked = time.perf_counter() - began
+    store.wait()
+    store.close()
+    return blocked
 
 
 def _traced(compiled, state, before, feed, steps: int, progress):

@@ -1,13 +1,12 @@
 """Thirty and more things a user gets wrong, through the real command line: one message each, exit 2, nothing lost."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from harness import can_mount
+from harness import Aurora, can_mount
 
 from aurora_train.cli.main import main
 
@@ -183,21 +182,12 @@ def test_a_folder_in_which_nothing_was_trained_yet_takes_the_corrected_config(he
 UNMOUNTABLE = "needs the right to mount a small disk"
 
 
-def aurora_after(setup, arguments, folder, limit=None):
-    """The command line in a mount namespace after the shell lines `setup`."""
-    quoted = " ".join(f"'{part}'" for part in (sys.executable, "-m", "aurora_train.cli.main", *arguments))
-    return subprocess.run(
-        ["unshare", "-m", "sh", "-ec", f"{setup}\nexec {quoted}"], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=300,
-    )
-
-
 @pytest.mark.skipif(not can_mount(), reason=UNMOUNTABLE)
 def test_a_disk_without_room_for_the_config_is_one_message(here):
     """It has no name left; of room for bytes there is a test in tests/faults/test_preflight.py."""
     (here / "disk").mkdir()
     arguments = ["train", "toy.yaml", "--run", "disk/run", "--quiet"]
-    done = aurora_after("mount -t tmpfs -o nr_inodes=3 tmpfs disk", arguments, here)
+    done = Aurora(here, here / "cache").after("mount -t tmpfs -o nr_inodes=3 tmpfs disk", *arguments)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "No space left" in done.stderr and "disk/run" in done.stderr
 
@@ -218,7 +208,7 @@ def test_a_folder_without_write_permission_is_one_message(here):
     (here / "locked").mkdir()
     arguments = ["train", "toy.yaml", "--run", "locked/run", "--quiet"]
     if not permissions_bind(here / "locked"):
-        done = aurora_after("mount -t tmpfs -o ro tmpfs locked", arguments, here)
+        done = Aurora(here, here / "cache").after("mount -t tmpfs -o ro tmpfs locked", *arguments)
     else:
         command = [sys.executable, "-m", "aurora_train.cli.main", *arguments]
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from harness import Aurora, evaluations, events, final_hash, losses
 
+from aurora_train.checkpoint import durable
+
 PHASES = ("prepare", "compile", "resumed", "step", "save", "evaluate", "last step", "score")
 _POLL_S = 0.001
 
@@ -156,6 +158,14 @@ def kill_again_and_again(aurora: Aurora, config: Path, steps: int, phases: list[
     if killer.run.exists():
         killer.life(None)
     return killer.tally
+
+
+def assert_whole(run: Path, undisturbed: Path) -> None:
+    """The other run's, to the bit, and no byte of its checkpoints is damaged."""
+    assert_same_run(run, undisturbed)
+    steps = sorted(int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit())
+    assert steps[-1] == losses(undisturbed)[-1][0]
+    assert [durable.faults(run / "checkpoints" / str(step)) for step in steps] == [[]] * len(steps)
 
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:

@@ -21,15 +21,6 @@ def aurora(tmp_path):
     return Aurora(tmp_path, tmp_path / "cache")
 
 
-def after(setup: str, aurora: Aurora, *arguments) -> subprocess.CompletedProcess:
-    """The command line in a mount namespace of its own, after shell lines."""
-    quoted = " ".join(f"'{part}'" for part in aurora.command(*arguments))
-    return subprocess.run(
-        ["unshare", "-m", "sh", "-ec", f"{setup}\nexec {quoted}"], cwd=aurora.folder, env=aurora.environment(),
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-
-
 def assert_refused(done: subprocess.CompletedProcess, *said: str) -> None:
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "compiling" not in done.stderr
@@ -39,7 +30,7 @@ def assert_refused(done: subprocess.CompletedProcess, *said: str) -> None:
 @mounting
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_anything_is_compiled(aurora):
     (aurora.folder / "disk").mkdir()
-    done = after(ON_A_FULL_DISK, aurora, "train", "toy.yaml", *WIDE, "--run", "disk/run")
+    done = aurora.after(ON_A_FULL_DISK, "train", "toy.yaml", *WIDE, "--run", "disk/run")
     assert_refused(done, "no room for a checkpoint", "are free", "disk/run")
 
 
@@ -62,7 +53,7 @@ def test_checkpoints_that_cannot_be_written_are_found_before_the_run_goes_on(aur
     else:  # root obeys no mode, but a mount
         if not can_mount():
             pytest.skip("root obeys no mode, and may not mount here")
-        done = after(READ_ONLY, aurora, "resume", "run")
+        done = aurora.after(READ_ONLY, "resume", "run")
     finally:
         folder.chmod(0o755)
     assert_refused(done, "cannot write the run folder", "run/checkpoints")

@@ -10,9 +10,8 @@ import subprocess
 
 import pytest
 import toy
-from harness import Aurora, can_mount, events, final_hash, losses
-
-from aurora_train.checkpoint import durable
+from harness import Aurora, can_mount, events
+from killing import assert_whole
 
 WIDE = ("model.width=64", "checkpoint.keep=100", "train.steps=200", "evaluate.every=100")  # 0.9 MB a checkpoint
 WITH_A_QUOTA = """truncate -s 128M image && mkfs.btrfs -q --mixed image || exit 99
@@ -50,12 +49,6 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     Aurora(folder, folder / "cache").good("train", toy.write(folder), *WIDE, "--run", folder / "run", "--quiet")
     return folder / "run"
-
-
-def assert_whole(run, undisturbed) -> None:
-    assert losses(run) == losses(undisturbed) and final_hash(run) == final_hash(undisturbed)
-    sealed = sorted((int(p.name), p) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-    assert sealed[-1][0] == 200 and all(durable.faults(path) == [] for _, path in sealed)
 
 
 def test_older_checkpoints_make_room_under_a_quota(undisturbed, tmp_path):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import toy
-from harness import Aurora, can_mount, events, final_hash, losses, records
+from harness import Aurora, can_mount, events, records
+from killing import assert_whole
 
-from aurora_train.checkpoint import durable
 from aurora_train.train.saving import EXIT_UNSAVED
 
 LONG = ("train.steps=600", "checkpoint.every=20", "checkpoint.keep=3", "evaluate.every=100")
@@ -53,13 +53,6 @@ def trainer_of(script: subprocess.Popen) -> int:
     found = subprocess.run(["pgrep", "-g", str(script.pid), "python"], capture_output=True, text=True).stdout.split()
     (pid,) = (int(pid) for pid in found if b"aurora_train" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return pid
-
-
-def assert_whole(run: Path, undisturbed: Path) -> None:
-    assert losses(run) == losses(undisturbed) and final_hash(run) == final_hash(undisturbed)
-    for folder in (run / "checkpoints").iterdir():
-        if folder.name.isdigit():
-            assert durable.faults(folder) == []
 
 
 @pytest.fixture
