@@ -131,6 +131,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print every figure, one JSON line per config")
     asked = parser.parse_args()
     if asked.here:
+        from aurora_train.machine.hugepages import restart_with_huge_pages
+
+        restart_with_huge_pages()  # as `aurora train` does
         print(json.dumps(measure(asked.names[0], asked.steps)))
         return 0
     print("| config | parameters | compiled MB | measured MB | difference | over the bar |\n|---|---|---|---|---|---|")

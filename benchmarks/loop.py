@@ -21,11 +21,13 @@ from pathlib import Path
 from torch_peer import Side
 from train_step import CASES, Ours
 
+from aurora_train.machine.hugepages import restart_with_huge_pages
 from aurora_train.machine.profile import cpu_model
 
 
 def bare(file: str, folder: str) -> None:
     """Answers each line of stdin, seconds, with the mean seconds of a step over as long."""
+    restart_with_huge_pages()  # as `aurora train` does
     from aurora_train.config import load
     from aurora_train.machine.profile import prepare_environment
 

@@ -20,6 +20,7 @@ from importlib import metadata
 import typer
 
 from aurora_train.errors import UserError
+from aurora_train.machine.hugepages import restart_with_huge_pages
 
 _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
 
@@ -27,6 +28,8 @@ VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
     "schema", "inspect", "inspect-batch", "profile", "doctor",
 )
+
+_STEPPING = ("train", "resume", "profile", "evaluate")  # what runs compiled steps for long
 
 # What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.
 _UsageError = typer.BadParameter.__base__
@@ -60,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1  # as typer does for a pipe that breaks inside a verb
 
 
+def _verb(arguments: list[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
+
+
 def _app(arguments: list[str]) -> typer.Typer:
     app = typer.Typer(
         help="Train mid-sized models end to end on one compact supercomputer.",
@@ -72,7 +79,7 @@ def _app(arguments: list[str]) -> typer.Typer:
                                           help="Print the version and exit.")):
         pass
 
-    asked = next((word for word in arguments if not word.startswith("-")), None)
+    asked = _verb(arguments)
     for verb in (asked,) if asked in VERBS else VERBS:
         _add(app, verb)
     return app
@@ -105,6 +112,8 @@ def _holds_up(thread: threading.Thread) -> bool:
 
 def run() -> None:
     """The process's entry: `main`, then out."""
+    if _verb(sys.argv[1:]) in _STEPPING:
+        restart_with_huge_pages()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -168,6 +168,7 @@ def test_an_outlier_is_one_by_the_robust_z_score_of_the_last_good_steps(steps, s
 _remembered, _is_outlier = jax.jit(outliers.remembered), jax.jit(outliers.is_outlier)
 
 
+@pytest.mark.slow
 def test_a_loud_row_is_skipped_and_a_stop_in_between_changes_no_bit(tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     options = ["data.loud=17", "train.steps=60", "train.spike=20", "--quiet"]

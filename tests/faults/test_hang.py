@@ -56,6 +56,7 @@ def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(where, envir
         assert final_hash(tmp_path / "run") == final_hash(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_loader_whose_thread_ends_does_not_wait_for_ever(undisturbed, tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     process = subprocess.run(

@@ -48,3 +48,8 @@ def test_kills_during_preparation_and_again_right_after_each_resume_change_no_bi
 ):
     phases = ["prepare", "prepare", "compile", "resumed", "step", "resumed", "save", "resumed", "resumed", "step"]
     kill(phases, SEED + 2, undisturbed, tiny, tmp_path)
+
+
+@pytest.mark.release
+def test_a_hundred_kills_over_all_phases_change_no_bit(undisturbed, tiny, tmp_path):
+    kill(schedule(100, SEED + 3), SEED + 3, undisturbed, tiny, tmp_path)

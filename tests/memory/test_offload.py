@@ -78,6 +78,7 @@ def test_the_step_stacks_on_the_host_what_the_planner_counts(save, moved):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="the extra [plan] is not installed")
+@pytest.mark.slow
 def test_the_compiler_puts_it_there_and_the_device_is_rid_of_it():
     layers = 24
     program = rehearsal(layers=layers)
@@ -91,6 +92,7 @@ def test_the_compiler_puts_it_there_and_the_device_is_rid_of_it():
     assert inputs / 4 < kept.peak - moved.peak < 1.25 * inputs
 
 
+@pytest.mark.slow
 def test_auto_fits_where_nothing_else_does_and_the_plan_says_what_is_moved():
     least = _least()
     with pytest.raises(UserError, match="no plan fits"):

@@ -139,6 +139,7 @@ def test_the_simulated_peak_is_near_the_compiled_one(name):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_8_bit_moments_keep_nothing_beside_them_while_they_are_updated():
     """A comparison with zero once made XLA hold a stack of zeros throughout the step: 37 MB here, 19 GB of an 8B."""
     held = {}

@@ -276,6 +276,7 @@ WIDE = ["model.width=64", "model.mlp_width=64"]
 CODED = [*WIDE, *ADAPTED, "model.lora.base=nf4"]
 
 
+@pytest.mark.slow
 def test_a_base_is_coded_as_it_is_read_and_the_run_resumes_scores_and_counts_as_any(here, capsys):
     assert main(["train", "counted.yaml", *WIDE, "train.steps=2", "--run", "wide", "--quiet"]) == 0
     read = load_run(here / "wide").state.params
