@@ -52,7 +52,8 @@ def document(found) -> dict:
     line = found.timeline
     return {
         "steps": found.steps, "step_s": line.step, "device_busy_s": line.busy, "host_s": line.host,
-        "save_blocks_s": found.save, "compile_s": found.compile, "plan": found.plan, "trace": str(found.trace),
+        "save_blocks_s": found.save, "compile_s": found.compile, "product_flops": found.product_flops,
+        "plan": found.plan, "trace": str(found.trace),
         "operations": [row._asdict() for row in line.rows],
     }  # fmt: skip
 
@@ -61,6 +62,9 @@ def show(found) -> None:
     """For people."""
     from rich.console import Console
     from rich.table import Table
+
+    from aurora_train.machine.calibration import flop_rate
+    from aurora_train.units import count
 
     line, console = found.timeline, Console()
     table = Table(title=f"a step of {1e3 * line.step:.1f} ms, mean of {found.steps}", title_justify="left")
@@ -73,8 +77,9 @@ def show(found) -> None:
             table.add_row(row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")
     console.print(table)
     host = ", ".join(f"{name} {1e3 * took:.1f} ms" for name, took in line.host.items())
+    rate = f"{count(found.product_flops)}FLOP in products, {flop_rate(found.product_flops / line.step)}"
     console.print(
-        f"device busy {1e3 * line.busy:.1f} ms ({line.busy / line.step:.1%}); host: {host}\n"
+        f"{rate}; device busy {1e3 * line.busy:.1f} ms ({line.busy / line.step:.1%}); host: {host}\n"
         f"a save holds up the steps for {1e3 * found.save:.0f} ms; compiled in {found.compile:.1f} s\n"
         f"{found.plan}\n"
         f"for Perfetto: {found.trace}\nfor xprof: xprof --logdir {found.trace.parents[3]}",

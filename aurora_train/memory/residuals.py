@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
+from aurora_train.memory.flops import FREE, PRODUCTS, equation_flops, is_reduction
 from aurora_train.nn import lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
 from aurora_train.nn.stack import Stack
@@ -31,12 +32,6 @@ SETS_AT_ONCE = 4096  # save-sets walked together: bounds the memory of `points`
 INLINED = frozenset(
     ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 )
-# Layout alone: no arithmetic. XLA folds these into their consumers.
-FREE = frozenset(
-    ("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "rev", "iota", "copy", "name")
-    + ("optimization_barrier", "stop_gradient", "reduce_precision", "concatenate", "pad", "split")
-)
-PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
 # Neither fused into what precedes them nor into what follows: they read and write memory.
 UNFUSED = frozenset(
     ("sort", "top_k", "cumsum", "cumprod", "cummax", "cumlogsumexp", "argmax", "argmin", "dynamic_update_slice")
@@ -243,65 +238,6 @@ def num_bytes(aval) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
-def equation_flops(equation) -> tuple[int, int]:
-    """(all, products') floating-point operations of one jaxpr equation; a loop's body counts once a turn.
-
-    The turns of a `while` are unknown and count as one; a `cond` counts its dearest branch.
-    """
-    name, params = equation.primitive.name, equation.params
-    if name in PRODUCTS:
-        return (_product_flops(equation),) * 2
-    if name.startswith("dot_product_attention_fwd"):
-        return (_attention_flops(equation),) * 2
-    if (estimate := params.get("cost_estimate")) is not None:  # a Pallas kernel that says so itself
-        return int(estimate.flops), int(estimate.flops)
-    bodies = [_jaxpr_flops(body) for body in core.jaxprs_in_params(params)]
-    if bodies and name == "cond":
-        return max(bodies)
-    if bodies:
-        turns = params["length"] if name == "scan" else math.prod(_grid(params))
-        return tuple(turns * sum(part) for part in zip(*bodies, strict=True))
-    if name in FREE:
-        return 0, 0
-    sized = equation.invars[:1] if _is_reduction(name) else equation.outvars
-    return sum(math.prod(getattr(v.aval, "shape", ())) for v in sized), 0
-
-
-def _jaxpr_flops(jaxpr) -> tuple[int, int]:
-    parts = [equation_flops(equation) for equation in jaxpr.eqns]
-    return sum(p[0] for p in parts), sum(p[1] for p in parts)
-
-
-def _product_flops(equation) -> int:
-    left, right = (v.aval.shape for v in equation.invars[:2])
-    out = math.prod(equation.outvars[0].aval.shape)
-    params = equation.params
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2 * out * math.prod(left[i] for i in contracted)
-    if equation.primitive.name == "conv_general_dilated":
-        return 2 * out * math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
-    numbers = params["ragged_dot_dimension_numbers"]
-    (contracted, _), _ = numbers.dot_dimension_numbers
-    return 2 * out * math.prod(left[i] for i in contracted)
-
-
-def _attention_flops(equation) -> int:
-    """cuDNN's fused forward pass: two products, of which a causal mask needs half."""
-    (batch, length, heads, dim), (_, seen, _, _) = (v.aval.shape for v in equation.invars[:2])
-    causal = "CAUSAL" in str(equation.params["mask_type"]).upper()
-    return 4 * batch * length * seen * heads * dim // (2 if causal else 1)
-
-
-def _grid(params) -> tuple[int, ...]:
-    grid = getattr(params.get("grid_mapping"), "grid", ())
-    return tuple(n for n in grid if isinstance(n, int))
-
-
-def _is_reduction(name: str) -> bool:
-    return name.startswith(("reduce_", "arg")) and name != "reduce_precision"
-
-
 def _is_fused(equation) -> bool:
     name = equation.primitive.name
     bodies = next(core.jaxprs_in_params(equation.params), None)
@@ -366,7 +302,7 @@ def _costed(equations, residuals) -> list[_Equation]:
             moved = sum(sizes) + sum(num_bytes(v.aval) for v in equation.invars)
         elif equation.primitive.name in SELECTING:
             moved = 2 * sum(sizes)
-        elif _is_reduction(equation.primitive.name):
+        elif is_reduction(equation.primitive.name):
             moved = sum(sizes) + num_bytes(equation.invars[0].aval)
         elif equation.primitive.name in FREE:
             moved = 0

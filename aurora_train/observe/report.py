@@ -111,6 +111,9 @@ def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
         shown.append(("targets per second, median", count(median(rates))))
         shares = [record["mfu"] for record in steps if record.get("mfu") is not None]
         shown.append(("MFU, median", percent(median(shares)) if shares else "n/a"))
+        done = [record["hfu"] for record in steps if record.get("hfu") is not None]
+        if done:
+            shown.append(("HFU (recomputation counted), median", percent(median(done))))
     memory = [record["memory_bytes"] for record in steps if record.get("memory_bytes")]
     if memory:
         shown.append(("memory, highest", size(max(memory))))

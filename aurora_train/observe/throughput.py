@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 
 class Throughput:
-    """Tokens per second, MFU and share of time waiting for data, between log points.
+    """Tokens per second, MFU, HFU and share of time waiting for data, between log points.
 
     Args:
         flops_per_token: training FLOPs (forward and backward) for one real target, or None where unknown.
         peak_flops: dense FLOP/s of all devices together in the compute dtype, or None where unknown.
+        step_flops: FLOPs of the products of one step as it is run, recomputation included, or None where unknown.
         clock: seconds, monotonic.
     """
 
@@ -25,21 +26,24 @@ class Throughput:
         self,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
+        step_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._flops_per_token, self._peak_flops, self._clock = flops_per_token, peak_flops, clock
+        self._flops_per_token, self._peak_flops, self._step_flops = flops_per_token, peak_flops, step_flops
+        self._clock = clock
         self._start = self._last = None
-        self._tokens = 0
+        self._tokens = self._steps = 0
         self._waited = 0.0
 
     def begin(self) -> None:
         """The first step of this process is done (its loss is on the host): time counts from here."""
         self._start = self._last = self._clock()
-        self._tokens, self._waited = 0, 0.0
+        self._tokens, self._steps, self._waited = 0, 0, 0.0
 
     def count(self, tokens: float) -> None:
         """`tokens` real targets of one step done since `begin`."""
         self._tokens += tokens
+        self._steps += 1
 
     def waited(self, seconds: float) -> None:
         """The trainer stood still for `seconds` because no batch was ready."""
@@ -52,22 +56,25 @@ class Throughput:
     def measure(self) -> dict:
         """At a log point, with the last counted step's values on the host: the interval's rates; starts a new one.
 
-        Returns {"tokens_per_s", "mfu", "data_wait", "seconds"}; a rate that is not known yet is None.
+        Returns {"tokens_per_s", "mfu", "hfu", "data_wait", "seconds"}; a rate that is not known yet is None.
         """
         if self._start is None:
-            return {"tokens_per_s": None, "mfu": None, "data_wait": None, "seconds": 0.0}
+            return {"tokens_per_s": None, "mfu": None, "hfu": None, "data_wait": None, "seconds": 0.0}
         now = self._clock()
         elapsed = now - self._last
         rate = self._tokens / elapsed if elapsed > 0 and self._tokens else None
-        known = rate is not None and self._flops_per_token and self._peak_flops
         rates = {
             "tokens_per_s": rate,
-            "mfu": rate * self._flops_per_token / self._peak_flops if known else None,
+            "mfu": self._of_peak(rate, self._flops_per_token),
+            "hfu": self._of_peak(rate and self._steps / elapsed, self._step_flops),
             "data_wait": min(self._waited / elapsed, 1.0) if rate is not None else None,
             "seconds": now - self._start,
         }
-        self._last, self._tokens, self._waited = now, 0, 0.0
+        self._last, self._tokens, self._steps, self._waited = now, 0, 0, 0.0
         return rates
+
+    def _of_peak(self, rate: float | None, flops: float | None) -> float | None:
+        return rate * flops / self._peak_flops if rate and flops and self._peak_flops else None
 
 
 class _Excluded:

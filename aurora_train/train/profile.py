@@ -21,7 +21,7 @@ _WARM = 3  # steps before the trace: the first pays for what the compiler left t
 
 class Profile(NamedTuple):
     """What `profile` found. Seconds; `save`: how long a save of the state holds up the steps; `plan`: one line;
-    `trace`: the file for Perfetto."""
+    `trace`: the file for Perfetto; `product_flops`: of the products of a step as it is run, recomputation included."""
 
     timeline: Timeline
     steps: int
@@ -29,6 +29,7 @@ class Profile(NamedTuple):
     save: float
     plan: str
     trace: Path
+    product_flops: int
 
 
 def profile(config, folder: Path, *, steps: int, progress) -> Profile:
@@ -58,7 +59,8 @@ def _measured(config, folder: Path, steps: int, progress) -> Profile:
     blocked = _blocked_by_a_save(session.store, state)
     text = session.program.compile(session.plan).as_text()
     found = timeline(read_events(folder), text, steps, HOST)
-    return Profile(found, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder))
+    flops = session.program.product_flops(session.plan)
+    return Profile(found, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder), flops)
 
 
 def _blocked_by_a_save(store, state) -> float:

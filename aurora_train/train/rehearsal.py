@@ -21,6 +21,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.targets import find_machine
+from aurora_train.memory.flops import jaxpr_flops
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
@@ -123,6 +124,11 @@ class Rehearsal:
             with self.here(), _alone() if self.remote else contextlib.nullcontext():
                 self._compiled = {key: traced.lower().compile()}  # one at a time: programs are large
         return self._compiled[key]
+
+    def product_flops(self, plan: Plan) -> int:
+        """Of the products of one step as it is run under a plan, over all devices."""
+        traced, _ = self.trace(plan)
+        return jaxpr_flops(traced.jaxpr)[1]
 
     def optimizer_state(self, **changes):
         """The optimizer's state, abstract, were its settings changed (`moments="int8"`)."""

@@ -115,14 +115,14 @@ def test_training_goes_on_when_its_watcher_is_gone(terminal, tmp_path):
 
 def test_a_rate_counts_only_what_was_done_between_two_log_points():
     clock = Clock()
-    rate = Throughput(flops_per_token=2.0, peak_flops=1000.0, clock=clock)
+    rate = Throughput(flops_per_token=2.0, peak_flops=1000.0, step_flops=300.0, clock=clock)
     assert rate.measure()["tokens_per_s"] is None
     clock.now = 30.0  # compiling
     rate.begin()
     rate.count(100)
     rate.waited(0.5)
     clock.now = 32.0
-    assert rate.measure() == {"tokens_per_s": 50.0, "mfu": 0.1, "data_wait": 0.25, "seconds": 2.0}
+    assert rate.measure() == {"tokens_per_s": 50.0, "mfu": 0.1, "hfu": 0.15, "data_wait": 0.25, "seconds": 2.0}
     rate.count(100)
     with rate.excluding():
         clock.now = 42.0
@@ -136,7 +136,8 @@ def test_mfu_is_not_a_number_where_the_peak_is_unknown():
     rate.begin()
     rate.count(10)
     clock.now = 1.0
-    assert rate.measure()["mfu"] is None
+    found = rate.measure()
+    assert found["mfu"] is None and found["hfu"] is None
 
 
 def test_time_left_follows_a_change_of_speed_and_is_unknown_at_first():
