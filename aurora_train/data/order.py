@@ -10,23 +10,31 @@ order is not promised across versions; a golden test pins this one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
 
 _ROUNDS = 8
+_BLOCK = 4096  # places permuted at a time
 _MINIMUM_BITS = 4  # smaller networks are poor shuffles; cycle walking makes up for the difference
 
 
 def indices(seed: int, data_step: int, batch: int, num_examples: int) -> np.ndarray:
     """int64[batch] example indices in [0, num_examples) of the global batch at `data_step` (0-based)."""
-    positions = np.arange(data_step * batch, (data_step + 1) * batch, dtype=np.int64)
-    epochs, places = positions // num_examples, positions % num_examples
-    order = np.empty(batch, np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        order[chosen] = permute(places[chosen], seed, int(epoch), num_examples)
-    return order
+    position, end, parts = data_step * batch, (data_step + 1) * batch, []
+    while position < end:
+        epoch, place = divmod(position, num_examples)
+        block = _block(seed, epoch, num_examples, place // _BLOCK)[place % _BLOCK :]
+        parts.append(block[: end - position])
+        position += len(parts[-1])
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _block(seed: int, epoch: int, n: int, number: int) -> np.ndarray:
+    """Of an epoch's order, the places of one block: numpy's calls cost more than the arithmetic of a small batch."""
+    return permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, n), dtype=np.int64), seed, epoch, n)
 
 
 def permute(places: np.ndarray, seed: int, epoch: int, n: int) -> np.ndarray:
