@@ -61,9 +61,10 @@ class CheckpointStore:
         self.folder, self.trash = folder, trash
         self.keep, self.keep_every, self.best = keep, keep_every, best
         self.ledger = Ledger(folder)
-        self._orbax = None
+        self._orbax, self._outdated = None, False  # outdated: it remembers a step as saved that was taken back
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._pending: Future | None = None
+        self._unsettled: set[int] = set()  # steps whose save failed when a manifest may already have stood
         self._frozen: str | None = None  # digest of the frozen parameters, once this process wrote or restored them
 
     # ---- reading
@@ -161,6 +162,8 @@ class CheckpointStore:
         Frozen parameters are written by the first save of a run alone, which waits for them.
         """
         self.wait()
+        with self._told(step):
+            self._take_back(step)
         facts = {**facts, **self._write_frozen(step, tree)}
         flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
         self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
@@ -182,9 +185,22 @@ class CheckpointStore:
     def _finish(self, step, response, facts) -> int:
         with self._told(step):
             response.result()
+            self._unsettled.add(step)
             durable.seal(self.folder / str(step), {"step": step, **facts})
             self.ledger.commit(step)
+            self._unsettled.discard(step)
         return step
+
+    def _take_back(self, step: int) -> None:
+        """Undo a save that failed after its manifest or its entry was written: what was not synced may be gone."""
+        if step not in self._unsettled:
+            return
+        self.ledger.strike([step])
+        path = self.folder / str(step)
+        if path.exists():
+            self._throw_away(path)
+        self._unsettled.discard(step)
+        self._outdated = True
 
     def _write_frozen(self, step: int, tree) -> dict:
         """What a manifest says of the frozen parameters: nothing where there are none."""
@@ -218,6 +234,8 @@ class CheckpointStore:
 
     def _discard(self, step: int) -> None:
         """Remove what there is of an unfinished save: it takes room that the next one needs."""
+        with contextlib.suppress(OSError):  # the next attempt tries again, and says so
+            self._take_back(step)
         for path in self.folder.glob(f"{step}*"):
             if path.name.split(".")[0] == str(step) and not durable.is_sealed(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -309,6 +327,10 @@ class CheckpointStore:
         return loaded
 
     def _checkpointer(self):
+        if self._outdated and self._orbax is not None:
+            self._orbax.close()
+            self._orbax = None
+        self._outdated = False
         if self._orbax is None:
             for name in ("absl", "asyncio"):  # they print tracebacks of errors that Orbax also raises
                 logging.getLogger(name).setLevel(logging.CRITICAL)

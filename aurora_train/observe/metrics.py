@@ -75,7 +75,9 @@ class JsonLines:
 
     A power failure keeps what `sync` covered. Opening drops what was torn at the end, so that no record follows it.
     Where the disk is full, read-only or failing, records wait in memory, in order, and `sync` raises UserError: what is
-    in memory is worth more than the log of it. Raises UserError where the file cannot be opened.
+    in memory is worth more than the log of it. After an fsync that failed the kernel may take for clean what it never
+    wrote, and the next fsync succeed: so what was not yet synced is kept here, and written over itself before the next.
+    Raises UserError where the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike, sinks: Iterable[Sink] = ()):
@@ -84,9 +86,12 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_tail(self.path)
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._end = os.fstat(self._file).st_size
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         self._waiting = bytearray()  # what the disk did not take
+        self._unsynced = bytearray()  # what it took since the last sync
+        self._in_doubt = False
 
     def write(self, record: dict) -> None:
         self._waiting += encode(record)
@@ -99,18 +104,36 @@ class JsonLines:
         """Put everything written so far on the disk itself. Called before a checkpoint of that step is committed."""
         try:
             self._drain()
+            if self._in_doubt:
+                self._write_again()
+            self._in_doubt = True
             os.fsync(self._file)
+            self._in_doubt = False
+            self._unsynced.clear()
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
     def _drain(self) -> None:
         while self._waiting:
-            del self._waiting[: os.write(self._file, self._waiting)]
+            taken = os.write(self._file, self._waiting)
+            self._unsynced += self._waiting[:taken]
+            self._end += taken
+            del self._waiting[:taken]
+
+    def _write_again(self) -> None:
+        """The same bytes in the same place, so that a kill at any instant finds the log whole."""
+        again = os.open(self.path, os.O_WRONLY)  # one that appends would write at the end
+        try:
+            done = 0
+            while done < len(self._unsynced):
+                done += os.pwrite(again, self._unsynced[done:], self._end - len(self._unsynced) + done)
+        finally:
+            os.close(again)
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what cannot be written now is of steps that no checkpoint has
-                self._drain()
+            with contextlib.suppress(UserError):  # what cannot be written now is of steps that no checkpoint has
+                self.sync()
             os.close(self._file)
             self._file = None
             for sink in self.sinks:

@@ -7,7 +7,7 @@ logs it; from the log the disk after a cut at any number can be made again, as a
 The model is POSIX at its most pessimistic. fsync of a file says nothing of its name, a rename between two folders is
 two changes that each folder's fsync makes durable, and a new folder is in its parent only when the parent was synced.
 
-    python tests/faults/powercut.py FOLDER LOG      # serves a disk at FOLDER until it is unmounted
+    python tests/faults/powercut.py FOLDER LOG [PATH:COUNT]      # serves a disk at FOLDER until it is unmounted
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from harness import can_mount
 
 ROOT = 1
 SECTOR = 512  # bytes that a disk writes whole or not at all
-_WORDS = {"create", "mkdir", "unlink", "rename", "write", "truncate", "fsync", "fsyncdir"}
+_WORDS = {"create", "mkdir", "unlink", "rename", "write", "truncate", "fsync", "fsyncdir", "fsync_failed"}
 
 
 @dataclass
@@ -42,17 +43,29 @@ class File:
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
 
     def change(self, at: int, data: bytes | None) -> None:
-        if data is None:
-            del self.now[at:]
-        end = at if data is None else at + len(data)
-        self.now.extend(bytes(max(end - len(self.now), 0)))
-        if data is not None:
-            self.now[at:end] = data
+        _change(self.now, at, data)
         self.pending.append((at, data))
 
     def sync(self) -> None:
-        self.synced = bytes(self.now)
+        content = bytearray(self.synced)
+        for at, data in self.pending:
+            _change(content, at, data)
+        self.synced = bytes(content)
         self.pending.clear()
+
+    def forget(self) -> None:
+        """A sync that failed: the kernel takes the pages for clean, so no later one writes them."""
+        self.pending.clear()
+
+
+def _change(content: bytearray, at: int, data: bytes | None) -> None:
+    """Write `data` at an offset, or cut there; what lies between the end and the offset is zeros."""
+    if data is None:
+        del content[at:]
+    end = at if data is None else at + len(data)
+    content.extend(bytes(max(end - len(content), 0)))
+    if data is not None:
+        content[at:end] = data
 
 
 @dataclass
@@ -125,6 +138,9 @@ class Disk:
 
     def fsyncdir(self, node: int) -> None:
         self.nodes[node].sync()
+
+    def fsync_failed(self, node: int) -> None:
+        self.nodes[node].forget()
 
     # ---- looking at it
 
@@ -263,13 +279,14 @@ def why_not() -> str | None:
     return None
 
 
-def on_such_a_disk(command: list, folder: Path, environment: dict | None = None) -> list[tuple]:
+def on_such_a_disk(command: list, folder: Path, environment: dict | None = None, failing: str = "") -> list[tuple]:
     """Run a command in `folder` with such a disk at `folder`/disk; the log. AssertionError where it fails.
 
-    The mount is seen by this command alone, and is gone with it.
+    `failing`: "*/name:3" lets the third fsync of files of such a path fail, once, as of a disk that had an error. The
+    mount is seen by this command alone, and is gone with it.
     """
     (folder / "disk").mkdir()
-    serve = shlex.join([sys.executable, __file__, "disk", "operations.log"])
+    serve = shlex.join([sys.executable, __file__, "disk", "operations.log", failing])
     script = f"""{serve} 2> server.txt &
 server=$!
 until grep -q ' {folder}/disk fuse' /proc/mounts; do
@@ -294,8 +311,10 @@ class Operations:
 
     use_ns = True
 
-    def __init__(self, log):
+    def __init__(self, log, failing: str = ""):
         self.disk, self._log = Disk(), log
+        self._failing, _, left = failing.partition(":")
+        self._left = int(left or 0)
         self._number, self._began = ROOT, time.time_ns()
         self._changed: dict[int, int] = {}
         # libfuse renames a file that is unlinked while it is open. For the disk its name is gone all the same.
@@ -379,6 +398,11 @@ class Operations:
         self._do("rename", *self._place(old), *self._place(new))
 
     def fsync(self, path, datasync, fh):
+        if self._left and fnmatch(path, self._failing):
+            self._left -= 1
+            if not self._left:
+                self._do("fsync_failed", fh)
+                raise OSError(errno.EIO, path)
         self._do("fsync", fh)
 
     def fsyncdir(self, path, datasync, fh):
@@ -397,12 +421,12 @@ class Operations:
         self._log.flush()
 
 
-def serve(folder: str, log: str) -> None:
-    """Mount a disk at `folder` and answer for it until it is unmounted."""
+def serve(folder: str, log: str, failing: str = "") -> None:
+    """Mount a disk at `folder` and answer for it until it is unmounted. `failing`: see `on_such_a_disk`."""
     from mfusepy import FUSE
 
     with open(log, "wb") as handle:
-        FUSE(Operations(handle), folder, foreground=True, nothreads=True, fsname="powercut")
+        FUSE(Operations(handle, failing), folder, foreground=True, nothreads=True, fsname="powercut")
 
 
 if __name__ == "__main__":

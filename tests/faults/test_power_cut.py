@@ -254,6 +254,20 @@ def test_a_run_that_forgot_to_sync_files_or_folders_is_found_out(recorded, tmp_p
     assert len(cut_at((config, unsynced, whole), tmp_path, moments, "strict")) == len(moments)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["*/metrics.jsonl:2", "*/events.jsonl:3", "*/checkpoints/*:5", "*/checkpoints/*:40"])
+def test_a_sync_that_fails_once_and_then_succeeds_loses_nothing_to_a_later_cut(recorded, tmp_path, failing):
+    """As Linux does it: after the failure the pages count as clean, and the next sync says yes without writing them."""
+    config, _, whole = recorded
+    aurora = Aurora(tmp_path, CACHE)
+    log = powercut.on_such_a_disk(aurora.command(*command(config)), tmp_path, aurora.environment(), failing)
+    (failed,) = (cut for cut, operation in enumerate(log) if operation[0] == "fsync_failed")
+    assert cut_at((config, log, whole), tmp_path, range(failed, len(log) + 1, 3), "strict") == []
+    *_, (_, disk) = replay(log, [len(log)])
+    assert_same_run(powercut.now(disk, tmp_path / "whole") / "run", whole)
+    assert_same_run(Image(disk).make(tmp_path / "image") / "run", whole)
+
+
 @pytest.mark.release
 @pytest.mark.parametrize("variant", ["strict", "adversarial"])
 def test_fifty_power_cuts_and_ten_resumes_change_no_bit(recorded, tmp_path, variant):
