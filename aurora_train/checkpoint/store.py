@@ -200,7 +200,6 @@ class CheckpointStore:
         if path.exists():
             self._throw_away(path)
         self._unsettled.discard(step)
-        self._outdated = True
 
     def _write_frozen(self, step: int, tree) -> dict:
         """What a manifest says of the frozen parameters: nothing where there are none."""
@@ -234,8 +233,9 @@ class CheckpointStore:
 
     def _discard(self, step: int) -> None:
         """Remove what there is of an unfinished save: it takes room that the next one needs."""
-        with contextlib.suppress(OSError):  # the next attempt tries again, and says so
+        with contextlib.suppress(OSError, UserError):  # the next attempt tries again, and says so
             self._take_back(step)
+        self._outdated = True
         for path in self.folder.glob(f"{step}*"):
             if path.name.split(".")[0] == str(step) and not durable.is_sealed(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -328,7 +328,8 @@ class CheckpointStore:
 
     def _checkpointer(self):
         if self._outdated and self._orbax is not None:
-            self._orbax.close()
+            with contextlib.suppress(OSError, ValueError):  # of the save that failed, told before
+                self._orbax.close()
             self._orbax = None
         self._outdated = False
         if self._orbax is None:

@@ -55,6 +55,8 @@ class Saver:
     def save(self, state, step: int) -> None:
         """Copy the state out and write it in the background; the save before is finished first."""
         self.finish()
+        if step == self._committed:
+            return  # a save that was under way when it was asked for again
         self.last, self._tried_at = step, time.monotonic()
         saved = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"data_step": int(jax.device_get(state.data_step)), "saved": saved}

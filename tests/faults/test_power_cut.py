@@ -85,6 +85,8 @@ def test_of_what_was_not_synced_any_part_may_have_reached_the_disk(tmp_path):
                     (1200, True, True)}  # fmt: skip
 
 
+FAILING_SYNCS = ["*/metrics.jsonl:2", "*/events.jsonl:3", "*/checkpoints/*:5", "*/checkpoints/*:40"]
+
 # ---- the trainer on such a disk
 
 
@@ -255,7 +257,7 @@ def test_a_run_that_forgot_to_sync_files_or_folders_is_found_out(recorded, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", ["*/metrics.jsonl:2", "*/events.jsonl:3", "*/checkpoints/*:5", "*/checkpoints/*:40"])
+@pytest.mark.parametrize("failing", FAILING_SYNCS)
 def test_a_sync_that_fails_once_and_then_succeeds_loses_nothing_to_a_later_cut(recorded, tmp_path, failing):
     """As Linux does it: after the failure the pages count as clean, and the next sync says yes without writing them."""
     config, _, whole = recorded
