@@ -3,8 +3,8 @@
     python benchmarks/data.py [--case bytes-2k ...] [--seconds 3] [--rounds 5]
 
 Every case reads real text (the standard library of this Python), prepared and tokenized before the clock starts, in
-random order, with the caller's thread bound to one core. The plain side copies arrays of the same
-shapes that lie in memory: no reading, packing, masks or shuffling; more than a loader can reach.
+random order, with the caller's thread bound to one core. The plain side copies arrays of the same shapes that lie in
+memory: no reading, packing, masks or shuffling; more than a loader can reach.
 """
 
 from __future__ import annotations
