@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.nn.linear import barrier
-from aurora_train.nn.platform import platform
+from aurora_train.nn.linear import batched_outer
 
 MASKED = -1e30  # finite, so that no row of a mask can make a NaN
 
@@ -134,8 +133,8 @@ def _blocked_backward(rule, residuals, g):
             d_scores = d_scores * (1.0 - capped * capped)
         d_scores = (d_scores * rule.scale).astype(query.dtype)
         d_query.append(_batched_dot(d_scores, keys[:, block.seen], 2, 1))
-        d_keys.append(_batched_outer(d_scores, _block_rows(rows, block)))
-        d_values.append(_batched_outer(share, g_block))
+        d_keys.append(batched_outer(d_scores, _block_rows(rows, block)))
+        d_values.append(batched_outer(share, g_block))
     kv_heads = key.shape[2]
     return (
         _from_blocks(d_query, query, kv_heads),
@@ -217,10 +216,3 @@ def _gather_seen(parts, blocks, like):
 
 def _batched_dot(a, b, a_axis, b_axis):
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-
-
-def _batched_outer(a, b):
-    """a[N, r, n], b[N, r, D] -> float32[N, n, D]; see linear.py for why bfloat16 on CPU transposes by hand."""
-    if platform() == "cpu" and a.dtype != jnp.float32:
-        return _batched_dot(barrier(a.swapaxes(1, 2)), b, 2, 1)
-    return _batched_dot(a, b, 1, 1)

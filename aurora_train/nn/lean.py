@@ -1,4 +1,4 @@
-"""Elementwise functions that keep only their inputs for the backward pass; sums in the form fast on each platform."""
+"""Elementwise functions that keep only their inputs for the backward pass; means in the form fast on each platform."""
 
 import functools
 
@@ -26,11 +26,3 @@ def row_mean(x: jax.Array) -> jax.Array:
     if platform() != "cpu":
         return jnp.mean(x, -1, keepdims=True)
     return (x.reshape(-1, size) @ jnp.full((size, 1), 1 / size, x.dtype)).reshape(*x.shape[:-1], 1)
-
-
-def column_sum(x: jax.Array) -> jax.Array:
-    """float32[..., n] -> float32[n]: the gradient of a vector shared by all rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    if platform() != "cpu":
-        return rows.sum(0)
-    return (jnp.ones((1, rows.shape[0]), x.dtype) @ rows)[0]

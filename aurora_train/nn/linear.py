@@ -1,8 +1,10 @@
 """Matrix products: float32 masters cast to the activations' dtype at use, weight gradients summed in float32.
 
 XLA:CPU has fast bfloat16 kernels only for bf16 x bf16 -> f32 dots whose left operand is stored row by row; all else
-it upcasts, three to four times slower. Hence the CPU form: explicit transposes behind barriers, which XLA would
-otherwise fold back into the dot (and a folded transpose of the result crashes at run time).
+it upcasts, two to four times slower. Hence the CPU form. Where the left operand is needed transposed, the axis
+that is summed is written as two: XLA then copies it row by row, where a transpose, behind a barrier or not, would be
+folded back into the dot and upcast. A transpose of a bf16 dot's result stands behind a barrier, for folded into the
+dot it crashes at run time.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
     flat = x.reshape(-1, x.shape[-1])
     y = flat @ weight.astype(x.dtype) if x.dtype == jnp.float32 else _mixed(platform() == "cpu", flat, weight)
     if bias is not None:
-        y = y + bias.astype(y.dtype)
+        y = add_bias(y, bias)
     return y.reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y[..., out] plus bias[out], in the dtype of y."""
+    return _biased(y, bias) if platform() == "cpu" else y + bias.astype(y.dtype)
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.float32) -> jax.Array:
@@ -49,9 +56,49 @@ def outer(a: jax.Array, b: jax.Array) -> jax.Array:
     """a[n, k], b[n, m] -> float32[k, m]: the gradient of a weight, in the form that is fast on this platform."""
     if platform() != "cpu" or a.dtype == jnp.float32:
         return dot(a, b, 0, 0)
-    if b.shape[1] < a.shape[1]:  # transposing the narrower of the two moves fewer bytes
-        return barrier(dot(barrier(b.T), a, 1, 0)).T
-    return dot(barrier(a.T), b, 1, 0)
+    return jax.lax.dot_general(
+        _two_axes(a, 0), _two_axes(b, 0), (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def batched_outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a[N, n, k], b[N, n, m] -> float32[N, k, m], likewise."""
+    if platform() != "cpu" or a.dtype == jnp.float32:
+        dims = (((1,), (1,)), ((0,), (0,)))
+    else:
+        a, b, dims = _two_axes(a, 1), _two_axes(b, 1), (((1, 2), (1, 2)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _two_axes(x, axis):
+    """x with one axis cut in two, filled up with zeros where it is odd."""
+    length = x.shape[axis]
+    parts = next((n for n in (8, 4, 2) if length % n == 0), None)
+    if parts is None:
+        pads = [(0, int(i == axis)) for i in range(x.ndim)]
+        return _two_axes(jnp.pad(x, pads), axis)
+    return x.reshape(*x.shape[:axis], parts, length // parts, *x.shape[axis + 1 :])
+
+
+def column_sum(x: jax.Array) -> jax.Array:
+    """[..., n] -> float32[n]: the gradient of a vector shared by all rows.
+
+    On CPU a product with ones: XLA:CPU's reductions over rows take ten times as long.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if platform() != "cpu":
+        return rows.astype(jnp.float32).sum(0)
+    # The bfloat16 kernels are made for several rows at a time.
+    height = 1 if x.dtype == jnp.float32 else 8
+    return dot(jnp.ones((height, rows.shape[0]), x.dtype), rows, 1, 0)[0]
+
+
+@jax.custom_vjp
+def _biased(y, bias):
+    return y + bias.astype(y.dtype)
+
+
+_biased.defvjp(lambda y, bias: (_biased(y, bias), bias), lambda bias, g: (g, column_sum(g).astype(bias.dtype)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_train.nn import nf4
-from aurora_train.nn.linear import linear
+from aurora_train.nn.linear import add_bias, linear
 from aurora_train.nn.param import named
 
 _STREAM = 0x4C6F5241  # "LoRA": far from the counts that the kernels' own keys are folded with
@@ -52,7 +52,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
     """x[..., in] times the kernel `name` of a module, plus bias[out], plus what its adapter adds; dtype of x."""
     if name in module.coded:
         y = nf4.linear(x, *(getattr(module, name + suffix)[...] for suffix in (nf4.CODES, nf4.SCALES)))
-        y = y if bias is None else y + bias.astype(y.dtype)
+        y = y if bias is None else add_bias(y, bias)
     else:
         y = linear(x, getattr(module, name)[...], bias)
     if name not in module.adapted:

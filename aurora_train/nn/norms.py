@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_train.nn import param
-from aurora_train.nn.lean import column_sum, row_mean
+from aurora_train.nn.lean import row_mean
+from aurora_train.nn.linear import column_sum
 
 
 class Norm(nnx.Module):
