@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from aurora_train.nn.lean import after
 from aurora_train.nn.linear import batched_outer
 
 MASKED = -1e30  # finite, so that no row of a mask can make a NaN
@@ -102,7 +103,7 @@ def _blocked(rule, query, key, value, segments):
 
 def _blocked_forward(rule, query, key, value, segments):
     batch, length, heads, dim = query.shape
-    rows, keys, values = _by_kv_head(query, key), _heads_first(key), _heads_first(value)
+    rows, keys, values = _by_kv_head(query, key.shape[2]), _heads_first(key), _heads_first(value)
     outs, shares = [], []
     for block in _blocks(length, rule.window):
         scores = _scores(rule, block, rows, keys, segments)
@@ -114,32 +115,34 @@ def _blocked_forward(rule, query, key, value, segments):
         shares.append(share)
     out = _from_blocks(outs, query, key.shape[2])
     out = checkpoint_name(out, "attn_out")
-    return out, (query, key, value, segments, out, tuple(shares))
+    return out, (query, key, value, out, tuple(shares))
 
 
 def _blocked_backward(rule, residuals, g):
-    query, key, value, segments, out, shares = residuals
-    rows, keys, values = _by_kv_head(query, key), _heads_first(key), _heads_first(value)
-    g_rows = _by_kv_head(g.astype(query.dtype), key)
-    delta = _by_kv_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), key)
-    blocks = _blocks(query.shape[1], rule.window)
+    query, key, value, out, shares = residuals
+    query, key, value = after((query, key, value), g)
+    kv_heads = key.shape[2]
+    rows, keys, values = _by_kv_head(query, kv_heads), _turned(key), _turned(value)
+    g_rows = _by_kv_head(g.astype(rows.dtype), kv_heads)
+    delta = _by_kv_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
+    blocks = _blocks(g.shape[1], rule.window)
     d_query, d_keys, d_values = [], [], []
     for block, share in zip(blocks, shares, strict=True):
         g_block = _block_rows(g_rows, block)
-        d_share = _batched_dot(g_block, values[:, block.seen], 2, 2)
+        d_share = _batched_dot(g_block, values[:, :, block.seen], 2, 1)
         d_scores = share.astype(jnp.float32) * (d_share - _block_rows(delta, block))
         if rule.softcap is not None:
-            capped = _scores(rule._replace(window=None), block, rows, keys, None) / rule.softcap
-            d_scores = d_scores * (1.0 - capped * capped)
-        d_scores = (d_scores * rule.scale).astype(query.dtype)
-        d_query.append(_batched_dot(d_scores, keys[:, block.seen], 2, 1))
-        d_keys.append(batched_outer(d_scores, _block_rows(rows, block)))
-        d_values.append(batched_outer(share, g_block))
-    kv_heads = key.shape[2]
+            scores = _batched_dot(_block_rows(rows, block), keys[:, :, block.seen], 2, 1) * rule.scale
+            d_scores = d_scores * (1.0 - jnp.square(jnp.tanh(scores / rule.softcap)))
+        d_scores = (d_scores * rule.scale).astype(rows.dtype)
+        d_query.append(_batched_dot(d_scores, keys[:, :, block.seen], 2, 2))
+        d_keys.append(batched_outer(_block_rows(rows, block), d_scores))
+        d_values.append(batched_outer(g_block, share))
+    heads_split = (g.shape[0], kv_heads)
     return (
-        _from_blocks(d_query, query, kv_heads),
-        _gather_seen(d_keys, blocks, key),
-        _gather_seen(d_values, blocks, value),
+        _from_blocks(d_query, g, kv_heads).astype(rows.dtype),
+        _gather_seen(d_keys, blocks, heads_split).astype(keys.dtype),
+        _gather_seen(d_values, blocks, heads_split).astype(values.dtype),
         None,
     )
 
@@ -166,10 +169,15 @@ def _heads_first(x):
     return x.swapaxes(1, 2).reshape(batch * heads, length, dim)
 
 
-def _by_kv_head(x, key):
+def _turned(x):
+    """[B, S, K, D] -> [B K, D, S]."""
+    batch, length, heads, dim = x.shape
+    return x.transpose(0, 2, 3, 1).reshape(batch * heads, dim, length)
+
+
+def _by_kv_head(x, kv_heads):
     """[B, T, H, D] -> [B K, G, T, D]: the G = H / K query heads that share a key head stand together."""
     batch, length, heads, dim = x.shape
-    kv_heads = key.shape[2]
     grouped = x.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     return grouped.reshape(batch * kv_heads, heads // kv_heads, length, dim)
 
@@ -189,12 +197,10 @@ def _from_blocks(parts, like, kv_heads):
 
 
 def _scores(rule, block, rows, keys, segments):
-    """float32[B K, G c, n], capped, and masked where `segments` int32[B, T] is given."""
+    """float32[B K, G c, n], capped and masked."""
     scores = _batched_dot(_block_rows(rows, block), keys[:, block.seen], 2, 2) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
-    if segments is None:
-        return scores
     query_index, key_index = (jnp.arange(part.start, part.stop) for part in block)
     mask = visible(query_index, key_index, rule.window, segments[:, block.rows], segments[:, block.seen])
     batch = segments.shape[0]
@@ -202,16 +208,15 @@ def _scores(rule, block, rows, keys, segments):
     return jnp.where(mask[:, None, None], shaped, MASKED).reshape(scores.shape)
 
 
-def _gather_seen(parts, blocks, like):
-    """Sum each block's gradient of the keys it saw into [B, S, K, D], without a scatter."""
+def _gather_seen(parts, blocks, heads_split):
+    """Sum each block's gradient of the keys it saw, [B K, D, n], into [B, S, K, D], without a scatter."""
     pieces = []
     for column in blocks:
         start, stop = column.rows.start, column.rows.stop
         seeing = [(p, b) for p, b in zip(parts, blocks, strict=True) if b.seen.start <= start and b.seen.stop >= stop]
-        pieces.append(sum(p[:, start - b.seen.start : stop - b.seen.start] for p, b in seeing))
-    batch, length, heads, dim = like.shape
-    whole = jnp.concatenate(pieces, axis=1).reshape(batch, heads, length, dim)
-    return whole.swapaxes(1, 2).astype(like.dtype)
+        pieces.append(sum(p[:, :, start - b.seen.start : stop - b.seen.start] for p, b in seeing))
+    whole = jnp.concatenate(pieces, axis=2)
+    return whole.reshape(*heads_split, *whole.shape[1:]).transpose(0, 3, 1, 2)
 
 
 def _batched_dot(a, b, a_axis, b_axis):

@@ -16,8 +16,25 @@ def lean(function):
     def wrapped(*inputs):
         return function(*inputs)
 
-    wrapped.defvjp(lambda *inputs: (function(*inputs), inputs), lambda inputs, g: jax.vjp(function, *inputs)[1](g))
+    def backward(inputs, g):
+        return jax.vjp(function, *after(inputs, g))[1](g)
+
+    wrapped.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
     return wrapped
+
+
+def after(tree, g: jax.Array):
+    """The arrays of `tree`, bit for bit, but on CPU not before `g`, bfloat16 or float32, is there.
+
+    What a backward pass makes anew from what was kept for it (a slice, a transpose, an activation) XLA:CPU would
+    otherwise make early and keep; it drops optimization barriers before it schedules. So the arrays are made to
+    depend on a bit of `g` that is never set, which LLVM, and nothing before it, sees through.
+    """
+    if platform() != "cpu":
+        return tree
+    word = jax.lax.bitcast_convert_type(g.ravel()[0], jnp.int16 if g.dtype.itemsize == 2 else jnp.int32)
+    never = (word | 1) == 0
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
 
 
 def row_mean(x: jax.Array) -> jax.Array:

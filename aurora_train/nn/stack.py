@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.nn import fused
+from aurora_train.nn.platform import platform
 from aurora_train.nn.saving import UNIT_INPUT, policy
 
 SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
@@ -163,12 +164,29 @@ def _run(segment: Segment, module, x, context, keys, caches):
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))
-    outs = []
-    for j in range(segment.stop - segment.start):
-        unit = jax.tree.map(lambda a, j=j: jax.lax.index_in_dim(a, j, keepdims=False), (state, indices, caches))
-        x, out = body(x, unit)
+    outs, count = [], segment.stop - segment.start
+    states = _apart(state, count) if platform() == "cpu" else [_at(state, j) for j in range(count)]
+    for j, unit_state in enumerate(states):
+        x, out = body(x, (unit_state, *_at((indices, caches), j)))
         outs.append(out)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+
+
+def _at(tree, j: int):
+    return jax.tree.map(lambda a: jax.lax.index_in_dim(a, j, keepdims=False), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _apart(tree, count: int):
+    """The `count` units of a stack, whose gradients are stacked once: a slice's own is a whole stack of zeros and it,
+    and XLA:CPU writes each of them."""
+    return [_at(tree, j) for j in range(count)]
+
+
+_apart.defvjp(
+    lambda tree, count: (_apart(tree, count), None),
+    lambda count, _, units: (jax.tree.map(lambda *parts: jnp.stack(parts), *units),),
+)
 
 
 @jax.custom_vjp
