@@ -15,6 +15,7 @@ from aurora_train import run as runs
 from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.machine import profile
+from aurora_train.machine.memory import give_back_freed
 from aurora_train.memory.report import one_line, side_by_side
 from aurora_train.nn.param import parameter_count
 from aurora_train.observe import metrics as logs
@@ -174,6 +175,7 @@ def _compiled(session: Session, progress):
     progress.status("compiling")
     with noticed(lambda: "compiling"):
         compiled, seconds = session.compile()
+    give_back_freed()
     progress.status("compiling", seconds)
     return compiled
 
