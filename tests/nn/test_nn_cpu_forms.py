@@ -1,0 +1,120 @@
+"""What is written another way for XLA:CPU: the same numbers, and the compiled program has the form that it is for."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aurora_train.nn.lean import after
+from aurora_train.nn.linear import add_bias, batched_outer, column_sum, linear, outer
+from aurora_train.nn.mlp import activate
+from aurora_train.nn.stack import _apart
+
+
+RNG = np.random.default_rng(0)
+DTYPES = [jnp.float32, jnp.bfloat16]
+has_bfloat16_kernels = pytest.mark.skipif(
+    "avx512_bf16" not in Path("/proc/cpuinfo").read_text(), reason="this processor has no bfloat16 products"
+)
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def exact(x):
+    return np.asarray(x, np.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 12, 64])
+def test_sums_over_rows_equal_float64_whatever_their_number(rows, dtype):
+    a, b = normal(rows, 24, dtype=dtype), normal(rows, 40, dtype=dtype)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    np.testing.assert_allclose(jax.jit(outer)(a, b), exact(a).T @ exact(b), **close)
+    np.testing.assert_allclose(jax.jit(batched_outer)(a[None], b[None])[0], exact(a).T @ exact(b), **close)
+    np.testing.assert_allclose(jax.jit(column_sum)(a), exact(a).sum(0), **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_bias_is_the_sum_of_what_reaches_it_in_float32(dtype):
+    y, bias, g = normal(3, 5, 16, dtype=dtype), normal(16), normal(3, 5, 16, dtype=dtype)
+    out, pullback = jax.vjp(jax.jit(add_bias), y, bias)
+    d_y, d_bias = pullback(g)
+    np.testing.assert_array_equal(out, y + bias.astype(dtype))
+    np.testing.assert_array_equal(d_y, g)
+    assert d_bias.dtype == jnp.float32
+    np.testing.assert_allclose(d_bias, exact(g).sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("g", [0.0, -1.5, np.nan, np.inf, -np.inf])
+def test_waiting_for_a_gradient_changes_no_bit_whatever_the_gradient(g, dtype):
+    x = normal(4, 8, dtype=dtype).at[0, 0].set(np.nan).at[0, 1].set(-0.0)
+    waited = jax.jit(after)(x, jnp.full((2, 3), g, dtype))
+    np.testing.assert_array_equal(np.asarray(waited).view(np.uint8), np.asarray(x).view(np.uint8))
+
+
+def test_units_taken_apart_give_one_stacked_gradient():
+    tree = {"w": normal(3, 4, 5), "b": normal(3, 5)}
+
+    def total(tree):
+        return sum((i + 1) * (unit["w"].sum() + jnp.square(unit["b"]).sum()) for i, unit in enumerate(_apart(tree, 3)))
+
+    gradient = jax.grad(total)(tree)
+    plain = jax.grad(lambda tree: sum(
+        (i + 1) * (tree["w"][i].sum() + jnp.square(tree["b"][i]).sum()) for i in range(3)
+    ))(tree)  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, gradient, plain)
+    assert "pad" not in str(jax.make_jaxpr(jax.grad(total))(tree))
+
+
+@has_bfloat16_kernels
+def test_no_product_of_a_bfloat16_layer_is_upcast():
+    x, up, down, bias = normal(64, 96, dtype=jnp.bfloat16), normal(96, 160), normal(160, 96), normal(160)
+
+    def loss(x, up, down, bias):
+        return jnp.square(linear(activate("gelu_tanh", linear(x, up, bias)), down).astype(jnp.float32)).sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, up, down, bias).compile().as_text()
+    assert_bfloat16_operands(text)
+
+
+@has_bfloat16_kernels
+def test_neither_is_one_of_blocked_attention():
+    from aurora_train.nn.attention_kernels import Rule, blocked
+
+    query, key, value = (normal(2, 128, 4, 16, dtype=jnp.bfloat16) for _ in range(3))
+
+    def loss(query, key, value):
+        return jnp.square(blocked(query, key, value, Rule(0.25), None).astype(jnp.float32)).sum()
+
+    assert_bfloat16_operands(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, value).compile().as_text())
+
+
+def assert_bfloat16_operands(program: str):
+    """Every product of a compiled program, those of row means and sums apart, reads bfloat16."""
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", program))
+    products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(%([\w.\-]+), %([\w.\-]+)\)", program)
+    large = [(a, b) for shape, a, b in products if min(map(int, shape.split(","))) > 1]
+    assert len(large) >= 5
+    assert {types[name] for pair in large for name in pair} == {"bf16"}
+
+
+def test_an_activation_is_made_again_in_the_backward_pass_and_not_kept():
+    """Ten layers of 1 MB in bfloat16: kept are what goes into each activation and what comes out, and no float32."""
+    layers, rows, width = 10, 1024, 512
+
+    def loss(x, weights):
+        for weight in weights:
+            x = activate("gelu_tanh", linear(x, weight))
+        return x.astype(jnp.float32).sum()
+
+    arguments = normal(rows, width, dtype=jnp.bfloat16), [normal(width, width) for _ in range(layers)]
+    compiled = jax.jit(jax.grad(loss, argnums=1)).lower(*arguments).compile()
+    kept = layers * 2 * rows * width * 2
+    low_weights = layers * width * width * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < kept + low_weights + 8 * rows * width * 4
