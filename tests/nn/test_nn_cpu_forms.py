@@ -13,7 +13,6 @@ from aurora_train.nn.linear import add_bias, batched_outer, column_sum, linear, 
 from aurora_train.nn.mlp import activate
 from aurora_train.nn.stack import _apart
 
-
 RNG = np.random.default_rng(0)
 DTYPES = [jnp.float32, jnp.bfloat16]
 has_bfloat16_kernels = pytest.mark.skipif(
