@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def process_memory() -> dict[str, int]:
 def give_back_freed() -> None:
     """Have glibc return to the kernel what was freed: compiling a step leaves some 400 MB with it."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 

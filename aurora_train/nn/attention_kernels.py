@@ -140,7 +140,7 @@ def _blocked_backward(rule, residuals, g):
         d_values.append(batched_outer(g_block, share))
     heads_split = (g.shape[0], kv_heads)
     return (
-        _from_blocks(d_query, g, kv_heads).astype(rows.dtype),
+        _from_blocks(d_query, query, kv_heads),
         _gather_seen(d_keys, blocks, heads_split).astype(keys.dtype),
         _gather_seen(d_values, blocks, heads_split).astype(values.dtype),
         None,

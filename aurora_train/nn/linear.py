@@ -3,8 +3,8 @@
 XLA:CPU has fast bfloat16 kernels only for bf16 x bf16 -> f32 dots whose left operand is stored row by row; all else
 it upcasts, two to four times slower. Hence the CPU form. Where the left operand is needed transposed, the axis
 that is summed is written as two: XLA then copies it row by row, where a transpose, behind a barrier or not, would be
-folded back into the dot and upcast. A transpose of a bf16 dot's result stands behind a barrier, for folded into the
-dot it crashes at run time.
+folded back into the dot and upcast. A transpose of a 2-D bf16 dot's result stands behind a barrier (`losses.py`), for
+folded into the dot it crashes at run time.
 """
 
 from __future__ import annotations

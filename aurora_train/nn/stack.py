@@ -176,17 +176,20 @@ def _at(tree, j: int):
     return jax.tree.map(lambda a: jax.lax.index_in_dim(a, j, keepdims=False), tree)
 
 
+def _apart(tree, count: int) -> list:
+    """The `count` units of a stack. Leaf by leaf, so that what is frozen is not differentiated with the rest."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [structure.unflatten(unit) for unit in zip(*(_slices(leaf, count) for leaf in leaves), strict=True)]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _apart(tree, count: int):
-    """The `count` units of a stack, whose gradients are stacked once: a slice's own is a whole stack of zeros and it,
-    and XLA:CPU writes each of them."""
-    return [_at(tree, j) for j in range(count)]
+def _slices(x, count: int):
+    """x[0], x[1], ..., whose gradients are stacked once: a slice's own is a whole stack of zeros and it, and XLA:CPU
+    writes each of them."""
+    return tuple(_at(x, j) for j in range(count))
 
 
-_apart.defvjp(
-    lambda tree, count: (_apart(tree, count), None),
-    lambda count, _, units: (jax.tree.map(lambda *parts: jnp.stack(parts), *units),),
-)
+_slices.defvjp(lambda x, count: (_slices(x, count), None), lambda count, _, parts: (jnp.stack(parts),))
 
 
 @jax.custom_vjp

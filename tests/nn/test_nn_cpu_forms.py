@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aurora_train.nn.attention_kernels import Rule, blocked, reference
 from aurora_train.nn.lean import after
 from aurora_train.nn.linear import add_bias, batched_outer, column_sum, linear, outer
 from aurora_train.nn.mlp import activate
 from aurora_train.nn.stack import _apart
 
+CPUINFO = Path("/proc/cpuinfo")
 RNG = np.random.default_rng(0)
 DTYPES = [jnp.float32, jnp.bfloat16]
 has_bfloat16_kernels = pytest.mark.skipif(
-    "avx512_bf16" not in Path("/proc/cpuinfo").read_text(), reason="this processor has no bfloat16 products"
+    not CPUINFO.exists() or "avx512_bf16" not in CPUINFO.read_text(), reason="this processor has no bfloat16 products"
 )
 
 
@@ -57,6 +59,35 @@ def test_waiting_for_a_gradient_changes_no_bit_whatever_the_gradient(g, dtype):
     np.testing.assert_array_equal(np.asarray(waited).view(np.uint8), np.asarray(x).view(np.uint8))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("length", [1, 7, 64, 128])
+def test_bfloat16_attention_runs_whatever_the_number_of_its_blocks_and_key_heads(length, kv_heads):
+    """A transpose folded into a bfloat16 product would crash at run time."""
+    shapes = [(2, length, heads, 16) for heads in (2, kv_heads, kv_heads)]
+    inputs = [normal(*shape, dtype=jnp.bfloat16) for shape in shapes]
+
+    def gradients(kernel, inputs):
+        def loss(*inputs):
+            return jnp.square(kernel(*inputs, Rule(0.25), None).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
+
+    found = gradients(blocked, inputs)
+    expected = gradients(reference, [x.astype(jnp.float32) for x in inputs])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.03 * float(jnp.abs(other).max()) + 1e-6)
+
+
+def test_what_is_frozen_is_not_differentiated_where_units_are_taken_apart():
+    tree = {"w": normal(3, 4), "frozen": normal(3, 4), "codes": jnp.arange(12, dtype=jnp.uint8).reshape(3, 4)}
+
+    def total(w):
+        units = _apart(tree | {"w": w}, 3)
+        return sum((unit["w"] * unit["frozen"] * unit["codes"].astype(jnp.float32)).sum() for unit in units)
+
+    np.testing.assert_array_equal(jax.grad(total)(tree["w"]), tree["frozen"] * tree["codes"])
+
+
 def test_units_taken_apart_give_one_stacked_gradient():
     tree = {"w": normal(3, 4, 5), "b": normal(3, 5)}
 
@@ -84,8 +115,6 @@ def test_no_product_of_a_bfloat16_layer_is_upcast():
 
 @has_bfloat16_kernels
 def test_neither_is_one_of_blocked_attention():
-    from aurora_train.nn.attention_kernels import Rule, blocked
-
     query, key, value = (normal(2, 128, 4, 16, dtype=jnp.bfloat16) for _ in range(3))
 
     def loss(query, key, value):
