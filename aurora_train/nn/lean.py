@@ -9,7 +9,7 @@ from aurora_train.nn.platform import platform
 
 
 def lean(function):
-    """`function` of arrays, to one float array, whose backward pass recomputes from its inputs: nothing else is kept."""
+    """`function` of arrays, to one float array, whose backward pass recomputes from its inputs: nothing else stays."""
 
     @jax.custom_vjp
     @functools.wraps(function)
