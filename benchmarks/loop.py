@@ -25,9 +25,8 @@ from aurora_train.machine.hugepages import restart_with_huge_pages
 from aurora_train.machine.profile import cpu_model
 
 
-def bare(file: str, folder: str) -> None:
-    """Answers each line of stdin, seconds, with the mean seconds of a step over as long."""
-    restart_with_huge_pages()  # as `aurora train` does
+def ready(file: str, folder: str):
+    """(compiled step, state, batch on the device) of a config, as `aurora train` would have them."""
     from aurora_train.config import load
     from aurora_train.machine.profile import prepare_environment
 
@@ -42,8 +41,16 @@ def bare(file: str, folder: str) -> None:
 
     session = open_session(config, Run(Path(folder)), silent)
     step, _ = session.compile()
-    state = session.fresh()
     batch = jax.device_put(read_batch(session.source, config.train.seed, config.train.batch, 0))
+    return step, session.fresh(), batch
+
+
+def bare(file: str, folder: str) -> None:
+    """Answers each line of stdin, seconds, with the mean seconds of a step over as long."""
+    restart_with_huge_pages()  # as `aurora train` does
+    step, state, batch = ready(file, folder)
+    import jax
+
     for _ in range(3):
         state, metrics = step(state, batch)
     jax.block_until_ready(metrics)

@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from loop import ready
 from train_step import Case, step_flops
 
 from aurora_train.machine.hugepages import restart_with_huge_pages
@@ -39,28 +40,9 @@ class Steps:
     """The compiled step of one size."""
 
     def __init__(self, case: Case, precision: str, folder: Path):
-        import jax
-
-        from aurora_train.config import load
-        from aurora_train.data.batches import read_batch
-        from aurora_train.machine.profile import prepare_environment
-        from aurora_train.observe.progress import silent
-        from aurora_train.run import Run
-        from aurora_train.train.session import open_session
-
         folder.mkdir()
-        data = {"source": "python-stdlib", "tokenizer": {"kind": "byte"}, "sequence": case.sequence}
-        config = {
-            "recipe": "language_model", "model": case.model, "data": data, "optimizer": {"name": "adamw"},
-            "train": {"batch": case.batch, "steps": 1000, "precision": precision},
-        }  # fmt: skip
-        (folder / "case.yaml").write_text(json.dumps(config))
-        config = load(str(folder / "case.yaml"), [])
-        prepare_environment(config)
-        session = open_session(config, Run(folder / "run"), silent)
-        self._step, _ = session.compile()
-        self._state = session.fresh()
-        self._batch = jax.device_put(read_batch(session.source, config.train.seed, config.train.batch, 0))
+        (folder / "case.yaml").write_text(json.dumps(case.config(precision)))
+        self._step, self._state, self._batch = ready(str(folder / "case.yaml"), str(folder / "run"))
         self.seconds(2)
 
     def seconds(self, steps: int) -> float:

@@ -53,6 +53,17 @@ class Case:
         gpt = {"norm": "layernorm", "activation": "gelu_tanh", "positions": "learned", "bias": "all", "tied": True}
         return shape | {"mlp_width": 4 * self.width} | gpt
 
+    def config(self, precision: str) -> dict:
+        """A whole config: real text, every step logged, nothing saved or evaluated."""
+        tokenizer = {"kind": "byte"} if self.vocabulary is None else {"kind": "bpe", "vocab": self.vocabulary}
+        return {
+            "recipe": "language_model", "model": self.model,
+            "data": {"source": "python-stdlib", "tokenizer": tokenizer, "sequence": self.sequence},
+            "train": {"batch": self.batch, "steps": 10**6, "precision": precision},
+            "optimizer": {"name": "adamw"}, "log": {"every": 1}, "checkpoint": {"every": 10**6},
+            "evaluate": {"every": None},
+        }  # fmt: skip
+
 
 CASES = {
     "0.8m": Case(128, 4, 4, 64, 12, seconds=4.0),
@@ -67,15 +78,7 @@ class Ours:
     """An `aurora train` that is stopped but when asked to run."""
 
     def __init__(self, case: Case, precision: str, folder: Path):
-        tokenizer = {"kind": "byte"} if case.vocabulary is None else {"kind": "bpe", "vocab": case.vocabulary}
-        config = {
-            "recipe": "language_model", "model": case.model,
-            "data": {"source": "python-stdlib", "tokenizer": tokenizer, "sequence": case.sequence},
-            "train": {"batch": case.batch, "steps": 10**6, "precision": precision},
-            "optimizer": {"name": "adamw"}, "log": {"every": 1}, "checkpoint": {"every": 10**6},
-            "evaluate": {"every": None},
-        }  # fmt: skip
-        (folder / "case.yaml").write_text(json.dumps(config))
+        (folder / "case.yaml").write_text(json.dumps(case.config(precision)))
         self._metrics = folder / "run" / "metrics.jsonl"
         command = [sys.executable, "-m", "aurora_train", "train", str(folder / "case.yaml"), "--run"]
         self._process = subprocess.Popen(

@@ -87,10 +87,7 @@ def _nll_forward(vocab_first, softcap, chunk, hidden, head, targets, weights):
             d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = dot(d_logits, low, 1, 0 if vocab_first else 1).astype(hidden.dtype)
-        if turned:
-            d_chunk = outer(flat, d_logits)
-        else:
-            d_chunk = outer(d_logits, flat) if vocab_first else outer(flat, d_logits)
+        d_chunk = outer(d_logits, flat) if vocab_first and not turned else outer(flat, d_logits)
         return (total + ((lse - hit) * weights).sum(), d_head + d_chunk), d_hidden.reshape(hidden.shape)
 
     shape = head.shape[::-1] if turned else head.shape

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from aurora_train.machine.doctor import check_disk, check_memory, examine
-from aurora_train.machine.memory import budget_bytes, host_memory, process_memory, process_memory_bytes, reserve_bytes
+from aurora_train.machine.memory import (
+    budget_bytes,
+    give_back_freed,
+    host_memory,
+    process_memory,
+    process_memory_bytes,
+    reserve_bytes,
+)
 from aurora_train.machine.profile import (
     Machine,
     choose_devices,
@@ -215,3 +223,12 @@ def test_doctor_says_that_a_folder_cannot_be_written():
 def test_doctor_warns_of_a_budget_that_is_too_small(tmp_path):
     poor = machine(tmp_path / "poor", device_memory_bytes=None, memory=host_memory(box(tmp_path / "b", 4, 2)))
     assert [check.status for check in check_memory(poor)] == ["ok", "warn"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_freed_memory_goes_back_to_the_kernel_though_something_behind_it_is_held():
+    blocks = [b"x" * (100_000 + i) for i in range(1000)]
+    last, held = blocks[-1], process_memory()["resident"]
+    del blocks
+    give_back_freed()
+    assert held - process_memory()["resident"] > 80e6, last[:1]
