@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aurora_train.errors import UserError
+from aurora_train.machine import processes
 from aurora_train.machine.profile import choose_devices
 
 AXES = ("data", "fsdp")
@@ -30,8 +31,12 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh over the local devices; `data` -1 takes what `fsdp` leaves. Raises UserError where it does not fit."""
-    devices, _ = choose_devices(jax.local_devices())
+    """A mesh over the devices of all processes; `data` -1 takes what `fsdp` leaves. UserError where it does not fit.
+
+    Every process has the same number of devices and holds the whole state: `fsdp` stays within one, so that one can
+    write a checkpoint, and every one can read it, without a word to the others.
+    """
+    devices, _ = choose_devices(jax.devices())
     available = len(devices)
     if data == -1:
         data = max(available // fsdp, 1)
@@ -42,7 +47,78 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             where="mesh",
             hint="use `mesh: {data: -1, fsdp: 1}` to take all there are",
         )
+    if processes.count() > 1:
+        _refuse_uneven(wanted, fsdp, devices)
     return mesh_of(np.asarray(devices[:wanted]).reshape(data, fsdp))
+
+
+def _refuse_uneven(wanted: int, fsdp: int, devices: list) -> None:
+    """UserError where a process would hold a part of the state, or no part of the batch."""
+    many = processes.count()
+    each = len(devices) // many
+    held = {sum(device.process_index == index for device in devices) for index in range(many)}
+    if held != {each} or wanted != len(devices) or each % fsdp:
+        raise UserError(
+            f"a mesh of {wanted} devices with fsdp {fsdp} does not lie evenly in {many} processes",
+            where="mesh",
+            why=f"they have {len(devices)} devices, and each has to hold the whole state in its own",
+            hint=f"mesh.data=-1, and for mesh.fsdp a number that divides the {each} of one process",
+        )
+
+
+def local(shardings):
+    """The same shardings over this process's part of their mesh: what a state of several processes is here."""
+    if processes.count() == 1:
+        return shardings
+
+    def here(sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(local_mesh(sharding.mesh), sharding.spec)
+
+    return jax.tree.map(here, shardings)
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """This process's part of a mesh."""
+    return mesh if processes.count() == 1 else mesh_of(mesh.local_mesh.devices)
+
+
+def local_view(tree):
+    """A pytree of arrays of several processes as arrays of this one's devices alone: the same buffers, no copy.
+
+    For leaves that lie whole within each process, as a state does and a batch does not.
+    """
+    if processes.count() == 1:
+        return tree
+
+    def view(leaf):
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, local(leaf.sharding), parts)
+
+    return jax.tree.map(view, tree)
+
+
+def shared_view(tree, shardings):
+    """The inverse of `local_view`: every process brings its own, equal, part."""
+    if processes.count() == 1:
+        return tree
+
+    def view(leaf, sharding):
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+    return jax.tree.map(view, tree, shardings)
+
+
+def put(tree, sharding: NamedSharding):
+    """Host arrays that every process has whole -> arrays with this sharding."""
+    if processes.count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
 
 
 def mesh_of(devices: np.ndarray) -> Mesh:

@@ -42,6 +42,8 @@ class Run:
     report = property(lambda self: self.folder / "report.html")
     workdir = property(lambda self: self.folder / "work")
 
+    follows = False  # whether another process writes this run's record
+
     @classmethod
     def existing(cls, folder) -> Run:
         """A run that is there; UserError where it is not."""
@@ -121,6 +123,25 @@ class Run:
         with self.lock():
             self.folder.rename(target)
         return target
+
+
+class FollowedRun(Run):
+    """A run that another process leads: its checkpoints to read, and a copy of its record to write on and throw away.
+
+    A process that follows does all that the leader does, so that both come to the same steps; what it writes is the
+    same and wanted once.
+    """
+
+    follows = True
+
+    def __init__(self, leaders: Run, folder):
+        super().__init__(folder)
+        self._leaders = leaders
+        for path in (leaders.provenance, leaders.plan, leaders.metrics, leaders.events):
+            if path.exists():
+                shutil.copyfile(path, self.folder / path.name)
+
+    checkpoints = property(lambda self: self._leaders.checkpoints)
 
 
 def provenance(config, recipe_file: Path, source, machine: dict) -> dict:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +61,31 @@ class Aurora:
         assert result.returncode == 0, result.stderr[-3000:]
         return result
 
+    def team(self, count: int, *arguments, devices: int = 1) -> list[subprocess.Popen]:
+        """The same command in several processes that train one run together."""
+        address = free_address()
+        return [self.member(index, count, address, *arguments, devices=devices) for index in range(count)]
+
+    def member(self, index: int, count: int, address: str, *arguments, devices: int = 1) -> subprocess.Popen:
+        """One of them."""
+        place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        return subprocess.Popen(
+            self.command(*arguments), cwd=self.folder, env=self.environment(devices) | place, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+
     def start(self, *arguments, **options) -> subprocess.Popen:
         return subprocess.Popen(
             self.command(*arguments), cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options,
         )
+
+
+def free_address() -> str:
+    """HOST:PORT of this machine where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def can_mount() -> bool:

@@ -15,11 +15,13 @@ import importlib.util
 import os
 import sys
 import threading
+import traceback
 from importlib import metadata
 
 import typer
 
 from aurora_train.errors import UserError
+from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
 
 _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
@@ -110,16 +112,27 @@ def _holds_up(thread: threading.Thread) -> bool:
     return not thread.daemon and thread is not threading.main_thread()
 
 
+def _status() -> int:
+    try:
+        return main()
+    except Exception:
+        if not processes.joined():
+            raise
+        traceback.print_exc()
+        return 1
+
+
 def run() -> None:
     """The process's entry: `main`, then out."""
     if _verb(sys.argv[1:]) in _STEPPING:
         restart_with_huge_pages()
-    status = main()
+    status = _status()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == _STOPPED or any(map(_holds_up, threading.enumerate())):
+    if status == _STOPPED or (status and processes.joined()) or any(map(_holds_up, threading.enumerate())):
         # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash. A
-        # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now.
+        # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now. And a
+        # process that fails among several must not wait for the others, which jax would do at exit.
         os._exit(status)
     sys.exit(status)
 

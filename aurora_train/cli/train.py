@@ -57,6 +57,8 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     from aurora_train.train.start import train
 
     outcome = train(config, run, quiet=quiet, changes=list(changes), replan=replan)
+    if outcome.run.follows:
+        return outcome.status
     return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
 
 

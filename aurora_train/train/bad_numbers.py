@@ -19,6 +19,7 @@ from aurora_train.data.batches import read_batch
 from aurora_train.data.inspection import inspect_batch, not_finite
 from aurora_train.data.order import indices
 from aurora_train.errors import UserError
+from aurora_train.machine.processes import agreed
 from aurora_train.nn.stack import named_stacks, probed
 from aurora_train.observe import metrics as logs
 from aurora_train.random import example_keys, stream
@@ -83,7 +84,7 @@ def data_step_of_step(step: int, metrics, events, where: str) -> int:
 def go_back(session, error: BadNumbers, events) -> str:
     """Record that the run goes back, and say so in words. UserError where it has gone back too often already."""
     config, run, window = session.config, session.run, error.window
-    restored = max(session.store.steps(), default=0)
+    restored = agreed(lambda: max(session.store.steps(), default=0))
     before = [e for e in logs.read(run.events) if e["event"] == "rewind" and e["step"] == restored]
     documents = _documents(session, window)
     batches = _span("data step", window.data_first, window.data_after - 1)

@@ -54,7 +54,7 @@ class Evaluator:
         return self._blueprint.merge(*weights_of(state))
 
     def _put(self, batch):
-        return jax.device_put(batch, self._batch)
+        return meshes.put(batch, self._batch)
 
 
 def weights_of(state):

@@ -16,9 +16,11 @@ from collections import deque
 import jax
 import numpy as np
 
+from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
 from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
+from aurora_train.machine import processes
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
@@ -92,21 +94,33 @@ class Loop:
         OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`;
         BadNumbers where steps in a row were skipped.
         """
-        first, last, interrupted = self._step, self._config.train.steps, False
+        last = self._config.train.steps
         with noticed(self._failing, self.finished_steps), self._stop.held():
-            try:
-                if first > 0 and self._evaluation_due(first) and first not in evaluated:
-                    self._evaluate(first)
-                self._steps(int(jax.device_get(self.state.data_step)), last)
-            except Stopped:
-                interrupted = True
-            except UserError:
-                self._saver.finish()  # what it says of the newest checkpoint is to be true
-                raise
-            self._settle()
-            if not self._saver.settle(self.state, self._step, lambda: self._stop.name is not None):
-                return UNSAVED
+            while True:
+                interrupted = not self._as_far_as_asked(evaluated)
+                self._settle()
+                state = meshes.local_view(self.state)
+                if not self._saver.settle(state, self._step, lambda: self._stop.name is not None):
+                    return UNSAVED
+                if interrupted or self._step == last or self._asked():
+                    break
+                # else a disk took at last what it had refused for too long: on with it
         return self._asked() if interrupted or self._step < last else None
+
+    def _as_far_as_asked(self, evaluated: set[int]) -> bool:
+        """Train until the last step or until something asks for a stop; False where a signal broke an evaluation."""
+        first = self._step
+        try:
+            if first > 0 and self._evaluation_due(first) and first not in evaluated:
+                evaluated.add(first)
+                self._evaluate(first)
+            self._steps(int(jax.device_get(self.state.data_step)), self._config.train.steps)
+        except Stopped:
+            return False
+        except UserError:
+            self._saver.finish()  # what it says of the newest checkpoint is to be true
+            raise
+        return True
 
     def _failing(self) -> str:
         # The refusal may come when a step is handed over or only with its numbers: the steps before it are good.
@@ -133,7 +147,7 @@ class Loop:
         if ahead == 0:
             return
         with batches(self.session.source, config.train.seed, config.train.batch, data_step, data_step + ahead) as feed:
-            while self._step < last and not self._asked() and not self._saver.overdue():
+            while self._step < last and not self._asked():
                 with self._watchdog.during("a step"):
                     asked_at = time.perf_counter()
                     _, batch = next(feed)
@@ -142,6 +156,8 @@ class Loop:
                 self._after(self._step)
 
     def _advance(self, batch: dict) -> None:
+        if processes.count() > 1:
+            batch = meshes.put(batch, meshes.batch_sharding(self.session.mesh))
         self.state, metrics = self._compiled(self.state, batch)
         self._step += 1
         self._late.append((self._step, metrics))
@@ -154,7 +170,7 @@ class Loop:
             self._settle()
         # Among bad steps nothing is saved: the newest checkpoint is of before them.
         if due and (not self._streak.length or step == self._config.train.steps):
-            self._aside(lambda at: self._saver.save(self.state, at), step)
+            self._aside(lambda at: self._saver.save(meshes.local_view(self.state), at), step)
         else:
             self._saver.finish(wait=False)
         if self._evaluation_due(step):
@@ -211,7 +227,9 @@ class Loop:
 
     def _evaluate(self, step: int) -> None:
         watched = self._watchdog.during("an evaluation")
-        with refused(f"evaluating step {step}", _EVALUATING), self._stop.allowed(), watched:
+        # One of several processes must not leave what the others are waiting in.
+        allowed = self._stop.allowed() if processes.count() == 1 else contextlib.nullcontext()
+        with refused(f"evaluating step {step}", _EVALUATING), allowed, watched:
             result = self._evaluator.loss(self.state, self._validation_batches())
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
         self._saver.attach_score(step, result["loss"])
@@ -228,9 +246,12 @@ class Loop:
         return self._validation
 
     def _asked(self) -> str | None:
-        if self._stop.name is None and self.deadline is not None and time.monotonic() > self.deadline:
-            return "train.stop_after_minutes"
-        return self._stop.name
+        mine = self._stop.name
+        if mine is None and self.deadline is not None and time.monotonic() > self.deadline:
+            mine = "train.stop_after_minutes"
+        if mine is None and self._saver.overdue():
+            mine = UNSAVED
+        return processes.stop_asked(self._step, mine)
 
 
 def state_hash(state) -> str:

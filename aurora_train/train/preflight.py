@@ -39,8 +39,8 @@ def refuse_unwritable(run) -> None:
 def refuse_no_room(session) -> None:
     """UserError where not one checkpoint has room, not even when every spare one is given up for it."""
     run, store, state = session.run, session.store, session.blueprint.state
-    if run.step() >= session.config.train.steps:
-        return  # all is saved
+    if run.step() >= session.config.train.steps or run.follows:
+        return  # all is saved, or somebody else saves
     needed = tree_bytes(state) - tree_bytes(state.frozen) + MARGIN_BYTES
     if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
         needed += tree_bytes(state.frozen)

@@ -19,8 +19,10 @@ from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train import run as runs
 from aurora_train.checkpoint import layout
+from aurora_train.checkpoint.following import FollowedStore
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
+from aurora_train.machine.processes import agreed, count
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.stack import Segment, named_stacks
@@ -70,17 +72,20 @@ class Session:
 
     def restore(self, step: int) -> TrainState:
         """The state saved at `step`, as donatable arrays where a fresh start would put them."""
-        return self.store.restore(step, self.blueprint.state, self.blueprint.shardings)
+        shardings = self.blueprint.shardings
+        return meshes.shared_view(self.store.restore(step, self.blueprint.state, meshes.local(shardings)), shardings)
 
     def fresh(self) -> TrainState:
         """The initial state: random, or the parameters named by `init.from`."""
         state = self.blueprint.initialise()
         if self.config.init.from_ is None:
             return state
-        state = state._replace(frozen={})  # let go of them before the real ones are read: they may be most of the model
-        params, frozen = parameters_from(self.config.init.from_, self.blueprint, state.params)
+        shardings = self.blueprint.shardings
+        here = self.blueprint._replace(shardings=meshes.local(shardings))
+        state = meshes.local_view(state._replace(frozen={}))  # let go of them first: they may be most of the model
+        params, frozen = parameters_from(self.config.init.from_, here, state.params)
         extra = beside(params, ema="ema" in state.extra, spike="recent" in state.extra)
-        return state._replace(params=params, frozen=frozen, extra=extra)
+        return meshes.shared_view(state._replace(params=params, frozen=frozen, extra=extra), shardings)
 
 
 def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Session:
@@ -102,7 +107,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     pinned = pinned_plan(run, config, mesh)
     plan = None if replan else pinned
     if plan is None:
-        plan = planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
+        planner = planner_here(config, recipe, program=program, progress=progress, compiled_later=True)
+        plan = agreed(planner.run, Plan.to_json, Plan.from_json)
     blueprint = program.blueprint(plan)
     session = Session(
         config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run)
@@ -112,8 +118,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
 
 def make_store(config, run: runs.Run) -> CheckpointStore:
     """The checkpoints of a run, with the config's rules of what to keep."""
-    policy = config.checkpoint
-    return CheckpointStore(
+    policy, kind = config.checkpoint, FollowedStore if run.follows else CheckpointStore
+    return kind(
         run.checkpoints, run.trash, keep=policy.keep, keep_every=policy.keep_every, best=policy.best
     )
 
@@ -150,6 +156,7 @@ def _pinned(session: Session) -> dict:
         "plan": session.plan.to_json(),
         "mesh": dict(session.mesh.shape),
         "device": device_kind(session.mesh),
+        "processes": count(),
         "asked": asked(session.config),
     }
 
@@ -171,7 +178,9 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
     changes = []
     if before:
         now["plan"], before["plan"] = session.plan.work, Plan.from_json(before["plan"]).work
-        changes = [(key, before[key], now[key]) for key in ("plan", "mesh", "device") if before[key] != now[key]]
+        before.setdefault("processes", 1)  # as in runs of the time when there was one
+        moving = ("plan", "mesh", "device", "processes")
+        changes = [(key, before[key], now[key]) for key in moving if before[key] != now[key]]
     known = files.read_json(session.run.provenance, {})
     here = {"code_sha256": runs.code_hash(), "versions": runs.versions()}
     return changes + [(key, known[key], here[key]) for key in here if key in known and known[key] != here[key]]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
 from aurora_train.config import dump
 from aurora_train.errors import UserError
-from aurora_train.machine import profile
+from aurora_train.machine import processes, profile
 from aurora_train.machine.memory import give_back_freed
 from aurora_train.memory.report import one_line, side_by_side
 from aurora_train.nn.param import parameter_count
@@ -25,6 +27,7 @@ from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train import preflight
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
+from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
@@ -73,22 +76,43 @@ def train(
     drops the plan that the run is pinned to.
     """
     console, energy = stderr_console(), EnergyMeter()
-    with run.lock(), StopRequest() as stop, _watchdog(config, run) as watchdog:
+    processes.join()
+    with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, run) as watchdog:
+        process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
         try:
-            with stop.allowed():
-                outcome = _train(config, Process(run, stop, energy, console, quiet, watchdog), changes or [], replan)
+            with stop.allowed(), processes.together():
+                _refuse_unlike(config)
+                outcome = _train(config, process, changes or [], replan)
         except Stopped:
-            outcome = Outcome(run, EXIT_STOPPED, run.step(), stop.name)
-        if run.config.is_file():  # else it was stopped before there was anything to keep
+            outcome = Outcome(own, EXIT_STOPPED, own.step(), stop.name)
+        if own.config.is_file() and not own.follows:  # else it was stopped before there was anything to keep
             with _told_anyway(outcome.status):
                 _close(outcome, energy)
         return outcome
 
 
+@contextlib.contextmanager
+def _own(run: runs.Run):
+    """The run as this process writes it: itself, or where another process leads, a copy to be thrown away."""
+    if processes.leads():
+        yield run
+        return
+    with tempfile.TemporaryDirectory(prefix=f"aurora-process-{processes.index()}-") as folder:
+        yield runs.FollowedRun(run, folder)
+
+
+def _refuse_unlike(config) -> None:
+    if processes.count() > 1:
+        processes.refuse_unlike("config", dump(config))
+        processes.refuse_unlike("code", runs.code_hash())
+        processes.refuse_unlike("set of versions", str(runs.versions()))
+
+
 def _watchdog(config, run: runs.Run) -> Watchdog:
+    """On the run itself in every process: its stacks are to be found."""
     wish = config.train.watchdog
     fixed = 60 * wish if isinstance(wish, int | float) else None
-    return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off")
+    return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off", process=processes.index())
 
 
 def _told_anyway(status: int):
@@ -109,6 +133,7 @@ def _train(config, process: Process, changes, replan: bool) -> Outcome:
     with preparation(process.console, quiet=process.quiet) as prepared:
         preflight.refuse_unwritable(process.run)
         session = open_session(config, process.run, prepared, replan=replan)
+        processes.refuse_unlike("training data", session.source.fingerprint)
         preflight.refuse_no_room(session)
     with logs.EventLog(_recorded(session)) as events:
         if changes:
@@ -129,6 +154,8 @@ def _to_its_end(session: Session, process: Process, events) -> Outcome:
             continue
         except OutOfMemory as error:
             fault = error.fault  # and not the error: its traceback holds what has to be let go of
+            if processes.count() > 1:
+                raise _no_replan(fault) from None
         if process.stop.name is not None:
             raise Stopped(process.stop.name)
         in_a_row = 1 if fault.finished_steps else in_a_row + 1
@@ -137,10 +164,19 @@ def _to_its_end(session: Session, process: Process, events) -> Outcome:
             session = replanned(session, fault, in_a_row, prepared)
 
 
+def _no_replan(fault) -> UserError:
+    return UserError(
+        f"out of memory in {fault.doing}, in process {processes.index()}", why=fault.cause,
+        hint="several processes are not replanned by themselves: start all again with memory.budget or "
+        "memory.accumulation set for less",
+    )  # fmt: skip
+
+
 def _go_on(session: Session, process: Process, events) -> Outcome:
     """From the newest checkpoint, or from the start where there is none, to the last step and the score."""
     config, run = session.config, session.run
-    start, damaged = claim(session)
+    damaged: list = []  # the leader's to tell
+    start = processes.agreed(lambda: claim(session, damaged))
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
@@ -187,7 +223,7 @@ def _run(loop: Loop, evaluated: set[int]) -> str | None:
         loop.release()
         raise
     except BadNumbers as error:
-        error.fault = where_it_begins(loop.session, loop.state, error.window)
+        error.fault = where_it_begins(loop.session, meshes.local_view(loop.state), error.window)
         loop.release()
         raise
 
@@ -197,30 +233,38 @@ def _past_bad_data(state, run: runs.Run, step: int):
     data_step = data_step_of(logs.read(run.events), step)
     if data_step is None:
         return state
-    return state._replace(data_step=jax.device_put(jax.numpy.int32(data_step), state.data_step.sharding))
+    return state._replace(data_step=meshes.put(np.int32(data_step), state.data_step.sharding))
 
 
 def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     config, run = session.config, session.run
-    with refused("the finished run is scored", _SCORE):
+
+    def scored() -> str:
+        state, evaluator = meshes.local_view(loop.state), loop.evaluator
+        if processes.count() > 1:  # a score may do anything, so the leader does it, with what is in its own devices
+            evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
                 score_run(
-                    session.recipe, config, run, loop.evaluator, loop.state, config.train.steps, shown,
+                    session.recipe, config, run, evaluator, state, config.train.steps, shown,
                     baselines=config.evaluate.baselines,
                 )
-        digest = state_hash(loop.state)
+        return state_hash(state)
+
+    with refused("the finished run is scored", _SCORE):
+        digest = processes.agreed(scored)
     session.store.close()
     return Outcome(run, 0, config.train.steps, state_sha256=digest)
 
 
-def claim(session: Session) -> tuple[int | None, list]:
-    """Clear what a crash left and find the newest intact checkpoint: (its step or None, what was damaged).
+def claim(session: Session, damaged: list) -> int | None:
+    """Clear what a crash left and find the newest intact checkpoint: its step or None; what was damaged is appended.
 
     UserError where the log says that there were checkpoints, and there is none.
     """
     session.store.sweep()
-    start, damaged = session.store.newest_intact()
+    start, found = session.store.newest_intact()
+    damaged += found
     saved = [event["step"] for event in logs.read(session.run.events) if event["event"] == "save"]
     if start is None and saved:
         raise UserError(
@@ -229,7 +273,7 @@ def claim(session: Session) -> tuple[int | None, list]:
             why=f"events.jsonl says that step {max(saved)} was saved",
             hint="bring a copy of one back, or start over with `aurora train CONFIG --fresh` (this run is kept)",
         )
-    return start, damaged
+    return start
 
 
 def _recorded(session: Session) -> Path:
@@ -291,9 +335,10 @@ def _announce(session: Session, state, start, num_recorded: int, events, progres
     else:
         events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
     for what, before, after in moved(session):
-        name = "replan" if what in ("plan", "mesh", "device") else "versions"
+        name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
         events.event(name, start or 0, what=what, before=before, after=after)
-        progress.event(f"{what} is not what this run had before: equal to tolerance from here, no longer to the bit")
+        now = "are not what this run had" if what == "processes" else "is not what this run had"
+        progress.event(f"{what} {now} before: equal to tolerance from here, no longer to the bit")
     pin(session)
     model = session.blueprint.merge(state.params, state.rest, state.frozen)
     for remark in (*session.recipe.remarks(model), *remarks(session)):
@@ -302,8 +347,13 @@ def _announce(session: Session, state, start, num_recorded: int, events, progres
     beside = f" trained beside {still / 1e6:.2f}M frozen ones" if still else ""
     progress.event(
         f"{count / 1e6:.2f}M parameters{beside}, {len(session.source):,} training examples, "
-        f"{mesh.devices.size} x {device_kind(mesh)}, {max(held.values()) / 2**20:.0f} MiB of state per device"
+        f"{mesh.devices.size} x {device_kind(mesh)}{_in_processes()}, "
+        f"{max(held.values()) / 2**20:.0f} MiB of state per device"
     )
+
+
+def _in_processes() -> str:
+    return f" in {processes.count()} processes" if processes.count() > 1 else ""
 
 
 def remarks(session: Session) -> list[str]:

@@ -51,6 +51,16 @@ def test_a_signal_ends_the_run_after_a_saved_step_and_the_same_command_goes_on_t
     assert_equal(run, finished_once)
 
 
+def test_a_disk_that_mends_at_the_last_moment_does_not_end_the_run(here, finished_once, monkeypatch):
+    from aurora_train.train.saving import Saver
+
+    asked = iter([False] * 12 + [True])  # waited long enough after step 12; and then the save is taken after all
+    monkeypatch.setattr(Saver, "overdue", lambda saver: next(asked, False))
+    assert main(TRAIN) == 0
+    assert_equal(here / "run", finished_once)
+    assert next(asked, None) is None
+
+
 def test_a_signal_while_preparing_exits_75_before_anything_is_trained(here, monkeypatch, capsys):
     monkeypatch.setenv("TOY_SIGNAL", "prepare:0:SIGTERM")
     assert main(TRAIN) == 75

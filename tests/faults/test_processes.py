@@ -1,0 +1,171 @@
+"""One run in several processes: the same batches and losses as in one, and one ending for all, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import toy
+from harness import Aurora, evaluations, events, final_hash, free_address, losses
+
+from aurora_train.errors import UserError
+from aurora_train.machine.processes import place
+
+PLAIN = {"schedule: {warmup: 3}": "schedule: {name: constant}", "{accumulation: 2}": "{accumulation: 1}"}
+
+
+def ended(processes, timeout: float = 240) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of each."""
+    said = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *text) for process, text in zip(processes, said, strict=True)]
+
+
+def good(processes) -> str:
+    """What the leader said, when all went well; the others have nothing to say."""
+    results = ended(processes)
+    assert [status for status, _, _ in results] == [0] * len(results), results[0][2][-2000:] + results[-1][2][-2000:]
+    assert not any(out for _, out, _ in results[1:])
+    return results[0][2]
+
+
+def wait_for_step(run, step: int, processes) -> None:
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists() and any(at >= step for at, _ in losses(run)):
+            return
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_two_with_two_devices_each(tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path, **PLAIN)
+    aurora.good("train", config, "train.steps=50", "--run", "still", "--quiet")
+    said = good(aurora.team(2, "train", config, "train.steps=20", "--run", "moved"))
+    assert "2 x cpu in 2 processes" in said
+    said = aurora.good("resume", "moved", "train.steps=35").stderr
+    assert "processes are not what this run had before" in said
+    good(aurora.team(2, "resume", "moved", "train.steps=50", "mesh.fsdp=2", devices=2))
+    still, moved = losses(tmp_path / "still"), losses(tmp_path / "moved")
+    assert [step for step, _ in moved] == [step for step, _ in still] == list(range(1, 51))
+    assert [loss for _, loss in moved] == pytest.approx([loss for _, loss in still], rel=1e-5)
+    mine, one = dict(evaluations(tmp_path / "moved")), dict(evaluations(tmp_path / "still"))
+    both = mine.keys() & one.keys()
+    assert {10, 20, 30, 40, 50} <= both
+    assert {step: mine[step] for step in both} == pytest.approx({step: one[step] for step in both}, rel=1e-5)
+    moves = [event for event in events(tmp_path / "moved", "replan") if event["what"] == "processes"]
+    assert [(move["before"], move["after"]) for move in moves] == [(2, 1), (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory):
+    """A run of two processes that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("still")
+    aurora, config = Aurora(folder, folder / "cache"), toy.write(folder)
+    good(aurora.team(2, "train", config, "train.steps=60", "--run", "still"))
+    return folder / "still"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_stops_all_after_the_same_step_and_the_rest_is_the_same_to_the_bit(told, still, tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    team = aurora.team(2, "train", config, "train.steps=60", "--run", "stopped")
+    wait_for_step(tmp_path / "stopped", 5, team)
+    team[told].send_signal(signal.SIGTERM)
+    assert [status for status, _, _ in ended(team)] == [75, 75]
+    assert events(tmp_path / "stopped", "stop")[-1]["by"] == "SIGTERM"
+    last = losses(tmp_path / "stopped")[-1][0]
+    assert last < 60 and (tmp_path / "stopped/checkpoints" / str(last)).is_dir()
+    good(aurora.team(2, "train", config, "train.steps=60", "--run", "stopped"))
+    assert losses(tmp_path / "stopped") == losses(still)
+    assert final_hash(tmp_path / "stopped") == final_hash(still)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_that_is_killed_takes_the_others_with_it_and_the_run_comes_back(killed, still, tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    team = aurora.team(2, "train", config, "train.steps=60", "--run", "killed")
+    wait_for_step(tmp_path / "killed", 12, team)
+    os.kill(team[killed].pid, signal.SIGKILL)
+    results = ended(team, timeout=150)
+    assert results[killed][0] == -signal.SIGKILL and results[1 - killed][0] not in (0, 75)
+    good(aurora.team(2, "train", config, "train.steps=60", "--run", "killed"))
+    assert losses(tmp_path / "killed") == losses(still)
+    assert final_hash(tmp_path / "killed") == final_hash(still)
+
+
+@pytest.mark.slow
+def test_bad_data_takes_all_of_them_back_together(tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    settings = ("data.bad=7", "train.rewind_after=1", "train.rewinds=20", "checkpoint.every=2")
+    aurora.good("train", config, *settings, "--run", "one", "--quiet")
+    good(aurora.team(2, "train", config, *settings, "--run", "two"))
+    went_back = [[(e["first"], e["data_step"]) for e in events(tmp_path / run, "rewind")] for run in ("one", "two")]
+    assert went_back[0] and went_back[0] == went_back[1]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_the_leader_refuses_ends_all(tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    results = ended(aurora.team(2, "train", config, "mesh.fsdp=2", "--run", "uneven"))
+    assert [status for status, _, _ in results] == [2, 2]
+    assert "does not lie evenly in 2 processes" in results[0][2] and not any("Traceback" in r[2] for r in results)
+    aurora.good("train", config, "train.steps=10", "--run", "lost", "--quiet")
+    shutil.rmtree(tmp_path / "lost/checkpoints")
+    results = ended(aurora.team(2, "resume", "lost", "train.steps=20"))
+    assert [status for status, _, _ in results] == [2, 2]
+    gone = "every checkpoint of this run is gone"
+    assert gone in results[0][2] and "process 0 ended" in results[1][2] and gone in results[1][2]
+
+
+@pytest.mark.slow
+def test_a_process_with_another_config_does_not_train(tmp_path):
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text().replace("lr: 1e-2", "lr: 2e-2"))
+    address = free_address()
+    team = [aurora.member(i, 2, address, "train", c, "--run", "x") for i, c in enumerate((config, other))]
+    results = ended(team, timeout=150)
+    assert [status for status, _, _ in results] == [2, 2]
+    assert all("process 1 has another config than process 0" in said for _, _, said in results)
+    assert not (tmp_path / "x/config.yaml").exists()
+
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, (0, 1, None)),
+        (ADDRESS, (0, 1, None)),  # an address alone is somebody else's setting
+        (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, (1, 2, "10.0.0.1:1234")),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, (0, 1, None)),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, (1, 2, None)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1, None)),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (3, 4, None)),
+    ],
+)
+def test_the_environment_says_which_process_this_is(environ, found):
+    assert place(environ) == found
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two' is no whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "box", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "has no port"),
+    ],
+)
+def test_a_wrong_setting_of_processes_is_named(environ, said):
+    with pytest.raises(UserError, match=said):
+        place(environ)
