@@ -1,22 +1,41 @@
-"""Start to first step: `aurora train` against a bare script with the same imports and the same cached step.
+"""Start to first step: `aurora train` cold and warm, and `aurora resume`, each against what it is to be measured by.
 
-    python benchmarks/startup.py [CONFIG] [KEY=VALUE ...] [--repeats 5]
+    pip install -e '.[parity]' accelerate
+    python benchmarks/startup.py [--against bare trainer fresh] [--repeats 5] [--json FILE]
+    python benchmarks/startup.py --against bare --config tinystories train.batch=8
 
-Both are whole processes, interleaved, with a warm compile cache and prepared data. Time is from launch to the moment
-the loss of step 1 is on the host (bare) or in metrics.jsonl (aurora). Prints the ratio of the medians and the machine.
+| row | ours | its peer |
+|---|---|---|
+| bare | a fresh run, every program in the compile cache | a script with the same imports and the same cached step |
+| trainer | a fresh run, an empty compile cache | transformers' Trainer on the same GPT-2 and batch, random tokens |
+| fresh | `aurora resume` of a run with a checkpoint | a fresh run of the same config; both with a warm cache |
+
+All are whole processes, interleaved, with prepared data. Time is from launch to the moment the loss of the first step
+is on the host (bare, Trainer) or in metrics.jsonl (aurora). `fresh` is of a model of 25M parameters, whose checkpoint
+has 300 MB, by default; a resume reads it twice, once to verify it and once to load it, and the time of reading its
+files once is printed beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
+
+from train_step import CASES
+
+from aurora_train.checkpoint import durable
+from aurora_train.machine.profile import cpu_model
 
 BARE = """
 import sys
@@ -53,24 +72,47 @@ print(float(metrics["loss"]), flush=True)
 """
 
 
-def bare(config: list[str]) -> float:
-    """Seconds until the bare script printed the loss of its step."""
+TRAINER = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from torch_peer import build
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+case = json.loads(sys.argv[2])
+shape = (64 * case["batch"], case["sequence"])
+tokens = torch.randint(0, case["vocabulary"] or 256, shape, generator=torch.Generator().manual_seed(0))
+rows = [{"input_ids": row, "labels": row} for row in tokens]
+class Told(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        print(logs["loss"], flush=True)
+        os._exit(0)
+wish = TrainingArguments(output_dir=sys.argv[3], per_device_train_batch_size=case["batch"], max_steps=2,
+                         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
+Trainer(model=build(case), args=wish, train_dataset=rows, callbacks=[Told()]).train()
+"""
+
+
+def answered(*command: str) -> float:
+    """Seconds until a script printed the loss of its first step."""
     began = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-c", BARE, *config], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", *command], stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         seconds = time.perf_counter() - began
-    assert line and process.returncode == 0, "the bare script failed"
+    assert line and process.returncode == 0, "the peer failed"
     return seconds
 
 
-def trained(config: list[str], folder: Path) -> float:
-    """Seconds until metrics.jsonl of a fresh run holds its first record; the run is then ended."""
+def trained(arguments: list[str], run: Path, **environment: str) -> float:
+    """Seconds until metrics.jsonl of an aurora process grows by a record; the process is then killed."""
+    metrics = run / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
     began = time.perf_counter()
-    command = [sys.executable, "-m", "aurora_train.cli.main", "train", *config, "--run", str(folder), "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None, "aurora train failed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aurora_train", *arguments, "--quiet"], stdout=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )
+    while not (metrics.exists() and metrics.stat().st_size > before):
+        assert process.poll() is None, "aurora failed"
         time.sleep(0.002)
     seconds = time.perf_counter() - began
     process.kill()
@@ -78,24 +120,129 @@ def trained(config: list[str], folder: Path) -> float:
     return seconds
 
 
+def against_bare(folder: Path, config: list[str]):
+    """(ours, theirs): functions of the number of the round."""
+    return (
+        lambda number: trained(["train", *config, "--run", str(folder / f"warm-{number}")], folder / f"warm-{number}"),
+        lambda number: answered(BARE, *config),
+    )
+
+
+def against_trainer(folder: Path, config: list[str]):
+    """The same."""
+    case = CASES["10m"]
+    path = folder / "cold.yaml"
+    path.write_text(json.dumps(case.config("float32")))
+
+    def ours(number: int) -> float:
+        run, cache = folder / f"cold-{number}", folder / f"programs-{number}"
+        return trained(["train", str(path), "--run", str(run)], run, JAX_COMPILATION_CACHE_DIR=str(cache))
+
+    peers = str(Path(__file__).parent)
+    return ours, lambda number: answered(TRAINER, peers, json.dumps(asdict(case)), str(folder / "trainer"))
+
+
+def against_fresh(folder: Path, config: list[str]):
+    """The same; a run of two steps is made to resume from, and `seconds_to_read` of its checkpoint is kept."""
+    tree = CASES["30m"].config("float32")
+    tree["train"] |= {"batch": 1, "steps": 2}
+    tree["data"]["sequence"] = tree["model"]["max_length"] = 64
+    tree["evaluate"]["final"] = False
+    path, saved = folder / "saved.yaml", folder / "saved"
+    path.write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "aurora_train", "train", str(path), "--run", str(saved), "--quiet"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    def resumed(number: int) -> float:
+        run = folder / f"resumed-{number}"
+        shutil.copytree(saved, run)
+        seconds = trained(["resume", str(run), "train.steps=1000"], run)
+        shutil.rmtree(run)
+        return seconds
+
+    def fresh(number: int) -> float:
+        run = folder / f"fresh-{number}"
+        return trained(["train", str(path), "train.steps=1000", "--run", str(run)], run)
+
+    return resumed, fresh
+
+
+def verification(folder: Path) -> list[str]:
+    """Lines: what verifying the checkpoint of `against_fresh` takes, beside reading its files once."""
+    step = folder / "saved" / "checkpoints" / "2"
+    files = [path for path in step.rglob("*") if path.is_file()]
+
+    def read() -> None:
+        chunk = bytearray(1 << 19)
+        for path in files:
+            with open(path, "rb", buffering=0) as handle:
+                while handle.readinto(chunk):
+                    pass
+
+    def verify() -> None:
+        assert durable.faults(step) == []
+
+    lines = [f"\nchecking the {sum(path.stat().st_size for path in files) / 1e6:.0f} MB of a checkpoint:"]
+    for where, forget in (("from the disk", True), ("from the page cache", False)):
+        times: dict = {verify: [], read: []}
+        for _ in range(9):
+            for work, taken in times.items():
+                for path in files if forget else ():
+                    with open(path, "rb") as handle:
+                        os.fsync(handle.fileno())  # only clean pages are forgotten
+                        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                began = time.perf_counter()
+                work()
+                taken.append(time.perf_counter() - began)
+        mine, bare = (statistics.median(taken) for taken in times.values())
+        lines.append(f"{where} {mine * 1e3:.0f} ms, reading them once {bare * 1e3:.0f} ms")
+    return lines
+
+
+KINDS = {
+    "bare": (against_bare, "warm `aurora train`", "a bare script, the same cached step", 1.5),
+    "trainer": (against_trainer, "cold `aurora train`", "transformers' Trainer", 0.7),
+    "fresh": (against_fresh, "`aurora resume`", "a fresh `aurora train`, warm", 1.3),
+}
+
+
+def measure(kinds: list[str], config: list[str], repeats: int, folder: Path) -> tuple[list[dict], list[str]]:
+    """Rows of medians, and further lines. The first round fills the caches and does not count."""
+    rows, further = [], []
+    for kind in kinds:
+        make, mine, theirs, goal = KINDS[kind]
+        ours, peer = make(folder, config)
+        times = [(ours(number), peer(number)) for number in range(repeats + 1)][1:]
+        ratios = sorted(one / other for one, other in times)
+        ours_s, peer_s = (statistics.median(side) for side in zip(*times, strict=True))
+        rows.append({
+            "kind": kind, "ours": mine, "peer": theirs, "ours_s": ours_s, "peer_s": peer_s, "goal": goal,
+            "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
+        })  # fmt: skip
+        if kind == "fresh":
+            further += verification(folder)
+    return rows, further
+
+
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="*", default=["quickstart"])
+    parser.add_argument("--against", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--config", nargs="+", default=["quickstart"], help="for `bare`: CONFIG [KEY=VALUE ...]")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    ours, rival = [], []
     with tempfile.TemporaryDirectory() as folder:
-        bare(asked.config), trained(asked.config, Path(folder) / "warm")  # fills the caches
-        for number in range(asked.repeats):
-            rival.append(bare(asked.config))
-            ours.append(trained(asked.config, Path(folder) / str(number)))
-    mine, theirs = statistics.median(ours), statistics.median(rival)
-    print(f"| start to first step, warm cache | seconds (median of {asked.repeats}) |")
-    print("|---|---|")
-    print(f"| aurora train {' '.join(asked.config)} | {mine:.2f} |")
-    print(f"| bare script, same step | {theirs:.2f} |")
-    print(f"| ratio | {mine / theirs:.2f} |")
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+        rows, further = measure(asked.against, asked.config, asked.repeats, Path(folder))
+    print(f"| to the first step | seconds | against | seconds | ratio, median of {asked.repeats} | at most |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['ours']} | {row['ours_s']:.2f} | {row['peer']} | {row['peer_s']:.2f} | {row['ratio']:.2f} "
+              f"({row['least']:.2f} to {row['most']:.2f}) | {row['goal']} |")  # fmt: skip
+    print("\n".join(further))
+    print(f"\n{cpu_model()}, {os.cpu_count()} cores, Python {platform.python_version()}, {date.today()}")
+    if asked.json:
+        asked.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
