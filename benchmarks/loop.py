@@ -18,7 +18,7 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
-from torch_peer import Side
+from sides import Side
 from train_step import CASES, Ours
 
 from aurora_train.machine.hugepages import restart_with_huge_pages

@@ -1,121 +1,199 @@
-"""The peer of train_step.py: transformers' GPT-2 or Llama under torch, in a process of its own.
+"""The peer of train_step.py and gpu.py: transformers' GPT-2 or Llama under torch, in a process of its own.
 
-Run as a script it reads seconds from stdin, trains for as long, and answers with the median seconds of a step.
+Run as a script it answers each line of stdin with a line: to seconds, with the median seconds of a step over as long;
+to "memory", with the most bytes torch held on the device (of the process on a CPU); to "parameters", with how many
+are trained and frozen. Needs torch, transformers and nothing of ours.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict, dataclass
+
+from sides import Side, peak_rss
 
 KINDS = ("eager", "compiled")
+OUT_OF_MEMORY = "out of memory"
+ADAPTED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj",
+           "down": "down_proj"}  # fmt: skip
 
 
-def peak_rss(pid: int) -> int:
-    """Bytes: VmHWM of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+@dataclass(frozen=True)
+class Work:
+    """What torch is to train. `model`: the `model` section of our config with every shape in it.
+
+    `kind`: one of KINDS. `microbatch`: examples at a time, None for all. `checkpointing`: each layer is recomputed.
+    """
+
+    model: dict
+    vocabulary: int
+    sequence: int
+    batch: int
+    precision: str = "bfloat16"
+    kind: str = "compiled"
+    device: str = "cpu"
+    microbatch: int | None = None
+    checkpointing: bool = False
 
 
-class Side:
-    """One side of a comparison: a process that says ready, and answers each line of seconds with those of a step."""
-
-    def __init__(self, *command: str):
-        self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if self._process.stdout.readline() != "ready\n":
-            sys.exit(f"{' '.join(command)} failed")
-
-    def run(self, seconds: float) -> float:
-        """Seconds a step."""
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
-
-    def peak_rss(self) -> int:
-        """Bytes."""
-        return peak_rss(self._process.pid)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+def torch_side(work: Work, **options) -> Side:
+    """Torch, in a process of its own. `options`: those of Side."""
+    return Side(__file__, json.dumps(asdict(work)), **options)
 
 
-def torch_side(case: dict, precision: str, kind: str) -> Side:
-    """Torch, in a process of its own. `case`: the fields of train_step.Case; `kind`: one of KINDS."""
-    return Side(__file__, json.dumps(case), precision, kind)
+def causal_sdpa() -> str:
+    """The name of transformers' own SDPA, registered without a function that makes masks.
+
+    Compiled, transformers writes the causal mask out (its test of whether it may be left out does not hold while
+    tracing), and SDPA with a mask has neither the flash kernel nor grouped keys: torch would be measured without them.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+    return "sdpa_causal"
 
 
-def build(case: dict):
-    """transformers' model of a case, with random weights."""
+def build(model: dict, vocabulary: int, sequence: int):
+    """transformers' model of a `model` section, with random weights, where and in which dtype torch's defaults say."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    vocabulary = case["vocabulary"] or 256
-    if case["llama"]:
-        config = transformers.LlamaConfig(
-            vocab_size=vocabulary, hidden_size=case["width"], num_hidden_layers=case["layers"],
-            num_attention_heads=case["heads"], num_key_value_heads=case["heads"] // 2, intermediate_size=1408,
-            max_position_embeddings=case["sequence"], tie_word_embeddings=True, attn_implementation="sdpa",
-        )  # fmt: skip
-        return transformers.LlamaForCausalLM(config)
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary, n_embd=case["width"], n_layer=case["layers"], n_head=case["heads"],
-        n_positions=case["sequence"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="sdpa",
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
+    if model.get("norm") == "layernorm":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=vocabulary, n_embd=model["width"], n_layer=model["layers"], n_head=model["heads"],
+            n_positions=sequence, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation=causal_sdpa(),
+        ))  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=model["width"], num_hidden_layers=model["layers"],
+        num_attention_heads=model["heads"], num_key_value_heads=model["kv_heads"],
+        intermediate_size=model["mlp_width"], max_position_embeddings=sequence,
+        tie_word_embeddings=model["tied"], attn_implementation=causal_sdpa(),
+    ))  # fmt: skip
 
 
-def make_step(case: dict, precision: str, kind: str):
-    """A function of no argument that takes one step: forward, backward, clip by norm 1, fused AdamW."""
+def adapt(model, lora: dict) -> None:
+    """Freeze a Llama and give its targeted kernels adapters in float32, as peft does: y + (alpha / rank) (x A) B."""
+    import torch
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            place = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
+            self.base, self.scale = base, lora["alpha"] / lora["rank"]
+            self.down = torch.nn.Linear(base.in_features, lora["rank"], **place)
+            self.up = torch.nn.Linear(lora["rank"], base.out_features, **place)
+            torch.nn.init.zeros_(self.up.weight)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x) * self.scale)
+
+    model.requires_grad_(False)
+    names = {ADAPTED[target] for target in lora["targets"]}
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name in names & set(dict(part.named_children())):
+                setattr(part, name, Adapted(getattr(part, name)))
+
+
+def make_model(work: Work):
+    """The model of some work on its device: float32, or a base in bfloat16 with adapters in float32."""
+    import torch
+
+    torch.manual_seed(0)
+    lora = work.model.get("lora")
+    torch.set_default_dtype(getattr(torch, work.precision) if lora else torch.float32)
+    with torch.device(work.device):
+        model = build(work.model, work.vocabulary, work.sequence)
+    torch.set_default_dtype(torch.float32)
+    if lora:
+        adapt(model, lora)
+    model.config.use_cache = False
+    model.train()
+    if work.checkpointing:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 6 on
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+def make_step(work: Work):
+    """(model, function of no argument that takes one step): forward, backward, clip by norm 1, fused AdamW."""
     import torch
     from torch.nn import functional
 
-    torch.manual_seed(0)
-    model = build(case)
-    model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, case["vocabulary"] or 256, (case["batch"], case["sequence"] + 1))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+    model = make_model(work)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, work.vocabulary, (work.batch, work.sequence + 1), device=work.device)
+    pieces = tokens.split(work.microbatch or work.batch)
 
     def loss_of(inputs, targets):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bfloat16"):
             logits = model(inputs).logits
         return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets)
 
-    loss_of = torch.compile(loss_of) if kind == "compiled" else loss_of
+    loss_of = torch.compile(loss_of, dynamic=False) if work.kind == "compiled" else loss_of
 
-    def step() -> float:
-        loss = loss_of(inputs, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    def step() -> None:
+        for piece in pieces:
+            loss = loss_of(piece[:, :-1].contiguous(), piece[:, 1:].reshape(-1))
+            (loss / len(pieces)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
 
-    return step
+    return model, step
 
 
-def serve(case: dict, precision: str, kind: str) -> None:
-    """Answer on stdout to each line of stdin."""
-    step = make_step(case, precision, kind)
-    for _ in range(3):
+def timed(step, seconds: float, device: str) -> float:
+    """Median seconds from the end of one step to the end of the next, one being under way while the last is awaited:
+    as `aurora train` does it, so that a GPU never waits for Python."""
+    import torch
+
+    marks, before, until = [], None, time.perf_counter() + seconds
+    while len(marks) < 4 or time.perf_counter() < until:
         step()
+        if device != "cpu":
+            done = torch.cuda.Event()
+            done.record()
+            if before is not None:
+                before.synchronize()
+            before = done
+        marks.append(time.perf_counter())
+    return statistics.median(b - a for a, b in zip(marks[1:], marks[2:], strict=False))
+
+
+def serve(work: Work) -> None:
+    """Answer on stdout to each line of stdin; where memory does not suffice, say that instead of ready."""
+    import torch
+
+    if work.device != "cpu":
+        torch.set_float32_matmul_precision("high")  # as XLA does by default
+    try:
+        model, step = make_step(work)
+        for _ in range(3):
+            step()
+        if work.device != "cpu":
+            torch.cuda.synchronize()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in (OUT_OF_MEMORY, "ALLOC_FAILED")):
+            print(OUT_OF_MEMORY, flush=True)
+            return
+        raise
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (True, False)]
     print("ready", flush=True)
     for line in sys.stdin:
-        until, taken = time.perf_counter() + float(line), []
-        while len(taken) < 3 or time.perf_counter() < until:
-            began = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - began)
-        print(statistics.median(taken[1:]), flush=True)
+        if line == "memory\n":
+            print(peak_rss(os.getpid()) if work.device == "cpu" else torch.cuda.max_memory_allocated(), flush=True)
+        elif line == "parameters\n":
+            print(*counts, flush=True)
+        else:
+            print(timed(step, float(line), work.device), flush=True)
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3])
+    serve(Work(**json.loads(sys.argv[1])))

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from torch_peer import KINDS, peak_rss, torch_side
+from sides import Training, language_config
+from torch_peer import KINDS, Work, torch_side
 
 from aurora_train.machine.profile import cpu_model
 
@@ -54,15 +55,13 @@ class Case:
         return shape | {"mlp_width": 4 * self.width} | gpt
 
     def config(self, precision: str) -> dict:
-        """A whole config: real text, every step logged, nothing saved or evaluated."""
-        tokenizer = {"kind": "byte"} if self.vocabulary is None else {"kind": "bpe", "vocab": self.vocabulary}
-        return {
-            "recipe": "language_model", "model": self.model,
-            "data": {"source": "python-stdlib", "tokenizer": tokenizer, "sequence": self.sequence},
-            "train": {"batch": self.batch, "steps": 10**6, "precision": precision},
-            "optimizer": {"name": "adamw"}, "log": {"every": 1}, "checkpoint": {"every": 10**6},
-            "evaluate": {"every": None},
-        }  # fmt: skip
+        """A whole config."""
+        rows = {"sequence": self.sequence, "batch": self.batch, "vocabulary": self.vocabulary}
+        return language_config(self.model, precision=precision, **rows)
+
+    def work(self, precision: str, kind: str) -> Work:
+        """The same for torch, whose bytes have no separator."""
+        return Work(self.model, self.vocabulary or 256, self.sequence, self.batch, precision, kind)
 
 
 CASES = {
@@ -74,47 +73,23 @@ CASES = {
 }
 
 
-class Ours:
+class Ours(Training):
     """An `aurora train` that is stopped but when asked to run."""
 
     def __init__(self, case: Case, precision: str, folder: Path):
-        (folder / "case.yaml").write_text(json.dumps(case.config(precision)))
-        self._metrics = folder / "run" / "metrics.jsonl"
-        command = [sys.executable, "-m", "aurora_train", "train", str(folder / "case.yaml"), "--run"]
-        self._process = subprocess.Popen(
-            [*command, str(folder / "run")], stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("w")
-        )
-        while len(self._times()) < 3:
-            if self._process.poll() is not None:
-                sys.exit(f"aurora train ended: {(folder / 'stderr').read_text()[-2000:]}")
-            time.sleep(0.1)
+        super().__init__(case.config(precision), folder)
+        self.wait(3)
         self._process.send_signal(signal.SIGSTOP)
-
-    def _times(self) -> list[float]:
-        if not self._metrics.exists():
-            return []
-        lines = self._metrics.read_text().splitlines()
-        return [record["time"] for line in lines if "time" in (record := json.loads(line))]
 
     def run(self, seconds: float) -> float:
         """Seconds a step, the median of those between two records of this round."""
-        before = len(self._times())
+        before = len(self.records())
         self._process.send_signal(signal.SIGCONT)
         time.sleep(seconds)
-        while len(self._times()) < before + 4:
-            time.sleep(0.05)
+        self.wait(before + 4)
         self._process.send_signal(signal.SIGSTOP)
-        times = self._times()[before + 1 :]  # the first record waited for the last round's end
+        times = [record["time"] for record in self.records()[before + 1 :]]  # the first waited for the last round's end
         return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
-
-    def peak_rss(self) -> int:
-        """Bytes."""
-        return peak_rss(self._process.pid)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
 
 
 def matmul_peak(precision: str) -> float:
@@ -142,7 +117,7 @@ def measure(name: str, precision: str, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(case, precision, Path(folder))
         try:
-            peers = {kind: torch_side(asdict(case), precision, kind) for kind in KINDS}
+            peers = {kind: torch_side(case.work(precision, kind)) for kind in KINDS}
             seconds: dict[str, list[float]] = {side: [] for side in ("ours", *peers)}
             for _ in range(rounds):
                 seconds["ours"].append(ours.run(case.seconds))
