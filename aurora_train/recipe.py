@@ -127,3 +127,12 @@ class Recipe:
     def flops_per_target(self, num_parameters: int) -> float | None:
         """Training FLOPs (forward and backward) for one real target; None where the recipe cannot say."""
         return None
+
+    def looked_up(self) -> int:
+        """Parameters that are looked up and in no product: the embedding of a model with a head of its own."""
+        return 0
+
+    def flops(self, num_trained: int, num_frozen: int) -> float | None:
+        """`flops_per_target` of both, less what frozen weights do not cost: 2 FLOPs of 6, as they have no gradient."""
+        per_target = self.flops_per_target(num_trained + num_frozen)
+        return per_target and per_target - 2.0 * max(num_frozen - self.looked_up(), 0)

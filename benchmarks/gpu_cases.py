@@ -104,15 +104,8 @@ class Job:
 
     @property
     def flops_per_token(self) -> float:
-        """The recipe's count, less the gradients that frozen weights have not.
-
-        A table that is looked up is in no product, so nothing is taken off for it (`aurora train` does: its MFU of an
-        untied model with adapters is lower by that).
-        """
-        trained, frozen = self.parameters
-        model = self.resolved.model
-        table = self.vocabulary * model.width if frozen and not model.tied else 0
-        return self.recipe.flops_per_target(trained + frozen) - 2.0 * (frozen - table)
+        """The recipe's count, less the gradients that frozen weights have not."""
+        return self.recipe.flops(*self.parameters)
 
     def work(self, kind: str, microbatch: int, checkpointing: bool) -> Work:
         """The same model and batch for torch."""

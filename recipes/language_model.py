@@ -119,9 +119,12 @@ class Recipe(Base):
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
         model = self.config.model
-        table = 0 if model.tied else self._vocab_size * model.width
         span = min(self.config.data.sequence, model.window or self.config.data.sequence)
-        return 6.0 * (num_parameters - table) + 6.0 * model.layers * span * model.heads * model.dim_per_head
+        return 6.0 * (num_parameters - self.looked_up()) + 6.0 * model.layers * span * model.heads * model.dim_per_head
+
+    def looked_up(self) -> int:
+        model = self.config.model
+        return 0 if model.tied else self._vocab_size * model.width
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         from aurora_train.data.windows import bits_per_document, windows

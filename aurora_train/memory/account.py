@@ -196,8 +196,7 @@ def _tensors(stack, chosen: Candidate, space) -> list[dict]:
 def _time(planner, cost: Candidate, blueprint) -> dict | None:
     program = planner.program
     config = program.config
-    count = parameter_count((blueprint.state.params, blueprint.state.frozen))
-    per_target = program.recipe.flops_per_target(count)
+    per_target = program.recipe.flops(parameter_count(blueprint.state.params), parameter_count(blueprint.state.frozen))
     targets = _targets(program)
     if per_target is None or targets is None:
         return None

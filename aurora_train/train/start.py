@@ -383,9 +383,6 @@ def sinks(config, run, after_step: int) -> list:
 def throughput(session: Session, state) -> Throughput:
     """Rates for this run: MFU where both the recipe's FLOPs and the machine's peak are known, HFU where the peak is."""
     peak = profile.peak_flops(profile.this_machine(), session.config.train.precision)
-    # A frozen weight has no gradient: 4 FLOPs a target and not 6, of which a recipe knows nothing.
-    still = parameter_count(state.frozen)
-    per_target = session.recipe.flops_per_target(parameter_count(state.params) + still)
-    per_target = per_target and per_target - 2 * still
+    per_target = session.recipe.flops(parameter_count(state.params), parameter_count(state.frozen))
     as_run = session.program.product_flops(session.plan)
     return Throughput(per_target, peak and peak * session.mesh.devices.size, as_run)
