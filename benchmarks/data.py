@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sysconfig
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -27,11 +28,12 @@ from aurora_train.train.session import make_recipe
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens of a row, rows of a batch, tokenizer."""
+    """Tokens of a row, rows of a batch, tokenizer, and whether the library is read as a mixture of two sources."""
 
     sequence: int
     batch: int
     tokenizer: dict
+    mixed: bool = False
 
 
 BPE = {"kind": "bpe", "vocab": 8192}
@@ -40,14 +42,21 @@ CASES = {
     "bytes-2k": Case(2048, 16, {"kind": "byte"}),
     "bpe-2k": Case(2048, 16, BPE),
     "bpe-8k": Case(8192, 4, BPE),
+    "mix-2k": Case(2048, 16, BPE, mixed=True),
 }
 
 
 def source_of(case: Case):
     """The training split of a case, prepared."""
+    library = sysconfig.get_path("stdlib")
+    mix = {
+        "tests": {"source": f"{library}/test", "weight": 1.0, "pattern": "**/*.py"},
+        "rest": {"source": library, "weight": 3.0, "pattern": "*.py"},
+    }
+    source = {"mix": mix} if case.mixed else {"source": "python-stdlib"}
     tree = {
         "recipe": "language_model", "model": {"width": 64, "layers": 1, "heads": 1, "max_length": case.sequence},
-        "data": {"source": "python-stdlib", "tokenizer": case.tokenizer, "sequence": case.sequence},
+        "data": {**source, "tokenizer": case.tokenizer, "sequence": case.sequence},
         "train": {"batch": case.batch, "steps": 10},
     }  # fmt: skip
     with preparation(quiet=True) as progress:

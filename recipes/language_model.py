@@ -97,7 +97,9 @@ class Recipe(Base):
     def data(self, split: str):
         from aurora_train.data.rows import TokenSource
 
-        return TokenSource(self.store, split, self.config.data.sequence)
+        mix = self.config.data.mix if split == "train" else {}
+        weights = {name: part.weight for name, part in mix.items()} or None
+        return TokenSource(self.store, split, self.config.data.sequence, weights)
 
     def model(self, rngs):
         from aurora_train.nn.decoder import Decoder
@@ -149,6 +151,7 @@ class Recipe(Base):
         tokens = sum(len(d.tokens) - 1 for d in documents)
         return {
             "bits_per_byte": float(bits.sum() / sizes.sum()),
+            **self._by_source([document.name for document in documents], bits, sizes),
             "documents": len(documents),
             "bytes": int(sizes.sum()),
             "bytes_per_token": float(sizes.sum() / tokens),
@@ -157,6 +160,14 @@ class Recipe(Base):
                 f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"
             ],
         }
+
+    def _by_source(self, names: list[str], bits, sizes) -> dict[str, float]:
+        """Bits per byte of each source of a mixture that has a held-out document."""
+        of = np.array([name.partition("/")[0] for name in names])
+        return {
+            f"bits_per_byte_{name}": float(bits[of == name].sum() / sizes[of == name].sum())
+            for name in self.config.data.mix if (of == name).any()
+        }  # fmt: skip
 
     def baselines(self, workdir, progress) -> dict:
         from aurora_train.data.ngram import NGram

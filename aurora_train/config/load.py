@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,8 +182,12 @@ def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None
         path, extra = (*above, field.alias or name), field.json_schema_extra or {}
         if not _is_set(tree.value, path):
             continue
+        named = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             _place_paths(tree, field.annotation, path)
+        elif named and isinstance(tree.at(path), dict):  # a section for each of the user's own names
+            for one in [one for one, section in tree.at(path).items() if isinstance(section, dict)]:
+                _place_paths(tree, named[0], (*path, one))
         elif isinstance(extra, dict) and "path_unless" in extra:
             value = tree.at(path)
             if isinstance(value, str) and value and not value.startswith(tuple(extra["path_unless"])):

@@ -25,6 +25,8 @@ _LIMITS = {
 }
 _FROM_VALIDATORS = ("value_error", "assertion_error")
 
+_ANY = "NAME"  # in the path of a key below a name that the user chooses
+
 
 def explain(fault: ValidationError, tree: Tree, schema: type[BaseModel], final: bool = True) -> list[str]:
     """One line per wrong key, in the order of the text; unless `final`, only what no derived value could cure."""
@@ -136,7 +138,7 @@ def _nearest_key(path: tuple, schema: type[BaseModel]) -> str:
     """`; did you mean ...` from the section's own keys, then from where the key lives, then from everywhere."""
     everywhere = key_paths(schema)
     here, last = [str(step) for step in path[:-1]], str(path[-1])
-    siblings = [key[-1] for key in everywhere if list(key[:-1]) == here]
+    siblings = [key[-1] for key in everywhere if _same(key[:-1], here)]
     near = difflib.get_close_matches(last, siblings, 1, 0.7)
     homes = [".".join(key) for key in everywhere if key[-1] == last]
     if homes:
@@ -159,7 +161,17 @@ def key_paths(schema: type[BaseModel]) -> list[tuple[str, ...]]:
             path = (*above, field.alias or name)
             paths.append(path)
             queue += [(path, inner) for inner in sections_in(field.annotation)]
+            queue += [((*path, _ANY), inner) for inner in _named_sections(field.annotation)]
     return paths
+
+
+def _same(key: tuple[str, ...], path: list[str]) -> bool:
+    return len(key) == len(path) and all(mine in (_ANY, theirs) for mine, theirs in zip(key, path, strict=True))
+
+
+def _named_sections(annotation: Any) -> list[type[BaseModel]]:
+    """Of an annotation such as `dict[str, Source]`: a section for each of the user's own names."""
+    return sections_in(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:

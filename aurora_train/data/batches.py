@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from aurora_train.data.order import indices
+from aurora_train.data.order import examples_at
 from aurora_train.errors import UserError
 from aurora_train.recipe import Source
 
@@ -88,7 +88,7 @@ def read_batch(
     `example` is the place in the endless stream of epochs, data_step * batch + i, modulo 2**32. Unlike an index it
     differs between two visits of one example, also within a batch that spans epochs, so random keys made from it do.
     """
-    chosen = indices(seed, data_step, batch, len(source))[rows]
+    chosen = examples_at(source, seed, data_step, batch)[rows]
     first = data_step * batch
     example = (np.arange(first, first + batch, dtype=np.int64)[rows] & 0xFFFFFFFF).astype(np.uint32)
     return {**source.take(chosen), "example": example}

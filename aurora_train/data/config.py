@@ -18,6 +18,18 @@ class TokenizerConfig(Section):
     separator: str | None = setting(None, help="for kind: file, the token between documents; found when unset")
 
 
+class MixedSourceConfig(Section):
+    """One of several sources of a mixture. Its name begins the names of its documents."""
+
+    source: str = setting(
+        path_unless=("python-stdlib", "hub:"), help="python-stdlib, a folder, a file or glob, or hub:owner/name"
+    )
+    weight: float = setting(1.0, gt=0, help="its share of the rows that are trained on, beside the others' weights")
+    pattern: str = setting("**/*", help="glob inside a folder")
+    text_field: str = setting("text", help="column of a jsonl, parquet or arrow source that holds the text")
+    max_documents: int | None = setting(None, ge=1, help="read only the first documents of the source, in its order")
+
+
 class TextDataConfig(Section):
     """Where the text comes from, how it is split, and how long a row is."""
 
@@ -26,6 +38,7 @@ class TextDataConfig(Section):
         path_unless=("python-stdlib", "hub:"),
         help="python-stdlib, a folder, a file or glob, or hub:owner/name",
     )
+    mix: dict[str, MixedSourceConfig] = setting({}, help="several named sources, {source, weight} each, and not one")
     pattern: str = setting("**/*", help="glob inside a folder")
     text_field: str = setting("text", help="column of a jsonl, parquet or arrow source that holds the text")
     tokenizer: TokenizerConfig = setting(TokenizerConfig())
@@ -45,21 +58,8 @@ def check_data(config: TextDataConfig, base: Path | None = None) -> None:
             why=f"holdout_test {config.holdout_test} + holdout_validation {config.holdout_validation} is 1 or more",
             hint="data.holdout_test=0.02 data.holdout_validation=0.01",
         )
-    if config.source.startswith("hub:"):
-        if not config.online:
-            raise UserError(
-                f"{config.source} is on the network, and the network is off",
-                where="data.source",
-                hint="add data.online=true (--online), or download the files and name their folder as data.source",
-            )
-    elif config.source != "python-stdlib" and not any(character in config.source for character in "*?["):
-        if not resolve(config.source, base).exists():
-            raise UserError(
-                f"there is no file or folder {config.source}",
-                where="data.source",
-                why=f"looked for {resolve(config.source, base)}",
-                hint="a path is relative to the folder of the config file; python-stdlib is always there",
-            )
+    for key, source in sources_of(config).items():
+        _check_source(source, key, config.online, base)
     if config.tokenizer.kind == "file":
         if config.tokenizer.path is None:
             raise UserError(
@@ -70,6 +70,44 @@ def check_data(config: TextDataConfig, base: Path | None = None) -> None:
                 f"there is no file {config.tokenizer.path}",
                 where="data.tokenizer.path",
                 why=f"looked for {resolve(config.tokenizer.path, base)}",
+            )
+
+
+def sources_of(config: TextDataConfig) -> dict[str, str]:
+    """`data.source`, or the source of every part of `data.mix`, by its key. UserError for both, or for a bad name."""
+    if not config.mix:
+        return {"data.source": config.source}
+    default = TextDataConfig.model_fields["source"].default
+    if config.source != default or config.pattern != "**/*" or config.max_documents is not None:
+        raise UserError(
+            "a mixture has its sources in data.mix alone", where="data.source",
+            why="data.source, data.pattern and data.max_documents are of a run with one source",
+            hint="move it in: data.mix.NAME.source=... data.mix.NAME.weight=1",
+        )  # fmt: skip
+    for name in config.mix:
+        if not name or not all(character.isalnum() or character in "-_." for character in name):
+            raise UserError(
+                f"a source of a mixture cannot be called {name!r}", where="data.mix",
+                why="its name begins the names of its documents", hint="letters, digits, - _ and . only",
+            )  # fmt: skip
+    return {f"data.mix.{name}.source": part.source for name, part in config.mix.items()}
+
+
+def _check_source(source: str, key: str, online: bool, base: Path | None) -> None:
+    if source.startswith("hub:"):
+        if not online:
+            raise UserError(
+                f"{source} is on the network, and the network is off",
+                where=key,
+                hint=f"add data.online=true (--online), or download the files and name their folder as {key}",
+            )
+    elif source != "python-stdlib" and not any(character in source for character in "*?["):
+        if not resolve(source, base).exists():
+            raise UserError(
+                f"there is no file or folder {source}",
+                where=key,
+                why=f"looked for {resolve(source, base)}",
+                hint="a path is relative to the folder of the config file; python-stdlib is always there",
             )
 
 

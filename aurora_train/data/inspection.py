@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from aurora_train.data.order import indices
+from aurora_train.data.order import examples_at, slots
 from aurora_train.data.rows import TokenSource
 from aurora_train.recipe import Source
 
@@ -18,12 +18,12 @@ def inspect_batch(source: Source, split: str, seed: int, batch: int, data_step: 
     padding, documents and bytes per token of the split, and, for the first `rows` rows, documents and segments with
     their text.
     """
-    chosen = indices(seed, data_step, batch, len(source))
-    arrays = source.take(chosen)
+    chosen = examples_at(source, seed, data_step, batch)
+    arrays, mixture = source.take(chosen), getattr(source, "mixture", None)
     facts = {
         "split": split,
         "data_step": data_step,
-        "epoch": data_step * batch // len(source),
+        "epoch": None if mixture else data_step * batch // len(source),
         "examples": len(source),
         "fingerprint": source.fingerprint,
         "arrays": {
@@ -33,10 +33,24 @@ def inspect_batch(source: Source, split: str, seed: int, batch: int, data_step: 
         "indices": chosen.tolist(),
         "not_finite": not_finite(arrays, chosen),
     }
+    if mixture:
+        facts["mix"] = _mixed(source, chosen, data_step * batch)
     if isinstance(source, TokenSource):
         facts |= _text_facts(source, arrays)
         facts["rows"] = [_row(source, int(chosen[i]), arrays, i) for i in range(min(rows, batch))]
     return facts
+
+
+def _mixed(source, chosen: np.ndarray, position: int) -> dict[str, dict]:
+    """Of each source of a mixture: its share, its rows, how often all were seen before, rows in this batch."""
+    shares = slots(source.mixture) / slots(source.mixture).sum()
+    return {
+        name: {
+            "share": float(share), "rows": part.count, "passes": float(position * share / part.count),
+            "in_batch": int(((chosen >= part.first) & (chosen < part.first + part.count)).sum()),
+        }
+        for name, part, share in zip(source.weights, source.mixture, shares, strict=True)
+    }  # fmt: skip
 
 
 def not_finite(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, list[int]]:
@@ -84,8 +98,9 @@ def show(facts: dict, console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    epoch = "" if facts["epoch"] is None else f" (epoch {facts['epoch']})"
     console.print(
-        f"split {facts['split']}, data step {facts['data_step']} (epoch {facts['epoch']}), "
+        f"split {facts['split']}, data step {facts['data_step']}{epoch}, "
         f"{len(facts['indices'])} of {facts['examples']:,} examples", highlight=False,
     )
     if "rows" in facts:
@@ -93,6 +108,11 @@ def show(facts: dict, console) -> None:
             f"{facts['source']}; tokenizer {facts['tokenizer']}; {facts['bytes_per_token']:.3f} bytes per token\n"
             f"{facts['targets']:,} targets, {facts['padding']:.2%} padding, "
             f"{facts['segments_per_row']:.2f} documents per row", highlight=False,
+        )
+    for name, part in facts.get("mix", {}).items():
+        console.print(
+            f"{name}: {part['share']:.2%} of the rows, {part['in_batch']} here; {part['passes']:.2f} times through its "
+            f"{part['rows']:,} rows before this batch", highlight=False,
         )
     table = Table("array", "shape", "dtype", "min", "max")
     for name, array in facts["arrays"].items():

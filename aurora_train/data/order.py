@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
 _ROUNDS = 8
 _BLOCK = 4096  # places permuted at a time
+_SLOTS = 1 << 16  # of a mixture's stream, the stretch in which every part has exactly its share
 _MINIMUM_BITS = 4  # smaller networks are poor shuffles; cycle walking makes up for the difference
 
 
@@ -31,13 +33,70 @@ def indices(seed: int, data_step: int, batch: int, num_examples: int) -> np.ndar
     return np.concatenate(parts)
 
 
+class Part(NamedTuple):
+    """One source of a mixture: its weight, and where its examples lie, `first` to `first + count`."""
+
+    weight: float
+    first: int
+    count: int
+
+
+def examples_at(source, seed: int, data_step: int, batch: int) -> np.ndarray:
+    """int64[batch] indices into a source: by `indices`, or by the shares of its `mixture` where it has one."""
+    parts = getattr(source, "mixture", None)
+    return indices(seed, data_step, batch, len(source)) if parts is None else mixed(seed, data_step, batch, parts)
+
+
+def mixed(seed: int, data_step: int, batch: int, parts: tuple[Part, ...]) -> np.ndarray:
+    """int64[batch] example indices of the global batch at `data_step`, drawn from `parts` by their weights.
+
+    Of every 65,536 examples of the stream each part has the same number, its share to the nearest, in an order that
+    belongs to (seed, that stretch). Each part gives its own examples in epochs of its own, every one once before any
+    comes again, however much sooner it is through than the others.
+    """
+    position, end, chosen = data_step * batch, (data_step + 1) * batch, []
+    while position < end:
+        block = _mixed_block(seed, parts, position // _BLOCK)[position % _BLOCK :]
+        chosen.append(block[: end - position])
+        position += len(chosen[-1])
+    return np.concatenate(chosen)
+
+
+def slots(parts: tuple[Part, ...]) -> np.ndarray:
+    """int64[parts] of 65,536, by largest remainder; at least one each."""
+    exact = _SLOTS * np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
+    counts = np.maximum(exact.astype(np.int64), 1)
+    while (short := _SLOTS - int(counts.sum())) != 0:
+        step = 1 if short > 0 else -1
+        counts[np.argmax(step * (exact - counts))] += step
+    return counts
+
+
+@functools.lru_cache(maxsize=8)
+def _mixed_block(seed: int, parts: tuple[Part, ...], number: int) -> np.ndarray:
+    """Of the stream of a mixture, the examples of one block of positions."""
+    stretch, place = divmod(number * _BLOCK, _SLOTS)
+    places = np.arange(place, place + _BLOCK, dtype=np.int64)
+    slot, counts = permute(places, f"{seed} mixture", stretch, _SLOTS), slots(parts)
+    starts = np.cumsum(counts) - counts
+    of = np.searchsorted(starts, slot, side="right") - 1
+    turn = stretch * counts[of] + slot - starts[of]  # which of its part's own stream
+    chosen = np.empty(_BLOCK, np.int64)
+    for number_of, part in enumerate(parts):
+        for epoch in np.unique(turn[of == number_of] // part.count):
+            here = (of == number_of) & (turn // part.count == epoch)
+            name = f"{seed} part {number_of}"
+            chosen[here] = part.first + permute(turn[here] % part.count, name, int(epoch), part.count)
+    return chosen
+
+
 @functools.lru_cache(maxsize=8)
 def _block(seed: int, epoch: int, n: int, number: int) -> np.ndarray:
     """Of an epoch's order, the places of one block: numpy's calls cost more than the arithmetic of a small batch."""
     return permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, n), dtype=np.int64), seed, epoch, n)
 
 
-def permute(places: np.ndarray, seed: int, epoch: int, n: int) -> np.ndarray:
+def permute(places: np.ndarray, seed: int | str, epoch: int, n: int) -> np.ndarray:
     """Image of int64 `places` in [0, n) under the permutation of [0, n) that belongs to (seed, epoch)."""
     digest = hashlib.sha256(f"aurora order {seed} {epoch}".encode()).digest()
     digest += hashlib.sha256(digest).digest()

@@ -64,7 +64,7 @@ def prepare(
                 if corpus.listing(cache, progress) != listing:
                     shutil.rmtree(folder)
                     raise UserError(
-                        f"{config.source} changed while it was read", where="data.source", hint="run the command again"
+                        f"{corpus.name} changed while it was read", where="data.source", hint="run the command again"
                     )
         return Store(folder)
 
@@ -85,6 +85,8 @@ def _key(config: TextDataConfig, base: Path | None, listing: list) -> str:
         "holdout": [config.holdout_test, config.holdout_validation],
         "max_documents": config.max_documents,
     }
+    if config.mix:  # not the weights: they are index arithmetic too
+        decisive["mix"] = {name: [part.text_field, part.max_documents] for name, part in config.mix.items()}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,7 +136,7 @@ def _write(corpus: Corpus, config: TextDataConfig, base, key: str, folder: Path,
     with _writing(folder.parent):
         temporary.mkdir()
     try:
-        splits, num_lossy = _write_splits(corpus, tokenizer, screening, temporary, progress)
+        splits, parts, num_lossy = _write_splits(corpus, tokenizer, screening, temporary, progress)
         with _writing(folder.parent):
             tokenizer.save(temporary)
             manifest = {
@@ -144,6 +146,7 @@ def _write(corpus: Corpus, config: TextDataConfig, base, key: str, folder: Path,
                 "licence": corpus.licence,
                 "splits": splits,
                 "skipped": screening.skipped,
+                **({"mix": parts} if config.mix else {}),
                 "tokenizer": {
                     "kind": config.tokenizer.kind,
                     "vocab_size": tokenizer.vocab_size,
@@ -209,6 +212,7 @@ class _SplitWriter:
         self.folder, self.split = folder, split
         self.separator = np.array([tokenizer.eos_id], tokenizer.dtype)
         self.lengths, self.num_bytes = [], []
+        self.parts: dict[str, int] = {}  # documents by the first part of their name: the source, in a mixture
         self.tokens = (folder / f"tokens-{split}.bin").open("wb")
         self.names = (folder / f"names-{split}.jsonl").open("w")
         self.text = None if split == "train" else (folder / f"text-{split}.bin").open("wb")
@@ -220,6 +224,8 @@ class _SplitWriter:
         if self.text:
             self.text.write(data)
         self.lengths.append(1 + len(ids))
+        source = name.partition("/")[0]
+        self.parts[source] = self.parts.get(source, 0) + 1
         self.num_bytes.append(len(data))
 
     def finish(self) -> dict:
@@ -232,8 +238,11 @@ class _SplitWriter:
         return {"documents": len(self.lengths), "bytes": sum(self.num_bytes), "tokens": int(offsets[-1])}
 
 
-def _write_splits(corpus, tokenizer, screening: Screening, folder: Path, progress: Callable) -> tuple[dict, int]:
-    """Tokenize every kept document into its split's files; (counts per split, held-out documents not given back)."""
+def _write_splits(corpus, tokenizer, screening: Screening, folder: Path, progress: Callable) -> tuple[dict, dict, int]:
+    """Tokenize every kept document into its split's files.
+
+    (counts per split, documents per split and source of a mixture, held-out documents not given back).
+    """
     with _writing(folder.parent):
         writers = [_SplitWriter(folder, split, tokenizer) for split in SPLITS]
     num_lossy = 0
@@ -251,7 +260,8 @@ def _write_splits(corpus, tokenizer, screening: Screening, folder: Path, progres
             num_lossy,
         )
     with _writing(folder.parent):
-        return {writer.split: writer.finish() for writer in writers}, num_lossy
+        parts = {writer.split: writer.parts for writer in writers}
+        return {writer.split: writer.finish() for writer in writers}, parts, num_lossy
 
 
 def _publish(temporary: Path, folder: Path) -> None:

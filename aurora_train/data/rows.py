@@ -13,6 +13,7 @@ import hashlib
 
 import numpy as np
 
+from aurora_train.data.order import Part
 from aurora_train.data.store import Store
 from aurora_train.errors import UserError
 
@@ -22,7 +23,8 @@ _LAYOUT = 1  # part of the fingerprint: raise it when `take` gives other arrays 
 class TokenSource:
     """Rows of one split. `take` is a pure function of the indices and reads only the tokens it returns."""
 
-    def __init__(self, store: Store, split: str, sequence: int):
+    def __init__(self, store: Store, split: str, sequence: int, weights: dict[str, float] | None = None):
+        """`weights`: of the sources of a mixture, by name; None where there is one source."""
         self.store, self.split, self.sequence = store, split, sequence
         self.tokenizer = store.tokenizer
         self._tokens, self._offsets = store.tokens(split), np.asarray(store.offsets(split))
@@ -38,8 +40,27 @@ class TokenSource:
                 why=f"it has {self.num_targets} tokens in {store.num_documents(split)} documents",
                 hint=f"data.sequence={max(2, self.num_targets // 4)}, or more text",
             )
+        self.weights = None if weights is None else dict(sorted(weights.items()))
+        self.mixture = None if weights is None else self._parts(self.weights)
         decisive = f"rows {_LAYOUT} {store.fingerprint} {split} {sequence}"
+        decisive += "" if weights is None else f" {sorted(weights.items())}"
         self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
+
+    def _parts(self, weights: dict[str, float]) -> tuple[Part, ...]:
+        """Where the rows of each source lie. A row that holds the end of one and the start of the next is the one's."""
+        parts, document, found = [], 0, self.store.manifest["mix"][self.split]
+        for name in weights:  # sorted, as in the stream
+            documents = found.get(name, 0)
+            ends = int(self._offsets[document]), int(self._offsets[document + documents])
+            first, last = (-(-end // self.sequence) for end in ends)
+            if ends[1] - ends[0] < self.sequence:
+                raise UserError(
+                    f"the source {name} has less than one row of {self.sequence} tokens", where=f"data.mix.{name}",
+                    hint="more text, a smaller data.sequence, or leave it out",
+                )  # fmt: skip
+            parts.append(Part(weights[name], first, last - first))
+            document += documents
+        return tuple(parts)
 
     def __len__(self) -> int:
         return -(-self.num_targets // self.sequence)
@@ -79,4 +100,5 @@ class TokenSource:
             "sequence": self.sequence,
             "rows": len(self),
             "rows_fingerprint": self.fingerprint,
+            **({} if self.weights is None else {"weights": self.weights}),
         }

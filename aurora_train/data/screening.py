@@ -67,7 +67,7 @@ def screen(corpus: Corpus, config: TextDataConfig, progress: Callable) -> Screen
             progress(len(kept), total, "reading documents")
         if num_kept == config.max_documents:
             break
-    _check_enough(num_kept, skipped, config)
+    _check_enough(num_kept, skipped, corpus, config)
     split = _assign(np.array(uniforms), np.array(kept), config)
     return Screening(split, np.array(draws), np.array(sizes, np.int64), skipped)
 
@@ -86,21 +86,21 @@ def _fault(data: bytes, seen: set[bytes]) -> str | None:
     return None
 
 
-def _check_enough(num_kept: int, skipped: dict, config: TextDataConfig) -> None:
+def _check_enough(num_kept: int, skipped: dict, corpus: Corpus, config: TextDataConfig) -> None:
     left_out = "; ".join(
         f"{entry['count']} left out: {reason} (such as {entry['names'][0]})" for reason, entry in skipped.items()
     )
     if num_kept == 0:
         raise UserError(
-            f"{config.source} holds no text",
-            where="data.source",
+            f"{corpus.name} holds no text",
+            where="data.mix" if config.mix else "data.source",
             why=left_out or "it has no documents",
             hint="documents are UTF-8; data.pattern chooses among files, data.text_field among columns",
         )
     needed = 1 + (config.holdout_test > 0) + (config.holdout_validation > 0)
     if num_kept < needed:
         raise UserError(
-            f"{config.source} holds {num_kept} document{'s' if num_kept > 1 else ''}, too few to hold any out",
+            f"{corpus.name} holds {num_kept} document{'s' if num_kept > 1 else ''}, too few to hold any out",
             where="data.source",
             why=f"training, data.holdout_test and data.holdout_validation need {needed}"
             + (f"; {left_out}" if left_out else ""),

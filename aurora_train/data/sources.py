@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -87,12 +88,52 @@ class Corpus:
         return found
 
 
-def open_corpus(config: TextDataConfig, base: Path | None = None) -> Corpus:
-    """Find the files that `config.source` names; relative paths start at `base`, the config file's folder.
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources as one: a document's id begins with its source's name, and each source comes whole."""
+
+    parts: dict[str, Corpus]
+    limits: dict[str, int | None]
+    hub = None
+    tables = True  # as far as anybody asks: how many documents there are is not known before they are read
+
+    name = property(lambda self: " + ".join(f"{name} ({part.name})" for name, part in self.parts.items()))
+    licence = property(lambda self: "; ".join(f"{name}: {part.licence}" for name, part in self.parts.items()))
+
+    def documents(self) -> Iterator[tuple[str, bytes]]:
+        """As Corpus has it, one source after the other."""
+        for name, part in self.parts.items():
+            for document, data in itertools.islice(part.documents(), self.limits[name]):
+                yield f"{name}/{document}", data
+
+    def listing(self, cache: Path, progress: Callable) -> list[tuple[str, int, str]]:
+        """As Corpus has it."""
+        return [
+            (f"{name}/{document}", size, digest)
+            for name, part in self.parts.items()
+            for document, size, digest in part.listing(cache, progress)
+        ]
+
+
+def open_corpus(config: TextDataConfig, base: Path | None = None) -> Corpus | Mixture:
+    """Find the files that the config names; relative paths start at `base`, the config file's folder.
 
     Raises UserError for a missing path, a hub source without `online`, and a source without files.
     """
     check_data(config, base)
+    if not config.mix:
+        return _open_one(config, base)
+    alone = {
+        name: config.model_copy(update={
+            "source": part.source, "pattern": part.pattern, "text_field": part.text_field, "mix": {},
+        })
+        for name, part in sorted(config.mix.items())  # the order in which they are written says nothing
+    }  # fmt: skip
+    limits = {name: part.max_documents for name, part in config.mix.items()}
+    return Mixture({name: _open_one(one, base) for name, one in alone.items()}, limits)
+
+
+def _open_one(config: TextDataConfig, base: Path | None) -> Corpus:
     if config.source == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = _below(root, "**/*.py", skip=("site-packages", "dist-packages", "__pycache__"))

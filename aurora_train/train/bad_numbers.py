@@ -17,7 +17,7 @@ import numpy as np
 from aurora_train.checkpoint import layout
 from aurora_train.data.batches import read_batch
 from aurora_train.data.inspection import inspect_batch, not_finite
-from aurora_train.data.order import indices
+from aurora_train.data.order import examples_at
 from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed
 from aurora_train.nn.stack import named_stacks, probed
@@ -131,7 +131,7 @@ def where_it_begins(session, state, window: Window) -> str:
     """
     config = session.config.train
     batch = read_batch(session.source, config.seed, config.batch, window.data_first)
-    chosen = indices(config.seed, window.data_first, config.batch, len(session.source))
+    chosen = examples_at(session.source, config.seed, window.data_first, config.batch)
     for name, examples in not_finite(batch, chosen).items():
         return f"the data: {name} of example {examples[0]}"
     for names, stacked, leaf in layout.entries(state.params):
