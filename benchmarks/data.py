@@ -1,6 +1,7 @@
 """Tokens a second that one core can make ready: packed batches with document masks, as `aurora train` reads them.
 
     python benchmarks/data.py [--case bytes-2k ...] [--seconds 3] [--rounds 5]
+    python benchmarks/data.py --waits [CONFIG ...]      # the share of a step that waits for its batch, in real runs
 
 Every case reads real text (the standard library of this Python), prepared and tokenized before the clock starts, in
 random order, with the caller's thread bound to one core. The plain side copies arrays of the same shapes that lie in
@@ -10,16 +11,22 @@ memory: no reading, packing, masks or shuffling; more than a loader can reach.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
 import sysconfig
+import tempfile
 import time
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 from planning import load_tree
 
+from aurora_train import bundled
 from aurora_train.data.batches import batches
 from aurora_train.machine.profile import cpu_model
 from aurora_train.observe.progress import preparation
@@ -99,12 +106,31 @@ def measure(name: str, seconds: float, rounds: int) -> str:
     return f"| {name} | {shape} | **{ours / 1e6:.1f}** ({low / 1e6:.1f} to {high / 1e6:.1f}) | {copied / 1e6:.0f} |"
 
 
+def waits(name: str, steps: int = 200) -> str:
+    """One line: what a run of a bundled config logs as `data_wait`, over the log steps of its first `steps`."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        settings = [f"train.steps={steps}", "log.every=20", "evaluate.final=false", "--quiet"]
+        command = [sys.executable, "-m", "aurora_train", "train", name, "--run", str(run), *settings]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        found = [record["data_wait"] for record in records if "data_wait" in record]
+    return f"| {name} | {len(found)} | **{statistics.median(found):.2%}** ({min(found):.2%} to {max(found):.2%}) |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--waits", nargs="*", metavar="CONFIG", help="measure runs; all bundled configs if none")
     options = parser.parse_args()
+    if options.waits is not None:
+        print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores\n")
+        print("| config | log steps | share of a step that waits for data |\n|---|---|---|")
+        for name in options.waits or bundled.configs():
+            print(waits(name), flush=True)
+        return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     print(f"{date.today()}, {cpu_model()}, one core, {options.rounds} rounds\n")
     print("| case | batch | Mtok/s | a copy of the same arrays, Mtok/s |\n|---|---|---|---|")

@@ -1,13 +1,14 @@
 """Start to first step: `aurora train` cold and warm, and `aurora resume`, each against what it is to be measured by.
 
     pip install -e '.[parity]' accelerate
-    python benchmarks/startup.py [--against bare trainer fresh] [--repeats 5] [--json FILE]
+    python benchmarks/startup.py [--against bare trainer compiled fresh] [--repeats 5] [--json FILE]
     python benchmarks/startup.py --against bare --config tinystories train.batch=8
 
 | row | ours | its peer |
 |---|---|---|
 | bare | a fresh run, every program in the compile cache | a script with the same imports and the same cached step |
 | trainer | a fresh run, an empty compile cache | transformers' Trainer on the same GPT-2 and batch, random tokens |
+| compiled | the same | the same with torch_compile and an empty cache of its own |
 | fresh | `aurora resume` of a run with a checkpoint | a fresh run of the same config; both with a warm cache |
 
 All are whole processes, interleaved, with prepared data. Time is from launch to the moment the loss of the first step
@@ -19,6 +20,7 @@ files once is printed beside.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -87,7 +89,7 @@ class Told(TrainerCallback):
         print(logs["loss"], flush=True)
         os._exit(0)
 wish = TrainingArguments(output_dir=sys.argv[3], per_device_train_batch_size=case["batch"], max_steps=2,
-                         logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
+                         torch_compile=sys.argv[4] == "compiled", logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
 Trainer(model=build(case), args=wish, train_dataset=rows, callbacks=[Told()]).train()
 """
 
@@ -128,18 +130,21 @@ def against_bare(folder: Path, config: list[str]):
     )
 
 
-def against_trainer(folder: Path, config: list[str]):
+def against_trainer(folder: Path, config: list[str], kind: str = "eager"):
     """The same."""
     case = CASES["10m"]
     path = folder / "cold.yaml"
     path.write_text(json.dumps(case.config("float32")))
 
     def ours(number: int) -> float:
-        run, cache = folder / f"cold-{number}", folder / f"programs-{number}"
+        run, cache = folder / f"cold-{kind}-{number}", folder / f"programs-{kind}-{number}"
         return trained(["train", str(path), "--run", str(run)], run, JAX_COMPILATION_CACHE_DIR=str(cache))
 
-    peers = str(Path(__file__).parent)
-    return ours, lambda number: answered(TRAINER, peers, json.dumps(asdict(case)), str(folder / "trainer"))
+    def theirs(number: int) -> float:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{number}")
+        return answered(TRAINER, str(Path(__file__).parent), json.dumps(asdict(case)), str(folder / "trainer"), kind)
+
+    return ours, theirs
 
 
 def against_fresh(folder: Path, config: list[str]):
@@ -202,6 +207,8 @@ def verification(folder: Path) -> list[str]:
 KINDS = {
     "bare": (against_bare, "warm `aurora train`", "a bare script, the same cached step", 1.5),
     "trainer": (against_trainer, "cold `aurora train`", "transformers' Trainer", 0.7),
+    "compiled": (functools.partial(against_trainer, kind="compiled"), "cold `aurora train`",
+                 "transformers' Trainer, torch_compile", 0.7),
     "fresh": (against_fresh, "`aurora resume`", "a fresh `aurora train`, warm", 1.3),
 }
 
