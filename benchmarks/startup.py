@@ -89,7 +89,8 @@ class Told(TrainerCallback):
         print(logs["loss"], flush=True)
         os._exit(0)
 wish = TrainingArguments(output_dir=sys.argv[3], per_device_train_batch_size=case["batch"], max_steps=2,
-                         torch_compile=sys.argv[4] == "compiled", logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
+                         torch_compile=sys.argv[4] == "compiled", logging_steps=1, report_to="none", use_cpu=True,
+                         save_strategy="no", disable_tqdm=True)
 Trainer(model=build(case), args=wish, train_dataset=rows, callbacks=[Told()]).train()
 """
 
