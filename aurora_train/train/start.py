@@ -371,8 +371,10 @@ def remarks(session: Session) -> list[str]:
 
 
 def sinks(config, run, after_step: int) -> list:
-    """The viewers that the config asks for besides metrics.jsonl."""
-    made = []
+    """The viewers that the config asks for besides metrics.jsonl; one process tells them."""
+    made: list = []
+    if run.follows:
+        return made
     if "tensorboard" in config.log.sinks:
         made.append(logs.TensorBoardSink(run.folder / "tensorboard", after_step))
     if "wandb" in config.log.sinks:
