@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aurora_train.config.schema import Optimizer, Schedule
+from aurora_train.nn.ops import asking
 from aurora_train.optimizer import build, global_norm, join, make_schedule, partition
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
@@ -114,6 +115,8 @@ def test_the_global_norm_is_numpys_and_no_cut_moves_a_bit_of_it():
     expected = np.sqrt(sum(np.sum(np.square(np.asarray(a, np.float64))) for a in jax.tree.leaves(whole)))
     norm = np.asarray(jax.jit(global_norm)(whole))
     np.testing.assert_allclose(norm, expected, rtol=1e-6)
+    with asking({"grad_norm": "plain"}):
+        np.testing.assert_allclose(jax.jit(global_norm)(whole), expected, rtol=1e-6)
     for cuts in (((0, 3), (3, 6)), ((0, 2), (2, 6)), ((0, 2), (2, 4), (4, 6))):
         np.testing.assert_array_equal(jax.jit(global_norm)(model(3, cuts=cuts)), norm)
 

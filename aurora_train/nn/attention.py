@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.errors import UserError
-from aurora_train.nn import lora, param
+from aurora_train.nn import lora, ops, param
 from aurora_train.nn.attention_kernels import BACKENDS, Rule, masked_attention, visible
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.norms import Norm
@@ -51,10 +51,11 @@ def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
         return Choice("cudnn", "asked for by the config")
     if wish != "auto":
         return Choice(wish, "asked for by the config")
-    if target == "cpu":
-        return Choice("blocked", "block-causal form for CPU")
+    how = ops.OPERATIONS["attention"].forms
+    if ops.form("attention") == "blocked":
+        return Choice("blocked", how["blocked"])
     if obstacle is None:
-        return Choice("cudnn", "cuDNN flash attention serves this shape")
+        return Choice("cudnn", f"{how['cudnn']} serves this shape")
     if config.attention_softcap is not None:
         return Choice("reference", f"no cuDNN ({obstacle}), and xla has no soft-cap")
     return Choice("xla", f"no cuDNN ({obstacle})")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from aurora_train.nn import ops
 from aurora_train.nn.lean import after
 from aurora_train.nn.linear import batched_outer
 
@@ -90,18 +91,19 @@ def blocked(query, key, value, rule: Rule, segments) -> jax.Array:
     """
     if segments is None:
         segments = jnp.ones(query.shape[:2], jnp.int32)
-    return _blocked(rule, query, key, value, segments)
+    forms = ops.form("linear"), ops.form("activation")  # of its gradients' products, of what they make anew
+    return _blocked(forms, rule, query, key, value, segments)
 
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "blocked": blocked}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(rule, query, key, value, segments):
-    return _blocked_forward(rule, query, key, value, segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(forms, rule, query, key, value, segments):
+    return _blocked_forward(forms, rule, query, key, value, segments)[0]
 
 
-def _blocked_forward(rule, query, key, value, segments):
+def _blocked_forward(forms, rule, query, key, value, segments):
     batch, length, heads, dim = query.shape
     rows, keys, values = _by_kv_head(query, key.shape[2]), _heads_first(key), _heads_first(value)
     outs, shares = [], []
@@ -118,9 +120,10 @@ def _blocked_forward(rule, query, key, value, segments):
     return out, (query, key, value, out, tuple(shares))
 
 
-def _blocked_backward(rule, residuals, g):
+def _blocked_backward(forms, rule, residuals, g):
     query, key, value, out, shares = residuals
-    query, key, value = after((query, key, value), g)
+    products, anew = forms
+    query, key, value = after(anew, (query, key, value), g)
     kv_heads = key.shape[2]
     rows, keys, values = _by_kv_head(query, kv_heads), _turned(key), _turned(value)
     g_rows = _by_kv_head(g.astype(rows.dtype), kv_heads)
@@ -136,8 +139,8 @@ def _blocked_backward(rule, residuals, g):
             d_scores = d_scores * (1.0 - jnp.square(jnp.tanh(scores / rule.softcap)))
         d_scores = (d_scores * rule.scale).astype(rows.dtype)
         d_query.append(_batched_dot(d_scores, keys[:, :, block.seen], 2, 2))
-        d_keys.append(batched_outer(_block_rows(rows, block), d_scores))
-        d_values.append(batched_outer(g_block, share))
+        d_keys.append(batched_outer(products, _block_rows(rows, block), d_scores))
+        d_values.append(batched_outer(products, g_block, share))
     heads_split = (g.shape[0], kv_heads)
     return (
         _from_blocks(d_query, query, kv_heads),

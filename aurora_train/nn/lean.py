@@ -1,15 +1,16 @@
-"""Elementwise functions that keep only their inputs for the backward pass; means in the form fast on each platform."""
+"""Elementwise functions that keep only their inputs for the backward pass, and means over rows (forms: `nn.ops`)."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn.platform import platform
 
+def lean(function, form: str):
+    """`function` of arrays, to one float array, whose backward pass recomputes from its inputs: nothing else stays.
 
-def lean(function):
-    """`function` of arrays, to one float array, whose backward pass recomputes from its inputs: nothing else stays."""
+    `form`: of the operation "activation".
+    """
 
     @jax.custom_vjp
     @functools.wraps(function)
@@ -17,29 +18,29 @@ def lean(function):
         return function(*inputs)
 
     def backward(inputs, g):
-        return jax.vjp(function, *after(inputs, g))[1](g)
+        return jax.vjp(function, *after(form, inputs, g))[1](g)
 
     wrapped.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
     return wrapped
 
 
-def after(tree, g: jax.Array):
-    """The arrays of `tree`, bit for bit, but on CPU not before `g`, bfloat16 or float32, is there.
+def after(form: str, tree, g: jax.Array):
+    """The arrays of `tree`, bit for bit, but as "cpu" not before `g`, bfloat16 or float32, is there.
 
     What a backward pass makes anew from what was kept for it (a slice, a transpose, an activation) XLA:CPU would
     otherwise make early and keep; it drops optimization barriers before it schedules. So the arrays are made to
     depend on a test of `g` that is never true, which LLVM, and nothing before it, sees through.
     """
-    if platform() != "cpu" or g.size == 0:
+    if form != "cpu" or g.size == 0:
         return tree
     word = jax.lax.bitcast_convert_type(g[(0,) * g.ndim], jnp.int16 if g.dtype.itemsize == 2 else jnp.int32)
     never = (word | 1) == 0
     return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
 
 
-def row_mean(x: jax.Array) -> jax.Array:
-    """float32[..., n] -> float32[..., 1]. On CPU a product with ones: XLA:CPU's reductions do not use all lanes."""
+def row_mean(form: str, x: jax.Array) -> jax.Array:
+    """float32[..., n] -> float32[..., 1]. "cpu": a product with ones; XLA:CPU's reductions do not use all lanes."""
     size = x.shape[-1]
-    if platform() != "cpu":
+    if form != "cpu":
         return jnp.mean(x, -1, keepdims=True)
     return (x.reshape(-1, size) @ jnp.full((size, 1), 1 / size, x.dtype)).reshape(*x.shape[:-1], 1)

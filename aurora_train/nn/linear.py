@@ -1,10 +1,10 @@
 """Matrix products: float32 masters cast to the activations' dtype at use, weight gradients summed in float32.
 
 XLA:CPU has fast bfloat16 kernels only for bf16 x bf16 -> f32 dots whose left operand is stored row by row; all else
-it upcasts, two to four times slower. Hence the CPU form. Where the left operand is needed transposed, the axis
-that is summed is written as two: XLA then copies it row by row, where a transpose, behind a barrier or not, would be
-folded back into the dot and upcast. A transpose of a 2-D bf16 dot's result stands behind a barrier (`losses.py`), for
-folded into the dot it crashes at run time.
+it upcasts, two to four times slower. Hence the form "cpu" (`nn.ops`). Where the left operand is needed transposed, the
+axis that is summed is written as two: XLA then copies it row by row, where a transpose, behind a barrier or not, would
+be folded back into the dot and upcast. A transpose of a 2-D bf16 dot's result stands behind a barrier (`losses.py`),
+for folded into the dot it crashes at run time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn.platform import platform
+from aurora_train.nn import ops
 
 barrier = jax.lax.optimization_barrier
 
@@ -22,7 +22,7 @@ barrier = jax.lax.optimization_barrier
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x[..., in] times weight[in, out] plus bias[out], in the dtype of x."""
     flat = x.reshape(-1, x.shape[-1])
-    y = flat @ weight.astype(x.dtype) if x.dtype == jnp.float32 else _mixed(platform() == "cpu", flat, weight)
+    y = flat @ weight.astype(x.dtype) if x.dtype == jnp.float32 else _mixed(ops.form("linear"), flat, weight)
     if bias is not None:
         y = add_bias(y, bias)
     return y.reshape(*x.shape[:-1], weight.shape[-1])
@@ -30,7 +30,7 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     """y[..., out] plus bias[out], in the dtype of y."""
-    return _biased(y, bias) if platform() == "cpu" else y + bias.astype(y.dtype)
+    return _biased(y, bias) if ops.form("linear") == "cpu" else y + bias.astype(y.dtype)
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.float32) -> jax.Array:
@@ -38,32 +38,32 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.floa
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=out_dtype)
 
 
-def times(on_cpu: bool, x: jax.Array, low: jax.Array) -> jax.Array:
+def times(form: str, x: jax.Array, low: jax.Array) -> jax.Array:
     """x[n, in] times low[in, out], both of one dtype and so the result."""
-    if on_cpu and x.dtype != jnp.float32:
+    if form == "cpu" and x.dtype != jnp.float32:
         return dot(barrier(x), low, 1, 0).astype(x.dtype)
     return dot(x, low, 1, 0, x.dtype)
 
 
-def times_transposed(on_cpu: bool, g: jax.Array, low: jax.Array) -> jax.Array:
+def times_transposed(form: str, g: jax.Array, low: jax.Array) -> jax.Array:
     """g[n, out] times the transpose of low[in, out]: the gradient of what was multiplied by it."""
-    if on_cpu and g.dtype != jnp.float32:
+    if form == "cpu" and g.dtype != jnp.float32:
         return dot(g, low, 1, 1).astype(g.dtype)
     return dot(g, low, 1, 1, g.dtype)
 
 
-def outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a[n, k], b[n, m] -> float32[k, m]: the gradient of a weight, in the form that is fast on this platform."""
-    if platform() != "cpu" or a.dtype == jnp.float32:
+def outer(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """a[n, k], b[n, m] -> float32[k, m]: the gradient of a weight."""
+    if form != "cpu" or a.dtype == jnp.float32:
         return dot(a, b, 0, 0)
     return jax.lax.dot_general(
         _two_axes(a, 0), _two_axes(b, 0), (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
-def batched_outer(a: jax.Array, b: jax.Array) -> jax.Array:
+def batched_outer(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """a[N, n, k], b[N, n, m] -> float32[N, k, m], likewise."""
-    if platform() != "cpu" or a.dtype == jnp.float32:
+    if form != "cpu" or a.dtype == jnp.float32:
         dims = (((1,), (1,)), ((0,), (0,)))
     else:
         a, b, dims = _two_axes(a, 1), _two_axes(b, 1), (((1, 2), (1, 2)), ((0,), (0,)))
@@ -80,13 +80,13 @@ def _two_axes(x, axis):
     return x.reshape(*x.shape[:axis], parts, length // parts, *x.shape[axis + 1 :])
 
 
-def column_sum(x: jax.Array) -> jax.Array:
+def column_sum(form: str, x: jax.Array) -> jax.Array:
     """[..., n] -> float32[n]: the gradient of a vector shared by all rows.
 
-    On CPU a product with ones: XLA:CPU's reductions over rows take ten times as long.
+    "cpu": a product with ones, since XLA:CPU's reductions over rows take ten times as long.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if platform() != "cpu":
+    if form != "cpu":
         return rows.astype(jnp.float32).sum(0)
     # The bfloat16 kernels are made for several rows at a time.
     height = 1 if x.dtype == jnp.float32 else 8
@@ -98,24 +98,24 @@ def _biased(y, bias):
     return y + bias.astype(y.dtype)
 
 
-_biased.defvjp(lambda y, bias: (_biased(y, bias), bias), lambda bias, g: (g, column_sum(g).astype(bias.dtype)))
+_biased.defvjp(lambda y, bias: (_biased(y, bias), bias), lambda bias, g: (g, column_sum("cpu", g).astype(bias.dtype)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(on_cpu: bool, x, weight):
-    return _mixed_forward(on_cpu, x, weight)[0]
+def _mixed(form: str, x, weight):
+    return _mixed_forward(form, x, weight)[0]
 
 
-def _mixed_forward(on_cpu, x, weight):
-    return times(on_cpu, x, weight.astype(x.dtype)), (x, weight)
+def _mixed_forward(form, x, weight):
+    return times(form, x, weight.astype(x.dtype)), (x, weight)
 
 
-def _mixed_backward(on_cpu, residuals, g):
+def _mixed_backward(form, residuals, g):
     x, weight = residuals
     low = weight.astype(x.dtype)
-    if on_cpu:
+    if form == "cpu":
         x, g = barrier(x), barrier(g)
-    return times_transposed(on_cpu, g, low), outer(x, g).astype(weight.dtype)
+    return times_transposed(form, g, low), outer(form, x, g).astype(weight.dtype)
 
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)

@@ -12,8 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from aurora_train.nn import ops
 from aurora_train.nn.linear import barrier, dot, outer
-from aurora_train.nn.platform import platform
 
 
 def logits_of(hidden, head, vocab_first: bool, softcap: float | None = None):
@@ -54,11 +54,11 @@ def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: f
         softcap: logits become softcap x tanh(logits / softcap).
         chunk: about how many tokens' logits to hold at a time; 0 holds all.
     """
-    return _nll(vocab_first, softcap, chunk, hidden, head, targets, weights)
+    return _nll(ops.form("cross_entropy"), vocab_first, softcap, chunk, hidden, head, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _nll(vocab_first, softcap, chunk, hidden, head, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _nll(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
     def add(total, inputs):
         hidden, targets, weights = inputs
         logits = logits_of(hidden, head, vocab_first, softcap)
@@ -68,11 +68,11 @@ def _nll(vocab_first, softcap, chunk, hidden, head, targets, weights):
     return jax.lax.scan(add, jnp.float32(0), _chunks(chunk, hidden, targets, weights))[0]
 
 
-def _nll_forward(vocab_first, softcap, chunk, hidden, head, targets, weights):
+def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
     low = head.astype(hidden.dtype)
     wide = low.shape[0] if vocab_first else low.shape[1]
     # The head's gradient is summed in the layout its product comes in, and turned once at the end.
-    turned = vocab_first and platform() == "cpu" and hidden.dtype != jnp.float32
+    turned = vocab_first and form == "cpu" and hidden.dtype != jnp.float32
 
     def add(carry, inputs):
         total, d_head = carry
@@ -87,7 +87,7 @@ def _nll_forward(vocab_first, softcap, chunk, hidden, head, targets, weights):
             d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = dot(d_logits, low, 1, 0 if vocab_first else 1).astype(hidden.dtype)
-        d_chunk = outer(d_logits, flat) if vocab_first and not turned else outer(flat, d_logits)
+        d_chunk = outer(form, d_logits, flat) if vocab_first and not turned else outer(form, flat, d_logits)
         return (total + ((lse - hit) * weights).sum(), d_head + d_chunk), d_hidden.reshape(hidden.shape)
 
     shape = head.shape[::-1] if turned else head.shape
@@ -99,7 +99,7 @@ def _nll_forward(vocab_first, softcap, chunk, hidden, head, targets, weights):
     return total, (d_hidden, d_head.astype(head.dtype))
 
 
-def _nll_backward(vocab_first, softcap, chunk, residuals, g):
+def _nll_backward(form, vocab_first, softcap, chunk, residuals, g):
     d_hidden, d_head = residuals
     return (d_hidden * g).astype(d_hidden.dtype), (d_head * g).astype(d_head.dtype), None, None
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.nn import lora, param
+from aurora_train.nn import lora, ops, param
 from aurora_train.nn.decoder_config import GATED, DecoderConfig
 from aurora_train.nn.lean import lean
 
@@ -43,7 +43,7 @@ def activate(name: str, *inputs: jax.Array) -> jax.Array:
         y = GATES[name](wide[0]) * wide[1] if name in GATED else PLAIN[name](wide[0])
         return y.astype(inputs[0].dtype)
 
-    return lean(function)(*inputs)
+    return lean(function, ops.form("activation"))(*inputs)
 
 
 class Mlp(nnx.Module):

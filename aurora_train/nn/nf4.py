@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aurora_train.nn import ops
 from aurora_train.nn.decoder_config import NF4_BLOCK as BLOCK
 from aurora_train.nn.linear import barrier, times, times_transposed
-from aurora_train.nn.platform import platform
 
 CODES, SCALES = "_nf4", "_nf4_scale"  # after the name of a kernel
 
@@ -58,7 +58,7 @@ def decode(codes: jax.Array, scales: jax.Array, dtype) -> jax.Array:
 def linear(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """x[..., in] times the coded kernel, in the dtype of x. The kernel has no gradient."""
     flat = x.reshape(-1, x.shape[-1])
-    return _product(platform() == "cpu", flat, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
+    return _product(ops.form("linear"), flat, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
 
 
 def is_coded(name: str) -> bool:
@@ -67,18 +67,18 @@ def is_coded(name: str) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(on_cpu: bool, x, codes, scales):
-    return times(on_cpu, x, decode(codes, scales, x.dtype))
+def _product(form: str, x, codes, scales):
+    return times(form, x, decode(codes, scales, x.dtype))
 
 
-def _product_forward(on_cpu, x, codes, scales):
-    return _product(on_cpu, x, codes, scales), (codes, scales)
+def _product_forward(form, x, codes, scales):
+    return _product(form, x, codes, scales), (codes, scales)
 
 
-def _product_backward(on_cpu, residuals, g):
+def _product_backward(form, residuals, g):
     # Behind the barrier the kernel is read anew: the compiler cannot keep the one of the forward pass for it.
     codes, scales, g = barrier((*residuals, g))
-    return times_transposed(on_cpu, g, decode(codes, scales, g.dtype)), None, None
+    return times_transposed(form, g, decode(codes, scales, g.dtype)), None, None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aurora_train.nn import param
+from aurora_train.nn import ops, param
 from aurora_train.nn.lean import row_mean
 from aurora_train.nn.linear import column_sum
 
@@ -31,36 +31,40 @@ class Norm(nnx.Module):
         return normalise(self.eps, self.centred, x, scale, self.bias[...] if self.centred else None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def normalise(eps: float, centred: bool, x, scale, bias):
     """x over its last axis to unit mean square (and, centred, zero mean), then scaled and shifted."""
-    return _forward(eps, centred, x, scale, bias)[0]
+    return _normalise(ops.form("norm"), eps, centred, x, scale, bias)
 
 
-def _statistics(eps, centred, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalise(form: str, eps, centred, x, scale, bias):
+    return _forward(form, eps, centred, x, scale, bias)[0]
+
+
+def _statistics(form, eps, centred, x):
     wide = x.astype(jnp.float32)
     if centred:
-        wide = wide - row_mean(wide)
-    inverse = jax.lax.rsqrt(row_mean(wide * wide) + eps)
+        wide = wide - row_mean(form, wide)
+    inverse = jax.lax.rsqrt(row_mean(form, wide * wide) + eps)
     return wide * inverse, inverse
 
 
-def _forward(eps, centred, x, scale, bias):
-    unit, _ = _statistics(eps, centred, x)
+def _forward(form, eps, centred, x, scale, bias):
+    unit, _ = _statistics(form, eps, centred, x)
     y = unit * scale.astype(jnp.float32)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype), (x, scale, bias)
 
 
-def _backward(eps, centred, residuals, g):
+def _backward(form, eps, centred, residuals, g):
     x, scale, bias = residuals
-    unit, inverse = _statistics(eps, centred, x)
+    unit, inverse = _statistics(form, eps, centred, x)
     g = g.astype(jnp.float32)
     scaled = g * scale.astype(jnp.float32)
-    dx = scaled - unit * row_mean(scaled * unit)
+    dx = scaled - unit * row_mean(form, scaled * unit)
     if centred:
-        dx = dx - row_mean(scaled)
-    dbias = None if bias is None else column_sum(g).astype(bias.dtype)
-    return (dx * inverse).astype(x.dtype), column_sum(g * unit).astype(scale.dtype), dbias
+        dx = dx - row_mean(form, scaled)
+    dbias = None if bias is None else column_sum(form, g).astype(bias.dtype)
+    return (dx * inverse).astype(x.dtype), column_sum(form, g * unit).astype(scale.dtype), dbias
 
 
-normalise.defvjp(_forward, _backward)
+_normalise.defvjp(_forward, _backward)

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.nn import fused
-from aurora_train.nn.platform import platform
+from aurora_train.nn import fused, ops
 from aurora_train.nn.saving import UNIT_INPUT, policy
 
 SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
@@ -165,7 +164,7 @@ def _run(segment: Segment, module, x, context, keys, caches):
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))
     outs, count = [], segment.stop - segment.start
-    states = _apart(state, count) if platform() == "cpu" else [_at(state, j) for j in range(count)]
+    states = _apart(state, count) if ops.form("units") == "cpu" else [_at(state, j) for j in range(count)]
     for j, unit_state in enumerate(states):
         x, out = body(x, (unit_state, *_at((indices, caches), j)))
         outs.append(out)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn.platform import platform
+from aurora_train.nn import ops
 from aurora_train.nn.stack import SEGMENTS, is_stack
 
 
@@ -44,8 +44,8 @@ def segments_of(stack: dict) -> list[tuple[Any, Any]]:
 def global_norm(tree) -> Any:
     """L2 norm of a parameter tree, summed per layer in layer order, so that no cut of a stack changes its bits."""
     rest, stacks = partition(tree)
-    # One unit after another on a CPU: its library sums the squares of more units at once in another order.
-    over_units = jax.vmap if platform() != "cpu" else lambda f: lambda segment: jax.lax.map(f, segment)
+    in_turn = ops.form("grad_norm") == "cpu"
+    over_units = (lambda f: lambda segment: jax.lax.map(f, segment)) if in_turn else jax.vmap
     squares = {
         name: [over_units(squared)(segment) for _, segment in segments_of(stack)]
         for name, stack in stacks.items()

@@ -93,7 +93,7 @@ NAMES = st.frozensets(st.sampled_from("abcd"))
 
 
 def program(steps):
-    square = lean(lambda x: x * jnp.tanh(x))
+    square = lean(lambda x: x * jnp.tanh(x), "cpu")
 
     def fun(x, weight, context):
         values = [x, context]

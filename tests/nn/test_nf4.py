@@ -14,6 +14,7 @@ from aurora_train.nn import lora, nf4
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
 from aurora_train.nn.linear import linear
+from aurora_train.nn.ops import asking
 from aurora_train.nn.param import parameter_count
 from aurora_train.nn.stack import Segment
 
@@ -69,8 +70,9 @@ def test_a_normal_kernel_loses_a_tenth_of_itself_and_less_than_evenly_spaced_lev
     assert 0.08 < lost.std() < 0.10 and lost.std() < 0.9 * even.std()
 
 
+@pytest.mark.parametrize("form", ["plain", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_product_is_that_of_the_kernel_as_read_and_so_is_its_gradient(dtype):
+def test_the_product_is_that_of_the_kernel_as_read_and_so_is_its_gradient(dtype, form):
     draw = np.random.default_rng(1)
     kernel = draw.standard_normal((128, 48)).astype(np.float32)
     x = jnp.asarray(draw.standard_normal((2, 5, 128)), dtype)
@@ -80,10 +82,15 @@ def test_the_product_is_that_of_the_kernel_as_read_and_so_is_its_gradient(dtype)
     def loss(product, x):
         return (product(x).astype(jnp.float32) ** 2).sum()
 
-    for function in (loss, jax.grad(loss, 1)):
-        told = jax.jit(functools.partial(function, lambda x: nf4.linear(x, codes, scales)))(x)
-        known = jax.jit(functools.partial(function, lambda x: linear(x, low)))(x)
-        np.testing.assert_array_equal(told, known)
+    with asking({"linear": form}):
+        for function in (loss, jax.grad(loss, 1)):
+            told = jax.jit(functools.partial(function, lambda x: nf4.linear(x, codes, scales)))(x)
+            known = jax.jit(functools.partial(function, lambda x: linear(x, low)))(x)
+            np.testing.assert_array_equal(told, known)
+    wide, kernel = np.asarray(x, np.float64), np.asarray(low, np.float64)
+    exact = 2 * wide @ kernel @ kernel.T  # the slope of the squares
+    close = (1e-5 if dtype == "float32" else 2e-2) * np.abs(exact).max()
+    np.testing.assert_allclose(np.asarray(told, np.float64), exact, atol=close)
 
 
 def made(base, save=None):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aurora_train.nn.losses import chunk_tokens, chunked_nll, logits_of, token_nll
+from aurora_train.nn.ops import asking
 
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -61,6 +62,36 @@ def test_the_loss_equals_float64():
     np.testing.assert_allclose(found, nll, rtol=1e-5, atol=1e-5)
     total = chunked_nll(hidden, head, targets, weights, vocab_first=True, chunk=12)
     np.testing.assert_allclose(total, (nll * weights).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain", "cpu"])
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("vocab_first,softcap", [(True, None), (True, 5.0), (False, None)])
+def test_a_form_and_its_gradients_equal_float64(form, dtype, tolerance, vocab_first, softcap):
+    """Within a share of the largest entry: bfloat16 rounds the gradient of each logit once, the head beforehand."""
+    hidden, head, targets, weights = make(vocab_first=vocab_first, dtype=dtype)
+
+    def total(hidden, head):
+        return chunked_nll(hidden, head, targets, weights, vocab_first=vocab_first, softcap=softcap, chunk=15)
+
+    with asking({"cross_entropy": form}):
+        value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, head)
+    wide = np.asarray(hidden, np.float64)
+    table = np.asarray(head.astype(dtype), np.float64)
+    table = table if vocab_first else table.T
+    capped = wide @ table.T
+    if softcap is not None:
+        capped = softcap * np.tanh(capped / softcap)
+    shares = np.exp(capped - capped.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    hit = np.eye(table.shape[0])[np.asarray(targets)]
+    expected = -(np.log((shares * hit).sum(-1)) * np.asarray(weights)).sum()
+    slope = (shares - hit) * np.asarray(weights)[..., None]
+    slope *= 1 if softcap is None else 1 - (capped / softcap) ** 2
+    d_head = np.einsum("btv,btd->vd", slope, wide)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for found, exact in zip(gradients, (slope @ table, d_head if vocab_first else d_head.T), strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=tolerance * np.abs(exact).max())
 
 
 def test_token_nll_is_differentiable_token_by_token():
