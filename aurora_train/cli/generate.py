@@ -34,6 +34,8 @@ def command(
     from aurora_train.loading import load
 
     trained = load(run, step)
+    from aurora_train.nn.ops import asking  # after `load`, which sets the environment that jax reads once
+
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
     before = prompt  # shown with the first text, when nothing can be refused any more
@@ -46,7 +48,8 @@ def command(
             before = ""
 
     try:
-        text = trained.recipe.generate(trained.model, prompt, options, show)
+        with asking(trained.config.train.forms.asked):
+            text = trained.recipe.generate(trained.model, prompt, options, show)
     except UserError as fault:
         raise by_option(fault) from fault
     show("")

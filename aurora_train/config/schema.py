@@ -12,6 +12,24 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from aurora_train.config.fields import Section, parse_bytes, setting
 
+Form = Literal["auto", "plain", "cpu"]
+
+
+class Forms(Section):
+    """How an operation is written; auto: as `nn/ops.py` has it for the platform. Attention has `model.attention`."""
+
+    linear: Form = setting("auto", resume="elastic", help="matrix products, and sums over rows in their gradients")
+    cross_entropy: Form = setting("auto", resume="elastic", help="the loss over a vocabulary")
+    norm: Form = setting("auto", resume="elastic", help="means over a row, and sums over rows in their gradients")
+    activation: Form = setting("auto", resume="elastic", help="when a backward pass makes anew what was not kept")
+    units: Form = setting("auto", resume="elastic", help="how an unrolled stack is taken apart")
+    grad_norm: Form = setting("auto", resume="elastic", help="in what order the gradient's squares are summed")
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The form of each operation that is not left to the platform."""
+        return {name: form for name, form in self.model_dump().items() if form != "auto"}
+
 
 class Train(Section):
     """How long, how much at once, from which seed, in which number format."""
@@ -39,6 +57,7 @@ class Train(Section):
         "auto", resume="free",
         help="end a process that makes no progress: after minutes learned from the run, after this many, or never",
     )
+    forms: Forms = Forms()
 
 
 class Schedule(Section):

@@ -7,6 +7,7 @@ from flax import nnx
 
 from aurora_train.memory.search import Candidate
 from aurora_train.memory.verify import can_compile_for_gpu
+from aurora_train.nn import ops
 from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
@@ -111,6 +112,8 @@ def essentials(planner, plan, simulated, cost: Candidate) -> dict:
     program = planner.program
     blueprint = program.blueprint(plan)
     timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
+    with program.here():
+        operations = ops.chosen()
     return {
         "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
         "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
@@ -121,6 +124,7 @@ def essentials(planner, plan, simulated, cost: Candidate) -> dict:
         "time": _time(planner, cost, blueprint),
         "checkpoint": _checkpoint(program, blueprint),
         "attention": getattr(getattr(program.model(), "attention", None), "name", None),
+        "operations": operations,
         "not_verified": _not_verified(planner),
         "compiles": planner.compiles,
     }

@@ -141,7 +141,7 @@ def where_it_begins(session, state, window: Window) -> str:
     model = session.blueprint.merge(state.params, state.rest, state.frozen)
     paths = {id(stack): path for path, stack in named_stacks(model).items()}
     keys = example_keys(stream(config.seed, "dropout"), jnp.int32(window.first - 1), jnp.asarray(batch["example"]))
-    with probed() as seen:
+    with session.program.here(), probed() as seen:
         loss = session.recipe.loss(model, jax.tree.map(jnp.asarray, batch), keys)
     for stack, unit, finite in seen:
         if not finite:

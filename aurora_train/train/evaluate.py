@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aurora_train import mesh as meshes
+from aurora_train.nn.ops import asking
 from aurora_train.recipe import Loss
 
 
@@ -19,11 +20,15 @@ class Evaluator:
         self._recipe, self._blueprint, self._mesh = recipe, blueprint, mesh
         self._batch = meshes.batch_sharding(mesh)
         self._num_devices = mesh.devices.size
-        self._sums = jax.jit(self._loss)
-        self._predict = jax.jit(lambda weights, batch: recipe.predict(blueprint.merge(*weights), batch))
+        self._sums, self._predict = jax.jit(self._loss), jax.jit(self._outputs)
 
     def _loss(self, weights, batch):
-        return Loss(*self._recipe.loss(self._blueprint.merge(*weights), batch, None))
+        with asking(self._recipe.config.train.forms.asked):
+            return Loss(*self._recipe.loss(self._blueprint.merge(*weights), batch, None))
+
+    def _outputs(self, weights, batch):
+        with asking(self._recipe.config.train.forms.asked):
+            return self._recipe.predict(self._blueprint.merge(*weights), batch)
 
     def loss(self, state, batches) -> dict[str, float]:
         """Weighted mean loss (and the recipe's metrics) over the batches, without dropout."""

@@ -25,6 +25,7 @@ from aurora_train.memory.flops import jaxpr_flops
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
+from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
@@ -57,12 +58,12 @@ class Rehearsal:
         self._traced, self._compiled, self._blueprints, self._model, self._calls = {}, {}, {}, None, None
 
     def here(self):
-        """The context in which layers choose their forms for the machine of this rehearsal."""
-        if not self.remote:
-            return contextlib.nullcontext()
+        """The context in which layers choose their forms: those the config asks for, else this machine's."""
         stack = contextlib.ExitStack()
-        stack.enter_context(target_platform(self.platform))
-        stack.enter_context(pretend_cudnn())
+        stack.enter_context(asking(self.config.train.forms.asked))
+        if self.remote:
+            stack.enter_context(target_platform(self.platform))
+            stack.enter_context(pretend_cudnn())
         return stack
 
     def model(self):

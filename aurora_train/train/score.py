@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from aurora_train import files
+from aurora_train.nn.ops import asking
 from aurora_train.random import stream
 
 _SHOWN_APART = ("tables", "notes")
@@ -17,7 +18,8 @@ def score_run(recipe, config, run, evaluator, state, step: int, progress, *, bas
     key = stream(config.train.seed, "score")
     result = recipe.score(evaluator.predictor(state), "test", key, run.workdir, progress)
     rivals = recipe.baselines(run.workdir, progress) if baselines else {}
-    samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
+    with asking(config.train.forms.asked):
+        samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     if samples:
         files.write_json(run.samples / f"step-{step}.json", samples)
     record = {

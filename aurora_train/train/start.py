@@ -19,6 +19,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine import processes, profile
 from aurora_train.machine.memory import give_back_freed
 from aurora_train.memory.report import one_line, side_by_side
+from aurora_train.nn import ops
 from aurora_train.nn.param import parameter_count
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
@@ -366,8 +367,9 @@ def remarks(session: Session) -> list[str]:
     whole = meshes.kept_whole((shardings.params, shardings.frozen))
     if mesh.shape["fsdp"] > 1 and whole:
         lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
-    lines.append(one_line(session.plan))
-    return lines
+    with session.program.here():
+        lines.append(ops.one_line())
+    return [*lines, one_line(session.plan)]
 
 
 def sinks(config, run, after_step: int) -> list:
