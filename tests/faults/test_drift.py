@@ -18,6 +18,7 @@ OTHER = [
     "true", "false", "1", "2", "3", "8", "16", "64", "5000", "0.25", "0.5", "0.05", "1e-3", "float32", "bfloat16",
     "other", "bpe", "byte", "lion", "muon", "adamw", "layernorm", "rmsnorm", "gelu", "swiglu", "learned", "rope", "{}",
     "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[local, global]", str(GOLDEN),
+    "{other: {source: python-stdlib}}",
 ]  # fmt: skip
 BESIDE = {"model.window_pattern": "model.window"}  # a key that must be set too; to 64
 

@@ -244,6 +244,7 @@ def test_what_the_user_set_is_kept_and_said(here, monkeypatch, capsys):
     assert not events(here / "run", "replan")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_refused_memory_is_not_replanned_and_loses_no_checkpoint(here, monkeypatch, capsys):
     monkeypatch.setattr(Evaluator, "loss", refuse)
     assert main(TRAIN) == 2

@@ -246,6 +246,7 @@ def test_adapters_start_fresh_on_the_averaged_parameters_of_the_base(here):
     session.store.close()
 
 
+@pytest.mark.slow
 def test_adapters_start_from_a_run_that_has_them_and_a_plain_model_refuses_it(here):
     session = opened(here, "init.from=adapted")
     state, known = session.fresh(), load_run(here / "adapted").state
@@ -306,6 +307,7 @@ def test_a_base_is_coded_as_it_is_read_and_the_run_resumes_scores_and_counts_as_
     assert whole.params["stack"]["segments"][0]["mlp"]["up_lora_b"].any()
 
 
+@pytest.mark.slow
 def test_a_base_of_4_bits_is_not_read_as_one_of_more(here):
     assert main(["train", "counted.yaml", *CODED, "train.steps=2", "--run", "coded", "--quiet"]) == 0
     for adapters in ([], ADAPTED):

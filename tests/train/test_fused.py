@@ -195,6 +195,7 @@ def plain_loss(recipe, model, batch, key, through=lambda hidden: hidden):
     return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
 
 
+@pytest.mark.slow
 def test_a_stack_that_no_gradient_reaches_is_trained_as_by_the_ordinary_step():
     """Moments decay and so do weights: zero is a gradient too."""
     recipe = Language(loss=lambda *given: plain_loss(*given, through=jax.lax.stop_gradient))
