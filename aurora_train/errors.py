@@ -11,6 +11,8 @@ class UserError(Exception):
         hint: the nearest thing that works; often a command.
     """
 
+    status = 2  # of the process, where it ends with this
+
     def __init__(self, what, *, where=None, why=None, hint=None):
         self.what, self.where, self.why, self.hint = what, where, why, hint
         head = f"{where}: {what}" if where else what

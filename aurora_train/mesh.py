@@ -109,6 +109,18 @@ def shared_view(tree, shardings):
     return jax.tree.map(view, tree, shardings)
 
 
+def checksum(tree) -> str:
+    """Hex that tells two pytrees of arrays of this process apart by their bits; taken on the device, in one pass."""
+
+    def of(leaf):
+        leaf = leaf.astype("uint8") if leaf.dtype == bool else leaf
+        bits = jax.lax.bitcast_convert_type(leaf.reshape(-1), f"uint{8 * leaf.dtype.itemsize}").astype("uint32")
+        return (bits * (2 * jax.lax.iota("uint32", bits.size) + 1)).sum(dtype="uint32")
+
+    sums = jax.jit(lambda leaves: [of(leaf) for leaf in leaves if leaf.size])(jax.tree.leaves(tree))
+    return np.asarray(jax.device_get(sums), np.uint32).tobytes().hex()
+
+
 def put(tree, sharding: NamedSharding):
     """Host arrays that every process has whole -> arrays with this sharding."""
     if processes.count() == 1:

@@ -80,6 +80,11 @@ class Run:
                 raise UserError(f"cannot write the run folder: {error.strerror}", where=str(self.folder)) from error
             yield
 
+    def holder(self) -> str:
+        """What the process that holds the lock wrote into it; "" where the folder was never held."""
+        lock = self.folder / ".lock"
+        return lock.read_text() if lock.exists() else ""
+
     def step(self) -> int:
         """The newest saved step, 0 where there is none. Reads names only."""
         from aurora_train.checkpoint.audit import sealed_steps  # not the store: it imports jax, which is not set up yet

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
-        return 2
+        return fault.status
     except _UsageError as fault:
         fault.show()
         return 2
@@ -129,10 +129,10 @@ def run() -> None:
     status = _status()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == _STOPPED or (status and processes.joined()) or any(map(_holds_up, threading.enumerate())):
+    if status == _STOPPED or processes.joined() or any(map(_holds_up, threading.enumerate())):
         # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash. A
         # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now. And a
-        # process that fails among several must not wait for the others, which jax would do at exit.
+        # process among several must not wait for the others, which jax would do at exit.
         os._exit(status)
     sys.exit(status)
 

@@ -24,10 +24,11 @@ def command(
     json: JsonOption = False,
 ):
     """Go on with a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
-    from aurora_train.cli.train import go
+    from aurora_train.cli.train import go, joined
     from aurora_train.train.intent import for_resume, warnings
 
     config, found, changes = for_resume(run, overrides or [], allow_change or [])
     for line in warnings(changes):
         print(f"changed {line}", file=sys.stderr)
-    return go(config, found, quiet=quiet, json=json, changes=changes, replan=replan)
+    with joined(config):
+        return go(config, found, quiet=quiet, json=json, changes=changes, replan=replan)

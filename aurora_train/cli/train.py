@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -25,6 +26,8 @@ def command(
 ):
     """Train. The same command resumes a run that was interrupted; an edited config starts a new one beside it."""
     from aurora_train.config import load
+    from aurora_train.machine import processes
+    from aurora_train.run import Run
     from aurora_train.train.intent import for_train
 
     if online:
@@ -34,25 +37,30 @@ def command(
     for one in loaded.derived:
         if not quiet:
             print(f"{one.key} = {one.value}: {one.formula} ({one.source})", file=sys.stderr)
-    return go(loaded, for_train(loaded, run, fresh=fresh), quiet=quiet, json=json, replan=replan)
+    with joined(loaded):
+        folder = processes.agreed(lambda: str(for_train(loaded, run, fresh=fresh).folder))
+        return go(loaded, Run(folder), quiet=quiet, json=json, replan=replan)
+
+
+@contextlib.contextmanager
+def joined(config):
+    """Within, this process has met the others that train the same run, where there are any."""
+    from aurora_train.machine import processes
+    from aurora_train.machine.profile import prepare_environment
+
+    if processes.place().count > 1:
+        prepare_environment(config)
+    with processes.together():
+        yield
 
 
 def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
     """Train a config in a run folder and print how it ended; the exit status."""
-    from aurora_train.checkpoint.audit import newest_fault
+    from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
 
-    fault = newest_fault(run.checkpoints) if run.is_finished(config.train.steps) else None
-    if fault:
-        print(f"the run is finished, but its newest checkpoint is damaged: {fault}", file=sys.stderr)
-    elif run.is_finished(config.train.steps):
-        if replan:
-            print("this run is finished: there is nothing left to plan", file=sys.stderr)
-        if not run.report.exists():
-            from aurora_train.observe.report import write_report
-
-            write_report(run.folder)
-        return show(run, config.train.steps, 0, None, json)
+    if processes.agreed(lambda: _was_finished(config, run, json, replan)):
+        return 0
     prepare_environment(config)
     from aurora_train.train.start import train
 
@@ -60,6 +68,26 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     if outcome.run.follows:
         return outcome.status
     return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
+
+
+def _was_finished(config, run, json: bool, replan: bool) -> bool:
+    """Whether there is nothing left to do; then what came out of it is shown again."""
+    from aurora_train.checkpoint.audit import newest_fault
+
+    if not run.is_finished(config.train.steps):
+        return False
+    fault = newest_fault(run.checkpoints)
+    if fault:
+        print(f"the run is finished, but its newest checkpoint is damaged: {fault}", file=sys.stderr)
+        return False
+    if replan:
+        print("this run is finished: there is nothing left to plan", file=sys.stderr)
+    if not run.report.exists():
+        from aurora_train.observe.report import write_report
+
+        write_report(run.folder)
+    show(run, config.train.steps, 0, None, json)
+    return True
 
 
 _UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, without importing what trains

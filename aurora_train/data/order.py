@@ -68,7 +68,8 @@ def slots(parts: tuple[Part, ...]) -> np.ndarray:
     counts = np.maximum(exact.astype(np.int64), 1)
     while (short := _SLOTS - int(counts.sum())) != 0:
         step = 1 if short > 0 else -1
-        counts[np.argmax(step * (exact - counts))] += step
+        spare = (counts > 1) | (step > 0)  # no part loses its last
+        counts[np.argmax(np.where(spare, step * (exact - counts), -np.inf))] += step
     return counts
 
 

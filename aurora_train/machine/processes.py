@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,9 @@ _LAUNCHERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE",
 _CONNECT_SECONDS = 120  # to find each other: a cold file system may keep one of them importing for long
 _SILENT_SECONDS = 60  # without a sign of life before a process counts as dead, and the others end
 _ASK_MILLISECONDS = 500  # between looks of a waiting process at its own signals
+_PART_SECONDS = 10  # that a leader, whose process holds the store, waits for others that may be compiling
 _STEPS_AHEAD = 2  # see `stop_asked`
+_SIGNS = ("Gloo", "gloo", "NCCL", "ocket closed", "onnection reset", "onnection closed", "UNAVAILABLE")
 
 
 class Place(NamedTuple):
@@ -34,13 +37,21 @@ class Place(NamedTuple):
     address: str | None = None
 
 
+class Ended(UserError):
+    """Another process left before the work was done. `status`: of the leader where it left, else 1: start all again."""
+
+    def __init__(self, who: str, why: str, status: int = 1):
+        super().__init__(f"{who} ended: {why}", hint="its own message says what to do; then start all of them again")
+        self.status = status
+
+
 class _Team:
     """The processes that this one has joined."""
 
     def __init__(self, place: Place, client):
         self.place, self.client = place, client
         self.decisions = 0
-        self.asked = False
+        self.asked = self.left = False
         self.stop: tuple[int, str] | None = None  # (the step after which all stop, why)
 
     def get(self, key: str) -> str | None:
@@ -61,7 +72,11 @@ class _Team:
                 return self.client.blocking_key_value_get(key, _ASK_MILLISECONDS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
+                    raise Ended("another process", str(error).splitlines()[0]) from error
+            left = self.get("aurora/left")
+            if left:
+                who, why = json.loads(left)
+                raise Ended(f"process {who}", why)
 
 
 _team: _Team | None = None
@@ -109,19 +124,55 @@ def join() -> None:
     import jax
     from jax._src import distributed  # the store has no public name; Orbax reaches for it the same way
 
-    given = {}
+    given: dict[str, Any] = {"local_device_ids": []} if _alone_on_its_box() else {}  # [] is all, and not one
     if found.address:
         given = {"coordinator_address": found.address, "num_processes": found.count, "process_id": found.index}
         given["cluster_detection_method"] = "deactivate"
         if found.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
             given["coordinator_bind_address"] = found.address  # and not, as is jax's way, every interface
-    jax.distributed.initialize(
-        **given, initialization_timeout=_CONNECT_SECONDS, heartbeat_timeout_seconds=_SILENT_SECONDS
-    )
+    _say_waiting(found)
+    try:
+        jax.distributed.initialize(
+            **given, initialization_timeout=_CONNECT_SECONDS, heartbeat_timeout_seconds=_SILENT_SECONDS
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the other processes: {str(error).splitlines()[0]}", where="environment",
+            hint=f"set {_ADDRESS} (HOST:PORT of process 0), {_COUNT} and {_RANK} for each of them",
+        ) from error  # fmt: skip
     _keep_stdout_for_results()
     jax.devices()  # makes the clients of all processes meet: later, one of them may wait for a decision instead
     _team = _Team(found, distributed.global_state.client)
     _each_for_itself()
+
+
+def _alone_on_its_box(environ=None) -> bool:
+    """Whether the launcher put one process on each box, which then drives all of its devices."""
+    environ = os.environ if environ is None else environ
+    slurm = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
+    return "1" in (slurm, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
+
+
+def _say_waiting(found: Place) -> None:
+    """jax ends the process without a word of Python where the others do not come: say before what it waits for."""
+    where = f" at {found.address}" if found.address else ""
+    whom = f"process 0{where}" if found.index else f"{found.count - 1} more{where}"
+    print(f"process {found.index} of {found.count}: waiting up to {_CONNECT_SECONDS} s for {whom}", file=sys.stderr)
+    if not (found.index and found.address):
+        return
+    host, _, port = found.address.rpartition(":")
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process 0 does not answer at {found.address}: {error}", where="environment",
+                    why=f"waited {_CONNECT_SECONDS} s", hint=f"is it running, with the same {_ADDRESS}?",
+                ) from error  # fmt: skip
+            time.sleep(0.2)
 
 
 def _keep_stdout_for_results() -> None:
@@ -174,7 +225,9 @@ def agreed(decide: Callable[[], Any], pack=lambda value: value, unpack=lambda va
     told = json.loads(_team.wait(key))
     _team.decisions += 1
     if "ended" in told:
-        raise UserError(f"process 0 ended: {told['ended']}", hint="its own message says what to do")
+        _team.left = True
+        _say_parted()
+        raise Ended("process 0", told["ended"], told["status"])
     return unpack(told["value"])
 
 
@@ -217,28 +270,66 @@ def stop_asked(step: int, mine: str | None) -> str | None:
     return _team.stop[1] if _team.stop and step >= _team.stop[0] else None
 
 
+def meet() -> None:
+    """Wait until every process is here."""
+    if _team is not None:
+        refuse_unlike("way", "here")
+
+
 @contextlib.contextmanager
 def together():
-    """Around all that the processes do together: whoever leaves it early tells the others, and none waits for ever."""
+    """Join the others, and tell them where this process leaves what they do together early: none waits for ever."""
+    join()
     try:
         yield
     except BaseException as error:
-        if _team is not None:
-            _leave(str(error) or type(error).__name__)
+        leave(str(error) or type(error).__name__, getattr(error, "status", 1))
         raise
-    if _team is not None:
-        agreed(lambda: None)  # the leader's last work takes longer than the others wait for it at their exit
+    if _team is not None and not _team.left:
+        _part()
 
 
-def _leave(why: str) -> None:
+def _part() -> None:
+    """The end of all that is done together: the leader, whose process holds the store, goes last."""
+    agreed(lambda: None)
+    _say_parted()
+
+
+def _say_parted() -> None:
+    """A process that follows needs the store no more; the leader waits a while until that is so of all."""
     import jax
 
     with contextlib.suppress(jax.errors.JaxRuntimeError):
+        if not leads():
+            _team.client.key_value_set(f"aurora/parted/{index()}", "", allow_overwrite=True)
+        deadline = time.monotonic() + _PART_SECONDS
+        for number in range(1, count() if leads() else 1):
+            left = max(deadline - time.monotonic(), 0.1)
+            _team.client.blocking_key_value_get(f"aurora/parted/{number}", int(1000 * left))
+
+
+def leave(why: str, status: int) -> None:
+    """Tell the others that this process ends with a status, if it has not already. Nothing, alone."""
+    if _team is None or _team.left:
+        return
+    import jax
+
+    _team.left = True
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         if leads():
-            _team.client.key_value_set(f"aurora/{_team.decisions}", json.dumps({"ended": why}))
-            time.sleep(2 * _ASK_MILLISECONDS / 1000)  # the store goes with this process: let the others read
+            _team.client.key_value_set(f"aurora/{_team.decisions}", json.dumps({"ended": why, "status": status}))
+        else:
+            _team.client.key_value_set("aurora/left", json.dumps([index(), why]), allow_overwrite=True)
+    _say_parted()
+
+
+def lost(error: Exception) -> Ended | None:
+    """The error of a collective that another process no longer takes part in, in a line; None for any other error."""
+    text = str(error)
+    broken = _team is not None and any(sign in text for sign in _SIGNS)
+    return Ended("another process", text.splitlines()[0][:200]) if broken else None
 
 
 def joined() -> bool:
-    """Whether this process has met others: at a failure it must not wait for them at its exit."""
+    """Whether this process has met others: jax would wait for all of them at its exit, and crash without one."""
     return _team is not None

@@ -8,7 +8,6 @@ from pathlib import Path
 from aurora_train import run as runs
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
-from aurora_train.machine import processes
 
 _WHY = {
     "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",
@@ -21,8 +20,6 @@ _WHY = {
 def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
     """The run that `aurora train CONFIG` starts or goes on with. UserError for a folder that holds another run."""
     run = runs.Run(Path(folder) if folder else runs.default_folder(config.name, config_hash(config)))
-    if processes.place().index > 0:
-        return run  # process 0 looks at the folder for all
     if fresh:
         run.move_aside()
     if not run.config.is_file():

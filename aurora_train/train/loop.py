@@ -38,6 +38,7 @@ _EVALUATING = (
 
 
 UNSAVED = "a disk that cannot be written"  # why a run ended that could not be saved
+_MENDED = "a disk that could not be written until the end"  # of several processes, that had agreed to stop for it
 
 
 class Loop:
@@ -105,7 +106,8 @@ class Loop:
                 if interrupted or self._step == last or self._asked():
                     break
                 # else a disk took at last what it had refused for too long: on with it
-        return self._asked() if interrupted or self._step < last else None
+        asked = self._asked() if interrupted or self._step < last else None
+        return _MENDED if asked == UNSAVED else asked
 
     def _as_far_as_asked(self, evaluated: set[int]) -> bool:
         """Train until the last step or until something asks for a stop; False where a signal broke an evaluation."""

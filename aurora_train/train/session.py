@@ -105,10 +105,13 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
-    plan = None if replan else pinned
-    if plan is None:
-        planner = planner_here(config, recipe, program=program, progress=progress, compiled_later=True)
-        plan = agreed(planner.run, Plan.to_json, Plan.from_json)
+
+    def chosen() -> Plan:
+        if pinned is not None and not replan:
+            return pinned
+        return planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
+
+    plan = agreed(chosen, Plan.to_json, Plan.from_json)
     blueprint = program.blueprint(plan)
     session = Session(
         config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run)

@@ -54,5 +54,11 @@ class StopRequest:
         self._interruptible = True
         try:
             yield
+            self.heed()
         finally:
             self._interruptible = False
+
+    def heed(self) -> None:
+        """Raise `Stopped` where a signal may and did not: an exception that a callback of C code raised is dropped."""
+        if self._interruptible and self.name is not None:
+            raise Stopped(self.name)

@@ -77,15 +77,24 @@ def train(
     drops the plan that the run is pinned to.
     """
     console, energy = stderr_console(), EnergyMeter()
-    processes.join()
-    with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, run) as watchdog:
+    with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog:
         process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
         try:
-            with stop.allowed(), processes.together():
-                _refuse_unlike(config)
+            with stop.allowed():
+                _refuse_unlike(config, run, replan)
                 outcome = _train(config, process, changes or [], replan)
         except Stopped:
             outcome = Outcome(own, EXIT_STOPPED, own.step(), stop.name)
+            processes.leave(f"stopped by {stop.name}", EXIT_STOPPED)
+        except processes.Ended as fault:
+            if fault.status != EXIT_STOPPED:
+                raise
+            outcome = Outcome(own, EXIT_STOPPED, own.step(), str(fault))
+        except jax.errors.JaxRuntimeError as error:
+            fault = processes.lost(error)
+            if fault is None:
+                raise
+            raise fault from None
         if own.config.is_file() and not own.follows:  # else it was stopped before there was anything to keep
             with _told_anyway(outcome.status):
                 _close(outcome, energy)
@@ -102,18 +111,23 @@ def _own(run: runs.Run):
         yield runs.FollowedRun(run, folder)
 
 
-def _refuse_unlike(config) -> None:
-    if processes.count() > 1:
-        processes.refuse_unlike("config", dump(config))
-        processes.refuse_unlike("code", runs.code_hash())
-        processes.refuse_unlike("set of versions", str(runs.versions()))
+def _refuse_unlike(config, run: runs.Run, replan: bool) -> None:
+    """What processes that train together have to have alike, and the run folder, which has to be one and the same."""
+    if processes.count() == 1:
+        return
+    processes.refuse_unlike("config", dump(config))
+    processes.refuse_unlike("recipe file", str(config.recipe_sha256))
+    processes.refuse_unlike("code", runs.code_hash())
+    processes.refuse_unlike("set of versions", str(runs.versions()))
+    processes.refuse_unlike("--replan", str(replan))
+    processes.refuse_unlike("run folder (it has to be on a disk that all of them see)", run.holder())
 
 
 def _watchdog(config, run: runs.Run) -> Watchdog:
-    """On the run itself in every process: its stacks are to be found."""
+    """A process that follows has none: it may wait in a step for as long as the leader saves."""
     wish = config.train.watchdog
     fixed = 60 * wish if isinstance(wish, int | float) else None
-    return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off", process=processes.index())
+    return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off" and not run.follows)
 
 
 def _told_anyway(status: int):
@@ -181,7 +195,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
-    evaluated = {record["step"] for record in known if "evaluation" in record}
+    evaluated = set(processes.agreed(lambda: [record["step"] for record in known if "evaluation" in record]))
     with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
         _say_damage(damaged, start or 0, events, progress)
         _say_replan(session, start or 0, events, progress)
@@ -189,6 +203,8 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
+            if processes.count() > 1:
+                processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
             _announce(session, state, start, len(known) - len(evaluated), events, progress)
             preflight.say_clock(behind, start or 0, events, progress)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
@@ -199,7 +215,8 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             )
             del state, compiled
             process.deadline = loop.deadline
-            stopped_by = _run(loop, evaluated)
+            ended = _run(loop, evaluated)
+            stopped_by = processes.agreed(lambda: ended)
         with _told_anyway(EXIT_UNSAVED if stopped_by == UNSAVED else 0):
             _say_measured(session, loop, gauge, progress)
     if stopped_by:
@@ -231,7 +248,7 @@ def _run(loop: Loop, evaluated: set[int]) -> str | None:
 
 def _past_bad_data(state, run: runs.Run, step: int):
     """The state of a checkpoint that the run went back to, with the data after what it went back for."""
-    data_step = data_step_of(logs.read(run.events), step)
+    data_step = processes.agreed(lambda: data_step_of(logs.read(run.events), step))
     if data_step is None:
         return state
     return state._replace(data_step=meshes.put(np.int32(data_step), state.data_step.sharding))
@@ -247,7 +264,7 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
                 score_run(
-                    session.recipe, config, run, evaluator, state, config.train.steps, shown,
+                    session.recipe, config, run, evaluator, state, config.train.steps, _heeding(process.stop, shown),
                     baselines=config.evaluate.baselines,
                 )
         return state_hash(state)
@@ -256,6 +273,16 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
         digest = processes.agreed(scored)
     session.store.close()
     return Outcome(run, 0, config.train.steps, state_sha256=digest)
+
+
+def _heeding(stop: StopRequest, progress):
+    """A progress callback that lets a signal through which came while nothing could be raised."""
+
+    def told(*arguments):
+        stop.heed()
+        progress(*arguments)
+
+    return told
 
 
 def claim(session: Session, damaged: list) -> int | None:

@@ -49,13 +49,10 @@ class Watchdog:
         folder: of the run; `hang-<time>.txt` with all stacks goes there, and an event.
         fixed: seconds for every kind of work instead of learned ones.
         enabled: False watches nothing.
-        process: which of the processes that train the run this is: each has a file of stacks of its own.
     """
 
-    def __init__(
-        self, folder: Path, events: Path, *, fixed: float | None = None, enabled: bool = True, process: int = 0
-    ):
-        self.folder, self.events, self.enabled, self.process = folder, events, enabled, process
+    def __init__(self, folder: Path, events: Path, *, fixed: float | None = None, enabled: bool = True):
+        self.folder, self.events, self.enabled = folder, events, enabled
         self.budgets = Budgets(fixed)
         self.step = 0  # the last one that is on record
         self._work: tuple[str, float, float] | None = None  # (kind, began, deadline) of time.monotonic()
@@ -106,8 +103,7 @@ class Watchdog:
 
     def _end(self, kind: str, seconds: float) -> None:
         now = datetime.now(UTC)
-        which = f"-process-{self.process}" if self.process else ""
-        stacks = self.folder / f"hang-{now:%Y%m%dT%H%M%S}{which}.txt"
+        stacks = self.folder / f"hang-{now:%Y%m%dT%H%M%S}.txt"
         try:
             with open(stacks, "w") as handle:
                 handle.write(f"{kind}: no progress for {seconds:.0f} s\n\n")

@@ -61,6 +61,7 @@ def test_a_batch_of_a_mixture_is_the_same_at_once_or_in_parts(sizes, seed, batch
     ends = np.cumsum([count for _, count in sizes])
     parts = tuple(Part(weight, int(end - count), count) for (weight, count), end in zip(sizes, ends, strict=True))
     counts = slots(parts)
+    assert slots((Part(1e-6, 0, 9), Part(1e-6, 9, 9), Part(1.0, 18, 9))).tolist() == [1, 1, STRETCH - 2]
     assert counts.sum() == STRETCH and counts.min() >= 1
     whole = mixed(seed, step, batch * cut, parts)
     assert np.array_equal(whole, np.concatenate([mixed(seed, step * cut + i, batch, parts) for i in range(cut)]))
