@@ -45,12 +45,33 @@ def flat(config: Core) -> dict[str, tuple[Any, str]]:
 
 
 def config_hash(config: Core) -> str:
-    """sha256 hex over every key that is not `free`, and over a user recipe's file."""
-    kept = {key: value for key, (value, resume) in flat(config).items() if resume != "free"}
+    """sha256 hex over every key that is not `free` nor at its default, and over a user recipe's file.
+
+    Without the defaults, a key that a later version adds does not move the runs of the versions before it.
+    """
+    given = _given(config)
+    kept = {key: value for key, (value, resume) in flat(config).items() if resume != "free" and key in given}
     if not config.recipe_bundled:
         kept["recipe_sha256"] = config.recipe_sha256
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _given(config: Core) -> set[str]:
+    """Of `flat`'s keys, those whose value is not the default; in a section that is none by default, all of them."""
+    found: set[str] = set()
+
+    def walk(model: BaseModel, above: str, everything: bool):
+        for name, field in type(model).model_fields.items():
+            key, value = field.alias or name, getattr(model, name)
+            default = field.get_default(call_default_factory=True)
+            if isinstance(value, BaseModel):
+                walk(value, f"{above}{key}.", everything or not isinstance(default, BaseModel))
+            elif everything or value != default or type(value) is not type(default):
+                found.add(above + key)
+
+    walk(config, "", False)
+    return found
 
 
 def diff(old: Core, new: Core) -> list[tuple[str, Any, Any, str]]:

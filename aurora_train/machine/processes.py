@@ -62,7 +62,7 @@ class _Team:
         except jax.errors.JaxRuntimeError as error:
             if "NOT_FOUND" in str(error):
                 return None
-            raise
+            raise Ended("another process", str(error).splitlines()[0]) from error
 
     def wait(self, key: str) -> str:
         import jax
@@ -130,6 +130,7 @@ def join() -> None:
         given["cluster_detection_method"] = "deactivate"
         if found.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
             given["coordinator_bind_address"] = found.address  # and not, as is jax's way, every interface
+    jax.config.update("jax_enable_preemption_service", False)  # signals are `train.signals`'s
     _say_waiting(found)
     try:
         jax.distributed.initialize(

@@ -72,6 +72,12 @@ def test_derived_values_fill_only_what_the_user_left_unset(folder):
     assert config.derived == [Derived("model.width", 128, "64 x depth", "nanochat")]
 
 
+def test_a_later_versions_new_keys_do_not_move_the_runs_of_this_one():
+    assert config_hash(load("quickstart"))[:8] == "29a23576"  # since 2026-11-26; README.md shows it
+    assert config_hash(load("quickstart", ["data.mix={}", "train.forms.linear=auto"]))[:8] == "29a23576"
+    assert config_hash(load("quickstart", ["model.lora={rank: 8}"])) != config_hash(load("quickstart"))
+
+
 def test_the_hash_follows_everything_but_free_keys_and_the_name(folder):
     base = config_hash(load("a.yaml"))
     (folder / "copy.yaml").write_text((folder / "a.yaml").read_text().replace("steps: 10", "steps: 10 # same"))
