@@ -233,6 +233,7 @@ class Loop:
         allowed = self._stop.allowed() if processes.count() == 1 else contextlib.nullcontext()
         with refused(f"evaluating step {step}", _EVALUATING), allowed, watched:
             result = self._evaluator.loss(self.state, self._validation_batches())
+            self._stop.heed()
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
         self._saver.attach_score(step, result["loss"])
         self._metrics.write({"step": step, "evaluation": result})

@@ -54,7 +54,6 @@ class StopRequest:
         self._interruptible = True
         try:
             yield
-            self.heed()
         finally:
             self._interruptible = False
 

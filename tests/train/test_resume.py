@@ -61,6 +61,18 @@ def test_a_disk_that_mends_at_the_last_moment_does_not_end_the_run(here, finishe
     assert next(asked, None) is None
 
 
+def test_a_signal_whose_exception_was_dropped_is_heeded_at_the_next_chance():
+    from aurora_train.train.signals import Stopped, StopRequest
+
+    with StopRequest() as stop:
+        with stop.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.heed()  # between steps the loop looks at the name
+            assert stop.name == "SIGTERM"
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.heed()
+
+
 def test_a_signal_while_preparing_exits_75_before_anything_is_trained(here, monkeypatch, capsys):
     monkeypatch.setenv("TOY_SIGNAL", "prepare:0:SIGTERM")
     assert main(TRAIN) == 75
