@@ -297,7 +297,10 @@ def _part() -> None:
 
 
 def _say_parted() -> None:
-    """A process that follows needs the store no more; the leader waits a while until that is so of all."""
+    """Leave together where all come here within a while; else without the others, who crash if they are not done.
+
+    The leader's process holds the store, and jax aborts a process whose store has gone before it has left properly.
+    """
     import jax
 
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -307,6 +310,7 @@ def _say_parted() -> None:
         for number in range(1, count() if leads() else 1):
             left = max(deadline - time.monotonic(), 0.1)
             _team.client.blocking_key_value_get(f"aurora/parted/{number}", int(1000 * left))
+        jax.distributed.shutdown()
 
 
 def leave(why: str, status: int) -> None:

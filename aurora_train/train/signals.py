@@ -34,7 +34,8 @@ class StopRequest:
         if self.name is not None:
             os._exit(128 + number)
         self.name = signal.Signals(number).name
-        if self._interruptible:
+        # What is raised in jax's hook of the garbage collector is printed and dropped: then `heed` has to do it.
+        if self._interruptible and frame.f_code.co_name != "_xla_gc_callback":
             raise Stopped(self.name)
 
     @contextlib.contextmanager

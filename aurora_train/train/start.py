@@ -200,6 +200,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         _say_damage(damaged, start or 0, events, progress)
         _say_replan(session, start or 0, events, progress)
         compiled = _compiled(session, progress)
+        process.stop.heed()
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)

@@ -177,8 +177,10 @@ def test_a_signal_before_the_first_step_ends_all(told, tmp_path):
         time.sleep(0.05)
     team[told].send_signal(signal.SIGTERM)
     results = ended(team)
-    assert results[told][0] == 75 and results[1 - told][0] in (75, 1)
-    assert not any("Traceback" in said for _, _, said in results), results[1 - told][2][-3000:]
+    # The other may be compiling for longer than it is waited for; jax then aborts it.
+    assert results[told][0] == 75 and results[1 - told][0] in (75, 1, -signal.SIGABRT)
+    torn = [said[said.index("Traceback") :][:3000] for _, _, said in results if "Traceback" in said]
+    assert not torn, torn[0]
 
 
 @pytest.mark.slow
