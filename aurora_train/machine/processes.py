@@ -73,7 +73,7 @@ class _Team:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise Ended("another process", str(error).splitlines()[0]) from error
-            left = self.get("aurora/left")
+            left = self.get("aurora/left/any")
             if left:
                 who, why = json.loads(left)
                 raise Ended(f"process {who}", why)
@@ -227,7 +227,7 @@ def agreed(decide: Callable[[], Any], pack=lambda value: value, unpack=lambda va
     _team.decisions += 1
     if "ended" in told:
         _team.left = True
-        _say_parted()
+        _part()
         raise Ended("process 0", told["ended"], told["status"])
     return unpack(told["value"])
 
@@ -273,8 +273,7 @@ def stop_asked(step: int, mine: str | None) -> str | None:
 
 def meet() -> None:
     """Wait until every process is here."""
-    if _team is not None:
-        refuse_unlike("way", "here")
+    refuse_unlike("place", "here")
 
 
 @contextlib.contextmanager
@@ -287,16 +286,11 @@ def together():
         leave(str(error) or type(error).__name__, getattr(error, "status", 1))
         raise
     if _team is not None and not _team.left:
+        agreed(lambda: None)  # the leader's last work may take longer than jax waits for it
         _part()
 
 
 def _part() -> None:
-    """The end of all that is done together: the leader, whose process holds the store, goes last."""
-    agreed(lambda: None)
-    _say_parted()
-
-
-def _say_parted() -> None:
     """Leave together where all come here within a while; else without the others, who crash if they are not done.
 
     The leader's process holds the store, and jax aborts a process whose store has gone before it has left properly.
@@ -323,9 +317,10 @@ def leave(why: str, status: int) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if leads():
             _team.client.key_value_set(f"aurora/{_team.decisions}", json.dumps({"ended": why, "status": status}))
-        else:
-            _team.client.key_value_set("aurora/left", json.dumps([index(), why]), allow_overwrite=True)
-    _say_parted()
+            if _team.client.key_value_dir_get("aurora/left") == []:
+                _part()
+        else:  # and go at once: the leader may be in a collective, which only the end of this process ends
+            _team.client.key_value_set("aurora/left/any", json.dumps([index(), why]), allow_overwrite=True)
 
 
 def lost(error: Exception) -> Ended | None:

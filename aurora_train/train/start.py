@@ -201,6 +201,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         _say_replan(session, start or 0, events, progress)
         compiled = _compiled(session, progress)
         process.stop.heed()
+        processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
