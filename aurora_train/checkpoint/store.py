@@ -305,8 +305,7 @@ class CheckpointStore:
         """Wait for the running save and let go of Orbax's threads."""
         self.wait()
         self._sealer.shutdown()
-        if self._orbax is not None:
-            self._orbax.close()
+        self._let_go()
 
     # ---- inside
 
@@ -326,11 +325,16 @@ class CheckpointStore:
                     loaded |= ocp.load(self.folder / folder, part, checkpointable_name="state")
         return loaded
 
+    def _let_go(self) -> None:
+        orbax, self._orbax = self._orbax, None
+        told_before = (OSError, ValueError) if self._outdated else ()  # of the save that failed
+        with contextlib.suppress(*told_before):
+            if orbax is not None:
+                orbax.close()
+
     def _checkpointer(self):
-        if self._outdated and self._orbax is not None:
-            with contextlib.suppress(OSError, ValueError):  # of the save that failed, told before
-                self._orbax.close()
-            self._orbax = None
+        if self._outdated:
+            self._let_go()
         self._outdated = False
         if self._orbax is None:
             for name in ("absl", "asyncio"):  # they print tracebacks of errors that Orbax also raises

@@ -1,6 +1,7 @@
 """The checkpoints of a run: durable, verified, walked back from, and kept by our rules."""
 
 import random
+import resource
 import shutil
 import threading
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import durable
-from aurora_train.checkpoint.store import CheckpointStore, Damage, refuse_damage, require_step
+from aurora_train.checkpoint.store import CheckpointStore, Damage, SaveFailed, refuse_damage, require_step
 from aurora_train.errors import UserError
 
 
@@ -285,3 +286,19 @@ def test_retention_keeps_the_newest_the_round_and_the_best_and_nothing_else(
         present = [s for s in present if s in kept]
         assert store.steps() == present
     assert not any((folder / ".trash").glob("*"))
+
+
+def test_a_save_that_failed_in_the_background_is_told_once(tmp_path):
+    """Orbax keeps the error and raises it when it is closed, too."""
+    store = open_store(tmp_path)
+    store.sweep()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes of one file
+    try:
+        store.save(10, tree(10) | {"more": jnp.arange(4096.0)}, {"data_step": 11})
+        with pytest.raises(SaveFailed, match="File too large"):
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    store.close()
+    assert store.steps() == []
