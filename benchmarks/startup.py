@@ -126,6 +126,9 @@ def trained(arguments: list[str], run: Path, **environment: str) -> float:
 
 def against_bare(folder: Path, config: list[str]):
     """(ours, theirs): functions of the number of the round."""
+    command = [sys.executable, "-m", "aurora_train", "plan", *config, "--no-compile", "--json"]
+    plan = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    config = [*config, f"memory.accumulation={plan['accumulation']}"]  # so that both run the same step
     return (
         lambda number: trained(["train", *config, "--run", str(folder / f"warm-{number}")], folder / f"warm-{number}"),
         lambda number: answered(BARE, *config),

@@ -46,7 +46,7 @@ class Throughput:
         self._steps += 1
 
     def waited(self, seconds: float) -> None:
-        """The trainer stood still for `seconds` because no batch was ready."""
+        """The device stood still for up to `seconds` because no batch was ready."""
         self._waited += seconds
 
     def excluding(self) -> _Excluded:

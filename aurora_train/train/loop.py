@@ -153,9 +153,14 @@ class Loop:
                 with self._watchdog.during("a step"):
                     asked_at = time.perf_counter()
                     _, batch = next(feed)
-                    self._throughput.waited(time.perf_counter() - asked_at)
+                    if self._idle():  # else the wait was no one's: the step before is still under way
+                        self._throughput.waited(time.perf_counter() - asked_at)
                     self._advance(batch)
                 self._after(self._step)
+
+    def _idle(self) -> bool:
+        """Whether every step that was handed over is done."""
+        return all(array.is_ready() for array in self._late[-1][1].values()) if self._late else True
 
     def _advance(self, batch: dict) -> None:
         if processes.count() > 1:

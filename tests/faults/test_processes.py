@@ -103,6 +103,22 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_comes_back(kill
 
 
 @pytest.mark.slow
+def test_one_that_is_late_for_the_first_step_is_waited_for(still, tmp_path):
+    """For longer than the 30 s that gloo gives those who come to a collective."""
+    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    team = aurora.team(2, "train", config, "train.steps=60", "--run", "late")
+    while not (tmp_path / "late/plan.json").exists():  # what is left is to compile and to put the state in place
+        assert all(process.poll() is None for process in team)
+        time.sleep(0.01)
+    team[1].send_signal(signal.SIGSTOP)
+    time.sleep(40)
+    assert not (tmp_path / "late/metrics.jsonl").exists(), "the leader does not begin alone"
+    team[1].send_signal(signal.SIGCONT)
+    good(team)
+    assert losses(tmp_path / "late") == losses(still)
+
+
+@pytest.mark.slow
 def test_bad_data_takes_all_of_them_back_together(tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     settings = ("data.bad=7", "train.rewind_after=1", "train.rewinds=20", "checkpoint.every=2")
