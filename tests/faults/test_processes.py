@@ -107,9 +107,8 @@ def test_one_that_is_late_for_the_first_step_is_waited_for(still, tmp_path):
     """For longer than the 30 s that gloo gives those who come to a collective."""
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     team = aurora.team(2, "train", config, "train.steps=60", "--run", "late")
-    while not (tmp_path / "late/plan.json").exists():  # what is left is to compile and to put the state in place
-        assert all(process.poll() is None for process in team)
-        time.sleep(0.01)
+    while "compiling" not in (line := team[0].stderr.readline()):
+        assert line, "it ended"
     team[1].send_signal(signal.SIGSTOP)
     time.sleep(40)
     assert not (tmp_path / "late/metrics.jsonl").exists(), "the leader does not begin alone"
