@@ -31,9 +31,9 @@ SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled
 UNKNOWN = Costs(1e-14, 1e-12, 1e-3, 1e-10)  # of a machine that nothing is known of: they only rank plans
 UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back where the link to the processor is not known
 HOPELESS = 1.25  # times the budget by simulation: not worth a compilation
-IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is taken as it is
+IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is not searched for
 ROOMY = 256 * 2**20  # bytes of temporaries above which a CPU takes such a step's batch in parts
-WORK_PER_BYTE = 1_500  # FLOPs in a part for each byte of gradients added: 1,000 tokens, if a parameter has 4 bytes
+WORK_PER_BYTE = 1_500  # FLOPs in a part for each byte of parameters: 1,000 tokens, if a parameter has 4 bytes
 
 
 @dataclass
@@ -128,24 +128,27 @@ class Planner:
             program.config, program.model(), platform=program.platform, num_devices=devices, apart=program.apart
         )
         if not self._fixed:
-            return self._parted(plan, pairs) if self.simulate(plan).bytes <= IDLE * self.budget else None
+            plan = self._parted(plan, pairs)
+            return plan if self.simulate(plan).bytes <= IDLE * self.budget else None
         plans = [replace(plan, microbatch=m, accumulation=n) for m, n in pairs]
         return next((p for p in plans if self.simulate(p).bytes <= self.usable), plans[-1])
 
     def _parted(self, plan: Plan, pairs: list[tuple[int, int]]) -> Plan:
-        """On a CPU: in as many microbatches as bring the temporaries under `ROOMY`, and cost next to nothing.
+        """On one CPU: in about as many microbatches as bring the temporaries under `ROOMY`, and cost next to nothing.
 
         There a large batch is no faster than its parts, and what XLA takes anew in every step the kernel has to clear.
+        Several devices would add up their gradients once a part.
         """
         found = self.simulate(plan)
         temporaries = found.bytes - found.arguments
-        if len(pairs) == 1 or temporaries <= ROOMY:
+        if len(pairs) == 1 or self.program.mesh.devices.size > 1 or temporaries <= ROOMY:
             return plan
         most = self.program.product_flops(plan) / (WORK_PER_BYTE * account.parameter_bytes(self.program))
         cheap = [(m, n) for m, n in pairs if n <= most] or pairs[:1]
         microbatch, parts = next((pair for pair in cheap if temporaries <= ROOMY * pair[1]), cheap[-1])
-        reason = plan.reason if parts == 1 else f"everything kept, in {parts} microbatches: as fast on a CPU, in less"
-        return replace(plan, microbatch=microbatch, accumulation=parts, reason=reason)
+        reason = f"everything kept; {parts} microbatches, for less memory"
+        parted = replace(plan, microbatch=microbatch, accumulation=parts, reason=reason)
+        return parted if self.simulate(parted).bytes < found.bytes else plan
 
     @property
     def _fixed(self) -> bool:

@@ -67,15 +67,18 @@ def weights_of(state):
     return state.extra.get("ema", state.params), state.rest, state.frozen
 
 
-def validation_batches(source, batch: int, examples: int, num_devices: int):
+def validation_batches(source, batch: int, examples: int, num_devices: int, microbatch: int | None = None):
     """The same `examples` every time, spread evenly over a source, in batches that the devices divide.
 
-    As many as fill whole batches; where a split is smaller than one, some examples come twice.
+    As many as fill whole batches; where a split is smaller than one, some examples come twice. Which they are does
+    not depend on `microbatch`, the most that are given at a time: a plan decides that, and plans change.
     """
     count = min(examples, len(source))
     size = max(min(batch, count) // num_devices, 1) * num_devices
     total = max(count // size, 1) * size
     chosen = np.arange(total, dtype=np.int64) * len(source) // total
-    for start in range(0, total, size):
-        indices = chosen[start : start + size]
+    most = min(microbatch or size, size)
+    part = next(n for n in range(most, 0, -1) if size % n == 0 and n % num_devices == 0)
+    for start in range(0, total, part):
+        indices = chosen[start : start + part]
         yield {**source.take(indices), "example": indices.astype(np.uint32)}

@@ -248,9 +248,8 @@ class Loop:
         if self._validation is None:
             source = self.session.recipe.data("validation")
             plan, devices = self.session.plan, self.session.mesh.devices.size
-            self._validation = list(
-                validation_batches(source, plan.microbatch, self._config.evaluate.examples, devices)
-            )
+            batch, examples = self._config.train.batch, self._config.evaluate.examples
+            self._validation = list(validation_batches(source, batch, examples, devices, plan.microbatch))
         return self._validation
 
     def _asked(self) -> str | None:

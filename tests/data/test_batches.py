@@ -94,3 +94,12 @@ def test_validation_batches_are_the_same_each_time_and_spread_over_the_split(sou
 def test_validation_batches_divide_over_the_devices(source):
     assert {len(batch["example"]) for batch in validation_batches(source, 7, 21, 4)} == {4}
     assert {len(batch["example"]) for batch in validation_batches(source, 2, 2, 8)} == {8}
+
+
+@pytest.mark.parametrize(("batch", "microbatch", "devices", "part"), [(12, 6, 1, 6), (12, 8, 2, 6), (12, 5, 4, 4)])
+def test_a_plan_does_not_decide_what_is_validated_on(batch, microbatch, devices, part, source):
+    whole = list(validation_batches(source, batch, 32, devices))
+    parts = list(validation_batches(source, batch, 32, devices, microbatch))
+    assert {len(one["example"]) for one in parts} == {part}
+    chosen, again = (np.concatenate([one["example"] for one in batches]) for batches in (whole, parts))
+    assert len(chosen) == 24 and np.array_equal(chosen, again)

@@ -327,6 +327,7 @@ def test_no_part_is_so_small_that_adding_gradients_shows(monkeypatch):
 def test_a_cpu_leaves_a_batch_whole_where_that_was_asked_for_or_the_loss_needs_it():
     assert parts_of(4096, sections={"memory": {"accumulation": 1}})[0] == 1
     assert parts_of(4096, couples="microbatch")[0] == 1
+    assert parts_of(4096)[0] > 1
 
 
 # ---- what is asked for
