@@ -160,7 +160,7 @@ class Loop:
 
     def _idle(self) -> bool:
         """Whether every step that was handed over is done."""
-        return all(array.is_ready() for array in self._late[-1][1].values()) if self._late else True
+        return all(array.is_ready() for _, metrics in self._late for array in metrics.values())
 
     def _advance(self, batch: dict) -> None:
         if processes.count() > 1:
