@@ -104,7 +104,7 @@ class Recipe(Base):
     def model(self, rngs):
         from aurora_train.nn.decoder import Decoder
 
-        return Decoder(self.config.model, self._vocab_size, self.config.train.precision, rngs)
+        return Decoder(self.config.model, self._vocab_size, self.config.train.dtype, rngs)
 
     def loss(self, model, batch: dict, key) -> Loss:
         hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)

@@ -115,7 +115,7 @@ class NeuralDecoding(Recipe):
 
         config = self.config.model
         shape = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
-        shape |= {"dtype": self.config.train.precision, "rngs": rngs}
+        shape |= {"dtype": self.config.train.dtype, "rngs": rngs}
         units, axes = self._trials.spikes.shape[1], self._trials.velocity.shape[1]
         if config.kind == "gru":
             return CausalGRU(units, axes, **shape)

@@ -57,3 +57,12 @@ def refuse_fused(config) -> None:
             "adapters have gradients too small to be worth fusing their update", where=where,
             hint="memory.fuse_update=false",
         )  # fmt: skip
+
+
+def refuse_ends(config) -> None:
+    """UserError where a config names ends that stay in bfloat16 and nothing that does not."""
+    if config.train.bf16_ends and config.train.precision != "fp8":
+        raise UserError(
+            f"in {config.train.precision} every block is alike: only in fp8 can its ends stay in bfloat16",
+            where="train.bf16_ends", hint="train.precision=fp8, or train.bf16_ends=0",
+        )  # fmt: skip

@@ -37,9 +37,12 @@ class Train(Section):
     steps: int = setting(1000, resume="warned", ge=1, help="optimizer steps of the whole run")
     batch: int = setting(32, ge=1, help="examples per optimizer step, over all devices and microbatches")
     seed: int = setting(0, ge=0, lt=2**63, help="root of every random stream and of the data order")
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", help="number format of the compute; what parameters are stored in is optimizer.master"
+    precision: Literal["float32", "bfloat16", "fp8"] = setting(
+        "float32",
+        help="number format of the compute; fp8 = bfloat16, but the products of the blocks in 8 bits, in training; "
+        "what parameters are stored in is optimizer.master",
     )
+    bf16_ends: int = setting(0, ge=0, help="with fp8: blocks at either end of a stack that stay in bfloat16")
     stop_after_minutes: float | None = setting(
         None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"
     )
@@ -58,6 +61,11 @@ class Train(Section):
         help="end a process that makes no progress: after minutes learned from the run, after this many, or never",
     )
     forms: Forms = Forms()
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the activations, as a recipe hands it to its model: what multiplies in 8 bits is not its affair."""
+        return "bfloat16" if self.precision == "fp8" else self.precision
 
 
 class Schedule(Section):

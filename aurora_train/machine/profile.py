@@ -95,12 +95,14 @@ def choose_devices(devices: list) -> tuple[list, list]:
 def peak_flops(machine: Machine, dtype: str) -> float | None:
     """Dense FLOP/s of one device for products of `dtype`, or None where unknown (MFU is then "n/a").
 
-    In float32 that is the TF32 rate where the device has one: XLA's default float32 product on it uses TF32.
+    In float32 that is the TF32 rate where the device has one: XLA's default float32 product on it uses TF32. In fp8 it
+    is that of 8 bits, though a run's attention and head are products of bfloat16; of bfloat16 where there is no other.
     """
     if machine.known is None:
         return None
     rates = machine.known.peak_flops
-    figure = rates.get("tf32", rates.get("float32")) if dtype == "float32" else rates.get(dtype)
+    others = {"float32": ("tf32", "float32"), "fp8": ("fp8", "bfloat16")}
+    figure = next((rates[name] for name in others.get(dtype, (dtype,)) if name in rates), None)
     return figure.value if figure else None
 
 

@@ -212,11 +212,15 @@ def _time(planner, cost: Candidate, blueprint) -> dict | None:
     }  # fmt: skip
     rates = planner.rates
     if rates is not None:
-        matmul = rates.matmul.get(config.train.precision) or max(rates.matmul.values())
-        step = flops / program.mesh.devices.size / matmul + cost.seconds
+        step = flops / program.mesh.devices.size / product_rate(rates, config) + cost.seconds
         out |= {"step_seconds": step, "seconds": step * config.train.steps}
         out |= {"rates": rates.source, "source": rates.note or rates.device}
     return out
+
+
+def product_rate(rates, config) -> float:
+    """FLOP/s of a run's products. In fp8 those of bfloat16: how much faster its blocks are has not been measured."""
+    return rates.matmul.get(config.train.dtype) or max(rates.matmul.values())
 
 
 def _targets(program) -> int | None:

@@ -28,10 +28,10 @@ class Plan:
     measured_bytes: int | None = None  # after the run
     details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see memory/report.py
 
-    def apply(self, model) -> None:
-        """Cut the stacks of a freshly constructed model. Before it is split, and once."""
+    def apply(self, model, ends: int = 0) -> None:
+        """Cut the stacks of a freshly constructed model, before it is split, and once. `ends`: see `Stack.cut`."""
         for path, stack in stacks(model).items():
-            stack.cut(tuple(self.stacks[_dotted(path)]))
+            stack.cut(tuple(self.stacks[_dotted(path)]), ends)
 
     def to_json(self) -> dict:
         """A dict of plain values; `from_json` is the inverse."""

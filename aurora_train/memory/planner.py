@@ -249,8 +249,7 @@ class Planner:
     def _costs(self) -> Costs:
         if self.rates is None:
             return UNKNOWN
-        precision = self.program.config.train.precision
-        matmul = self.rates.matmul.get(precision) or max(self.rates.matmul.values())
+        matmul = account.product_rate(self.rates, self.program.config)
         weights = 3 * account.parameter_bytes(self.program)  # read forward and backward, gradients written
         return Costs(
             1 / matmul, 1 / self.rates.bandwidth, self.rates.per_microbatch_seconds + weights / self.rates.bandwidth,

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.extend import core
 
 from aurora_train.memory.flops import FREE, PRODUCTS, equation_flops, is_reduction
-from aurora_train.nn import lora
+from aurora_train.nn import fp8, lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
 from aurora_train.nn.stack import Stack
 
@@ -228,7 +228,8 @@ def stack_unit(stack: Stack) -> tuple[Callable, nnx.State, tuple]:
 
     def fun(x, trained, frozen, index, context, keys):
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-        return nnx.merge(graph, trained, frozen)(x, context, index, unit_keys, None)
+        with fp8.unit(fp8.is_asked()):
+            return nnx.merge(graph, trained, frozen)(x, context, index, unit_keys, None)
 
     return fun, trained, (frozen, jax.ShapeDtypeStruct((), jnp.int32))
 

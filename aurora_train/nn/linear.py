@@ -14,15 +14,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn import ops
+from aurora_train.nn import fp8, ops
 
 barrier = jax.lax.optimization_barrier
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x[..., in] times weight[in, out] plus bias[out], in the dtype of x."""
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, wide: bool = False) -> jax.Array:
+    """x[..., in] times weight[in, out] plus bias[out], in the dtype of x.
+
+    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to them, unless `wide`.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    y = flat @ weight.astype(x.dtype) if x.dtype == jnp.float32 else _mixed(ops.form("linear"), flat, weight)
+    if x.dtype == jnp.float32:
+        y = flat @ weight.astype(x.dtype)
+    elif fp8.in_unit() and not wide:
+        fp8.refuse_shape(weight.shape)
+        y = _narrow(ops.form("linear"), flat, weight)
+    else:
+        y = _mixed(ops.form("linear"), flat, weight)
     if bias is not None:
         y = add_bias(y, bias)
     return y.reshape(*x.shape[:-1], weight.shape[-1])
@@ -38,18 +47,20 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.floa
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=out_dtype)
 
 
-def times(form: str, x: jax.Array, low: jax.Array) -> jax.Array:
-    """x[n, in] times low[in, out], both of one dtype and so the result."""
+def times(form: str, x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
+    """x[n, in] times low[in, out], both of one dtype and so the result, unless `out_dtype` says otherwise."""
+    out_dtype = out_dtype or x.dtype
     if form == "cpu" and x.dtype != jnp.float32:
-        return dot(barrier(x), low, 1, 0).astype(x.dtype)
-    return dot(x, low, 1, 0, x.dtype)
+        return dot(barrier(x), low, 1, 0).astype(out_dtype)
+    return dot(x, low, 1, 0, out_dtype)
 
 
-def times_transposed(form: str, g: jax.Array, low: jax.Array) -> jax.Array:
+def times_transposed(form: str, g: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
     """g[n, out] times the transpose of low[in, out]: the gradient of what was multiplied by it."""
+    out_dtype = out_dtype or g.dtype
     if form == "cpu" and g.dtype != jnp.float32:
-        return dot(g, low, 1, 1).astype(g.dtype)
-    return dot(g, low, 1, 1, g.dtype)
+        return dot(g, low, 1, 1).astype(out_dtype)
+    return dot(g, low, 1, 1, out_dtype)
 
 
 def outer(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -119,3 +130,26 @@ def _mixed_backward(form, residuals, g):
 
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow(form: str, x, weight):
+    return _narrow_forward(form, x, weight)[0]
+
+
+def _narrow_forward(form, x, weight):
+    x, low = fp8.encode(x, fp8.FORWARD), fp8.encode(weight, fp8.FORWARD)
+    y = times(form, fp8.operand(form, x), fp8.operand(form, low), fp8.DTYPE)
+    return fp8.scaled(y, x, low), (x, weight)  # x in its 8 bits: half of what bfloat16 would keep
+
+
+def _narrow_backward(form, residuals, g):
+    x, weight = residuals
+    # Made again rather than kept: kept, it would be one more copy of all weights.
+    low, g = fp8.encode(weight, fp8.FORWARD), fp8.encode(g, fp8.GRADIENT)
+    rows, columns = fp8.operand(form, g), fp8.operand(form, x)
+    dx = times_transposed(form, rows, fp8.operand(form, low), fp8.DTYPE)
+    return fp8.scaled(dx, g, low), fp8.scaled(outer(form, columns, rows), x, g).astype(weight.dtype)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aurora_train.nn import nf4
+from aurora_train.errors import UserError
+from aurora_train.nn import fp8, nf4
 from aurora_train.nn.linear import add_bias, linear
 from aurora_train.nn.param import named
 
@@ -51,14 +52,24 @@ def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) ->
 def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x[..., in] times the kernel `name` of a module, plus bias[out], plus what its adapter adds; dtype of x."""
     if name in module.coded:
+        _refuse_both()
         y = nf4.linear(x, *(getattr(module, name + suffix)[...] for suffix in (nf4.CODES, nf4.SCALES)))
         y = y if bias is None else add_bias(y, bias)
     else:
         y = linear(x, getattr(module, name)[...], bias)
     if name not in module.adapted:
         return y
-    low = linear(x, getattr(module, f"{name}_lora_a")[...]) * jnp.asarray(module.lora_scale, x.dtype)
-    return y + linear(low, getattr(module, f"{name}_lora_b")[...])
+    # Of a low rank: there is nothing to be gained in 8 bits.
+    low = linear(x, getattr(module, f"{name}_lora_a")[...], wide=True) * jnp.asarray(module.lora_scale, x.dtype)
+    return y + linear(low, getattr(module, f"{name}_lora_b")[...], wide=True)
+
+
+def _refuse_both() -> None:
+    if fp8.in_unit():
+        raise UserError(
+            "a base of 4-bit codes is not multiplied in fp8", where="train.precision",
+            why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=plain",
+        )  # fmt: skip
 
 
 def split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.nn import fused, ops
+from aurora_train.nn import fp8, fused, ops
 from aurora_train.nn.saving import UNIT_INPUT, policy
 
 SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
@@ -59,12 +60,17 @@ class Stack(nnx.Module):
         self.segments = nnx.List([_merge(graph, _named_over_layers(abstract), arrays)])
         self.plan = (Segment(0, num_units),)
 
-    def cut(self, plan: tuple[Segment, ...]) -> None:
-        """Apply a plan, before the model is split and its optimizer is made. Raises AssertionError on a gap."""
+    def cut(self, plan: tuple[Segment, ...], ends: int = 0) -> None:
+        """Apply a plan, before the model is split and its optimizer is made. Raises AssertionError on a gap.
+
+        `ends`: units at either end that are segments of their own, to stay in bfloat16 beside others in 8 bits
+        (`nn.fp8`).
+        """
         assert [s.start for s in plan] == [0, *(s.stop for s in plan[:-1])] and plan[-1].stop == self.num_units, plan
         graph, state = nnx.split(self.segments[0])
         assert len(self.segments) == 1, "cut once"
         whole = nnx.to_pure_dict(state)
+        plan = tuple(part for segment in plan for part in _cut_at(segment, fp8.within(self.num_units, ends)))
         self.segments = nnx.List(
             [_merge(graph, state, jax.tree.map(lambda a, s=s: a[s.start : s.stop], whole)) for s in plan]
         )
@@ -85,18 +91,18 @@ class Stack(nnx.Module):
         if update is not None:
             return self._updated(update, x, context, keys), None
         outs = []
-        for segment, unit in zip(self.plan, self.segments, strict=True):
+        for segment, unit in self._parts():
             part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
-            x, out = _run(segment, unit, x, context, keys, part)
+            x, out = _run(segment, unit, x, context, keys, part, self._is_narrow(segment))
             outs.append(out)
         if caches is None:
             return x, None
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
     def _probed(self, seen: list, x, context, keys):
-        for segment, module in zip(self.plan, self.segments, strict=True):
+        for segment, module in self._parts():
             graph, state = nnx.split(module)
-            body = _unit(segment._replace(save=None, offload=()), graph, context, keys)
+            body = _unit(segment._replace(save=None, offload=()), graph, context, keys, self._is_narrow(segment))
             for index in range(segment.start, segment.stop):
                 unit = jax.tree.map(lambda a, j=index - segment.start: a[j], state)
                 x, _ = body(x, (unit, jnp.int32(index), None))
@@ -105,16 +111,27 @@ class Stack(nnx.Module):
         return x
 
     def _updated(self, update: fused.Update, x, context, keys):
-        for i, (segment, module) in enumerate(zip(self.plan, self.segments, strict=True)):
+        for i, (segment, module) in enumerate(self._parts()):
             graph, state = nnx.split(module)
-            segment = segment._replace(unroll=False)
+            segment, narrow = segment._replace(unroll=False), self._is_narrow(segment)
 
-            def unit(state, index, x, context, segment=segment, graph=graph):
-                return _unit(segment, graph, context, keys)(x, (state, index, None))[0]
+            def unit(state, index, x, context, segment=segment, graph=graph, narrow=narrow):
+                return _unit(segment, graph, context, keys, narrow)(x, (state, index, None))[0]
 
             indices = jnp.arange(segment.start, segment.stop)
             x = fused.run(unit, update, i, indices, state, x, context)
         return x
+
+
+    def _parts(self):
+        return zip(self.plan, self.segments, strict=True)
+
+    def _is_narrow(self, segment: Segment) -> bool:
+        """Whether its units multiply in 8 bits."""
+        first, last = fp8.narrow(self.num_units)
+        outside = segment.stop <= first or last <= segment.start
+        assert outside or first <= segment.start < segment.stop <= last, "cut() was not called"
+        return not outside
 
 
 _calls = contextvars.ContextVar("stack_calls", default=None)
@@ -140,8 +157,11 @@ def _noted(variable):
         variable.reset(token)
 
 
-def _unit(segment: Segment, graph, context, keys):
-    """One unit as a function of (x, (state, index, cache)) that keeps what its segment asks for."""
+def _unit(segment: Segment, graph, context, keys, narrow: bool):
+    """One unit as a function of (x, (state, index, cache)) that keeps what its segment asks for.
+
+    `narrow`: whether it multiplies in 8 bits.
+    """
 
     def body(x, unit_inputs):
         state, index, cache = unit_inputs
@@ -149,7 +169,8 @@ def _unit(segment: Segment, graph, context, keys):
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         if UNIT_INPUT in segment.offload:
             x = jax.tree.map(lambda a: checkpoint_name(a, UNIT_INPUT), x)
-        return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
+        with fp8.unit(narrow):
+            return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
 
     if segment.save is None:
         assert not segment.offload, segment
@@ -157,9 +178,15 @@ def _unit(segment: Segment, graph, context, keys):
     return jax.checkpoint(body, policy=policy(segment.save, segment.offload), prevent_cse=segment.unroll)
 
 
-def _run(segment: Segment, module, x, context, keys, caches):
+def _cut_at(segment: Segment, places: tuple[int, ...]) -> list[Segment]:
+    """A segment as those it falls into at some units."""
+    edges = [segment.start, *sorted({p for p in places if segment.start < p < segment.stop}), segment.stop]
+    return [segment._replace(start=a, stop=b) for a, b in itertools.pairwise(edges)]
+
+
+def _run(segment: Segment, module, x, context, keys, caches, narrow):
     graph, state = nnx.split(module)
-    body = _unit(segment, graph, context, keys)
+    body = _unit(segment, graph, context, keys, narrow)
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))

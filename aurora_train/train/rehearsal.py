@@ -25,6 +25,7 @@ from aurora_train.memory.flops import jaxpr_flops
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
+from aurora_train.nn import fp8
 from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
@@ -60,7 +61,9 @@ class Rehearsal:
     def here(self):
         """The context in which layers choose their forms: those the config asks for, else this machine's."""
         stack = contextlib.ExitStack()
-        stack.enter_context(asking(self.config.train.forms.asked))
+        train = self.config.train
+        stack.enter_context(asking(train.forms.asked))
+        stack.enter_context(fp8.asking(train.precision, train.bf16_ends))
         if self.remote:
             stack.enter_context(target_platform(self.platform))
             stack.enter_context(pretend_cudnn())
@@ -87,7 +90,7 @@ class Rehearsal:
                 self._blueprints[key] = draw(
                     self.recipe, plan, self.optimizer, self.mesh,
                     seed=self.config.train.seed, ema=self.config.optimizer.ema is not None,
-                    spike=self.config.train.spike is not None,
+                    spike=self.config.train.spike is not None, ends=self.config.train.bf16_ends,
                 )  # fmt: skip
         return self._blueprints[key]
 

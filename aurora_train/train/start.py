@@ -19,7 +19,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine import processes, profile
 from aurora_train.machine.memory import give_back_freed
 from aurora_train.memory.report import one_line, side_by_side
-from aurora_train.nn import ops
+from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
@@ -398,6 +398,8 @@ def remarks(session: Session) -> list[str]:
         lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
     with session.program.here():
         lines.append(ops.one_line())
+    if session.config.train.precision == "fp8":
+        lines.append(fp8.one_line(session.config.train.bf16_ends, profile.this_machine()))
     return [*lines, one_line(session.plan)]
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
-from aurora_train.nn import lora, nf4
+from aurora_train.nn import fp8, lora, nf4
 from aurora_train.nn import stack as stacked
 from aurora_train.random import stream
 from aurora_train.train import outliers
@@ -53,20 +53,22 @@ class Blueprint(NamedTuple):
         return nnx.merge(self.graph, variables, others)
 
 
-def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = False) -> Blueprint:
+def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = False, ends: int = 0) -> Blueprint:
     """Abstract model, state, shardings and the jitted initialiser, without allocating a parameter.
 
-    `ema` and `spike`: whether the config asks for a moving average and for outliers to be skipped.
+    `ema` and `spike`: whether the config asks for a moving average and for outliers to be skipped. `ends`: its
+    `train.bf16_ends`.
     """
 
     def construct():
         model = recipe.model(nnx.Rngs(params=stream(seed, "init")))
-        plan.apply(model)
+        fp8.refuse_without(stacked.stacks(model))
+        plan.apply(model, ends)
         return model
 
     graph, variables, rest = nnx.split(nnx.eval_shape(construct), nnx.Param, ...)
     trained, still = lora.split(variables)
-    dtype = recipe.config.train.precision
+    dtype = recipe.config.train.dtype
 
     def initialise() -> TrainState:
         _, everything, others = nnx.split(construct(), nnx.Param, ...)

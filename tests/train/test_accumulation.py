@@ -42,10 +42,10 @@ class Language:
     def __init__(self, precision="float32", **shape):
         defaults = {"width": 16, "layers": 4, "heads": 2, "mlp_width": 32, "dropout": 0.2, "max_length": LENGTH}
         self.shape = DecoderConfig(**defaults | shape)
-        self.config = SimpleNamespace(train=SimpleNamespace(precision=precision))
+        self.config = SimpleNamespace(train=SimpleNamespace(dtype=precision))
 
     def model(self, rngs):
-        return Decoder(self.shape, VOCAB, self.config.train.precision, rngs)
+        return Decoder(self.shape, VOCAB, self.config.train.dtype, rngs)
 
     def loss(self, model, batch, key):
         return Loss(*model.nll(model(batch["tokens"], keys=key), batch["targets"], batch["weights"]))
@@ -182,7 +182,7 @@ class Slices(nnx.Module):
 @pytest.mark.parametrize("cuts", [None, [Segment(0, 3)], [Segment(0, 3, None, True)]])
 def test_a_model_may_slice_its_parameters_and_needs_no_stack(cuts):
     class Regression:
-        config = SimpleNamespace(train=SimpleNamespace(precision="float32"))
+        config = SimpleNamespace(train=SimpleNamespace(dtype="float32"))
 
         def model(self, rngs):
             return Slices(rngs, cuts is not None)

@@ -56,7 +56,7 @@ class Counted(Base):
     def model(self, rngs):
         from aurora_train.nn.decoder import Decoder
 
-        return Decoder(self.config.model, 32, self.config.train.precision, rngs)
+        return Decoder(self.config.model, 32, self.config.train.dtype, rngs)
 
     def loss(self, model, batch, key):
         import jax.numpy as jnp

@@ -45,10 +45,10 @@ class Language:
         self.other_loss = loss
         defaults = {"width": 16, "layers": 4, "heads": 2, "mlp_width": 32, "dropout": 0.2, "max_length": LENGTH}
         self.shape, self.calls = DecoderConfig(**defaults | shape), calls
-        self.config = SimpleNamespace(train=SimpleNamespace(precision=precision))
+        self.config = SimpleNamespace(train=SimpleNamespace(dtype=precision))
 
     def model(self, rngs):
-        return Decoder(self.shape, VOCAB, self.config.train.precision, rngs)
+        return Decoder(self.shape, VOCAB, self.config.train.dtype, rngs)
 
     def loss(self, model, batch, key):
         if self.other_loss:
