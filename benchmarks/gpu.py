@@ -20,7 +20,8 @@ where it is frozen) and causal attention once, over the card's dense bfloat16 pe
 n/a where the card is not in it. Memory is the most that each side's own allocator held.
 
 aurora keeps to kernels that give the same bits twice (--xla_gpu_deterministic_ops, without autotuning), as it does for
-a user; XLA_FLAGS=--xla_gpu_deterministic_ops=false in the environment gives that up. fp8 is left out: it is not built.
+a user; XLA_FLAGS=--xla_gpu_deterministic_ops=false in the environment gives that up. --fp8 measures ours in fp8 too, in
+the same rounds, and its rate over that in bfloat16; its MFU is a share of the bfloat16 peak as well, to be compared.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from datetime import date
 from pathlib import Path
 
 from gpu_cases import CASES, TINY, Job, least_bytes
-from gpu_table import card_line, goals, header, notes, row, top_of_profile
+from gpu_table import card_line, fp8_table, goals, header, notes, row, top_of_profile
 from sides import Ended, Training
 from torch_peer import KINDS, OUT_OF_MEMORY, torch_side
 
@@ -110,20 +111,28 @@ def driver() -> str | None:
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def measure_ours(job: Job, seconds: float, options) -> dict:
+OURS = {"ours": "bfloat16", "ours in fp8": "fp8"}  # sides and their train.precision
+
+
+def sides_of(options) -> list[str]:
+    """What is measured in each round, in turn."""
+    return ["ours", *(["ours in fp8"] if options.fp8 else []), *options.torch]
+
+
+def measure_ours(job: Job, precision: str, options) -> dict:
     """One round of an `aurora train`: {"seconds", "memory", "how", "parameters"}. Raises Ended where it refuses."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        training = Training(job.config, Path(folder), environment(options.tiny))
+        training = Training(job.config_in(precision), Path(folder), environment(options.tiny))
         try:
             began = training.wait(WARM)[-1]["time"]
             count = WARM + STEPS
-            while (found := training.wait(count))[-1]["time"] - began < seconds:
+            while (found := training.wait(count))[-1]["time"] - began < options.seconds:
                 count = len(found) + 1
             held = training.peak_rss() if options.tiny else found[-1]["memory_bytes"]
             plan = json.loads((training.run_folder / "plan.json").read_text())["plan"]
             events = map(json.loads, (training.run_folder / "events.jsonl").read_text().splitlines())
             start = next(event for event in events if event["event"] == "start")
-            remarks = training.remarks("attention", "plan")
+            remarks = training.remarks("attention", "plan", "fp8")
         finally:
             training.close()
     times = [record["time"] for record in found[WARM - 1 :]]
@@ -169,7 +178,7 @@ def measure_torch(job: Job, kind: str, seconds: float, ways: list, options) -> t
 
 def measure(job: Job, card: dict, options) -> dict:
     """All rounds of one case and sequence: one row. A side that cannot run is not tried again, and says why."""
-    rounds: dict[str, list[dict]] = {side: [] for side in ("ours", *options.torch)}
+    rounds: dict[str, list[dict]] = {side: [] for side in sides_of(options)}
     why: dict[str, str] = {}
     ways = {kind: attempts(job.batch) for kind in options.torch}
     if card["memory"] and least_bytes(*job.parameters) > card["memory"]:
@@ -180,8 +189,8 @@ def measure(job: Job, card: dict, options) -> dict:
             if side in why:
                 continue
             try:
-                if side == "ours":
-                    found.append(measure_ours(job, options.seconds, options))
+                if side in OURS:
+                    found.append(measure_ours(job, OURS[side], options))
                 else:
                     one, ways[side] = measure_torch(job, side, options.seconds, ways[side], options)
                     found.append(one)
@@ -208,15 +217,21 @@ def summary(job: Job, card: dict, rounds: dict[str, list[dict]], why: dict[str, 
             "tokens_per_s": rate, "mfu": mfu, "memory_bytes": max((one["memory"] for one in found), default=None),
             "microbatches": last.get("how"), "remarks": last.get("remarks", []), "seconds": taken, "why": why.get(side),
         }  # fmt: skip
-    peers = [side for side in sides if side != "ours" and sides[side]["tokens_per_s"]]
+    peers = [side for side in sides if side not in OURS and sides[side]["tokens_per_s"]]
     best = max(peers, key=lambda side: sides[side]["tokens_per_s"], default=None)
-    pairs = zip(sides[best]["seconds"], sides["ours"]["seconds"], strict=False) if best else ()
-    ratios = [theirs / mine for theirs, mine in pairs]
+    ratios = over(sides, "ours", best)
     return {
         "case": job.case, "sequence": job.sequence, "batch": job.batch, "trained": job.parameters[0],
         "frozen": job.parameters[1], "flops_per_token": job.flops_per_token, "sides": sides, "best": best,
         "ratio": statistics.median(ratios) if ratios else None, "ratios": ratios,
+        "fp8_ratios": over(sides, "ours in fp8", "ours"),
     }  # fmt: skip
+
+
+def over(sides: dict, side: str, other: str | None) -> list[float]:
+    """How many times as fast a side was as another, by rounds; none where either was not measured."""
+    pairs = zip(sides[other]["seconds"], sides[side]["seconds"], strict=False) if {side, other} <= sides.keys() else ()
+    return [theirs / mine for theirs, mine in pairs]
 
 
 def profile(job: Job, options) -> str:
@@ -255,6 +270,7 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of both sides in turn (default: 3)")
     parser.add_argument("--seconds", type=float, default=20.0, help="each side is measured a round (default: 20)")
     parser.add_argument("--torch", nargs="+", choices=KINDS, default=["compiled"], help="default: compiled")
+    parser.add_argument("--fp8", action="store_true", help="ours in fp8 too, in the same rounds")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="that has torch's packages")
     parser.add_argument("--profile", nargs="?", const="profiles/gpu", metavar="DIR",
                         help="trace ours too, into DIR/CASE-T, each a new folder (default: profiles/gpu)")  # fmt: skip
@@ -283,7 +299,8 @@ def run(options) -> None:
         print(row(rows[-1]), flush=True)
         if options.json:  # each row as it comes: hours may follow
             Path(options.json).write_text(json.dumps({"card": card, "rows": rows}, indent=1))
-    print("".join(f"\n{line}" for line in (*notes(rows), *([] if options.tiny else goals(rows)))))
+    told = (*fp8_table(rows), *notes(rows), *([] if options.tiny else goals(rows)))
+    print("".join(f"\n{line}" for line in told))
     for job in jobs if options.profile else ():
         print(f"\n{profile(job, options)}", flush=True)
 

@@ -68,8 +68,12 @@ class Job:
     @property
     def config(self) -> dict:
         """What `aurora train` is given; one card of several."""
+        return self.config_in(PRECISION)
+
+    def config_in(self, precision: str) -> dict:
+        """The same in another precision."""
         rows = {"sequence": self.sequence, "batch": self.batch, "vocabulary": self.shape.vocabulary}
-        return language_config(self.shape.model, precision=PRECISION, **rows) | {"mesh": {"data": 1}}
+        return language_config(self.shape.model, precision=precision, **rows) | {"mesh": {"data": 1}}
 
     @cached_property
     def resolved(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 NONE = "not measured"
 GOAL = 0.55  # MFU at 1B
 ROWS = 12  # of a profile
@@ -27,11 +29,25 @@ def row(found: dict) -> str:
     told = [found["case"], f"{found['sequence']:,}", str(found["batch"])]
     for side in ("ours", found["best"]):
         told += side_cells(found["sides"].get(side))
-    if found["ratio"] is None:
-        ratio = NONE
-    else:
-        ratio = f"**{found['ratio']:.2f}** ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})"
-    return f"| {' | '.join([*told, ratio])} |"
+    return f"| {' | '.join([*told, spread(found['ratios'])])} |"
+
+
+def spread(ratios: list[float]) -> str:
+    """Median, least and most."""
+    return f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else NONE
+
+
+def fp8_table(rows: list[dict]) -> list[str]:
+    """Ours in 8 bits beside ours in 16, where both were asked for."""
+    asked = [found for found in rows if "ours in fp8" in found["sides"]]
+    if not asked:
+        return []
+    names = ["case", "T", "fp8, tokens/s", "MFU (of the bfloat16 peak)", "memory", "microbatches", "over bfloat16"]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for found in asked:
+        cells = [found["case"], f"{found['sequence']:,}", *side_cells(found["sides"]["ours in fp8"])]
+        lines.append(f"| {' | '.join([*cells, spread(found['fp8_ratios'])])} |")
+    return ["", *lines]
 
 
 def side_cells(side: dict | None) -> list[str]:

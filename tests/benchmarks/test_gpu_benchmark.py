@@ -166,6 +166,18 @@ def test_rates_are_medians_and_mfu_is_of_the_cards_peak():
     assert "met" in goals([found])[0] and "not met" not in goals([found])[0]
 
 
+def test_8_bits_are_set_beside_16_where_they_are_asked_for():
+    from gpu import summary
+    from gpu_table import fp8_table, header, row
+
+    rounds = {"ours": taken(0.5, 0.4, 1.0), "ours in fp8": taken(0.4, 0.4, 0.5), "compiled": taken(0.6, 0.6, 0.6)}
+    found = summary(Given, {"peak_flops": 5e6}, rounds, {})
+    assert found["best"] == "compiled" and found["fp8_ratios"] == pytest.approx([1.25, 1.0, 2.0])
+    assert "**1.25** (1.00 to 2.00)" in fp8_table([found])[-1] and "100.0%" in fp8_table([found])[-1]
+    assert row(found).count("|") == header().splitlines()[0].count("|")
+    assert fp8_table([summary(Given, {"peak_flops": None}, {"ours": taken(0.5)}, {})]) == []
+
+
 def test_what_was_not_measured_is_said_and_never_a_number():
     from gpu import summary
     from gpu_table import NONE, goals, header, notes, row
@@ -252,7 +264,7 @@ def test_the_whole_path_on_tiny_shapes(shared_cache, tmp_path):
     pytest.importorskip("transformers")
     written, traces = tmp_path / "gpu.json", tmp_path / "traces"
     done = start(
-        "--tiny", "--rounds", 1, "--seconds", 1, "--json", written, "--profile", traces, "--folder", tmp_path,
+        "--tiny", "--fp8", "--rounds", 1, "--seconds", 1, "--json", written, "--profile", traces, "--folder", tmp_path,
         cache=shared_cache,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -260,11 +272,11 @@ def test_the_whole_path_on_tiny_shapes(shared_cache, tmp_path):
     assert found["card"]["peak_flops"] is None
     assert [row["case"] for row in found["rows"]] == ["tiny", "tiny-lora"]
     for row in found["rows"]:
-        for side in ("ours", "compiled"):
+        for side in ("ours", "ours in fp8", "compiled"):
             told = row["sides"][side]
             assert told["why"] is None and told["tokens_per_s"] > 0 and told["memory_bytes"] > 0, told
             assert told["mfu"] is None
-        assert row["ratio"] > 0 and row["best"] == "compiled"
+        assert row["ratio"] > 0 and row["best"] == "compiled" and len(row["fp8_ratios"]) == 1
     width, layers, inner, table = 64, 2, 128, 257 * 64
     kernels = layers * (width * (2 * 64 + 2 * 32) + 3 * width * inner)
     adapters = layers * 4 * (2 * (width + 64) + 2 * (width + 32) + 3 * (width + inner))
@@ -274,5 +286,6 @@ def test_the_whole_path_on_tiny_shapes(shared_cache, tmp_path):
     assert dense["flops_per_token"] == 6 * (kernels + norms + table) + attention
     assert (adapted["trained"], adapted["frozen"]) == (adapters, kernels + norms + 2 * table)
     assert adapted["flops_per_token"] == 6 * adapters + 4 * (kernels + norms + table) + attention
+    assert "tiny T 64, ours in fp8: fp8: products of the blocks" in done.stdout
     assert "tiny T 64, ours: attention:" in done.stdout and "| mlp | product |" in done.stdout
     assert (traces / "tiny-64").is_dir() and not list(tmp_path.glob("tmp*"))
