@@ -21,6 +21,7 @@ class Evaluator:
         self._batch = meshes.batch_sharding(mesh)
         self._num_devices = mesh.devices.size
         self._sums, self._predict = jax.jit(self._loss), jax.jit(self._outputs)
+        self._compiled: dict[tuple, Callable] = {}
 
     def _loss(self, weights, batch):
         with asking(self._recipe.config.train.forms.asked):
@@ -30,11 +31,16 @@ class Evaluator:
         with asking(self._recipe.config.train.forms.asked):
             return self._recipe.predict(self._blueprint.merge(*weights), batch)
 
+    def compile(self, weights, batch: dict) -> None:
+        """Compile the loss of batches like this one. `weights`: as `weights_of` gives them, abstract; no device waits."""
+        arrays = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._batch) for k, v in batch.items()}
+        self._compiled[_shapes(batch)] = self._sums.lower(weights, arrays).compile()
+
     def loss(self, state, batches) -> dict[str, float]:
         """Weighted mean loss (and the recipe's metrics) over the batches, without dropout."""
         weights, totals = weights_of(state), None
         for batch in batches:
-            sums = self._sums(weights, self._put(batch))
+            sums = self._compiled.get(_shapes(batch), self._sums)(weights, self._put(batch))
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
         total, weight, metrics = jax.device_get(totals)
         named = {name: float(part / max(whole, 1e-9)) for name, (part, whole) in metrics.items()}
@@ -60,6 +66,10 @@ class Evaluator:
 
     def _put(self, batch):
         return meshes.put(batch, self._batch)
+
+
+def _shapes(batch: dict) -> tuple:
+    return tuple((name, array.shape, str(array.dtype)) for name, array in sorted(batch.items()))
 
 
 def weights_of(state):

@@ -12,6 +12,7 @@ import contextlib
 import math
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from aurora_train.machine import processes
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
-from aurora_train.train.evaluate import Evaluator, validation_batches
+from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Session
@@ -76,7 +77,7 @@ class Loop:
         self._lag, self._streak = lag, Streak(session.config.train.rewind_after, lag)
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
-        self._validation = None
+        self._validation = self._early = None
         self._timed = False  # the first step of a process still pays for what the compiler left to it
         self.deadline = deadline  # of time.monotonic(); None is never
         if deadline is None and self._config.train.stop_after_minutes is not None:
@@ -139,7 +140,7 @@ class Loop:
         for leaf in jax.tree.leaves((self.state, [metrics for _, metrics in self._late])):
             if not leaf.is_deleted():
                 leaf.delete()
-        self.state = self._compiled = self._evaluator = self._validation = None
+        self.state = self._compiled = self._evaluator = self._validation = self._early = None
         self._late.clear()
         self._saver.finish()
 
@@ -156,6 +157,8 @@ class Loop:
                     if self._idle():  # else the wait was no one's: the step before is still under way
                         self._throughput.waited(time.perf_counter() - asked_at)
                     self._advance(batch)
+                if self._early is None:
+                    self._early = self._evaluation_compiled()
                 self._after(self._step)
 
     def _idle(self) -> bool:
@@ -237,12 +240,25 @@ class Loop:
         # One of several processes must not leave what the others are waiting in.
         allowed = self._stop.allowed() if processes.count() == 1 else contextlib.nullcontext()
         with refused(f"evaluating step {step}", _EVALUATING), allowed, watched:
+            if self._early is not None:
+                self._early.result()
             result = self._evaluator.loss(self.state, self._validation_batches())
             self._stop.heed()
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
         self._saver.attach_score(step, result["loss"])
         self._metrics.write({"step": step, "evaluation": result})
         self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
+
+    def _evaluation_compiled(self) -> Future:
+        """Read the validation examples and compile their loss while steps are taken; the first evaluation waits for it.
+
+        What goes wrong there is raised by that evaluation.
+        """
+        place = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
+        evaluator, threads = self._evaluator, ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+        made = threads.submit(lambda: evaluator.compile(weights_of(place), self._validation_batches()[0]))
+        threads.shutdown(wait=False)
+        return made
 
     def _validation_batches(self):
         if self._validation is None:
