@@ -42,7 +42,7 @@ class Train(Section):
         help="number format of the compute; fp8 = bfloat16, but the products of the blocks in 8 bits, in training; "
         "what parameters are stored in is optimizer.master",
     )
-    bf16_ends: int = setting(0, ge=0, help="with fp8: blocks at either end of a stack that stay in bfloat16")
+    bf16_ends: int = setting(0, ge=0, help="with fp8: blocks (units of a stack) at either end that stay in bfloat16")
     stop_after_minutes: float | None = setting(
         None, resume="free", gt=0, help="save and stop after this many minutes of this process; null = never"
     )

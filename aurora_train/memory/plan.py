@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from aurora_train.errors import UserError
 from aurora_train.memory import offload
+from aurora_train.nn.fp8 import without_ends
 from aurora_train.nn.stack import Segment, stacks
 
 
@@ -31,7 +32,9 @@ class Plan:
     def apply(self, model, ends: int = 0) -> None:
         """Cut the stacks of a freshly constructed model, before it is split, and once. `ends`: see `Stack.cut`."""
         for path, stack in stacks(model).items():
-            stack.cut(tuple(self.stacks[_dotted(path)]), ends)
+            name = _dotted(path)
+            without_ends(stack.num_units, ends, name)  # which knows it by name
+            stack.cut(tuple(self.stacks[name]), ends)
 
     def to_json(self) -> dict:
         """A dict of plain values; `from_json` is the inverse."""

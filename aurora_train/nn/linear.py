@@ -28,8 +28,7 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, wi
     if x.dtype == jnp.float32:
         y = flat @ weight.astype(x.dtype)
     elif fp8.in_unit() and not wide:
-        fp8.refuse_shape(weight.shape)
-        y = _narrow(ops.form("linear"), flat, weight)
+        y = _quantized(ops.form("linear"), flat, weight)
     else:
         y = _mixed(ops.form("linear"), flat, weight)
     if bias is not None:
@@ -44,7 +43,10 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.float32) -> jax.Array:
     """Contract one axis of each 2-D array."""
-    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=out_dtype)
+    # As flax's fp8_ops has it: a GPU may sum 8-bit products in fewer bits than float32, and gradients may not be.
+    precision = jax.lax.Precision.HIGHEST if fp8.GRADIENT in (a.dtype, b.dtype) else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=out_dtype)
 
 
 def times(form: str, x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
@@ -133,23 +135,23 @@ _mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow(form: str, x, weight):
-    return _narrow_forward(form, x, weight)[0]
+def _quantized(form: str, x, weight):
+    return _quantized_forward(form, x, weight)[0]
 
 
-def _narrow_forward(form, x, weight):
-    x, low = fp8.encode(x, fp8.FORWARD), fp8.encode(weight, fp8.FORWARD)
-    y = times(form, fp8.operand(form, x), fp8.operand(form, low), fp8.DTYPE)
+def _quantized_forward(form, x, weight):
+    x, low = fp8.quantize(x, fp8.FORWARD), fp8.quantize(weight, fp8.FORWARD)
+    y = times(form, fp8.operand(form, x), fp8.operand(form, low, pinned=True), fp8.DTYPE)
     return fp8.scaled(y, x, low), (x, weight)  # x in its 8 bits: half of what bfloat16 would keep
 
 
-def _narrow_backward(form, residuals, g):
+def _quantized_backward(form, residuals, g):
     x, weight = residuals
     # Made again rather than kept: kept, it would be one more copy of all weights.
-    low, g = fp8.encode(weight, fp8.FORWARD), fp8.encode(g, fp8.GRADIENT)
+    low, g = fp8.quantize(weight, fp8.FORWARD), fp8.quantize(g, fp8.GRADIENT)
     rows, columns = fp8.operand(form, g), fp8.operand(form, x)
-    dx = times_transposed(form, rows, fp8.operand(form, low), fp8.DTYPE)
+    dx = times_transposed(form, rows, fp8.operand(form, low, pinned=True), fp8.DTYPE)
     return fp8.scaled(dx, g, low), fp8.scaled(outer(form, columns, rows), x, g).astype(weight.dtype)
 
 
-_narrow.defvjp(_narrow_forward, _narrow_backward)
+_quantized.defvjp(_quantized_forward, _quantized_backward)

@@ -70,7 +70,7 @@ class Stack(nnx.Module):
         graph, state = nnx.split(self.segments[0])
         assert len(self.segments) == 1, "cut once"
         whole = nnx.to_pure_dict(state)
-        plan = tuple(part for segment in plan for part in _cut_at(segment, fp8.within(self.num_units, ends)))
+        plan = tuple(part for segment in plan for part in _cut_at(segment, fp8.without_ends(self.num_units, ends)))
         self.segments = nnx.List(
             [_merge(graph, state, jax.tree.map(lambda a, s=s: a[s.start : s.stop], whole)) for s in plan]
         )
@@ -93,7 +93,7 @@ class Stack(nnx.Module):
         outs = []
         for segment, unit in self._parts():
             part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
-            x, out = _run(segment, unit, x, context, keys, part, self._is_narrow(segment))
+            x, out = _run(segment, unit, x, context, keys, part, self._is_quantized(segment))
             outs.append(out)
         if caches is None:
             return x, None
@@ -102,7 +102,7 @@ class Stack(nnx.Module):
     def _probed(self, seen: list, x, context, keys):
         for segment, module in self._parts():
             graph, state = nnx.split(module)
-            body = _unit(segment._replace(save=None, offload=()), graph, context, keys, self._is_narrow(segment))
+            body = _unit(segment._replace(save=None, offload=()), graph, context, keys, self._is_quantized(segment))
             for index in range(segment.start, segment.stop):
                 unit = jax.tree.map(lambda a, j=index - segment.start: a[j], state)
                 x, _ = body(x, (unit, jnp.int32(index), None))
@@ -113,10 +113,10 @@ class Stack(nnx.Module):
     def _updated(self, update: fused.Update, x, context, keys):
         for i, (segment, module) in enumerate(self._parts()):
             graph, state = nnx.split(module)
-            segment, narrow = segment._replace(unroll=False), self._is_narrow(segment)
+            segment, quantized = segment._replace(unroll=False), self._is_quantized(segment)
 
-            def unit(state, index, x, context, segment=segment, graph=graph, narrow=narrow):
-                return _unit(segment, graph, context, keys, narrow)(x, (state, index, None))[0]
+            def unit(state, index, x, context, segment=segment, graph=graph, quantized=quantized):
+                return _unit(segment, graph, context, keys, quantized)(x, (state, index, None))[0]
 
             indices = jnp.arange(segment.start, segment.stop)
             x = fused.run(unit, update, i, indices, state, x, context)
@@ -126,9 +126,9 @@ class Stack(nnx.Module):
     def _parts(self):
         return zip(self.plan, self.segments, strict=True)
 
-    def _is_narrow(self, segment: Segment) -> bool:
+    def _is_quantized(self, segment: Segment) -> bool:
         """Whether its units multiply in 8 bits."""
-        first, last = fp8.narrow(self.num_units)
+        first, last = fp8.quantized_units(self.num_units)
         outside = segment.stop <= first or last <= segment.start
         assert outside or first <= segment.start < segment.stop <= last, "cut() was not called"
         return not outside
@@ -157,10 +157,10 @@ def _noted(variable):
         variable.reset(token)
 
 
-def _unit(segment: Segment, graph, context, keys, narrow: bool):
+def _unit(segment: Segment, graph, context, keys, quantized: bool):
     """One unit as a function of (x, (state, index, cache)) that keeps what its segment asks for.
 
-    `narrow`: whether it multiplies in 8 bits.
+    `quantized`: whether it multiplies in 8 bits.
     """
 
     def body(x, unit_inputs):
@@ -169,7 +169,7 @@ def _unit(segment: Segment, graph, context, keys, narrow: bool):
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         if UNIT_INPUT in segment.offload:
             x = jax.tree.map(lambda a: checkpoint_name(a, UNIT_INPUT), x)
-        with fp8.unit(narrow):
+        with fp8.unit(quantized):
             return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
 
     if segment.save is None:
@@ -184,9 +184,9 @@ def _cut_at(segment: Segment, places: tuple[int, ...]) -> list[Segment]:
     return [segment._replace(start=a, stop=b) for a, b in itertools.pairwise(edges)]
 
 
-def _run(segment: Segment, module, x, context, keys, caches, narrow):
+def _run(segment: Segment, module, x, context, keys, caches, quantized):
     graph, state = nnx.split(module)
-    body = _unit(segment, graph, context, keys, narrow)
+    body = _unit(segment, graph, context, keys, quantized)
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))

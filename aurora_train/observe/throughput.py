@@ -17,7 +17,7 @@ class Throughput:
 
     Args:
         flops_per_token: training FLOPs (forward and backward) for one real target, or None where unknown.
-        peak_flops: dense FLOP/s of all devices together in the compute dtype, or None where unknown.
+        peak_flops: dense FLOP/s of all devices together for `train.precision`, or None where unknown.
         step_flops: FLOPs of the products of one step as it is run, recomputation included, or None where unknown.
         clock: seconds, monotonic.
     """

@@ -32,7 +32,7 @@ class Evaluator:
             return self._recipe.predict(self._blueprint.merge(*weights), batch)
 
     def compile(self, weights, batch: dict) -> None:
-        """Compile the loss of batches like this one. `weights`: as `weights_of` gives them, abstract; no device waits."""
+        """Compile the loss of batches like this one. `weights`: as `weights_of` gives them, abstract."""
         arrays = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._batch) for k, v in batch.items()}
         self._compiled[_shapes(batch)] = self._sums.lower(weights, arrays).compile()
 

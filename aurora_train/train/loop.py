@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
@@ -107,6 +107,7 @@ class Loop:
                 if interrupted or self._step == last or self._asked():
                     break
                 # else a disk took at last what it had refused for too long: on with it
+        self._await_compiler()
         asked = self._asked() if interrupted or self._step < last else None
         return _MENDED if asked == UNSAVED else asked
 
@@ -140,6 +141,7 @@ class Loop:
         for leaf in jax.tree.leaves((self.state, [metrics for _, metrics in self._late])):
             if not leaf.is_deleted():
                 leaf.delete()
+        self._await_compiler()
         self.state = self._compiled = self._evaluator = self._validation = self._early = None
         self._late.clear()
         self._saver.finish()
@@ -157,7 +159,7 @@ class Loop:
                     if self._idle():  # else the wait was no one's: the step before is still under way
                         self._throughput.waited(time.perf_counter() - asked_at)
                     self._advance(batch)
-                if self._early is None:
+                if self._early is None and compiles_early(config):
                     self._early = self._evaluation_compiled()
                 self._after(self._step)
 
@@ -241,7 +243,7 @@ class Loop:
         allowed = self._stop.allowed() if processes.count() == 1 else contextlib.nullcontext()
         with refused(f"evaluating step {step}", _EVALUATING), allowed, watched:
             if self._early is not None:
-                self._early.result()
+                self._early.result()  # what went wrong there is raised here, after the save
             result = self._evaluator.loss(self.state, self._validation_batches())
             self._stop.heed()
         # The score first: a record of an evaluation says that there is nothing left to do for its step.
@@ -250,15 +252,23 @@ class Loop:
         self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
 
     def _evaluation_compiled(self) -> Future:
-        """Read the validation examples and compile their loss while steps are taken; the first evaluation waits for it.
-
-        What goes wrong there is raised by that evaluation.
-        """
+        """Read the validation examples and compile their loss while steps are taken."""
         place = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
         evaluator, threads = self._evaluator, ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         made = threads.submit(lambda: evaluator.compile(weights_of(place), self._validation_batches()[0]))
         threads.shutdown(wait=False)
+        made.add_done_callback(self._told_of_a_failure)
         return made
+
+    def _told_of_a_failure(self, made: Future) -> None:
+        if (error := made.exception()) is not None:
+            self._progress.event(f"the next evaluation will fail: {str(error).splitlines()[0]}")
+
+    def _await_compiler(self) -> None:
+        """Its thread would hold up the end of the process without a word, and plan and compile beside what follows."""
+        if self._early is not None and not self._early.done():
+            self._progress.event("waiting for the evaluation to be compiled, which was begun")
+            wait([self._early])
 
     def _validation_batches(self):
         if self._validation is None:
@@ -275,6 +285,11 @@ class Loop:
         if mine is None and self._saver.overdue():
             mine = UNSAVED
         return processes.stop_asked(self._step, mine)
+
+
+def compiles_early(config) -> bool:
+    """Whether an evaluation is compiled beside the first steps: the processor has nothing else to do then on a GPU."""
+    return config.evaluate.every is not None and jax.default_backend() != "cpu"
 
 
 def state_hash(state) -> str:

@@ -117,6 +117,7 @@ class Rehearsal:
                     out_shardings=(rest, meshes.replicated(self.mesh)),
                 )
                 traced = jitted.trace(moving, state.frozen, self.batch(self.config.train.batch))
+                fp8.refuse_unused(traced.jaxpr.jaxpr)
             self._traced[key] = traced, state
         return self._traced[key]
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
-from aurora_train.nn import fp8, lora, nf4
+from aurora_train.nn import lora, nf4
 from aurora_train.nn import stack as stacked
 from aurora_train.random import stream
 from aurora_train.train import outliers
@@ -62,7 +62,6 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = F
 
     def construct():
         model = recipe.model(nnx.Rngs(params=stream(seed, "init")))
-        fp8.refuse_without(stacked.stacks(model))
         plan.apply(model, ends)
         return model
 

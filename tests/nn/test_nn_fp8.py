@@ -9,6 +9,7 @@ from flax import nnx
 from flax.linen import fp8_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend import core
 
 from aurora_train.errors import UserError
 from aurora_train.nn import fp8, lora
@@ -63,7 +64,7 @@ def test_a_product_and_its_gradients_are_those_of_the_rounded_operands(form, mas
 @settings(max_examples=100, deadline=None)
 def test_a_scale_is_a_power_of_two_that_uses_the_upper_half_of_the_range(dtype, numbers, shift):
     x = np.asarray(numbers, np.float32)
-    coded = fp8.encode(jnp.asarray(x), dtype)
+    coded = fp8.quantize(jnp.asarray(x), dtype)
     values, scale = np.asarray(coded.values).astype(np.float64), float(coded.scale)
     most = float(ml_dtypes.finfo(dtype).max)
     assert np.frexp(scale)[0] == 0.5 and np.isfinite(values).all()
@@ -72,14 +73,14 @@ def test_a_scale_is_a_power_of_two_that_uses_the_upper_half_of_the_range(dtype, 
         return
     assert most / 2 * 0.93 <= np.abs(values).max() <= most
     assert np.array_equal(values * scale, rounded(x, dtype))
-    moved = fp8.encode(jnp.asarray(x * np.float32(2.0**shift)), dtype)
+    moved = fp8.quantize(jnp.asarray(x * np.float32(2.0**shift)), dtype)
     assert float(moved.scale) == scale * 2.0**shift and np.array_equal(np.asarray(moved.values), coded.values)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_values_are_those_of_flax_at_the_same_scale(dtype):
     x = jnp.asarray(RNG.standard_normal(4096) * np.exp(RNG.standard_normal(4096) * 3), jnp.float32)
-    coded = fp8.encode(x, dtype)
+    coded = fp8.quantize(x, dtype)
     theirs = fp8_ops.quantize(x, dtype, coded.scale, jnp.float32)
     assert np.array_equal(np.asarray(coded.values), np.asarray(theirs))
 
@@ -119,7 +120,7 @@ def gradients(ends=None, cut=None, **settings):
             merged = nnx.merge(graph, trained, still, rest)
             return merged.nll(merged(TOKENS), TOKENS, jnp.ones(TOKENS.shape))[0]
 
-        return jax.jit(jax.grad(loss))(trained), str(jax.make_jaxpr(jax.grad(loss))(trained))
+        return jax.jit(jax.grad(loss))(trained), jax.make_jaxpr(jax.grad(loss))(trained)
 
 
 def stacked(grads) -> dict[str, np.ndarray]:
@@ -132,6 +133,7 @@ def stacked(grads) -> dict[str, np.ndarray]:
 def test_blocks_multiply_in_8_bits_where_they_are_asked_to_and_nothing_else_does():
     exact, plain = gradients()
     coded, program = gradients(0)
+    plain, program = str(plain), str(program)
     assert "f8" not in plain and "f8_e4m3fn" in program and "f8_e5m2" in program
     for name, one in stacked(exact).items():
         other = stacked(coded)[name]
@@ -148,7 +150,7 @@ def test_ends_that_stay_in_bfloat16_are_segments_of_their_own(cut):
         model.stack.cut(tuple(cut), 1)
         edges = [(s.start, s.stop) for s in model.stack.plan]
         assert edges[0] == (0, 1) and edges[-1] == (3, 4) and all(b - a <= 2 for a, b in edges)
-        narrow = [bool(model.stack._is_narrow(s)) for s in model.stack.plan]
+        narrow = [bool(model.stack._is_quantized(s)) for s in model.stack.plan]
     assert not narrow[0] and not narrow[-1] and all(narrow[1:-1])
 
 
@@ -170,20 +172,53 @@ def test_every_plan_computes_the_same_but_for_rounding():
         assert np.linalg.norm(grad - other[name]) < 0.2 * np.linalg.norm(grad), name
 
 
+def eighths(jaxpr) -> int:
+    """Products of two arrays of 8 bits in a program of the form "plain"; a loop's body counts once."""
+    inner = sum(eighths(body) for equation in jaxpr.eqns for body in core.jaxprs_in_params(equation.params))
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    return inner + sum(all(v.aval.dtype in FORMATS for v in e.invars) for e in products)
+
+
 def test_adapters_stay_in_bfloat16_beside_a_frozen_base_in_8_bits():
-    _, program = gradients(0, lora=Lora(rank=16))
-    products = [line for line in program.splitlines() if "dot_general" in line]
-    assert "f8_e4m3fn" in program and products
+    """A kernel takes three products: forward, and for the two gradients."""
+    unit = {"width": 32, "layers": 1, "heads": 2, "max_length": 64, "lora": Lora(rank=16)}
+    found = {}
+    for precision in ("fp8", "bfloat16"):
+        with fp8.asking(precision, 0), asking({"linear": "plain"}):
+            model = Decoder(DecoderConfig(**unit), 64, "bfloat16", nnx.Rngs(params=0))
+            graph, state, rest = nnx.split(model, nnx.Param, ...)
+            trained, still = lora.split(state)
+
+            def loss(trained, graph=graph, still=still, rest=rest):
+                merged = nnx.merge(graph, trained, still, rest)
+                return merged.nll(merged(TOKENS), TOKENS, jnp.ones(TOKENS.shape))[0]
+
+            found[precision] = eighths(jax.make_jaxpr(jax.grad(loss))(trained))
+    assert found == {"fp8": 3 * 6, "bfloat16": 0}  # query, key, value, out, up, down
+
+
+def test_a_segment_left_out_of_8_bits_would_be_seen():
+    with asking({"linear": "plain"}):
+        counts = [eighths(gradients(ends, [Segment(0, 4, None, True)])[1]) for ends in (0, 1)]
+    assert counts == [4 * 3 * 6, 2 * 3 * 6]  # four units, or the two in the middle
 
 
 def test_what_8_bits_cannot_serve_is_refused():
-    with pytest.raises(UserError, match="a kernel of 24 x 24") as refused:
-        gradients(0, width=24)
-    assert refused.value.where == "train.precision"
     with pytest.raises(UserError, match="4-bit codes"):
         gradients(0, width=64, lora=Lora(rank=4, base="nf4"))
     with pytest.raises(UserError, match="nothing is left") as refused:
         gradients(2)
     assert "at most 1" in str(refused.value.hint)
-    with fp8.asking("fp8", 0), pytest.raises(UserError, match="no stack"):
-        fp8.refuse_without({})
+    plain = jax.make_jaxpr(lambda x: x @ x)(jnp.ones((4, 4)))
+    fp8.refuse_unused(plain)
+    with fp8.asking("fp8", 0), pytest.raises(UserError, match="nothing in this model is multiplied in fp8"):
+        fp8.refuse_unused(plain)
+
+
+@pytest.mark.parametrize("form", ["plain", "cpu"])
+def test_sizes_that_a_tensor_core_would_not_choose_are_served(form):
+    x, weight = jnp.asarray(RNG.standard_normal((5, 24)), jnp.bfloat16), jnp.asarray(RNG.standard_normal((24, 7)))
+    with asking({"linear": form}), fp8.unit(True):
+        y = jax.jit(linear)(x, weight)
+    wanted = rounded(x, fp8.FORWARD) @ rounded(weight, fp8.FORWARD)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=2**-8, atol=2**-8 * np.abs(wanted).max())

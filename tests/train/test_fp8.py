@@ -65,8 +65,8 @@ def test_scores_are_those_of_bfloat16(small, capsys):
 
 @pytest.mark.parametrize("wishes,key,why", [
     (["train.bf16_ends=1"], "train.bf16_ends", "only in fp8"),
-    ([FP8, "train.bf16_ends=1"], "train.bf16_ends", "nothing is left to train in fp8"),
-    ([FP8, "model.width=24"], "train.precision", "multiples of 16"),
+    ([FP8, "train.bf16_ends=1"], "train.bf16_ends", "nothing is left for fp8: of stack's 2 units 1 at either end"),
+    ([FP8, "model.width=64", "model.lora.base=nf4"], "train.precision", "4-bit codes"),
     (["train.precision=fp4"], "train.precision", "fp8"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_a_line_and_leaves_no_run(small, wishes, key, why, capsys):
@@ -86,7 +86,7 @@ def test_the_peak_that_mfu_is_a_share_of_is_that_of_8_bits_where_there_is_one():
     for name, peak in (("h100", 1979e12), ("a100-80gb", 312e12)):
         other = dataclasses.replace(machine, known=find_machine(name).row, platform="gpu")
         assert profile.peak_flops(other, "fp8") == pytest.approx(peak, rel=0.01)
-        assert ("bfloat16 is as fast" in fp8.one_line(0, other)) == name.startswith("a100")
+        assert ("bfloat16 is at least as fast" in fp8.one_line(0, other)) == name.startswith("a100")
 
 
 # ---- for a GPU that is not here
@@ -115,6 +115,11 @@ def product_operands(program: str) -> Counter:
     return found
 
 
+# A stack of masters with another axis first, as XLA wrote it where it was found.
+TURNED = re.compile(r"= f32\[(?:512|2048),4,(?:512|2048)\]\S* (?:transpose|copy|fusion)\(")
+XLAS = "%wrapped_transpose.4 = f32[512,4,2048]{2,1,0} fusion(%state_params__stack____down), kind=kInput"
+
+
 @needs_compiler
 @pytest.mark.parametrize("save", [(), pytest.param(("attn_flash", "mlp_up"), marks=pytest.mark.slow)])
 def test_on_a_gpu_operands_have_8_bits_and_no_copy_of_the_weights_is_made(save):
@@ -128,11 +133,19 @@ def test_on_a_gpu_operands_have_8_bits_and_no_copy_of_the_weights_is_made(save):
     assert narrow >= 6 * 3 and set(found) - {("bf16", "bf16")} <= {
         ("f8e4m3fn", "f8e4m3fn"), ("f8e5m2", "f8e4m3fn"), ("f8e4m3fn", "f8e5m2")
     }  # fmt: skip
-    turned = re.findall(r"= f32\[(?:512|2048),4,(?:512|2048)\][^ ]* (?:transpose|copy|fusion)\(", text)
-    assert not turned
+    assert not TURNED.search(text) and TURNED.search(XLAS)
     search = Planner(program, None, "", "h100")
     real = verify.compiled_bytes(compiled).peak
     assert abs(search.simulate(plan).bytes - real) <= 0.14 * real
+
+
+@needs_compiler
+def test_on_two_gpus_no_activation_is_gathered():
+    """A layout constraint on what the mesh shards once made every product gather the whole batch."""
+    program = rehearsal(mesh={"data": 2})
+    text = program.compile(Plan(16, 1, {"stack": [Segment(0, 4, ())]})).as_text()
+    gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
+    assert "f8e4m3fn" in text and "all-reduce" in text and not gathered
 
 
 @needs_compiler
@@ -141,3 +154,17 @@ def test_ends_kept_in_bfloat16_are_products_of_bfloat16():
     plan = Plan(16, 1, {"stack": [Segment(0, 4, ())]})
     counts = [product_operands(rehearsal(train=t).compile(plan).as_text()) for t in ({}, {"bf16_ends": 1})]
     assert counts[1][("bf16", "bf16")] > counts[0][("bf16", "bf16")] + 2 * 7
+
+
+@pytest.mark.parametrize("wishes", [
+    ["memory.accumulation=4"], ["memory.fuse_update=true", "optimizer.clip=null", "memory.accumulation=1"],
+    ["memory.save=nothing"], ["mesh.data=1", "model.lora.rank=4"],
+])  # fmt: skip
+def test_every_way_of_taking_a_step_learns_in_8_bits(small, losses_of, wishes):
+    """Beside the same in bfloat16, from the same weights and examples."""
+    common = [*wishes, "train.steps=12", "optimizer.name=adamw", "optimizer.ema=null", "evaluate.final=false"]
+    for precision in ("fp8", "bfloat16"):
+        assert main(["train", str(small), f"train.precision={precision}", *common, "--run", precision, "--quiet"]) == 0
+    coded, wide = (np.asarray(losses_of(run)) for run in ("fp8", "bfloat16"))
+    assert not np.array_equal(coded, wide)
+    np.testing.assert_allclose(coded, wide, rtol=0.02)
