@@ -194,13 +194,13 @@ def test_adapters_stay_in_bfloat16_beside_a_frozen_base_in_8_bits():
                 return merged.nll(merged(TOKENS), TOKENS, jnp.ones(TOKENS.shape))[0]
 
             found[precision] = eighths(jax.make_jaxpr(jax.grad(loss))(trained))
-    assert found == {"fp8": 3 * 6, "bfloat16": 0}  # query, key, value, out, up, down
+    assert found == {"fp8": 3 * 7, "bfloat16": 0}  # query, key, value, out, gate, up, down
 
 
 def test_a_segment_left_out_of_8_bits_would_be_seen():
     with asking({"linear": "plain"}):
         counts = [eighths(gradients(ends, [Segment(0, 4, None, True)])[1]) for ends in (0, 1)]
-    assert counts == [4 * 3 * 6, 2 * 3 * 6]  # four units, or the two in the middle
+    assert counts == [4 * 3 * 7, 2 * 3 * 7]  # four units, or the two in the middle
 
 
 def test_what_8_bits_cannot_serve_is_refused():
