@@ -44,7 +44,7 @@ def _measured(config, folder: Path, steps: int, progress) -> Profile:
     session = open_session(config, Run(folder / "run"), progress)
     progress(0, 1, "compiling")
     jax.config.update("jax_enable_compilation_cache", False)  # it may hold this program under an older version's names
-    compiled, seconds = session.compile()
+    compiled, seconds = session.compile(fresh=True)
     state = session.fresh()
     with batches(session.source, config.train.seed, config.train.batch, 0, _WARM + steps) as feed:
         for number in range(_WARM):

@@ -7,6 +7,7 @@ folder changes before it is known that this run may go on.
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,17 @@ class Session:
         """The devices of this run."""
         return self.program.mesh
 
-    def compile(self):
-        """The compiled step and the seconds it took. Nothing is allocated yet."""
+    def compile(self, *, fresh: bool = False):
+        """The compiled step and the seconds it took, and where the start is `fresh` the initialiser's with it.
+
+        Nothing is allocated yet.
+        """
         began = time.perf_counter()
-        compiled = self.program.compile(self.plan)
+        with ThreadPoolExecutor(1) as beside_it:
+            drawn = beside_it.submit(lambda: self.blueprint.initialise.lower().compile()) if fresh else None
+            compiled = self.program.compile(self.plan)
+            if drawn is not None:
+                self.blueprint = self.blueprint._replace(initialise=drawn.result())
         if self.plan.compiled_bytes is None:
             self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began

@@ -199,7 +199,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
         _say_damage(damaged, start or 0, events, progress)
         _say_replan(session, start or 0, events, progress)
-        compiled = _compiled(session, progress)
+        compiled = _compiled(session, progress, fresh=not start)
         process.stop.heed()
         processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
         gauge = Gauge()
@@ -227,10 +227,10 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     return _scored(session, loop, process)
 
 
-def _compiled(session: Session, progress):
+def _compiled(session: Session, progress, *, fresh: bool):
     progress.status("compiling")
     with noticed(lambda: "compiling"):
-        compiled, seconds = session.compile()
+        compiled, seconds = session.compile(fresh=fresh)
     give_back_freed()
     progress.status("compiling", seconds)
     return compiled
