@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aurora_train.memory.kernel import Kernel, join_parts, mark_tiled, needs_of, with_siblings
+from aurora_train.memory.kernel import Kernel, bits, join_parts, mark_tiled, needs_of, with_siblings
 from aurora_train.memory.program import Program, is_kernel, nbytes, needed_results
 from aurora_train.memory.splits import Chip, Product, splits
 
@@ -358,11 +358,14 @@ class Graph(Program):
             writer = maker.get(result)
             if writer is None:
                 continue
-            before = [k.order for k in self.kernels if old in k.arguments and writer.order not in needs[k.order]]
+            mine = 1 << writer.order
+            before = [k.order for k in self.kernels if old in k.arguments and not needs[k.order] & mine]
             writer.after += tuple(o for o in before if o not in (writer.order, *writer.after))
             for o in needs:
-                if o == writer.order or writer.order in needs[o]:
-                    needs[o].update(before, *(needs[b] for b in before))
+                if o == writer.order or needs[o] & mine:
+                    needs[o] |= bits(before)
+                    for b in before:
+                        needs[o] |= needs[b]
 
     def _stack(self, number: int) -> int:
         """Add the launch that copies a value of one iteration into its stack; the value that stands for the copy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 ONE_ELEMENT = 8  # bytes at most: that much in common is no reason to fuse
@@ -20,7 +21,7 @@ class Kernel:
     bodies: list = field(default_factory=list)
     must_share: bool = False  # a loop, a scatter: XLA knows from the start that it works in place
     shunned: bool = False  # writes into a whole stack or carries one: XLA's list scheduler counts all of it as new
-    members: set[int] = field(default_factory=set)
+    members: int = 0  # orders of what it was made of, a bit each
     touches: frozenset[int] = frozenset()  # of a fused launch: all it reads, arguments and slices included
     operands: tuple[int, ...] = ()  # `reads` in the order in which they are written in the program
     elements: int = 0  # of a fused launch: of what it runs over, the operand of a reduction or else the result
@@ -43,7 +44,7 @@ def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int])
     size = {number: nbytes for number, nbytes in size.items() if number not in custom and nbytes > ONE_ELEMENT}
     out, by_elements = [], defaultdict(list)
     for k in kernels:
-        k.members = {k.order}
+        k.members = 1 << k.order
         fused = k.in_place and k.touches and len(k.writes) == 1
         twin = next((o for o in by_elements[k.elements] if _are_siblings(o, k, needs, size)), None) if fused else None
         if twin is None:
@@ -57,11 +58,12 @@ def with_siblings(kernels: list[Kernel], size: dict[int, int], custom: set[int])
         twin.touches |= k.touches
         twin.arguments |= k.arguments
         twin.axes = k.axes if twin.axes is None else twin.axes
-        twin.members.add(k.order)
+        twin.members |= k.members
+        members = list(orders(twin.members))
         for later in needs:
             if needs[later] & twin.members:
                 needs[later] |= twin.members
-                for member in twin.members:
+                for member in members:
                     needs[later] |= needs[member]
     return out
 
@@ -109,20 +111,41 @@ def _are_siblings(one: Kernel, other: Kernel, needs, size) -> bool:
     between = needs[other.order] & one.members
     if between:  # a result and what reads it: no third may be needed in between
         return one.axes is None and not any(
-            needs[n] & one.members for n in needs[other.order] - one.members
+            needs[n] & one.members for n in orders(needs[other.order] & ~one.members)
         )
     return not size.keys().isdisjoint(one.touches & other.touches)
 
 
-def needs_of(kernels: list[Kernel]) -> dict[int, set[int]]:
-    """Kernel -> all kernels that must run before it. They may come in any order; in the program's it takes one pass."""
+def needs_of(kernels: list[Kernel]) -> dict[int, int]:
+    """Kernel -> all kernels that must run before it, a bit for each order: sets of them took most of a simulation.
+
+    They may come in any order; in the program's it takes one pass.
+    """
     made_by = {w: k.order for k in kernels for w in k.writes}
-    needs = {k.order: {made_by[r] for r in k.reads if r in made_by} - {k.order} for k in kernels}
+    direct = {k.order: {made_by[r] for r in k.reads if r in made_by} - {k.order} for k in kernels}
+    needs = {order: bits(before) for order, before in direct.items()}
     grown = True
     while grown:
         grown = False
-        for direct in needs.values():
-            further = set().union(*(needs[n] for n in direct)) - direct
-            grown |= bool(further)
-            direct |= further
+        for order, before in direct.items():
+            known = needs[order]
+            for n in before:
+                needs[order] |= needs[n]
+            grown |= needs[order] != known
     return needs
+
+
+def bits(numbers: Iterable[int]) -> int:
+    """A set of small numbers as one integer."""
+    out = 0
+    for n in numbers:
+        out |= 1 << n
+    return out
+
+
+def orders(mask: int) -> Iterator[int]:
+    """The numbers of such a set, the largest first."""
+    while mask:
+        n = mask.bit_length() - 1
+        yield n
+        mask ^= 1 << n

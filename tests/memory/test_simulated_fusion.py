@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from aurora_train.memory.dataflow import Graph
-from aurora_train.memory.kernel import needs_of
+from aurora_train.memory.kernel import needs_of, orders
 from aurora_train.memory.liveness import profile_of
 from aurora_train.memory.splits import Chip
 
@@ -97,7 +97,7 @@ def test_what_reads_a_carry_runs_before_what_writes_the_next():
     (body,) = next(k for k in graph(fun, X, jax.ShapeDtypeStruct((3, 32, 32), jnp.float32)).kernels if k.bodies).bodies
     writer = next(k for k in body.kernels if set(k.writes) & body.carries.keys())
     readers = {k.order for k in body.kernels if k.arguments & set(body.carries.values())} - {writer.order}
-    assert readers and readers <= {*writer.after, *needs_of(body.kernels)[writer.order]}
+    assert readers and readers <= {*writer.after, *orders(needs_of(body.kernels)[writer.order])}
 
 
 def test_a_softmax_is_not_written_over_what_it_is_of_but_other_elementwise_work_is():
