@@ -190,6 +190,7 @@ def _run(segment: Segment, module, x, context, keys, caches, quantized):
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))
+    body = jax.jit(body)  # traced for the first unit, and not again for those like it
     outs, count = [], segment.stop - segment.start
     states = _apart(state, count) if ops.form("units") == "cpu" else [_at(state, j) for j in range(count)]
     for j, unit_state in enumerate(states):
