@@ -30,10 +30,12 @@ from aurora_train.machine.profile import cpu_model
 BASE = Case(width=384, layers=4, heads=6, sequence=128, batch=8)
 AXES = {
     "width": [replace(BASE, width=w, heads=w // 64) for w in (256, 384, 512, 768)],
+    "wide": [replace(BASE, width=w, heads=w // 64, layers=2) for w in (1024, 1280, 1536, 2048)],
     "layers": [replace(BASE, layers=n) for n in (2, 4, 6, 8)],
     "batch": [replace(BASE, batch=n) for n in (4, 8, 16, 32)],
     "sequence": [replace(BASE, sequence=t, batch=4096 // t) for t in (128, 256, 512, 1024)],
 }
+FIELDS = {"wide": "width"}  # of a case, where an axis has another name
 
 
 class Steps:
@@ -61,7 +63,7 @@ class Steps:
 def along(axis: str, precision: str, steps: int, rounds: int) -> str:
     """One line of the table."""
     cases = AXES[axis]
-    sizes = np.array([getattr(case, axis) for case in cases], float)
+    sizes = np.array([getattr(case, FIELDS.get(axis, axis)) for case in cases], float)
     with tempfile.TemporaryDirectory() as folder:
         sides = [Steps(case, precision, Path(folder) / str(i)) for i, case in enumerate(cases)]
         found = [[side.seconds(steps) for side in sides] for _ in range(rounds)]
