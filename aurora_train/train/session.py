@@ -50,6 +50,7 @@ class Session:
     given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
     reason: str = ""  # who did: "out of memory" or "--replan"
     fault: Any = None  # the `oom.Fault`, where that was it
+    initialise: Any = None  # the blueprint's, once compiled
 
     @property
     def mesh(self):
@@ -63,10 +64,12 @@ class Session:
         """
         began = time.perf_counter()
         with ThreadPoolExecutor(1) as beside_it:
-            drawn = beside_it.submit(lambda: self.blueprint.initialise.lower().compile()) if fresh else None
+            drawn = None
+            if fresh and self.initialise is None:  # a run that goes back to its start has it
+                drawn = beside_it.submit(lambda: self.blueprint.initialise.lower().compile())
             compiled = self.program.compile(self.plan)
             if drawn is not None:
-                self.blueprint = self.blueprint._replace(initialise=drawn.result())
+                self.initialise = drawn.result()
         if self.plan.compiled_bytes is None:
             self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began
@@ -76,6 +79,7 @@ class Session:
         return replace(
             self, plan=plan, blueprint=self.program.blueprint(plan), optimizer=self.program.optimizer,
             store=make_store(self.config, self.run), given_up=self.plan, reason=reason, fault=fault,
+            initialise=None,
         )  # fmt: skip
 
     def restore(self, step: int) -> TrainState:
@@ -85,7 +89,7 @@ class Session:
 
     def fresh(self) -> TrainState:
         """The initial state: random, or the parameters named by `init.from`."""
-        state = self.blueprint.initialise()
+        state = (self.initialise or self.blueprint.initialise)()
         if self.config.init.from_ is None:
             return state
         shardings = self.blueprint.shardings

@@ -20,7 +20,8 @@ OTHER = [
     "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[local, global]", str(GOLDEN),
     "{other: {source: python-stdlib}}",
 ]  # fmt: skip
-BESIDE = {"model.window_pattern": "model.window"}  # a key that must be set too; to 64
+# What must be set too.
+BESIDE = {"model.window_pattern": "model.window=64", "train.bf16_ends": "train.precision=fp8"}
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def keys(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("key", keys("frozen"))
 def test_each_frozen_key_is_refused_by_name_and_passes_only_where_it_is_allowed(key, run):
-    allowed = [key, *([BESIDE[key]] if key in BESIDE else [])]
-    beside = [f"{name}=64" for name in allowed[1:]]
+    beside = [BESIDE[key]] if key in BESIDE else []
+    allowed = [key, *(wish.partition("=")[0] for wish in beside)]
     for value in OTHER:
         try:
             _, _, changes = for_resume(run, [f"{key}={value}", *beside], allowed)
