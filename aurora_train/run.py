@@ -182,9 +182,14 @@ def versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """sha256 over the package's own Python files: which code a checkpoint came from, without asking git."""
+    """sha256 over the package's own Python files: which code a checkpoint came from, without asking git.
+
+    The same for a wheel and an editable install: only the wheel has the bundled recipes inside the package.
+    """
     root, hasher = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
+        if "_bundled" in path.relative_to(root).parts:
+            continue
         hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return hasher.hexdigest()
 

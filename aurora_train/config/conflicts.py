@@ -59,10 +59,22 @@ def refuse_fused(config) -> None:
         )  # fmt: skip
 
 
-def refuse_ends(config) -> None:
-    """UserError where a config names ends that stay in bfloat16 and nothing that does not."""
+def refuse_fp8(config) -> None:
+    """UserError where a config asks for fp8 of what has none, or names ends that stay in bfloat16 where all does."""
+    lora = getattr(getattr(config, "model", None), "lora", None)
+    if config.train.precision == "fp8" and getattr(lora, "base", None) == "nf4":
+        raise UserError(
+            "a base of 4-bit codes is not multiplied in fp8", where="train.precision",
+            why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=compute",
+        )  # fmt: skip
     if config.train.bf16_ends and config.train.precision != "fp8":
         raise UserError(
             f"in {config.train.precision} every block is alike: only in fp8 can its ends stay in bfloat16",
             where="train.bf16_ends", hint="train.precision=fp8, or train.bf16_ends=0",
+        )  # fmt: skip
+    layers = getattr(getattr(config, "model", None), "layers", None)
+    if config.train.bf16_ends and isinstance(layers, int) and layers <= 2 * config.train.bf16_ends:
+        raise UserError(
+            f"nothing is left for fp8: {config.train.bf16_ends} at either end of {layers} layers stay in bfloat16",
+            where="train.bf16_ends", hint=f"train.bf16_ends={max(layers - 1, 0) // 2} at most",
         )  # fmt: skip

@@ -7,7 +7,7 @@ from flax import nnx
 
 from aurora_train.memory.search import Candidate
 from aurora_train.memory.verify import can_compile_for_gpu
-from aurora_train.nn import ops
+from aurora_train.nn import fp8, ops
 from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
@@ -266,4 +266,9 @@ def _not_verified(planner) -> list[str]:
         out.append(f"the peak: nothing was compiled, it is {erred}{hint}")
     if planner.program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")
+    if planner.program.config.train.precision == "fp8":
+        out.append("the time: products in fp8 are reckoned as fast as in bfloat16")
+        chip = planner.program.chip
+        if planner.program.platform == "gpu" and chip is not None and chip.capability < fp8.FIRST_WITH_FP8:
+            out.append("that fp8 pays: this GPU has no products of 8 bits; bfloat16 is as fast and more exact")
     return out

@@ -19,6 +19,7 @@ from jax.extend import core
 from aurora_train.errors import UserError
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
+FIRST_WITH_FP8 = (8, 9)  # compute capability: Ada
 DTYPE = jnp.bfloat16  # of what goes into an 8-bit product and of what comes out
 _LEAST = 2.0**-100  # below it a scale's reciprocal is not a number that float32 has room for
 
@@ -63,8 +64,8 @@ def without_ends(num_units: int, ends: int, name: str = "a stack") -> tuple[int,
     """The units [first, last) of a stack but for those at its ends. UserError where none are left."""
     if num_units <= 2 * ends:
         raise UserError(
-            f"nothing is left for fp8: of {name}'s {num_units} units {ends} at either end stay in bfloat16",
-            where="train.bf16_ends", hint=f"at most {(num_units - 1) // 2}, or train.precision=bfloat16",
+            f"nothing is left for fp8: {ends} at either end of the {num_units} units of {name} stay in bfloat16",
+            where="train.bf16_ends", hint=f"train.bf16_ends={(num_units - 1) // 2} at most",
         )  # fmt: skip
     return ends, num_units - ends
 

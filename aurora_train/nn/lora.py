@@ -68,7 +68,7 @@ def _refuse_both() -> None:
     if fp8.in_unit():
         raise UserError(
             "a base of 4-bit codes is not multiplied in fp8", where="train.precision",
-            why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=plain",
+            why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=compute",
         )  # fmt: skip
 
 

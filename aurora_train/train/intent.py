@@ -34,11 +34,13 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
             run.forget()  # nothing was trained: a corrected config may have the folder
         return run
     if changes:
+        frozen = all(kind == "frozen" for *_, kind in changes)  # all of which a resume would refuse too
         raise UserError(
             "this folder holds a run of another config",
             where=str(run.folder),
             why=describe(changes),
-            hint=f"name another folder with --run, or change that run: aurora resume {run.folder} KEY=VALUE",
+            hint="name another folder with --run"
+            + ("" if frozen else f", or change that run: aurora resume {run.folder} KEY=VALUE"),
         )
     return run
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from harness import TINY, Aurora, events
 
+from aurora_train import run as runs
 from aurora_train.config import dump, flat, load
 from aurora_train.errors import UserError
 from aurora_train.train.intent import for_resume
@@ -90,3 +91,15 @@ def test_data_that_was_edited_in_place_is_refused(tmp_path, corpus):
     file.write_text(file.read_text().replace("e", "f", 1))
     done = aurora("resume", "run", "train.steps=20")
     assert done.returncode == 2 and "is not what this run started on" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_code_is_the_same_from_a_wheel_which_alone_has_the_recipes_inside(tmp_path, monkeypatch):
+    (tmp_path / "_bundled" / "recipes").mkdir(parents=True)
+    for name in ("run.py", "other.py"):
+        (tmp_path / name).write_text(f"name = {name!r}")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "run.py"))
+    before = runs.code_hash()
+    (tmp_path / "_bundled" / "recipes" / "language_model.py").write_text("")
+    assert runs.code_hash() == before
+    (tmp_path / "other.py").write_text("")
+    assert runs.code_hash() != before

@@ -208,7 +208,7 @@ def test_what_8_bits_cannot_serve_is_refused():
         gradients(0, width=64, lora=Lora(rank=4, base="nf4"))
     with pytest.raises(UserError, match="nothing is left") as refused:
         gradients(2)
-    assert "at most 1" in str(refused.value.hint)
+    assert "train.bf16_ends=1 at most" in str(refused.value.hint)
     plain = jax.make_jaxpr(lambda x: x @ x)(jnp.ones((4, 4)))
     fp8.refuse_unused(plain)
     with fp8.asking("fp8", 0), pytest.raises(UserError, match="nothing in this model is multiplied in fp8"):

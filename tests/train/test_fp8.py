@@ -66,7 +66,7 @@ def test_scores_are_those_of_bfloat16(small, capsys):
 
 @pytest.mark.parametrize("wishes,key,why", [
     (["train.bf16_ends=1"], "train.bf16_ends", "only in fp8"),
-    ([FP8, "train.bf16_ends=1"], "train.bf16_ends", "nothing is left for fp8: of stack's 2 units 1 at either end"),
+    ([FP8, "train.bf16_ends=1"], "train.bf16_ends", "nothing is left for fp8: 1 at either end of 2 layers"),
     ([FP8, "model.width=64", "model.lora.base=nf4"], "train.precision", "4-bit codes"),
     (["train.precision=fp4"], "train.precision", "fp8"),
 ])  # fmt: skip
@@ -74,6 +74,20 @@ def test_what_cannot_be_is_refused_in_a_line_and_leaves_no_run(small, wishes, ke
     assert main(["train", str(small), *wishes, "--run", "run"]) == 2
     said = capsys.readouterr().err
     assert key in said and why in said and "Traceback" not in said
+
+
+def test_a_check_sees_what_a_config_alone_tells(small, capsys):
+    for wishes, why in (["train.bf16_ends=9"], "either end of 2 layers"), (["model.lora.base=nf4"], "4-bit codes"):
+        assert main(["check", str(small), FP8, "model.width=64", *wishes]) == 2
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("machine,pays", [("h100", True), ("a100", False)])
+def test_a_plan_says_what_it_does_not_know_of_fp8(small, machine, pays, capsys):
+    assert main(["plan", str(small), FP8, "--machine", machine, "--no-compile"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "products in fp8 are reckoned as fast as in bfloat16" in said
+    assert ("this GPU has no products of 8 bits" in said) != pays
 
 
 def test_a_config_keeps_its_ends_in_bfloat16(small, capsys):
