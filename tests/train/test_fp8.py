@@ -171,6 +171,7 @@ def test_ends_kept_in_bfloat16_are_products_of_bfloat16():
     assert counts[1][("bf16", "bf16")] > counts[0][("bf16", "bf16")] + 2 * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wishes", [
     ["memory.accumulation=4"], ["memory.fuse_update=true", "optimizer.clip=null", "memory.accumulation=1"],
     ["memory.save=nothing"], ["mesh.data=1", "model.lora.rank=4"],
