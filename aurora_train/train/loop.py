@@ -262,7 +262,8 @@ class Loop:
 
     def _told_of_a_failure(self, made: Future) -> None:
         if (error := made.exception()) is not None:
-            self._progress.event(f"the next evaluation will fail: {str(error).splitlines()[0]}")
+            words = str(error).splitlines() or [type(error).__name__]
+            self._progress.event(f"the next evaluation will fail: {words[0]}")
 
     def _await_compiler(self) -> None:
         """Its thread would hold up the end of the process without a word, and plan and compile beside what follows."""

@@ -51,15 +51,16 @@ def test_a_run_that_evaluates_at_its_end_alone_compiles_then(here):
         assert not loop.compiles_early(SimpleNamespace(evaluate=SimpleNamespace(every=every)))  # on this CPU
 
 
-def test_a_fault_is_told_at_once_and_raised_after_the_save(here, early, monkeypatch, capsys):
+@pytest.mark.parametrize("words,told", [(("no such metric",), "no such metric"), ((), "ValueError")])
+def test_a_fault_is_told_at_once_and_raised_after_the_save(here, early, monkeypatch, capsys, words, told):
     def broken(self, *arguments):
-        raise ValueError("no such metric")
+        raise ValueError(*words)
 
     monkeypatch.setattr(evaluate.Evaluator, "compile", broken)
-    with pytest.raises(ValueError, match="no such metric"):
+    with pytest.raises(ValueError):
         main([*RUN, "checkpoint.every=2"])
     said = capsys.readouterr().err
-    assert "the next evaluation will fail: no such metric" in said
+    assert f"the next evaluation will fail: {told}" in said
     assert (here / "early" / "checkpoints").is_dir() and not evaluations(here / "early")
     records = [json.loads(line) for line in (here / "early" / "metrics.jsonl").read_text().splitlines()]
     assert max(r["step"] for r in records) == 2
