@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.memory import account, offload
 from aurora_train.memory.dataflow import Graph
 from aurora_train.memory.liveness import Profile, profile_of
-from aurora_train.memory.plan import Plan, make_plan
+from aurora_train.memory.plan import Plan
 from aurora_train.memory.residuals import trace_stack_unit
 from aurora_train.memory.search import Candidate, Costs, Space, StackCosts, as_segments, cheapest, next_faster
 from aurora_train.memory.shortlist import Shortlist
@@ -124,9 +124,7 @@ class Planner:
         pairs = microbatches(program.config, program.recipe, devices)
         if not self._fixed and program.platform != "cpu":
             return None
-        plan = make_plan(
-            program.config, program.model(), platform=program.platform, num_devices=devices, apart=program.apart
-        )
+        plan = program.asked_plan()
         if not self._fixed:
             plan = self._parted(plan, pairs)
             return plan if self.simulate(plan).bytes <= IDLE * self.budget else None

@@ -7,6 +7,7 @@ config and a plan to a compiled step, so what was planned is what runs.
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.targets import find_machine
 from aurora_train.memory.flops import jaxpr_flops
-from aurora_train.memory.plan import Plan
+from aurora_train.memory.plan import Plan, make_plan
 from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.nn import fp8
@@ -32,6 +33,9 @@ from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
+
+# LLVM's second level draws the same bits as its third, and takes half as long to compile; a step it would make slower.
+_DRAWN_ONCE = {"xla_backend_optimization_level": 1}
 
 
 @dataclass
@@ -56,7 +60,8 @@ class Rehearsal:
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
-        self._traced, self._compiled, self._blueprints, self._model, self._calls = {}, {}, {}, None, None
+        self._traced, self._compiled, self._blueprints, self._initialisers = {}, {}, {}, {}
+        self._model = self._calls = None
 
     def here(self):
         """The context in which layers choose their forms: those the config asks for, else this machine's."""
@@ -130,6 +135,17 @@ class Rehearsal:
                 self._compiled = {key: traced.lower().compile()}  # one at a time: programs are large
         return self._compiled[key]
 
+    def initialiser(self, plan: Plan) -> Future:
+        """The compiled initialiser, () -> TrainState, under way in a thread of its own; once per cut of the stacks."""
+        key = repr(plan.stacks)
+        if key not in self._initialisers:
+            lowered = self.blueprint(plan).initialise.lower()
+            options = _DRAWN_ONCE if self.platform == "cpu" else None
+            thread = ThreadPoolExecutor(1, "initialiser")
+            self._initialisers[key] = thread.submit(lowered.compile, options)
+            thread.shutdown(wait=False)  # it ends when that is done
+        return self._initialisers[key]
+
     def product_flops(self, plan: Plan) -> int:
         """Of the products of one step as it is run under a plan, over all devices."""
         traced, _ = self.trace(plan)
@@ -140,6 +156,12 @@ class Rehearsal:
         section = self.config.optimizer.model_copy(update=changes)
         optimizer = optimizers.build(section, self.config.train.steps, seed=self.config.train.seed)
         return jax.eval_shape(optimizer.init, self.blueprint(self.simplest_plan()).state.params)
+
+    def asked_plan(self) -> Plan:
+        """What the config asks for, before anything is searched for or the batch is cut to fit."""
+        return make_plan(
+            self.config, self.model(), platform=self.platform, num_devices=self.mesh.devices.size, apart=self.apart
+        )
 
     def simplest_plan(self) -> Plan:
         """Everything at once, every stack whole: for what does not depend on the plan."""

@@ -7,7 +7,6 @@ folder changes before it is known that this run may go on.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ class Session:
     given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
     reason: str = ""  # who did: "out of memory" or "--replan"
     fault: Any = None  # the `oom.Fault`, where that was it
-    initialise: Any = None  # the blueprint's, once compiled
 
     @property
     def mesh(self):
@@ -63,13 +61,10 @@ class Session:
         Nothing is allocated yet.
         """
         began = time.perf_counter()
-        with ThreadPoolExecutor(1) as beside_it:
-            drawn = None
-            if fresh and self.initialise is None:  # a run that goes back to its start has it
-                drawn = beside_it.submit(lambda: self.blueprint.initialise.lower().compile())
-            compiled = self.program.compile(self.plan)
-            if drawn is not None:
-                self.initialise = drawn.result()
+        drawn = self.program.initialiser(self.plan) if fresh else None
+        compiled = self.program.compile(self.plan)
+        if drawn is not None:
+            drawn.result()
         if self.plan.compiled_bytes is None:
             self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began
@@ -79,7 +74,6 @@ class Session:
         return replace(
             self, plan=plan, blueprint=self.program.blueprint(plan), optimizer=self.program.optimizer,
             store=make_store(self.config, self.run), given_up=self.plan, reason=reason, fault=fault,
-            initialise=None,
         )  # fmt: skip
 
     def restore(self, step: int) -> TrainState:
@@ -89,7 +83,7 @@ class Session:
 
     def fresh(self) -> TrainState:
         """The initial state: random, or the parameters named by `init.from`."""
-        state = (self.initialise or self.blueprint.initialise)()
+        state = self.program.initialiser(self.plan).result()()
         if self.config.init.from_ is None:
             return state
         shardings = self.blueprint.shardings
@@ -117,6 +111,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
+    if pinned is None and run.step() == 0 and program.platform == "cpu":  # elsewhere a search cuts the stacks
+        program.initialiser(program.asked_plan())
 
     def chosen() -> Plan:
         if pinned is not None and not replan:

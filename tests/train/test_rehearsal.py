@@ -35,6 +35,12 @@ def program(tmp_path):
     return rehearse(config, config.recipe_class(config, tmp_path))
 
 
+def same_bits(one, other):
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    assert sum(np.any(np.asarray(a)) for a, _ in pairs) > 1  # some are drawn
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
 def language_model(**sections):
     recipe = find_recipe("language_model", Path()).cls
     tree = {
@@ -122,6 +128,19 @@ def test_what_is_compiled_is_what_runs_and_one_program_is_kept(program):
     assert int(after.step) == 1 and 0 < float(metrics["loss"]) < 10 and not float(metrics["skipped"])
     program.compile(whole(4))
     assert len(program._compiled) == 1
+
+
+def test_the_initialiser_is_compiled_once_a_cut_in_a_thread_and_draws_the_bits_of_the_plain_one(program):
+    plan = Plan(4, 2, {"stack": CUT})
+    made = program.initialiser(plan)
+    assert program.initialiser(Plan(8, 1, {"stack": CUT})) is made and program.initialiser(whole(4)) is not made
+    assert same_bits(made.result()(), program.blueprint(plan).initialise())
+
+
+def test_the_initialiser_of_a_decoder_draws_the_bits_of_the_plain_one():
+    program = rehearse(*language_model(model={"bias": "all", "activation": "swiglu", "positions": "learned"}))
+    plan = program.simplest_plan()
+    assert same_bits(program.initialiser(plan).result()(), program.blueprint(plan).initialise())
 
 
 def test_the_simplest_plan_has_every_stack_whole(program):
