@@ -5,7 +5,8 @@
 Along each axis a real config is planned and compiled at each size and its steps are timed, sizes in turn, medians
 over rounds. The exponent is the slope of log time against log size; the theoretical one is that of the step's model
 FLOPs (6 N a token and causal attention once) at the same sizes. Time against sequence length, the tokens of a batch
-being fixed, is fitted as a + b T: b T is the part that is quadratic in a sequence.
+being fixed, is fitted as a + b T: b T is the part that is quadratic in a sequence. Time against width is fitted as
+a W + b W^2 too: a W, elementwise work, is what keeps the exponent of a narrow model below that of its FLOPs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from aurora_train.machine.profile import cpu_model
 BASE = Case(width=384, layers=4, heads=6, sequence=128, batch=8)
 AXES = {
     "width": [replace(BASE, width=w, heads=w // 64) for w in (256, 384, 512, 768)],
-    "wide": [replace(BASE, width=w, heads=w // 64, layers=2) for w in (1024, 1280, 1536, 2048)],
+    "wide": [replace(BASE, width=w, heads=w // 64, layers=2) for w in (1024, 2048, 3072, 4096)],
     "layers": [replace(BASE, layers=n) for n in (2, 4, 6, 8)],
     "batch": [replace(BASE, batch=n) for n in (4, 8, 16, 32)],
     "sequence": [replace(BASE, sequence=t, batch=4096 // t) for t in (128, 256, 512, 1024)],
@@ -71,18 +72,21 @@ def along(axis: str, precision: str, steps: int, rounds: int) -> str:
     flops = np.array([step_flops(case) for case in cases])
     told = [axis, " ".join(f"{size:.0f}" for size in sizes), " ".join(f"{1e3 * s:.0f}" for s in took)]
     if axis == "sequence":
-        shares = [f"{quadratic_share(sizes, values):.0%}" for values in (took, flops)]
+        shares = [f"{quadratic_share(sizes, values, sizes[-1]):.0%}" for values in (took, flops)]
         told += [f"{shares[0]} of the time at {sizes[-1]:.0f}", f"{shares[1]} of the FLOPs"]
     else:
         exponents = [np.polyfit(np.log(sizes), np.log(values), 1)[0] for values in (took, flops)]
         told += [f"**{exponents[0]:.2f}**", f"{exponents[1]:.2f}"]
+        if FIELDS.get(axis, axis) == "width":
+            shares = [1 - quadratic_share(sizes, took / sizes, at) for at in sizes[[0, -1]]]
+            told[-2] += f" ({shares[0]:.0%} of it at {sizes[0]:.0f}, {shares[1]:.0%} at {sizes[-1]:.0f} is a W)"
     return f"| {' | '.join(told)} |"
 
 
-def quadratic_share(sizes, values) -> float:
-    """The share of b T in a + b T at the longest sequence, by least squares."""
+def quadratic_share(sizes, values, at: float) -> float:
+    """The share of b T in a + b T at T = `at`, by least squares."""
     slope, constant = np.polyfit(sizes, values, 1)
-    return slope * sizes[-1] / (constant + slope * sizes[-1])
+    return slope * at / (constant + slope * at)
 
 
 def main() -> None:

@@ -146,6 +146,11 @@ class Rehearsal:
             thread.shutdown(wait=False)  # it ends when that is done
         return self._initialisers[key]
 
+    def begin_initialiser(self) -> None:
+        """Begin to compile it before there is a plan: on a CPU, where that cuts as asked. A GPU's is searched for."""
+        if self.platform == "cpu":
+            self.initialiser(self.asked_plan())
+
     def product_flops(self, plan: Plan) -> int:
         """Of the products of one step as it is run under a plan, over all devices."""
         traced, _ = self.trace(plan)

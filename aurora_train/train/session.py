@@ -27,6 +27,7 @@ from aurora_train.memory.plan import Plan
 from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.random import stream
+from aurora_train.train.ahead import Ahead
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.rehearsal import Rehearsal, rehearse_here, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
@@ -102,7 +103,9 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     if run.step() == 0:
         refuse_missing_start(config)
     recipe = make_recipe(config)
-    recipe.prepare(progress)
+    fresh = run.step() == 0 and not run.plan.exists()
+    ahead = Ahead(config, make_recipe(config), progress, begin=fresh and count() == 1)
+    recipe.prepare(ahead)
     source = recipe.data("train")
     if len(source) == 0:
         raise UserError("the training split has no example", where="data")
@@ -111,12 +114,15 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
-    if pinned is None and run.step() == 0 and program.platform == "cpu":  # elsewhere a search cuts the stacks
-        program.initialiser(program.asked_plan())
+    if fresh:
+        program.begin_initialiser()
 
     def chosen() -> Plan:
         if pinned is not None and not replan:
             return pinned
+        known = ahead.plan(program)
+        if known is not None:
+            return known
         return planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
 
     plan = agreed(chosen, Plan.to_json, Plan.from_json)
