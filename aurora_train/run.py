@@ -61,7 +61,7 @@ class Run:
             make_folder(self.folder)
             handle = open(self.folder / ".lock", "a+")
         except OSError as error:
-            raise UserError(f"cannot write the run folder: {error.strerror}", where=str(self.folder)) from error
+            raise self._unwritable(error) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,8 +77,15 @@ class Run:
                 handle.truncate(0)
                 os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
             except OSError as error:
-                raise UserError(f"cannot write the run folder: {error.strerror}", where=str(self.folder)) from error
+                raise self._unwritable(error) from error
             yield
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write the run folder: {error.strerror}",
+            where=str(self.folder),
+            hint="mend its permissions or free some room, or name another folder with --run",
+        )
 
     def holder(self) -> str:
         """What the process that holds the lock wrote into it; "" where the folder was never held."""

@@ -66,8 +66,8 @@ class Session:
         compiled = self.program.compile(self.plan)
         if drawn is not None:
             drawn.result()
-        if self.plan.compiled_bytes is None:
-            self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
+        # A pinned plan may have been compiled for another precision or other forms.
+        self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began
 
     def under(self, plan: Plan, *, reason: str, fault=None) -> Session:
