@@ -19,14 +19,14 @@ from aurora_train.nn.platform import target_platform
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 RNG = np.random.default_rng(1)
-# length 256 is four blocks of queries, 128 two, 40 one
+# length 512 is four blocks of queries, 256 two, 40 one
 CASES = {
     "one block": (40, 2, 2, Rule(0.3), False),
-    "grouped": (128, 4, 2, Rule(0.3), False),
-    "documents": (128, 2, 1, Rule(0.3), True),
-    "window": (256, 2, 2, Rule(0.3, window=70), True),
-    "narrow window": (128, 2, 2, Rule(0.3, window=1), False),
-    "softcap": (128, 2, 1, Rule(0.3, window=100, softcap=2.0), True),
+    "grouped": (256, 4, 2, Rule(0.3), False),
+    "documents": (256, 2, 1, Rule(0.3), True),
+    "window": (512, 2, 2, Rule(0.3, window=140), True),
+    "narrow window": (256, 2, 2, Rule(0.3, window=1), False),
+    "softcap": (256, 2, 1, Rule(0.3, window=200, softcap=2.0), True),
 }
 
 
