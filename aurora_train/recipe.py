@@ -74,7 +74,8 @@ class Recipe:
     def shapes(self) -> dict | None:
         """One example's arrays as `jax.ShapeDtypeStruct`s, and `model` callable, before any data is prepared.
 
-        It lets a config be planned without its data; None (the default) has the data prepared first.
+        It lets a config be planned without its data, and its step be compiled while that is prepared; None (the
+        default) has the data prepared first.
         """
         return None
 
