@@ -43,7 +43,7 @@ def side_by_side(plan: Plan) -> str:
         told.append(f"{name} {amount(held)}{f' ({apart})' if apart else ''}" if held else f"not {name}")
     beside = plan.measured_bytes and plan.compiled_bytes and plan.measured_bytes > plan.compiled_bytes
     if beside and plan.platform == "cpu":
-        told[-1] += ", on a CPU with saves, evaluations and what it takes to compile them"
+        told[-1] += ", on a CPU with whatever saves, evaluations and compiling took"
     return f"memory: {', '.join(told)}"
 
 

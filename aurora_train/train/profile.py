@@ -41,9 +41,10 @@ def profile(config, folder: Path, *, steps: int, progress) -> Profile:
 
 
 def _measured(config, folder: Path, steps: int, progress) -> Profile:
+    # It may hold this program under an older version's names. First of all: jax asks once a process whether to use it.
+    jax.config.update("jax_enable_compilation_cache", False)
     session = open_session(config, Run(folder / "run"), progress)
     progress(0, 1, "compiling")
-    jax.config.update("jax_enable_compilation_cache", False)  # it may hold this program under an older version's names
     compiled, seconds = session.compile(fresh=True)
     state = session.fresh()
     with batches(session.source, config.train.seed, config.train.batch, 0, _WARM + steps) as feed:

@@ -7,7 +7,7 @@ config and a plan to a compiled step, so what was planned is what runs.
 from __future__ import annotations
 
 import contextlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +136,11 @@ class Rehearsal:
         return self._compiled[key]
 
     def initialiser(self, plan: Plan) -> Future:
-        """The compiled initialiser, () -> TrainState, under way in a thread of its own; once per cut of the stacks."""
+        """The compiled initialiser, () -> TrainState, under way in a thread of its own. One is kept: the last cut's."""
         key = repr(plan.stacks)
         if key not in self._initialisers:
+            wait(self._initialisers.values())
+            self._initialisers.clear()  # of a cut that was not taken
             lowered = self.blueprint(plan).initialise.lower()
             options = _DRAWN_ONCE if self.platform == "cpu" else None
             thread = ThreadPoolExecutor(1, "initialiser")
@@ -149,7 +151,13 @@ class Rehearsal:
     def begin_initialiser(self) -> None:
         """Begin to compile it before there is a plan: on a CPU, where that cuts as asked. A GPU's is searched for."""
         if self.platform == "cpu":
-            self.initialiser(self.asked_plan())
+            with contextlib.suppress(UserError):  # the planner says it, and better
+                self.initialiser(self.asked_plan())
+
+    def await_initialisers(self) -> None:
+        """Until none is being compiled any more; one that failed raises what it failed with."""
+        for made in self._initialisers.values():
+            made.result()
 
     def product_flops(self, plan: Plan) -> int:
         """Of the products of one step as it is run under a plan, over all devices."""

@@ -57,15 +57,17 @@ class Session:
         return self.program.mesh
 
     def compile(self, *, fresh: bool = False):
-        """The compiled step and the seconds it took, and where the start is `fresh` the initialiser's with it.
+        """The compiled step, and how long it and, where the start is `fresh`, the initialiser were waited for.
 
         Nothing is allocated yet.
         """
         began = time.perf_counter()
-        drawn = self.program.initialiser(self.plan) if fresh else None
-        compiled = self.program.compile(self.plan)
-        if drawn is not None:
-            drawn.result()
+        if fresh:
+            self.program.initialiser(self.plan)
+        try:
+            compiled = self.program.compile(self.plan)
+        finally:  # an out-of-memory plans anew, and is not to compile beside this
+            self.program.await_initialisers()
         # A pinned plan may have been compiled for another precision or other forms.
         self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began
@@ -104,7 +106,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
         refuse_missing_start(config)
     recipe = make_recipe(config)
     fresh = run.step() == 0 and not run.plan.exists()
-    ahead = Ahead(config, make_recipe(config), progress, begin=fresh and count() == 1)
+    ahead = Ahead(config, make_recipe, progress, begin=fresh and count() == 1)
     recipe.prepare(ahead)
     source = recipe.data("train")
     if len(source) == 0:
@@ -114,18 +116,16 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
-    if fresh:
+    if fresh and not ahead.began:
         program.begin_initialiser()
 
     def chosen() -> Plan:
         if pinned is not None and not replan:
             return pinned
-        known = ahead.plan(program)
-        if known is not None:
-            return known
         return planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
 
     plan = agreed(chosen, Plan.to_json, Plan.from_json)
+    ahead.wait()
     blueprint = program.blueprint(plan)
     session = Session(
         config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run)
