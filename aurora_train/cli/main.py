@@ -26,6 +26,7 @@ from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
 
 _STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
+_INTERRUPTED = 130  # 128 and SIGINT
 
 VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = _app(arguments)(arguments, prog_name="aurora", standalone_mode=False)
         sys.stdout.flush()
+        if status == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            print("interrupted", file=sys.stderr)
         return status if isinstance(status, int) else 0
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone; the interpreter's own flush at exit must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,7 +139,7 @@ def run() -> None:
     status = _status()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == _STOPPED or processes.joined() or any(map(_holds_up, threading.enumerate())):
+    if status in (_STOPPED, _INTERRUPTED) or processes.joined() or any(map(_holds_up, threading.enumerate())):
         # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash. A
         # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now. And a
         # process among several must not wait for the others, which jax would do at exit.

@@ -1,0 +1,18 @@
+"""Ctrl-C while a verb that is no run compiles: one word, exit status 130, and no crash of the interpreter."""
+
+import signal
+import time
+
+
+def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(aurora, tiny):
+    process = aurora.start("plan", tiny, "model.width=48", "model.layers=6")
+    told = ""
+    while "compiling a plan" not in told:
+        line = process.stderr.readline()
+        assert line, told
+        told += line
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.endswith("interrupted\n") and "Traceback" not in err and not out
