@@ -9,6 +9,7 @@ import typer
 
 from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
 from aurora_train.errors import UserError
+from aurora_train.files import make_folder
 
 EXAMPLE = "aurora profile quickstart --steps 5 --out profiles/quickstart"
 
@@ -28,7 +29,13 @@ def command(
 
     loaded = load(config, overrides or ())
     folder = out or Path("profiles") / loaded.name
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the profile's folder: {error.strerror}", where=str(folder), hint="--out with another name"
+        ) from error
+    if any(folder.iterdir()):
         raise UserError(
             "a profile needs a folder of its own", where=str(folder), why="it is there and not empty",
             hint="--out with another name, or remove it",

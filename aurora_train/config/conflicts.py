@@ -59,6 +59,21 @@ def refuse_fused(config) -> None:
         )  # fmt: skip
 
 
+def refuse_uneven(config) -> None:
+    """UserError where a batch does not fall into the microbatches that are asked for, whatever the devices."""
+    batch, parts = config.train.batch, config.memory.accumulation
+    if parts == "auto" or batch % parts == 0:
+        return
+    below, above = batch // parts * parts, (batch // parts + 1) * parts
+    fewer = next(n for n in range(parts, 0, -1) if batch % n == 0)
+    nearest = f"train.batch={above}" if not below or above - batch < batch - below else f"train.batch={below}"
+    either = f" or train.batch={above}" if below and above - batch == batch - below else ""
+    raise UserError(
+        f"a batch of {batch} does not divide into {parts} microbatches", where="train.batch",
+        hint=f"the nearest: {nearest}{either}; or memory.accumulation={fewer}",
+    )  # fmt: skip
+
+
 def refuse_fp8(config) -> None:
     """UserError where a config asks for fp8 of what has none, or names ends that stay in bfloat16 where all does."""
     lora = getattr(getattr(config, "model", None), "lora", None)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from aurora_train import bundled
 from aurora_train.config import messages
-from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_offload
+from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_offload, refuse_uneven
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe
 from aurora_train.config.schema import Core
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
@@ -81,6 +81,7 @@ def _load_file(file: Path, overrides: Iterable[str], code: Path | None) -> Core:
         refuse_fused(config)
         refuse_offload(config)
         refuse_fp8(config)
+        refuse_uneven(config)
         found.cls.check(config)
     return config
 

@@ -29,3 +29,11 @@ def test_a_folder_of_its_own(aurora, tiny, tmp_path):
     done = aurora("profile", str(tiny), "--out", str(tmp_path / "there"))
     assert done.returncode == 2
     assert "not empty" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(aurora, tiny, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "within"):
+        done = aurora("profile", str(tiny), "--out", str(out))
+        assert done.returncode == 2 and "cannot make the profile's folder" in done.stderr and str(out) in done.stderr
+        assert "Traceback" not in done.stderr and "compiling" not in done.stderr

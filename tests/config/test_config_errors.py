@@ -49,6 +49,11 @@ CASES = {
                                         ["override train.forms.attention", "it lives in `model.attention`"]),
     "wrong branch of a choice": ({"b.yaml": OK + "memory: {accumulation: 0}\n"}, ["b.yaml"],
                                  ["b.yaml:3:24: memory.accumulation", "auto or at least 1; got 0"]),
+    "a batch that microbatches do not divide": (
+        {"b.yaml": OK + "train: {batch: 7}\nmemory: {accumulation: 2}\n"}, ["b.yaml"],
+        ["b.yaml:3:16: train.batch", "7 does not divide into 2", "train.batch=6 or train.batch=8", "accumulation=1"]),
+    "a batch of fewer than its microbatches": ({"b.yaml": OK + "train: {batch: 3}\nmemory: {accumulation: 8}\n"},
+                                               ["b.yaml"], ["the nearest: train.batch=8; or memory.accumulation=3"]),
     "budget without a unit": ({"b.yaml": OK + "memory: {budget: 96}\n"}, ["b.yaml"],
                               ["b.yaml:3:18: memory.budget", "must be text; got 96"]),
     "budget with a false unit": ({"b.yaml": OK + "memory: {budget: 96XB}\n"}, ["b.yaml"],
