@@ -64,13 +64,12 @@ def refuse_uneven(config) -> None:
     batch, parts = config.train.batch, config.memory.accumulation
     if parts == "auto" or batch % parts == 0:
         return
-    below, above = batch // parts * parts, (batch // parts + 1) * parts
+    below = batch // parts * parts
+    nearest = " or ".join(f"train.batch={n}" for n in (below, below + parts) if n)
     fewer = next(n for n in range(parts, 0, -1) if batch % n == 0)
-    nearest = f"train.batch={above}" if not below or above - batch < batch - below else f"train.batch={below}"
-    either = f" or train.batch={above}" if below and above - batch == batch - below else ""
     raise UserError(
         f"a batch of {batch} does not divide into {parts} microbatches", where="train.batch",
-        hint=f"the nearest: {nearest}{either}; or memory.accumulation={fewer}",
+        hint=f"the nearest: {nearest}; or memory.accumulation={fewer}",
     )  # fmt: skip
 
 

@@ -4,13 +4,15 @@ import gzip
 import json
 
 import pytest
+from harness import Aurora
 
 
 @pytest.mark.slow
-def test_a_real_profile(aurora, tiny, tmp_path):
-    out = tmp_path / "profile"
-    done = aurora("profile", str(tiny), "--steps", "2", "--out", str(out), "--json")
+def test_a_real_profile(tiny, tmp_path):
+    out, cache = tmp_path / "profile", tmp_path / "cache"
+    done = Aurora(tmp_path, cache)("profile", str(tiny), "--steps", "2", "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
+    assert not list((cache / "compile").glob("jit_program-*"))  # nor was it read: names are not part of its key
     found = json.loads(done.stdout)
     parts = {row["part"] for row in found["operations"]}
     assert {"attention", "mlp", "norm", "loss", "optimizer", "embedding"} <= parts

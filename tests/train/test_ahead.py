@@ -9,7 +9,7 @@ from harness import final_hash
 
 # As on a machine with more cores and more data: which thread planned is told, and everything else is as it is.
 SCRIPT = """
-import os, sys, threading
+import sys, threading
 from aurora_train.train import ahead, session
 ahead._CORES, ahead._LONG = (0, 0.0) if sys.argv[1] == "ahead" else (10**6, 0.0)
 for module in (ahead, session):
