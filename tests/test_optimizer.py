@@ -158,12 +158,12 @@ STEPS, WARMUP, FINAL, PEAK = 100, 10, 0.1, 2e-3
 def closed_form(name, step):
     """The learning rate written down again, plainly."""
     ramp = min(1.0, (step + 1) / WARMUP)
-    share = min(max((step - WARMUP) / (STEPS - WARMUP), 0.0), 1.0)
+    share = min(max((step - WARMUP) / (STEPS - 1 - WARMUP), 0.0), 1.0)
     shape = {
         "constant": 1.0,
         "cosine": FINAL + (1 - FINAL) * (1 + np.cos(np.pi * share)) / 2,
         "linear": 1 + (FINAL - 1) * share,
-        "wsd": 1 + (FINAL - 1) * max(step - 0.8 * STEPS, 0) / (0.2 * STEPS),
+        "wsd": 1 + (FINAL - 1) * min(max(step + 1 - 0.8 * STEPS, 0) / (0.2 * STEPS), 1.0),
     }[name]
     return PEAK * ramp * shape
 
@@ -174,7 +174,7 @@ def test_schedules_follow_their_closed_forms(name):
     rates = [float(schedule(step)) for step in range(STEPS + 1)]
     np.testing.assert_allclose(rates, [closed_form(name, step) for step in range(STEPS + 1)], rtol=1e-5)
     assert rates[0] == pytest.approx(PEAK / WARMUP) and max(rates) == pytest.approx(PEAK)
-    assert rates[STEPS] == pytest.approx(PEAK * (1.0 if name == "constant" else FINAL))
+    assert rates[STEPS - 1] == pytest.approx(PEAK * (1.0 if name == "constant" else FINAL), rel=1e-6)
 
 
 @pytest.mark.parametrize("total,warmup,decay", [(1, 0, 0.2), (5, 50, 0.2), (10, 10, 0.0), (10, 0, 1.0)])
@@ -183,3 +183,6 @@ def test_schedules_of_odd_lengths_stay_finite_and_positive(name, total, warmup, 
     schedule = make_schedule(PEAK, Schedule(name=name, warmup=warmup, decay=decay, final=FINAL), total)
     rates = np.array([schedule(step) for step in range(total)])
     assert np.isfinite(rates).all() and (rates > 0).all() and (rates <= np.float32(PEAK)).all()
+    ramp = min(1.0, total / max(warmup, 1))
+    falls = name in ("cosine", "linear") or name == "wsd" and decay
+    assert rates[-1] == pytest.approx(PEAK * ramp * (FINAL if falls else 1.0), rel=1e-6), "the last step has `final`"
