@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from aurora_train.errors import UserError
+from aurora_train.facts import Facts, as_kept
 
 
 class Loss(NamedTuple):
@@ -57,10 +58,19 @@ class Recipe:
     """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
 
     Config: type  # pydantic model whose fields are the config sections this recipe owns (`model`, `data`, ...)
-    couples = "example"  # or "microbatch", "global": what accumulation may not split
+    # What the loss of one example depends on: itself; its microbatch, as with BatchNorm, so that the number of
+    # microbatches is part of the maths and no plan chooses it; or the whole batch, which is then never split.
+    couples: Literal["example", "microbatch", "global"] = "example"
 
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
+        self.known: Facts = {}  # what `facts` returned when the run began, wherever it is read; see `use`
+        self.inherited: Facts = {}  # the facts of this run so far, or of the run it starts from; for `prepare`
+
+    def use(self, facts: Facts) -> Recipe:
+        """Take `facts` as known. The trainer calls this before it asks for data or a model."""
+        self.known = facts
+        return self
 
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
@@ -85,12 +95,37 @@ class Recipe:
         `progress(done, total, what)` may be called as often as liked.
         """
 
+    def facts(self) -> Facts:
+        """What the model and its use need to know of the prepared data: a tokenizer, sizes, a scale.
+
+        Called once, after `prepare` and before `data`. A value is bytes (kept as a file of that name), an array or plain
+        JSON. The run keeps them; `model`, `predict`, `samples` and `generate` read them from `self.known`, never from
+        the data, and so work where the data is not.
+        """
+        return {}
+
+    def ready(self, progress: Callable) -> Recipe:
+        """Prepare the data and take its facts as known: what the trainer calls before it asks for `data`."""
+        self.prepare(progress)
+        return self.use(as_kept(self.facts(), where=f"{type(self).__name__}.facts"))
+
+    def expected_facts(self) -> Facts | None:
+        """As much of `facts` as `model` needs, by expectation, for a plan made before there is data (see `shapes`).
+
+        None (the default of a recipe with facts of its own) has the data prepared first.
+        """
+        return {} if type(self).facts is Recipe.facts else None
+
     def data(self, split: str) -> Source:
         """The prepared data of a split: "train" or "validation"."""
         raise NotImplementedError
 
+    def on(self, path: str) -> Recipe:
+        """A recipe with this one's facts whose "test" split is all of `path`, for `evaluate --on`; not yet prepared."""
+        raise UserError(f"the recipe {self.config.recipe!r} cannot be scored on other data", where="--on")
+
     def model(self, rngs):
-        """Construct the nnx.Module. Pure: no data, no files, no globals."""
+        """Construct the nnx.Module from `self.config` and `self.known` alone: no data, no files, no globals."""
         raise NotImplementedError
 
     def loss(self, model, batch: dict, key) -> Loss:

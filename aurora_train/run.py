@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from aurora_train import facts
 from aurora_train.errors import UserError
 from aurora_train.files import make_folder, read_json, write_atomically, write_json
 
@@ -36,6 +37,7 @@ class Run:
     events = property(lambda self: self.folder / "events.jsonl")
     scores = property(lambda self: self.folder / "scores.json")
     code = property(lambda self: self.folder / "code")
+    facts = property(lambda self: self.folder / "facts")
     checkpoints = property(lambda self: self.folder / "checkpoints")
     trash = property(lambda self: self.folder / ".trash")
     samples = property(lambda self: self.folder / "samples")
@@ -102,7 +104,7 @@ class Run:
         """Whether the folder is taken, and not by what a run leaves that was killed in its first moments."""
         if not self.folder.is_dir():
             return self.folder.exists()
-        return bool({path.name for path in self.folder.iterdir()} - {".lock", "code", "config.yaml.new"})
+        return bool({path.name for path in self.folder.iterdir()} - {".lock", "code", "facts", "config.yaml.new"})
 
     def has_begun(self) -> bool:
         """Whether a step was ever taken, as far as the disk knows."""
@@ -110,7 +112,7 @@ class Run:
 
     def forget(self) -> None:
         """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""
-        for folder in (self.code, self.trash, self.workdir):
+        for folder in (self.code, self.facts, self.trash, self.workdir):
             shutil.rmtree(folder, ignore_errors=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
@@ -156,15 +158,18 @@ class FollowedRun(Run):
     checkpoints = property(lambda self: self._leaders.checkpoints)
 
 
-def provenance(config, recipe_file: Path, source, machine: dict) -> dict:
-    """What made this run: code, data, versions, machine, command."""
+def provenance(config, session, machine: dict) -> dict:
+    """What made this run: code, data, facts, the run it starts from, versions, machine, command."""
+    source, parent = session.source, session.parent
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": config.train.seed,
-        "recipe": {"name": config.recipe, "sha256": hashlib.sha256(recipe_file.read_bytes()).hexdigest()},
+        "recipe": {"name": config.recipe, "sha256": config.recipe_sha256},
         "code_sha256": code_hash(),
         "data": {**source.describe(), "fingerprint": source.fingerprint},
+        "facts_sha256": facts.sha256(session.recipe.known),
+        **({"parent": parent.record()} if parent is not None else {}),
         "versions": versions(),
         "machine": machine,
     }

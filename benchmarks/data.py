@@ -30,7 +30,7 @@ from aurora_train import bundled
 from aurora_train.data.batches import batches
 from aurora_train.machine.profile import cpu_model
 from aurora_train.observe.progress import preparation
-from aurora_train.train.session import make_recipe
+from aurora_train.train.rehearsal import make_recipe
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def source_of(case: Case):
     }  # fmt: skip
     with preparation(quiet=True) as progress:
         recipe = make_recipe(load_tree(tree))
-        recipe.prepare(progress)
+        recipe.ready(progress)
     return recipe.data("train")
 
 

@@ -87,12 +87,12 @@ class Job:
     def recipe(self):
         """With its text prepared, which says how large the vocabulary has become."""
         recipe = self.resolved.recipe_class(self.resolved, self.cache)
-        recipe.prepare(lambda *_: None)
+        recipe.ready(lambda *_: None)
         return recipe
 
     @cached_property
     def vocabulary(self) -> int:
-        return self.recipe.store.tokenizer.vocab_size
+        return self.recipe.known["vocabulary"]
 
     @cached_property
     def parameters(self) -> tuple[int, int]:

@@ -93,7 +93,7 @@ class Bench:
         from aurora_train.train.rehearsal import Rehearsal, shapes_of
 
         recipe = config.recipe_class(config, cache)
-        recipe.prepare(lambda *_: None)
+        recipe.ready(lambda *_: None)
         source = recipe.data("train")
         self.mesh = meshes.make_mesh(devices, 1)
         self.program = Rehearsal(config, recipe, self.mesh, jax.default_backend(), False, shapes_of(source))

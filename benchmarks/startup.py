@@ -54,11 +54,11 @@ from aurora_train.data.batches import read_batch
 from aurora_train.files import cache_folder
 from aurora_train.memory.plan import make_plan
 from aurora_train.random import stream
-from aurora_train.train.session import make_recipe
+from aurora_train.train.rehearsal import make_recipe
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
 recipe = make_recipe(config)
-recipe.prepare(lambda *_: None)
+recipe.ready(lambda *_: None)
 devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
 model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=stream(config.train.seed, "init"))))
 plan = make_plan(config, model, platform="cpu", num_devices=1)

@@ -6,6 +6,8 @@ compressors: the score stands beside `xz` and `gzip` on the same documents, and 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from aurora_train.config import Section, setting
@@ -73,21 +75,28 @@ class Recipe(Base):
 
     store = None  # the prepared data, once there is any
 
+    def facts(self) -> dict:
+        return {**self.store.tokenizer.files(), "vocabulary": self.store.tokenizer.vocab_size}
+
+    def expected_facts(self) -> dict:
+        """A small text may yield fewer entries than the config asks for."""
+        from aurora_train.data.tokenizers import expected_vocabulary
+
+        return {"vocabulary": expected_vocabulary(self.config.data.tokenizer)}
+
+    @functools.cached_property
+    def tokenizer(self):
+        """Of the text that the model was trained on, wherever it is used."""
+        from aurora_train.data.tokenizers import Tokenizer
+
+        return Tokenizer.of_files(self.known)
+
     def shapes(self) -> dict:
         import jax
 
         row = (self.config.data.sequence,)
         arrays = {name: jax.ShapeDtypeStruct(row, "int32") for name in ("tokens", "targets", "segments", "positions")}
         return arrays | {"weights": jax.ShapeDtypeStruct(row, "float32")}
-
-    @property
-    def _vocab_size(self) -> int:
-        """Of the prepared data; before there is any, what the config asks for (a small text may yield less)."""
-        if self.store is not None:
-            return self.store.tokenizer.vocab_size
-        from aurora_train.data.tokenizers import expected_vocabulary
-
-        return expected_vocabulary(self.config.data.tokenizer)
 
     def prepare(self, progress) -> None:
         from aurora_train.data.prepare import prepare
@@ -104,7 +113,7 @@ class Recipe(Base):
     def model(self, rngs):
         from aurora_train.nn.decoder import Decoder
 
-        return Decoder(self.config.model, self._vocab_size, self.config.train.dtype, rngs)
+        return Decoder(self.config.model, self.known["vocabulary"], self.config.train.dtype, rngs)
 
     def loss(self, model, batch: dict, key) -> Loss:
         hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)
@@ -126,7 +135,7 @@ class Recipe(Base):
 
     def looked_up(self) -> int:
         model = self.config.model
-        return 0 if model.tied else self._vocab_size * model.width
+        return 0 if model.tied else self.known["vocabulary"] * model.width
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         from aurora_train.data.windows import bits_per_document, windows
@@ -206,7 +215,7 @@ class Recipe(Base):
 
         wanted = self.config.samples
         generator = self._generator(model)
-        tokenizer, made = self.store.tokenizer, []
+        tokenizer, made = self.tokenizer, []
         prompts = [(wanted.prompts or [""])[i % max(len(wanted.prompts), 1)] for i in range(wanted.count)]
         if not prompts:
             return []
@@ -226,7 +235,7 @@ class Recipe(Base):
         return self.config.data.source == "python-stdlib" or self.config.data.pattern.endswith(".py")
 
     def generate(self, model, prompt: str, options: dict, on_text) -> str:
-        tokenizer, ids, shown = self.store.tokenizer, [], 0
+        tokenizer, ids, shown = self.tokenizer, [], 0
 
         def on_token(token: int) -> None:
             nonlocal shown
@@ -246,4 +255,4 @@ class Recipe(Base):
     def _generator(self, model):
         from aurora_train.generate.sampler import Generator
 
-        return Generator(model, self.store.tokenizer.eos_id)
+        return Generator(model, self.tokenizer.eos_id)

@@ -98,14 +98,28 @@ class NeuralDecoding(Recipe):
         recording = read_recording(self._path, behavior=data.behavior, trials=data.trials)
         return bin_trials(recording, data.bin_ms / 1000, data.units)
 
+    def facts(self) -> dict:
+        """How many units and axes there are, and the scale of each axis over the training trials."""
+        from aurora_train.data.spikes import Standard
+
+        velocity = self._trials.split("train", self.config.data.held_out).velocity
+        standard = Standard.of(velocity)
+        scale = {"velocity_mean": standard.mean, "velocity_deviation": standard.deviation}
+        inherited = {name: self.inherited[name] for name in scale if name in self.inherited}
+        return {"units": self._trials.spikes.shape[1], "axes": velocity.shape[1], **scale, **inherited}
+
+    @property
+    def _standard(self):
+        from aurora_train.data.spikes import Standard
+
+        return Standard(np.array(self.known["velocity_mean"]), np.array(self.known["velocity_deviation"]))
+
     @functools.cache  # noqa: B019 - a recipe lives as long as its run
     def data(self, split: str):
         """Windows of one split: "train", "validation" or "test"."""
-        from aurora_train.data.spikes import Standard, Windows
+        from aurora_train.data.spikes import Windows
 
-        held_out = self.config.data.held_out
-        standard = Standard.of(self._trials.split("train", held_out).velocity)
-        return Windows(self._trials.split(split, held_out), self.config.data.window, standard)
+        return Windows(self._trials.split(split, self.config.data.held_out), self.config.data.window, self._standard)
 
     # Model and loss
 
@@ -116,7 +130,7 @@ class NeuralDecoding(Recipe):
         config = self.config.model
         shape = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
         shape |= {"dtype": self.config.train.dtype, "rngs": rngs}
-        units, axes = self._trials.spikes.shape[1], self._trials.velocity.shape[1]
+        units, axes = self.known["units"], self.known["axes"]
         if config.kind == "gru":
             return CausalGRU(units, axes, **shape)
         return CausalTransformer(units, axes, heads=config.heads, **shape)

@@ -19,7 +19,7 @@ MANIFEST = "manifest.aurora.json"
 _CHUNK_BYTES = 1 << 19  # read and hashed while it is in the processor's cache
 
 
-def seal(folder: Path, facts: dict) -> dict:
+def seal(folder: Path, record: dict) -> dict:
     """fsync every file and folder of `folder`, then write the manifest, then fsync the parent. Returns it.
 
     `folder` is synced before too: its own names must not be on the disk later than the manifest's, which claims them.
@@ -30,7 +30,7 @@ def seal(folder: Path, facts: dict) -> dict:
             files[path.relative_to(folder).as_posix()] = _hash_and_sync(path)
     for path in [*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder]:
         sync(path)
-    manifest = {"format": 1, **facts, "files": files}
+    manifest = {"format": 1, **record, "files": files}
     manifest["digest"] = _digest(manifest)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
     sync(folder.parent)

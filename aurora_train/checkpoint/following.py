@@ -13,7 +13,7 @@ class FollowedStore(CheckpointStore):
         self._outdated = True
         return super().restore(step, tree, shardings)
 
-    def save(self, step, tree, facts) -> None:
+    def save(self, step, tree, record) -> None:
         """Nothing: the leader holds the same state whole."""
 
     def sweep(self) -> None:

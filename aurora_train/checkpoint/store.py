@@ -77,7 +77,7 @@ class CheckpointStore:
         """Score by step, where one was attached."""
         return self.ledger.read().scores
 
-    def facts(self, step: int) -> dict:
+    def record(self, step: int) -> dict:
         """What was written beside a checkpoint (its manifest, without the files)."""
         manifest = json.loads((self.folder / str(step) / durable.MANIFEST).read_text())
         return {key: value for key, value in manifest.items() if key not in ("files", "digest")}
@@ -156,7 +156,7 @@ class CheckpointStore:
                 self._throw_away(path)
         shutil.rmtree(self.trash, ignore_errors=True)
 
-    def save(self, step: int, tree, facts: dict) -> None:
+    def save(self, step: int, tree, record: dict) -> None:
         """Copy the state to the host and write it in the background. Waits for the save before, if it still runs.
 
         Frozen parameters are written by the first save of a run alone, which waits for them.
@@ -164,13 +164,13 @@ class CheckpointStore:
         self.wait()
         with self._told(step):
             self._take_back(step)
-        facts = {**facts, **self._write_frozen(step, tree)}
+        record = {**record, **self._write_frozen(step, tree)}
         flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
         self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
         with self._told(step):
             response = self._checkpointer().save_async(step, flat, force=True)
         assert response is not None, "Orbax skipped a save"
-        self._pending = self._sealer.submit(self._finish, step, response, facts)
+        self._pending = self._sealer.submit(self._finish, step, response, record)
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
         """Before anything is written: the array writer's threads report a disk that fills under them in noise."""
@@ -182,11 +182,11 @@ class CheckpointStore:
                 why=f"it needs {needed:,} bytes and {free:,} are free",
             )  # fmt: skip
 
-    def _finish(self, step, response, facts) -> int:
+    def _finish(self, step, response, record) -> int:
         with self._told(step):
             response.result()
             self._unsettled.add(step)
-            durable.seal(self.folder / str(step), {"step": step, **facts})
+            durable.seal(self.folder / str(step), {"step": step, **record})
             self.ledger.commit(step)
             self._unsettled.discard(step)
         return step
@@ -310,7 +310,7 @@ class CheckpointStore:
     # ---- inside
 
     def _frozen_digest(self, step: int) -> str | None:
-        return self.facts(step).get("frozen")
+        return self.record(step).get("frozen")
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         """The named leaves, of a checkpoint and of the frozen folder."""

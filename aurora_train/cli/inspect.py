@@ -31,7 +31,7 @@ def command(
 
     recipe = checked.recipe_class(checked, cache_folder())
     with preparation(quiet=json) as progress:
-        recipe.prepare(progress)
+        recipe.ready(progress)
     facts = inspect_batch(recipe.data(split), split, checked.train.seed, checked.train.batch, step, rows)
     if json:
         print_json(facts)

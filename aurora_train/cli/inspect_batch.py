@@ -34,7 +34,7 @@ def command(
     data_step = data_step_of_step(step, logs.read(known.metrics), logs.read(known.events), str(known.folder))
     recipe = config.recipe_class(config, cache_folder())
     with preparation(quiet=json) as progress:
-        recipe.prepare(progress)
+        recipe.ready(progress)
     source = recipe.data("train")
     refuse_other_data(known, source)
     facts = inspect_batch(source, "train", config.train.seed, config.train.batch, data_step, rows) | {"step": step}

@@ -184,6 +184,9 @@ class Init(Section):
     """Where the first parameters come from."""
 
     from_: str | None = setting(None, alias="from", path_unless=(), help="a run folder or weights file; null = random")
+    facts: Literal["inherit", "own"] = setting(
+        "inherit", help="tokenizer, sizes and scales: those of the run that `from` names, or this config's own"
+    )
 
 
 class Core(Section):

@@ -18,7 +18,7 @@ from aurora_train.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 BYTE_SEPARATOR_ID = 256
-FILE = "tokenizer.json"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 # Where BPE may not merge across. GPT-4's pattern, except that a line break takes the indentation behind it and the
 # punctuation before it ("):\n        " can be one token), which suits code: 6 % more bytes a token on Python at 4096.
@@ -86,16 +86,24 @@ class Tokenizer:
         texts = (part[part != self.eos_id].astype(np.uint8).tobytes().decode(errors="replace") for part in parts)
         return self.separator.join(texts)
 
+    def files(self) -> dict[str, bytes]:
+        """All there is to know of it, by file name: `tokenizer.json` and `tokenizer_config.json` (the separator)."""
+        return {FILE: self._definition.encode(), CONFIG: json.dumps({"eos_token": self.separator}).encode()}
+
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` (the separator) into `folder`."""
-        (folder / FILE).write_text(self._definition, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": self.separator}))
+        """Write its `files` into `folder`."""
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read what `save` wrote. Needs the package `tokenizers` only where it is not the byte tokenizer."""
-        definition = (folder / FILE).read_text(encoding="utf-8")
-        separator = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+        """Read what `save` wrote."""
+        return cls.of_files({name: (folder / name).read_bytes() for name in (FILE, CONFIG)})
+
+    @classmethod
+    def of_files(cls, files: dict[str, bytes]) -> Tokenizer:
+        """The inverse of `files`. Needs the package `tokenizers` only where it is not the byte tokenizer."""
+        definition, separator = files[FILE].decode(), json.loads(files[CONFIG])["eos_token"]
         if json.loads(definition).get("kind") == "byte":
             return cls(separator=separator)
         import tokenizers

@@ -18,9 +18,10 @@ import jax
 
 from aurora_train import mesh as meshes
 from aurora_train.errors import UserError
+from aurora_train.facts import Facts
 from aurora_train.machine.profile import cpu_cores
 from aurora_train.train.planning import planner_here
-from aurora_train.train.rehearsal import rehearse_here
+from aurora_train.train.rehearsal import expected_shapes, make_recipe, rehearse_here
 
 log = logging.getLogger("aurora_train")
 
@@ -31,12 +32,12 @@ _CORES = 3  # at least
 class Ahead:
     """A progress callback that begins to plan and compile when a preparation proves to be long.
 
-    `make_recipe` makes one of its own: what the other says of its model may change as its data comes. `begin` False:
-    a callback and nothing more.
+    It makes a recipe of its own, that knows its facts by expectation or has `inherited` them: what the other knows
+    changes as its data come. `begin` False: a callback and nothing more.
     """
 
-    def __init__(self, config, make_recipe: Callable, progress: Callable, *, begin: bool):
-        self._config, self._make_recipe, self._progress = config, make_recipe, progress
+    def __init__(self, config, inherited: Facts, progress: Callable, *, begin: bool):
+        self._config, self._inherited, self._progress = config, inherited, progress
         self._since = time.monotonic() if begin and _pays() else float("inf")
         self._made: Future | None = None
 
@@ -61,8 +62,9 @@ class Ahead:
                 log.warning("compiling beside the data failed, so it is done after it: %s", error)
 
     def _compile(self) -> None:
-        recipe = self._make_recipe(self._config)
-        shapes = recipe.shapes()
+        recipe = make_recipe(self._config)
+        recipe.inherited = self._inherited
+        shapes = expected_shapes(recipe)
         if shapes is None:
             return
         mesh = meshes.make_mesh(self._config.mesh.data, self._config.mesh.fsdp)

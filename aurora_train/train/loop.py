@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import jax
 import numpy as np
 
+from aurora_train import facts
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
 from aurora_train.data.batches import batches
@@ -69,7 +70,7 @@ class Loop:
         self._step = int(jax.device_get(state.step))
         self._first = self._recorded = self._step
         self._saver = Saver(
-            session.store, session.run.folder, metrics=metrics, events=events, progress=progress, watchdog=watchdog,
+            session.store, session.run.folder, facts=facts.sha256(session.recipe.known), metrics=metrics, events=events, progress=progress, watchdog=watchdog,
             patience=60 * session.config.checkpoint.patience_minutes,
             last=self._step,  # 0 for a fresh run, which has nothing to lose
         )  # fmt: skip

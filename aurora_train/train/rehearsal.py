@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.errors import UserError
@@ -234,15 +235,28 @@ def _abstract(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
+def make_recipe(config):
+    """The recipe of a config."""
+    return config.recipe_class(config, files.cache_folder())
+
+
+def expected_shapes(recipe) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """One example's arrays before there is data, and the facts expected of it taken as known; None where it takes data."""
+    shapes, expected = recipe.shapes(), recipe.expected_facts()
+    if shapes is None or expected is None:
+        return None
+    recipe.use({**expected, **recipe.inherited})
+    return shapes
+
+
 def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehearsal:
     """A rehearsal on `mesh`, or for `target` (a `machine.targets.Target`), whose devices need not be here.
 
     Where the recipe cannot name its arrays without its data, the data is prepared first.
     """
-    shapes = recipe.shapes()
+    shapes = recipe.shapes() if recipe.known else expected_shapes(recipe)
     if shapes is None:
-        recipe.prepare(progress or (lambda *_: None))
-        shapes = shapes_of(recipe.data("train"))
+        shapes = shapes_of(recipe.ready(progress or (lambda *_: None)).data("train"))
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         return rehearse_here(config, recipe, mesh, shapes)

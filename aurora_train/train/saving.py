@@ -27,10 +27,10 @@ _MEMORY = (
 
 
 class Saver:
-    """Saves of one loop. `patience` is in seconds: how long the run goes on without being able to save."""
+    """Saves of one loop. `facts`: the hash that every checkpoint names. `patience` is in seconds: how long the run goes on without being able to save."""
 
-    def __init__(self, store, folder, *, metrics, events, progress, watchdog, patience: float, last: int):
-        self._store, self._folder = store, folder
+    def __init__(self, store, folder, *, facts: str, metrics, events, progress, watchdog, patience: float, last: int):
+        self._store, self._folder, self._facts = store, folder, facts
         self._metrics, self._events, self._progress, self._watchdog = metrics, events, progress, watchdog
         self._patience = patience
         self.last = last  # the newest step that is saved or on its way
@@ -59,12 +59,12 @@ class Saver:
             return  # a save that was under way when it was asked for again
         self.last, self._tried_at = step, time.monotonic()
         saved = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"data_step": int(jax.device_get(state.data_step)), "saved": saved}
+        record = {"data_step": int(jax.device_get(state.data_step)), "saved": saved, "facts": self._facts}
         for attempt in ("first", "with room made"):
             try:
                 self._sync_records(step)
                 with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save", learn=False):
-                    self._store.save(step, state, facts)
+                    self._store.save(step, state, record)
                 return
             except SaveFailed as error:
                 if attempt == "first" and self._make_room(step, error):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
@@ -28,8 +28,9 @@ from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.random import stream
 from aurora_train.train.ahead import Ahead
+from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
-from aurora_train.train.rehearsal import Rehearsal, rehearse_here, shapes_of
+from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
 from aurora_train.train.weights import load_parameters, parameters_from
 
@@ -47,6 +48,7 @@ class Session:
     optimizer: Any
     source: Any
     store: CheckpointStore
+    parent: Parent | None = None  # where a run starts from that has no step of its own yet
     given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
     reason: str = ""  # who did: "out of memory" or "--replan"
     fault: Any = None  # the `oom.Fault`, where that was it
@@ -82,17 +84,18 @@ class Session:
     def restore(self, step: int) -> TrainState:
         """The state saved at `step`, as donatable arrays where a fresh start would put them."""
         shardings = self.blueprint.shardings
+        refuse_facts_of_another(self.store, step, self.recipe.known)
         return meshes.shared_view(self.store.restore(step, self.blueprint.state, meshes.local(shardings)), shardings)
 
     def fresh(self) -> TrainState:
         """The initial state: random, or the parameters named by `init.from`."""
         state = self.program.initialiser(self.plan).result()()
-        if self.config.init.from_ is None:
+        if self.parent is None:
             return state
         shardings = self.blueprint.shardings
         here = self.blueprint._replace(shardings=meshes.local(shardings))
         state = meshes.local_view(state._replace(frozen={}))  # let go of them first: they may be most of the model
-        params, frozen = parameters_from(self.config.init.from_, here, state.params)
+        params, frozen = parameters_from(self.parent, here, state.params)
         extra = beside(params, ema="ema" in state.extra, spike="recent" in state.extra)
         return meshes.shared_view(state._replace(params=params, frozen=frozen, extra=extra), shardings)
 
@@ -102,17 +105,20 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
 
     `replan` drops the plan that the run is pinned to.
     """
-    if run.step() == 0:
-        refuse_missing_start(config)
-    recipe = make_recipe(config)
+    parent = Parent.of(config) if run.step() == 0 else None
+    recipe, kept = make_recipe(config), kept_facts.read(run.facts)
+    recipe.inherited = kept or _inherited(config, parent)
     fresh = run.step() == 0 and not run.plan.exists()
-    ahead = Ahead(config, make_recipe, progress, begin=fresh and count() == 1)
-    recipe.prepare(ahead)
-    source = recipe.data("train")
+    ahead = Ahead(config, recipe.inherited, progress, begin=fresh and count() == 1)
+    source = recipe.ready(ahead).data("train")
     if len(source) == 0:
         raise UserError("the training split has no example", where="data")
     recipe.data("validation")  # an empty one is found now, not at the last step
     refuse_other_data(run, source)
+    if kept is not None:
+        refuse_other_facts(recipe, run, kept)
+    elif parent is not None and config.init.facts == "inherit":
+        parent.refuse_other_facts(recipe.known)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
@@ -128,7 +134,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     ahead.wait()
     blueprint = program.blueprint(plan)
     session = Session(
-        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run)
+        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run), parent
     )
     return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
 
@@ -143,9 +149,11 @@ def make_store(config, run: runs.Run) -> CheckpointStore:
 
 def open_for_reading(config, run: runs.Run, step: int | None, progress):
     """(recipe, blueprint, mesh, state, step) of a trained run; the state holds parameters only, on one device."""
-    recipe = make_recipe(config)
-    recipe.prepare(progress)
-    refuse_other_data(run, recipe.data("train"))
+    recipe, kept = make_recipe(config), kept_facts.read(run.facts)
+    if kept is None:  # a run of before facts were kept is read with its data
+        refuse_other_data(run, recipe.ready(progress).data("train"))
+    else:
+        recipe.use(kept)
     mesh = meshes.make_mesh(1, 1)
     plan = whole_plan(config, recipe)
     optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
@@ -153,6 +161,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))
     refuse_damage(store, step)
+    refuse_facts_of_another(store, step, recipe.known)
     params, frozen = load_parameters(store, step, blueprint, where=str(run.folder))
     rest = blueprint.state.rest
     if jax.tree.leaves(rest):
@@ -161,11 +170,6 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     store.close()
     state = blueprint.state._replace(params=params, frozen=frozen, rest=rest, opt_state={}, extra={})
     return recipe, blueprint, mesh, state, step
-
-
-def make_recipe(config):
-    """The recipe of a config."""
-    return config.recipe_class(config, files.cache_folder())
 
 
 def _pinned(session: Session) -> dict:
@@ -210,12 +214,28 @@ def whole_plan(config, recipe) -> Plan:
     return Plan(config.train.batch, 1, cuts, "reading")
 
 
-def refuse_missing_start(config) -> None:
-    """What `init.from` names must be there before anything expensive is done."""
-    start = config.init.from_
-    if start is not None and not Path(start).is_file():
-        other = runs.Run.existing(start)
-        require_step(CheckpointStore(other.checkpoints, other.trash), None, start)
+def _inherited(config, parent: Parent | None) -> kept_facts.Facts:
+    return parent.facts if parent is not None and config.init.facts == "inherit" else {}
+
+
+def refuse_other_facts(recipe, run: runs.Run, kept: kept_facts.Facts) -> None:
+    """The facts of the prepared data must be those that the run keeps, though another version of a recipe made them."""
+    changed = [name for name in {**kept, **recipe.known} if kept.get(name) != recipe.known.get(name)]
+    if changed:
+        raise UserError(
+            f"the data now give another `{changed[0]}` than this run began with", where=str(run.facts),
+            hint="bring back the recipe and the versions that it began with, or start a run of its own",
+        )  # fmt: skip
+
+
+def refuse_facts_of_another(store: CheckpointStore, step: int, facts: kept_facts.Facts) -> None:
+    """A checkpoint must have been saved beside the facts that it is read with."""
+    recorded = store.record(step).get("facts")
+    if recorded is not None and recorded != kept_facts.sha256(facts):
+        raise UserError(
+            f"the checkpoint of step {step} was saved with other facts than the run folder holds",
+            where=str(store.folder / str(step)), hint="bring back the `facts` folder that belongs to it",
+        )  # fmt: skip
 
 
 def refuse_other_data(run: runs.Run, source) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aurora_train import files
+from aurora_train import facts, files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
 from aurora_train.config import dump
@@ -313,10 +313,12 @@ def _recorded(session: Session) -> Path:
     """
     run, config = session.run, session.config
     runs.copy_code(run, config.recipe_file)
+    if not run.facts.exists():
+        facts.write(run.facts, session.recipe.known)
     files.write_atomically(run.config, dump(config))
     if not run.provenance.exists():
         machine = profile.this_machine().describe()
-        files.write_json(run.provenance, runs.provenance(config, config.recipe_file, session.source, machine))
+        files.write_json(run.provenance, runs.provenance(config, session, machine))
     return run.events
 
 
@@ -364,6 +366,9 @@ def _announce(session: Session, state, start, num_recorded: int, events, progres
             progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
     else:
         events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
+        if session.parent is not None:
+            events.event("init", 0, **session.parent.record())
+            progress.event(f"starting from {session.parent}")
     for what, before, after in moved(session):
         name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
         events.event(name, start or 0, what=what, before=before, after=after)

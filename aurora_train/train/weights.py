@@ -13,10 +13,11 @@ import jax
 
 from aurora_train import run as runs
 from aurora_train.checkpoint import layout
-from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
 from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
+from aurora_train.train.lineage import Parent
 from aurora_train.train.state import Blueprint
 
 _SAFETENSORS = {
@@ -26,18 +27,17 @@ _READ = ", ".join(_SAFETENSORS)
 _PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
 
 
-def parameters_from(path: str, blueprint: Blueprint, drawn: dict) -> tuple[dict, dict]:
-    """(params, frozen) from another run's newest checkpoint or a safetensors file.
+def parameters_from(parent: Parent, blueprint: Blueprint, drawn: dict) -> tuple[dict, dict]:
+    """(params, frozen) from another run's checkpoint or a safetensors file.
 
     Where the model has adapters and the source has none, they stay as `drawn`: the nested dict of initial parameters.
     """
-    if Path(path).is_file():
+    path = parent.path
+    if parent.step is None:
         return _poured(_from_safetensors, Path(path), blueprint, path, drawn)
     other = runs.Run.existing(path)
     store = CheckpointStore(other.checkpoints, other.trash)
-    step = require_step(store, None, path)
-    refuse_damage(store, step)
-    return load_parameters(store, step, blueprint, where=path, drawn=drawn)
+    return load_parameters(store, parent.step, blueprint, where=path, drawn=drawn)
 
 
 def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, where: str, drawn: dict | None = None):

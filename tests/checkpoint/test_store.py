@@ -61,7 +61,7 @@ def assert_is(state, step):
 
 def test_what_was_saved_comes_back(saved_once):
     store = open_store(saved_once)
-    assert store.steps() == [10, 20, 30] and store.facts(20) == {"format": 1, "step": 20, "data_step": 21}
+    assert store.steps() == [10, 20, 30] and store.record(20) == {"format": 1, "step": 20, "data_step": 21}
     assert store.newest_intact() == (30, [])
     for step in (10, 30):
         assert_is(restored(saved_once, step), step)

@@ -28,7 +28,7 @@ def cache(tmp_path_factory):
 
 def make(cache, *overrides):
     config = load("neural/decoding", [*SMALL, *overrides])
-    return config.recipe_class(config, cache)
+    return config.recipe_class(config, cache).ready(silent)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_training_data_holds_no_bin_of_a_held_out_trial(recipe):
 
 
 def test_a_recording_named_in_the_config_is_read_as_the_simulated_one_is(recipe, cache):
-    recipe.prepare(silent)
+    recipe
     path = next(cache.glob("*.nwb"))
     named = make(cache, f"data.source={path}")
     assert named.data("train").fingerprint == recipe.data("train").fingerprint
@@ -204,10 +204,10 @@ def test_wrong_settings_are_told_before_anything_runs(cache):
     with pytest.raises(UserError, match="heads that do: 1, 2, 4, 8"):
         load("neural/decoding", [*SMALL, "model.heads=3"])
     with pytest.raises(UserError, match="no recording"):
-        make(cache, "data.source=nowhere.nwb").prepare(silent)
+        make(cache, "data.source=nowhere.nwb")
     with pytest.raises(UserError, match="it has: processing/behavior/hand_vel"):
         path = next(cache.glob("*.nwb"))
-        make(cache, f"data.source={path}", "data.behavior=processing/behavior/cursor").prepare(silent)
+        make(cache, f"data.source={path}", "data.behavior=processing/behavior/cursor")
 
 
 def test_the_recipe_file_imports_no_jax(recipe, module):

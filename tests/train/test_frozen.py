@@ -207,7 +207,7 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_written_
     session.store.save(1, session.fresh(), {})
     session.store.close()
     session.store.refuse_frozen_damage(1)
-    assert session.store.facts(1)["frozen"] != json.loads((old / "manifest.aurora.json").read_text())["digest"]
+    assert session.store.record(1)["frozen"] != json.loads((old / "manifest.aurora.json").read_text())["digest"]
 
 
 @pytest.mark.parametrize("harm", ["missing", "one byte", "another run's"])
