@@ -1,42 +1,111 @@
-"""`load(RUN)`: a trained model with its config and recipe, for Python, for `aurora generate` and `aurora evaluate`."""
+"""The Python side of the command line: `load(RUN)` for a trained model, `train(CONFIG)` for a run in a notebook."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aurora_train.run import Run
 
+_SILENT = lambda done, total, what: None  # noqa: E731 (a default of two functions)
 
-@dataclass
+
+@dataclass(repr=False)
 class Loaded:
-    """A run's model at one step. `model` is an nnx module; `tokenizer` is None where the recipe has none."""
+    """A run's model at one step, in evaluation mode. `tokenizer` is None where the recipe has none."""
 
+    run: Path
     config: Any
     recipe: Any
     model: Any
-    tokenizer: Any
     step: int
-    evaluator: Any
-    state: Any
+    evaluator: Any = field(repr=False)
+    state: Any = field(repr=False)
+
+    @property
+    def tokenizer(self):
+        """What turns text into the numbers that the model was trained on, or None."""
+        return getattr(self.recipe, "tokenizer", None)
+
+    def generate(
+        self, prompt: str = "", *, max_tokens: int = 256, temperature: float = 0.8, top_k: int | None = None,
+        top_p: float | None = 0.95, seed: int = 0, on_text: Callable[[str], None] = lambda text: None,
+    ) -> str:  # fmt: skip
+        """The continuation of a prompt, as `aurora generate` prints it. `on_text` is called with each new piece.
+
+        Raises UserError where the recipe generates nothing.
+        """
+        from aurora_train.nn.ops import asking
+
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        with asking(self.config.train.forms.asked):
+            return self.recipe.generate(self.model, prompt, options, on_text)
+
+    def logits(self, tokens):
+        """Scores of the next token after each position, float32[..., T, vocabulary], of token ids int[..., T].
+
+        Raises UserError where the recipe's model has no vocabulary.
+        """
+        return self.recipe.logits(self.model, tokens)
+
+    def predict(self, batch: dict):
+        """What the recipe's score is made from: `Recipe.predict` of a batch of numpy arrays, as numpy."""
+        return self.evaluator.predictor(self.state)(batch)
+
+    def __repr__(self) -> str:
+        from aurora_train.nn.param import parameter_count
+
+        count = parameter_count(self.state.params) + parameter_count(self.state.frozen)
+        return f"<{self.config.recipe} of {self.run.name} at step {self.step}, {count:,} parameters>"
 
 
-def load(run, step: int | None = None, *, progress=lambda done, total, what: None) -> Loaded:
+def load(run, step: int | None = None, *, recipe=None, progress=_SILENT) -> Loaded:
     """The model of a run folder, from its newest checkpoint or the one of `step`, with averaged weights where kept.
 
-    Raises UserError where there is no such run or checkpoint, or where its bytes are not those that were saved.
+    The training data is not needed. `recipe` is a recipe file to use in place of the run's own; it has to build the
+    same model. Raises UserError where there is no such run or checkpoint, or where its bytes are not those that were
+    saved.
     """
     from aurora_train.config import load_resolved
     from aurora_train.machine.profile import prepare_environment
 
     found = Run.existing(run)
-    config = load_resolved(found.folder)
+    config = load_resolved(found.folder, recipe=recipe and Path(recipe))
     prepare_environment(config)
     from aurora_train.train.session import open_for_reading
 
-    recipe, blueprint, mesh, state, step = open_for_reading(config, found, step, progress)
+    opened, blueprint, mesh, state, step = open_for_reading(config, found, step, progress)
     from aurora_train.train.evaluate import Evaluator
 
-    evaluator = Evaluator(recipe, blueprint, mesh)
-    tokenizer = getattr(getattr(recipe, "store", None), "tokenizer", None)
-    return Loaded(config, recipe, evaluator.model(state), tokenizer, step, evaluator, state)
+    evaluator = Evaluator(opened, blueprint, mesh)
+    return Loaded(found.folder, config, opened, evaluator.model(state), step, evaluator, state)
+
+
+def train(
+    config, overrides: Iterable[str] = (), *, run=None, fresh: bool = False, quiet: bool = False
+) -> Loaded:
+    """Train a config to its end, or go on with a run of it, as `aurora train` does; the trained model.
+
+    Args:
+        config: a YAML file, or the name of a bundled config.
+        overrides: `key.path=value` strings, laid over it.
+        run: the run's folder; else `runs/NAME-HASH`.
+        fresh: move an existing run aside and start over.
+
+    An interrupt saves and stops: the model of the step reached is returned then, and the same call goes on. Raises
+    UserError for what the command line would refuse, and where it was stopped before a step was saved.
+    """
+    from aurora_train.config import load as load_config
+    from aurora_train.machine.profile import prepare_environment
+    from aurora_train.train.intent import for_train
+
+    resolved = load_config(config, overrides)
+    folder = for_train(resolved, run, fresh=fresh)
+    if not folder.is_finished(resolved.train.steps):
+        prepare_environment(resolved)
+        from aurora_train.train.start import train as take_to_its_end
+
+        take_to_its_end(resolved, folder, quiet=quiet)
+    return load(folder.folder)

@@ -152,6 +152,10 @@ class Recipe:
         """Continue a prompt. `options`: max_tokens, temperature, top_k, top_p, seed. UserError where it makes none."""
         raise UserError(f"the recipe {self.config.recipe!r} has nothing to generate", where="recipe")
 
+    def logits(self, model, tokens):
+        """Scores of the next token after each position, float32[..., T, vocabulary]; UserError without a vocabulary."""
+        raise UserError(f"the recipe {self.config.recipe!r} has no vocabulary to score", where="recipe")
+
     def baselines(self, workdir: Path, progress: Callable) -> dict:
         """Scores of simple rivals on the same held-out data, by the rival's name; may hold "tables" and "notes"."""
         return {}

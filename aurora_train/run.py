@@ -181,7 +181,33 @@ def record_allowed(run: Run, changes: list[tuple]) -> None:
         return
     known, now = read_json(run.provenance, {}), datetime.now(UTC).isoformat(timespec="seconds")
     allowed = [{"key": key, "old": old, "new": new, "step": run.step(), "time": now} for key, old, new, _ in changes]
-    write_json(run.provenance, {**known, "allowed_changes": [*known.get("allowed_changes", []), *allowed]})
+    code = {"recipe": {**known["recipe"], "sha256": new} for key, _, new, _ in changes if key == CODE}
+    write_json(run.provenance, {**known, **code, "allowed_changes": [*known.get("allowed_changes", []), *allowed]})
+
+
+CODE = "code"  # the key by which `--allow-change` names a recipe's code
+
+
+def changed_code(run: Run, config) -> tuple[str, str] | None:
+    """(recorded, present) sha256 of the recipe's code, where the run did not train with what it would be read with."""
+    recorded = read_json(run.provenance, {}).get("recipe", {}).get("sha256")
+    return (recorded, config.recipe_sha256) if recorded not in (None, config.recipe_sha256) else None
+
+
+def say_changed_code(run: Run, config, by: str) -> None:
+    """Say on standard error, and record in events.jsonl, that a run is read `by` a verb with other code than trained it."""
+    from aurora_train.observe.metrics import EventLog, read
+
+    changed = changed_code(run, config)
+    if changed is None:
+        return
+    was, now = changed
+    file = config.recipe_file.name
+    print(f"{file} is not the code that this run was trained with (sha256 {was[:12]}, now {now[:12]})", file=sys.stderr)
+    known = {(event.get("by"), event.get("after")) for event in read(run.events) if event["event"] == "other_code"}
+    if (by, now) not in known:
+        with contextlib.suppress(UserError, OSError), EventLog(run.events) as events:  # a folder that can only be read
+            events.event("other_code", run.step(), by=by, before=was, after=now)
 
 
 def versions() -> dict[str, str]:
@@ -206,8 +232,9 @@ def code_hash() -> str:
     return hasher.hexdigest()
 
 
-def copy_code(run: Run, recipe_file: Path) -> None:
-    """Keep the recipe beside the run, so that a resume never depends on a file that moved or changed."""
-    target = run.code / recipe_file.name
-    if not target.exists():
-        write_atomically(target, recipe_file.read_bytes())
+def copy_code(run: Run, code: dict[str, Path]) -> None:
+    """Keep a recipe's files in the run, so that a resume never depends on a file that moved or changed."""
+    for name, file in code.items():
+        target = run.code / name
+        if not target.exists():
+            write_atomically(target, file.read_bytes())

@@ -184,11 +184,14 @@ class Recipe(Base):
 
         texts = [self.store.text("test", i) for i in range(self.store.num_documents("test"))]
         packed = compressors(texts, progress)
-        trained_on = [self.store.text("train", i) for i in range(self.store.num_documents("train"))]
-        ngram = NGram.fit(trained_on, progress=progress)
         ours, sizes = np.load(workdir / "bits.npy"), packed["documents"]["bytes"]
-        counted = ngram.bits_per_document(texts)
-        columns = {"this model": ours, f"{ngram.order}-gram": counted}
+        columns, counted, notes = {"this model": ours}, {}, []
+        trained_on = [self.store.text("train", i) for i in range(self.store.num_documents("train"))]
+        if trained_on:  # there is none among the data of `evaluate --on`
+            ngram = NGram.fit(trained_on, progress=progress)
+            name, bits = f"{ngram.order}-gram", ngram.bits_per_document(texts)
+            columns[name], counted[name] = bits, float(bits.sum() / sizes.sum())
+            notes = [f"the {name} model was fitted to {ngram.trained_bytes:,} bytes of the training text"]
         columns |= {name: packed["documents"][name] for name in ("xz_9", "gzip_9")}
         names = self.store.names("test")
         rows = [
@@ -198,13 +201,12 @@ class Recipe(Base):
         better = int(np.sum(ours < packed["documents"]["xz_9"]))
         return {
             **packed["bits_per_byte"],
-            f"{ngram.order}-gram": float(counted.sum() / sizes.sum()),
+            **counted,
             "tables": [{"title": "bits per byte of each held-out document",
                         "columns": ["document", "bytes", *columns], "rows": rows}],
             "notes": [
                 f"smaller than xz -9 on {better} of {len(texts)} documents; a compressor starts each document knowing "
-                f"nothing; xz_9_whole reads all of them as one file; the {ngram.order}-gram model was fitted "
-                f"to {ngram.trained_bytes:,} bytes of the training text"
+                f"nothing; xz_9_whole reads all of them as one file", *notes,
             ],
         }
 
@@ -251,6 +253,13 @@ class Recipe(Base):
             options["seed"], on_token,
         )
         return tokenizer.decode(np.asarray(ids, np.int64))
+
+    def logits(self, model, tokens):
+        import jax.numpy as jnp
+
+        rows = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
+        logits = model.logits(model(rows))
+        return logits.reshape(*jnp.shape(tokens), -1)
 
     def _generator(self, model):
         from aurora_train.generate.sampler import Generator

@@ -35,7 +35,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which recording, and how it becomes bins."""
 
-    source: str = setting(SIMULATED, path_unless=(SIMULATED,), help="simulated, or the path of an NWB (HDF5) file")
+    source: str = setting(
+        SIMULATED, resume="located", path_unless=(SIMULATED,), help="simulated, or the path of an NWB (HDF5) file"
+    )
     behavior: str = setting("processing/behavior/hand_vel", help="path in the file of the series to decode")
     trials: str = setting("intervals/trials", help="path in the file of the table of trials")
     units: list[int] | None = setting(None, help="ids of the units to use; null = all")

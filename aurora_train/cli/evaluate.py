@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from aurora_train.cli.common import JsonOption, RunArgument, print_json
 
-EXAMPLE = "aurora evaluate runs/first --step 400 --json"
+EXAMPLE = "aurora evaluate runs/first --on other.jsonl"
 
 
 def command(
     run: RunArgument,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint to score; else the newest.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="PATH", help="Score on all of this data; else on the run's test split.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Score with this recipe file; else the run's own.")
+    ] = None,
     baselines: Annotated[bool, typer.Option(help="Score the recipe's simple rivals too.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Score a trained run on its test data. Writes scores.json, samples/ and work/ in the run folder."""
+    """Score a trained run on its test data, or on other data: then nothing of it is written into the run's own record.
+
+    Writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
+    """
     from aurora_train.loading import load
     from aurora_train.observe.progress import preparation
+    from aurora_train.run import Run, say_changed_code
 
     with preparation(quiet=quiet) as progress:
-        trained = load(run, step, progress=progress)
-    from aurora_train.run import Run
-    from aurora_train.train.score import score_run
+        trained = load(run, step, recipe=recipe, progress=progress)
+        say_changed_code(Run(run), trained.config, "evaluate")
+        from aurora_train.train.score import score_loaded
 
-    with preparation(quiet=quiet) as progress:
-        record = score_run(
-            trained.recipe, trained.config, Run(run), trained.evaluator, trained.state, trained.step, progress,
-            baselines=baselines,
-        )
+        record = score_loaded(trained, progress, on=on, baselines=baselines)
     if json:
         print_json(record)
         return

@@ -32,10 +32,10 @@ def command(
 ):
     """Continue a prompt with a trained run; the text is printed as it is made."""
     from aurora_train.loading import load
+    from aurora_train.run import Run, say_changed_code
 
     trained = load(run, step)
-    from aurora_train.nn.ops import asking  # after `load`, which sets the environment that jax reads once
-
+    say_changed_code(Run(run), trained.config, "generate")
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
     before = prompt  # shown with the first text, when nothing can be refused any more
@@ -48,8 +48,7 @@ def command(
             before = ""
 
     try:
-        with asking(trained.config.train.forms.asked):
-            text = trained.recipe.generate(trained.model, prompt, options, show)
+        text = trained.generate(prompt, **options, on_text=show)
     except UserError as fault:
         raise by_option(fault) from fault
     show("")

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
 import sys
 import traceback
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from aurora_train import bundled
+from aurora_train.config.recipe_code import code_sha256, files_beside, let_import_beside
 from aurora_train.config.yaml import read_text, show_path
 from aurora_train.errors import UserError
 from aurora_train.recipe import Recipe
@@ -25,12 +25,13 @@ from aurora_train.recipe import Recipe
 
 @dataclass(frozen=True)
 class FoundRecipe:
-    """A recipe's class, where it came from, and the hash of the file it came from."""
+    """A recipe's class, where it came from, and the hash of its code. `beside`: modules it imports from its folder."""
 
     cls: type[Recipe]
     file: Path
     sha256: str
     bundled: bool
+    beside: dict[str, Path] = field(default_factory=dict)
 
 
 def find_recipe(written: str, folder: Path, where: str | None = None) -> FoundRecipe:
@@ -66,15 +67,15 @@ def bundled_recipe(written: str, folder: Path = Path(), where: str | None = None
 def load_recipe(file: Path, bundled_one: bool) -> FoundRecipe:
     """Import one recipe file by path. The same bytes give the same class, so configs loaded twice compare equal."""
     text = read_text(file, "recipe")
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    shown = show_path(file)
+    beside = {} if bundled_one else files_beside(file)
+    sha256, shown = code_sha256(file, beside), show_path(file)
     name = f"aurora_recipe_{file.stem}" if bundled_one else f"aurora_recipe_{file.stem}_{sha256[:12]}"
     module = sys.modules.get(name)
     if module is None or module.__file__ != str(file.resolve()):
         if not bundled_one:
-            print(f"recipe {shown} sha256 {sha256}", file=sys.stderr)
+            print(f"recipe {' + '.join([shown, *beside])} sha256 {sha256}", file=sys.stderr)
         module = _run(text, file, name, bundled_one)
-    return FoundRecipe(_recipe_class(module, text, shown), file, sha256, bundled_one)
+    return FoundRecipe(_recipe_class(module, text, shown), file, sha256, bundled_one, beside)
 
 
 def _run(text: str, file: Path, name: str, trusted: bool) -> types.ModuleType:
@@ -91,6 +92,8 @@ def _run(text: str, file: Path, name: str, trusted: bool) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__file__ = str(file.resolve())
     sys.modules[name] = module  # dataclasses and pickle look the module up by name while and after it runs
+    if not trusted:
+        let_import_beside(module, file.resolve().parent)
     try:
         exec(code, module.__dict__)
     except UserError:

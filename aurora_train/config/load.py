@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from aurora_train import bundled
 from aurora_train.config import messages
 from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_offload, refuse_uneven
-from aurora_train.config.find_recipe import FoundRecipe, find_recipe
+from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
 from aurora_train.errors import UserError
@@ -55,17 +55,23 @@ def load(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Core:
     return _load_file(file, overrides, None)
 
 
-def load_resolved(run_folder: str | Path, overrides: Iterable[str] = ()) -> Core:
-    """The config of a run; a user's recipe is the copy in the run's `code/`, wherever the original went."""
-    run_folder = Path(run_folder)
-    return _load_file(run_folder / "config.yaml", overrides, run_folder / "code")
+def load_resolved(run_folder: str | Path, overrides: Iterable[str] = (), recipe: Path | None = None) -> Core:
+    """The config of a run; a user's recipe is the copy in the run's `code/`, wherever the original went.
+
+    Its values were checked when the run began, so they are not checked again against a machine on which its data may
+    be gone: only a config with `overrides` is. `recipe` is a file to take in place of the run's recipe.
+    """
+    run_folder, overrides = Path(run_folder), list(overrides)
+    return _load_file(run_folder / "config.yaml", overrides, run_folder / "code", recipe, checked=bool(overrides))
 
 
-def _load_file(file: Path, overrides: Iterable[str], code: Path | None) -> Core:
+def _load_file(
+    file: Path, overrides: Iterable[str], code: Path | None, recipe: Path | None = None, *, checked: bool = True
+) -> Core:
     tree = _read_extended(file)
     for override in overrides:
         tree.merge(parse_override(override))
-    found = _recipe_of(tree, file, code)
+    found = load_recipe(recipe, bundled.is_bundled(recipe)) if recipe else _recipe_of(tree, file, code)
     schema = config_class(found.cls)
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
@@ -77,6 +83,8 @@ def _load_file(file: Path, overrides: Iterable[str], code: Path | None) -> Core:
     except ValidationError as fault:
         raise _as_user_error(messages.explain(fault, tree, schema), file) from None
     config._loaded = _Loaded(file, found, derived)
+    if not checked:
+        return config
     with _placed(tree):
         refuse_fused(config)
         refuse_offload(config)

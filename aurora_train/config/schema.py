@@ -225,8 +225,13 @@ class Core(Section):
 
     @property
     def recipe_sha256(self) -> str:
-        """sha256 hex of the recipe's file."""
+        """sha256 hex of the recipe's code: its file, and the modules beside it that it imports."""
         return self._loaded.recipe.sha256
+
+    @property
+    def recipe_code(self) -> dict[str, Path]:
+        """The recipe's file and the modules beside it that it imports, by their names in its folder."""
+        return {self.recipe_file.name: self.recipe_file, **self._loaded.recipe.beside}
 
     @property
     def recipe_bundled(self) -> bool:

@@ -14,7 +14,7 @@ class TokenizerConfig(Section):
 
     kind: Literal["byte", "bpe", "file"] = setting("byte", help="byte, bpe (trained here) or file (a tokenizer.json)")
     vocab: int = setting(4096, ge=257, le=1_000_000, help="entries of the trained bpe vocabulary")
-    path: str | None = setting(None, path_unless=(), help="a tokenizer.json, for kind: file")
+    path: str | None = setting(None, resume="located", path_unless=(), help="a tokenizer.json, for kind: file")
     separator: str | None = setting(None, help="for kind: file, the token between documents; found when unset")
 
 
@@ -22,7 +22,7 @@ class MixedSourceConfig(Section):
     """One of several sources of a mixture. Its name begins the names of its documents."""
 
     source: str = setting(
-        path_unless=("python-stdlib", "hub:"), help="python-stdlib, a folder, a file or glob, or hub:owner/name"
+        resume="located", path_unless=("python-stdlib", "hub:"), help="python-stdlib, a folder, a file or glob, or hub:owner/name"
     )
     weight: float = setting(1.0, gt=0, help="its share of the rows that are trained on, beside the others' weights")
     pattern: str = setting("**/*", help="glob inside a folder")
@@ -35,6 +35,7 @@ class TextDataConfig(Section):
 
     source: str = setting(
         "python-stdlib",
+        resume="located",
         path_unless=("python-stdlib", "hub:"),
         help="python-stdlib, a folder, a file or glob, or hub:owner/name",
     )

@@ -13,6 +13,7 @@ _WHY = {
     "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",
     "warned": "changes the run from here on",
     "allowed": "frozen, and changed at your word: from here on it is another run; on record in provenance.json",
+    "located": "the same bytes at another place, or the resume is refused",
     "elastic": "the same maths in another order of floating-point sums: equal to tolerance, no longer to the bit",
 }
 
@@ -59,20 +60,39 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             where=str(run.folder),
             hint=f"train.steps={run.step()} ends it there",
         )
+    changed = diff(load_resolved(run.folder), config)
+    code = None if config.recipe_bundled else runs.changed_code(run, config)
+    if code:
+        changed.append((runs.CODE, *code, "frozen"))
     changes = [
         (key, old, new, "allowed" if kind == "frozen" and _is_allowed(key, allowed) else kind)
-        for key, old, new, kind in diff(load_resolved(run.folder), config)
+        for key, old, new, kind in changed
     ]
+    _refuse_idle(allowed, changes)
     frozen = [change for change in changes if change[3] == "frozen"]
     if frozen:
+        keys = [key for key, *_ in frozen]
         raise UserError(
-            "these keys are frozen for a run that has begun",
+            "the recipe's code has changed since this run began" if keys == [runs.CODE]
+            else "these keys are frozen for a run that has begun",
             where=str(run.folder),
             why=f"{describe(frozen)}\n  {_WHY['frozen']}",
-            hint="start a run of its own: aurora train CONFIG KEY=VALUE; or, if you must: "
-            + " ".join(f"--allow-change {key}" for key, *_ in frozen),
-        )
+            hint=("put back the file in its `code` folder" if keys == [runs.CODE]
+                  else "start a run of its own: aurora train CONFIG KEY=VALUE")
+            + "; or, if you must: " + " ".join(f"--allow-change {key}" for key in keys),
+        )  # fmt: skip
     return config, run, changes
+
+
+def _refuse_idle(allowed, changes) -> None:
+    """A change that is allowed and is not there was expected to be: it went into another file, or has no effect."""
+    for key in allowed:
+        if not any(kind == "allowed" and _is_allowed(name, [key]) for name, _, _, kind in changes):
+            raise UserError(
+                f"`{key}` has not changed, so there is nothing to allow", where="--allow-change",
+                hint=f"the recipe of a run is the copy in its `code` folder: --allow-change {runs.CODE}"
+                if key == "recipe" else f"give its new value too: {key}=VALUE",
+            )  # fmt: skip
 
 
 def _is_allowed(key: str, allowed) -> bool:
@@ -80,7 +100,7 @@ def _is_allowed(key: str, allowed) -> bool:
 
 
 def _refuse_unknown(allowed, config) -> None:
-    known = [key for key, (_, kind) in flat(config).items() if kind == "frozen"]
+    known = [runs.CODE, *(key for key, (_, kind) in flat(config).items() if kind == "frozen")]
     for key in allowed:
         if not any(_is_allowed(name, [key]) for name in known):
             near = get_close_matches(key, known, n=1)

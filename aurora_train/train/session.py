@@ -204,6 +204,9 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
         changes = [(key, before[key], now[key]) for key in moving if before[key] != now[key]]
     known = files.read_json(session.run.provenance, {})
     here = {"code_sha256": runs.code_hash(), "versions": runs.versions()}
+    changed = runs.changed_code(session.run, session.config)
+    if changed and session.config.recipe_bundled:
+        changes.append(("recipe", *changed))
     return changes + [(key, known[key], here[key]) for key in here if key in known and known[key] != here[key]]
 
 

@@ -312,7 +312,7 @@ def _recorded(session: Session) -> Path:
     The recipe's code comes before the config, which makes a folder a run: a run without its code could not be read.
     """
     run, config = session.run, session.config
-    runs.copy_code(run, config.recipe_file)
+    runs.copy_code(run, config.recipe_code)
     if not run.facts.exists():
         facts.write(run.facts, session.recipe.known)
     files.write_atomically(run.config, dump(config))
