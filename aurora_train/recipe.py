@@ -98,9 +98,9 @@ class Recipe:
     def facts(self) -> Facts:
         """What the model and its use need to know of the prepared data: a tokenizer, sizes, a scale.
 
-        Called once, after `prepare` and before `data`. A value is bytes (kept as a file of that name), an array or plain
-        JSON. The run keeps them; `model`, `predict`, `samples` and `generate` read them from `self.known`, never from
-        the data, and so work where the data is not.
+        Called once, after `prepare` and before `data`. A value is bytes (kept as a file of that name), an array or
+        plain JSON. The run keeps them; `model`, `predict`, `samples` and `generate` read them from `self.known`, never
+        from the data, and so work where the data is not.
         """
         return {}
 

@@ -181,8 +181,10 @@ def record_allowed(run: Run, changes: list[tuple]) -> None:
         return
     known, now = read_json(run.provenance, {}), datetime.now(UTC).isoformat(timespec="seconds")
     allowed = [{"key": key, "old": old, "new": new, "step": run.step(), "time": now} for key, old, new, _ in changes]
-    code = {"recipe": {**known["recipe"], "sha256": new} for key, _, new, _ in changes if key == CODE}
-    write_json(run.provenance, {**known, **code, "allowed_changes": [*known.get("allowed_changes", []), *allowed]})
+    for key, _, new, _ in changes:
+        if key == CODE:
+            known["recipe"]["sha256"] = new
+    write_json(run.provenance, {**known, "allowed_changes": [*known.get("allowed_changes", []), *allowed]})
 
 
 CODE = "code"  # the key by which `--allow-change` names a recipe's code
@@ -195,7 +197,7 @@ def changed_code(run: Run, config) -> tuple[str, str] | None:
 
 
 def say_changed_code(run: Run, config, by: str) -> None:
-    """Say on standard error, and record in events.jsonl, that a run is read `by` a verb with other code than trained it."""
+    """Say on standard error, and record in events.jsonl, that a verb reads a run with other code than trained it."""
     from aurora_train.observe.metrics import EventLog, read
 
     changed = changed_code(run, config)

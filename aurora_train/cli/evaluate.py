@@ -16,7 +16,7 @@ def command(
     run: RunArgument,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint to score; else the newest.")] = None,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="PATH", help="Score on all of this data; else on the run's test split.")
+        str | None, typer.Option("--on", metavar="PATH", help="Score on all of this data, not the test split.")
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Score with this recipe file; else the run's own.")

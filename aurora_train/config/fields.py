@@ -1,8 +1,9 @@
 """How a config field is declared: its default, its limits, its help, and what a resume may do with it.
 
 A resume class is part of a field's meaning, so it is written beside the field and nowhere else:
-`frozen` makes another run, `located` is a path to bytes that stay the same wherever they lie, `warned` may change and is recorded, `elastic` changes float order only (the plan, the
-mesh), `free` does not touch the numbers at all and is left out of the config's hash.
+`frozen` makes another run; `located` is a path to bytes that stay the same wherever they lie; `warned` may change and
+is recorded; `elastic` changes float order only (the plan, the mesh); `free` does not touch the numbers at all and is
+left out of the config's hash.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from aurora_train.errors import UserError
 def files_beside(file: Path) -> dict[str, Path]:
     """Every module that a recipe imports from its own folder, directly or by another: relative name -> path.
 
-    Found in `import` statements, wherever they stand; what is imported by a name made at run time is not seen. A name of
-    the standard library is the standard library's. UserError for one that leads out of the folder by a link.
+    Found in `import` statements, wherever they stand; what is imported by a name made at run time is not seen. A name
+    of the standard library is the standard library's. UserError for one that leads out of the folder by a link.
     """
     folder, found, waiting = file.parent, {}, [file]
     while waiting:
@@ -45,8 +45,8 @@ def code_sha256(file: Path, beside: dict[str, Path]) -> str:
     own = hashlib.sha256(file.read_bytes())
     if not beside:
         return own.hexdigest()
-    lines = [own.hexdigest(), *(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in beside.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = [f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in beside.items()]
+    return hashlib.sha256("\n".join([own.hexdigest(), *lines]).encode()).hexdigest()
 
 
 def _imported(path: Path) -> list[str]:

@@ -22,7 +22,8 @@ class MixedSourceConfig(Section):
     """One of several sources of a mixture. Its name begins the names of its documents."""
 
     source: str = setting(
-        resume="located", path_unless=("python-stdlib", "hub:"), help="python-stdlib, a folder, a file or glob, or hub:owner/name"
+        resume="located", path_unless=("python-stdlib", "hub:"),
+        help="python-stdlib, a folder, a file or glob, or hub:owner/name",
     )
     weight: float = setting(1.0, gt=0, help="its share of the rows that are trained on, beside the others' weights")
     pattern: str = setting("**/*", help="glob inside a folder")

@@ -369,7 +369,7 @@ def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:
                 where="train.batch",
                 hint=f"the nearest that does is {max(batch // (wish * devices), 1) * wish * devices}",
             )
-        if wish > 1 and recipe.couples != "example":
+        if wish > 1 and recipe.couples == "global":
             raise UserError(
                 f"the loss of {config.recipe} couples a whole batch, so it cannot be split into microbatches",
                 where="memory.accumulation",

@@ -20,6 +20,7 @@ from aurora_train.data.inspection import inspect_batch, not_finite
 from aurora_train.data.order import examples_at
 from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed
+from aurora_train.nn.carried import training_loss
 from aurora_train.nn.stack import named_stacks, probed
 from aurora_train.observe import metrics as logs
 from aurora_train.random import example_keys, stream
@@ -142,7 +143,7 @@ def where_it_begins(session, state, window: Window) -> str:
     paths = {id(stack): path for path, stack in named_stacks(model).items()}
     keys = example_keys(stream(config.seed, "dropout"), jnp.int32(window.first - 1), jnp.asarray(batch["example"]))
     with session.program.here(), probed() as seen:
-        loss = session.recipe.loss(model, jax.tree.map(jnp.asarray, batch), keys)
+        loss = training_loss(session.recipe, model, jax.tree.map(jnp.asarray, batch), keys)
     for stack, unit, finite in seen:
         if not finite:
             return f"the output of unit {unit} of {paths.get(stack, 'a stack')}"

@@ -25,11 +25,16 @@ class Evaluator:
 
     def _loss(self, weights, batch):
         with asking(self._recipe.config.train.forms.asked):
-            return Loss(*self._recipe.loss(self._blueprint.merge(*weights), batch, None))
+            return Loss(*self._recipe.loss(self._judged(weights), batch, None))
 
     def _outputs(self, weights, batch):
         with asking(self._recipe.config.train.forms.asked):
-            return self._recipe.predict(self._blueprint.merge(*weights), batch)
+            return self._recipe.predict(self._judged(weights), batch)
+
+    def _judged(self, weights):
+        model = self._blueprint.merge(*weights)
+        model.eval()
+        return model
 
     def compile(self, weights, batch: dict) -> None:
         """Compile the loss of batches like this one. `weights`: as `weights_of` gives them, abstract."""
@@ -61,8 +66,8 @@ class Evaluator:
         return predict
 
     def model(self, state):
-        """The nnx module with the weights to judge the run by."""
-        return self._blueprint.merge(*weights_of(state))
+        """The nnx module with the weights to judge the run by, in evaluation mode."""
+        return self._judged(weights_of(state))
 
     def _put(self, batch):
         return meshes.put(batch, self._batch)

@@ -17,7 +17,10 @@ from aurora_train.optimizer import join, norm_of, partition, segments_of, square
 
 
 def make_fused(blueprint, optimizer, loss_of):
-    """`(state, batch) -> (params, opt_state, loss, info)`; `loss_of(model, state, batch) -> (total, Loss)`."""
+    """`(state, batch) -> (params, opt_state, aux, info)`; `loss_of(model, state, batch) -> (total, aux)`.
+
+    `aux` is the (Loss, state beside the parameters) of the step.
+    """
 
     def advance(state, batch):
         rest, held = partition(state.params)
@@ -31,12 +34,12 @@ def make_fused(blueprint, optimizer, loss_of):
                 for name, stack in named_stacks(model).items()
             }
             with updating(updates) as now:
-                total, loss = loss_of(model, state, batch)
+                total, aux = loss_of(model, state, batch)
             _refuse_strange_calls(named_stacks(model), now.called)
-            return (total, now.taps), (loss, now)
+            return (total, now.taps), (aux, now)
 
-        (total, taps), backward, (loss, now) = jax.vjp(total_of, rest, held, disguised(kept), norms, has_aux=True)
-        weight = jnp.maximum(loss.weight, 1e-9)
+        (total, taps), backward, (aux, now) = jax.vjp(total_of, rest, held, disguised(kept), norms, has_aux=True)
+        weight = jnp.maximum(aux[0].weight, 1e-9)
         mean = total / weight
         # Not a number where the loss is none: then every gradient is none, and no unit is updated.
         divisor = jnp.where(jnp.isfinite(mean), weight, jnp.nan).astype(jnp.float32)
@@ -50,7 +53,7 @@ def make_fused(blueprint, optimizer, loss_of):
         )
         opt_state["stacks"] = {name: {SEGMENTS: _numbered(parts, state.opt_state["stacks"][name])}
                                for name, parts in moved.items()}  # fmt: skip
-        return join(rest, held), opt_state, loss, info | {"grad_norm": norm, "loss": mean}
+        return join(rest, held), opt_state, aux, info | {"grad_norm": norm, "loss": mean}
 
     return advance
 

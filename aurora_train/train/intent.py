@@ -60,7 +60,10 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             where=str(run.folder),
             hint=f"train.steps={run.step()} ends it there",
         )
-    changed = diff(load_resolved(run.folder), config)
+    changed = [
+        (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else kind)
+        for key, old, new, kind in diff(load_resolved(run.folder), config)
+    ]
     code = None if config.recipe_bundled else runs.changed_code(run, config)
     if code:
         changed.append((runs.CODE, *code, "frozen"))
@@ -84,6 +87,11 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
     return config, run, changes
 
 
+def _cuts_what_is_coupled(key: str, config) -> bool:
+    """Whether a change of this key cuts the batch otherwise for a loss that depends on how it is cut."""
+    return key == "memory.accumulation" and config.recipe_class.couples != "example"
+
+
 def _refuse_idle(allowed, changes) -> None:
     """A change that is allowed and is not there was expected to be: it went into another file, or has no effect."""
     for key in allowed:
@@ -100,7 +108,9 @@ def _is_allowed(key: str, allowed) -> bool:
 
 
 def _refuse_unknown(allowed, config) -> None:
-    known = [runs.CODE, *(key for key, (_, kind) in flat(config).items() if kind == "frozen")]
+    known = [runs.CODE, *(
+        key for key, (_, kind) in flat(config).items() if kind == "frozen" or _cuts_what_is_coupled(key, config)
+    )]  # fmt: skip
     for key in allowed:
         if not any(_is_allowed(name, [key]) for name in known):
             near = get_close_matches(key, known, n=1)

@@ -58,11 +58,11 @@ class Parent:
         for name in kept_facts.difference(facts, self.facts):
             ours, theirs = kept_facts.shown(facts[name]), kept_facts.shown(self.facts[name])
             what = "another tokenizer" if name.startswith("tokenizer") else f"another `{name}`"
+            inherit = "leave out `data.tokenizer` to use the run's own; or " if name.startswith("tokenizer") else ""
             raise UserError(
-                f"{self.path} was trained with {what}", where="init.from", why=f"it had {theirs}; this config makes {ours}",
-                hint="leave out `data.tokenizer` to go on with that of the run; or init.facts=own, if you mean to train "
-                "its weights under another one" if name.startswith("tokenizer")
-                else "init.facts=own, if you mean to train its weights under this one",
+                f"{self.path} was trained with {what}", where="init.from",
+                why=f"it had {theirs}; this config makes {ours}",
+                hint=f"{inherit}init.facts=own, if you mean to train its weights under this one",
             )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ class Loop:
         self._step = int(jax.device_get(state.step))
         self._first = self._recorded = self._step
         self._saver = Saver(
-            session.store, session.run.folder, facts=facts.sha256(session.recipe.known), metrics=metrics, events=events, progress=progress, watchdog=watchdog,
+            session.store, session.run.folder, facts=facts.sha256(session.recipe.known),
+            metrics=metrics, events=events, progress=progress, watchdog=watchdog,
             patience=60 * session.config.checkpoint.patience_minutes,
             last=self._step,  # 0 for a fresh run, which has nothing to lose
         )  # fmt: skip

@@ -27,7 +27,7 @@ from aurora_train.memory.flops import jaxpr_flops
 from aurora_train.memory.plan import Plan, make_plan
 from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
-from aurora_train.nn import fp8
+from aurora_train.nn import carried, fp8
 from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
@@ -78,9 +78,8 @@ class Rehearsal:
     def model(self):
         """The model, abstract and not yet cut."""
         if self._model is None:
-            seed = self.config.train.seed
             with self.here():
-                self._model = nnx.eval_shape(lambda: self.recipe.model(nnx.Rngs(params=stream(seed, "init"))))
+                self._model = nnx.eval_shape(lambda: carried.build(self.recipe, self.config.train.seed))
         return self._model
 
     def batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -200,7 +199,7 @@ class Rehearsal:
             model = blueprint.merge(state.params, state.rest, state.frozen)
             paths = {id(stack): path for path, stack in self._stacks(model).items()}
             with watched() as calls:
-                self.recipe.loss(model, batch, keys)
+                carried.training_loss(self.recipe, model, batch, keys)
             for stack, x, context, keys in calls:
                 path = paths[id(stack)]
                 found[path] = (whole[path], *jax.tree.map(_abstract, (x, context, keys)))
@@ -241,7 +240,7 @@ def make_recipe(config):
 
 
 def expected_shapes(recipe) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """One example's arrays before there is data, and the facts expected of it taken as known; None where it takes data."""
+    """One example's arrays before there is data, with the facts expected of it as known; None where it takes data."""
     shapes, expected = recipe.shapes(), recipe.expected_facts()
     if shapes is None or expected is None:
         return None

@@ -27,7 +27,9 @@ _MEMORY = (
 
 
 class Saver:
-    """Saves of one loop. `facts`: the hash that every checkpoint names. `patience` is in seconds: how long the run goes on without being able to save."""
+    """Saves of one loop. `facts`: the hash that every checkpoint names. `patience` is in seconds: how long the run goes
+    on without being able to save.
+    """
 
     def __init__(self, store, folder, *, facts: str, metrics, events, progress, watchdog, patience: float, last: int):
         self._store, self._folder, self._facts = store, folder, facts

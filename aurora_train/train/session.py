@@ -25,8 +25,8 @@ from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed, count
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.verify import compiled_bytes
+from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
-from aurora_train.random import stream
 from aurora_train.train.ahead import Ahead
 from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
@@ -212,7 +212,7 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
 
 def whole_plan(config, recipe) -> Plan:
     """Every stack whole: for reading, where nothing is kept for a backward pass."""
-    model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=stream(config.train.seed, "init"))))
+    model = nnx.eval_shape(lambda: carried.build(recipe, config.train.seed))
     cuts = {name: [Segment(0, stack.num_units)] for name, stack in named_stacks(model).items()}
     return Plan(config.train.batch, 1, cuts, "reading")
 

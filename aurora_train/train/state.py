@@ -11,9 +11,8 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
-from aurora_train.nn import lora, nf4
+from aurora_train.nn import carried, lora, nf4
 from aurora_train.nn import stack as stacked
-from aurora_train.random import stream
 from aurora_train.train import outliers
 
 
@@ -61,7 +60,7 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = F
     """
 
     def construct():
-        model = recipe.model(nnx.Rngs(params=stream(seed, "init")))
+        model = carried.build(recipe, seed)
         plan.apply(model, ends)
         return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from aurora_train.nn.carried import changed_state, training_loss
 from aurora_train.nn.stack import summed
 from aurora_train.optimizer import join, partition
 from aurora_train.random import example_keys, stream
@@ -27,8 +28,8 @@ def make_step(
     dropout = stream(seed, "dropout")
 
     def loss_of(model, state, batch):
-        loss = recipe.loss(model, batch, example_keys(dropout, state.step, batch["example"]))
-        return loss.total, loss
+        loss = training_loss(recipe, model, batch, example_keys(dropout, state.step, batch["example"]))
+        return loss.total, (loss, changed_state(recipe, model, state.rest))
 
     def sums(params, state, batch):
         rest, stacks = partition(params)
@@ -41,20 +42,21 @@ def make_step(
         # Added up in place, each layer's gradient as the reverse scan makes it: there is no second set.
         grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
-        def add(_, microbatch):
-            total, backward, loss = jax.vjp(lambda p: sums(p, state, microbatch), state.params, has_aux=True)
+        def add(rest, microbatch):
+            now = state._replace(rest=rest)
+            total, backward, (loss, rest) = jax.vjp(lambda p: sums(p, now, microbatch), state.params, has_aux=True)
             backward.with_refs(grads)(jnp.ones_like(total))
-            return None, loss
+            return rest, loss
 
-        losses = jax.lax.scan(add, None, jax.tree.map(lambda x: split(x, accumulation), batch))[1]
-        return jax.tree.map(jax.freeze, grads), jax.tree.map(sum, losses)
+        rest, losses = jax.lax.scan(add, state.rest, jax.tree.map(lambda x: split(x, accumulation), batch))
+        return jax.tree.map(jax.freeze, grads), (jax.tree.map(sum, losses), rest)
 
     def passes(state: TrainState, info):
         finite = jnp.isfinite(info["loss"]) & jnp.isfinite(info["grad_norm"])
         return finite if spike is None else finite & ~outliers.is_outlier(state.extra["recent"], info, spike)
 
     def advance(state: TrainState, batch):
-        grads, loss = gradients(state, batch)
+        grads, (loss, rest) = gradients(state, batch)
         loss = Loss(*loss)
         grads = jax.tree.map(lambda g: (g / jnp.maximum(loss.weight, 1e-9)).astype(g.dtype), grads)
         mean = loss.total / jnp.maximum(loss.weight, 1e-9)
@@ -66,15 +68,16 @@ def make_step(
             )
             good = passes(state, info | {"loss": mean})
             params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
-        return params, opt_state, loss, info | {"loss": mean}
+        return params, opt_state, (loss, rest), info | {"loss": mean}
 
     if fuse:
         assert accumulation == 1, "refused where the config is read"
         advance = make_fused(blueprint, optimizer, loss_of)
 
     def step(state: TrainState, batch):
-        params, opt_state, loss, info = advance(state, batch)
+        params, opt_state, (loss, rest), info = advance(state, batch)
         good, extra = passes(state, info), dict(state.extra)
+        rest = _where(good, rest, state.rest)
         if ema is not None:
             average = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, extra["ema"], params)
             extra["ema"] = _where(good, average, extra["ema"])
@@ -83,8 +86,9 @@ def make_step(
         metrics = {**info, "tokens": loss.weight, "skipped": 1.0 - good.astype(jnp.float32)}
         metrics |= {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in loss.metrics.items()}
         state = state._replace(
-            step=state.step + 1, data_step=state.data_step + 1, params=params, opt_state=opt_state, extra=extra
-        )
+            step=state.step + 1, data_step=state.data_step + 1,
+            params=params, opt_state=opt_state, rest=rest, extra=extra,
+        )  # fmt: skip
         return state, metrics
 
     return step

@@ -194,7 +194,6 @@ def test_training_data_holds_no_bin_of_a_held_out_trial(recipe):
 
 
 def test_a_recording_named_in_the_config_is_read_as_the_simulated_one_is(recipe, cache):
-    recipe
     path = next(cache.glob("*.nwb"))
     named = make(cache, f"data.source={path}")
     assert named.data("train").fingerprint == recipe.data("train").fingerprint

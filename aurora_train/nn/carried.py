@@ -1,0 +1,150 @@
+"""What a module holds beside its parameters, and how it takes part in a run: carried state, dropout, the two modes.
+
+State that is not a parameter (the statistics of `nnx.BatchNorm`, a counter, any `nnx.Variable`) is an input and an
+output of the step. Random state is not carried: a run has none, its keys are functions of (seed, step, example).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import zlib
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aurora_train.errors import UserError
+from aurora_train.nn.stack import SEGMENTS
+from aurora_train.random import stream
+from aurora_train.recipe import Loss
+
+_COUPLED = 'couples = "microbatch" in the recipe: its batch is then split only as memory.accumulation says; or "global"'
+
+
+class KeyedDropout(nnx.Dropout):
+    """`nnx.Dropout` whose mask of a row depends on the key of its example, on its place in the model and on which call.
+
+    So a mask moves with no microbatch, plan or number of devices, and there is no random state to save. Inputs have the
+    examples as their leading axis; UserError otherwise.
+    """
+
+    def __call__(self, inputs, *, deterministic=None, rngs=None):
+        """As nnx has it; `rngs` given in the call is used as nnx would."""
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if rngs is not None or deterministic or self.rate == 0.0:
+            return super().__call__(inputs, deterministic=bool(deterministic), rngs=rngs)
+        found = _keys.get()
+        if found is None:
+            return inputs  # no keys: as in evaluation
+        keys, calls = found
+        if inputs.ndim == 0 or inputs.shape[0] != keys.shape[0]:
+            raise UserError(
+                f"the dropout at `{self.place}` is given an array of shape {list(inputs.shape)}, and the batch has "
+                f"{keys.shape[0]} examples", where=f"model.{self.place}",
+                why="a mask is drawn for each example, so the leading axis has to be the examples",
+                hint="move the axis of the batch to the front; or aurora_train.nn.dropout.dropout with the key of `loss`",
+            )  # fmt: skip
+        site = (zlib.crc32(self.place.encode()) + calls[self.place]) % 2**32
+        calls[self.place] += 1
+        shape = [1 if axis in self.shared else size for axis, size in enumerate(inputs.shape)][1:]
+
+        def one(key, row):
+            keep = jax.random.bernoulli(jax.random.fold_in(key, jnp.uint32(site)), 1.0 - self.rate, shape)
+            return jnp.where(keep, row / max(1.0 - self.rate, 1e-9), 0).astype(row.dtype)
+
+        return jax.vmap(one)(keys, inputs)
+
+
+_keys: contextvars.ContextVar = contextvars.ContextVar("keys of dropout", default=None)
+
+
+def build(recipe, seed: int):
+    """The recipe's model as a run has it: drawn from the seed, each `nnx.Dropout` keyed by example.
+
+    UserError, by module path, for what cannot be carried through a run.
+    """
+    model = recipe.model(nnx.Rngs(stream(seed, "model"), params=stream(seed, "init")))
+    for path, module in nnx.iter_modules(model):
+        if type(module) is nnx.Dropout:
+            _key_by_example(module, ".".join(map(str, path)))
+    _refuse_uncarried(model)
+    return model
+
+
+def _key_by_example(module: nnx.Dropout, place: str) -> None:
+    ndim_free = [axis for axis in module.broadcast_dims if axis <= 0]
+    if ndim_free:
+        raise UserError(
+            f"the dropout at `{place}` shares its mask along axis {ndim_free[0]}", where=f"model.{place}",
+            why="the leading axis is the examples, each of which has a mask of its own",
+            hint="broadcast_dims counted from the front, without 0",
+        )  # fmt: skip
+    module.__class__ = KeyedDropout
+    module.rngs, module.place, module.shared = nnx.data(None), place, tuple(module.broadcast_dims)
+
+
+def _refuse_uncarried(model) -> None:
+    _, _, others = nnx.split(model, nnx.Param, ...)
+    for path, variable in nnx.to_flat_state(others):
+        place, kind = ".".join(map(str, path)), type(variable).__name__
+        dtype = getattr(variable, "dtype", jnp.float32)
+        if isinstance(variable, nnx.RngState) or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            owner = ".".join(map(str, path[:-2])) or place
+            raise UserError(
+                f"`{owner}` holds random state ({kind}), which a run does not carry", where=f"model.{place}",
+                why="a resumed run must draw what the undisturbed one draws: keys come with the batch",
+                hint="nnx.Dropout(rate, rngs=rngs) as a module of its own; or keys from the `key` of `loss`",
+            )  # fmt: skip
+        if SEGMENTS in map(str, path):
+            raise UserError(
+                f"the units of a Stack hold `{place}` ({kind}), which is not a parameter", where=f"model.{place}",
+                why="units are scanned and computed again, so that what they change would be lost",
+                hint="an nnx.List of modules in place of the Stack",
+            )  # fmt: skip
+
+
+def training_loss(recipe, model, batch: dict, keys) -> Loss:
+    """The recipe's loss with the model in training mode and dropout keyed by example. `keys`: key[B]."""
+    model.train()
+    token = _keys.set((keys, Counter()))
+    try:
+        return recipe.loss(model, batch, keys)
+    finally:
+        _keys.reset(token)
+
+
+def changed_state(recipe, model, before: dict) -> dict:
+    """The state beside the parameters after a call of `training_loss`, in the shape of `before`, a nested dict.
+
+    UserError for state whose shape or dtype changed, and for state that changed at all where the recipe says that
+    examples are independent of each other.
+    """
+    nnx.pop(model, nnx.Intermediate)
+    _, _, others = nnx.split(model, nnx.Param, ...)
+    after, known = nnx.to_pure_dict(others), dict(_leaves(before))
+    for place, leaf in _leaves(after):
+        was = known.pop(place, None)
+        if was is leaf:
+            continue
+        if was is None or jnp.shape(was) != jnp.shape(leaf) or jnp.result_type(was) != jnp.result_type(leaf):
+            had = "was not there before" if was is None else f"was {_described(was)} and is {_described(leaf)}"
+            raise UserError(
+                f"the loss changes what kind of state the model holds: `{place}` {had}", where=f"model.{place}",
+                hint="make it in __init__, and keep its shape and dtype",
+            )  # fmt: skip
+        if recipe.couples == "example":
+            raise UserError(
+                f"the loss changes `{place}` of the model, which then depends on all examples of a microbatch",
+                where=f"model.{place}", why="how a batch is split would change the result", hint=f"say {_COUPLED}",
+            )  # fmt: skip
+    return after
+
+
+def _leaves(tree: dict):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield ".".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path), leaf
+
+
+def _described(leaf) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
