@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
+from aurora_train.compat import jaxprs_in_params
 from aurora_train.memory.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_unit
 from aurora_train.nn.decoder import Decoder, make_context
 from aurora_train.nn.decoder_config import DecoderConfig
@@ -121,7 +122,7 @@ def live_flops(jaxpr, live: set) -> tuple[int, int]:
             continue
         needed = equation.invars
         if equation.primitive.name in CALLS:
-            body = next(core.jaxprs_in_params(equation.params))
+            body = next(jaxprs_in_params(equation.params))
             inner = {v for v, wanted in zip(body.outvars, outs, strict=True) if wanted and isinstance(v, core.Var)}
             flops, dots = live_flops(body, inner)
             needed = [v for v, own in zip(equation.invars, body.invars, strict=True) if own in inner]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aurora_train.compat import scan_parts
 from aurora_train.memory.kernel import Kernel, bits, join_parts, mark_tiled, needs_of, with_siblings
 from aurora_train.memory.program import Program, is_kernel, nbytes, needed_results
 from aurora_train.memory.splits import Chip, Product, splits
@@ -186,7 +187,7 @@ class Graph(Program):
             equation, _, writes = self.equations[index]
             if equation.primitive.name != "scan":
                 continue
-            for number in writes[equation.params["num_carry"] : len(equation.outvars)]:
+            for number in writes[scan_parts(equation.params)[1] : len(equation.outvars)]:
                 readers = {self.equations[i][0].primitive.name for i in self.users[number]}
                 if number not in self.cause and "scan" in readers:
                     self.cause[number] = "saved"
@@ -313,7 +314,7 @@ class Graph(Program):
         if equation.primitive.name != "scan":
             return ()
         wanted = []
-        stacked = list(zip(writes, equation.outvars, strict=False))[equation.params["num_carry"] :]
+        stacked = list(zip(writes, equation.outvars, strict=False))[scan_parts(equation.params)[1] :]
         kept = self._wanted(equation, writes)
         for number, variable in stacked:
             if number in self.free or number not in kept:
@@ -385,7 +386,7 @@ class Graph(Program):
         kernel.shunned = name in ("scan", "while")
         if name == "scan":
             needed = tuple(needed_results(params, [w in writes for w in results[: len(equation.outvars)]]))
-            loop = Loop(params["num_consts"], params["num_carry"], params["length"], needed, params["reverse"])
+            loop = Loop(*scan_parts(params), params["length"], needed, params["reverse"])
             kernel.bodies = [self._body(params["jaxpr"], loop)]
             kernel.label = f"scan of {params['length']}"
         elif name == "while":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from jax.extend import core
+from aurora_train.compat import jaxprs_in_params
 
 # Layout alone: no arithmetic. XLA folds these into their consumers.
 FREE = frozenset(
@@ -32,7 +32,7 @@ def equation_flops(equation) -> tuple[int, int]:
         return (_attention_flops(equation) * 5 // 2,) * 2
     if (estimate := params.get("cost_estimate")) is not None:  # a Pallas kernel that says so itself
         return int(estimate.flops), int(estimate.flops)
-    bodies = [jaxpr_flops(body) for body in core.jaxprs_in_params(params)]
+    bodies = [jaxpr_flops(body) for body in jaxprs_in_params(params)]
     if bodies and name == "cond":
         return max(bodies)
     if bodies:

@@ -8,6 +8,7 @@ from itertools import count
 import jax
 import numpy as np
 
+from aurora_train.compat import open_jaxpr, scan_parts
 from aurora_train.memory.merging import merge_products
 
 CALLS = {
@@ -66,8 +67,8 @@ def callee(equation):
 
 def needed_results(params, used: list[bool]) -> list[bool]:
     """Which results of a scan must be computed, where only those `used` are read after it: a carry may feed others."""
-    body = params["jaxpr"].jaxpr
-    carried = body.invars[params["num_consts"] : params["num_consts"] + params["num_carry"]]
+    body, (consts, carry) = open_jaxpr(params["jaxpr"]), scan_parts(params)
+    carried = body.invars[consts : consts + carry]
     needed = list(used)
     while True:
         wanted = {v for v, keep in zip(body.outvars, needed, strict=True) if keep and is_variable(v)}
@@ -82,7 +83,7 @@ def needed_results(params, used: list[bool]) -> list[bool]:
 
 def needed_operands(params, needed: list[bool]) -> list[bool]:
     """Which operands of a scan are read at all, where only the results `needed` are computed (`needed_results`)."""
-    body, consts, carry = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    body, (consts, carry) = open_jaxpr(params["jaxpr"]), scan_parts(params)
     wanted = {v for v, keep in zip(body.outvars, needed, strict=True) if keep and is_variable(v)}
     for equation in reversed(body.eqns):
         if equation.effects or not wanted.isdisjoint(equation.outvars):
@@ -104,7 +105,7 @@ class Program:
     """
 
     def __init__(self, closed, *, shards: int = 1, needed: tuple[bool, ...] | None = None):
-        jaxpr = closed.jaxpr
+        jaxpr = open_jaxpr(closed)
         self._numbers, self._shards = count(), shards
         self.size: dict[int, int] = {}
         self.equations: list = []
@@ -211,7 +212,7 @@ class Program:
         return out
 
     def _call(self, inner, reads, equation, environment) -> list[int]:
-        body = getattr(inner, "jaxpr", inner)
+        body = open_jaxpr(inner)
         local = {v: self._constant() for v in body.constvars}
         local |= {v: self._constant() if r is None else r for v, r in zip(body.invars, reads, strict=True)}
         self._inline(body, local)

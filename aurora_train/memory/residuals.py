@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
+from aurora_train.compat import jaxprs_in_params
 from aurora_train.memory.flops import FREE, PRODUCTS, equation_flops, is_reduction
 from aurora_train.nn import fp8, lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
@@ -241,7 +242,7 @@ def num_bytes(aval) -> int:
 
 def _is_fused(equation) -> bool:
     name = equation.primitive.name
-    bodies = next(core.jaxprs_in_params(equation.params), None)
+    bodies = next(jaxprs_in_params(equation.params), None)
     kernel = bodies is not None or "call" in name or name.startswith("dot_product_attention")
     return not (name in PRODUCTS or name in UNFUSED or name.startswith("scatter") or kernel)
 
@@ -261,7 +262,7 @@ class _Flattened:
     def _inline(self, jaxpr, ids) -> None:
         for equation in jaxpr.eqns:
             inputs = tuple(None if isinstance(v, core.Literal) else ids[v] for v in equation.invars)
-            body = next(core.jaxprs_in_params(equation.params), None)
+            body = next(jaxprs_in_params(equation.params), None)
             if equation.primitive.name in INLINED and body is not None:
                 inner = {v: next(self._next) for v in body.constvars}
                 # A literal argument is a value that nothing makes: it costs and keeps nothing.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend import core
 
+from aurora_train.compat import jaxprs_in_params
 from aurora_train.errors import UserError
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -83,7 +83,7 @@ def refuse_unused(jaxpr) -> None:
 def _has_8_bits(jaxpr) -> bool:
     return any(
         any(getattr(v.aval, "dtype", None) in (FORWARD, GRADIENT) for v in equation.outvars)
-        or any(map(_has_8_bits, core.jaxprs_in_params(equation.params)))
+        or any(map(_has_8_bits, jaxprs_in_params(equation.params)))
         for equation in jaxpr.eqns
     )
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from aurora_train.compat import get_opaque_trace_state, open_jaxpr
 from aurora_train.errors import UserError
 
 _DISGUISES = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.float32}  # by bytes
@@ -47,7 +48,7 @@ class Updating:
 
     def __init__(self, updates: dict[int, Update]):
         self.updates, self.called, self.taps, self.made = updates, [], [], set()
-        self.trace = jax.core.get_opaque_trace_state(convention="nnx")
+        self.trace = get_opaque_trace_state(convention="nnx")
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def update_of(stack) -> Update | None:
     now = _updates.get()
     if now is None or id(stack) not in now.updates:
         return None
-    if jax.core.get_opaque_trace_state(convention="nnx") != now.trace:
+    if get_opaque_trace_state(convention="nnx") != now.trace:
         raise UserError(
             "the loss calls a stack inside jit, vmap, scan, cond, grad or checkpoint", where="memory.fuse_update",
             why="an update fused into the backward pass needs each stack called once, by the loss itself",
@@ -176,7 +177,7 @@ class _Call:
     def _classify(self, *inputs):
         """Which residuals are stacked (`kept`), and which are inputs of the unit (`given`: residual -> input)."""
         closed = jax.make_jaxpr(lambda *inputs: self._differentiated(*inputs)[1])(*inputs)
-        jaxpr = closed.jaxpr
+        jaxpr = open_jaxpr(closed)
         before = len(jax.tree.leaves(inputs[:2]))
         own = len(jax.tree.leaves(inputs[2]))  # x changes from unit to unit and is not in the carry
         place = {v: i for i, v in enumerate(jaxpr.invars) if not before <= i < before + own}

@@ -5,9 +5,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
+from aurora_train.compat import jaxprs_in_params, scan_parts
 from aurora_train.config import config_class, load
 from aurora_train.config.find_recipe import find_recipe
 from aurora_train.errors import UserError
@@ -56,10 +56,10 @@ def host_bytes(jaxpr) -> int:
     """Of what the loops of a jaxpr stack in the processor's memory."""
     found = 0
     for equation in jaxpr.eqns:
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            found += host_bytes(getattr(inner, "jaxpr", inner))
+        for inner in jaxprs_in_params(equation.params):
+            found += host_bytes(inner)
         if equation.primitive.name == "scan":
-            stacked = equation.outvars[equation.params["num_carry"] :]
+            stacked = equation.outvars[scan_parts(equation.params)[1] :]
             found += sum(v.aval.size * v.aval.dtype.itemsize for v in stacked if "Host" in str(v.aval.memory_space))
     return found
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aurora_train.compat import jaxprs_in_params
 from aurora_train.errors import UserError
 from aurora_train.nn.attention import Attention, Context, choose_attention
 from aurora_train.nn.attention_kernels import BACKENDS, Rule
@@ -112,7 +113,7 @@ def count_dots(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
         total += equation.primitive.name == "dot_general"
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += count_dots(inner)
     return total
 

@@ -9,8 +9,8 @@ from flax import nnx
 from flax.linen import fp8_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend import core
 
+from aurora_train.compat import jaxprs_in_params
 from aurora_train.errors import UserError
 from aurora_train.nn import fp8, lora
 from aurora_train.nn.decoder import Decoder
@@ -174,7 +174,7 @@ def test_every_plan_computes_the_same_but_for_rounding():
 
 def eighths(jaxpr) -> int:
     """Products of two arrays of 8 bits in a program of the form "plain"; a loop's body counts once."""
-    inner = sum(eighths(body) for equation in jaxpr.eqns for body in core.jaxprs_in_params(equation.params))
+    inner = sum(eighths(body) for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params))
     products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     return inner + sum(all(v.aval.dtype in FORMATS for v in e.invars) for e in products)
 

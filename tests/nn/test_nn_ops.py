@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aurora_train.compat import jaxprs_in_params
 from aurora_train.config.schema import Form, Forms, Train
 from aurora_train.memory.verify import pretend_cudnn
 from aurora_train.nn import ops, saving
@@ -176,7 +177,7 @@ def names(jaxpr) -> set:
     found = set()
     for equation in jaxpr.eqns:
         found |= {saving.tag_of(equation.primitive.name, equation.params)} - {None}
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             found |= names(inner)
     return found
 
