@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -183,6 +184,27 @@ def read(path: str | os.PathLike) -> list[dict]:
                 break
             raise _damaged(path, number) from error
     return records
+
+
+def newest(path: str | os.PathLike, key: str, value: Any = None) -> dict | None:
+    """The last record that has `key` (with this value, where one is given), read from the file's end: logs grow long.
+
+    None where there is none, or no such file. A torn or unreadable line is passed over.
+    """
+    word = json.dumps(key if value is None else value).encode()
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while (hit := content.rfind(word, 0, end)) >= 0:
+                start = content.rfind(b"\n", 0, hit) + 1
+                with contextlib.suppress(ValueError):
+                    record = decode(content[start : content.find(b"\n", hit) + 1])
+                    if key in record and value in (None, record[key]):
+                        return record
+                end = start
+    except (FileNotFoundError, ValueError):  # mmap refuses an empty file
+        pass
+    return None
 
 
 def set_aside(path: str | os.PathLike, after_step: int, aside_path: str | os.PathLike) -> int:
