@@ -18,7 +18,6 @@ from aurora_train import facts
 from aurora_train.errors import UserError
 from aurora_train.files import make_folder, read_json, write_atomically, write_json
 
-
 _ATTEMPTS = 6  # to take a lock that somebody looks at
 
 

@@ -23,7 +23,8 @@ from aurora_train.units import duration, size
 DEFAULT = Path("runs")
 _KEYS_SHOWN = 6
 # A line as `config.yaml.write` writes it: a plain scalar, text in quotes without escapes, or a list or mapping.
-_LINE = re.compile(r'((?:  )*)([A-Za-z0-9_.-]+):(?: ([A-Za-z0-9_./+-]+(?: [A-Za-z0-9_./+-]+)*|"[^"\\]*"|\[.*\]|\{.*\}))?\Z')
+_VALUE = r'[A-Za-z0-9_./+-]+(?: [A-Za-z0-9_./+-]+)*|"[^"\\]*"|\[.*\]|\{.*\}'
+_LINE = re.compile(rf"((?:  )*)([A-Za-z0-9_.-]+):(?: ({_VALUE}))?\Z")
 
 
 @dataclass(frozen=True)
