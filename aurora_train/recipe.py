@@ -62,6 +62,9 @@ class Recipe:
     # microbatches is part of the maths and no plan chooses it; or the whole batch, which is then never split.
     couples: Literal["example", "microbatch", "global"] = "example"
 
+    unit = "targets"  # what one unit of `Loss.weight` is called in a rate: "tok", "bins", "images"
+    metric: tuple[str, Literal["min", "max"]] | None = None  # the headline of `score`, and which way is better
+
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
         self.known: Facts = {}  # what `facts` returned when the run began, wherever it is read; see `use`

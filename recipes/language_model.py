@@ -47,6 +47,8 @@ class Recipe(Base):
     """One decoder, next-token cross-entropy, bits per byte."""
 
     Config = Config
+    unit, metric = "tok", ("bits_per_byte", "min")
+
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
         size = (given.get("model") or {}).get("size")
@@ -123,9 +125,6 @@ class Recipe(Base):
         """-log p of each target in nats, float32[B, T]."""
         hidden = model(batch["tokens"], batch["segments"], batch["positions"])
         return model.token_nll(hidden, batch["targets"])
-
-    def remarks(self, model) -> list[str]:
-        return [f"attention: {model.attention.name} ({model.attention.reason})"]
 
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""

@@ -58,6 +58,7 @@ class NeuralDecoding(Recipe):
     """Spikes to velocity. Batches: spikes uint16[B, T, U], velocity float32[B, T, D] standardised, weights [B, T]."""
 
     Config = Config
+    unit, metric = "bins", ("r2", "max")
 
     @classmethod
     def check(cls, config) -> None:

@@ -15,7 +15,7 @@ EXAMPLE = "aurora compare runs/first runs/second --open"
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a folder of runs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.html", help="The page; else compare.html beside the first run.")
+        Path | None, typer.Option("--out", metavar="FILE.html", help="The page; else compare.html by the first run.")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     json: JsonOption = False,

@@ -123,11 +123,18 @@ def essentials(planner, plan, simulated, cost: Candidate) -> dict:
         "host_bytes": cost.host,
         "time": _time(planner, cost, blueprint),
         "checkpoint": _checkpoint(program, blueprint),
-        "attention": getattr(getattr(program.model(), "attention", None), "name", None),
+        "attention": _attention(program.model()),
         "operations": operations,
         "not_verified": _not_verified(planner),
         "compiles": planner.compiles,
     }
+
+
+def _attention(model) -> str | None:
+    """Which kernel the model's attention takes, and why; None for a model without attention of ours."""
+    chosen = getattr(model, "attention", None)
+    name, reason = getattr(chosen, "name", None), getattr(chosen, "reason", None)
+    return f"{name} ({reason})" if name and reason else name
 
 
 def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> dict:

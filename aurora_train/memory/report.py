@@ -28,11 +28,18 @@ CAUSES = {  # in the order they are shown and stacked
     "workspace": "workspace",
 }
 _LEVERS_SHOWN = 5
+WORTH_TELLING = 1_000_000_000  # bytes on a CPU
 
 
 def one_line(plan: Plan) -> str:
     """The line that `aurora train` prints before it compiles."""
     return f"plan: {verdict(plan)}"
+
+
+def says_something(plan: Plan) -> bool:
+    """Whether the plan's bytes are worth a line: a small run on a CPU takes what Python and the compiler take."""
+    held = [plan.predicted_bytes, plan.compiled_bytes, plan.measured_bytes]
+    return plan.platform != "cpu" or any(one is not None and one >= WORTH_TELLING for one in held)
 
 
 def side_by_side(plan: Plan) -> str:
