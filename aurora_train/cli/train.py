@@ -115,5 +115,7 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
             for rival, value in scores["baselines"].items():
                 if isinstance(value, (int, float)):
                     print(f"  {rival} {value:.4f}")
+            for remark in scores.get("remarks", []):
+                print(f"note: {remark}")
         print(f"report: {run.report}")
     return status
