@@ -39,6 +39,7 @@ class Run:
     metrics_set_aside = property(lambda self: self.folder / "metrics.set-aside.jsonl")
     events = property(lambda self: self.folder / "events.jsonl")
     scores = property(lambda self: self.folder / "scores.json")
+    plots = property(lambda self: self.folder / "plots.json")
     code = property(lambda self: self.folder / "code")
     facts = property(lambda self: self.folder / "facts")
     checkpoints = property(lambda self: self.folder / "checkpoints")

@@ -15,8 +15,9 @@ from aurora_train.data.config import TextDataConfig, check_data
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
-from aurora_train.recipe import Derived, Loss
+from aurora_train.recipe import Derived, Loss, few
 from aurora_train.recipe import Recipe as Base
+from aurora_train.units import size
 
 
 class Scoring(Section):
@@ -163,6 +164,7 @@ class Recipe(Base):
             "documents": len(documents),
             "bytes": int(sizes.sum()),
             "bytes_per_token": float(sizes.sum() / tokens),
+            "remarks": few(len(documents), "document", "raise data.holdout_test", size(sizes.sum())),
             "notes": [
                 f"{len(documents)} whole documents held out by a hash of their path; windows of {sequence} tokens, "
                 f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"

@@ -49,7 +49,7 @@ def write_report(run_folder) -> Path:
             _head(run, config, steps, evaluations, events, scores),
             _curves(steps, evaluations),
             _score(scores),
-            _plots(scores),
+            _plots(_json(run.plots)),
             _samples(run.samples),
             section("Data", facts(provenance["data"]) if provenance and provenance.get("data") else ""),
             section("Config", f"<pre>{escape(config_text)}</pre>"),
@@ -169,24 +169,25 @@ def _score(scores) -> str:
         parts.append("</figure><div>")
         parts.append(table(["", words(headline)], [[name, float(value)] for name, value, _ in rows], ours))
         parts.append("</div></div>\n")
-    parts += [f"<p>{escape(note)}</p>\n" for note in scores.get("notes") or []]
+    made = scores.get("baselines_made") or {}
+    parts += [f"<p>{escape(note)}</p>\n" for note in [*(scores.get("notes") or []), *(made.get("notes") or [])]]
     others = {words(k): v for k, v in flatten(scores["score"]) if k != headline}
     if others:
         parts += ["<h3>Also measured</h3>\n", facts(others)]
     unlike = {words(name): value for name, value in (scores.get("baselines") or {}).items() if rivals[name] is None}
     if unlike:
         parts += ["<h3>Baselines in other measures</h3>\n", facts(unlike)]
-    for extra in scores.get("tables") or []:
+    for extra in [*(scores.get("tables") or []), *(made.get("tables") or [])]:
         whole, rows = table(extra["columns"], extra["rows"]), extra["rows"]
         shown = whole if len(rows) <= _ROWS_SHOWN else folded(f"{len(rows)} rows", whole)
         parts += [f"<h3>{escape(extra.get('title', ''))}</h3>\n", shown]
     return section("Score", *parts)
 
 
-def _plots(scores) -> str:
+def _plots(plots) -> str:
     """What the recipe's score has drawn (`Recipe.score`, "plots")."""
     drawn = []
-    for index, plot in enumerate((scores or {}).get("plots") or []):
+    for index, plot in enumerate(plots or []):
         lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
         labels = {"ylabel": plot.get("y_label", ""), "xlabel": plot.get("x_label", "")}
         drawing = curve(f"plot-{index}", lines, wide=True, **labels)

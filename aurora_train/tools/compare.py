@@ -143,9 +143,9 @@ def document(found: Comparison) -> dict:
 def _summary(runs: list[Compared]) -> tuple[list[str], list[list[Any]]]:
     """(columns, one row a run); a column that no run has a value for is left out."""
     told = [run.measures() for run in runs]
-    names = list(dict.fromkeys(name for one in told for name in one if name != "steps"))
-    names = [name for name in sorted(names, key=lambda name: name in told[0] and list(told[0]).index(name))
-             if any(one.get(name) is not None for one in told)]  # fmt: skip
+    scores = dict.fromkeys(run.headline for run in runs if run.headline)
+    names = [*scores, *(name for name in told[0] if name not in (*scores, "steps"))]
+    names = [name for name in names if any(one.get(name) is not None for one in told)]
     rows = [[run.name, *(_cell(name, one) for name in names)] for run, one in zip(runs, told, strict=True)]
     return ["run", *map(words, names)], rows
 

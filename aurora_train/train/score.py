@@ -25,6 +25,8 @@ def score_run(
 ) -> dict:
     """Score `state` on the test split beside the recipe's baselines; written to scores.json and returned.
 
+    What the score has drawn goes to plots.json, for the report.
+
     `baselines` None: those that scores.json has are kept where nothing they depend on has changed (data, recipe,
     config, step, this package, what the score left in the work folder), and made anew else.
     """
@@ -42,6 +44,7 @@ def score_run(
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     if samples:
         files.write_json(run.samples / f"step-{step}.json", samples)
+    files.write_json(run.plots, record.pop("plots"))
     record["score"] |= shares(samples)
     record |= {"step": step, "seconds": time.perf_counter() - began}
     files.write_json(run.scores, record)
@@ -65,6 +68,7 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     other.prepare(progress)
     rivals = dict if baselines is False else lambda: _made(other, run, progress)
     record = _measured(other, trained.config, run, *parts, progress, rivals)
+    record.pop("plots")  # of the run's own score, in plots.json
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
     files.write_json(run.folder / "scores-on" / f"{place.name}.json", record)
     return record
