@@ -54,6 +54,14 @@ class Derived:
     source: str
 
 
+def few(number: int, noun: str, hint: str, size: str = "") -> list[str]:
+    """A remark for `Recipe.score` on how little it rests on, or none: thirty are few enough for luck to show."""
+    if number >= 30:
+        return []
+    of = f" of {size}" if size else ""
+    return [f"the score rests on {number} {noun}{'' if number == 1 else 's'}{of}: {hint}"]
+
+
 class Recipe:
     """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
 
@@ -61,6 +69,9 @@ class Recipe:
     # What the loss of one example depends on: itself; its microbatch, as with BatchNorm, so that the number of
     # microbatches is part of the maths and no plan chooses it; or the whole batch, which is then never split.
     couples: Literal["example", "microbatch", "global"] = "example"
+
+    unit = "targets"  # what one unit of `Loss.weight` is called in a rate: "tok", "bins", "images"
+    metric: tuple[str, Literal["min", "max"]] | None = None  # the headline of `score`, and which way is better
 
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
@@ -139,8 +150,10 @@ class Recipe:
     def score(self, predict: Callable[[dict], Any], split: str, key, workdir: Path, progress: Callable) -> dict:
         """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays, returns numpy.
 
-        `split` is "test" (the full answer, at the end). The first key of the result is the headline number; the keys
-        "tables" (list of {"title", "columns", "rows"}) and "notes" (list of str) are shown by the report.
+        `split` is "test" (the full answer, at the end). The first key of the result is the headline number. These keys
+        are shown by the report: "tables", a list of {"title": str, "columns": [str], "rows": [[cell]]}; "plots", a list
+        of {"title", "x_label", "y_label", "series": {name: (x, y)}} with equally long lists of numbers; "notes" and
+        "remarks", lists of str: how it was measured, and what a reader should be warned of (printed, too).
         """
         raise NotImplementedError
 

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 from aurora_train import facts
 from aurora_train.errors import UserError
 from aurora_train.files import make_folder, read_json, write_atomically, write_json
+
+_ATTEMPTS = 6  # to take a lock that somebody looks at
 
 
 def default_folder(name: str, config_hash: str) -> Path:
@@ -36,6 +39,7 @@ class Run:
     metrics_set_aside = property(lambda self: self.folder / "metrics.set-aside.jsonl")
     events = property(lambda self: self.folder / "events.jsonl")
     scores = property(lambda self: self.folder / "scores.json")
+    plots = property(lambda self: self.folder / "plots.json")
     code = property(lambda self: self.folder / "code")
     facts = property(lambda self: self.folder / "facts")
     checkpoints = property(lambda self: self.folder / "checkpoints")
@@ -43,6 +47,7 @@ class Run:
     samples = property(lambda self: self.folder / "samples")
     report = property(lambda self: self.folder / "report.html")
     workdir = property(lambda self: self.folder / "work")
+    wandb_id = property(lambda self: self.folder / "wandb.id")
 
     follows = False  # whether another process writes this run's record
 
@@ -58,29 +63,57 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Make the folder and hold it for this process. The kernel drops the lock when the process dies."""
+        """Make the folder and hold it for this process. The kernel drops the lock when the process dies.
+
+        A folder that was made here is removed again where what follows fails before the first step.
+        """
+        made = _missing(self.folder)
         try:
-            make_folder(self.folder)
-            handle = open(self.folder / ".lock", "a+")
+            with self._locked():
+                try:
+                    yield
+                except BaseException:
+                    if made and not self.has_begun():
+                        shutil.rmtree(self.folder, ignore_errors=True)
+                    raise
+                if made and os.listdir(self.folder) == [".lock"]:  # stopped before there was anything to keep
+                    (self.folder / ".lock").unlink()
+        finally:
+            _remove_empty(made)
+
+    def _locked(self):
+        """The lock file, open, locked, and signed. UserError where another process holds it or it is not writable."""
+        try:
+            for attempt in range(_ATTEMPTS):
+                make_folder(self.folder)
+                handle = open(self.folder / ".lock", "a+")
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_same_file(handle, self.folder / ".lock"):
+                        handle.truncate(0)
+                        os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+                        return handle
+                except BlockingIOError:  # perhaps only by somebody who looks whether it is held (`is_held`)
+                    time.sleep(0.01 * attempt)
+                handle.close()
         except OSError as error:
             raise self._unwritable(error) from error
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                raise UserError(
-                    f"this run is being trained by {holder}",
-                    where=str(self.folder),
-                    hint="wait for it, stop it, or name another folder with --run",
-                ) from None
-            try:
-                handle.truncate(0)
-                os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
-            except OSError as error:
-                raise self._unwritable(error) from error
-            yield
+        raise UserError(
+            f"this run is being trained by {self.holder().strip() or 'another process'}",
+            where=str(self.folder),
+            hint="wait for it, stop it, or name another folder with --run",
+        )
+
+    def is_held(self) -> bool:
+        """Whether a process is training this run now."""
+        try:
+            with open(self.folder / ".lock") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # never held, or not ours to read
+            return False
+        return False
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
@@ -108,7 +141,7 @@ class Run:
 
     def has_begun(self) -> bool:
         """Whether a step was ever taken, as far as the disk knows."""
-        return self.metrics.exists() or self.checkpoints.is_dir() and self.step() > 0
+        return _has_bytes(self.metrics) or self.checkpoints.is_dir() and self.step() > 0
 
     def forget(self) -> None:
         """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""
@@ -137,6 +170,30 @@ class Run:
         with self.lock():
             self.folder.rename(target)
         return target
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something."""
+    with contextlib.suppress(OSError):
+        for path in folders:
+            if path.exists():
+                path.rmdir()
+
+
+def _is_same_file(handle, path: Path) -> bool:
+    """Whether a path still leads to an open file: whoever held it before may have removed it with its folder."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    return False
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 class FollowedRun(Run):

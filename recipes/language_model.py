@@ -15,8 +15,9 @@ from aurora_train.data.config import TextDataConfig, check_data
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
-from aurora_train.recipe import Derived, Loss
+from aurora_train.recipe import Derived, Loss, few
 from aurora_train.recipe import Recipe as Base
+from aurora_train.units import size
 
 
 class Scoring(Section):
@@ -47,6 +48,8 @@ class Recipe(Base):
     """One decoder, next-token cross-entropy, bits per byte."""
 
     Config = Config
+    unit, metric = "tok", ("bits_per_byte", "min")
+
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
         size = (given.get("model") or {}).get("size")
@@ -124,9 +127,6 @@ class Recipe(Base):
         hidden = model(batch["tokens"], batch["segments"], batch["positions"])
         return model.token_nll(hidden, batch["targets"])
 
-    def remarks(self, model) -> list[str]:
-        return [f"attention: {model.attention.name} ({model.attention.reason})"]
-
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
         model = self.config.model
@@ -164,6 +164,7 @@ class Recipe(Base):
             "documents": len(documents),
             "bytes": int(sizes.sum()),
             "bytes_per_token": float(sizes.sum() / tokens),
+            "remarks": few(len(documents), "document", "raise data.holdout_test", size(sizes.sum())),
             "notes": [
                 f"{len(documents)} whole documents held out by a hash of their path; windows of {sequence} tokens, "
                 f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"

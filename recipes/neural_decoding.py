@@ -15,7 +15,7 @@ import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
-from aurora_train.recipe import Loss, Recipe
+from aurora_train.recipe import Loss, Recipe, few
 
 SIMULATED = "simulated"
 INPUT_SITE = 0xD  # tells the mask of dropped spikes from the masks inside the model
@@ -58,6 +58,7 @@ class NeuralDecoding(Recipe):
     """Spikes to velocity. Batches: spikes uint16[B, T, U], velocity float32[B, T, D] standardised, weights [B, T]."""
 
     Config = Config
+    unit, metric = "bins", ("r2", "max")
 
     @classmethod
     def check(cls, config) -> None:
@@ -159,6 +160,8 @@ class NeuralDecoding(Recipe):
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         """R2 over all bins of the split's trials, and how long one bin takes to decode (milliseconds)."""
+        from aurora_train.data.spikes import velocity_plots
+
         windows = self.data(split)
         decoded = decode(predict, windows, progress)
         facts = windows.describe()
@@ -168,7 +171,11 @@ class NeuralDecoding(Recipe):
         ]
         if self.config.data.source == SIMULATED:
             notes.append("The session is simulated; only a recording tells what a decoder is worth.")
-        return _scores(windows.trials.velocity, decoded) | latency(predict, windows, progress) | {"notes": notes}
+        shown = {
+            "notes": notes, "plots": velocity_plots(windows.trials, decoded),
+            "remarks": few(facts["trials"], "trial", "raise data.held_out"),
+        }  # fmt: skip
+        return _scores(windows.trials.velocity, decoded) | latency(predict, windows, progress) | shown
 
     def baselines(self, workdir, progress) -> dict:
         """R2 of ridge with the decoder's history, its penalty chosen on validation trials, and of a Wiener filter."""

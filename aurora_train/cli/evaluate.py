@@ -21,7 +21,10 @@ def command(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Score with this recipe file; else the run's own.")
     ] = None,
-    baselines: Annotated[bool, typer.Option(help="Score the recipe's simple rivals too.")] = True,
+    baselines: Annotated[
+        bool | None,
+        typer.Option(help="Score the recipe's simple rivals too; by default those of before, where nothing changed."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
@@ -36,12 +39,10 @@ def command(
     with preparation(quiet=quiet) as progress:
         trained = load(run, step, recipe=recipe, progress=progress)
         say_changed_code(Run(run), trained.config, "evaluate")
-        from aurora_train.train.score import score_loaded
+        from aurora_train.train.score import score_loaded, told
 
         record = score_loaded(trained, progress, on=on, baselines=baselines)
     if json:
         print_json(record)
         return
-    print(f"step {trained.step}")
-    for name, value in {**record["score"], **record["baselines"]}.items():
-        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    print("\n".join([f"step {trained.step}", *told(record)]))

@@ -30,7 +30,7 @@ _INTERRUPTED = 130  # 128 and SIGINT
 
 VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
-    "schema", "inspect", "inspect-batch", "profile", "doctor",
+    "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
 )
 
 _STEPPING = ("train", "resume", "profile", "evaluate")  # what runs compiled steps for long

@@ -58,9 +58,12 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     """Train a config in a run folder and print how it ended; the exit status."""
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
+    from aurora_train.train.intent import warnings
 
-    if processes.agreed(lambda: _was_finished(config, run, json, replan)):
+    if processes.agreed(lambda: _was_finished(config, run, json, replan, changes)):
         return 0
+    for line in warnings(changes):
+        print(f"changed {line}", file=sys.stderr)
     prepare_environment(config)
     from aurora_train.train.start import train
 
@@ -70,7 +73,7 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
 
 
-def _was_finished(config, run, json: bool, replan: bool) -> bool:
+def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
     """Whether there is nothing left to do; then what came out of it is shown again."""
     from aurora_train.checkpoint.audit import newest_fault
 
@@ -82,6 +85,10 @@ def _was_finished(config, run, json: bool, replan: bool) -> bool:
         return False
     if replan:
         print("this run is finished: there is nothing left to plan", file=sys.stderr)
+    if changes:
+        keys = ", ".join(key for key, *_ in changes)
+        print(f"this run is finished: nothing is left to do, so these keys were not changed: {keys}\n"
+              f"  aurora resume {run.folder} train.steps=N goes on with it", file=sys.stderr)  # fmt: skip
     if not run.report.exists():
         from aurora_train.observe.report import write_report
 
@@ -115,5 +122,7 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
             for rival, value in scores["baselines"].items():
                 if isinstance(value, (int, float)):
                     print(f"  {rival} {value:.4f}")
+            for remark in scores.get("remarks", []):
+                print(f"note: {remark}")
         print(f"report: {run.report}")
     return status

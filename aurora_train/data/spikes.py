@@ -207,6 +207,26 @@ class Windows:
         }
 
 
+def velocity_plots(trials: Trials, decoded: np.ndarray, most_bins: int = 400) -> list[dict]:
+    """The true and the `decoded` velocity, float64[N, D], over the first trials of about `most_bins`, an axis a plot.
+
+    For the "plots" of a recipe's score; unmeasured bins are None.
+    """
+    whole = int(np.searchsorted(trials.offsets, most_bins, side="right")) - 1
+    stop = int(trials.offsets[max(whole, 1)])
+    times = [round(float(t), 4) for t in np.arange(stop) * trials.bin_s]
+    plots = []
+    for axis in range(trials.velocity.shape[1]):
+        lines = {"true": trials.velocity[:stop, axis], "decoded": decoded[:stop, axis]}
+        plots.append({
+            "title": f"Velocity {'xyz'[axis] if axis < 3 else axis}, decoded and true, held-out trials end to end",
+            "x_label": "seconds", "y_label": trials.unit,
+            "series": {name: (times, [float(f"{v:.4g}") if np.isfinite(v) else None for v in values])
+                       for name, values in lines.items()},
+        })  # fmt: skip
+    return plots
+
+
 def lagged(spikes: np.ndarray, offsets: np.ndarray, lags: int) -> np.ndarray:
     """Each bin's last `lags` bins of `spikes` float[N, U], newest first: float[N, lags * U]; 0 before a trial starts.
 

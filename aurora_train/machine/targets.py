@@ -124,7 +124,7 @@ _CHIPS: dict[str, _Chip] = {
 
 # CUDA's free memory on a DGX Spark never rose above about 102 GiB of the 121.7 GiB that Linux sees, whatever was
 # idle (users' reports); 7 GiB of that stay with the processor's side of the trainer: Python, data, page cache.
-_SPARK_BUDGET = 95 * _GIB
+_SPARK_SEEN, _SPARK_BUDGET = 102 * _GIB, 95 * _GIB
 
 
 def find_machine(name: str) -> Target:
@@ -173,8 +173,8 @@ def _target(name: str, row: KnownMachine) -> Target:
     if row.unified:
         budget = _SPARK_BUDGET
         reason = (
-            "95 of the 102 GiB near which CUDA's free memory ends there: memory is shared, and the rest is kept for "
-            "the processor's side"
+            f"CUDA can get about {size(_SPARK_SEEN)} of the memory that it shares with the processor, and "
+            f"{size(_SPARK_SEEN - budget)} of that are left for Python, the data and the page cache"
         )
     else:
         budget = int(DISCRETE_FRACTION * chip.sees)

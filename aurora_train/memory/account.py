@@ -63,10 +63,14 @@ def arguments(program, blueprint) -> dict[str, int]:
     return out
 
 
-def levers(program, blueprint, plan=None) -> list[dict]:
+_BFLOAT16 = "train.precision=bfloat16"
+
+
+def levers(program, blueprint, plan=None, activations: int | None = None) -> list[dict]:
     """Settings that would save memory and are not used, biggest first; none is the planner's to pull.
 
-    Under a plan, or, where None, at its smallest: one example at a time.
+    Under a plan, or, where None, at its smallest: one example at a time. `activations`: bytes of them at the peak, where
+    known; else what layers are given stands for them. bfloat16 comes before all others: it makes a step faster, too.
     """
     config = program.config
     count = sum(leaf.size for leaf in jax.tree.leaves(blueprint.state.params)) // program.mesh.shape["fsdp"]
@@ -99,12 +103,13 @@ def levers(program, blueprint, plan=None) -> list[dict]:
         saves = tree_bytes(kernels) - sum(leaf.size for leaf in kernels) * 4.25 / 8
         if all(leaf.shape[1] % NF4_BLOCK == 0 for leaf in kernels):
             add("a frozen base of 4 bits", "model.lora.base=nf4", saves / program.mesh.shape["fsdp"])
-    memory = config.memory
+    memory, local = config.memory, plan.microbatch // program.mesh.devices.size if plan else 1
+    inputs = local * sum(call[0].num_units * tree_bytes(call[1]) for call in program.stack_calls().values())
     if program.apart and memory.offload == "none" and memory.save != "all" and not memory.fuse_update:
-        local = plan.microbatch // program.mesh.devices.size if plan else 1
-        inputs = sum(call[0].num_units * tree_bytes(call[1]) for call in program.stack_calls().values())
-        add("what layers are given, on the host", "memory.offload=[unit_input]", local * inputs)
-    return sorted(found, key=lambda lever: -lever["saves_bytes"])
+        add("what layers are given, on the host", "memory.offload=[unit_input]", inputs)
+    if program.platform != "cpu" and config.train.dtype == "float32":
+        add("bfloat16 compute", _BFLOAT16, max((activations or inputs) // 2, 1))
+    return sorted(found, key=lambda lever: (lever["setting"] != _BFLOAT16, -lever["saves_bytes"]))
 
 
 def essentials(planner, plan, simulated, cost: Candidate) -> dict:
@@ -114,20 +119,36 @@ def essentials(planner, plan, simulated, cost: Candidate) -> dict:
     timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
     with program.here():
         operations = ops.chosen()
+    at_peak = next((moment["bytes"] for moment in timeline if moment["phase"] == peak_at), {})
+    activations = at_peak.get("saved", 0) + at_peak.get("workspace", 0)
     return {
         "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
-        "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
+        "by_cause": at_peak,
         "peak_at": peak_at,
         "timeline": timeline,
-        "levers": levers(program, blueprint, plan),
+        "levers": [_with_speed(lever, planner.rates) for lever in levers(program, blueprint, plan, activations)],
         "host_bytes": cost.host,
         "time": _time(planner, cost, blueprint),
         "checkpoint": _checkpoint(program, blueprint),
-        "attention": getattr(getattr(program.model(), "attention", None), "name", None),
+        "attention": _attention(program.model()),
         "operations": operations,
         "not_verified": _not_verified(planner),
         "compiles": planner.compiles,
     }
+
+
+def _with_speed(lever: dict, rates) -> dict:
+    """bfloat16 with how many times as fast products are, where both rates of the machine are known."""
+    if lever["setting"] != _BFLOAT16 or rates is None or not {"bfloat16", "float32"} <= rates.matmul.keys():
+        return lever
+    return {**lever, "faster": round(rates.matmul["bfloat16"] / rates.matmul["float32"], 1)}
+
+
+def _attention(model) -> str | None:
+    """Which kernel the model's attention takes, and why; None for a model without attention of ours."""
+    chosen = getattr(model, "attention", None)
+    name, reason = getattr(chosen, "name", None), getattr(chosen, "reason", None)
+    return f"{name} ({reason})" if name and reason else name
 
 
 def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> dict:

@@ -349,7 +349,7 @@ class Planner:
         how = "compiled" if compiled is not None else "not compiled"
         needed = compiled if compiled is not None else self.simulate(self.plan_of(chosen)).bytes
         limit = f" of {size(self.budget)}" if self.budget is not None else ""
-        return f"the fastest that fits: {size(needed)}{limit} ({how}); {self.budget_reason}"
+        return f"the fastest that fits: {size(needed)}{limit} ({how}); budget: {self.budget_reason}"
 
 
 def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:

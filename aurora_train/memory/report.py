@@ -28,6 +28,8 @@ CAUSES = {  # in the order they are shown and stacked
     "workspace": "workspace",
 }
 _LEVERS_SHOWN = 5
+_SHORT_STEP_S = 0.02  # a step starts some thousand kernels, at a few microseconds each
+WORTH_TELLING = 1_000_000_000  # bytes on a CPU
 
 
 def one_line(plan: Plan) -> str:
@@ -35,10 +37,18 @@ def one_line(plan: Plan) -> str:
     return f"plan: {verdict(plan)}"
 
 
+def says_something(plan: Plan) -> bool:
+    """Whether the plan's bytes are worth a line: a small run on a CPU takes what Python and the compiler take."""
+    held = [plan.predicted_bytes, plan.compiled_bytes, plan.measured_bytes]
+    return plan.platform != "cpu" or any(one is not None and one >= WORTH_TELLING for one in held)
+
+
 def side_by_side(plan: Plan) -> str:
     """Predicted, compiled and measured bytes in one line, the last two beside their difference from the prediction."""
     told = [f"predicted {amount(plan.predicted_bytes)}" if plan.predicted_bytes else "not predicted"]
     for name, held in (("compiled", plan.compiled_bytes), ("measured", plan.measured_bytes)):
+        if name == "measured" and plan.platform == "cpu" and (held or 0) < WORTH_TELLING:
+            continue  # Python and its libraries, mostly
         apart = difference(held, plan.predicted_bytes)
         told.append(f"{name} {amount(held)}{f' ({apart})' if apart else ''}" if held else f"not {name}")
     beside = plan.measured_bytes and plan.compiled_bytes and plan.measured_bytes > plan.compiled_bytes
@@ -269,7 +279,8 @@ def _show_levers(levers: list[dict], console) -> None:
         return
     table = _table("levers not pulled", "saves", "setting", left=(0, 2))
     for lever in levers[:_LEVERS_SHOWN]:
-        table.add_row(lever["name"], amount(lever.get("saves_bytes")), lever.get("setting") or "")
+        faster = f", products {lever['faster']:.0f} x as fast" if lever.get("faster", 1) > 1 else ""
+        table.add_row(lever["name"] + faster, amount(lever.get("saves_bytes")), lever.get("setting") or "")
     console.print()
     console.print(table)
 
@@ -303,7 +314,11 @@ def time_lines(plan: Plan) -> list[str]:
     mark = _RATES.get(time.get("rates"), time.get("rates") or "rates of unknown origin")
     source = f": {time['source']}" if time.get("source") else ""
     least = "at least " if time.get("rates") == "bound" else ""
-    return [*lines, f"time: {least}{', '.join(told)} ({mark}{source})"]
+    lines.append(f"time: {least}{', '.join(told)} ({mark}{source})")
+    if plan.platform == "gpu":
+        much = ", which is most of a step this short" if (time.get("step_seconds") or 1) < _SHORT_STEP_S else ""
+        lines.append(f"not in it: the time to start each kernel{much}; saves and evaluations")
+    return lines
 
 
 def _disk(plan: Plan) -> list[str]:

@@ -80,9 +80,3 @@ def chosen() -> dict[str, dict]:
     """{"form", "how", "asked"} of every operation but attention, whose kernel its shape decides too."""
     asked, found = dict(_asked.value), {name: form(name) for name in OPERATIONS if name != "attention"}
     return {n: {"form": f, "how": OPERATIONS[n].forms[f], "asked": n in asked} for n, f in found.items()}
-
-
-def one_line() -> str:
-    """What `aurora train` prints at its start."""
-    told = [f"{name} {one['form']}{' (asked for)' if one['asked'] else ''}" for name, one in chosen().items()]
-    return f"operations: {', '.join(told)}"

@@ -11,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
+import time
+import uuid
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -185,6 +188,27 @@ def read(path: str | os.PathLike) -> list[dict]:
     return records
 
 
+def newest(path: str | os.PathLike, key: str, value: Any = None) -> dict | None:
+    """The last record that has `key` (with this value, where one is given), read from the file's end: logs grow long.
+
+    None where there is none, or no such file. A torn or unreadable line is passed over.
+    """
+    word = json.dumps(key if value is None else value).encode()
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while (hit := content.rfind(word, 0, end)) >= 0:
+                start = content.rfind(b"\n", 0, hit) + 1
+                with contextlib.suppress(ValueError):
+                    record = decode(content[start : content.find(b"\n", hit) + 1])
+                    if key in record and value in (None, record[key]):
+                        return record
+                end = start
+    except (FileNotFoundError, ValueError):  # mmap refuses an empty file
+        pass
+    return None
+
+
 def set_aside(path: str | os.PathLike, after_step: int, aside_path: str | os.PathLike) -> int:
     """Move the records later than `after_step` to `aside_path`; return how many lines were moved.
 
@@ -292,14 +316,16 @@ def _damaged(path, number: int) -> UserError:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard in `folder`. After a resume, `after_step` purges what was logged beyond it."""
+    """Scalars for TensorBoard in `folder`. Whatever an earlier life logged after `after_step` is purged from its view."""
 
     def __init__(self, folder: str | os.PathLike, after_step: int = 0):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise MissingExtra("tensorboardX", "tensorboard", "`log.sinks: [tensorboard]`") from error
-        self._writer = SummaryWriter(os.fspath(folder), purge_step=after_step + 1 if after_step else None)
+        # Its files are named by the second: without the suffix a second life of the same second would replace the first.
+        suffix = f".{time.time_ns()}"
+        self._writer = SummaryWriter(os.fspath(folder), purge_step=after_step + 1, filename_suffix=suffix)
 
     def write(self, record: dict) -> None:
         for name, value in scalars(record).items():
@@ -310,15 +336,22 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases. Offline unless `online`: nothing leaves the machine, `wandb sync` can send it later."""
+    """Weights & Biases. Offline unless `online`: nothing leaves the machine, `wandb sync` can send it later.
 
-    def __init__(self, folder: str | os.PathLike, name: str, config: dict, online: bool = False):
+    Every life of a run goes on with one wandb run, whose id is kept in the file `identity`.
+    """
+
+    def __init__(self, folder: Path, identity: Path, name: str, config: dict, online: bool = False):
         try:
             import wandb
         except ImportError as error:
             raise MissingExtra("wandb", "wandb", "`log.sinks: [wandb]`") from error
-        mode = "online" if online else "offline"
-        self._run = wandb.init(project="aurora_train", name=name, dir=os.fspath(folder), config=config, mode=mode)
+        if not identity.exists():
+            write_atomically(identity, uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project="aurora_train", name=name, dir=os.fspath(folder), config=config,
+            mode="online" if online else "offline", id=identity.read_text().strip(), resume="allow",
+        )  # fmt: skip
 
     def write(self, record: dict) -> None:
         self._run.log(scalars(record), step=record.get("step"))

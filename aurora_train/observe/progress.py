@@ -20,6 +20,7 @@ from aurora_train.units import count, duration, percent, size
 
 _BAR_CELLS = 16
 _REFRESH_PER_SECOND = 4
+_WORTH_SHOWING = 1_000_000_000  # bytes: less is Python and its libraries
 
 
 class _OutlivedConsole(Console):
@@ -116,7 +117,7 @@ class Progress(_Display):
         total_steps: the step at which the run ends.
         console: where to; stderr unless given.
         quiet: show nothing but what `error`-like callers print themselves.
-        unit: what a target is called in the rate ("tok", "bin").
+        unit: what targets are called in the rate ("tok", "bins"); see `Recipe.unit`.
         plain_every_s: off a terminal, seconds between lines (log steps may come every fifth of it).
     """
 
@@ -126,7 +127,7 @@ class Progress(_Display):
         console: Console | None = None,
         *,
         quiet: bool = False,
-        unit: str = "tok",
+        unit: str = "targets",
         plain_every_s: float = 10.0,
     ):
         self._total_steps, self._unit = total_steps, unit
@@ -187,11 +188,11 @@ class Progress(_Display):
             parts.append(f"loss {record['loss']:.4f}")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{count(record['tokens_per_s'])} {self._unit}/s")
-        if "mfu" in record:
+        if record.get("mfu") is not None:
             parts.append(f"MFU {percent(record['mfu'])}")
         if record.get("data_wait") is not None:
             parts.append(f"data wait {percent(record['data_wait'])}")
-        if record.get("memory_bytes") is not None:
+        if (record.get("memory_bytes") or 0) >= _WORTH_SHOWING:
             parts.append(size(record["memory_bytes"]))
         if step < self._total_steps and self._left.seconds() is not None:
             parts.append(f"{duration(self._left.seconds())} left")

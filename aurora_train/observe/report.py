@@ -1,7 +1,7 @@
 """`report.html`: one file that shows what a run did, drawn only from what the run folder has saved.
 
 It opens without a network and without scripts, and the same saved files give the same bytes. A part whose file is
-missing says "not recorded"; nothing is guessed.
+missing says "not recorded", but for samples, which many recipes make none of; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aurora_train.observe.report_plots import bars, curve
 from aurora_train.run import Run
 from aurora_train.units import count, duration, percent, size
 
-_SAMPLES_SHOWN, _EVENTS_SHOWN = 4, 30
+_SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
 
 
 def write_report(run_folder) -> Path:
@@ -47,8 +47,9 @@ def write_report(run_folder) -> Path:
     body = "".join(
         (
             _head(run, config, steps, evaluations, events, scores),
-            _score(scores),
             _curves(steps, evaluations),
+            _score(scores),
+            _plots(_json(run.plots)),
             _samples(run.samples),
             section("Data", facts(provenance["data"]) if provenance and provenance.get("data") else ""),
             section("Config", f"<pre>{escape(config_text)}</pre>"),
@@ -100,7 +101,8 @@ def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
     if scores:
         shown.append((words(scores["headline"]), number(scores["score"].get(scores["headline"]))))
     if steps:
-        shown.append(("training loss, last step", f"{steps[-1]['loss']:.4f}"))
+        loss, over = recent_loss(steps) or (steps[-1]["loss"], 1)
+        shown.append((f"training loss, mean of the last {over} steps" if over > 1 else "training loss", f"{loss:.4f}"))
     losses = [record["evaluation"]["loss"] for record in evaluations if "loss" in record["evaluation"]]
     if losses:
         shown.append(("best validation loss", f"{min(losses):.4f}"))
@@ -110,14 +112,15 @@ def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
     if rates:
         shown.append(("targets per second, median", count(median(rates))))
         shares = [record["mfu"] for record in steps if record.get("mfu") is not None]
-        shown.append(("MFU, median", percent(median(shares)) if shares else "n/a"))
+        if shares:
+            shown.append(("MFU, median", percent(median(shares))))
         done = [record["hfu"] for record in steps if record.get("hfu") is not None]
         if done:
             shown.append(("HFU (recomputation counted), median", percent(median(done))))
     memory = [record["memory_bytes"] for record in steps if record.get("memory_bytes")]
     if memory:
         shown.append(("memory, highest", size(max(memory))))
-    shown.append(("training time", duration(_seconds(steps))))
+    shown.append(("training time", duration(training_seconds(steps))))
     joules = [event["energy_joules"] for event in events if event.get("energy_joules") is not None]
     shown.append(("energy", f"{sum(joules) / 3.6e6:.3g} kWh" if joules else "not measured"))
     skipped = sum(bool(record.get("skipped")) for record in steps)
@@ -126,8 +129,16 @@ def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
     return shown
 
 
-def _seconds(steps) -> float | None:
-    """`seconds` counts from the first step of a process: add up the last of each life."""
+def recent_loss(steps: list[dict]) -> tuple[float, int] | None:
+    """(mean, number of steps) of the finite losses of the last twentieth of the steps, ten at least: one is noise."""
+    last = [record["loss"] for record in steps[-max(len(steps) // 20, 10) :] if np.isfinite(record["loss"])]
+    return (float(np.mean(last)), len(last)) if last else None
+
+
+def training_seconds(steps) -> float | None:
+    """Seconds that a run's steps took, as far as they are on record.
+
+    `seconds` counts from the first step of a process: add up the last of each life."""
     total, before = 0.0, 0.0
     known = [record["seconds"] for record in steps if record.get("seconds") is not None]
     for seconds in known:
@@ -149,6 +160,7 @@ def _score(scores) -> str:
     rows += [(words(name), value, False) for name, value in rivals.items() if value is not None]
     rows = [row for row in rows if isinstance(row[1], (int, float)) and np.isfinite(row[1])]
     parts = [f"<p>{escape(words(headline))} on held-out data, after step {number(scores.get('step'))}.</p>\n"]
+    parts += [f"<p><b>{escape(remark)}</b></p>\n" for remark in scores.get("remarks") or []]
     if rows:
         rows.sort(key=lambda row: row[1])
         ours = next((i for i, row in enumerate(rows) if row[2]), None)
@@ -157,16 +169,30 @@ def _score(scores) -> str:
         parts.append("</figure><div>")
         parts.append(table(["", words(headline)], [[name, float(value)] for name, value, _ in rows], ours))
         parts.append("</div></div>\n")
-    parts += [f"<p>{escape(note)}</p>\n" for note in scores.get("notes") or []]
+    made = scores.get("baselines_made") or {}
+    parts += [f"<p>{escape(note)}</p>\n" for note in [*(scores.get("notes") or []), *(made.get("notes") or [])]]
     others = {words(k): v for k, v in flatten(scores["score"]) if k != headline}
     if others:
         parts += ["<h3>Also measured</h3>\n", facts(others)]
     unlike = {words(name): value for name, value in (scores.get("baselines") or {}).items() if rivals[name] is None}
     if unlike:
         parts += ["<h3>Baselines in other measures</h3>\n", facts(unlike)]
-    for extra in scores.get("tables") or []:
-        parts += [f"<h3>{escape(extra.get('title', ''))}</h3>\n", table(extra["columns"], extra["rows"])]
+    for extra in [*(scores.get("tables") or []), *(made.get("tables") or [])]:
+        whole, rows = table(extra["columns"], extra["rows"]), extra["rows"]
+        shown = whole if len(rows) <= _ROWS_SHOWN else folded(f"{len(rows)} rows", whole)
+        parts += [f"<h3>{escape(extra.get('title', ''))}</h3>\n", shown]
     return section("Score", *parts)
+
+
+def _plots(plots) -> str:
+    """What the recipe's score has drawn (`Recipe.score`, "plots")."""
+    drawn = []
+    for index, plot in enumerate(plots or []):
+        lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
+        labels = {"ylabel": plot.get("y_label", ""), "xlabel": plot.get("x_label", "")}
+        drawing = curve(f"plot-{index}", lines, wide=True, **labels)
+        drawn.append(f'<figure class="wide"><h3>{escape(plot.get("title", ""))}</h3>{drawing}</figure>')
+    return section("What it did", f'<div class="figures">{"".join(drawn)}</div>\n') if drawn else ""
 
 
 def _rival(value, headline: str):
@@ -179,7 +205,8 @@ def _rival(value, headline: str):
 # ---- curves
 
 
-def _series(records, name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values), float64[N] each, of the records that have a number of this name."""
     pairs = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
     array = np.array(pairs, dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
@@ -188,10 +215,10 @@ def _series(records, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _curves(steps, evaluations) -> str:
     if not steps:
         return section("Training")
-    losses = [("training", *_series(steps, "loss"))]
+    losses = [("training", *series(steps, "loss"))]
     validation = [{"step": record["step"], **record["evaluation"]} for record in evaluations]
-    if len(_series(validation, "loss")[0]):
-        losses.append(("validation", *_series(validation, "loss")))
+    if len(series(validation, "loss")[0]):
+        losses.append(("validation", *series(validation, "loss")))
     figures = [f'<figure class="wide">{curve("loss", losses, "loss", smooth=True, wide=True)}</figure>']
     for name, label in (
         ("lr", "learning rate"),
@@ -199,7 +226,7 @@ def _curves(steps, evaluations) -> str:
         ("tokens_per_s", "targets per second"),
         ("memory_bytes", "memory, bytes"),
     ):
-        x, y = _series(steps, name)
+        x, y = series(steps, name)
         if np.isfinite(y).sum() > 1:
             absolute = name in ("tokens_per_s", "memory_bytes")
             drawing = curve(name, [(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
@@ -217,7 +244,7 @@ def _curves(steps, evaluations) -> str:
 def _samples(folder: Path) -> str:
     files = sorted(folder.glob("*.json"), key=_step_of)
     if not files:
-        return section("Samples")
+        return ""
     parts = []
     for position, path in enumerate(reversed(files)):
         samples = _json(path)

@@ -27,18 +27,24 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
     parts += _stacks(plan.get("stacks") or {})
     parts += [f'<p class="soft">Not verified: {escape(one)}.</p>\n' for one in details.get("not_verified") or []]
     rest = {name: value for name, value in plan.items() if name not in ("details", "stacks", "reason")}
-    parts.append(folded("the plan as it is pinned", facts({**rest, "mesh": pinned.get("mesh")})))
+    forms = {name: one["form"] for name, one in (details.get("operations") or {}).items()}
+    rest |= {"mesh": pinned.get("mesh"), "attention": details.get("attention"), "operations": forms}
+    parts.append(folded("the plan as it is pinned", facts(rest)))
     return section("Memory", *parts)
 
 
 def _figures(plan: dict, steps: list[dict]) -> str:
-    from aurora_train.memory.report import amount, difference
+    from aurora_train.memory.report import WORTH_TELLING, amount, difference
 
     predicted = plan.get("predicted_bytes")
     recorded = [record["memory_bytes"] for record in steps if record.get("memory_bytes")]
     measured = plan.get("measured_bytes") or max(recorded, default=None)
     rows = [["predicted", amount(predicted), ""]]
+    if plan.get("platform") == "cpu" and (measured or 0) < WORTH_TELLING:
+        measured = None  # Python and its libraries, mostly
     for name, held in (("compiled", plan.get("compiled_bytes")), ("measured", measured)):
+        if held is None and name == "measured":
+            continue
         rows.append([name, amount(held), difference(held, predicted)])
     if plan.get("budget_bytes"):
         rows.append(["budget", amount(plan["budget_bytes"]), ""])

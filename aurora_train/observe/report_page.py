@@ -12,9 +12,11 @@ from aurora_train.units import count
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --soft: #5b6470; --line: #dfe3e8;
-  --main: #0b6bcb; --second: #c2410c; --faint: #b9c6d4; }
+  --main: #0b6bcb; --second: #c2410c; --faint: #b9c6d4; --series-3: #2e8b57; --series-4: #7c4dbe;
+  --series-5: #0f8b8d; --series-6: #c2255c; --series-7: #8a7a00; --series-8: #6b4f3a; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1d2125; --ink: #e6e8ea; --soft: #9aa3ad;
-  --line: #343a41; --main: #5aa9f5; --second: #f2945a; --faint: #4a5663; } }
+  --line: #343a41; --main: #5aa9f5; --second: #f2945a; --faint: #4a5663; --series-3: #6bcf8f; --series-4: #b794f6;
+  --series-5: #4fd1c5; --series-6: #f783ac; --series-7: #d4c13c; --series-8: #c9a58b; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }

@@ -13,8 +13,9 @@ from html import escape
 import numpy as np
 
 INK, GRID, MAIN, SECOND, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_CSS = {INK: "var(--ink)", GRID: "var(--line)", FAINT: "var(--faint)"}
-_CSS |= {MAIN: "var(--main)", SECOND: "var(--second)"}
+SERIES = (MAIN, SECOND, "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
+_CSS = {INK: "var(--ink)", GRID: "var(--line)", FAINT: "var(--faint)", MAIN: "var(--main)", SECOND: "var(--second)"}
+_CSS |= {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES[2:], 3)}
 _ON_PAPER = {INK: "#1b1f24", GRID: "#dfe3e8", FAINT: "#b9c6d4", MAIN: "#0b6bcb", SECOND: "#c2410c"}
 _POINTS = 500  # a curve of more points is drawn as means over equal spans of steps
 
@@ -24,6 +25,7 @@ def curve(
     series: list[tuple[str, np.ndarray, np.ndarray]],
     ylabel: str,
     *,
+    xlabel: str = "step",
     smooth: bool = False,
     wide: bool = False,
     from_zero: bool = False,
@@ -32,21 +34,21 @@ def curve(
     figure, axes = drawing(10.0, 3.6) if wide else drawing(5.6, 2.8)
     for index, (label, steps, values) in enumerate(series):
         steps, values = thin(steps, values)
-        colour = (MAIN, SECOND)[index % 2]
         if index == 0 and smooth and len(values) > 20:
             axes.plot(steps, values, color=FAINT, linewidth=1)
             values = running_mean(values, max(len(values) // 40, 2))
-        marker = "o" if len(steps) <= 40 and index else None
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
+        style = {"color": SERIES[index % len(SERIES)], "linestyle": "-" if index < len(SERIES) else "--"}
+        marker = "o" if len(steps) <= 40 and (index or not smooth) else None
+        axes.plot(steps, values, linewidth=1.6, marker=marker, markersize=4, label=label, **style)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=INK)
-    axes.set_xlabel("step")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.yaxis.set_major_formatter(_engineering)
     axes.margins(x=0.01)
     if from_zero:
         axes.set_ylim(bottom=0)
-    return inline_svg(figure, name, f"{ylabel} by step")
+    return inline_svg(figure, name, f"{ylabel} by {xlabel}")
 
 
 def bars(name: str, rows: list[tuple[str, float, bool]], label: str) -> str:

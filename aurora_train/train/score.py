@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from aurora_train import files
+from aurora_train import run as runs
+from aurora_train.config import dump
 from aurora_train.nn.ops import asking
+from aurora_train.observe.metrics import now
 from aurora_train.random import stream
 from aurora_train.run import Run
 from aurora_train.train.session import refuse_other_data
 
-_SHOWN_APART = ("tables", "notes")
+_SHOWN_APART = ("tables", "notes", "plots", "remarks")
 
 
-def score_run(recipe, config, run, evaluator, state, step: int, progress, *, baselines: bool = True) -> dict:
-    """Score `state` on the test split beside the recipe's baselines; written to scores.json and returned."""
+def score_run(
+    recipe, config, run, evaluator, state, step: int, progress, *, baselines: bool | None = True
+) -> dict:
+    """Score `state` on the test split beside the recipe's baselines; written to scores.json and returned.
+
+    What the score has drawn goes to plots.json, for the report.
+
+    `baselines` None: those that scores.json has are kept where nothing they depend on has changed (data, recipe,
+    config, step, this package, what the score left in the work folder), and made anew else.
+    """
     began = time.perf_counter()
-    record = _measured(recipe, config, run, evaluator, state, progress, baselines)
+
+    def rivals() -> dict:
+        key, known = _depends_on(recipe, config, run, step), files.read_json(run.scores) or {}
+        made = known.get("baselines_made") or {}
+        if baselines is None and made.get("key") == key:
+            return {"baselines": known["baselines"], "baselines_made": {**made, "kept": True}}
+        return _made(recipe, run, progress, key)
+
+    record = _measured(recipe, config, run, evaluator, state, progress, rivals if baselines is not False else dict)
     with asking(config.train.forms.asked):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     if samples:
         files.write_json(run.samples / f"step-{step}.json", samples)
+    files.write_json(run.plots, record.pop("plots"))
     record["score"] |= shares(samples)
     record |= {"step": step, "seconds": time.perf_counter() - began}
     files.write_json(run.scores, record)
     return record
 
 
-def score_loaded(trained, progress, *, on: str | None = None, baselines: bool = True) -> dict:
+def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | None = None) -> dict:
     """Score a run that was loaded on its own test split, as `score_run`, or on all of the data at the path `on`.
 
     The score of other data is written to `scores-on/<its name>.json` in the run's folder. Raises UserError where the
@@ -43,25 +66,59 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool = 
     began, place = time.perf_counter(), Path(on).expanduser().absolute()
     other = recipe.on(str(place))
     other.prepare(progress)
-    record = _measured(other, trained.config, run, *parts, progress, baselines)
+    rivals = dict if baselines is False else lambda: _made(other, run, progress)
+    record = _measured(other, trained.config, run, *parts, progress, rivals)
+    record.pop("plots")  # of the run's own score, in plots.json
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
     files.write_json(run.folder / "scores-on" / f"{place.name}.json", record)
     return record
 
 
-def _measured(recipe, config, run, evaluator, state, progress, baselines: bool) -> dict:
+def _measured(recipe, config, run, evaluator, state, progress, rivals: Callable[[], dict]) -> dict:
     run.workdir.mkdir(exist_ok=True)
     key = stream(config.train.seed, "score")
     result = recipe.score(evaluator.predictor(state), "test", key, run.workdir, progress)
-    rivals = recipe.baselines(run.workdir, progress) if baselines else {}
+    headline = next(iter(result))
     return {
-        "headline": next(iter(result)),
-        "score": {k: v for k, v in result.items() if k not in _SHOWN_APART},
-        "baselines": {k: v for k, v in rivals.items() if k not in _SHOWN_APART},
-        "tables": result.get("tables", []) + rivals.get("tables", []),
-        "notes": result.get("notes", []) + rivals.get("notes", []),
+        "headline": headline,
+        "better": recipe.metric[1] if recipe.metric and recipe.metric[0] == headline else None,
+        "score": {name: value for name, value in result.items() if name not in _SHOWN_APART},
+        "baselines": {},
+        **{name: result.get(name, []) for name in _SHOWN_APART},
         "recipe_sha256": config.recipe_sha256,
+        **rivals(),
     }
+
+
+def _made(recipe, run, progress, key: str | None = None) -> dict:
+    """{"baselines": values by name, "baselines_made": {"key", "time", "kept", "tables", "notes"}}."""
+    made = recipe.baselines(run.workdir, progress)
+    apart = {name: made.get(name, []) for name in ("tables", "notes")}
+    return {
+        "baselines": {name: value for name, value in made.items() if name not in _SHOWN_APART},
+        "baselines_made": {"key": key, "time": now(), "kept": False, **apart},
+    }
+
+
+def _depends_on(recipe, config, run, step: int) -> str:
+    """sha256 hex over all that a recipe's baselines are made of."""
+    hasher = hashlib.sha256()
+    facts = [recipe.data("train").fingerprint, config.recipe_sha256, runs.code_hash(), dump(config), step]
+    hasher.update(json.dumps(facts).encode())
+    for path in sorted(path for path in run.workdir.rglob("*") if path.is_file()):
+        hasher.update(f"\0{path.relative_to(run.workdir)}\0".encode() + path.read_bytes())
+    return hasher.hexdigest()
+
+
+def told(record: dict) -> list[str]:
+    """A score as lines: its numbers, its baselines, since when those stand, and what to know of it."""
+    numbers = {**record["score"], **record["baselines"]}
+    lines = [f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()]
+    made = record.get("baselines_made", {})
+    if made.get("kept"):
+        when = made["time"][:16].replace("T", " ")
+        lines.append(f"baselines: kept from {when} UTC, nothing they depend on has changed; --baselines makes them anew")
+    return lines + [f"note: {remark}" for remark in record["remarks"]]
 
 
 def shares(samples: list[dict]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.machine import processes, profile
 from aurora_train.machine.memory import give_back_freed
-from aurora_train.memory.report import one_line, side_by_side
-from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
 from aurora_train.observe import metrics as logs
 from aurora_train.observe.energy import EnergyMeter
@@ -27,13 +25,14 @@ from aurora_train.observe.progress import Progress, preparation, stderr_console
 from aurora_train.observe.report import write_report
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train import preflight
+from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
-from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
+from aurora_train.train.session import Session, open_session
 from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
 from aurora_train.train.watchdog import Watchdog
 
@@ -196,9 +195,11 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
     evaluated = set(processes.agreed(lambda: [record["step"] for record in known if "evaluation" in record]))
-    with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
-        _say_damage(damaged, start or 0, events, progress)
-        _say_replan(session, start or 0, events, progress)
+    with Progress(
+        config.train.steps, process.console, quiet=process.quiet, unit=session.recipe.unit
+    ) as progress:
+        say_damage(damaged, start or 0, events, progress)
+        say_replan(session, start or 0, events, progress)
         compiled = _compiled(session, progress, fresh=not start)
         process.stop.heed()
         processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
@@ -207,7 +208,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
             if processes.count() > 1:
                 processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
-            _announce(session, state, start, len(known) - len(evaluated), events, progress)
+            announce(session, state, start, len(known) - len(evaluated), events, progress)
             preflight.say_clock(behind, start or 0, events, progress)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
             loop = Loop(
@@ -220,7 +221,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             ended = _run(loop, evaluated)
             stopped_by = processes.agreed(lambda: ended)
         with _told_anyway(EXIT_UNSAVED if stopped_by == UNSAVED else 0):
-            _say_measured(session, loop, gauge, progress)
+            say_measured(session, loop.finished_steps(), gauge.peak(), progress)
     if stopped_by:
         session.store.close()
         return Outcome(run, EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_STOPPED, run.step(), stopped_by)
@@ -322,92 +323,6 @@ def _recorded(session: Session) -> Path:
     return run.events
 
 
-def _say_damage(damaged, start: int, events, progress) -> None:
-    for damage in damaged:
-        moved_to = damage.moved_to and str(damage.moved_to)
-        events.event("walk_back", damage.step or start, faults=damage.faults, moved_to=moved_to, restored=start)
-        progress.event(str(damage))
-    if any(damage.step is not None for damage in damaged):
-        progress.event(f"going back to step {start}; the steps after it are trained again")
-
-
-def _say_replan(session: Session, start: int, events, progress) -> None:
-    """Record that a plan was given up, and why, and pin the run to the new one before it is tried."""
-    if session.given_up is None:
-        return
-    before, fault = session.given_up, session.fault
-    why = {"doing": fault.doing, "cause": fault.cause, "live": fault.live} if fault else {}
-    events.event(
-        "replan", start, what="plan", reason=session.reason, before=before.work, after=session.plan.work,
-        restored=start, **why,
-    )
-    pin_plan(session)
-    equal = before.work == session.plan.work
-    then = "the same plan as before" if equal else "equal to tolerance from here, no longer to the bit"
-    progress.event(f"a new plan ({session.reason}), going on from step {start}: {then}")
-
-
-def _say_measured(session: Session, loop: Loop, gauge: Gauge, progress) -> None:
-    """Write down what the run took beside what the plan said."""
-    if loop.finished_steps() == 0:
-        return
-    session.plan = replace(session.plan, measured_bytes=gauge.peak())
-    pin(session)
-    progress.event(side_by_side(session.plan))
-
-
-def _announce(session: Session, state, start, num_recorded: int, events, progress) -> None:
-    count, still, mesh = parameter_count(state.params), parameter_count(state.frozen), session.mesh
-    if start:
-        events.event("resume", start)
-        progress.event(f"resuming {session.run.folder} from step {start}")
-        if num_recorded != start:
-            events.event("log_gap", start, recorded=num_recorded)
-            progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
-    else:
-        events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
-        if session.parent is not None:
-            events.event("init", 0, **session.parent.record())
-            progress.event(f"starting from {session.parent}")
-    for what, before, after in moved(session):
-        name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
-        events.event(name, start or 0, what=what, before=before, after=after)
-        now = "are not what this run had" if what == "processes" else "is not what this run had"
-        progress.event(f"{what} {now} before: equal to tolerance from here, no longer to the bit")
-    pin(session)
-    model = session.blueprint.merge(state.params, state.rest, state.frozen)
-    for remark in (*session.recipe.remarks(model), *remarks(session)):
-        progress.event(remark)
-    held = meshes.bytes_per_device(state)
-    beside = f" trained beside {still / 1e6:.2f}M frozen ones" if still else ""
-    progress.event(
-        f"{count / 1e6:.2f}M parameters{beside}, {len(session.source):,} training examples, "
-        f"{mesh.devices.size} x {device_kind(mesh)}{_in_processes()}, "
-        f"{max(held.values()) / 2**20:.0f} MiB of state per device"
-    )
-
-
-def _in_processes() -> str:
-    return f" in {processes.count()} processes" if processes.count() > 1 else ""
-
-
-def remarks(session: Session) -> list[str]:
-    """What would otherwise happen in silence."""
-    mesh, lines = session.mesh, []
-    idle = jax.device_count() - mesh.devices.size
-    if idle:
-        lines.append(f"{idle} of {jax.device_count()} devices are not in the mesh")
-    shardings = session.blueprint.shardings
-    whole = meshes.kept_whole((shardings.params, shardings.frozen))
-    if mesh.shape["fsdp"] > 1 and whole:
-        lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
-    with session.program.here():
-        lines.append(ops.one_line())
-    if session.config.train.precision == "fp8":
-        lines.append(fp8.one_line(session.config.train.bf16_ends, profile.this_machine()))
-    return [*lines, one_line(session.plan)]
-
-
 def sinks(config, run, after_step: int) -> list:
     """The viewers that the config asks for besides metrics.jsonl; one process tells them."""
     made: list = []
@@ -416,7 +331,8 @@ def sinks(config, run, after_step: int) -> list:
     if "tensorboard" in config.log.sinks:
         made.append(logs.TensorBoardSink(run.folder / "tensorboard", after_step))
     if "wandb" in config.log.sinks:
-        made.append(logs.WandbSink(run.folder, config.name, config.model_dump(mode="json"), config.log.online))
+        known = config.model_dump(mode="json")
+        made.append(logs.WandbSink(run.folder, run.wandb_id, config.name, known, config.log.online))
     return made
 
 

@@ -1,0 +1,220 @@
+"""`aurora compare`: what several runs were asked for and what came of it, side by side: text, JSON, or one HTML page.
+
+Read from the files of the run folders alone, like the report. Runs of different recipes stand on one page, but never
+in one figure: their losses measure different things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aurora_train.errors import UserError
+from aurora_train.files import read_json, write_atomically
+from aurora_train.observe import metrics as logs
+from aurora_train.observe.report import recent_loss, series, training_seconds
+from aurora_train.observe.report_page import escape, number, page, section, table, words
+from aurora_train.observe.report_plots import curve, running_mean, thin
+from aurora_train.run import Run
+from aurora_train.tools.runs import Row, described, differences, find
+from aurora_train.units import count, duration
+
+_NOT_COMPARED = ("failed start", "unreadable")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run: its row, its settings by key, its step records, its evaluations, its scores, and its data's hash."""
+
+    row: Row
+    settings: dict[str, Any]
+    steps: list[dict]
+    evaluations: list[dict]
+    scores: dict[str, Any]
+    headline: str | None
+    data: str | None
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    def measures(self) -> dict[str, Any]:
+        """What is said of a run in one line of a table, the recipe's headline first."""
+        losses = [one["loss"] for one in self.evaluations if one.get("loss") is not None]
+        recent = recent_loss(self.steps)
+        return {
+            **({self.headline: self.scores.get(self.headline)} if self.headline else {}),
+            "best_validation_loss": min(losses, default=None),
+            "last_validation_loss": losses[-1] if losses else None,
+            "training_loss": recent[0] if recent else None,
+            "step": self.row.step,
+            "steps": self.row.steps,
+            "targets": sum(record.get("tokens", 0) for record in self.steps),
+            "seconds": training_seconds(self.steps),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`differences`: key -> {run: value}, of keys that differ between runs; `remarks`: what a reader should know."""
+
+    runs: list[Compared]
+    differences: dict[str, dict[str, Any]]
+    remarks: list[str]
+
+
+def compare(folders: list[Path]) -> Comparison:
+    """Compare runs, or all the runs of a folder of them. UserError for fewer than two that have taken a step."""
+    found = {}
+    for folder in folders:
+        inside = find(folder)
+        if not inside:
+            raise UserError("no run, and no folder of runs", where=str(folder), hint="aurora runs [DIR] lists them")
+        found |= {path.resolve(): (path, name) for path, name in inside}
+    names = [name for _, name in found.values()]
+    runs, remarks = [], []
+    for path, name in found.values():
+        row, known = described(path, name if names.count(name) == 1 else str(path))
+        if row.state in _NOT_COMPARED:
+            remarks.append(f"{row.name} is left out: {row.state}{f', {row.why}' if row.why else ''}")
+        else:
+            runs.append(_read(row, known))
+    if len(runs) < 2:
+        said = "; ".join(remarks)
+        raise UserError(
+            f"{len(runs) or 'no'} run to compare", where=" ".join(map(str, folders)), why=said or None,
+            hint="name two or more, or a folder of runs: aurora compare runs/A runs/B",
+        )  # fmt: skip
+    apart = differences({run.name: run.settings for run in runs})
+    keys = dict.fromkeys(key for one in apart.values() for key in one)
+    unlike = {key: {name: one[key] for name, one in apart.items() if key in one} for key in keys}
+    return Comparison(runs, unlike, remarks + _remarks(runs))
+
+
+def _read(row: Row, known: dict) -> Compared:
+    run = Run(row.folder)
+    records, scores = logs.read(run.metrics), read_json(run.scores) or {}
+    provenance = read_json(run.provenance) or {}
+    return Compared(
+        row, known, [record for record in records if "loss" in record],
+        [{"step": r["step"], **r["evaluation"]} for r in records if isinstance(r.get("evaluation"), dict)],
+        scores.get("score", {}), scores.get("headline"), (provenance.get("data") or {}).get("fingerprint"),
+    )  # fmt: skip
+
+
+def _remarks(runs: list[Compared]) -> list[str]:
+    told = []
+    recipes = _by_recipe(runs)
+    if len(recipes) > 1:
+        told.append(f"runs of {len(recipes)} recipes ({', '.join(recipes)}): their losses and scores do not compare")
+    for recipe, alike in recipes.items():
+        if len({run.data for run in alike}) > 1:
+            told.append(
+                f"the runs of {recipe} did not have the same data (fingerprints in provenance.json): a loss or a score "
+                "compares only where the held-out part, and what it is counted in, is the same"
+            )
+    unfinished = [f"{run.name} ({run.row.step} of {run.row.steps})" for run in runs if run.row.state != "finished"]
+    if unfinished:
+        told.append(f"not finished: {', '.join(unfinished)}")
+    return told
+
+
+def _by_recipe(runs: list[Compared]) -> dict[str, list[Compared]]:
+    grouped: dict[str, list[Compared]] = {}
+    for run in runs:
+        grouped.setdefault(str(run.row.recipe), []).append(run)
+    return grouped
+
+
+# ---- what is shown
+
+
+def document(found: Comparison) -> dict:
+    """What `aurora compare --json` prints."""
+    runs = [
+        {"run": run.name, "folder": run.row.folder, "state": run.row.state, "recipe": run.row.recipe,
+         **run.measures(), "scores": run.scores}
+        for run in found.runs
+    ]  # fmt: skip
+    return {"runs": runs, "differences": found.differences, "remarks": found.remarks}
+
+
+def _summary(runs: list[Compared]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, one row a run); a column that no run has a value for is left out."""
+    told = [run.measures() for run in runs]
+    scores = dict.fromkeys(run.headline for run in runs if run.headline)
+    names = [*scores, *(name for name in told[0] if name not in (*scores, "steps"))]
+    names = [name for name in names if any(one.get(name) is not None for one in told)]
+    rows = [[run.name, *(_cell(name, one) for name in names)] for run, one in zip(runs, told, strict=True)]
+    return ["run", *map(words, names)], rows
+
+
+def _cell(name: str, measures: dict) -> Any:
+    value = measures.get(name)
+    if name == "step":
+        return f"{value}/{measures['steps']}" if measures["steps"] else str(value)
+    if value is None:
+        return ""
+    return count(value) if name == "targets" else duration(value) if name == "seconds" else value
+
+
+def _settings_table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
+    names = [run.name for run in found.runs]
+    rows = [[key, *(number(of[name]) if name in of else "" for name in names)] for key, of in found.differences.items()]
+    return ["key", *names], rows
+
+
+def show(found: Comparison, console) -> None:
+    """Print the tables and remarks of `aurora compare`."""
+    from rich import box
+    from rich.table import Table
+
+    for columns, rows in (_summary(found.runs), _settings_table(found)):
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for position, name in enumerate(columns):
+            shown.add_column(name, justify="right" if position else "left", overflow="fold")
+        for row in rows:
+            shown.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+        console.print(shown if rows else "the configs are the same")
+    for remark in found.remarks:
+        console.print(remark, soft_wrap=True)
+
+
+def write_page(found: Comparison, path: Path) -> Path:
+    """Write the page: one self-contained HTML file. Returns its path."""
+    names = [run.name for run in found.runs]
+    columns, rows = _summary(found.runs)
+    parts = [f"<h1>{len(names)} runs compared</h1>\n", "".join(f"<p>{escape(one)}</p>\n" for one in found.remarks)]
+    parts += [_figures(recipe, alike) for recipe, alike in _by_recipe(found.runs).items()]
+    parts.append(section("Results", table(columns, rows)))
+    settings = table(*_settings_table(found)) if found.differences else "<p>The configs are the same.</p>\n"
+    parts.append(section("Config, where it differs", settings))
+    measured = dict.fromkeys(name for run in found.runs for name in run.scores)
+    if measured:
+        scores = [[words(name), *(number(run.scores[name]) if name in run.scores else "" for run in found.runs)]
+                  for name in measured]  # fmt: skip
+        parts.append(section("Scores", table(["", *names], scores)))
+    folders = table(["run", "folder"], [[run.name, run.row.folder] for run in found.runs])
+    parts.append(section("Folders", folders))
+    parts.append("<footer>Drawn by <code>aurora compare</code> from the files of these run folders.</footer>")
+    write_atomically(path, page(f"{len(names)} runs compared", "".join(parts)))
+    return path
+
+
+def _figures(recipe: str, runs: list[Compared]) -> str:
+    mark = "".join(letter if letter.isalnum() else "-" for letter in recipe)
+    drawn = []
+    training = [(run.name, *_smooth(*series(run.steps, "loss"))) for run in runs if run.steps]
+    validation = [(run.name, *series(run.evaluations, "loss")) for run in runs if run.evaluations]
+    for name, lines, label in (("training", training, "training loss, smoothed"),
+                               ("validation", validation, "validation loss")):  # fmt: skip
+        if lines:
+            drawing = curve(f"{mark}-{name}", lines, label, wide=True)
+            drawn.append(f'<figure class="wide">{drawing}</figure>')
+    return section(f"Curves: {words(recipe)}", f'<div class="figures">{"".join(drawn)}</div>\n' if drawn else "")
+
+
+def _smooth(steps, values):
+    steps, values = thin(steps, values)
+    return steps, running_mean(values, max(len(values) // 20, 2)) if len(values) > 20 else values

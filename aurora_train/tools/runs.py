@@ -1,0 +1,237 @@
+"""`aurora runs`: what lies in a folder of runs, one row a run, from the small files and the ends of the logs.
+
+Neither jax nor a recipe is imported and no log is read whole, so forty runs of days are listed at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aurora_train.config.yaml import Mark, parse, plain_scalar, write_flow, write_scalar
+from aurora_train.errors import UserError
+from aurora_train.files import read_json
+from aurora_train.observe.metrics import newest
+from aurora_train.observe.report_page import flatten
+from aurora_train.run import Run
+from aurora_train.units import duration, size
+
+DEFAULT = Path("runs")
+_KEYS_SHOWN = 6
+# A line as `config.yaml.write` writes it: a plain scalar, text in quotes without escapes, or a list or mapping.
+_VALUE = r'[A-Za-z0-9_./+-]+(?: [A-Za-z0-9_./+-]+)*|"[^"\\]*"|\[.*\]|\{.*\}'
+_LINE = re.compile(rf"((?:  )*)([A-Za-z0-9_.-]+):(?: ({_VALUE}))?\Z")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. `name` is its path below the folder that was listed; `written` is in seconds since 1970.
+
+    `state`: "training" (a process holds it now), "finished", "stopped" (it can be resumed), "failed start" (no step
+    was taken) or "unreadable", with the reason in `why`. `score` is {"name", "value", "better"} of the headline;
+    `differs` has the keys of the config that are not the same in all the runs of one recipe that were listed.
+    """
+
+    name: str
+    folder: str
+    state: str
+    recipe: str | None = None
+    step: int = 0
+    steps: int | None = None
+    score: dict | None = None
+    validation_loss: float | None = None
+    bytes: int = 0
+    written: float = 0.0
+    differs: dict[str, Any] | None = None
+    why: str = ""
+
+
+def listing(folder: Path | None = None) -> list[Row]:
+    """The runs of a folder (None: `runs`), the one written last first; a folder that is a run is the only row.
+
+    Sweeps lie one level deeper, and are listed too. Raises UserError where a folder that was named is not there.
+    """
+    rows, known = [], {}
+    for path, name in find(folder):
+        row, known[name] = described(path, name)
+        rows.append(row)
+    apart = differences({row.name: known[row.name] for row in rows})
+    rows = [replace(row, differs=apart[row.name]) for row in rows]
+    return sorted(rows, key=lambda row: -row.written)
+
+
+def find(folder: Path | None = None) -> list[tuple[Path, str]]:
+    """(folder, name) of every run in a folder, or of the folder itself where it is one."""
+    top = Path(folder or DEFAULT)
+    if not top.is_dir():
+        if folder is None:
+            return []
+        raise UserError("there is no such folder", where=str(folder), hint="aurora runs [DIR]; without DIR: runs/")
+    if is_run(top):
+        return [(top, top.absolute().name)]
+    found = []
+    for child in _folders(top):
+        if is_run(child):
+            found.append((child, child.name))
+        else:
+            found += [(below, f"{child.name}/{below.name}") for below in _folders(child) if is_run(below)]
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started there; a folder with a config.yaml of the user's own is none."""
+    run = Run(folder)
+    return (folder / ".lock").exists() or (run.config.is_file() and (run.events.exists() or run.provenance.exists()))
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except PermissionError:
+        return []
+
+
+def described(folder: Path, name: str) -> tuple[Row, dict]:
+    """One run's row, without what sets it apart from others, and its settings by key."""
+    run = Run(folder)
+    row = Row(name, str(run.folder), "failed start", bytes=_bytes(folder), written=_written(run))
+    try:
+        known = settings(run.config) if run.config.is_file() else {}
+        return _looked_at(run, row, known), known
+    except (UserError, OSError, ValueError) as error:
+        return replace(row, state="unreadable", why=str(error).splitlines()[0]), {}
+
+
+def _looked_at(run: Run, row: Row, known: dict) -> Row:
+    steps, saved = known.get("train.steps"), run.step()
+    last, finish = newest(run.metrics, "loss"), newest(run.events, "event", "finish")
+    recorded = last["step"] if last else 0
+    evaluation, scores = newest(run.metrics, "evaluation"), read_json(run.scores)
+    row = replace(
+        row, recipe=known.get("recipe"), steps=steps, score=_headline(scores),
+        validation_loss=evaluation["evaluation"].get("loss") if evaluation else None,
+    )
+    if run.is_held():
+        return replace(row, state="training", step=recorded, why=run.holder())
+    if finish is not None and finish["step"] == steps:
+        return replace(row, state="finished", step=steps)
+    if not (recorded or saved):
+        return replace(row, why="it took no step: start it again, or delete the folder")
+    stop = newest(run.events, "event", "stop")
+    return replace(row, state="stopped", step=saved, why=f"by {stop['by']}" if stop and stop["step"] >= saved else "")
+
+
+def _headline(scores: dict | None) -> dict | None:
+    if not scores:
+        return None
+    name = scores["headline"]
+    return {"name": name, "value": scores["score"].get(name), "better": scores.get("better")}
+
+
+def _written(run: Run) -> float:
+    """When a run was last written, in seconds since 1970: its logs, else the folder."""
+    times = [path.stat().st_mtime for path in (run.metrics, run.events, run.config) if path.exists()]
+    return max(times, default=run.folder.stat().st_mtime)
+
+
+def _bytes(folder: Path) -> int:
+    """Of all the files below a folder; one with several names counts once."""
+    total, seen = 0, set()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                about = os.lstat(os.path.join(place, name))
+            except OSError:  # a checkpoint that was just given up
+                continue
+            if about.st_nlink == 1 or (about.st_dev, about.st_ino) not in seen:
+                seen.add((about.st_dev, about.st_ino))
+                total += about.st_size
+    return total
+
+
+# ---- settings
+
+
+def settings(config: Path) -> dict[str, Any]:
+    """`key.path` -> value of a run's config.yaml: a plain value, or a list as its text.
+
+    Our own writing is read line by line; a file that was edited by hand is read as any YAML, which takes ten times as
+    long.
+    """
+    text, found, above = config.read_text(), {}, []
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        depth = len(match[1]) // 2 if match else 0
+        if match is None or depth > len(above):
+            return _as_yaml(text, str(config))
+        above = [*above[:depth], match[2]]
+        value = match[3]
+        if value is not None:
+            found[".".join(above)] = value.strip('"') if value[0] in '"[{' else plain_scalar(value)
+    return found
+
+
+def _as_yaml(text: str, where: str) -> dict[str, Any]:
+    tree = parse(text, lambda line, column: Mark(where, line, column)).value
+    if not isinstance(tree, dict):
+        raise UserError("the top level must be `key: value` lines", where=where)
+    return {key: write_flow(value) if isinstance(value, (list, dict)) else value for key, value in flatten(tree)}
+
+
+def differences(known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each run, by name, the keys whose values are not the same in all the runs of its recipe.
+
+    `name` is left out: it is that of the folder.
+    """
+    apart: dict[str, dict[str, Any]] = {name: {} for name in known}
+    for recipe in {one.get("recipe") for one in known.values()}:
+        alike = {name: one for name, one in known.items() if one and one.get("recipe") == recipe}
+        keys = dict.fromkeys(key for one in alike.values() for key in one if key != "name")
+        unlike = [key for key in keys if len({repr(one.get(key)) for one in alike.values()}) > 1]
+        apart |= {name: {key: one[key] for key in unlike if key in one} for name, one in alike.items()}
+    return apart
+
+
+# ---- what is shown
+
+
+def document(rows: list[Row]) -> list[dict]:
+    """What `aurora runs --json` prints."""
+    return [asdict(row) for row in rows]
+
+
+def show(rows: list[Row], console) -> None:
+    """Print the table of `aurora runs`."""
+    from rich import box
+    from rich.table import Table
+
+    table, now = Table(box=box.SIMPLE_HEAD, pad_edge=False), time.time()
+    for name, side in (("run", "left"), ("state", "left"), ("step", "right"), ("score", "left"), ("size", "right"),
+                       ("age", "right"), ("differs in", "left")):  # fmt: skip
+        table.add_column(name, justify=side, overflow="fold")
+    for row in rows:
+        steps = f"{row.step}/{row.steps}" if row.steps else ""
+        table.add_row(row.name, row.state, steps, scored(row), size(row.bytes), duration(max(now - row.written, 0)),
+                      told(row.differs))  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if row.state in ("unreadable", "failed start", "training") and row.why:
+            console.print(f"{row.name}: {row.state}: {row.why}", soft_wrap=True)
+
+
+def scored(row: Row) -> str:
+    """The headline score with its name, else the last validation loss, else nothing."""
+    if row.score and isinstance(row.score["value"], (int, float)):
+        return f"{row.score['name']} {row.score['value']:.4f}"
+    return f"validation loss {row.validation_loss:.4f}" if row.validation_loss is not None else ""
+
+
+def told(differs: dict[str, Any] | None) -> str:
+    """`key=value` of the first few keys, and how many more there are."""
+    items = list((differs or {}).items())
+    shown = [f"{key}={value if isinstance(value, str) else write_scalar(value)}" for key, value in items[:_KEYS_SHOWN]]
+    return " ".join(shown) + (f" and {len(items) - _KEYS_SHOWN} more" if len(items) > _KEYS_SHOWN else "")

@@ -1,0 +1,296 @@
+"""`aurora sweep`: the same training for every combination of some values, one after another, each a run of its own.
+
+Every run is `aurora train` in a process of its own, so that nothing of one is left for the next, and so that what is
+known of a killed run holds for a killed sweep: the same command goes on where it stopped, and passes over what is
+finished. A sweep that is killed outright (kill -9) leaves the training of that moment, which goes on to its end; the
+next start waits for it. This process imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from aurora_train.config import config_hash, load
+from aurora_train.errors import UserError
+from aurora_train.run import Run
+from aurora_train.tools.runs import Row, described, scored
+
+STOPPED = 75  # as `train.signals.EXIT_STOPPED`
+_OPENING, _CLOSING = "[{(", "]})"
+_LAST_WORDS = 40  # lines of a child's standard error that are kept to find its reason in
+_NAME_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class Member:
+    """One combination: `values` of the swept keys as they were written, all `overrides` of the run, and its config."""
+
+    values: dict[str, str]
+    overrides: list[str]
+    config: object
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a member ended: its row as `aurora runs` has it, and the reason where it did not finish."""
+
+    member: Member
+    row: Row
+    why: str = ""
+
+
+def split_values(text: str) -> list[str]:
+    """The parts of `a,b,c` between commas that stand in no bracket and no quotes: "[1,2],[3]" -> ["[1,2]", "[3]"]."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in _OPENING + _CLOSING:
+            depth += 1 if letter in _OPENING else -1
+        elif letter == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def members(config: str, overrides: list[str], folder: str | None = None) -> list[Member]:
+    """Every combination, the last key changing fastest, its config read and checked.
+
+    Raises UserError before anything starts: for what is wrong with any combination, for a key without values, and
+    for two combinations that are one config.
+    """
+    swept, fixed = _sorted_out(overrides)
+    found, faults = [], {}
+    for combination in itertools.product(*swept.values()):
+        values = dict(zip(swept, combination, strict=True))
+        given = [*fixed, *(f"{key}={value}" for key, value in values.items())]
+        try:
+            loaded = load(config, given)
+        except UserError as fault:
+            faults.setdefault(str(fault), []).append(_written(values))
+            continue
+        found.append((values, given, loaded))
+    if faults:
+        raise _faulty(faults, len(found) + sum(map(len, faults.values())))
+    top = Path(folder) if folder else Path("runs") / f"{found[0][2].name}-sweep"
+    made = [Member(v, g, c, top / f"{_folder_name(v)}-{config_hash(c)[:8]}") for v, g, c in found]
+    _refuse_twins(made)
+    return made
+
+
+def _sorted_out(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """(values by swept key, the other overrides)."""
+    swept, fixed, named = {}, [], set()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if key in named:
+            raise UserError("named twice", where=key, hint=f"one of them, with all the values: {key}=a,b,c")
+        named.add(key)
+        values = split_values(value)
+        if not equals or len(values) == 1:
+            fixed.append(text)
+        elif "" in values:
+            raise UserError(f"an empty value in `{text}`", where=key, hint="null is how nothing is written")
+        else:
+            swept[key] = values
+    if not swept:
+        raise UserError(
+            "nothing to sweep: no key has several values",
+            hint="aurora sweep CONFIG optimizer.lr=1e-3,3e-3,1e-2; for one run: aurora train CONFIG KEY=VALUE",
+        )
+    return swept, fixed
+
+
+def _faulty(faults: dict[str, list[str]], total: int) -> UserError:
+    told = []
+    for message, where in faults.items():
+        of = "" if len(where) == total else f"with {'; '.join(where[:3])}{' and others' if len(where) > 3 else ''}: "
+        told.append(f"{of}{message}")
+    count = sum(map(len, faults.values()))
+    return UserError(f"{count} of {total} combinations cannot start; none was started", why="\n  ".join(told))
+
+
+def _refuse_twins(made: list[Member]) -> None:
+    for one, other in itertools.combinations(made, 2):
+        if one.config == other.config:
+            raise UserError(
+                f"{_written(one.values)} and {_written(other.values)} are the same config",
+                hint="leave one of them out",
+            )
+
+
+def _folder_name(values: dict[str, str]) -> str:
+    """`lr=1e-3,batch=8`: the last part of each key, or all of it where two end alike."""
+    last = [key.rpartition(".")[2] for key in values]
+    names = last if len(set(last)) == len(last) else list(values)
+    told = ",".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", told)[:_NAME_LENGTH].lstrip(".")
+
+
+def _written(values: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+# ---- running
+
+
+class Sweep:
+    """Runs the members in turn. `stopped` is the name of the signal that ended it, or None."""
+
+    def __init__(self, config: str, made: list[Member], tell, *, quiet: bool = False, online: bool = False):
+        self._config, self._members, self._tell = config, made, tell
+        self._options = ["--quiet"] * quiet + ["--online"] * online
+        self.stopped: str | None = None
+        self._child: subprocess.Popen | None = None
+
+    def run(self) -> list[Result]:
+        """Train what is not finished; the results of all members, those that were not reached among them."""
+        asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in asking}
+        try:
+            return [self._result(number, member) for number, member in enumerate(self._members, 1)]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number, _frame) -> None:
+        """A signal is the child's: it saves and ends. It is in a process group of its own, so it got none itself."""
+        self.stopped = self.stopped or signal.Signals(number).name
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def _result(self, number: int, member: Member) -> Result:
+        head, run = f"[{number}/{len(self._members)}] {_written(member.values)}", Run(member.folder)
+        if run.is_finished(member.config.train.steps):
+            self._tell(f"{head}: finished before")
+            return Result(member, self._row(member))
+        if self.stopped:
+            return Result(member, self._row(member), "not started" if not run.has_begun() else "not gone on with")
+        self._tell(f"{head}: {run.folder}")
+        self._await(run)
+        status, words = self._train(member)
+        row = self._row(member)
+        return Result(member, row, "" if status == 0 else _reason(status, words, row))
+
+    def _await(self, run: Run) -> None:
+        """Another sweep may be at it, or the training of one that was killed, which goes on to its end by itself."""
+        if run.is_held():
+            self._tell(f"  {run.holder()} is training it: waiting for that to end")
+        while run.is_held() and not self.stopped:
+            time.sleep(0.2)
+
+    def _train(self, member: Member) -> tuple[int, list[str]]:
+        """(exit status, last lines of its standard error) of the member's `aurora train`."""
+        command = [sys.executable, "-m", "aurora_train.cli.main", "train", self._config, *member.overrides]
+        command += ["--run", str(member.folder), *self._options]
+        child = self._child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            errors="replace", process_group=0,
+        )  # fmt: skip
+        words: deque[str] = deque(maxlen=_LAST_WORDS)
+        for line in child.stderr:
+            words.append(line.rstrip("\n"))
+            with contextlib.suppress(OSError):  # whoever watched has gone; the sweep goes on
+                print(line, end="", file=sys.stderr, flush=True)
+        status, self._child = child.wait(), None
+        return status, list(words)
+
+    def _row(self, member: Member) -> Row:
+        if not member.folder.is_dir():
+            return Row(member.folder.name, str(member.folder.absolute()), "not started")
+        return described(member.folder, member.folder.name)[0]
+
+
+def _reason(status: int, words: list[str], row: Row) -> str:
+    """Why a run did not finish, in one line."""
+    if status == STOPPED:
+        return f"stopped {row.why}".strip()
+    said = [line for line in words if line.startswith("error: ")]
+    if said:
+        return said[-1].removeprefix("error: ")
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return next((line.strip() for line in reversed(words) if line.strip()), f"exit status {status}")
+
+
+# ---- what is shown
+
+
+def ranked(results: list[Result]) -> tuple[list[Result], str]:
+    """The results from the best to the worst, those without a score last, and by what, in words.
+
+    By the score where the recipe says whether more or less of it is better (`Recipe.metric`), else by the validation
+    loss.
+    """
+    scores = [result.row.score for result in results if result.row.score]
+    measures = {(score["name"], score["better"]) for score in scores}
+    name, better = next(iter(measures)) if len(measures) == 1 else (None, None)
+    if better:
+        sign, words = (1 if better == "min" else -1), "less is better" if better == "min" else "more is better"
+        told, values = f"{name} ({words})", [(r.row.score or {}).get("value") for r in results]
+    else:
+        sign, told, values = 1, "validation loss (less is better)", [r.row.validation_loss for r in results]
+
+    def place(index: int):
+        value = values[index]
+        known = isinstance(value, (int, float)) and value == value
+        return (results[index].row.state != "finished", not known, sign * value if known else 0.0, index)
+
+    return [results[index] for index in sorted(range(len(results)), key=place)], told
+
+
+def document(results: list[Result], stopped: str | None) -> dict:
+    """What `aurora sweep --json` prints."""
+    best_first, by = ranked(results)
+    runs = [
+        {"values": r.member.values, "run": r.row.folder, "state": r.row.state, "step": r.row.step,
+         "steps": r.row.steps, "score": r.row.score, "validation_loss": r.row.validation_loss, "why": r.why}
+        for r in best_first
+    ]  # fmt: skip
+    return {"sorted_by": by, "stopped_by": stopped, "runs": runs}
+
+
+def show(results: list[Result], console) -> None:
+    """Print the table of a sweep, the best first."""
+    from rich import box
+    from rich.table import Table
+
+    best_first, by = ranked(results)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in (*results[0].member.values, "score", "validation loss", "step", "state", "run"):
+        table.add_column(name, overflow="fold")
+    for result in best_first:
+        row, loss = result.row, result.row.validation_loss
+        table.add_row(
+            *result.member.values.values(), scored(row) if row.score else "", "" if loss is None else f"{loss:.4f}",
+            f"{row.step}/{row.steps}" if row.steps else "", result.why or row.state, Path(row.folder).name,
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"sorted by {by}; the runs are in {results[0].member.folder.parent}", soft_wrap=True)
+
+
+def status(results: list[Result], stopped: str | None) -> int:
+    """The exit status of a sweep: 0 where all is finished, 75 where it was stopped, 1 where a run failed."""
+    if stopped:
+        return STOPPED
+    return 0 if all(result.row.state == "finished" for result in results) else 1
+
+
+def same_again(arguments: list[str]) -> str:
+    """The command line that goes on with a sweep, to be pasted into a shell."""
+    return shlex.join(["aurora", *arguments])

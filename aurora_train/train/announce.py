@@ -1,0 +1,136 @@
+"""What a run says before its first step and after its last, and the events that go with it: each line for a person.
+
+What only the trainer's authors would read (which form an operation takes, which kernel of attention) is in the plan:
+`aurora plan`, plan.json and the report show it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+
+from aurora_train import mesh as meshes
+from aurora_train.machine import processes, profile
+from aurora_train.memory.report import one_line, says_something, side_by_side
+from aurora_train.nn import fp8, ops
+from aurora_train.nn.param import parameter_count
+from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
+from aurora_train.units import size
+
+_SMALL_BYTES = 1 << 20  # of state: less says nothing
+
+
+def say_damage(damaged, start: int, events, progress) -> None:
+    for damage in damaged:
+        moved_to = damage.moved_to and str(damage.moved_to)
+        events.event("walk_back", damage.step or start, faults=damage.faults, moved_to=moved_to, restored=start)
+        progress.event(str(damage))
+    if any(damage.step is not None for damage in damaged):
+        progress.event(f"going back to step {start}; the steps after it are trained again")
+
+
+def say_replan(session: Session, start: int, events, progress) -> None:
+    """Record that a plan was given up, and why, and pin the run to the new one before it is tried."""
+    if session.given_up is None:
+        return
+    before, fault = session.given_up, session.fault
+    why = {"doing": fault.doing, "cause": fault.cause, "live": fault.live} if fault else {}
+    events.event(
+        "replan", start, what="plan", reason=session.reason, before=before.work, after=session.plan.work,
+        restored=start, **why,
+    )
+    pin_plan(session)
+    equal = before.work == session.plan.work
+    then = "the same plan as before" if equal else "equal to tolerance from here, no longer to the bit"
+    progress.event(f"a new plan ({session.reason}), going on from step {start}: {then}")
+
+
+def say_measured(session: Session, finished_steps: int, peak_bytes: int | None, progress) -> None:
+    """Write down what the run took beside what the plan said."""
+    if finished_steps == 0:
+        return
+    session.plan = replace(session.plan, measured_bytes=peak_bytes)
+    pin(session)
+    if says_something(session.plan):
+        progress.event(side_by_side(session.plan))
+
+
+def announce(session: Session, state, start, num_recorded: int, events, progress) -> None:
+    count, still, mesh = parameter_count(state.params), parameter_count(state.frozen), session.mesh
+    if start:
+        events.event("resume", start)
+        progress.event(f"resuming {session.run.folder} from step {start}")
+        if num_recorded != start:
+            events.event("log_gap", start, recorded=num_recorded)
+            progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
+    else:
+        events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
+        if session.parent is not None:
+            events.event("init", 0, **session.parent.record())
+            progress.event(f"starting from {session.parent}")
+    for what, before, after in moved(session):
+        name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
+        events.event(name, start or 0, what=what, before=before, after=after)
+        now = "are not what this run had" if what == "processes" else "is not what this run had"
+        progress.event(f"{what} {now} before: equal to tolerance from here, no longer to the bit")
+    pin(session)
+    model = session.blueprint.merge(state.params, state.rest, state.frozen)
+    for remark in (*session.recipe.remarks(model), *remarks(session)):
+        progress.event(remark)
+    held = max(meshes.bytes_per_device(state).values())
+    beside = f" trained beside {still:,} frozen ones" if still else ""
+    on = f"{mesh.devices.size} x {device_kind(mesh)}{_in_processes()}"
+    room = f", {size(held)} of state per device" if held >= _SMALL_BYTES else ""
+    progress.event(f"{count:,} parameters{beside}, {session.config.train.precision}, {on}{room}")
+    progress.event(data_line(session))
+
+
+def data_line(session: Session) -> str:
+    """How many examples there are, how often they come round, and what is held out."""
+    train, examples = session.config.train, len(session.source)
+    epochs = _times(train.steps * train.batch / examples)
+    return (
+        f"{examples:,} training examples: {epochs} in {train.steps:,} steps of {train.batch:,}; "
+        f"held out: {_held_out(session)}"
+    )
+
+
+def _times(epochs: float) -> str:
+    return f"{epochs:,.0f} epochs" if epochs >= 9.95 else f"{epochs:.2g} epochs"
+
+
+def _held_out(session: Session) -> str:
+    """Documents and bytes by split where the source's record has them, else examples for validation."""
+    splits = session.source.describe().get("splits") or {}
+    known = [(name, splits[name]) for name in ("validation", "test") if "documents" in (splits.get(name) or {})]
+    if not known:
+        return f"{len(session.recipe.data('validation')):,} examples for validation"
+    parts = []
+    for name, held in known:
+        number = held["documents"]
+        parts.append(f"{number:,} document{'' if number == 1 else 's'} ({size(held.get('bytes'))}) for {name}")
+    return ", ".join(parts)
+
+
+def _in_processes() -> str:
+    return f" in {processes.count()} processes" if processes.count() > 1 else ""
+
+
+def remarks(session: Session) -> list[str]:
+    """What would otherwise happen in silence."""
+    mesh, lines = session.mesh, []
+    idle = jax.device_count() - mesh.devices.size
+    if idle:
+        lines.append(f"{idle} of {jax.device_count()} devices are not in the mesh")
+    shardings = session.blueprint.shardings
+    whole = meshes.kept_whole((shardings.params, shardings.frozen))
+    if mesh.shape["fsdp"] > 1 and whole:
+        lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
+    with session.program.here():
+        asked = [f"{name} {one['form']}" for name, one in ops.chosen().items() if one["asked"]]
+    if asked:
+        lines.append(f"operations in the form that train.forms asks for: {', '.join(asked)}")
+    if session.config.train.precision == "fp8":
+        lines.append(fp8.one_line(session.config.train.bf16_ends, profile.this_machine()))
+    return [*lines, one_line(session.plan)] if says_something(session.plan) else lines
