@@ -31,6 +31,8 @@ from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, wh
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
+from aurora_train.train.precision import settled
+from aurora_train.train.remarks import remarks_on_config, remarks_on_data
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, device_kind, moved, open_session, pin, pin_plan
@@ -81,6 +83,7 @@ def train(
         process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
         try:
             with stop.allowed():
+                config = settled(config, run)
                 _refuse_unlike(config, run, replan)
                 outcome = _train(config, process, changes or [], replan)
         except Stopped:
@@ -195,7 +198,8 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
-    evaluated = set(processes.agreed(lambda: [record["step"] for record in known if "evaluation" in record]))
+    evaluations = [(record["step"], record["evaluation"]["loss"]) for record in known if "evaluation" in record]
+    evaluated = dict(processes.agreed(lambda: evaluations))
     with Progress(config.train.steps, process.console, quiet=process.quiet) as progress:
         _say_damage(damaged, start or 0, events, progress)
         _say_replan(session, start or 0, events, progress)
@@ -236,7 +240,7 @@ def _compiled(session: Session, progress, *, fresh: bool):
     return compiled
 
 
-def _run(loop: Loop, evaluated: set[int]) -> str | None:
+def _run(loop: Loop, evaluated: dict[int, float]) -> str | None:
     try:
         return loop.run(evaluated)
     except OutOfMemory:
@@ -369,6 +373,9 @@ def _announce(session: Session, state, start, num_recorded: int, events, progres
         if session.parent is not None:
             events.event("init", 0, **session.parent.record())
             progress.event(f"starting from {session.parent}")
+        for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
+            events.event("remark", 0, text=line)
+            progress.event(line)
     for what, before, after in moved(session):
         name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
         events.event(name, start or 0, what=what, before=before, after=after)
