@@ -74,8 +74,10 @@ def load(run, step: int | None = None, *, recipe=None, progress=_SILENT) -> Load
     found = Run.existing(run)
     config = load_resolved(found.folder, recipe=recipe and Path(recipe))
     prepare_environment(config)
+    from aurora_train.train.precision import settled
     from aurora_train.train.session import open_for_reading
 
+    config = settled(config)  # for a config.yaml that was edited by hand
     opened, blueprint, mesh, state, step = open_for_reading(config, found, step, progress)
     from aurora_train.train.evaluate import Evaluator
 

@@ -66,6 +66,7 @@ class Recipe:
     """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
 
     Config: type  # pydantic model whose fields are the config sections this recipe owns (`model`, `data`, ...)
+    dials: tuple[str, ...] = ()  # keys from which `derive` fills others of their section ("model.size")
     # What the loss of one example depends on: itself; its microbatch, as with BatchNorm, so that the number of
     # microbatches is part of the maths and no plan chooses it; or the whole batch, which is then never split.
     couples: Literal["example", "microbatch", "global"] = "example"

@@ -34,11 +34,12 @@ def train(config, steps: int) -> tuple[float, float, float]:
     from aurora_train import optimizer as optimizers
     from aurora_train.data.batches import read_batch
     from aurora_train.memory.plan import make_plan
+    from aurora_train.train.precision import settled
     from aurora_train.train.rehearsal import make_recipe
     from aurora_train.train.state import draw
     from aurora_train.train.step import make_step
 
-    recipe = make_recipe(config)
+    recipe = make_recipe(settled(config))
     recipe.ready(lambda *_: None)
     mesh, seed = meshes.make_mesh(1, 1), config.train.seed
     model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=0)))

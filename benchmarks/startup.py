@@ -54,9 +54,11 @@ from aurora_train.data.batches import read_batch
 from aurora_train.files import cache_folder
 from aurora_train.memory.plan import make_plan
 from aurora_train.random import stream
+from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import make_recipe
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
+config = settled(config)
 recipe = make_recipe(config)
 recipe.ready(lambda *_: None)
 devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)

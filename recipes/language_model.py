@@ -49,16 +49,21 @@ class Recipe(Base):
 
     Config = Config
     unit, metric = "tok", ("bits_per_byte", "min")
+    dials = ("model.size",)
 
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
-        size = (given.get("model") or {}).get("size")
-        if not isinstance(size, str):
-            return []
-        data = given.get("data") or {}
-        tokenizer = data.get("tokenizer") or {}
-        vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "byte") != "byte" else 257
-        return derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
+        model, data = given.get("model") or {}, given.get("data") or {}
+        tokenizer, size, found = data.get("tokenizer") or {}, model.get("size"), []
+        if isinstance(size, str):
+            vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "byte") != "byte" else 257
+            found = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
+        model = model | {one.key.removeprefix("model."): one.value for one in found}
+        table = model.get("max_length", DecoderConfig().max_length)
+        if model.get("positions") == "learned" and isinstance(table, int) and 1 < table <= Samples().max_tokens:
+            formula = f"what follows the first token in a table of {table} positions"
+            found.append(Derived("samples.max_tokens", table - 1, formula, "model.positions: learned"))
+        return found
 
     @classmethod
     def check(cls, config) -> None:
@@ -74,6 +79,14 @@ class Recipe(Base):
                 f"rows of {config.data.sequence} tokens need as many learned positions",
                 where="model.max_length",
                 hint=f"model.max_length={config.data.sequence}, or model.positions=rope",
+            )
+        room, samples = config.model.max_length - 1, config.samples
+        if config.model.positions == "learned" and samples.count and samples.max_tokens > room:
+            raise UserError(
+                f"samples of {samples.max_tokens} tokens do not fit into {room + 1} learned positions, the first of "
+                "which the start takes",
+                where="samples.max_tokens",
+                hint=f"samples.max_tokens={room}, model.max_length={samples.max_tokens + 1}, or model.positions=rope",
             )
 
     store = None  # the prepared data, once there is any
@@ -224,9 +237,8 @@ class Recipe(Base):
             return []
         encoded = [[tokenizer.eos_id, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
         seed = int(jax.random.bits(key, dtype="uint32") >> 1)
-        outputs = generator.generate_batch(
-            encoded, wanted.max_tokens, wanted.temperature, None, wanted.top_p, seed
-        )
+        encoded, length = generator.fitted(encoded, wanted.max_tokens)
+        outputs = generator.generate_batch(encoded, length, wanted.temperature, None, wanted.top_p, seed)
         for prompt, ids in zip(prompts, outputs, strict=True):
             text = tokenizer.decode(np.asarray(ids, np.int64))
             checks = {"parses_as_python": bool(python_parse_share([prompt + text]))} if self._is_python else {}

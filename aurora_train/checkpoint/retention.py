@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def reasons(
@@ -20,3 +21,8 @@ def reasons(
     for step in ranked[:best]:
         why.setdefault(step, []).append("best")
     return {step: ", ".join(why[step]) for step in sorted(why)}
+
+
+def is_among_best(score: float, earlier: Iterable[float], best: int) -> bool:
+    """Whether a score, lower being better, is one of the `best` so far; of equal ones the earlier is better."""
+    return math.isfinite(score) and sum(other <= score for other in earlier) < best

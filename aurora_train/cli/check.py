@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
-from aurora_train.config import config_hash, dump, load, tree_of
-from aurora_train.config.yaml import show_path, write_flow
+from aurora_train.config import config_hash, derived_lines, dump, load, tree_of
+from aurora_train.config.yaml import show_path
+from aurora_train.train.intent import refuse_missing_start
+from aurora_train.train.remarks import remarks_on_config
 
 EXAMPLE = "aurora check quickstart train.steps=10"
 
@@ -14,12 +16,18 @@ EXAMPLE = "aurora check quickstart train.steps=10"
 def command(config: ConfigArgument, overrides: Overrides = None, json: JsonOption = False):
     """Check a config without running it; print it resolved, with every derived value and its formula."""
     checked = load(config, overrides or ())
-    digest = config_hash(checked)
+    refuse_missing_start(checked)
+    digest, remarks = config_hash(checked), remarks_on_config(checked)
     if json:
         derived = [asdict(one) for one in checked.derived]
-        print_json({"config": tree_of(checked), "derived": derived, "hash": digest, "source": str(checked.source)})
+        print_json({
+            "config": tree_of(checked), "derived": derived, "overruled": checked.overruled, "remarks": remarks,
+            "hash": digest, "source": str(checked.source),
+        })  # fmt: skip
         return
     print(f"# {show_path(checked.source)} is valid; resolved, config hash {digest[:8]}")
-    for one in checked.derived:
-        print(f"# derived {one.key} = {write_flow(one.value)}: {one.formula} ({one.source})")
+    for line in derived_lines(checked.derived):
+        print(f"# derived {line}")
+    for line in [*checked.overruled, *remarks]:
+        print(f"# {line}")
     print(dump(checked), end="")

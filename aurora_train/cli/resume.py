@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -24,8 +25,10 @@ def command(
 ):
     """Go on with a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
     from aurora_train.cli.train import go, joined
-    from aurora_train.train.intent import for_resume
+    from aurora_train.train.intent import for_resume, rate_after
 
     config, found, changes = for_resume(run, overrides or [], allow_change or [])
+    if (line := rate_after(found, config)) is not None:
+        print(line, file=sys.stderr)
     with joined(config):
         return go(config, found, quiet=quiet, json=json, changes=changes, replan=replan)

@@ -25,7 +25,7 @@ def command(
     json: JsonOption = False,
 ):
     """Train. The same command resumes a run that was interrupted; an edited config starts a new one beside it."""
-    from aurora_train.config import load
+    from aurora_train.config import derived_lines, load
     from aurora_train.machine import processes
     from aurora_train.run import Run
     from aurora_train.train.intent import for_train
@@ -34,9 +34,8 @@ def command(
         os.environ.update(HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0")
         overrides = [*(overrides or ()), "data.online=true"]
     loaded = load(config, overrides or ())
-    for one in loaded.derived:
-        if not quiet:
-            print(f"{one.key} = {one.value}: {one.formula} ({one.source})", file=sys.stderr)
+    for line in [] if quiet else [*derived_lines(loaded.derived), *loaded.overruled]:
+        print(line, file=sys.stderr)
     with joined(loaded):
         folder = processes.agreed(lambda: str(for_train(loaded, run, fresh=fresh).folder))
         return go(loaded, Run(folder), quiet=quiet, json=json, replan=replan)

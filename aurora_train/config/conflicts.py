@@ -83,7 +83,7 @@ def refuse_fp8(config) -> None:
         )  # fmt: skip
     if config.train.bf16_ends and config.train.precision != "fp8":
         raise UserError(
-            f"in {config.train.precision} every block is alike: only in fp8 can its ends stay in bfloat16",
+            "only in fp8 can the blocks at the ends stay in bfloat16: in any other precision every block is alike",
             where="train.bf16_ends", hint="train.precision=fp8, or train.bf16_ends=0",
         )  # fmt: skip
     layers = getattr(getattr(config, "model", None), "layers", None)

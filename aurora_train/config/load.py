@@ -7,7 +7,6 @@ nobody set, then validation of all of it at once. Nothing after this module touc
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import functools
 import json
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from aurora_train import bundled
 from aurora_train.config import messages
 from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_offload, refuse_uneven
+from aurora_train.config.deriving import derives, fill, unset_nulls
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
@@ -39,6 +39,7 @@ class _Loaded:
     source: Path
     recipe: FoundRecipe
     derived: list[Derived]
+    overruled: list[str]
 
 
 def load(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Core:
@@ -76,21 +77,17 @@ def _load_file(
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
+    unset_nulls(tree, schema, overrides_only=code is not None)
     _place_paths(tree, schema)
-    derived = _derive(found, tree, schema, file)
+    # What a run was started with is in its config.yaml: what is missing there is a later version's.
+    derived, overruled = _derive(found, tree, schema, file) if code is None else ([], [])
     try:
         config = schema.model_validate_json(json.dumps(tree.value))
     except ValidationError as fault:
         raise _as_user_error(messages.explain(fault, tree, schema), file) from None
-    config._loaded = _Loaded(file, found, derived)
-    if not checked:
-        return config
-    with _placed(tree):
-        refuse_fused(config)
-        refuse_offload(config)
-        refuse_fp8(config)
-        refuse_uneven(config)
-        found.cls.check(config)
+    config._loaded = _Loaded(file, found, derived, overruled)
+    if checked:
+        _check(config, tree)
     return config
 
 
@@ -158,7 +155,8 @@ def parse_override(text: str) -> Tree:
         keys[path[:end]] = values[path[:end]] = mark
     for marks, found in ((keys, inner.keys), (values, inner.values)):
         marks.update({(*path, *below): place for below, place in found.items()})
-    return Tree(node, keys, values)
+    empty = {(*path, *below) for below in inner.empty} | ({path} if not value.strip() else set())
+    return Tree(node, keys, values, empty)
 
 
 def _recipe_of(tree: Tree, file: Path, code: Path | None) -> FoundRecipe:
@@ -190,7 +188,7 @@ def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None
     """Make every path absolute: relative to the file it is written in, or to the current folder in an override."""
     for name, field in schema.model_fields.items():
         path, extra = (*above, field.alias or name), field.json_schema_extra or {}
-        if not _is_set(tree.value, path):
+        if not tree.has(path):
             continue
         named = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -206,11 +204,10 @@ def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None
                 tree.at(above)[path[-1]] = str((base / Path(value).expanduser()).absolute())
 
 
-def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> list[Derived]:
+def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> tuple[list[Derived], list[str]]:
     """Fill what the user left unset. First everything that no derived value can cure is reported."""
-    derives = found.cls.derive.__func__ is not Recipe.derive.__func__
-    if not derives:
-        return []
+    if not derives(found.cls):
+        return [], []
     try:
         schema.model_validate_json(json.dumps(tree.value))
     except ValidationError as fault:
@@ -218,26 +215,22 @@ def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> l
         if lines:
             raise _as_user_error(lines, file) from None
     with _placed(tree):
-        offered = found.cls.derive(copy.deepcopy(tree.value))
-    kept = []
-    for one in offered:
-        path = tuple(one.key.split("."))
-        if _is_set(tree.value, path):
-            continue
-        value = one.value
-        for step in reversed(path):
-            value = {step: value}
-        tree.merge(Tree(value, {}, {path: Mark(f"derived ({one.formula})")}))
-        kept.append(one)
-    return kept
+        return fill(found.cls, tree, file)
 
 
-def _is_set(node, path: tuple) -> bool:
-    for step in path:
-        if not isinstance(node, dict) or step not in node:
-            return False
-        node = node[step]
-    return True
+def _check(config: Core, tree: Tree) -> None:
+    """Every mistake at once, of those that are not in one key alone."""
+    faults = []
+    for check in (refuse_fused, refuse_offload, refuse_fp8, refuse_uneven, config.recipe_class.check):
+        try:
+            with _placed(tree):
+                check(config)
+        except UserError as fault:
+            faults.append(fault)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise _as_user_error([str(fault).replace("\n", "\n  ") for fault in faults], config.source)
 
 
 @contextlib.contextmanager
@@ -247,7 +240,7 @@ def _placed(tree: Tree):
         yield
     except UserError as fault:
         path = tuple(str(fault.where).split("."))
-        if not _is_set(tree.value, path[:1]):
+        if not tree.has(path[:1]):
             raise
         where = messages.place(tree.mark(path), fault.where)
         raise UserError(fault.what, where=where, why=fault.why, hint=fault.hint) from None

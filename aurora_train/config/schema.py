@@ -37,10 +37,11 @@ class Train(Section):
     steps: int = setting(1000, resume="warned", ge=1, help="optimizer steps of the whole run")
     batch: int = setting(32, ge=1, help="examples per optimizer step, over all devices and microbatches")
     seed: int = setting(0, ge=0, lt=2**63, help="root of every random stream and of the data order")
-    precision: Literal["float32", "bfloat16", "fp8"] = setting(
-        "float32",
-        help="number format of the compute; fp8 = bfloat16, but the products of the blocks in 8 bits, in training; "
-        "what parameters are stored in is optimizer.master",
+    precision: Literal["auto", "float32", "bfloat16", "fp8"] = setting(
+        "auto",
+        help="number format of the compute; auto = bfloat16 on an accelerator that has it, else float32, settled when "
+        "the run starts; fp8 = bfloat16, but the products of the blocks in 8 bits, in training; what parameters are "
+        "stored in is optimizer.master",
     )
     bf16_ends: int = setting(0, ge=0, help="with fp8: blocks (units of a stack) at either end that stay in bfloat16")
     stop_after_minutes: float | None = setting(
@@ -65,6 +66,7 @@ class Train(Section):
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """Of the activations, as a recipe hands it to its model: what multiplies in 8 bits is not its affair."""
+        assert self.precision != "auto", "train.precision is settled (train/precision.py) before a model is built"
         return "bfloat16" if self.precision == "fp8" else self.precision
 
 
@@ -77,6 +79,11 @@ class Schedule(Section):
     warmup: int = setting(0, resume="warned", ge=0, help="steps of linear rise from zero")
     decay: float = setting(0.2, resume="warned", ge=0, le=1, help="wsd only: share of the steps spent decaying")
     final: float = setting(0.1, resume="warned", ge=0, le=1, help="share of lr left at the last step")
+    extend: int | None = setting(
+        None, resume="warned", ge=1,
+        help="length in steps of the run that this one extends: the rate follows that run's schedule to its end and "
+        "stays at its final value; null = the schedule is as long as the run",
+    )
 
 
 class Optimizer(Section):
@@ -242,6 +249,11 @@ class Core(Section):
     def derived(self) -> list:
         """The `Derived` values that were filled in because the user left them unset."""
         return self._loaded.derived
+
+    @property
+    def overruled(self) -> list[str]:
+        """A line for each key on which a dial and something else that was written did not agree."""
+        return self._loaded.overruled
 
     def __eq__(self, other):
         # Where a config was read from is not part of what it says.

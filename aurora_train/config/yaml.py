@@ -7,7 +7,7 @@ no tags and no recursion. Scalars follow the YAML 1.2 core schema: `3e-4` is a n
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,15 @@ class Mark:
 
 @dataclass
 class Tree:
-    """`value` is nested dicts, lists and scalars; `keys` and `values` map a path (tuple) to its Mark."""
+    """`value` is nested dicts, lists and scalars; `keys` and `values` map a path (tuple) to its Mark.
+
+    `empty` has the paths whose value is null because nothing was written there.
+    """
 
     value: Any
     keys: dict[tuple, Mark]
     values: dict[tuple, Mark]
+    empty: set[tuple] = field(default_factory=set)
 
     def mark(self, path: tuple, of_key: bool = False) -> Mark | None:
         """The place of a path, or of the nearest enclosing one that was written down."""
@@ -76,11 +80,31 @@ class Tree:
             if isinstance(value, dict) and isinstance(mine.get(key), dict):
                 self._merge_at(inner, other)
                 continue
+            self._forget(inner)
             mine[key] = value
             for marks, others in ((self.keys, other.keys), (self.values, other.values)):
-                for stale in [p for p in marks if p[: len(inner)] == inner]:
-                    del marks[stale]
                 marks.update({p: m for p, m in others.items() if p[: len(inner)] == inner})
+            self.empty |= {p for p in other.empty if p[: len(inner)] == inner}
+
+    def _forget(self, path: tuple) -> None:
+        for marks in (self.keys, self.values):
+            for stale in [p for p in marks if p[: len(path)] == path]:
+                del marks[stale]
+        self.empty = {p for p in self.empty if p[: len(path)] != path}
+
+    def remove(self, path: tuple) -> None:
+        """As if the key had not been written."""
+        del self.at(path[:-1])[path[-1]]
+        self._forget(path)
+
+    def has(self, path: tuple) -> bool:
+        """Whether the key was written, be it as null."""
+        node = self.value
+        for step in path:
+            if not isinstance(node, dict) or step not in node:
+                return False
+            node = node[step]
+        return True
 
     def at(self, path: tuple) -> Any:
         node = self.value
@@ -147,7 +171,7 @@ def parse(text: str, mark) -> Tree:
         refuse(f"not valid YAML: {what}", place)
     except YAMLError as fault:
         raise UserError(f"not valid YAML: {str(fault).splitlines()[0]}", where=str(mark(1, 1))) from None
-    return Tree(builder.root, builder.keys, builder.values)
+    return Tree(builder.root, builder.keys, builder.values, builder.empty)
 
 
 class _Builder:
@@ -155,7 +179,7 @@ class _Builder:
 
     def __init__(self, mark, refuse):
         self.mark, self.refuse = mark, refuse
-        self.root, self.keys, self.values = None, {}, {}
+        self.root, self.keys, self.values, self.empty = None, {}, {}, set()
         self.stack: list[list] = []
         self.documents = 0
 
@@ -181,7 +205,9 @@ class _Builder:
             self.key(event, place)
             return
         if isinstance(event, ScalarEvent):
-            self.put(self.scalar(event, place), place)
+            path = self.put(self.scalar(event, place), place)
+            if event.style is None and not event.value:
+                self.empty.add(path)
             return
         if len(self.stack) >= MAX_DEPTH:
             self.refuse(f"nested deeper than {MAX_DEPTH} levels", place)

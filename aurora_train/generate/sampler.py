@@ -99,6 +99,14 @@ class Generator:
             logits, caches = _read_token(self._graph, self._state, caches, drawn, lengths + count)
         return made
 
+    def fitted(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
+        """Prompts and a number of new tokens that learned positions hold: fewer tokens, and of a prompt that would
+        leave room for none its first token and its end."""
+        if self.max_length is None:
+            return prompts, max_new_tokens
+        cut = [[*prompt[:1], *prompt[max(1, len(prompt) - self.max_length + 2) :]] for prompt in prompts]
+        return cut, min(max_new_tokens, total_room(self.max_length, cut))
+
     def _check(self, prompts, max_new_tokens, temperature, top_k, top_p):
         for prompt in prompts:
             if not prompt:

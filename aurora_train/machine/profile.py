@@ -92,6 +92,39 @@ def choose_devices(devices: list) -> tuple[list, list]:
     return [d for d in devices if d.device_kind == best], [d for d in devices if d.device_kind != best]
 
 
+def precision_here() -> str:
+    """The `train.precision` of this machine's devices where nobody chose one; see `precision_on`."""
+    import jax
+
+    first = choose_devices(jax.local_devices())[0][0]
+    return precision_on(first.platform, getattr(first, "compute_capability", None))
+
+
+def precision_on(platform: str, capability: str | None) -> str:
+    """ "bfloat16" on a TPU and on a GPU that multiplies it (NVIDIA from compute capability 8.0, AMD), else "float32".
+
+    `platform` and `capability` ("9.0", "gfx942") as jax gives them.
+    """
+    number = re.match(r"[0-9]+", capability or "")
+    able = int(number[0]) >= 8 if number else (capability or "").startswith("gfx")
+    return "bfloat16" if platform == "tpu" or platform == "gpu" and able else "float32"
+
+
+def precision_expected() -> str | None:
+    """`precision_here` without asking jax, from what the driver reports; None where that does not tell."""
+    from importlib.util import find_spec
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return "float32"
+    if any(map(find_spec, ("libtpu", "jax_rocm_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin"))):
+        return None
+    gpus = installed_gpus() if any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))) else []
+    rows = [lookup(gpu) for gpu in gpus]
+    if not gpus:
+        return "float32"
+    return "bfloat16" if all(row and "bfloat16" in row.peak_flops for row in rows) else None
+
+
 def peak_flops(machine: Machine, dtype: str) -> float | None:
     """Dense FLOP/s of one device for products of `dtype`, or None where unknown (MFU is then "n/a").
 

@@ -43,7 +43,7 @@ class KeyedDropout(nnx.Dropout):
                 f"the dropout at `{self.place}` is given an array of shape {list(inputs.shape)}, and the batch has "
                 f"{keys.shape[0]} examples", where=f"model.{self.place}",
                 why="a mask is drawn for each example, so the leading axis has to be the examples",
-                hint="move the axis of the batch to the front; or aurora_train.nn.dropout.dropout with the key of `loss`",
+                hint="move the axis of the batch to the front, or use aurora_train.nn.dropout.dropout",
             )  # fmt: skip
         site = (zlib.crc32(self.place.encode()) + calls[self.place]) % 2**32
         calls[self.place] += 1

@@ -1,11 +1,13 @@
 """One dial for a whole run: `model.size` decides shape, tokens, batch and learning rate, each with its source.
 
-Free of jax. `d<depth>` follows nanochat (width 64 x depth); the named shapes are those of published models. Whatever
-the user set stays as set and enters the formulas of what remains.
+Free of jax. `d<depth>` follows nanochat (width 64 x depth) in its shape and leaves the rest to the config; a named size
+is the published model whole, but for its vocabulary, which is the tokenizer's. Whatever the user set stays as set and
+enters the formulas of what remains.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from aurora_train.nn.decoder_config import DecoderConfig, nearest_divisor
 from aurora_train.recipe import Derived
 
 GPT3 = "Brown et al. 2020, table 2.1"
+GPT2 = "as in GPT-2's code"
 LLAMA3 = "Llama 3 model card"
 LLAMA3_PAPER = "Llama 3: Grattafiori et al. 2024, table 3"
 NANOCHAT = "nanochat, base_train.py"
@@ -30,18 +33,39 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     mlp_width: int | None  # None: by the rule of the activation
+    family: dict  # the other fields of the published model
     batch_tokens: int
     lr: float
     source: str
     training_source: str
 
 
+# What neither family has, so that a named size is the published model whatever it is laid over.
+_PLAIN = {
+    "head_dim": None, "norm_eps": 1e-5, "norm_offset": False, "qk_norm": False, "post_norm": False, "parallel": False,
+    "window": None, "window_pattern": ["local"], "attention_scale": None, "attention_softcap": None,
+    "logit_softcap": None, "embed_scale": False,
+}  # fmt: skip
+# Without the banded layers that GPT-3 has between dense ones: the width of their bands is not published.
+_GPT = {
+    "activation": "gelu_tanh", "norm": "layernorm", "bias": "all", "positions": "learned", "max_length": 2048,
+    "tied": True,
+} | _PLAIN  # fmt: skip
+_LLAMA = {
+    "activation": "swiglu", "norm": "rmsnorm", "bias": "none", "positions": "rope", "rope_theta": 500_000.0,
+    "rope_scaling.kind": "none", "tied": False,
+} | _PLAIN  # fmt: skip
+_LLAMA32 = _LLAMA | {
+    "rope_scaling.kind": "llama3", "rope_scaling.factor": 32.0, "rope_scaling.low_freq_factor": 1.0,
+    "rope_scaling.high_freq_factor": 4.0, "rope_scaling.original_length": 8192, "tied": True,
+}  # fmt: skip
+
 NAMED = {
-    "125m": Shape(768, 12, 12, 12, None, 2**19, 6e-4, f"GPT-3 Small: {GPT3}", GPT3),
-    "350m": Shape(1024, 24, 16, 16, None, 2**19, 3e-4, f"GPT-3 Medium: {GPT3}", GPT3),
-    "1b": Shape(2048, 16, 32, 8, 8192, 2**20, 2e-4, f"Llama 3.2 1B: {LLAMA3}", f"GPT-3 XL: {GPT3}"),
-    "3b": Shape(3072, 28, 24, 8, 8192, 2**20, 1.6e-4, f"Llama 3.2 3B: {LLAMA3}", f"GPT-3 2.7B: {GPT3}"),
-    "8b": Shape(4096, 32, 32, 8, 14336, 2**22, 3e-4, f"Llama 3 8B: {LLAMA3}", LLAMA3_PAPER),
+    "125m": Shape(768, 12, 12, 12, None, _GPT, 2**19, 6e-4, f"GPT-3 Small: {GPT3}, {GPT2}", GPT3),
+    "350m": Shape(1024, 24, 16, 16, None, _GPT, 2**19, 3e-4, f"GPT-3 Medium: {GPT3}, {GPT2}", GPT3),
+    "1b": Shape(2048, 16, 32, 8, 8192, _LLAMA32, 2**20, 2e-4, f"Llama 3.2 1B: {LLAMA3}", f"GPT-3 XL: {GPT3}"),
+    "3b": Shape(3072, 28, 24, 8, 8192, _LLAMA32, 2**20, 1.6e-4, f"Llama 3.2 3B: {LLAMA3}", f"GPT-3 2.7B: {GPT3}"),
+    "8b": Shape(4096, 32, 32, 8, 14336, _LLAMA, 2**22, 3e-4, f"Llama 3 8B: {LLAMA3}", LLAMA3_PAPER),
 }
 REFERENCE_DEPTH = 12  # nanochat tunes batch and rates at d12 and extrapolates
 
@@ -63,14 +87,14 @@ def derive_from_size(size: str, given: dict, vocab_size: int = 32768, sequence: 
     if not _sound(model, whole=False):
         return []
     shape = _by_depth(int(depth[1]), model) if depth else _by_name(size)
-    shape = [d for d in shape if d.key.removeprefix("model.") not in model]
-    chosen = {d.key.removeprefix("model."): d.value for d in shape}
-    if not _sound(model | chosen, whole=True):
+    shape = [d for d in shape if not _within(given, d.key)]
+    chosen = _chosen(model, shape)
+    if not _sound(chosen, whole=True):
         return shape
-    parameters = _parameters(model | chosen, vocab_size)
+    parameters = _parameters(chosen, vocab_size)
     tokens = 20 * parameters
     rate = _rate_by_depth if depth else _rate_by_name
-    training = [*rate(size, model | chosen, given, tokens, sequence, vocab_size)]
+    training = [*rate(size, chosen, given, tokens, sequence, vocab_size)]
     batch = _set(given, "train", "batch")
     if not isinstance(batch, int) or batch < 1:
         batch = next(d.value for d in training if d.key == "train.batch")
@@ -93,14 +117,17 @@ def _by_depth(depth: int, model: dict) -> list[Derived]:
         Derived("model.width", width, f"64 x {depth}", NANOCHAT),
         Derived("model.heads", heads, f"width {width} / 128, to a divisor of it", NANOCHAT),
         Derived("model.kv_heads", heads, "as many as heads", NANOCHAT),
+        Derived("model.head_dim", None, "width / heads", NANOCHAT),
+        Derived("model.mlp_width", None, "by the rule of the activation", NANOCHAT),
     ]
 
 
 def _by_name(size: str) -> list[Derived]:
     shape = NAMED[size]
-    values = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "kv_heads": shape.kv_heads}
-    if shape.mlp_width is not None:
-        values["mlp_width"] = shape.mlp_width
+    values = {
+        "layers": shape.layers, "width": shape.width, "heads": shape.heads, "kv_heads": shape.kv_heads,
+        "mlp_width": shape.mlp_width, **shape.family,
+    }  # fmt: skip
     return [Derived(f"model.{name}", value, f"size {size}", shape.source) for name, value in values.items()]
 
 
@@ -147,6 +174,30 @@ def _sound(model: dict, whole: bool) -> bool:
             DecoderConfig.model_validate(model)
     except ValidationError:
         return False
+    return True
+
+
+def _chosen(model: dict, shape: list[Derived]) -> dict:
+    """The section with what was derived for it."""
+    chosen = copy.deepcopy(model)
+    for one in shape:
+        *above, last = one.key.split(".")[1:]
+        section = chosen
+        for step in above:
+            section = section.setdefault(step, {})
+        section[last] = one.value
+    return chosen
+
+
+def _within(given: dict, key: str) -> bool:
+    """Whether the user wrote a key, be it as null, or something else than a section above it."""
+    node = given
+    for step in key.split("."):
+        if not isinstance(node, dict):
+            return True
+        if step not in node:
+            return False
+        node = node[step]
     return True
 
 

@@ -15,6 +15,7 @@ from aurora_train.machine import processes, profile
 from aurora_train.memory.report import one_line, says_something, side_by_side
 from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
+from aurora_train.train.remarks import remarks_on_config, remarks_on_data
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
 from aurora_train.units import size
 
@@ -69,6 +70,9 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
         if session.parent is not None:
             events.event("init", 0, **session.parent.record())
             progress.event(f"starting from {session.parent}")
+        for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
+            events.event("remark", 0, text=line)
+            progress.event(line)
     for what, before, after in moved(session):
         name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
         events.event(name, start or 0, what=what, before=before, after=after)

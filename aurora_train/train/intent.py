@@ -8,6 +8,8 @@ from pathlib import Path
 from aurora_train import run as runs
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.train.precision import as_in
+from aurora_train.train.remarks import rate_line
 
 _WHY = {
     "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",
@@ -29,7 +31,8 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
                 "this is not a run folder and not empty", where=str(run.folder), hint="name another one with --run"
             )
         return run
-    changes = [change for change in diff(load_resolved(run.folder), config) if change[3] != "free"]
+    known = load_resolved(run.folder)
+    changes = [change for change in diff(known, as_in(config, known)) if change[3] != "free"]
     if changes and not run.has_begun():
         with run.lock():
             run.forget()  # nothing was trained: a corrected config may have the folder
@@ -52,7 +55,8 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
     `allowed`: frozen keys that may; such a change has the class "allowed".
     """
     run = runs.Run.existing(folder)
-    config = load_resolved(run.folder, overrides)
+    known = load_resolved(run.folder)
+    config = as_in(load_resolved(run.folder, overrides), known)
     _refuse_unknown(allowed, config)
     if config.train.steps < run.step():
         raise UserError(
@@ -62,7 +66,7 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
         )
     changed = [
         (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else kind)
-        for key, old, new, kind in diff(load_resolved(run.folder), config)
+        for key, old, new, kind in diff(known, config)
     ]
     code = None if config.recipe_bundled else runs.changed_code(run, config)
     if code:
@@ -119,6 +123,30 @@ def _refuse_unknown(allowed, config) -> None:
                 where="--allow-change",
                 hint=f"did you mean `{near[0]}`?" if near else f"frozen are: {', '.join(known)}",
             )
+
+
+def refuse_missing_start(config) -> None:
+    """UserError where `init.from` names nothing that a run could start from, by names alone; quick where it does."""
+    start = config.init.from_
+    if start is None:
+        return
+    path = Path(start)
+    if path.is_file() and path.suffix.lower() != ".gguf" or runs.Run(path).config.is_file() and runs.Run(path).step():
+        return
+    if not path.exists() and "hub:" not in start:
+        raise UserError(
+            f"there is no run folder or weights file {start}", where="init.from",
+            hint="name a run folder or a safetensors file; the path is relative to the config file, and on the command "
+            "line to the current folder",
+        )  # fmt: skip
+    from aurora_train.train.lineage import Parent  # it imports jax, and says what it is
+
+    Parent.of(config)
+
+
+def rate_after(run: runs.Run, config) -> str | None:
+    """What a resume does to the learning rate, in one line; None where it does nothing."""
+    return rate_line(load_resolved(run.folder), config, run.step())
 
 
 def describe(changes) -> str:

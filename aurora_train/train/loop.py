@@ -2,8 +2,10 @@
 
 1. The records of steps up to s are on disk before the checkpoint of s can count: a resume finds no hole.
 2. The state is copied out before the next step is dispatched, because that step overwrites its buffers.
-3. The evaluation comes after the save: an evaluation that crashes costs no training.
-4. Whatever is due at a step is decided by the step number alone, so a killed run and an undisturbed one agree.
+3. The evaluation comes after the save: an evaluation that crashes costs no training. One that is among the best so far
+   saves its step, and is on record only then: a kill between the two finds the evaluation still to be made.
+4. Whatever is due at a step is decided by the step number and the records up to it, so a killed run and an undisturbed
+   one agree.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from aurora_train import facts
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
+from aurora_train.checkpoint.retention import is_among_best
 from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
@@ -80,6 +83,7 @@ class Loop:
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = self._early = None
+        self._validated: dict[int, float] = {}  # validation loss by step, of the evaluations on record
         self._timed = False  # the first step of a process still pays for what the compiler left to it
         self.deadline = deadline  # of time.monotonic(); None is never
         if deadline is None and self._config.train.stop_after_minutes is not None:
@@ -90,18 +94,18 @@ class Loop:
         """The jitted loss and predict, for the score after the last step."""
         return self._evaluator
 
-    def run(self, evaluated: set[int]) -> str | None:
-        """Go on to the last step. `evaluated` has the steps whose evaluation is on record.
+    def run(self, evaluated: dict[int, float]) -> str | None:
+        """Go on to the last step. `evaluated`: step -> validation loss of the evaluations on record.
 
         Returns None at the last step, or the name of what asked for a stop; the state is saved either way, unless
         the name is UNSAVED. Raises
         OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`;
         BadNumbers where steps in a row were skipped.
         """
-        last = self._config.train.steps
+        last, self._validated = self._config.train.steps, dict(evaluated)
         with noticed(self._failing, self.finished_steps), self._stop.held():
             while True:
-                interrupted = not self._as_far_as_asked(evaluated)
+                interrupted = not self._as_far_as_asked()
                 self._settle()
                 state = meshes.local_view(self.state)
                 if not self._saver.settle(state, self._step, lambda: self._stop.name is not None):
@@ -113,12 +117,11 @@ class Loop:
         asked = self._asked() if interrupted or self._step < last else None
         return _MENDED if asked == UNSAVED else asked
 
-    def _as_far_as_asked(self, evaluated: set[int]) -> bool:
+    def _as_far_as_asked(self) -> bool:
         """Train until the last step or until something asks for a stop; False where a signal broke an evaluation."""
         first = self._step
         try:
-            if first > 0 and self._evaluation_due(first) and first not in evaluated:
-                evaluated.add(first)
+            if first > 0 and self._evaluation_due(first) and first not in self._validated:
                 self._evaluate(first)
             self._steps(int(jax.device_get(self.state.data_step)), self._config.train.steps)
         except Stopped:
@@ -248,10 +251,19 @@ class Loop:
                 self._early.result()  # what went wrong there is raised here, after the save
             result = self._evaluator.loss(self.state, self._validation_batches())
             self._stop.heed()
-        # The score first: a record of an evaluation says that there is nothing left to do for its step.
+        # The record last: it says that there is nothing left to do for this step.
+        if self._is_among_best(step, result["loss"]):
+            self._saver.save(meshes.local_view(self.state), step)
+        self._validated[step] = result["loss"]
         self._saver.attach_score(step, result["loss"])
         self._metrics.write({"step": step, "evaluation": result})
         self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
+
+    def _is_among_best(self, step: int, loss: float) -> bool:
+        """Whether a step is to be kept for its validation loss and is not saved yet. Among bad steps nothing is."""
+        if step == self._saver.last or self._streak.length:
+            return False
+        return is_among_best(loss, self._validated.values(), self._config.checkpoint.best)
 
     def _evaluation_compiled(self) -> Future:
         """Read the validation examples and compile their loss while steps are taken."""

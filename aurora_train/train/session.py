@@ -30,6 +30,7 @@ from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.train.ahead import Ahead
 from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
+from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
 from aurora_train.train.weights import load_parameters, parameters_from
@@ -105,6 +106,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
 
     `replan` drops the plan that the run is pinned to.
     """
+    config = settled(config, run)
     parent = Parent.of(config) if run.step() == 0 else None
     recipe, kept = make_recipe(config), kept_facts.read(run.facts)
     recipe.inherited = kept or _inherited(config, parent)

@@ -30,6 +30,7 @@ from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, wh
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
+from aurora_train.train.precision import settled
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, open_session
@@ -80,6 +81,7 @@ def train(
         process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
         try:
             with stop.allowed():
+                config = settled(config, run)
                 _refuse_unlike(config, run, replan)
                 outcome = _train(config, process, changes or [], replan)
         except Stopped:
@@ -194,7 +196,8 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
-    evaluated = set(processes.agreed(lambda: [record["step"] for record in known if "evaluation" in record]))
+    evaluations = [(record["step"], record["evaluation"]["loss"]) for record in known if "evaluation" in record]
+    evaluated = dict(processes.agreed(lambda: evaluations))
     with Progress(
         config.train.steps, process.console, quiet=process.quiet, unit=session.recipe.unit
     ) as progress:
@@ -237,7 +240,7 @@ def _compiled(session: Session, progress, *, fresh: bool):
     return compiled
 
 
-def _run(loop: Loop, evaluated: set[int]) -> str | None:
+def _run(loop: Loop, evaluated: dict[int, float]) -> str | None:
     try:
         return loop.run(evaluated)
     except OutOfMemory:

@@ -85,7 +85,7 @@ ONE = {"a": (Unit, 4)}
 
 
 def program(stacks=ONE, call=through_a, couples="example", **sections):
-    tree = {"recipe": "x", "train": {"batch": 8}, "mesh": {"data": 1}}
+    tree = {"recipe": "x", "train": {"batch": 8, "precision": "float32"}, "mesh": {"data": 1}}
     config = Core.model_validate(tree | {k: tree.get(k, {}) | v for k, v in sections.items()})
     return rehearse(config, Rows(config, stacks, call, couples))
 

@@ -57,6 +57,45 @@ def derived(size, given=None, **settings):
     return {d.key: d for d in derive_from_size(size, given or {}, **settings)}
 
 
+def section(found):
+    model, scaling = {}, {}
+    for key, one in found.items():
+        if key.startswith("model.rope_scaling."):
+            scaling[key.removeprefix("model.rope_scaling.")] = one.value
+        elif key.startswith("model."):
+            model[key.removeprefix("model.")] = one.value
+    return model | ({"rope_scaling": scaling} if scaling else {})
+
+
+# Parameters as their publishers count them, with the vocabulary they have: GPT-3's tables beside its 2,048 positions
+# (Brown et al. 2020 round to 125M and 350M), Llama's from the weights of their files.
+@pytest.mark.parametrize("size, vocab, parameters", [
+    ("125m", 50257, 125_226_240), ("350m", 50257, 355_871_744), ("1b", 128256, 1_235_814_400),
+    ("3b", 128256, 3_212_749_824), ("8b", 128256, 8_030_261_248),
+])  # fmt: skip
+def test_a_named_size_has_the_parameters_of_the_published_model(size, vocab, parameters):
+    assert DecoderConfig.model_validate(section(derived(size))).num_parameters(vocab) == parameters
+
+
+def test_a_named_size_is_the_published_model_whole():
+    small, gpt, llama, old = (DecoderConfig.model_validate(section(derived(s))) for s in ("1b", "125m", "3b", "8b"))
+    for one in (small, llama):
+        scaling = one.rope_scaling
+        assert (one.rope_theta, one.tied, scaling.kind, scaling.factor) == (500_000.0, True, "llama3", 32.0)
+        assert (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length) == (1.0, 4.0, 8192)
+    assert (old.rope_theta, old.tied, old.rope_scaling.kind, old.dim_per_head) == (500_000.0, False, "none", 128)
+    assert all((m.activation, m.norm, m.norm_eps, m.bias) == ("swiglu", "rmsnorm", 1e-5, "none") for m in (llama, old))
+    assert (gpt.positions, gpt.max_length, gpt.norm, gpt.bias) == ("learned", 2048, "layernorm", "all")
+    assert gpt.tied and gpt.activation == "gelu_tanh" and gpt.hidden_width == 3072
+
+
+def test_a_part_of_a_published_model_can_be_set_and_the_rest_stays():
+    model = {"rope_scaling": {"factor": 8.0}, "tied": False}
+    found = derived("1b", {"model": model})
+    assert "model.rope_scaling.factor" not in found and "model.tied" not in found
+    assert found["model.rope_scaling.kind"].value == "llama3" and found["train.steps"].value > 1
+
+
 def test_a_depth_decides_shape_batch_steps_and_rate_each_with_formula_and_source():
     found = derived("d12", vocab_size=32768, sequence=2048)
     values = {key: d.value for key, d in found.items()}
@@ -77,15 +116,14 @@ def test_deeper_models_get_lower_rates_and_no_smaller_batches():
 @pytest.mark.parametrize("size", [*NAMED, "d1", "d5", "d6", "d20"])
 def test_every_size_makes_a_sound_config(size):
     found = derived(size)
-    model = {key.removeprefix("model."): d.value for key, d in found.items() if key.startswith("model.")}
-    DecoderConfig.model_validate(model | {"size": size})
+    DecoderConfig.model_validate(section(found) | {"size": size})
     assert found["train.steps"].value >= 1 and found["train.batch"].value >= 1
 
 
 def test_what_the_user_set_stays_and_enters_the_formulas():
     given = {"model": {"width": 512, "heads": 8}, "train": {"batch": 4}, "optimizer": {"lr": 1e-3}}
     found = derived("d6", given, vocab_size=4096, sequence=256)
-    assert set(found) == {"model.layers", "model.kv_heads", "train.steps"}
+    assert set(found) == {"model.layers", "model.kv_heads", "model.head_dim", "model.mlp_width", "train.steps"}
     parameters = DecoderConfig(width=512, layers=6, heads=8).num_parameters(4096)
     assert found["train.steps"].value == round(20 * parameters / (4 * 256))
 

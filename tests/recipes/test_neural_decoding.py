@@ -12,6 +12,7 @@ from aurora_train.config import load
 from aurora_train.data.spikes import Standard, Trials, Windows
 from aurora_train.errors import UserError
 from aurora_train.random import stream
+from aurora_train.train.precision import settled
 
 pytest.importorskip("h5py")
 
@@ -27,7 +28,7 @@ def cache(tmp_path_factory):
 
 
 def make(cache, *overrides):
-    config = load("neural/decoding", [*SMALL, *overrides])
+    config = settled(load("neural/decoding", [*SMALL, *overrides]))
     return config.recipe_class(config, cache).ready(silent)
 
 

@@ -9,6 +9,7 @@ from aurora_train import optimizer as optimizers
 from aurora_train.data.batches import read_batch
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
+from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import make_recipe
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
@@ -16,7 +17,7 @@ from aurora_train.train.step import make_step
 
 def assembled(config, cut=None, accumulation=None, mesh=None):
     """(recipe, blueprint, compiled-on-first-call step) for a config, with one stack cut as told."""
-    recipe = make_recipe(config)
+    recipe = make_recipe(settled(config))
     recipe.ready(lambda done, total, what: None)
     mesh = mesh or meshes.make_mesh(1, 1)
     accumulation = accumulation or config.memory.accumulation

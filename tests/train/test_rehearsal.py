@@ -17,6 +17,7 @@ from aurora_train.machine.targets import find_machine
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
 from aurora_train.train import rehearsal as rehearsals
+from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import rehearse, shapes_of
 from aurora_train.train.state import together
 
@@ -25,7 +26,7 @@ CUT = [Segment(0, 2, ()), Segment(2, 4, ("hidden",))]
 
 def toy_config(folder, **changes):
     text = {"layers: 3": "layers: 4", "checkpoint:": "mesh: {data: 1}\ncheckpoint:"} | changes
-    return load(toy.write(folder, **text))
+    return settled(load(toy.write(folder, **text)))
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def language_model(**sections):
         "recipe": "language_model",
         "model": {"width": 32, "layers": 4, "heads": 2, "dropout": 0.1},
         "data": {"source": "/nowhere/at/all", "sequence": 64, "tokenizer": {"kind": "byte"}},
-        "train": {"batch": 8},
+        "train": {"batch": 8, "precision": "float32"},
         "mesh": {"data": 1},
     }
     tree |= {name: tree.get(name, {}) | section for name, section in sections.items()}

@@ -1,0 +1,37 @@
+"""`train.precision: auto`: the number format a run computes in, settled once and written into the run's config.
+
+Nothing past this module meets `auto`. A run that has begun keeps what it began with, on whatever device it goes on;
+else the device decides. The hash that names a run's folder is that of the config as given, so it does not move.
+"""
+
+from __future__ import annotations
+
+from aurora_train.config.yaml import read_file
+from aurora_train.machine.profile import precision_here
+from aurora_train.machine.targets import find_machine
+
+
+def settled(config, run=None, *, machine: str | None = None):
+    """A config without `auto`: as `run` began, else for `machine` (a name of `machine.targets`), else for this one.
+
+    Where nothing is auto it is the same object. Jax is asked for the device where neither `run` nor `machine` tells.
+    """
+    if config.train.precision != "auto":
+        return config
+    if run is not None and run.has_begun():
+        written = (read_file(run.config).value.get("train") or {}).get("precision", "auto")
+        if written != "auto":
+            return in_precision(config, written)
+    if machine is None:
+        return in_precision(config, precision_here())
+    return in_precision(config, "bfloat16" if "bfloat16" in find_machine(machine).row.peak_flops else "float32")
+
+
+def as_in(config, known):
+    """A config whose `auto` stands for what `known`, the config of a run, has settled on."""
+    return in_precision(config, known.train.precision) if config.train.precision == "auto" else config
+
+
+def in_precision(config, precision: str):
+    """The same config in another number format."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})

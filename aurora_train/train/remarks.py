@@ -1,0 +1,96 @@
+"""What a user should know of a run before its first step and would otherwise learn from its result. Never an error.
+
+Free of jax: `aurora check` says what needs no data, `aurora train` all of it, before step 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aurora_train.learning_rate import rate
+
+EPOCHS = 10  # beyond, a model learns its training text by heart (Muennighoff et al. 2023: little is gained after 4)
+HELD_OUT = 30  # documents; a score of fewer says more of which they are than of the model
+_GRID = 10_000  # steps at which a schedule is looked at
+
+
+def remarks_on_config(config) -> list[str]:
+    """One line for each thing that can be known without the data."""
+    schedule, steps = config.optimizer.schedule, config.train.steps
+    at = np.unique(np.linspace(0, steps - 1, min(steps, _GRID)).astype(np.int64))
+    at = np.union1d(at, [min(max(schedule.warmup, 1), steps) - 1])
+    shares = np.broadcast_to(rate(at, 1.0, schedule, steps), at.shape)
+    lines, peak = [], float(shares.max())
+    if schedule.warmup and peak < 0.995:
+        decay = f" and a decay over the last {schedule.decay:.0%}" if schedule.name == "wsd" and schedule.decay else ""
+        lines.append(
+            f"the learning rate reaches {_share(peak)} of optimizer.lr: the warm-up is {schedule.warmup:,} steps long"
+            f"{decay}, the run {steps:,} steps"
+        )
+    if schedule.extend is not None and schedule.extend > steps:
+        lines.append(
+            f"the schedule is that of {schedule.extend:,} steps (optimizer.schedule.extend) and the run ends at step "
+            f"{steps:,}, at {_share(float(shares[-1]))} of optimizer.lr"
+        )
+    return lines
+
+
+def remarks_on_data(config, source) -> list[str]:
+    """One line for each thing that the size of the training data shows; `source` is that of the training split."""
+    batch, steps, examples = config.train.batch, config.train.steps, len(source)
+    lines, epochs = [], batch * steps / examples
+    if batch > examples:
+        lines.append(
+            f"a batch of {batch:,} takes each of the {examples:,} training examples {batch / examples:,.1f} times: "
+            f"train.batch={examples} takes each once"
+        )
+    if epochs > EPOCHS:
+        enough = max(EPOCHS * examples // batch, 1)
+        lines.append(
+            f"{epochs:,.0f} epochs: {steps:,} batches of {batch:,} are {epochs:,.0f} times the {examples:,} training "
+            f"examples; {EPOCHS} times would be train.steps={enough}"
+        )
+    return lines + _on_held_out(config, source.describe().get("splits"))
+
+
+def _on_held_out(config, splits) -> list[str]:
+    """`splits`: for each split its "documents", as a text source counts them; None where a source counts otherwise."""
+    if not isinstance(splits, dict) or not all(isinstance(one, dict) and "documents" in one for one in splits.values()):
+        return []
+    held = {name: splits[name]["documents"] for name in ("test", "validation") if name in splits}
+    read = [name for name in held if held[name] and (name == "validation" or config.evaluate.final)]
+    if not read or sum(held[name] for name in read) >= HELD_OUT:
+        return []
+    counted = " and ".join(f"{held[name]:,} for {name}" for name in read)
+    keys = " and ".join(f"data.holdout_{name}" for name in read)
+    return [
+        f"documents held out: {counted}, fewer than {HELD_OUT} in all: the numbers depend on which they are; a larger "
+        f"{keys} holds out more"
+    ]
+
+
+def rate_line(old, new, step: int) -> str | None:
+    """The learning rate before and after a run at `step` goes on with config `new` where `old` was; None where neither
+    schedule nor length changed, or where there is no next step."""
+    before, after = _rated(old), _rated(new)
+    if before == after or step == 0 or step >= new.train.steps:
+        return None
+    was, now = _rate(old, step), _rate(new, step + 1)
+    line = f"lr at step {step + 1:,}: {now:.3g}, was {was:.3g} at step {step:,}"
+    length = old.optimizer.schedule.extend or old.train.steps
+    if now > 1.05 * was and new.train.steps > length and new.optimizer.schedule.extend is None:
+        line += f"; optimizer.schedule.extend={length} keeps the rate that the run has at its end"
+    return line
+
+
+def _rated(config) -> tuple:
+    return config.train.steps, config.optimizer.lr, config.optimizer.schedule
+
+
+def _rate(config, step: int) -> float:
+    """Of a step, from 1."""
+    return float(rate(step - 1, config.optimizer.lr, config.optimizer.schedule, config.train.steps))
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.2g} %"
