@@ -107,6 +107,8 @@ class Recipe(Base):
     def data(self, split: str):
         from aurora_train.data.rows import TokenSource
 
+        if split == "validation" and self.config.data.holdout_validation == 0:
+            return None
         mix = self.config.data.mix if split == "train" else {}
         weights = {name: part.weight for name, part in mix.items()} or None
         return TokenSource(self.store, split, self.config.data.sequence, weights)
@@ -166,7 +168,7 @@ class Recipe(Base):
             "bytes": int(sizes.sum()),
             "bytes_per_token": float(sizes.sum() / tokens),
             "notes": [
-                f"{len(documents)} whole documents held out by a hash of their path; windows of {sequence} tokens, "
+                f"{len(documents)} {self.store.held_out}; windows of {sequence} tokens, "
                 f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"
             ],
         }
