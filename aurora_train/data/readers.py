@@ -46,6 +46,8 @@ class Mistake:
 
 def cells(path: Path, kind: str, field: str) -> Iterator[bytes | LeftOut | Mistake]:
     """One cell a row of a file of this kind: json, csv, tsv, parquet or arrow. Raises what `faults` names."""
+    if path.stat().st_size == 0:
+        return iter(())
     match kind:
         case "json":
             return (_json_cell(row, field) for row in _json_rows(path))
@@ -154,7 +156,8 @@ def _json_values(path: Path, array: bool) -> Iterator[object]:
         buffer, want, ended, between = file.read(_BLOCK).lstrip(), _BLOCK, False, _BLANK
         position = 1 if array else 0
         while True:
-            position = between.match(buffer, position).end()
+            gap = between.match(buffer, position)
+            position, between = gap.end(), _BLANK if "," in gap[0] else between
             if array and buffer.startswith("]", position):
                 if (buffer[position + 1 :] + file.read(_BLOCK)).strip():
                     raise ValueError("something follows the array")
@@ -207,7 +210,7 @@ def _csv_cells(path: Path, field: str, delimiters: str) -> Iterator[bytes | Left
     csv.field_size_limit(_LONGEST_FIELD)
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as file:
         first = next((line for line in file if not line.isspace()), "")
-        headers = {mark: _header(first, mark) for mark in delimiters}
+        headers = {mark: [name.strip() for name in _split(first, mark)] for mark in delimiters}
         delimiter = next((mark for mark in delimiters if field in headers[mark]), delimiters[0])
         header = headers[delimiter]
         for row in _csv_rows(_Lines(file), delimiter, len(header)):
@@ -220,32 +223,43 @@ def _csv_cells(path: Path, field: str, delimiters: str) -> Iterator[bytes | Left
                 yield Mistake(header, None, tuple(texts))
 
 
-def _header(line: str, delimiter: str) -> list[str]:
+def _split(line: str, delimiter: str) -> list[str]:
+    """The fields of a line; a line that is no CSV is one field."""
     try:
-        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True), [])]
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error:
-        return [line.strip()]
+        return [line]
 
 
 def _csv_rows(lines: _Lines, delimiter: str, width: int) -> Iterator[list[str] | LeftOut]:
-    """Rows of as many fields as the header. A row whose quotes are no CSV is taken as it stands, where that fits."""
+    """Rows of as many fields as the header."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     for number in itertools.count():
         lines.taken = []
         try:
             row = next(reader, None)
         except csv.Error as error:
-            row = lines.taken[0].rstrip("\r\n").split(delimiter)
-            if len(row) == width and '\\"' not in lines.taken[0]:
-                lines.give_back()
-            elif str(error).startswith(("unexpected end", "field larger")):
-                raise ValueError(f"a quote that opens in row {number} never closes") from error
-            else:
-                row = LeftOut("not CSV")
+            row = _not_csv(lines, delimiter, width)
+            if row is None:
+                raise ValueError(f"a quote that opens in row {number} does not close as CSV: {error}") from error
         if row is None:
             return
         if row:
             yield row if len(row) == width or isinstance(row, LeftOut) else LeftOut("other fields than the header's")
+
+
+def _not_csv(lines: _Lines, delimiter: str, width: int) -> list[str] | LeftOut | None:
+    """What to take for a row whose quotes are wrong; None where it cannot be told where that row ends.
+
+    A quote that does not close runs on into the rows behind it, and those are given back.
+    """
+    first, *others = lines.taken
+    row = first.rstrip("\r\n").split(delimiter)
+    is_plain = delimiter == "\t" and len(row) == width  # TSV is written without quoting, too
+    if is_plain or not others or width > 1 and all(len(_split(line, delimiter)) == width for line in others):
+        lines.give_back()
+        return row if is_plain else LeftOut("not CSV")
+    return None
 
 
 # ---- Parquet and Arrow
