@@ -128,8 +128,8 @@ class Recipe:
         """
         return {} if type(self).facts is Recipe.facts else None
 
-    def data(self, split: str) -> Source:
-        """The prepared data of a split: "train" or "validation"."""
+    def data(self, split: str) -> Source | None:
+        """The prepared data of a split: "train" or "validation"; None for a validation split that was not asked for."""
         raise NotImplementedError
 
     def on(self, path: str) -> Recipe:

@@ -11,7 +11,8 @@ import functools
 import numpy as np
 
 from aurora_train.config import Section, setting
-from aurora_train.data.config import TextDataConfig, check_data
+from aurora_train.data.config import TextDataConfig
+from aurora_train.data.sources import check_data
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
@@ -122,6 +123,8 @@ class Recipe(Base):
     def data(self, split: str):
         from aurora_train.data.rows import TokenSource
 
+        if split == "validation" and self.config.data.holdout_validation == 0:
+            return None
         mix = self.config.data.mix if split == "train" else {}
         weights = {name: part.weight for name, part in mix.items()} or None
         return TokenSource(self.store, split, self.config.data.sequence, weights)
@@ -179,7 +182,7 @@ class Recipe(Base):
             "bytes_per_token": float(sizes.sum() / tokens),
             "remarks": few(len(documents), "document", "raise data.holdout_test", size(sizes.sum())),
             "notes": [
-                f"{len(documents)} whole documents held out by a hash of their path; windows of {sequence} tokens, "
+                f"{len(documents)} {self.store.held_out}; windows of {sequence} tokens, "
                 f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"
             ],
         }
@@ -228,21 +231,22 @@ class Recipe(Base):
         import jax
 
         from aurora_train.data.rivals import python_parse_share
+        from aurora_train.data.tokenizers import Continuation
 
         wanted = self.config.samples
         generator = self._generator(model)
-        tokenizer, made = self.tokenizer, []
+        made = []
         prompts = [(wanted.prompts or [""])[i % max(len(wanted.prompts), 1)] for i in range(wanted.count)]
         if not prompts:
             return []
-        encoded = [[tokenizer.eos_id, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+        begun = [Continuation(self.tokenizer, prompt) for prompt in prompts]
         seed = int(jax.random.bits(key, dtype="uint32") >> 1)
-        encoded, length = generator.fitted(encoded, wanted.max_tokens)
-        outputs = generator.generate_batch(encoded, length, wanted.temperature, None, wanted.top_p, seed)
-        for prompt, ids in zip(prompts, outputs, strict=True):
-            text = tokenizer.decode(np.asarray(ids, np.int64))
-            checks = {"parses_as_python": bool(python_parse_share([prompt + text]))} if self._is_python else {}
-            made.append({"prompt": prompt, "text": text, **checks})
+        starts, length = generator.fitted([one.start for one in begun], wanted.max_tokens)
+        outputs = generator.generate_batch(starts, length, wanted.temperature, None, wanted.top_p, seed)
+        for prompt, one, ids in zip(prompts, begun, outputs, strict=True):
+            one.add(ids)
+            checks = {"parses_as_python": bool(python_parse_share([prompt + one.text]))} if self._is_python else {}
+            made.append({"prompt": prompt, "text": one.text, **checks})
         return made
 
     @property
@@ -250,22 +254,14 @@ class Recipe(Base):
         return self.config.data.source == "python-stdlib" or self.config.data.pattern.endswith(".py")
 
     def generate(self, model, prompt: str, options: dict, on_text) -> str:
-        tokenizer, ids, shown = self.tokenizer, [], 0
+        from aurora_train.data.tokenizers import Continuation
 
-        def on_token(token: int) -> None:
-            nonlocal shown
-            ids.append(token)
-            text = tokenizer.decode(np.asarray(ids, np.int64))
-            if not text.endswith("\ufffd"):  # half of a character: wait for the token that completes it
-                on_text(text[shown:])
-                shown = len(text)
-
-        start = [tokenizer.eos_id, *map(int, tokenizer.encode(prompt))]
+        written = Continuation(self.tokenizer, prompt)
         self._generator(model).generate(
-            start, options["max_tokens"], options["temperature"], options["top_k"], options["top_p"],
-            options["seed"], on_token,
+            written.start, options["max_tokens"], options["temperature"], options["top_k"], options["top_p"],
+            options["seed"], lambda token: on_text(written.add([token])),
         )
-        return tokenizer.decode(np.asarray(ids, np.int64))
+        return written.text
 
     def logits(self, model, tokens):
         import jax.numpy as jnp

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import model_validator
+
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
 
@@ -12,22 +14,35 @@ from aurora_train.errors import UserError
 class TokenizerConfig(Section):
     """How text becomes numbers. `byte` needs no training; `bpe` is trained on the train split alone."""
 
-    kind: Literal["byte", "bpe", "file"] = setting("byte", help="byte, bpe (trained here) or file (a tokenizer.json)")
+    kind: Literal["byte", "bpe", "file"] = setting(
+        "byte", help="byte, bpe (trained here) or file (a tokenizer.json, also where only its path is given)"
+    )
     vocab: int = setting(4096, ge=257, le=1_000_000, help="entries of the trained bpe vocabulary")
-    path: str | None = setting(None, resume="located", path_unless=(), help="a tokenizer.json, for kind: file")
+    path: str | None = setting(None, resume="located", path_unless=(), help="a tokenizer.json")
     separator: str | None = setting(None, help="for kind: file, the token between documents; found when unset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_means_file(cls, given):
+        """A path without a kind is one of a file. What else was asked for beside it would be passed over."""
+        if not isinstance(given, dict) or given.get("path") is None or "kind" in given:
+            return given
+        if "vocab" in given:
+            raise ValueError("a tokenizer.json (path) has its own vocabulary: leave vocab out")
+        return {**given, "kind": "file"}
 
 
 class MixedSourceConfig(Section):
     """One of several sources of a mixture. Its name begins the names of its documents."""
 
     source: str = setting(
-        resume="located", path_unless=("python-stdlib", "hub:"),
+        resume="located",
+        path_unless=("python-stdlib", "hub:"),
         help="python-stdlib, a folder, a file or glob, or hub:owner/name",
     )
     weight: float = setting(1.0, gt=0, help="its share of the rows that are trained on, beside the others' weights")
     pattern: str = setting("**/*", help="glob inside a folder")
-    text_field: str = setting("text", help="column of a jsonl, parquet or arrow source that holds the text")
+    text_field: str = setting("text", help="column of a table that holds the text")
     max_documents: int | None = setting(None, ge=1, help="read only the first documents of the source, in its order")
 
 
@@ -42,7 +57,7 @@ class TextDataConfig(Section):
     )
     mix: dict[str, MixedSourceConfig] = setting({}, help="several named sources, {source, weight} each, and not one")
     pattern: str = setting("**/*", help="glob inside a folder")
-    text_field: str = setting("text", help="column of a jsonl, parquet or arrow source that holds the text")
+    text_field: str = setting("text", help="column of a table that holds the text")
     tokenizer: TokenizerConfig = setting(TokenizerConfig())
     sequence: int = setting(256, ge=2, help="tokens per row")
     holdout_test: float = setting(0.02, ge=0, lt=1, help="share of documents kept for the score, by hash of path")
@@ -51,8 +66,8 @@ class TextDataConfig(Section):
     online: bool = setting(False, resume="free", help="allow a hub: source to use the network")
 
 
-def check_data(config: TextDataConfig, base: Path | None = None) -> None:
-    """Raise UserError for what can be known without reading the source. `base` is the folder of the config file."""
+def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
+    """Raise UserError for what is wrong whatever the sources hold. `base` is the folder of the config file."""
     if config.holdout_test + config.holdout_validation >= 1:
         raise UserError(
             "nothing would be left to train on",
@@ -60,25 +75,12 @@ def check_data(config: TextDataConfig, base: Path | None = None) -> None:
             why=f"holdout_test {config.holdout_test} + holdout_validation {config.holdout_validation} is 1 or more",
             hint="data.holdout_test=0.02 data.holdout_validation=0.01",
         )
-    for key, source in sources_of(config).items():
-        _check_source(source, key, config.online, base)
-    if config.tokenizer.kind == "file":
-        if config.tokenizer.path is None:
-            raise UserError(
-                "kind: file needs the path of a tokenizer.json", where="data.tokenizer.path", hint="or kind: bpe"
-            )
-        if not resolve(config.tokenizer.path, base).is_file():
-            raise UserError(
-                f"there is no file {config.tokenizer.path}",
-                where="data.tokenizer.path",
-                why=f"looked for {resolve(config.tokenizer.path, base)}",
-            )
+    if config.mix:
+        _check_mix(config)
+    _check_tokenizer(config.tokenizer, base)
 
 
-def sources_of(config: TextDataConfig) -> dict[str, str]:
-    """`data.source`, or the source of every part of `data.mix`, by its key. UserError for both, or for a bad name."""
-    if not config.mix:
-        return {"data.source": config.source}
+def _check_mix(config: TextDataConfig) -> None:
     default = TextDataConfig.model_fields["source"].default
     if config.source != default or config.pattern != "**/*" or config.max_documents is not None:
         raise UserError(
@@ -92,25 +94,30 @@ def sources_of(config: TextDataConfig) -> dict[str, str]:
                 f"a source of a mixture cannot be called {name!r}", where="data.mix",
                 why="its name begins the names of its documents", hint="letters, digits, - _ and . only",
             )  # fmt: skip
-    return {f"data.mix.{name}.source": part.source for name, part in config.mix.items()}
 
 
-def _check_source(source: str, key: str, online: bool, base: Path | None) -> None:
-    if source.startswith("hub:"):
-        if not online:
-            raise UserError(
-                f"{source} is on the network, and the network is off",
-                where=key,
-                hint=f"add data.online=true (--online), or download the files and name their folder as {key}",
-            )
-    elif source != "python-stdlib" and not any(character in source for character in "*?["):
-        if not resolve(source, base).exists():
-            raise UserError(
-                f"there is no file or folder {source}",
-                where=key,
-                why=f"looked for {resolve(source, base)}",
-                hint="a path is relative to the folder of the config file; python-stdlib is always there",
-            )
+def _check_tokenizer(config: TokenizerConfig, base: Path | None) -> None:
+    if config.kind != "file":
+        for name in ("path", "separator"):
+            if getattr(config, name) is not None:
+                raise UserError(
+                    f"a {name} goes with a tokenizer.json, and the tokenizer is of kind: {config.kind}",
+                    where=f"data.tokenizer.{name}",
+                    hint=f"data.tokenizer.kind=file, or leave {name} out",
+                )
+        return
+    if config.path is None:
+        what = "kind: file needs the path of a tokenizer.json"
+        raise UserError(what, where="data.tokenizer.path", hint="or kind: bpe")
+    path = resolve(config.path, base)
+    if not path.is_file():
+        inside = path / "tokenizer.json"
+        raise UserError(
+            f"{config.path} is a folder" if path.is_dir() else f"there is no file {config.path}",
+            where="data.tokenizer.path",
+            why=f"looked for {path}",
+            hint=f"data.tokenizer.path={inside}" if inside.is_file() else None,
+        )
 
 
 def resolve(path: str, base: Path | None) -> Path:

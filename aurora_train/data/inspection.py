@@ -6,18 +6,21 @@ import numpy as np
 
 from aurora_train.data.order import examples_at, slots
 from aurora_train.data.rows import TokenSource
+from aurora_train.errors import UserError
 from aurora_train.recipe import Source
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 
 
-def inspect_batch(source: Source, split: str, seed: int, batch: int, data_step: int, rows: int) -> dict:
+def inspect_batch(source: Source | None, split: str, seed: int, batch: int, data_step: int, rows: int) -> dict:
     """JSON-able facts about the batch that training reads at `data_step`.
 
     Always: shape, dtype and range of every array, and the example indices. For text also token counts, share of
     padding, documents and bytes per token of the split, and, for the first `rows` rows, documents and segments with
-    their text.
+    their text. UserError where the split has no data.
     """
+    if source is None:
+        raise UserError(f"the {split} split is empty", where=f"data.holdout_{split}", hint=f"data.holdout_{split}=0.01")
     chosen = examples_at(source, seed, data_step, batch)
     arrays, mixture = source.take(chosen), getattr(source, "mixture", None)
     facts = {
@@ -68,6 +71,7 @@ def _text_facts(source: TokenSource, arrays: dict[str, np.ndarray]) -> dict:
     tokenizer = source.store.manifest["tokenizer"]
     return {
         "source": source.store.manifest["source"],
+        "left_out": source.store.manifest["skipped"],
         "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} entries",
         "targets": int(arrays["weights"].sum()),
         "padding": float(1 - arrays["weights"].mean()),

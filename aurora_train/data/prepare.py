@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from aurora_train.data import tokenizers
-from aurora_train.data.config import TextDataConfig
-from aurora_train.data.screening import Screening, screen
-from aurora_train.data.sources import Corpus, open_corpus
+from aurora_train.data.config import TextDataConfig, TokenizerConfig
+from aurora_train.data.screening import Screening, left_out, screen
+from aurora_train.data.sources import Corpus, Mixture, open_corpus
 from aurora_train.data.store import FORMAT, MANIFEST, SPLITS, DamagedStore, Store, fingerprint_of, hash_file
 from aurora_train.errors import UserError
 from aurora_train.files import sync
@@ -49,7 +49,14 @@ def prepare(
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         listing = corpus.listing(cache, progress)
-    key = _key(config, base, listing)
+    key = _key(config, base, listing, corpus.newly_read())
+    store = _opened_or_made(corpus, config, base, cache, key, listing, progress)
+    for line in _said(store.manifest, config):
+        log.warning("%s", line)
+    return store
+
+
+def _opened_or_made(corpus, config: TextDataConfig, base, cache: Path, key: str, listing: list, progress) -> Store:
     folder = cache / f"text-{key[:16]}"
     if folder.exists():
         try:
@@ -69,7 +76,27 @@ def prepare(
         return Store(folder)
 
 
-def _key(config: TextDataConfig, base: Path | None, listing: list) -> str:
+def _said(manifest: dict, config: TextDataConfig) -> Iterator[str]:
+    """Lines on what the store does not hold as the source has it, and on settings that do not count."""
+    num_cut = manifest.get("cut_documents", 0)
+    kept = num_cut or sum(split["documents"] for split in manifest["splits"].values())
+    yield from filter(None, [left_out(manifest["skipped"], kept)])
+    if num_cut:
+        shares = {"test": config.holdout_test, "validation": config.holdout_validation}
+        held = " and before that ".join(f"{100 * share:g} % for {name}" for name, share in shares.items() if share)
+        yield (
+            f"{manifest['source']}: {num_cut} document{'s are' if num_cut > 1 else ' is'} too few to hold whole ones "
+            f"out; the end of {'each' if num_cut > 1 else 'it'} is held out: {held}"
+        )
+    tokenizer, vocab = manifest["tokenizer"], config.tokenizer.vocab
+    if tokenizer["kind"] != "bpe" and vocab not in (TokenizerConfig().vocab, tokenizer["vocab_size"]):
+        yield (
+            f"data.tokenizer.vocab={vocab} is not used: it is for kind: bpe, and the tokenizer of kind: "
+            f"{tokenizer['kind']} has {tokenizer['vocab_size']:,} entries"
+        )
+
+
+def _key(config: TextDataConfig, base: Path | None, listing: list, newly_read: list[str]) -> str:
     """sha256 hex over all that decides a store's contents. Sequence and batch do not: they are index arithmetic."""
     tokenizer = {"kind": config.tokenizer.kind}
     if config.tokenizer.kind == "bpe":
@@ -85,6 +112,8 @@ def _key(config: TextDataConfig, base: Path | None, listing: list) -> str:
         "holdout": [config.holdout_test, config.holdout_validation],
         "max_documents": config.max_documents,
     }
+    if newly_read:
+        decisive["newly_read"] = newly_read
     if config.mix:  # not the weights: they are index arithmetic too
         decisive["mix"] = {name: [part.text_field, part.max_documents] for name, part in config.mix.items()}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -129,14 +158,14 @@ def _clear_debris(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _write(corpus: Corpus, config: TextDataConfig, base, key: str, folder: Path, progress: Callable) -> None:
+def _write(corpus: Corpus | Mixture, config: TextDataConfig, base, key: str, folder: Path, progress: Callable) -> None:
     screening = screen(corpus, config, progress)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    tokenizer = _tokenizer(corpus, config, base, screening, progress)
+    tokenizer = _tokenizer(config, base, screening, progress)
     with _writing(folder.parent):
         temporary.mkdir()
     try:
-        splits, parts, num_lossy = _write_splits(corpus, tokenizer, screening, temporary, progress)
+        splits, parts, num_lossy = _write_splits(tokenizer, screening, temporary, progress)
         with _writing(folder.parent):
             tokenizer.save(temporary)
             manifest = {
@@ -146,6 +175,7 @@ def _write(corpus: Corpus, config: TextDataConfig, base, key: str, folder: Path,
                 "licence": corpus.licence,
                 "splits": splits,
                 "skipped": screening.skipped,
+                **({"cut_documents": screening.num_cut} if screening.num_cut else {}),
                 **({"mix": parts} if config.mix else {}),
                 "tokenizer": {
                     "kind": config.tokenizer.kind,
@@ -168,7 +198,7 @@ def _write(corpus: Corpus, config: TextDataConfig, base, key: str, folder: Path,
         raise
 
 
-def _tokenizer(corpus, config, base, screening: Screening, progress: Callable) -> tokenizers.Tokenizer:
+def _tokenizer(config, base, screening: Screening, progress: Callable) -> tokenizers.Tokenizer:
     if config.tokenizer.kind == "byte":
         return tokenizers.Tokenizer()
     if config.tokenizer.kind == "file":
@@ -181,17 +211,17 @@ def _tokenizer(corpus, config, base, screening: Screening, progress: Callable) -
     chosen[shuffled[before < _bpe_training_bytes(config.tokenizer.vocab)]] = True
 
     def texts() -> Iterator[list[str]]:
-        for batch in _batches(corpus, chosen, progress, "training the tokenizer"):
+        for batch in _batches(screening, chosen, progress, "training the tokenizer"):
             yield [data.decode() for _, _, data in batch]
 
     return tokenizers.train_bpe(texts(), config.tokenizer.vocab)
 
 
-def _batches(corpus: Corpus, chosen: np.ndarray, progress: Callable, what: str) -> Iterator[list[tuple]]:
+def _batches(screening: Screening, chosen: np.ndarray, progress: Callable, what: str) -> Iterator[list[tuple]]:
     """Batches of about 4 MB of (ordinal in the source, id, bytes) of the chosen documents."""
     batch, size, total = [], 0, int(chosen.sum())
     done = 0
-    for ordinal, (name, data) in zip(range(len(chosen)), corpus.documents(), strict=False):
+    for ordinal, (name, data) in zip(range(len(chosen)), screening.documents(), strict=False):
         if chosen[ordinal]:
             batch.append((ordinal, name, data))
             size += len(data)
@@ -238,7 +268,7 @@ class _SplitWriter:
         return {"documents": len(self.lengths), "bytes": sum(self.num_bytes), "tokens": int(offsets[-1])}
 
 
-def _write_splits(corpus, tokenizer, screening: Screening, folder: Path, progress: Callable) -> tuple[dict, dict, int]:
+def _write_splits(tokenizer, screening: Screening, folder: Path, progress: Callable) -> tuple[dict, dict, int]:
     """Tokenize every kept document into its split's files.
 
     (counts per split, documents per split and source of a mixture, held-out documents not given back).
@@ -246,11 +276,13 @@ def _write_splits(corpus, tokenizer, screening: Screening, folder: Path, progres
     with _writing(folder.parent):
         writers = [_SplitWriter(folder, split, tokenizer) for split in SPLITS]
     num_lossy = 0
-    for batch in _batches(corpus, screening.split >= 0, progress, "tokenizing"):
+    for batch in _batches(screening, screening.split >= 0, progress, "tokenizing"):
         texts = [data.decode() for _, _, data in batch]
         encoded = tokenizer.encode_batch(texts)
         with _writing(folder.parent):
             for (ordinal, name, data), text, ids in zip(batch, texts, encoded, strict=True):
+                if tokenizer.eos_id in ids:
+                    raise _spelled(name, tokenizer)
                 writer = writers[screening.split[ordinal]]
                 writer.add(name, data, ids)
                 num_lossy += writer.split != "train" and tokenizer.decode(ids) != text
@@ -262,6 +294,14 @@ def _write_splits(corpus, tokenizer, screening: Screening, folder: Path, progres
     with _writing(folder.parent):
         parts = {writer.split: writer.parts for writer in writers}
         return {writer.split: writer.finish() for writer in writers}, parts, num_lossy
+
+
+def _spelled(name: str, tokenizer: tokenizers.Tokenizer) -> UserError:
+    return UserError(
+        f"{name} holds `{tokenizer.separator}`, and this tokenizer makes of it the token that ends a document",
+        where="data.tokenizer.separator",
+        hint="name another of its tokens as data.tokenizer.separator, or leave the document out with data.pattern",
+    )
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -2,25 +2,29 @@
 
 A document's split follows from sha256 of its id, so it does not move when others come or go. The first `holdout_test`
 of the unit interval is the test split, the next `holdout_validation` the validation split. Where a small corpus leaves
-one of them empty, the document nearest above takes its place.
+one of them empty, the document nearest above takes its place. Where there are too few documents to hold whole ones
+out, the end of each is held out instead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from aurora_train.data.config import TextDataConfig
-from aurora_train.data.sources import Corpus
+from aurora_train.data.readers import LeftOut
+from aurora_train.data.sources import Corpus, Mixture
 from aurora_train.data.store import SPLITS
 from aurora_train.errors import UserError
 
 _NAMES_KEPT = 20
+_NAMES_SHOWN = 3
 _PROGRESS_EVERY = 256
+_WORTH_CUTTING = 1000  # bytes of the shortest document of which an end is held out
 
 
 @dataclass
@@ -32,19 +36,23 @@ class Screening:
         draw: float64[documents] in [0, 1) from the id, independent of the number that splits.
         num_bytes: int64[documents], of the raw text.
         skipped: reason -> {"count", "names" (the first twenty)}.
+        documents: reads again what was decided on: the documents of the corpus, or pieces of them.
+        num_cut: how many documents those are pieces of; 0 where they are whole.
     """
 
     split: np.ndarray
     draw: np.ndarray
     num_bytes: np.ndarray
     skipped: dict[str, dict]
+    documents: Callable[[], Iterator[tuple[str, bytes | LeftOut]]]
+    num_cut: int = 0
 
 
 def screen(corpus: Corpus, config: TextDataConfig, progress: Callable) -> Screening:
     """Read every document once; leave out empty ones, those that are not UTF-8 and exact repeats; split the rest.
 
     A repeat is left out whatever its name, so that no held-out document is in the training text word for word.
-    Raises UserError when too few documents are left to fill every split.
+    Raises UserError when too few documents are left to fill every split, and they are too short to be cut.
     """
     uniforms, draws, sizes, kept, seen = [], [], [], [], set()
     skipped: dict[str, dict] = {}
@@ -67,12 +75,17 @@ def screen(corpus: Corpus, config: TextDataConfig, progress: Callable) -> Screen
             progress(len(kept), total, "reading documents")
         if num_kept == config.max_documents:
             break
-    _check_enough(num_kept, skipped, corpus, config)
+    if num_kept == 0:
+        raise _no_text(skipped, corpus, config)
+    if num_kept < 1 + (config.holdout_test > 0) + (config.holdout_validation > 0):
+        return _cut(corpus, np.array(kept), skipped, config)
     split = _assign(np.array(uniforms), np.array(kept), config)
-    return Screening(split, np.array(draws), np.array(sizes, np.int64), skipped)
+    return Screening(split, np.array(draws), np.array(sizes, np.int64), skipped, corpus.documents)
 
 
-def _fault(data: bytes, seen: set[bytes]) -> str | None:
+def _fault(data: bytes | LeftOut, seen: set[bytes]) -> str | None:
+    if isinstance(data, LeftOut):
+        return str(data)
     if not data.strip():
         return "empty"
     try:
@@ -86,26 +99,88 @@ def _fault(data: bytes, seen: set[bytes]) -> str | None:
     return None
 
 
-def _check_enough(num_kept: int, skipped: dict, corpus: Corpus, config: TextDataConfig) -> None:
-    left_out = "; ".join(
-        f"{entry['count']} left out: {reason} (such as {entry['names'][0]})" for reason, entry in skipped.items()
+def left_out(skipped: dict[str, dict], num_kept: int) -> str | None:
+    """One line on a manifest's `skipped`: how many documents of how many were left out, why, and which first."""
+    if not skipped:
+        return None
+    reasons = []
+    for reason, entry in skipped.items():
+        names = ", ".join(entry["names"][:_NAMES_SHOWN]) + (", ..." if entry["count"] > _NAMES_SHOWN else "")
+        count = f"{entry['count']} " if len(skipped) > 1 else ""
+        reasons.append(f"{count}{reason} ({names})")
+    total = sum(entry["count"] for entry in skipped.values())
+    return f"{total} of {total + num_kept} documents left out: {'; '.join(reasons)}"
+
+
+def _no_text(skipped: dict, corpus: Corpus | Mixture, config: TextDataConfig) -> UserError:
+    return UserError(
+        f"{corpus.name} holds no text",
+        where="data.mix" if config.mix else "data.source",
+        why=left_out(skipped, 0) or "it has no documents",
+        hint="documents are UTF-8; data.pattern chooses among files, data.text_field among columns",
     )
-    if num_kept == 0:
-        raise UserError(
-            f"{corpus.name} holds no text",
-            where="data.mix" if config.mix else "data.source",
-            why=left_out or "it has no documents",
-            hint="documents are UTF-8; data.pattern chooses among files, data.text_field among columns",
-        )
-    needed = 1 + (config.holdout_test > 0) + (config.holdout_validation > 0)
-    if num_kept < needed:
+
+
+# ---- too few documents: their ends
+
+
+def _cut(corpus: Corpus | Mixture, kept: np.ndarray, skipped: dict, config: TextDataConfig) -> Screening:
+    """Of each document that was kept: its last part is test, what is before that validation, the rest train."""
+
+    def pieces() -> Iterator[tuple[str, str, bytes]]:
+        for keep, (name, data) in zip(kept, corpus.documents(), strict=False):
+            if keep:
+                yield from _pieces(name, data, config)
+
+    splits, sizes = [], []
+    for split, _, data in pieces():
+        splits.append(SPLITS.index(split))
+        sizes.append(len(data))
+    num_kept, needed = int(kept.sum()), {"train", *_shares(config)}
+    if {SPLITS[split] for split in splits} != needed:
         raise UserError(
             f"{corpus.name} holds {num_kept} document{'s' if num_kept > 1 else ''}, too few to hold any out",
-            where="data.source",
-            why=f"training, data.holdout_test and data.holdout_validation need {needed}"
-            + (f"; {left_out}" if left_out else ""),
-            hint="cut the text into several files, or set data.holdout_test=0 data.holdout_validation=0",
+            where="data.mix" if config.mix else "data.source",
+            why=f"training, data.holdout_test and data.holdout_validation need {len(needed)}, or one of at least "
+            f"{_WORTH_CUTTING:,} bytes, whose end can be held out"
+            + (f"; {left_out(skipped, num_kept)}" if skipped else ""),
+            hint="to train on all of it, without a score: data.holdout_test=0 data.holdout_validation=0 "
+            "evaluate.final=false",
         )
+    return Screening(
+        np.array(splits, np.int8), np.arange(len(splits)) / len(splits), np.array(sizes, np.int64), skipped,
+        lambda: ((name, data) for _, name, data in pieces()), num_kept,
+    )  # fmt: skip
+
+
+def _shares(config: TextDataConfig) -> dict[str, float]:
+    """Of the splits that are asked for, in the order in which they end a document, the last first."""
+    shares = {"test": config.holdout_test, "validation": config.holdout_validation}
+    return {name: share for name, share in shares.items() if share > 0}
+
+
+def _pieces(name: str, data: bytes, config: TextDataConfig) -> Iterator[tuple[str, str, bytes]]:
+    """(split, name, bytes) of a document's parts, in its order."""
+    end, stop, held = len(data.rstrip()), len(data), []
+    if end >= _WORTH_CUTTING:
+        for split, share in _shares(config).items():
+            size = max(int(end * share), 1)
+            end = _boundary(data, max(end - size, 1), max(end - 2 * size, 1))
+            held.append((split, f"{name}:{split}", data[end:stop]))
+            stop = end
+    yield "train", name, data[:stop]
+    yield from reversed(held)
+
+
+def _boundary(data: bytes, at: int, low: int) -> int:
+    """The last start of a line in `low`..`at`; where there is none of a word; where there is none of a character."""
+    for mark in (b"\n", b" "):
+        found = data.rfind(mark, low - 1, at)
+        if found >= 0:
+            return found + 1
+    while data[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
 
 
 def _assign(uniforms: np.ndarray, kept: np.ndarray, config: TextDataConfig) -> np.ndarray:

@@ -2,40 +2,41 @@
 
 Every source is a list of files below one root, and a document's id is its path below that root (`#row` is added in
 a table), so the ids, the order and therefore the split do not depend on where the root lies. A folder that holds
-tables (.jsonl, .parquet, .arrow) is read as tables only; otherwise each file is one document.
+tables is read as tables only; otherwise each file is one document.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
 import logging
 import os
 import platform
-import re
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aurora_train.data.config import TextDataConfig, check_data, resolve
+from aurora_train.data import find, readers, tables
+from aurora_train.data.config import TextDataConfig, check_settings, resolve
+from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
 
 log = logging.getLogger("aurora_train")
 
-TABLES = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_ROWS_PER_BATCH = 1024
 _RACY_NS = 2_000_000_000  # a file changed this shortly before it was hashed may have changed again unseen
+_ALWAYS_READ = (".jsonl", ".parquet", ".arrow")  # as tables, by every version
+_ENOUGH = 1000  # files of a folder that `check_data` looks at
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The files of a source, found but not yet read.
 
-    `files` are (id, path) pairs sorted by id; a hub source has none and reads through `datasets`.
+    `files` are (id, path) pairs sorted by id; a hub source has none and reads through `datasets`. `key` is the section
+    of the config that names the source.
     """
 
     name: str
@@ -44,19 +45,27 @@ class Corpus:
     files: list[tuple[str, Path]] = field(default_factory=list)
     tables: bool = False
     hub: str | None = None
+    key: str = "data"
 
-    def documents(self) -> Iterator[tuple[str, bytes]]:
-        """(id, raw bytes) of every document; a null text is empty bytes.
+    def documents(self) -> Iterator[tuple[str, bytes | LeftOut]]:
+        """(id, raw bytes) of every document, or why it has none; a null text is empty bytes.
 
-        Raises UserError for a file that cannot be read, and for a table without the text field.
+        Raises UserError for a file that cannot be read, and for a table of which no row has text in the text field.
         """
         if self.hub:
-            yield from _rows(_hub_dataset(self.hub), self.hub, self.hub, self.text_field)
+            batches = _hub_dataset(self.hub).with_format("arrow").iter(batch_size=1024)
+            cells = (cell for batch in batches for cell in readers.arrow_cells(batch, self.text_field))
+            yield from tables.numbered(self.hub, cells, self.hub, self.text_field, self.key)
         for name, path in self.files:
             if self.tables:
-                yield from _table(name, path, self.text_field)
+                yield from tables.documents(name, path, self.text_field, self.key)
             else:
                 yield name, _read(path)
+
+    def newly_read(self) -> list[str]:
+        """Suffixes of files that earlier versions read as plain text: a store of that time is of other documents."""
+        names = (name for name, _ in self.files if tables.is_compressed(name) or self.tables)
+        return sorted({os.path.splitext(name)[1] for name in names}.difference(_ALWAYS_READ))
 
     def listing(self, cache: Path, progress: Callable) -> list[tuple[str, int, str]]:
         """(id, bytes, sha256) of every file: what the source is, wherever it lies.
@@ -100,7 +109,7 @@ class Mixture:
     name = property(lambda self: " + ".join(f"{name} ({part.name})" for name, part in self.parts.items()))
     licence = property(lambda self: "; ".join(f"{name}: {part.licence}" for name, part in self.parts.items()))
 
-    def documents(self) -> Iterator[tuple[str, bytes]]:
+    def documents(self) -> Iterator[tuple[str, bytes | LeftOut]]:
         """As Corpus has it, one source after the other."""
         for name, part in self.parts.items():
             for document, data in itertools.islice(part.documents(), self.limits[name]):
@@ -114,83 +123,134 @@ class Mixture:
             for document, size, digest in part.listing(cache, progress)
         ]
 
+    def newly_read(self) -> list[str]:
+        """As Corpus has it."""
+        return [f"{name}/{suffix}" for name, part in self.parts.items() for suffix in part.newly_read()]
+
 
 def open_corpus(config: TextDataConfig, base: Path | None = None) -> Corpus | Mixture:
     """Find the files that the config names; relative paths start at `base`, the config file's folder.
 
     Raises UserError for a missing path, a hub source without `online`, and a source without files.
     """
-    check_data(config, base)
+    check_settings(config, base)
+    opened, remarks = {}, []
+    for name, one in _parts(config).items():
+        opened[name] = _open_one(one, _key(name), base, remarks)
+    for remark in remarks:
+        log.warning("%s", remark)
+    limits = {name: part.max_documents for name, part in config.mix.items()}
+    return Mixture(opened, limits) if config.mix else opened[""]
+
+
+def check_data(config: TextDataConfig, base: Path | None = None) -> None:
+    """Raise UserError for what can be known without reading the source whole: the first rows of a table are read."""
+    check_settings(config, base)
+    if config.tokenizer.kind == "file":
+        from aurora_train.data.tokenizers import open_file
+
+        open_file(config.tokenizer, base)
+    for name, one in _parts(config).items():
+        corpus = _open_one(one, _key(name), base, [], _ENOUGH)
+        filled = next((path for _, path in corpus.files if path.stat().st_size), None)
+        if corpus.tables and filled and len(corpus.files) < _ENOUGH:
+            tables.peek(filled, corpus.text_field, corpus.key)
+
+
+def _key(part: str) -> str:
+    return f"data.mix.{part}" if part else "data"
+
+
+def _parts(config: TextDataConfig) -> dict[str, TextDataConfig]:
+    """A config of its own for each source of a mixture, by name and sorted; the whole as "" where there is one."""
     if not config.mix:
-        return _open_one(config, base)
-    alone = {
+        return {"": config}
+    return {
         name: config.model_copy(update={
             "source": part.source, "pattern": part.pattern, "text_field": part.text_field, "mix": {},
         })
         for name, part in sorted(config.mix.items())  # the order in which they are written says nothing
     }  # fmt: skip
-    limits = {name: part.max_documents for name, part in config.mix.items()}
-    return Mixture({name: _open_one(one, base) for name, one in alone.items()}, limits)
 
 
-def _open_one(config: TextDataConfig, base: Path | None) -> Corpus:
+def _open_one(
+    config: TextDataConfig, key: str, base: Path | None, remarks: list[str], limit: int | None = None
+) -> Corpus:
     if config.source == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        files = _below(root, "**/*.py", skip=("site-packages", "dist-packages", "__pycache__"))
+        files = find.below(root, "**/*.py", skip=("site-packages", "dist-packages", "__pycache__"))
         return Corpus(f"python-stdlib {platform.python_version()}", "PSF-2.0", config.text_field, files)
     if config.source.startswith("hub:"):
-        return Corpus(config.source, "see the dataset's page", config.text_field, hub=config.source[4:])
+        _require_online(config, key)
+        return Corpus(config.source, "see the dataset's page", config.text_field, hub=config.source[4:], key=key)
 
-    path = resolve(config.source, base)
-    if path.is_dir():
-        root, files = path, _below(path, config.pattern, skip=("__pycache__",))
-    elif path.is_file():
-        root, files = path.parent, [(path.name, path)]
-    else:
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
-        root = Path(os.path.commonpath([match.parent for match in matches])) if matches else path.parent
-        files = sorted((match.relative_to(root).as_posix(), match) for match in matches)
-    tables = [(name, file) for name, file in files if file.suffix in TABLES]
-    if tables and len(tables) < len(files):
-        log.warning(
-            "%s holds tables: %d other files are not read (data.pattern chooses)",
-            config.source, len(files) - len(tables),
+    path, lost = resolve(config.source, base), []
+    if not path.exists() and not any(character in config.source for character in "*?["):
+        raise UserError(
+            f"there is no file or folder {config.source}",
+            where=f"{key}.source",
+            why=f"looked for {path}",
+            hint="a path is relative to the folder of the config file; python-stdlib is always there",
         )
+    root, files = find.find(path, config.pattern, lost, limit)
     if not files:
         raise UserError(
             f"{config.source} holds no files",
-            where="data.source",
+            where=f"{key}.source",
             why=f"looked for {config.pattern} in {root}" if path.is_dir() else f"looked for {path}",
             hint="hidden files are left out; data.pattern is a glob such as '**/*.txt'",
         )
-    return Corpus(config.source, _licence(root), config.text_field, tables or files, bool(tables))
+    if lost:
+        remarks.append(f"{config.source}: {_listed(lost)} cannot be read: a link that leads nowhere, or no permission")
+    chosen, is_table = _chosen(config, key, files, remarks)
+    return Corpus(config.source, _licence(root), config.text_field, chosen, is_table, key=key)
 
 
-def _below(root: Path, pattern: str, skip: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Files below `root` that match, sorted by their path in it, without hidden ones and folders named in `skip`."""
-    matches, found = _matcher(pattern), []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
-        inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in names if not name.startswith(".") and matches(prefix + name)]
-    return [(name, path) for name in sorted(found) if os.path.isfile(path := root / name)]
+def _require_online(config: TextDataConfig, key: str) -> None:
+    if not config.online:
+        raise UserError(
+            f"{config.source} is on the network, and the network is off",
+            where=f"{key}.source",
+            hint=f"add data.online=true (--online), or download the files and name their folder as {key}.source",
+        )
 
 
-def _matcher(pattern: str) -> Callable[[str], bool]:
-    """A glob over relative posix paths, where `**/` is any number of folders, also none."""
-    expression, position = "", 0
-    while position < len(pattern):
-        if pattern.startswith("**/", position):
-            expression, position = expression + "(?:.*/)?", position + 3
-        elif pattern.startswith("**", position):
-            expression, position = expression + ".*", position + 2
-        else:
-            character = pattern[position]
-            expression += {"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character))
-            position += 1
-    compiled = re.compile(expression + r"\Z", re.DOTALL)
-    return lambda name: compiled.match(name) is not None
+def _chosen(config: TextDataConfig, key: str, files: list, remarks: list[str]) -> tuple[list, bool]:
+    """(the files to be read, whether they are tables); `remarks` receives what becomes of the others."""
+    if all(tables.suffix(name) in tables.UNREADABLE for name, _ in files):
+        raise UserError(
+            f"{files[0][0]} is of a kind that is not read",
+            where=f"{key}.source",
+            why=f"read are plain text and {' '.join(tables.KINDS)}, also compressed: {' '.join(tables.COMPRESSED)}",
+            hint="unpack it" if tables.suffix(files[0][0]) in tables.ARCHIVES else "convert it to one of these",
+        )
+    packed = [name for name, _ in files if tables.suffix(name) in tables.ARCHIVES]
+    if packed:
+        remarks.append(f"{config.source}: archives are not unpacked, and not read: {_listed(packed)}")
+        files = [(name, path) for name, path in files if tables.suffix(name) not in tables.ARCHIVES]
+    verdicts = {name: tables.is_table(name, path, config.text_field) for name, path in files}
+    if all(tables.kind(name) for name in verdicts) and not any(verdicts.values()):
+        return files, True  # reading says what is there instead of the column
+    if any(verdicts.values()):
+        held = [(name, path) for name, path in files if verdicts[name] is not False]
+        others = [name for name in verdicts if verdicts[name] is False]
+        if others:
+            remarks.append(
+                f"{config.source} holds tables: {len(others)} other files are not read "
+                f"(data.pattern chooses): {_listed(others)}"
+            )
+        return held, True
+    as_text = [name for name, _ in files if tables.kind(name) and verdicts[name] is False]
+    if as_text:
+        remarks.append(
+            f"{config.source}: {len(as_text)} files without a field `{config.text_field}` are read as plain text, "
+            f"as those beside them are: {_listed(as_text)}"
+        )
+    return files, False
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _licence(root: Path) -> str:
@@ -199,9 +259,9 @@ def _licence(root: Path) -> str:
     return f"see {names[0]}" if names else "not stated"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> bytes | LeftOut:
     try:
-        return path.read_bytes()
+        return tables.read_text(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -218,59 +278,20 @@ def _unreadable(path, error) -> UserError:
     return UserError(f"cannot read {path}", where="data.source", why=str(error))
 
 
-def _table(name: str, path: Path, text_field: str) -> Iterator[tuple[str, bytes]]:
-    datasets = import_datasets(online=False)
-    import pyarrow
-
-    try:
-        table = datasets.load_dataset(
-            TABLES[path.suffix], data_files=str(path), split="train", streaming=True
-        )
-        yield from _rows(table, name, str(path), text_field)
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} as {path.suffix[1:]}",
-            where="data.source",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}",
-            hint="the file may be cut short or be of another kind; data.pattern can leave it out",
-        ) from error
-
-
-def _rows(table, name: str, where: str, text_field: str) -> Iterator[tuple[str, bytes]]:
-    """Arrow batch by Arrow batch: row by row `datasets` is five times slower (22 against 4.6 Mtok/s)."""
-    row = 0
-    for batch in table.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
-        if text_field not in batch.column_names:
-            raise UserError(
-                f"{where} has no field `{text_field}`",
-                where="data.text_field",
-                why=f"its fields are {', '.join(batch.column_names)}",
-            )
-        for text in batch.column(text_field).to_pylist():
-            if not isinstance(text, (str, bytes, type(None))):
-                raise UserError(
-                    f"field `{text_field}` of {where} holds {type(text).__name__}, not text",
-                    where="data.text_field",
-                    why=f"its fields are {', '.join(batch.column_names)}",
-                )
-            yield f"{name}#{row}", text.encode() if isinstance(text, str) else text or b""
-            row += 1
-
-
 def _hub_dataset(name: str):
-    datasets = import_datasets(online=True)
+    datasets = _import_datasets()
     try:
         return datasets.load_dataset(name, split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise UserError(f"cannot load hub:{name}", where="data.source", why=str(error).split("\n")[0]) from error
 
 
-def import_datasets(online: bool):
-    """`datasets`, which looks up a host even for a local file unless told not to before it is imported."""
+def _import_datasets():
+    """`datasets`, with the network that it is asked for and without telemetry."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0" if online else "1"
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises, and we say that once

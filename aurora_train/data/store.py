@@ -86,6 +86,12 @@ class Store:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder)
 
+    @property
+    def held_out(self) -> str:
+        """What the documents of the test and validation splits are."""
+        is_cut = self.manifest.get("cut_documents")
+        return "ends of documents held out" if is_cut else "whole documents held out by a hash of their path"
+
     def _array(self, name: str) -> np.ndarray:
         if name not in self._arrays:
             path = self.folder / name

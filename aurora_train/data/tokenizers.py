@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPLIT = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+"
 )
+_ANY_TEXT = "Aa zq 09 ,;\n\t\x00 \u00e9\u0142 \u4e2d\u6587 \U0001f642"  # what a vocabulary may lack
 _KNOWN_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]")
 
 
@@ -34,9 +36,7 @@ def expected_vocabulary(config) -> int:
         return Tokenizer().vocab_size
     if config.kind == "bpe":
         return config.vocab
-    from tokenizers import Tokenizer as Backend
-
-    return max(Backend.from_file(config.path).get_vocab().values()) + 1
+    return open_file(config, None).vocab_size
 
 
 class Tokenizer:
@@ -71,10 +71,16 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, on all cores."""
+        """Ids of each text, on all cores. UserError where a user's tokenizer has none for one of them."""
         if self.backend is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(
+                "the tokenizer cannot encode every text", where="data.tokenizer.path", why=str(error),
+                hint="give its model an unknown token that is in its vocabulary, or train one here: kind: bpe",
+            ) from error  # fmt: skip
         return [np.array(each.ids, self.dtype) for each in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -160,4 +166,47 @@ def open_file(config: TokenizerConfig, base: Path | None) -> Tokenizer:
         )
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, separator)
+    return _without_separators(Tokenizer(backend, separator))
+
+
+def _without_separators(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, or one that differs only in that text which spells the separator does not become it.
+
+    An added token that is not special is found in text. One that the model itself makes of text cannot be helped here:
+    `prepare` looks for it in every document. UserError for a tokenizer that cannot encode every text.
+    """
+    tokenizer.encode(_ANY_TEXT)
+    if tokenizer.eos_id not in tokenizer.encode(f"a {tokenizer.separator} b"):
+        return tokenizer
+    import tokenizers
+
+    tokenizer.backend.add_special_tokens([tokenizers.AddedToken(tokenizer.separator, special=True, normalized=False)])
+    return Tokenizer(tokenizer.backend, tokenizer.separator)
+
+
+class Continuation:
+    """What a model writes after a prompt, as text: `start` are the ids to begin with, `add` takes what it writes.
+
+    Prompt and new ids are decoded together, and what comes after the prompt is shown: a decoder may treat the first
+    token of a text differently (Llama's strips its space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str):
+        self._tokenizer, self._ids = tokenizer, [int(i) for i in tokenizer.encode(prompt)]
+        self.start = [tokenizer.eos_id, *self._ids]
+        self._before, self._shown = tokenizer.decode(self._ids), 0
+
+    @property
+    def text(self) -> str:
+        """All that was added."""
+        whole = self._tokenizer.decode(self._ids)
+        return whole[len(os.path.commonprefix([self._before, whole])) :]
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete: "" while the last character is half there."""
+        self._ids += [int(i) for i in ids]
+        text = self.text
+        if text.endswith("\ufffd"):
+            return ""
+        new, self._shown = text[self._shown :], len(text)
+        return new

@@ -103,6 +103,8 @@ class Loop:
         BadNumbers where steps in a row were skipped.
         """
         last, self._validated = self._config.train.steps, dict(evaluated)
+        if not self.session.evaluates:
+            self._progress.event("nothing is held out for validation: its loss is not measured")
         with noticed(self._failing, self.finished_steps), self._stop.held():
             while True:
                 interrupted = not self._as_far_as_asked()
@@ -164,7 +166,7 @@ class Loop:
                     if self._idle():  # else the wait was no one's: the step before is still under way
                         self._throughput.waited(time.perf_counter() - asked_at)
                     self._advance(batch)
-                if self._early is None and compiles_early(config):
+                if self._early is None and compiles_early(config) and self.session.evaluates:
                     self._early = self._evaluation_compiled()
                 self._after(self._step)
 
@@ -240,7 +242,8 @@ class Loop:
 
     def _evaluation_due(self, step: int) -> bool:
         every = self._config.evaluate.every
-        return step == self._config.train.steps or (every is not None and step % every == 0)
+        at = step == self._config.train.steps or (every is not None and step % every == 0)
+        return at and self.session.evaluates
 
     def _evaluate(self, step: int) -> None:
         watched = self._watchdog.during("an evaluation")

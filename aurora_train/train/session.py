@@ -53,6 +53,7 @@ class Session:
     given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
     reason: str = ""  # who did: "out of memory" or "--replan"
     fault: Any = None  # the `oom.Fault`, where that was it
+    evaluates: bool = True  # False where nothing is held out for validation
 
     @property
     def mesh(self):
@@ -115,7 +116,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     source = recipe.ready(ahead).data("train")
     if len(source) == 0:
         raise UserError("the training split has no example", where="data")
-    recipe.data("validation")  # an empty one is found now, not at the last step
+    evaluates = recipe.data("validation") is not None  # an empty one is found now, not at the last step
     refuse_other_data(run, source)
     if kept is not None:
         refuse_other_facts(recipe, run, kept)
@@ -136,7 +137,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     ahead.wait()
     blueprint = program.blueprint(plan)
     session = Session(
-        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run), parent
+        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run), parent,
+        evaluates=evaluates,
     )
     return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
 

@@ -10,9 +10,8 @@ import pyarrow.parquet
 import pytest
 from corpora import config, text, write_folder
 
-from aurora_train.data.config import check_data
 from aurora_train.data.prepare import prepare
-from aurora_train.data.sources import open_corpus
+from aurora_train.data.sources import check_data, open_corpus
 from aurora_train.errors import UserError
 
 
@@ -107,7 +106,7 @@ def damaged_parquet(folder):
 
 
 def broken_jsonl(folder):
-    (folder / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (folder / "bad.jsonl").write_text('{"text": \n{"text": "on\n')
     return config(folder / "bad.jsonl")
 
 
@@ -166,11 +165,11 @@ BAD = {
     "glob without a match": (lambda folder: config(f"{folder}/*.rs"), "data.source", "holds no files"),
     "empty files": (empty_files, "data.source", "holds no text"),
     "one document": (one_document, "data.source", "too few to hold any out"),
-    "one text five times": (same_text_five_times, "data.source", "4 left out: repeats another document"),
-    "invalid UTF-8": (invalid_utf8, "data.source", r"3 left out: not UTF-8 \(such as 0.txt\)"),
+    "one text five times": (same_text_five_times, "data.source", "4 of 5 documents left out: repeats another document"),
+    "invalid UTF-8": (invalid_utf8, "data.source", r"3 of 3 documents left out: not UTF-8 \(0.txt, 1"),
     "unreadable parquet": (damaged_parquet, "data.source", "cannot read .*bad.parquet as parquet"),
     "broken jsonl": (broken_jsonl, "data.source", "cannot read .*bad.jsonl as jsonl"),
-    "jsonl in latin-1": (jsonl_in_latin1, "data.source", "cannot read .*latin.jsonl as jsonl"),
+    "jsonl in latin-1": (jsonl_in_latin1, "data.source", r"1 of 1 .* left out: not UTF-8 \(latin.jsonl#0\)"),
     "wrong text field": (wrong_field, "data.text_field", "its fields are content, number"),
     "text field of numbers": (numbers_for_text, "data.text_field", "holds int, not text"),
     "hub without online": (lambda folder: config("hub:owner/name"), "data.source", "data.online=true"),

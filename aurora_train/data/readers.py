@@ -1,0 +1,330 @@
+"""How the rows of JSON, CSV, Parquet and Arrow files are read, compressed or not: one cell a row.
+
+A cell is the bytes of the wanted column's text, or says why there are none. Only that column is looked at, so what
+the others hold, and whether its type changes, never matters; text is text whatever it looks like. JSON and CSV are
+read by the standard library for that reason: readers that infer types take dates for timestamps and refuse a file
+whose columns change. All stream. Compression is told by a file's first bytes, not by its name.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_BLOCK = 1 << 20
+_ROWS_PER_BATCH = 1024
+_LONGEST_FIELD = 1 << 28  # of a CSV file, in characters: a quote that never closes would read the rest into memory
+_LONGEST_VALUE = 1 << 30  # of a JSON array, in characters, for the same reason
+
+
+class LeftOut(str):
+    """In place of a document's bytes: why it has none."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A row without the wanted text. The user's to mend where every row of a table is one.
+
+    `holds`: the type of what is there instead, None where there is nothing; `texts`: the columns that do hold text.
+    """
+
+    fields: list[str]
+    holds: str | None = None
+    texts: tuple[str, ...] = ()
+
+
+def cells(path: Path, kind: str, field: str) -> Iterator[bytes | LeftOut | Mistake]:
+    """One cell a row of a file of this kind: json, csv, tsv, parquet or arrow. Raises what `faults` names."""
+    if path.stat().st_size == 0:
+        return iter(())
+    match kind:
+        case "json":
+            return (_json_cell(row, field) for row in _json_rows(path))
+        case "csv":
+            return _csv_cells(path, field, ",;\t")
+        case "tsv":
+            return _csv_cells(path, field, "\t,;")
+        case "parquet":
+            return _parquet_cells(path, field)
+        case "arrow":
+            return _arrow_cells(path, field)
+    raise AssertionError(kind)
+
+
+def faults() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    pyarrow = sys.modules.get("pyarrow")  # only what has been used can have failed
+    arrow = (pyarrow.ArrowException,) if pyarrow else ()
+    return (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, *arrow)
+
+
+# ---- compression
+
+
+def opened(path: Path) -> io.BufferedIOBase:
+    """A file as a stream of its decompressed bytes."""
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    if magic.startswith(b"\xfd7zXZ\x00"):
+        return lzma.open(path)
+    if magic.startswith(b"BZh"):
+        return bz2.open(path)
+    if magic[:4] == b"\x28\xb5\x2f\xfd" or magic[1:4] == b"\x2a\x4d\x18":  # a frame, or one to be skipped
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), _BLOCK)
+    return path.open("rb")
+
+
+# ---- JSON: lines, an array, or objects one after the other
+
+
+_decoder = json.JSONDecoder(parse_int=float)  # int() refuses thousands of digits, which another column may have
+_BLANK = re.compile(r"[ \t\r\n]*")
+_BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+_TYPES = {float: "a number", bool: "true or false", list: "list", dict: "object"}
+
+
+def _json_cell(row, field: str) -> bytes | LeftOut | Mistake:
+    if isinstance(row, LeftOut):
+        return row
+    if not isinstance(row, dict):
+        return Mistake([])
+    value = row.get(field, row)
+    if isinstance(value, str):
+        return value.encode(errors="surrogatepass")  # half of a pair is not UTF-8, and is found so
+    if value is None:
+        return b""
+    texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))
+    return Mistake(list(row), None if value is row else _TYPES[type(value)], tuple(texts))
+
+
+def _json_rows(path: Path) -> Iterator[object]:
+    with opened(path) as stream:
+        start = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+        yield from _json_values(path, True)
+    elif _is_lines(path):
+        with opened(path) as stream:
+            for number, line in enumerate(stream):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                yield from _json_line(line.strip()) if not line.isspace() else ()
+    else:
+        yield from _json_values(path, False)
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether one of the first two lines is a value of its own; else a value goes over several."""
+    with opened(path) as stream:
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in stream)
+        first = list(itertools.islice((line for line in lines if line), 2))
+    return not first or any(not isinstance(row, LeftOut) for line in first for row in _json_line(line))
+
+
+def _json_line(line: bytes) -> list:
+    """The values of a line: one, as a rule."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        return [LeftOut("not UTF-8")]
+    rows, position = [], 0
+    try:
+        while position < len(text):
+            value, position = _decoder.raw_decode(text, _BLANK.match(text, position).end())
+            rows.append(value)
+    except (ValueError, RecursionError):
+        return [LeftOut("not JSON")]
+    return rows
+
+
+def _json_values(path: Path, array: bool) -> Iterator[object]:
+    """The elements of an array, or values one after the other: in memory are one of them and a block."""
+    with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape") as file:
+        buffer, want, ended, between = file.read(_BLOCK).lstrip(), _BLOCK, False, _BLANK
+        position = 1 if array else 0
+        while True:
+            gap = between.match(buffer, position)
+            position, between = gap.end(), _BLANK if "," in gap[0] else between
+            if array and buffer.startswith("]", position):
+                if (buffer[position + 1 :] + file.read(_BLOCK)).strip():
+                    raise ValueError("something follows the array")
+                return
+            value, end = _decoded(buffer, position)
+            if end is not None and (end < len(buffer) or ended):  # at the end of what is read a number may go on
+                yield value
+                position, want, between = end, _BLOCK, _BETWEEN if array else _BLANK
+            elif not ended:
+                more = file.read(want)
+                buffer, position, want, ended = buffer[position:] + more, 0, 2 * want, not more
+            elif array or position < len(buffer):
+                raise ValueError(f"it is not JSON, or cut short, at `{buffer[position : position + 40]}`")
+            else:
+                return
+
+
+def _decoded(buffer: str, position: int) -> tuple[object, int | None]:
+    """(value, its end), or (None, None) where the buffer may hold a part of it. ValueError where more cannot help."""
+    try:
+        return _decoder.raw_decode(buffer, position)
+    except json.JSONDecodeError as error:
+        is_cut = error.pos >= len(buffer) - 16 or error.msg.startswith("Unterminated")
+        if not is_cut or len(buffer) - position > _LONGEST_VALUE:
+            raise
+        return None, None
+
+
+# ---- CSV
+
+
+class _Lines:
+    """Lines of a file. `taken` has those since it was last emptied; all but the first of them can be given back."""
+
+    def __init__(self, file: Iterable[str]):
+        self._file, self._back, self.taken = iter(file), [], []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        self.taken.append(self._back.pop() if self._back else next(self._file))
+        return self.taken[-1]
+
+    def give_back(self) -> None:
+        self._back += reversed(self.taken[1:])
+
+
+def _csv_cells(path: Path, field: str, delimiters: str) -> Iterator[bytes | LeftOut | Mistake]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as file:
+        first = next((line for line in file if not line.isspace()), "")
+        headers = {mark: [name.strip() for name in _split(first, mark)] for mark in delimiters}
+        delimiter = next((mark for mark in delimiters if field in headers[mark]), delimiters[0])
+        header = headers[delimiter]
+        for row in _csv_rows(_Lines(file), delimiter, len(header)):
+            if isinstance(row, LeftOut):
+                yield row
+            elif field in header:
+                yield row[header.index(field)].encode(errors="surrogateescape")
+            else:
+                texts = sorted(header, key=lambda name: -len(row[header.index(name)]))
+                yield Mistake(header, None, tuple(texts))
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    """The fields of a line; a line that is no CSV is one field."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return [line]
+
+
+def _csv_rows(lines: _Lines, delimiter: str, width: int) -> Iterator[list[str] | LeftOut]:
+    """Rows of as many fields as the header."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    for number in itertools.count():
+        lines.taken = []
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            row = _not_csv(lines, delimiter, width)
+            if row is None:
+                raise ValueError(f"a quote that opens in row {number} does not close as CSV: {error}") from error
+        if row is None:
+            return
+        if row:
+            yield row if len(row) == width or isinstance(row, LeftOut) else LeftOut("other fields than the header's")
+
+
+def _not_csv(lines: _Lines, delimiter: str, width: int) -> list[str] | LeftOut | None:
+    """What to take for a row whose quotes are wrong; None where it cannot be told where that row ends.
+
+    A quote that does not close runs on into the rows behind it, and those are given back.
+    """
+    first, *others = lines.taken
+    row = first.rstrip("\r\n").split(delimiter)
+    is_plain = delimiter == "\t" and len(row) == width  # TSV is written without quoting, too
+    if is_plain or not others or width > 1 and all(len(_split(line, delimiter)) == width for line in others):
+        lines.give_back()
+        return row if is_plain else LeftOut("not CSV")
+    return None
+
+
+# ---- Parquet and Arrow
+
+
+def _parquet_cells(path: Path, field: str) -> Iterator[bytes | Mistake]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(_seekable(path)) as file:
+        schema = file.schema_arrow
+        if field not in schema.names:
+            yield from itertools.repeat(_no_column(schema), file.metadata.num_rows)
+            return
+        for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[field]):
+            yield from arrow_cells(batch, field)
+
+
+def _arrow_cells(path: Path, field: str) -> Iterator[bytes | Mistake]:
+    import pyarrow
+
+    with _seekable(path) as file:
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        if is_stream:
+            with pyarrow.ipc.open_stream(file) as reader:
+                for batch in reader:
+                    yield from arrow_cells(batch, field)
+            return
+        with pyarrow.ipc.open_file(file) as reader:
+            for i in range(reader.num_record_batches):
+                yield from arrow_cells(reader.get_batch(i), field)
+
+
+def _seekable(path: Path):
+    """A file that can be read at any place: in memory where it is compressed."""
+    import pyarrow
+
+    with opened(path) as stream:
+        is_plain = isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)
+        return pyarrow.OSFile(str(path)) if is_plain else pyarrow.BufferReader(stream.read())
+
+
+def arrow_cells(batch, field: str) -> Iterator[bytes | Mistake]:
+    """Of a pyarrow RecordBatch or Table, a few rows at a time."""
+    import pyarrow
+
+    names = batch.schema.names
+    if field not in names:
+        yield from itertools.repeat(_no_column(batch.schema), batch.num_rows)
+        return
+    column = batch.column(names.index(field))
+    for start in range(0, len(column), _ROWS_PER_BATCH):
+        rows = column.slice(start, _ROWS_PER_BATCH)
+        try:  # the bytes as they are, UTF-8 or not
+            values = rows.cast(pyarrow.large_binary()).to_pylist()
+        except pyarrow.ArrowException:
+            values = rows.to_pylist()
+        for value in values:
+            if isinstance(value, str):
+                value = value.encode(errors="surrogatepass")
+            if value is None or isinstance(value, bytes):
+                yield value or b""
+            else:
+                yield Mistake(names, type(value).__name__)
+
+
+def _no_column(schema) -> Mistake:
+    return Mistake(schema.names, None, tuple(field.name for field in schema if "string" in str(field.type)))

@@ -1,0 +1,146 @@
+"""Which files are tables, and the documents in them: one a row, the text of the wanted column.
+
+A row without such text is left out with its reason; a table of which no row has any is the user's to mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from aurora_train.data import readers
+from aurora_train.data.readers import LeftOut, Mistake
+from aurora_train.errors import UserError
+
+KINDS = {
+    ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv",
+    ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
+}  # fmt: skip
+PERHAPS = (".json", ".csv", ".tsv")  # lie beside texts and code, too: a table only where it has the column
+COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
+ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
+UNREADABLE = (
+    *ARCHIVES, ".lz4", ".lzma", ".xls", ".xlsx", ".ods", ".orc", ".avro", ".pdf", ".doc", ".docx", ".odt",
+    ".epub", ".pkl", ".pickle", ".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".db", ".sqlite",
+    ".sqlite3", ".duckdb", ".msgpack", ".tfrecord",
+)  # fmt: skip
+
+_TELLING = 100  # rows
+_GIVEN_UP_AFTER = 10_000  # rows at the start of a table of which none has the column
+_CHAT = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue", "chat")
+_FLATTEN = (
+    "chat data is not read yet (templates and a loss on the answers alone are to come); "
+    "until then write each conversation as one text: "
+    """jq -c '{text: ([.messages[] | .role + ": " + .content] | join("\\n"))}' chat.jsonl > flat.jsonl"""
+)
+
+
+def suffix(name: str) -> str:
+    """The last suffix of a file's name in lower case, without that of a compression; `.tar` before all others."""
+    parts = name.lower().rpartition("/")[2].split(".")[1:]
+    parts = parts[:-1] if parts and f".{parts[-1]}" in COMPRESSED else parts
+    return f".{parts[-1]}" if parts else ""
+
+
+def kind(name: str) -> str | None:
+    """The reader of a table of this name; None where it is no table's."""
+    return KINDS.get(suffix(name))
+
+
+def is_compressed(name: str) -> bool:
+    """Whether the name says that the file is compressed by one of the ways that are read."""
+    return name.lower().endswith(COMPRESSED)
+
+
+def read_text(path: Path) -> bytes | LeftOut:
+    """The bytes of a text file, decompressed where its name says so. Raises OSError where it cannot be opened."""
+    if not is_compressed(path.name):
+        return path.read_bytes()
+    path.open("rb").close()  # what cannot be opened is another fault than what cannot be decompressed
+    try:
+        with readers.opened(path) as stream:
+            return stream.read()
+    except readers.faults():
+        return LeftOut(f"damaged {path.suffix}")
+
+
+def documents(name: str, path: Path, field: str, key: str) -> Iterator[tuple[str, bytes | LeftOut]]:
+    """(`name#row`, text) of every row of a table. A null is empty; bytes that are not UTF-8 come as they are.
+
+    `key` is the section of the config that names the table. Raises UserError for a file that cannot be read, and for
+    one of which no row has text in `field`.
+    """
+    yield from numbered(name, _cells(path, field, key), str(path), field, key)
+
+
+def numbered(name: str, cells: Iterable, where: str, field: str, key: str) -> Iterator[tuple[str, bytes | LeftOut]]:
+    """`documents` of cells that are there already, from a table called `where` in messages."""
+    good, first = False, None
+    for row, cell in enumerate(cells):
+        if isinstance(cell, Mistake):
+            first = first or cell
+            if row == _GIVEN_UP_AFTER and not good:
+                break
+            cell = LeftOut(f"`{field}` holds {cell.holds}, not text" if cell.holds else f"no field `{field}`")
+        else:
+            good = good or not isinstance(cell, LeftOut)
+        yield f"{name}#{row}", cell
+    if first and not good:
+        raise _no_text(first, where, field, key)
+
+
+def is_table(name: str, path: Path, field: str) -> bool | None:
+    """Whether a file is a table; one whose suffix leaves it open is where one of its first rows has the column.
+
+    None for such a file without rows.
+    """
+    if suffix(name) not in PERHAPS:
+        return kind(name) is not None
+    try:
+        cells = list(itertools.islice(_cells(path, field, ""), _TELLING))
+    except UserError:
+        return False
+    return any(not isinstance(cell, LeftOut | Mistake) for cell in cells) if cells else None
+
+
+def peek(path: Path, field: str, key: str) -> None:
+    """Raise the UserError that reading this table would end in, as far as its first rows show it."""
+    first = None
+    for cell in itertools.islice(_cells(path, field, key), _GIVEN_UP_AFTER):
+        if isinstance(cell, Mistake):
+            first = first or cell
+        elif not isinstance(cell, LeftOut):
+            return
+    if first:
+        raise _no_text(first, str(path), field, key)
+
+
+def _cells(path: Path, field: str, key: str) -> Iterator[bytes | LeftOut | Mistake]:
+    ending = suffix(path.name)
+    try:
+        yield from readers.cells(path, KINDS[ending], field)
+    except readers.faults() as error:
+        words = str(error).splitlines()
+        raise UserError(
+            f"cannot read {path} as {ending[1:]}",
+            where=f"{key}.source",
+            why=f"{type(error).__name__}: {words[0] if words else 'no more is known'}",
+            hint="the file may be cut short or be of another kind; data.pattern can leave it out",
+        ) from error
+
+
+def _no_text(mistake: Mistake, where: str, field: str, key: str) -> UserError:
+    near = difflib.get_close_matches(field, mistake.fields, 1) if not mistake.holds else []
+    others = [*near, *(name for name in mistake.texts if name != field)]
+    hint = f"{key}.text_field={others[0]}" if others else None
+    if field in _CHAT or not near and any(name in _CHAT for name in mistake.fields):
+        hint = _FLATTEN
+    return UserError(
+        f"field `{field}` of {where} holds {mistake.holds}, not text" if mistake.holds
+        else f"{where} has no field `{field}`",
+        where=f"{key}.text_field",
+        why=f"its fields are {', '.join(mistake.fields)}" if mistake.fields else "its rows are not objects with fields",
+        hint=hint,
+    )  # fmt: skip
