@@ -29,6 +29,7 @@ from aurora_train.observe.throughput import Throughput
 from aurora_train.train import preflight
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
+from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
@@ -141,7 +142,8 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
         events.event(name, outcome.step, **ending, energy_joules=energy.total_joules())
-    write_report(outcome.run.folder)
+    if outcome.status != EXIT_LOW_MEMORY:  # drawing takes a hundred megabytes
+        write_report(outcome.run.folder)
 
 
 def _train(config, process: Process, changes, replan: bool) -> Outcome:
@@ -223,7 +225,9 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             _say_measured(session, loop, gauge, progress)
     if stopped_by:
         session.store.close()
-        return Outcome(run, EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_STOPPED, run.step(), stopped_by)
+        short = stopped_by.startswith(LOW_MEMORY)
+        status = EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_LOW_MEMORY if short else EXIT_STOPPED
+        return Outcome(run, status, run.step(), stopped_by)
     return _scored(session, loop, process)
 
 
