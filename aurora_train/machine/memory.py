@@ -132,10 +132,11 @@ def _number(path: Path) -> int | None:
 def _statistics(folder: Path) -> dict[str, int]:
     """memory.stat of a cgroup, with all cgroups below it; {} where it cannot be read."""
     try:
-        fields = {key: int(value) for key, value in map(str.split, (folder / "memory.stat").read_text().splitlines())}
+        lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return {}
-    return {key: fields.get(f"total_{key}", value) for key, value in fields.items()}  # v1 has both sums
+    # v1 has both sums: its own first, then the total.
+    return {key.removeprefix("total_"): int(value) for key, value in map(str.split, lines)}
 
 
 def _reclaimable(fields: dict[str, int]) -> int:
@@ -176,8 +177,8 @@ def processes_limited_with(root: Path = Path("/")) -> set[int] | None:
     if cgroup is None:
         return None
     found: set[int] = set()
-    for members in cgroup.folder.rglob("cgroup.procs"):
-        with contextlib.suppress(OSError):  # one that has ended meanwhile
+    with contextlib.suppress(OSError):  # one that ends meanwhile
+        for members in cgroup.folder.rglob("cgroup.procs"):
             found.update(map(int, members.read_text().split()))
     return found
 

@@ -21,6 +21,7 @@ import jax
 import psutil
 
 from aurora_train.checkpoint import durable, frozen
+from aurora_train.errors import UserError
 from aurora_train.machine.memory import (
     HostMemory,
     give_back_freed,
@@ -31,7 +32,7 @@ from aurora_train.machine.memory import (
     processes_limited_with,
 )
 from aurora_train.machine.profile import this_machine
-from aurora_train.memory.account import tree_bytes
+from aurora_train.memory.account import sharded_bytes, tree_bytes
 from aurora_train.units import size
 
 EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command goes on
@@ -75,12 +76,14 @@ class Guard:
         self._enabled, self._root, self._saving, self._state_bytes = enabled, root, saving, state_bytes
         if not enabled:
             return
-        self._floor = max(int(_FLOOR_SHARE * host_memory(root).size), _FLOOR_BYTES)
-        self._needed = int(copies * state_bytes) + self._floor
+        memory = host_memory(root)
+        self._floor, self._needed = _floor(memory), _needed(memory, state_bytes, copies)
         self._save_seconds = _SAVE_SECONDS + state_bytes / _SAVED_PER_SECOND
         self._lowest = math.inf  # bytes left at any moment since the last look between two steps
         self._stalled = 0.0  # percent of the time, where the box swaps
         self._near = False  # whether to look more often, and between two steps
+        self._given_back = False  # whether that was tried the last time
+        self._lock = threading.Lock()
         self._beside: deque = deque(maxlen=_LOOKS_BACK)  # (time, bytes that are there beside all other programs)
         self._decided, self._asked = -math.inf, math.inf  # when that was last done, of time.monotonic()
         self._step_seconds = 0.0
@@ -124,7 +127,8 @@ class Guard:
     def look(self) -> None:
         """Read what is left, and once, after the first steps, who holds the rest."""
         memory = host_memory(self._root)
-        self._lowest = min(self._lowest, memory.usable)
+        with self._lock:
+            self._lowest = min(self._lowest, memory.usable)
         self._beside.append((time.monotonic(), memory.usable + process_memory()["anonymous"]))
         self._stalled = self._stalls(memory)
         ahead = falling(list(self._beside)) * (self._until_next() + self._save_seconds)
@@ -145,20 +149,27 @@ class Guard:
 
     def _decide(self, settle: Callable[[], None]) -> None:
         settle()
-        within, memory = self._lowest, host_memory(self._root)
+        memory, within = self._from_here_on()
         self._stalled = self._stalls(memory)
-        hurried = self._stalled or falling(list(self._beside)) > _NOTHING_BYTES
-        if self._short(memory, within) and not hurried:
-            # Garbage may hold the copy of the save before, and glibc what was freed. To find it may take a second.
-            before = memory.usable
-            give_back_freed()
-            memory = host_memory(self._root)
-            within += memory.usable - before
         short = self._short(memory, within)
-        self._lowest, self._decided = memory.usable, time.monotonic()
+        hurried = self._given_back or self._stalled or falling(list(self._beside)) > _NOTHING_BYTES
+        self._given_back = short is not None and not hurried
+        if self._given_back:
+            # Garbage may hold the copy of the save before, and glibc what was freed. To find it may take a second.
+            give_back_freed()
+            memory, _ = self._from_here_on()
+            short = self._short(memory, math.inf)
+        self._decided = time.monotonic()
         if short is not None:
             grown = _Holders.now(self._root, self._step).what_grew(self._before)
             self.why = f"{LOW_MEMORY}\n  {short}\n  {grown}"
+
+    def _from_here_on(self) -> tuple[HostMemory, float]:
+        """What is left now, and the least that was left since the last call."""
+        memory = host_memory(self._root)
+        with self._lock:
+            within, self._lowest = self._lowest, memory.usable
+        return memory, within
 
     def _until_next(self) -> float:
         """Seconds until there is nothing under way again: a step is handed over before the last one is waited for."""
@@ -173,37 +184,76 @@ class Guard:
         if self._stalled:
             swap = f"{size(memory.swap_used)} of {size(memory.swap_total)} swap in use"
             return f"processes waited for memory in {self._stalled:.0f} % of the last ten seconds, {swap}"
-        of = f"of {size(memory.size)}" + (" (cgroup)" if memory.size < memory.total else "")
         rate, until_next = falling(list(self._beside)), self._until_next()
-        falls = f", falling by {size(rate)} a second" if rate > 0 else ""
+        falls = f", falling by {size(rate)} a second" if rate > _NOTHING_BYTES else ""
         if within - rate * until_next < self._floor:
-            return f"{size(max(within, 0))} {of} left within a step{falls}, {size(self._floor)} have to be"
+            return f"{_of(within, memory)} left within a step{falls}, {size(self._floor)} have to be"
         # The copy of a save that is under way is given back before another one is made.
         left = memory.usable + (self._state_bytes if self._saving() else 0)
         if left - rate * (until_next + self._save_seconds) < self._needed:
-            return f"{size(memory.usable)} {of} left{falls}, a save needs {size(self._needed)}"
+            return f"{_of(memory.usable, memory)} left{falls}, a save needs {size(self._needed)}"
         return None
 
 
 def falling(readings: list[tuple[float, float]]) -> float:
-    """Bytes a second by which readings (seconds, bytes) fall in both halves: what was taken once does not count."""
-    if len(readings) < 3:
+    """Bytes a second by which readings (seconds, bytes) fall, third by third: what was taken once does not count."""
+    third = len(readings) // 3
+    if third == 0:
         return 0.0
-    (t0, first), (t1, second), (t2, third) = readings[0], readings[len(readings) // 2], readings[-1]
-    return max(min((first - second) / (t1 - t0), (second - third) / (t2 - t1)), 0.0)
+    parts = [readings[:third], readings[third : 2 * third], readings[2 * third : 3 * third]]
+    means = [[sum(column) / third for column in zip(*part, strict=True)] for part in parts]
+    (t0, first), (t1, second), (t2, last) = means
+    return max(min((first - second) / (t1 - t0), (second - last) / (t2 - t1)), 0.0)
 
 
 def guard_of(session, saving: Callable[[], bool]) -> Guard:
     """The guard of a session's run, as `memory.guard` wishes; `saving` as in Guard."""
-    wish, state, run = session.config.memory.guard, session.blueprint.state, session.run
+    return Guard(*_save(session), saving=saving, enabled=_wanted(session))
+
+
+def refuse_full(session) -> None:
+    """UserError (status 77) where the state and a save of it do not fit in what is left: nothing is allocated then."""
+    if not _wanted(session):
+        return
+    state, places, memory = session.blueprint.state, session.blueprint.shardings, host_memory()
+    needed = sharded_bytes(state, places) * session.mesh.local_mesh.devices.size + _needed(memory, *_save(session))
+    if memory.usable < needed:
+        raise _Full(
+            f"too little memory is left to go on: {_of(memory.usable, memory)}",
+            why=f"the state and a save of it take {size(needed)}; {_Holders.now(Path('/'), None).who_holds()}",
+            hint="close other programs, then run the same command again; memory.guard=off does not look",
+        )
+
+
+class _Full(UserError):
+    status = EXIT_LOW_MEMORY
+
+
+def _wanted(session) -> bool:
+    wish = session.config.memory.guard
+    return wish == "on" or (wish == "auto" and this_machine().unified)
+
+
+def _save(session) -> tuple[int, float]:
+    """Of a save by this process: the bytes that it copies, and how many times it takes them."""
+    state, run = session.blueprint.state, session.run
     copied = tree_bytes(state) - tree_bytes(state.frozen)
     if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
         copied = max(copied, tree_bytes(state.frozen))  # written by the first save, before the rest is copied
     in_place = jax.default_backend() == "cpu" and session.mesh.devices.size == 1
-    return Guard(
-        0 if run.follows else copied, _ONE_COPY if in_place else _TWO_COPIES, saving=saving,
-        enabled=wish == "on" or (wish == "auto" and this_machine().unified),
-    )  # fmt: skip
+    return 0 if run.follows else copied, _ONE_COPY if in_place else _TWO_COPIES
+
+
+def _floor(memory: HostMemory) -> int:
+    return max(int(_FLOOR_SHARE * memory.size), _FLOOR_BYTES)
+
+
+def _needed(memory: HostMemory, state_bytes: int, copies: float) -> int:
+    return int(copies * state_bytes) + _floor(memory)
+
+
+def _of(left: float, memory: HostMemory) -> str:
+    return f"{size(max(left, 0))} of {size(memory.size)}" + (" (cgroup)" if memory.size < memory.total else "")
 
 
 # ---- what grew
@@ -247,14 +297,19 @@ class _Holders:
         grown["tmpfs and shared memory"] = self.shared - before.shared
         unseen = before.left - self.left - sum(grown.values())
         grown["memory of no process here (a GPU's, another container's, the kernel's)"] = unseen
-        lines = sorted(((bytes_, who) for who, bytes_ in grown.items() if bytes_ > _NOTHING_BYTES), reverse=True)[:3]
-        beside = [(self.elsewhere[who] - before.elsewhere[who], who) for who in self.elsewhere]
-        lines += [(bytes_, who) for bytes_, who in beside if bytes_ > _NOTHING_BYTES]
+        told = dict(sorted(grown.items(), key=lambda one: -one[1])[:3]) | {"this process": grown["this process"]}
+        told |= {who: held - before.elsewhere[who] for who, held in self.elsewhere.items()}
+        lines = [f"{who} by {size(bytes_)}" for who, bytes_ in told.items() if bytes_ > _NOTHING_BYTES]
         if lines:
-            return f"{since} grew: {', '.join(f'{who} by {size(bytes_)}' for bytes_, who in lines)}"
-        holding = [f"this process {size(sum(self.processes[key] for key in mine))}"]
-        holding += [f"{_named(key)} {size(self.processes[key])}" for key in sorted(others, key=self.processes.get)[-1:]]
-        return f"nothing grew {since}, there was too little: {', '.join(holding)}"
+            return f"{since} grew: {', '.join(lines)}"
+        return f"nothing grew {since}, there was too little; {self.who_holds()}"
+
+    def who_holds(self) -> str:
+        """In words, what this process holds and the three others that hold the most."""
+        others = sorted((key for key in self.processes if key[0] != os.getpid()), key=self.processes.get, reverse=True)
+        mine = sum(held for key, held in self.processes.items() if key[0] == os.getpid())
+        held = [f"{_named(key)} {size(self.processes[key])}" for key in others[:3]]
+        return ", ".join([f"this process holds {size(mine)}", *held])
 
 
 def _named(key: tuple[int, str]) -> str:

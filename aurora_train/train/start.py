@@ -29,7 +29,7 @@ from aurora_train.observe.throughput import Throughput
 from aurora_train.train import preflight
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
-from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY
+from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
@@ -206,6 +206,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
+            refuse_full(session)
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
             if processes.count() > 1:
                 processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
