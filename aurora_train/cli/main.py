@@ -25,7 +25,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
 
-_STOPPED = 75  # `train.signals.EXIT_STOPPED`, without importing what trains
+_STOPPED = (75, 77)  # `train.signals.EXIT_STOPPED`, `train.guard.EXIT_LOW_MEMORY`, without importing what trains
 _INTERRUPTED = 130  # 128 and SIGINT
 
 VERBS = (
@@ -139,7 +139,7 @@ def run() -> None:
     status = _status()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status in (_STOPPED, _INTERRUPTED) or processes.joined() or any(map(_holds_up, threading.enumerate())):
+    if status in (*_STOPPED, _INTERRUPTED) or processes.joined() or any(map(_holds_up, threading.enumerate())):
         # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash. A
         # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now. And a
         # process among several must not wait for the others, which jax would do at exit.

@@ -109,10 +109,11 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
     elif status == _UNSAVED:
         print(f"stopped by {stopped_by}; what comes after step {step} is lost\n"
               f"make room, or the disk writable again, then: aurora resume {run.folder}")  # fmt: skip
-    elif stopped_by and step == 0:
-        print(f"stopped by {stopped_by} before anything was trained; the same command starts again")
     elif stopped_by:
-        print(f"stopped by {stopped_by} at step {step}; everything is saved\nresume with: aurora resume {run.folder}")
+        name, *why = stopped_by.splitlines()
+        where = f"at step {step}; everything is saved" if step else "before anything was trained"
+        print(f"stopped by {name} {where}")
+        print(*why, f"resume with: aurora resume {run.folder}" if step else "the same command starts again", sep="\n")
     else:
         print(f"finished at step {step}: {run.folder}")
         if scores:

@@ -146,6 +146,11 @@ class Memory(Section):
     on_oom: Literal["replan", "stop"] = setting(
         "replan", resume="free", help="out of memory while training: go on with the next smaller plan, or stop"
     )
+    guard: Literal["auto", "on", "off"] = setting(
+        "auto", resume="free",
+        help="save and stop (status 77) while a save still fits in what memory is left; auto = where the processor "
+        "and the device share it",
+    )
 
     @field_validator("budget")
     @classmethod

@@ -2,16 +2,19 @@
 
 On a machine whose memory is shared between processor and accelerator, the device's own total is a fiction: asking
 for it freezes the machine. The budget there is MemAvailable less a reserve, and never more than the cgroup leaves.
+This is the one module that reads /proc/meminfo, memory pressure and cgroups; `train/guard.py` asks it in training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from aurora_train.config import parse_bytes
 
@@ -38,6 +41,11 @@ class HostMemory:
         return max(min(self.available, self.cgroup_limit - self.cgroup_used), 0)
 
     @property
+    def swap_used(self) -> int:
+        """What has been moved to swap, of all processes."""
+        return self.swap_total - self.swap_free
+
+    @property
     def size(self) -> int:
         """The most it could ever have: the machine's memory or the cgroup's limit."""
         return self.total if self.cgroup_limit is None else min(self.total, self.cgroup_limit)
@@ -45,39 +53,72 @@ class HostMemory:
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """Read /proc/meminfo and the cgroup (v1 or v2) that this process is in. `root` is where /proc and /sys hang."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE))
-    kb = {name: int(value) * 1024 for name, value in fields.items()}
-    total = kb["MemTotal"]
-    limit, used = None, None
-    for folder, limit_file, used_file in _cgroup_folders(root):
-        found = _number(folder / limit_file)
-        if found is None or found >= total:  # v1 writes a huge number for "no limit"
+    kb = _meminfo(root)
+    cgroup = tightest_cgroup(root, kb["MemTotal"])
+    limit, used = (cgroup.limit, cgroup.used) if cgroup else (None, None)
+    return HostMemory(
+        kb["MemTotal"], kb["MemAvailable"], kb.get("SwapTotal", 0), kb.get("SwapFree", 0), limit, used
+    )  # fmt: skip
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    return {line[: line.index(":")]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+class Cgroup(NamedTuple):
+    """A cgroup that limits this process. Bytes; `used` is without page cache and kernel caches that can be dropped."""
+
+    folder: Path
+    limit: int
+    used: int
+
+
+# Of each version: the limits, of which the lower one holds (memory.high stalls whoever goes beyond it), and the use.
+_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes")
+_V2 = (("memory.max", "memory.high"), "memory.current")
+
+
+def tightest_cgroup(root: Path, total: int) -> Cgroup | None:
+    """Of this process's cgroup and those above it the one with the least room; None where none limits it.
+
+    A limit of `total` (the machine's bytes) or more is none: v1 writes a huge number for that.
+    """
+    tightest = None
+    for folder, (limit_files, used_file) in _cgroup_folders(root):
+        limits = [limit for name in limit_files if (limit := _number(folder / name)) is not None and limit < total]
+        if not limits:
             continue
-        in_use = (_number(folder / used_file) or 0) - _reclaimable(folder / "memory.stat")
-        if limit is None or found - in_use < limit - used:
-            limit, used = found, max(in_use, 0)
-    return HostMemory(total, kb["MemAvailable"], kb.get("SwapTotal", 0), kb.get("SwapFree", 0), limit, used)
+        used = max((_number(folder / used_file) or 0) - _reclaimable(_statistics(folder)), 0)
+        if tightest is None or min(limits) - used < tightest.limit - tightest.used:
+            tightest = Cgroup(folder, min(limits), used)
+    return tightest
 
 
 def _cgroup_folders(root: Path):
     """Every folder from this process's cgroup up to the top: a limit anywhere on the way holds."""
-    membership = root / "proc/self/cgroup"
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, files = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            top, files = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
+    for top, path, files in _memberships(root):
         # Inside a container the path may be the host's and not be mounted here; then only the top can be read.
         folder = top / path.lstrip("/")
         while folder != top:
             if folder.is_dir():
-                yield folder, *files
+                yield folder, files
             folder = folder.parent
-        yield top, *files
+        yield top, files
+
+
+def _memberships(root: Path):
+    """(where the hierarchy is mounted, this process's path in it, its files): v2, and v1 where memory is in it."""
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        top = root / "sys/fs/cgroup"
+        if controllers == "":
+            hybrid = top / "unified"  # both versions are mounted: memory may be limited in either
+            yield hybrid if hybrid.is_dir() else top, path, _V2
+        elif "memory" in controllers.split(","):
+            yield top / "memory", path, _V1
 
 
 def _number(path: Path) -> int | None:
@@ -88,17 +129,69 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _reclaimable(path: Path) -> int:
+def _statistics(folder: Path) -> dict[str, int]:
+    """memory.stat of a cgroup, with all cgroups below it; {} where it cannot be read."""
     try:
-        fields = dict(line.split() for line in path.read_text().splitlines())
+        lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
-        return 0
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+        return {}
+    # v1 has both sums: its own first, then the total.
+    return {key.removeprefix("total_"): int(value) for key, value in map(str.split, lines)}
+
+
+def _reclaimable(fields: dict[str, int]) -> int:
+    """What the kernel gives up before it kills: the page cache, also what was read twice (MemAvailable counts both)."""
+    return sum(fields.get(name, 0) for name in ("inactive_file", "active_file", "slab_reclaimable"))
+
+
+def memory_pressure(root: Path = Path("/")) -> float:
+    """Percent of the last ten seconds in which some process waited for memory, of the machine or of this cgroup (v2).
+
+    The higher of the two; 0 where the kernel keeps no such account (PSI).
+    """
+    files = [root / "proc/pressure/memory"]
+    files += [top / path.lstrip("/") / "memory.pressure" for top, path, kind in _memberships(root) if kind is _V2]
+    shares = [0.0]
+    for file in files:
+        with contextlib.suppress(OSError):  # switched off at boot, a file is there and cannot be read
+            shares += map(float, re.findall(r"^some avg10=([0-9.]+)", file.read_text(), re.MULTILINE))
+    return max(shares)
+
+
+def held_beside_processes(root: Path = Path("/")) -> dict[str, int]:
+    """Bytes by name that no process's own memory shows, of the cgroup that limits this process, or of the machine."""
+    kb = _meminfo(root)
+    cgroup = tightest_cgroup(root, kb["MemTotal"])
+    swap = kb.get("SwapTotal", 0) - kb.get("SwapFree", 0)
+    if cgroup is None:
+        cached, shared = kb.get("Cached", 0) + kb.get("Buffers", 0), kb.get("Shmem", 0)
+    else:
+        fields = _statistics(cgroup.folder)
+        cached, shared = fields.get("file", fields.get("cache", 0)), fields.get("shmem", 0)
+    return {"page cache": max(cached - shared, 0), "tmpfs and shared memory": shared, "swap in use": swap}
+
+
+def processes_limited_with(root: Path = Path("/")) -> set[int] | None:
+    """The ids of the processes that share the limit of this one's cgroup; None where the whole machine does."""
+    cgroup = tightest_cgroup(root, _meminfo(root)["MemTotal"])
+    if cgroup is None:
+        return None
+    found: set[int] = set()
+    with contextlib.suppress(OSError):  # one that ends meanwhile
+        for members in cgroup.folder.rglob("cgroup.procs"):
+            found.update(map(int, members.read_text().split()))
+    return found
 
 
 def reserve_bytes(memory: HostMemory) -> int:
     """What is left to the rest of the machine: 8 % of it, at least 2 GiB, at most half of what is there to have."""
     return int(min(max(_RESERVE_SHARE * memory.size, _RESERVE_BYTES), memory.usable / 2))
+
+
+def most_for_a_run(memory: HostMemory) -> int:
+    """Bytes that one run may ever have: all there is to have on an idle machine, less the reserve."""
+    idle = replace(memory, available=memory.total, cgroup_used=0 if memory.cgroup_limit is not None else None)
+    return idle.size - reserve_bytes(idle)
 
 
 def budget_bytes(spec: str, machine) -> tuple[int, str]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from aurora_train.files import read_json
+from aurora_train.machine.memory import host_memory, most_for_a_run
 
 # A user has to mend something (2), or a disk has had no room for as long as the run may wait (74).
 NOT_AGAIN = (2, 74)
@@ -24,6 +25,10 @@ STOPPED = 75
 RESTART_SECONDS = 30
 STARTS_A_DAY = 20
 STOP_MINUTES = 10
+# Where memory ends all the same, somebody has to go, and that is the run: it comes back, which the desktop and sshd do
+# not. The kernel adds half of all memory to its size, more than a browser asks for its pages; systemd-oomd may take it
+# too (ManagedOOMPreference stays none). A user's systemd may raise this and never lower it.
+OOM_SCORE = 500
 
 _KEPT = re.compile(
     r"(AURORA|JAX|XLA|CUDA|NVIDIA|NCCL|OMP)_\w+|TF_CPP_\w+|TF_CUDNN_\w+|HF_HOME|PATH|PYTHONPATH|LD_LIBRARY_PATH"
@@ -78,6 +83,8 @@ def unit_text(
         # To the trainer alone: what it started itself is needed for the step in hand, and is killed once it has left.
         "KillMode=mixed\nKillSignal=SIGTERM",
         f"TimeoutStopSec={stop_minutes}min",
+        # A leak ends the run and not the machine; the guard sees this limit before it is reached.
+        f"OOMScoreAdjust={OOM_SCORE}\nMemoryMax={most_for_a_run(host_memory()) >> 20}M",
         "",
         "[Install]",
         f"WantedBy={'multi-user.target' if system else 'default.target'}",

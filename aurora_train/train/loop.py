@@ -30,6 +30,7 @@ from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
 from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
+from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Session
@@ -78,6 +79,7 @@ class Loop:
             patience=60 * session.config.checkpoint.patience_minutes,
             last=self._step,  # 0 for a fresh run, which has nothing to lose
         )  # fmt: skip
+        self._guard = guard_of(session, saving=lambda: self._saver.under_way)
         lag = int(jax.device_get(state.data_step)) - self._step
         self._lag, self._streak = lag, Streak(session.config.train.rewind_after, lag)
         self._late: deque = deque()  # metrics of steps that may still be running
@@ -105,12 +107,12 @@ class Loop:
         last, self._validated = self._config.train.steps, dict(evaluated)
         if not self.session.evaluates:
             self._progress.event("nothing is held out for validation: its loss is not measured")
-        with noticed(self._failing, self.finished_steps), self._stop.held():
+        with noticed(self._failing, self.finished_steps), self._stop.held(), self._guard:
             while True:
                 interrupted = not self._as_far_as_asked()
                 self._settle()
                 state = meshes.local_view(self.state)
-                if not self._saver.settle(state, self._step, lambda: self._stop.name is not None):
+                if not self._saver.settle(state, self._step, lambda: self._stop.name or self._guard.why):
                     return UNSAVED
                 if interrupted or self._step == last or self._asked():
                     break
@@ -302,6 +304,7 @@ class Loop:
             mine = "train.stop_after_minutes"
         if mine is None and self._saver.overdue():
             mine = UNSAVED
+        mine = mine or self._guard.asked(self._step, self._settle)
         return processes.stop_asked(self._step, mine)
 
 

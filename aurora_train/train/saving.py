@@ -46,6 +46,11 @@ class Saver:
         """Whether the newest save failed."""
         return self._failing_since is not None
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written, which holds a copy of the state."""
+        return self.last != self._committed and not self.failing
+
     def overdue(self) -> bool:
         """Whether saving has failed for longer than the config allows."""
         return self.failing and time.monotonic() - self._failing_since > self._patience

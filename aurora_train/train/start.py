@@ -28,6 +28,7 @@ from aurora_train.train import preflight
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
+from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.precision import settled
@@ -142,7 +143,8 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
         events.event(name, outcome.step, **ending, energy_joules=energy.total_joules())
-    write_report(outcome.run.folder)
+    if outcome.status != EXIT_LOW_MEMORY:  # drawing takes a hundred megabytes
+        write_report(outcome.run.folder)
 
 
 def _train(config, process: Process, changes, replan: bool) -> Outcome:
@@ -208,6 +210,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
+            refuse_full(session)
             state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
             if processes.count() > 1:
                 processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
@@ -227,7 +230,9 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             say_measured(session, loop.finished_steps(), gauge.peak(), progress)
     if stopped_by:
         session.store.close()
-        return Outcome(run, EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_STOPPED, run.step(), stopped_by)
+        short = stopped_by.startswith(LOW_MEMORY)
+        status = EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_LOW_MEMORY if short else EXIT_STOPPED
+        return Outcome(run, status, run.step(), stopped_by)
     return _scored(session, loop, process)
 
 

@@ -1,0 +1,316 @@
+"""The box does not wedge: where processor and device share their memory, a run that runs short of it saves and stops.
+
+A machine without memory refuses none: it stalls, for minutes, with everything on it, and in the end the kernel kills.
+So the run leaves while a save still fits. A thread reads what is left; the loop asks once a step, and waits for the
+steps under way only where a reading was low, because what counts is what is left between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import psutil
+
+from aurora_train.checkpoint import durable, frozen
+from aurora_train.errors import UserError
+from aurora_train.machine.memory import (
+    HostMemory,
+    give_back_freed,
+    held_beside_processes,
+    host_memory,
+    memory_pressure,
+    process_memory,
+    processes_limited_with,
+)
+from aurora_train.machine.profile import this_machine
+from aurora_train.memory.account import sharded_bytes, tree_bytes
+from aurora_train.units import size
+
+EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command goes on
+LOW_MEMORY = "low memory"  # the first line of the reason for such a stop
+
+_LOOK_SECONDS, _LOOK_SECONDS_NEAR = 0.5, 0.1  # between looks; near: less than twice what is needed is left
+_LOOKS_BACK = 20  # over which it is seen what other programs take
+_SETTLED_STEPS = 3  # after so many steps a run holds what it is going to hold
+# What a save takes, in times of the state's bytes (measured: docs/always-on.md). jax keeps a copy of its own of an
+# array that it cannot show where it lies: on a GPU, and where it is cut into shards.
+_ONE_COPY, _TWO_COPIES = 1.2, 2.2
+# How long one takes at the most, on a desk machine: meanwhile others go on growing.
+_SAVE_SECONDS, _SAVED_PER_SECOND = 1.0, 200e6
+_FLOOR_SHARE, _FLOOR_BYTES = 0.02, 128 * 2**20  # of memory: what has to be left beside a save
+# A box that swaps still has memory, and stalls. Percent of the last ten seconds; share of memory.
+_STALLED, _SCARCE = 25.0, 1 / 8
+_NOTHING_BYTES = 16 * 2**20  # growth that is not worth a word
+
+
+class Guard:
+    """Context manager around the steps: inside it, `asked` says when and why to stop.
+
+    Args:
+        state_bytes: what a save copies; 0 where another process saves.
+        copies: how many times that it takes at its peak.
+        saving: whether a save is under way, so that its copy of the state is already there.
+        enabled: False never asks for a stop.
+        root: where /proc and /sys hang.
+    """
+
+    def __init__(
+        self,
+        state_bytes: int,
+        copies: float = _ONE_COPY,
+        *,
+        saving: Callable[[], bool] = lambda: False,
+        enabled: bool = True,
+        root: Path = Path("/"),
+    ):
+        self.why: str | None = None  # the stop, once it was asked for
+        self._enabled, self._root, self._saving, self._state_bytes = enabled, root, saving, state_bytes
+        if not enabled:
+            return
+        memory = host_memory(root)
+        self._floor, self._needed = _floor(memory), _needed(memory, state_bytes, copies)
+        self._save_seconds = _SAVE_SECONDS + state_bytes / _SAVED_PER_SECOND
+        self._lowest = math.inf  # bytes left at any moment since the last look between two steps
+        self._stalled = 0.0  # percent of the time, where the box swaps
+        self._near = False  # whether to look more often, and between two steps
+        self._given_back = False  # whether that was tried the last time
+        self._lock = threading.Lock()
+        self._beside: deque = deque(maxlen=_LOOKS_BACK)  # (time, bytes that are there beside all other programs)
+        self._decided, self._asked = -math.inf, math.inf  # when that was last done, of time.monotonic()
+        self._step_seconds = 0.0
+        self._first = self._step = None
+        self._before = _Holders.now(root, None)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory guard", daemon=True)
+
+    def __enter__(self) -> Guard:
+        if self._enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._enabled:
+            self._ended.set()
+
+    def asked(self, step: int, settle: Callable[[], None]) -> str | None:
+        """Between two steps: why the run has to stop, in lines of which the first is LOW_MEMORY; None to go on.
+
+        `settle` waits until every step that was handed over is done; it is called only where memory is scarce.
+        """
+        if not self._enabled:
+            return None
+        if self._first is None:
+            self._first = step
+            self.look()
+        self._step, before, self._asked = step, self._asked, time.monotonic()
+        self._step_seconds = max(self._asked - before, 0.0)
+        if self._near and self.why is None and self._asked >= self._decided + _LOOK_SECONDS:
+            self._decide(settle)
+        return self.why
+
+    # ---- the thread
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_SECONDS_NEAR if self._near else _LOOK_SECONDS):
+            with contextlib.suppress(OSError, psutil.Error):  # of what ended while it was read: there is a next look
+                self.look()
+
+    def look(self) -> None:
+        """Read what is left, and once, after the first steps, who holds the rest."""
+        memory = host_memory(self._root)
+        with self._lock:
+            self._lowest = min(self._lowest, memory.usable)
+        self._beside.append((time.monotonic(), memory.usable + process_memory()["anonymous"]))
+        self._stalled = self._stalls(memory)
+        ahead = falling(list(self._beside)) * (self._until_next() + self._save_seconds)
+        self._near = self._stalled > 0 or self._lowest - ahead < 2 * self._needed
+        if self._before.step is None and self._step is not None and self._step >= self._first + _SETTLED_STEPS:
+            self._before = _Holders.now(self._root, self._step)
+
+    def _stalls(self, memory: HostMemory) -> float:
+        """Percent of the time, where memory is scarce, swap fills, and processes wait for memory; else 0."""
+        grown = memory.swap_used - self._before.elsewhere["swap in use"] > self._floor
+        full = memory.swap_total > 0 and memory.swap_free < memory.swap_total / 10
+        if memory.usable > _SCARCE * memory.size or not (grown or full):
+            return 0.0
+        share = memory_pressure(self._root)
+        return share if share >= _STALLED else 0.0
+
+    # ---- the decision
+
+    def _decide(self, settle: Callable[[], None]) -> None:
+        settle()
+        memory, within = self._from_here_on()
+        self._stalled = self._stalls(memory)
+        short = self._short(memory, within)
+        hurried = self._given_back or self._stalled or falling(list(self._beside)) > _NOTHING_BYTES
+        self._given_back = short is not None and not hurried
+        if self._given_back:
+            # Garbage may hold the copy of the save before, and glibc what was freed. To find it may take a second.
+            give_back_freed()
+            memory, _ = self._from_here_on()
+            short = self._short(memory, math.inf)
+        self._decided = time.monotonic()
+        if short is not None:
+            grown = _Holders.now(self._root, self._step).what_grew(self._before)
+            self.why = f"{LOW_MEMORY}\n  {short}\n  {grown}"
+
+    def _from_here_on(self) -> tuple[HostMemory, float]:
+        """What is left now, and the least that was left since the last call."""
+        memory = host_memory(self._root)
+        with self._lock:
+            within, self._lowest = self._lowest, memory.usable
+        return memory, within
+
+    def _until_next(self) -> float:
+        """Seconds until there is nothing under way again: a step is handed over before the last one is waited for."""
+        return max(2 * self._step_seconds, _LOOK_SECONDS)
+
+    def _short(self, memory: HostMemory, within: float) -> str | None:
+        """What there is too little of, in words, or None. `within`: bytes left at the worst moment of the steps before.
+
+        What is left has to be enough for the floor within the next step, and for a save and the floor until that save
+        has ended, though the other programs go on growing as they do.
+        """
+        if self._stalled:
+            swap = f"{size(memory.swap_used)} of {size(memory.swap_total)} swap in use"
+            return f"processes waited for memory in {self._stalled:.0f} % of the last ten seconds, {swap}"
+        rate, until_next = falling(list(self._beside)), self._until_next()
+        falls = f", falling by {size(rate)} a second" if rate > _NOTHING_BYTES else ""
+        if within - rate * until_next < self._floor:
+            return f"{_of(within, memory)} left within a step{falls}, {size(self._floor)} have to be"
+        # The copy of a save that is under way is given back before another one is made.
+        left = memory.usable + (self._state_bytes if self._saving() else 0)
+        if left - rate * (until_next + self._save_seconds) < self._needed:
+            return f"{_of(memory.usable, memory)} left{falls}, a save needs {size(self._needed)}"
+        return None
+
+
+def falling(readings: list[tuple[float, float]]) -> float:
+    """Bytes a second by which readings (seconds, bytes) fall, third by third: what was taken once does not count."""
+    third = len(readings) // 3
+    if third == 0:
+        return 0.0
+    parts = [readings[:third], readings[third : 2 * third], readings[2 * third : 3 * third]]
+    means = [[sum(column) / third for column in zip(*part, strict=True)] for part in parts]
+    (t0, first), (t1, second), (t2, last) = means
+    return max(min((first - second) / (t1 - t0), (second - last) / (t2 - t1)), 0.0)
+
+
+def guard_of(session, saving: Callable[[], bool]) -> Guard:
+    """The guard of a session's run, as `memory.guard` wishes; `saving` as in Guard."""
+    return Guard(*_save(session), saving=saving, enabled=_wanted(session))
+
+
+def refuse_full(session) -> None:
+    """UserError (status 77) where the state and a save of it do not fit in what is left: nothing is allocated then."""
+    if not _wanted(session):
+        return
+    state, places, memory = session.blueprint.state, session.blueprint.shardings, host_memory()
+    needed = sharded_bytes(state, places) * session.mesh.local_mesh.devices.size + _needed(memory, *_save(session))
+    if memory.usable < needed:
+        raise _Full(
+            f"too little memory is left to go on: {_of(memory.usable, memory)}",
+            why=f"the state and a save of it take {size(needed)}; {_Holders.now(Path('/'), None).who_holds()}",
+            hint="close other programs, then run the same command again; memory.guard=off does not look",
+        )
+
+
+class _Full(UserError):
+    status = EXIT_LOW_MEMORY
+
+
+def _wanted(session) -> bool:
+    wish = session.config.memory.guard
+    return wish == "on" or (wish == "auto" and this_machine().unified)
+
+
+def _save(session) -> tuple[int, float]:
+    """Of a save by this process: the bytes that it copies, and how many times it takes them."""
+    state, run = session.blueprint.state, session.run
+    copied = tree_bytes(state) - tree_bytes(state.frozen)
+    if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
+        copied = max(copied, tree_bytes(state.frozen))  # written by the first save, before the rest is copied
+    in_place = jax.default_backend() == "cpu" and session.mesh.devices.size == 1
+    return 0 if run.follows else copied, _ONE_COPY if in_place else _TWO_COPIES
+
+
+def _floor(memory: HostMemory) -> int:
+    return max(int(_FLOOR_SHARE * memory.size), _FLOOR_BYTES)
+
+
+def _needed(memory: HostMemory, state_bytes: int, copies: float) -> int:
+    return int(copies * state_bytes) + _floor(memory)
+
+
+def _of(left: float, memory: HostMemory) -> str:
+    return f"{size(max(left, 0))} of {size(memory.size)}" + (" (cgroup)" if memory.size < memory.total else "")
+
+
+# ---- what grew
+
+
+@dataclass(frozen=True)
+class _Holders:
+    """Who holds memory after a step (None: before the first one), in bytes.
+
+    `left` is what nobody does; `processes` what each (id, name) has for itself; `shared` belongs to no process alone;
+    `elsewhere` is no memory that anybody lacks.
+    """
+
+    step: int | None
+    left: int
+    processes: dict[tuple[int, str], int]
+    shared: int
+    elsewhere: dict[str, int]
+
+    @classmethod
+    def now(cls, root: Path, step: int | None) -> _Holders:
+        """Of the machine, or of the cgroup whose limit this process shares."""
+        among, processes = processes_limited_with(root), {}
+        for process in psutil.process_iter(["name", "memory_info"]):
+            held = process.info["memory_info"]
+            if held is not None and (among is None or process.pid in among):
+                processes[process.pid, process.info["name"]] = held.rss - held.shared
+        beside = held_beside_processes(root)
+        return cls(step, host_memory(root).usable, processes, beside.pop("tmpfs and shared memory"), beside)
+
+    def what_grew(self, before: _Holders) -> str:
+        """In words, who took the memory since; where nobody did, who holds the most."""
+        since = "since the start" if before.step is None else f"since step {before.step}"
+        by = {key: held - before.processes.get(key, 0) for key, held in self.processes.items()}
+        mine = {key for key in by if key[0] == os.getpid()}
+        others = sorted(by.keys() - mine, key=by.get, reverse=True)
+        grown = {"this process": sum(by[key] for key in mine)}
+        if others:
+            grown[_named(others[0])] = by[others[0]]
+            grown["the other processes"] = sum(by[key] for key in others[1:])
+        grown["tmpfs and shared memory"] = self.shared - before.shared
+        unseen = before.left - self.left - sum(grown.values())
+        grown["memory of no process here (a GPU's, another container's, the kernel's)"] = unseen
+        told = dict(sorted(grown.items(), key=lambda one: -one[1])[:3]) | {"this process": grown["this process"]}
+        told |= {who: held - before.elsewhere[who] for who, held in self.elsewhere.items()}
+        lines = [f"{who} by {size(bytes_)}" for who, bytes_ in told.items() if bytes_ > _NOTHING_BYTES]
+        if lines:
+            return f"{since} grew: {', '.join(lines)}"
+        return f"nothing grew {since}, there was too little; {self.who_holds()}"
+
+    def who_holds(self) -> str:
+        """In words, what this process holds and the three others that hold the most."""
+        others = sorted((key for key in self.processes if key[0] != os.getpid()), key=self.processes.get, reverse=True)
+        mine = sum(held for key, held in self.processes.items() if key[0] == os.getpid())
+        held = [f"{_named(key)} {size(self.processes[key])}" for key in others[:3]]
+        return ", ".join([f"this process holds {size(mine)}", *held])
+
+
+def _named(key: tuple[int, str]) -> str:
+    return f"{key[1]} (process {key[0]})"
