@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from aurora_train.config import Section, setting
-from aurora_train.data.config import TextDataConfig
+from aurora_train.data.config import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
 from aurora_train.data.sources import check_data
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
@@ -57,7 +57,7 @@ class Recipe(Base):
         model, data = given.get("model") or {}, given.get("data") or {}
         tokenizer, size, found = data.get("tokenizer") or {}, model.get("size"), []
         if isinstance(size, str):
-            vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "byte") != "byte" else 257
+            vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "auto") not in ("auto", "byte") else 257
             found = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
         model = model | {one.key.removeprefix("model."): one.value for one in found}
         table = model.get("max_length", DecoderConfig().max_length)
@@ -117,8 +117,21 @@ class Recipe(Base):
 
     def prepare(self, progress) -> None:
         from aurora_train.data.prepare import prepare
+        from aurora_train.data.tokenizers import Tokenizer
 
-        self.store = prepare(self.config.data, self.cache / "data", progress=progress)
+        inherited = Tokenizer.of_files(self.inherited) if self.inherited else None
+        self.store = prepare(self.config.data, self.cache / "data", progress=progress, inherited=inherited)
+
+    def on(self, path: str):
+        """All of a source, cut into tokens as the training text was."""
+        whole = {
+            "source": path, "mix": {}, "pattern": "**/*", "max_documents": None, "tokenizer": TokenizerConfig(),
+            "holdout_test": ALL_HELD_OUT, "holdout_validation": 0.0,
+        }  # fmt: skip
+        data = self.config.data.model_copy(update=whole)
+        other = type(self)(self.config.model_copy(update={"data": data}), self.cache)
+        other.inherited = self.known
+        return other.use(self.known)
 
     def data(self, split: str):
         from aurora_train.data.rows import TokenSource

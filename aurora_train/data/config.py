@@ -14,8 +14,10 @@ from aurora_train.errors import UserError
 class TokenizerConfig(Section):
     """How text becomes numbers. `byte` needs no training; `bpe` is trained on the train split alone."""
 
-    kind: Literal["byte", "bpe", "file"] = setting(
-        "byte", help="byte, bpe (trained here) or file (a tokenizer.json, also where only its path is given)"
+    kind: Literal["auto", "byte", "bpe", "file"] = setting(
+        "auto",
+        help="byte, bpe (trained here), file (a tokenizer.json), or auto: file where a path is given, else that of the "
+        "run which init.from names, else byte",
     )
     vocab: int = setting(4096, ge=257, le=1_000_000, help="entries of the trained bpe vocabulary")
     path: str | None = setting(None, resume="located", path_unless=(), help="a tokenizer.json")
@@ -66,9 +68,12 @@ class TextDataConfig(Section):
     online: bool = setting(False, resume="free", help="allow a hub: source to use the network")
 
 
+ALL_HELD_OUT = 1.0  # of `holdout_test`: more than a config may say; no text is left to train on
+
+
 def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
     """Raise UserError for what is wrong whatever the sources hold. `base` is the folder of the config file."""
-    if config.holdout_test + config.holdout_validation >= 1:
+    if config.holdout_test != ALL_HELD_OUT and config.holdout_test + config.holdout_validation >= 1:
         raise UserError(
             "nothing would be left to train on",
             where="data.holdout_test",

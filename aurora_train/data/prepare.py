@@ -38,25 +38,27 @@ def _bpe_training_bytes(vocab: int) -> int:
 
 
 def prepare(
-    config: TextDataConfig, cache: Path, base: Path | None = None, progress: Callable = lambda done, total, what: None
-) -> Store:
+    config: TextDataConfig, cache: Path, base: Path | None = None, progress: Callable = lambda done, total, what: None,
+    *, inherited: tokenizers.Tokenizer | None = None,
+) -> Store:  # fmt: skip
     """Make the store for `config` below the folder `cache`, or open the one that is there.
 
-    `base` is the folder that relative paths start at (the config file's). Raises UserError for every fault of the
-    source, and for a `cache` that cannot be written.
+    `base` is the folder that relative paths start at (the config file's); `inherited` the tokenizer of the run that a
+    new one starts from. Raises UserError for every fault of the source, and for a `cache` that cannot be written.
     """
+    known = tokenizers.known_tokenizer(config.tokenizer, base, inherited)
     corpus = open_corpus(config, base)
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         listing = corpus.listing(cache, progress)
-    key = _key(config, base, listing, corpus.newly_read())
-    store = _opened_or_made(corpus, config, base, cache, key, listing, progress)
+    key = _key(config, known, listing, corpus.newly_read())
+    store = _opened_or_made(corpus, config, known, cache, key, listing, progress)
     for line in _said(store.manifest, config):
         log.warning("%s", line)
     return store
 
 
-def _opened_or_made(corpus, config: TextDataConfig, base, cache: Path, key: str, listing: list, progress) -> Store:
+def _opened_or_made(corpus, config: TextDataConfig, known, cache: Path, key: str, listing: list, progress) -> Store:
     folder = cache / f"text-{key[:16]}"
     if folder.exists():
         try:
@@ -66,7 +68,7 @@ def _opened_or_made(corpus, config: TextDataConfig, base, cache: Path, key: str,
     with _lock(cache / f"text-{key[:16]}.lock", progress):
         _clear_debris(folder)
         if not folder.exists():
-            _write(corpus, config, base, key, folder, progress)
+            _write(corpus, config, known, key, folder, progress)
             with _writing(cache):
                 if corpus.listing(cache, progress) != listing:
                     shutil.rmtree(folder)
@@ -96,14 +98,19 @@ def _said(manifest: dict, config: TextDataConfig) -> Iterator[str]:
         )
 
 
-def _key(config: TextDataConfig, base: Path | None, listing: list, newly_read: list[str]) -> str:
+def _kind(known: tokenizers.Tokenizer | None) -> str:
+    """Of a tokenizer, as a store names it."""
+    return "bpe" if known is None else "byte" if known.backend is None else "file"
+
+
+def _key(config: TextDataConfig, known, listing: list, newly_read: list[str]) -> str:
     """sha256 hex over all that decides a store's contents. Sequence and batch do not: they are index arithmetic."""
-    tokenizer = {"kind": config.tokenizer.kind}
-    if config.tokenizer.kind == "bpe":
+    tokenizer = {"kind": _kind(known)}
+    if known is None:
         vocab = config.tokenizer.vocab
         tokenizer |= {"vocab": vocab, "split": tokenizers.SPLIT, "trained_on": _bpe_training_bytes(vocab)}
-    elif config.tokenizer.kind == "file":
-        tokenizer["sha256"] = tokenizers.open_file(config.tokenizer, base).sha256
+    elif known.backend is not None:
+        tokenizer["sha256"] = known.sha256
     decisive = {
         "format": FORMAT,
         "listing": listing,
@@ -158,10 +165,10 @@ def _clear_debris(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _write(corpus: Corpus | Mixture, config: TextDataConfig, base, key: str, folder: Path, progress: Callable) -> None:
+def _write(corpus: Corpus | Mixture, config: TextDataConfig, known, key: str, folder: Path, progress: Callable) -> None:
     screening = screen(corpus, config, progress)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    tokenizer = _tokenizer(config, base, screening, progress)
+    tokenizer = known or _trained(config, screening, progress)
     with _writing(folder.parent):
         temporary.mkdir()
     try:
@@ -178,7 +185,7 @@ def _write(corpus: Corpus | Mixture, config: TextDataConfig, base, key: str, fol
                 **({"cut_documents": screening.num_cut} if screening.num_cut else {}),
                 **({"mix": parts} if config.mix else {}),
                 "tokenizer": {
-                    "kind": config.tokenizer.kind,
+                    "kind": _kind(known),
                     "vocab_size": tokenizer.vocab_size,
                     "eos_id": tokenizer.eos_id,
                     "dtype": str(tokenizer.dtype),
@@ -198,12 +205,8 @@ def _write(corpus: Corpus | Mixture, config: TextDataConfig, base, key: str, fol
         raise
 
 
-def _tokenizer(config, base, screening: Screening, progress: Callable) -> tokenizers.Tokenizer:
-    if config.tokenizer.kind == "byte":
-        return tokenizers.Tokenizer()
-    if config.tokenizer.kind == "file":
-        return tokenizers.open_file(config.tokenizer, base)
-    # A deterministic sample, by hash of the id, where there is more training text than a vocabulary needs.
+def _trained(config, screening: Screening, progress: Callable) -> tokenizers.Tokenizer:
+    """On a deterministic sample, by hash of the id, where there is more training text than a vocabulary needs."""
     chosen = np.zeros(len(screening.split), bool)
     shuffled = np.argsort(screening.draw, kind="stable")
     shuffled = shuffled[screening.split[shuffled] == SPLITS.index("train")]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aurora_train.data.config import TextDataConfig
+from aurora_train.data.config import ALL_HELD_OUT, TextDataConfig
 from aurora_train.data.readers import LeftOut
 from aurora_train.data.sources import Corpus, Mixture
 from aurora_train.data.store import SPLITS
@@ -77,6 +77,9 @@ def screen(corpus: Corpus, config: TextDataConfig, progress: Callable) -> Screen
             break
     if num_kept == 0:
         raise _no_text(skipped, corpus, config)
+    if config.holdout_test == ALL_HELD_OUT:
+        split = np.where(kept, SPLITS.index("test"), -1).astype(np.int8)
+        return Screening(split, np.array(draws), np.array(sizes, np.int64), skipped, corpus.documents)
     if num_kept < 1 + (config.holdout_test > 0) + (config.holdout_validation > 0):
         return _cut(corpus, np.array(kept), skipped, config)
     split = _assign(np.array(uniforms), np.array(kept), config)

@@ -190,7 +190,7 @@ def _open_one(
             f"there is no file or folder {config.source}",
             where=f"{key}.source",
             why=f"looked for {path}",
-            hint="a path is relative to the folder of the config file; python-stdlib is always there",
+            hint=f"{key}=PATH names its new place, if it has moved; a path is relative to the folder of the config file",
         )
     root, files = find.find(path, config.pattern, lost, limit)
     if not files:

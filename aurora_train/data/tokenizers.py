@@ -32,11 +32,20 @@ _KNOWN_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"
 
 def expected_vocabulary(config) -> int:
     """Entries of the vocabulary that `data.tokenizer` asks for, without reading any text. bpe may end with fewer."""
-    if config.kind == "byte":
-        return Tokenizer().vocab_size
+    known = known_tokenizer(config, None)
+    return config.vocab if known is None else known.vocab_size
+
+
+def known_tokenizer(config, base: Path | None, inherited: Tokenizer | None = None) -> Tokenizer | None:
+    """The tokenizer that `data.tokenizer` asks for; None for one that is yet to be trained.
+
+    `inherited`: that of the run which a new one starts from, for kind: auto.
+    """
     if config.kind == "bpe":
-        return config.vocab
-    return open_file(config, None).vocab_size
+        return None
+    if config.kind == "file":
+        return open_file(config, base)
+    return inherited if config.kind == "auto" and inherited is not None else Tokenizer()
 
 
 class Tokenizer:

@@ -68,7 +68,7 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
     else:
         events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
         if session.parent is not None:
-            events.event("init", 0, **session.parent.record())
+            events.event("init", 0, parent=session.parent.record())
             progress.event(f"starting from {session.parent}")
         for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
             events.event("remark", 0, text=line)

@@ -60,8 +60,10 @@ def _poured(source, what, blueprint: Blueprint, where: str, drawn: dict | None) 
     bare = {name: name.split(".", 1)[1] for name in wanted}
     home = {short: name for name, short in bare.items()}
     known = {home.get(name, f"params.{name}"): spec for name, spec in stored.items()}
-    # A frozen matrix may have fewer bits than in its source: it is read as it is there, and cast once in place.
-    specs = {name: _as_stored(spec, known.get(name), name.startswith("frozen.")) for name, spec in wanted.items()}
+    # Weights are read in the dtype that they have in their source, and cast once in place to that of the new run.
+    specs = {name: _as_stored(spec, known.get(name)) for name, spec in wanted.items()}
+    if drawn is None:  # a trained run is judged by what it saved: an average has more bits than bfloat16 masters
+        tree["params"] = _in_stored_dtypes(tree["params"], specs)
     layout.refuse_difference(known, specs, where=where)
     arrays = read({bare[name]: spec for name, spec in specs.items() if name not in kernels})
     flat = {name: arrays.pop(bare[name]) for name in wanted if name not in kernels} | own
@@ -107,10 +109,16 @@ def _canonical(drawn: dict) -> dict[str, Any]:
     return flat
 
 
-def _as_stored(spec, found, may_differ: bool):
-    if found is None or not may_differ or not jax.numpy.issubdtype(found.dtype, jax.numpy.floating):
-        return spec
-    return jax.ShapeDtypeStruct(spec.shape, found.dtype, sharding=spec.sharding)
+def _as_stored(spec, found):
+    floats = found is not None and all(jax.numpy.issubdtype(one.dtype, jax.numpy.floating) for one in (spec, found))
+    return jax.ShapeDtypeStruct(spec.shape, found.dtype, sharding=spec.sharding) if floats else spec
+
+
+def _in_stored_dtypes(params, specs: dict):
+    """The nested dict of abstract parameters in the dtypes of `specs`, which go by canonical name."""
+    entries = layout.entries({"params": params})
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, specs[names[0]].dtype) for names, _, leaf in entries]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _from_store(what):
