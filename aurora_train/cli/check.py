@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
 from aurora_train.config import config_hash, derived_lines, dump, load, tree_of
 from aurora_train.config.yaml import show_path
+from aurora_train.machine.profile import prepare_environment
+from aurora_train.observe.progress import preparation
 from aurora_train.train.intent import refuse_missing_start
 from aurora_train.train.remarks import remarks_on_config
 
 EXAMPLE = "aurora check quickstart train.steps=10"
 
 
-def command(config: ConfigArgument, overrides: Overrides = None, json: JsonOption = False):
-    """Check a config without running it; print it resolved, with every derived value and its formula."""
+def command(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Prepare the data first.")] = False,
+    rehearse: Annotated[bool, typer.Option(help="Ask the recipe for everything once, in seconds.")] = True,
+    json: JsonOption = False,
+):
+    """Check a config without training; print it resolved, with every derived value and its formula.
+
+    Where its data are prepared, its recipe is rehearsed: a batch is made twice and compared; the loss, the predictions,
+    the score and the samples are each asked for once.
+    """
     checked = load(config, overrides or ())
     refuse_missing_start(checked)
     digest, remarks = config_hash(checked), remarks_on_config(checked)
+    if rehearse:
+        prepare_environment(checked)
+        from aurora_train.train.dry_run import rehearse_config
+
+        with preparation(quiet=json) as progress:
+            remarks += rehearse_config(checked, progress, prepare=prepare)
     if json:
         derived = [asdict(one) for one in checked.derived]
         print_json({

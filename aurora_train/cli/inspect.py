@@ -26,13 +26,13 @@ def command(
     from rich.console import Console
 
     from aurora_train.data.inspection import inspect_batch, show
-    from aurora_train.files import cache_folder
     from aurora_train.observe.progress import preparation
+    from aurora_train.train.beginning import Beginning
 
-    recipe = checked.recipe_class(checked, cache_folder())
+    beginning = Beginning.of(checked)
     with preparation(quiet=json) as progress:
-        recipe.ready(progress)
-    facts = inspect_batch(recipe.data(split), split, checked.train.seed, checked.train.batch, step, rows)
+        beginning.ready(progress)
+    facts = inspect_batch(beginning.recipe.data(split), split, checked.train.seed, checked.train.batch, step, rows)
     if json:
         print_json(facts)
     else:

@@ -22,21 +22,17 @@ def command(
 
     from aurora_train.config import load_resolved
     from aurora_train.data.inspection import inspect_batch, show
-    from aurora_train.files import cache_folder
     from aurora_train.observe import metrics as logs
     from aurora_train.observe.progress import preparation
     from aurora_train.run import Run
     from aurora_train.train.bad_numbers import data_step_of_step
-    from aurora_train.train.session import refuse_other_data
+    from aurora_train.train.beginning import Beginning
 
     known = Run.existing(run)
     config = load_resolved(known.folder)
     data_step = data_step_of_step(step, logs.read(known.metrics), logs.read(known.events), str(known.folder))
-    recipe = config.recipe_class(config, cache_folder())
     with preparation(quiet=json) as progress:
-        recipe.ready(progress)
-    source = recipe.data("train")
-    refuse_other_data(known, source)
+        source = Beginning.of(config, known).ready(progress)
     facts = inspect_batch(source, "train", config.train.seed, config.train.batch, data_step, rows) | {"step": step}
     if json:
         print_json(facts)

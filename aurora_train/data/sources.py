@@ -190,7 +190,7 @@ def _open_one(
             f"there is no file or folder {config.source}",
             where=f"{key}.source",
             why=f"looked for {path}",
-            hint=f"{key}=PATH names its new place, if it has moved; a path is relative to the folder of the config file",
+            hint=f"{key}.source=PATH names its new place, if it moved; a path is relative to the config file's folder",
         )
     root, files = find.find(path, config.pattern, lost, limit)
     if not files:

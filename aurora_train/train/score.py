@@ -15,7 +15,9 @@ from aurora_train.nn.ops import asking
 from aurora_train.observe.metrics import now
 from aurora_train.random import stream
 from aurora_train.run import Run
-from aurora_train.train.session import refuse_other_data
+from aurora_train.train.beginning import refuse_other_data
+from aurora_train.train.blame import recipe_code
+from aurora_train.train.shown import checked_result, checked_samples
 
 _SHOWN_APART = ("tables", "notes", "plots", "remarks")
 
@@ -40,8 +42,9 @@ def score_run(
         return _made(recipe, run, progress, key)
 
     record = _measured(recipe, config, run, evaluator, state, progress, rivals if baselines is not False else dict)
-    with asking(config.train.forms.asked):
+    with asking(config.train.forms.asked), recipe_code(recipe, "samples"):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
+    checked_samples(recipe, samples)
     if samples:
         files.write_json(run.samples / f"step-{step}.json", samples)
     files.write_json(run.plots, record.pop("plots"))
@@ -77,7 +80,9 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
 def _measured(recipe, config, run, evaluator, state, progress, rivals: Callable[[], dict]) -> dict:
     run.workdir.mkdir(exist_ok=True)
     key = stream(config.train.seed, "score")
-    result = recipe.score(evaluator.predictor(state), "test", key, run.workdir, progress)
+    with recipe_code(recipe, "score"):
+        result = recipe.score(evaluator.predictor(state), "test", key, run.workdir, progress)
+    result = checked_result(recipe, result)
     headline = next(iter(result))
     return {
         "headline": headline,
@@ -92,7 +97,9 @@ def _measured(recipe, config, run, evaluator, state, progress, rivals: Callable[
 
 def _made(recipe, run, progress, key: str | None = None) -> dict:
     """{"baselines": values by name, "baselines_made": {"key", "time", "kept", "tables", "notes"}}."""
-    made = recipe.baselines(run.workdir, progress)
+    with recipe_code(recipe, "baselines"):
+        made = recipe.baselines(run.workdir, progress)
+    made = checked_result(recipe, made, "baselines")
     apart = {name: made.get(name, []) for name in ("tables", "notes")}
     return {
         "baselines": {name: value for name, value in made.items() if name not in _SHOWN_APART},
@@ -113,11 +120,11 @@ def _depends_on(recipe, config, run, step: int) -> str:
 def told(record: dict) -> list[str]:
     """A score as lines: its numbers, its baselines, since when those stand, and what to know of it."""
     numbers = {**record["score"], **record["baselines"]}
-    lines = [f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()]
+    lines = [f"{name} {value:{'.4f' if isinstance(value, float) else ''}}" for name, value in numbers.items()]
     made = record.get("baselines_made", {})
     if made.get("kept"):
         when = made["time"][:16].replace("T", " ")
-        lines.append(f"baselines: kept from {when} UTC, nothing they depend on has changed; --baselines makes them anew")
+        lines.append(f"baselines: kept from {when} UTC, for nothing has changed since; --baselines makes them anew")
     return lines + [f"note: {remark}" for remark in record["remarks"]]
 
 

@@ -6,6 +6,7 @@ folder changes before it is known that this run may go on.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,12 +29,16 @@ from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.train.ahead import Ahead
+from aurora_train.train.beginning import Beginning, refuse_other_data, source_of
+from aurora_train.train.dry_run import rehearse_recipe
 from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
 from aurora_train.train.weights import load_parameters, parameters_from
+
+log = logging.getLogger("aurora_train")
 
 
 @dataclass
@@ -108,23 +113,17 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     `replan` drops the plan that the run is pinned to.
     """
     config = settled(config, run)
-    parent = Parent.of(config) if run.step() == 0 else None
-    recipe, kept = make_recipe(config), kept_facts.read(run.facts)
-    recipe.inherited = kept or _inherited(config, parent)
-    fresh = run.step() == 0 and not run.plan.exists()
+    beginning = Beginning.of(config, run)
+    recipe, fresh = beginning.recipe, run.step() == 0 and not run.plan.exists()
     ahead = Ahead(config, recipe.inherited, progress, begin=fresh and count() == 1)
-    source = recipe.ready(ahead).data("train")
-    if len(source) == 0:
-        raise UserError("the training split has no example", where="data")
-    evaluates = recipe.data("validation") is not None  # an empty one is found now, not at the last step
-    refuse_other_data(run, source)
-    if kept is not None:
-        refuse_other_facts(recipe, run, kept)
-    elif parent is not None and config.init.facts == "inherit":
-        parent.refuse_other_facts(recipe.known)
+    source = beginning.ready(ahead)
+    evaluates = source_of(recipe, "validation") is not None  # an empty one is found now, not at the last step
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
+    if run.step() == 0 and not config.recipe_bundled:
+        for line in rehearse_recipe(config, recipe, program, source):
+            log.warning("%s", line)
     if fresh and not ahead.began:
         program.begin_initialiser()
 
@@ -137,8 +136,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     ahead.wait()
     blueprint = program.blueprint(plan)
     session = Session(
-        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run), parent,
-        evaluates=evaluates,
+        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run),
+        parent=beginning.parent, evaluates=evaluates,
     )
     return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
 
@@ -221,20 +220,6 @@ def whole_plan(config, recipe) -> Plan:
     return Plan(config.train.batch, 1, cuts, "reading")
 
 
-def _inherited(config, parent: Parent | None) -> kept_facts.Facts:
-    return parent.facts if parent is not None and config.init.facts == "inherit" else {}
-
-
-def refuse_other_facts(recipe, run: runs.Run, kept: kept_facts.Facts) -> None:
-    """The facts of the prepared data must be those that the run keeps, though another version of a recipe made them."""
-    changed = [name for name in {**kept, **recipe.known} if kept.get(name) != recipe.known.get(name)]
-    if changed:
-        raise UserError(
-            f"the data now give another `{changed[0]}` than this run began with", where=str(run.facts),
-            hint="bring back the recipe and the versions that it began with, or start a run of its own",
-        )  # fmt: skip
-
-
 def refuse_facts_of_another(store: CheckpointStore, step: int, facts: kept_facts.Facts) -> None:
     """A checkpoint must have been saved beside the facts that it is read with."""
     recorded = store.record(step).get("facts")
@@ -243,18 +228,3 @@ def refuse_facts_of_another(store: CheckpointStore, step: int, facts: kept_facts
             f"the checkpoint of step {step} was saved with other facts than the run folder holds",
             where=str(store.folder / str(step)), hint="bring back the `facts` folder that belongs to it",
         )  # fmt: skip
-
-
-def refuse_other_data(run: runs.Run, source) -> None:
-    """A resumed run must read the bytes it started on."""
-    known = files.read_json(run.provenance)
-    if known is None:
-        return
-    started_on = known["data"]["fingerprint"]
-    if started_on != source.fingerprint:
-        raise UserError(
-            "the training data is not what this run started on",
-            where=str(run.folder),
-            why=f"its fingerprint was {started_on[:16]}, it is now {source.fingerprint[:16]}",
-            hint="bring the old data back, or start a run of its own: `aurora train CONFIG --fresh`",
-        )

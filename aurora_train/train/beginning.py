@@ -1,0 +1,135 @@
+"""A recipe with its data prepared and its facts known: where training, `check` and `inspect` begin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aurora_train import facts as kept_facts
+from aurora_train import files
+from aurora_train import run as runs
+from aurora_train.config import Config, tree_of
+from aurora_train.errors import UserError
+from aurora_train.facts import Facts
+from aurora_train.recipe import Recipe
+from aurora_train.train.blame import place_of, recipe_code
+from aurora_train.train.lineage import Parent
+from aurora_train.train.rehearsal import make_recipe
+
+_OWED = {
+    "fingerprint": "a sha256 over all that decides what `take` returns", "__len__": "the number of examples",
+    "take": "take(indices) -> dict of arrays", "describe": "describe() -> dict, for provenance",
+}  # fmt: skip
+
+
+@dataclass
+class Beginning:
+    """`parent`: what a run without a step of its own starts from. `kept`: the facts of a run that has begun."""
+
+    config: Any
+    recipe: Recipe
+    run: runs.Run | None
+    parent: Parent | None
+    kept: Facts | None
+
+    @classmethod
+    def of(cls, config, run: runs.Run | None = None) -> Beginning:
+        """Of a config alone, or of a run that may have begun. UserError where `init.from` names nothing of the kind."""
+        parent = Parent.of(config) if run is None or run.step() == 0 else None
+        kept = kept_facts.read(run.facts) if run is not None else None
+        recipe = make_recipe(config)
+        if kept or (parent is not None and config.init.facts == "inherit"):
+            recipe.inherited = kept or parent.facts
+        return cls(config, recipe, run, parent, kept)
+
+    def ready(self, progress):
+        """Prepare the data and take its facts as known; the training data. UserError for what does not fit together."""
+        with recipe_code(self.recipe, "prepare"):
+            self.recipe.ready(progress)
+        source = source_of(self.recipe, "train")
+        if source is None or len(source) == 0:
+            raise UserError("the training split has no example", where="data")
+        taken(self.recipe, source, np.zeros(1, np.int64))
+        if self.run is not None:
+            refuse_other_data(self.run, source)
+        if self.kept is not None:
+            self._refuse_other_facts()
+        elif self.parent is not None and self.config.init.facts == "inherit":
+            self.parent.refuse_other_facts(self.recipe.known)
+        marker = _marker(self.config)
+        if not marker.exists():
+            files.write_json(marker, {"recipe": self.config.recipe})
+        return source
+
+    def is_prepared(self) -> bool:
+        """Whether the data were prepared before on this machine, or need no preparing."""
+        return type(self.recipe).prepare is Recipe.prepare or _marker(self.config).exists()
+
+    def _refuse_other_facts(self) -> None:
+        """The facts of the data must be those that the run keeps, though another version of a recipe made them."""
+        known = self.recipe.known
+        changed = [name for name in {**self.kept, **known} if self.kept.get(name) != known.get(name)]
+        if changed:
+            raise UserError(
+                f"the data now give another `{changed[0]}` than this run began with", where=str(self.run.facts),
+                hint="bring back the recipe and the versions that it began with, or start a run of its own",
+            )  # fmt: skip
+
+
+def _marker(config):
+    """A file that says that the data of these sections were prepared: what they were is decided by `prepare` itself."""
+    own = {name: section for name, section in tree_of(config).items() if name not in Config.model_fields}
+    decisive = json.dumps([config.recipe, config.recipe_sha256, own], sort_keys=True)
+    return files.cache_folder() / "prepared" / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.json"
+
+
+def source_of(recipe, split: str):
+    """`recipe.data(split)`, held to what a Source owes; None for a validation split that there is not."""
+    with recipe_code(recipe, "data"):
+        source = recipe.data(split)
+    lacking = [name for name in _OWED if not hasattr(source, name)]
+    if source is not None and lacking:
+        raise UserError(
+            f"data({split!r}) returned a {type(source).__name__} without `{lacking[0]}`",
+            where=place_of(type(source)), hint=f"`{lacking[0]}`: {_OWED[lacking[0]]}",
+        )  # fmt: skip
+    return source
+
+
+def taken(recipe, source, indices) -> dict[str, np.ndarray]:
+    """`source.take(indices)`, held to its format: NumPy arrays by name, the examples in front."""
+    with recipe_code(recipe, "take"):
+        batch = source.take(indices)
+    where = place_of(source.take)
+    if not isinstance(batch, dict) or not batch:
+        raise UserError(f"`take` returned a {type(batch).__name__}", where=where, hint="a dict of NumPy arrays by name")
+    for name, array in batch.items():
+        if not isinstance(array, np.ndarray) or array.dtype == object:
+            kind = f"array of {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise UserError(f"`take` returned a {kind} as `{name}`", where=where, hint="a NumPy array of numbers")
+        if array.shape[:1] != (len(indices),):
+            raise UserError(
+                f"`take` returned `{name}` of shape {list(array.shape)} for {len(indices)} examples", where=where,
+                hint=f"its leading axis is the examples: [{len(indices)}, ...]",
+            )  # fmt: skip
+    return batch
+
+
+def refuse_other_data(run: runs.Run, source) -> None:
+    """A resumed run must read the bytes it started on."""
+    known = files.read_json(run.provenance)
+    if known is None:
+        return
+    started_on = known["data"]["fingerprint"]
+    if started_on != source.fingerprint:
+        raise UserError(
+            "the training data is not what this run started on",
+            where=str(run.folder),
+            why=f"its fingerprint was {started_on[:16]}, it is now {source.fingerprint[:16]}",
+            hint="bring the old data back, or start a run of its own: `aurora train CONFIG --fresh`; "
+            "`aurora generate RUN` and `aurora evaluate RUN --on FILE` do without it",
+        )

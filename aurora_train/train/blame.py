@@ -1,0 +1,73 @@
+"""An error in a user's own recipe, as one message that names its line. In a bundled recipe it is our own, and stays."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import traceback
+from pathlib import Path
+
+import jax
+
+from aurora_train.config.yaml import show_path
+from aurora_train.errors import UserError
+from aurora_train.train.signals import Stopped
+
+_HINTS = {
+    "TracerBoolConversionError": "a value of the batch cannot choose a branch while the step is compiled: jnp.where",
+    "ConcretizationTypeError": "a value of the batch is not known while the step is compiled: jax.numpy throughout",
+    "TracerArrayConversionError": "NumPy cannot take a value that is being compiled: jax.numpy in place of numpy",
+    "TracerIntegerConversionError": "a value of the batch cannot be an index of Python's while the step is compiled",
+}
+_OF_THE_MACHINE = (UserError, Stopped, MemoryError, OSError, jax.errors.JaxRuntimeError)
+
+
+@contextlib.contextmanager
+def recipe_code(recipe, method: str, given: dict | None = None):
+    """Within, an error of the user's code becomes a UserError at its line. `given`: the batch, for a hint."""
+    try:
+        yield
+    except _OF_THE_MACHINE:
+        raise
+    except Exception as error:
+        if recipe.config.recipe_bundled:
+            raise
+        raise blamed(recipe, method, error, given) from error
+
+
+def blamed(recipe, method: str, error: Exception, given: dict | None = None) -> UserError:
+    """The message for an error that `method` of a recipe raised: file, line, the line's text, and what to do."""
+    files = {str(path.resolve()) for path in recipe.config.recipe_code.values()}
+    own = [at for at in traceback.extract_tb(error.__traceback__) if at.filename in files]
+    lines = str(error).strip().splitlines() or ["no more is known"]
+    what = f"`{method}` fails: {type(error).__name__}: {lines[0]}"
+    if isinstance(error, NotImplementedError) and not own:
+        return UserError(f"{type(recipe).__name__} defines no `{method}`", where=place_of(type(recipe)),
+                         hint=f"def {method}{_signature(recipe, method)}")  # fmt: skip
+    if not own:
+        where = place_of(getattr(type(recipe), method, type(recipe)))
+        return UserError(what, where=where, hint=f"def {method}{_signature(recipe, method)}")
+    last = own[-1]
+    hint = _HINTS.get(type(error).__name__)
+    if isinstance(error, KeyError) and given is not None:
+        hint = f"the batch has: {', '.join(given)}"
+    text = linecache.getline(last.filename, last.lineno).strip()
+    return UserError(what, where=f"{show_path(Path(last.filename))}:{last.lineno}", why=text or None, hint=hint)
+
+
+def place_of(thing) -> str:
+    """file.py:line of a class, a method or an instance's class."""
+    thing = thing if inspect.isclass(thing) or callable(thing) else type(thing)
+    try:
+        file, (_, line) = inspect.getsourcefile(thing), inspect.getsourcelines(thing)
+        return f"{show_path(Path(file))}:{line}"
+    except (OSError, TypeError):
+        return getattr(thing, "__qualname__", str(thing))
+
+
+def _signature(recipe, method: str) -> str:
+    from aurora_train.recipe import Recipe
+
+    names = list(inspect.signature(getattr(Recipe, method)).parameters)
+    return f"({', '.join(names)})"

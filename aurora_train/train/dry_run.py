@@ -1,0 +1,233 @@
+"""What a recipe will be asked for, asked of it once before the first step: a mistake ends as one line, in seconds.
+
+It matters because a mistake in `score` or `samples` would show after the last step, one in a batch's shape after the
+compiler's minutes, and one in the weights or in `take` never: then accumulation and resume are void without a word.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from aurora_train.errors import UserError
+from aurora_train.machine.memory import budget_bytes
+from aurora_train.machine.profile import this_machine
+from aurora_train.mesh import make_mesh
+from aurora_train.nn import carried
+from aurora_train.nn.ops import asking
+from aurora_train.nn.param import parameter_count
+from aurora_train.random import example_keys, stream
+from aurora_train.recipe import Loss
+from aurora_train.train.beginning import Beginning, source_of, taken
+from aurora_train.train.blame import place_of, recipe_code
+from aurora_train.train.precision import settled
+from aurora_train.train.rehearsal import make_recipe, rehearse_here, shapes_of
+from aurora_train.train.shown import checked_result, checked_samples
+from aurora_train.units import size
+
+_SMALL = 20_000_000  # parameters of a model that is drawn here, to run its score and its samples
+_SCORE_SECONDS = 5.0
+class _LongEnough(BaseException):  # which no `except Exception` of a recipe holds up
+    """The score was watched for as long as a start may take."""
+
+
+def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
+    """Ask the recipe of a config for everything, on this machine, where its data are prepared or may be.
+
+    Returns what was not rehearsed, and why. UserError for what a run would be refused for, or would fail of.
+    """
+    config = settled(config)
+    beginning = Beginning.of(config)
+    if not (prepare or beginning.is_prepared()):
+        return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
+    source, recipe = beginning.ready(progress), beginning.recipe
+    source_of(recipe, "validation")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    program = rehearse_here(config, recipe, mesh, shapes_of(source))
+    _refuse_no_room(config, program)
+    return rehearse_recipe(config, recipe, program, source)
+
+
+def _refuse_no_room(config, program) -> None:
+    """The state alone must fit, whatever is planned around it."""
+    state = program.blueprint(program.simplest_plan()).state
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
+    limit, reason = budget_bytes(config.memory.budget, this_machine())
+    if held > limit:
+        raise UserError(
+            f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",
+            where="memory.budget", why=reason, hint="`aurora plan CONFIG` shows what would make it less",
+        )  # fmt: skip
+
+
+def rehearse_recipe(config, recipe, program, source) -> list[str]:
+    """Ask a prepared recipe for everything once. Returns what was not rehearsed, and why; UserError for a mistake."""
+    examples = min(config.train.batch, len(source))
+    batch = _same_batch_twice(recipe, source, np.arange(examples, dtype=np.int64) * len(source) // examples)
+    _model_of_facts_alone(config, recipe, program)
+    with program.here():
+        _losses(recipe, program, batch)
+        if config.evaluate.final:
+            _predictions(recipe, program, batch)
+    count = parameter_count(nnx.to_pure_dict(nnx.state(program.model(), nnx.Param)))
+    if not config.evaluate.final:
+        return []
+    if count > _SMALL:
+        return [f"not rehearsed: score and samples, which take the model itself ({count:,} parameters)"]
+    return _score_and_samples(config, recipe)
+
+
+# ---- data
+
+
+def _same_batch_twice(recipe, source, indices) -> dict:
+    once, again, backwards = (taken(recipe, source, chosen) for chosen in (indices, indices, indices[::-1]))
+    for name in once:
+        same = np.array_equal(once[name], again[name], equal_nan=once[name].dtype.kind == "f")
+        if not same or not np.array_equal(once[name], backwards[name][::-1], equal_nan=once[name].dtype.kind == "f"):
+            when = "in another order" if same else "a second time"
+            raise UserError(
+                f"`take` returned another `{name}` when the same examples were asked for {when}",
+                where=place_of(source.take),
+                why="a resumed run asks for its batches again, and has to get the same ones",
+                hint="what is random in an example: a generator seeded by its index, or the `key` of `loss`",
+            )  # fmt: skip
+    return once | {"example": indices.astype(np.uint32)}
+
+
+# ---- model and loss
+
+
+def _model_of_facts_alone(config, recipe, program) -> None:
+    """The model of a recipe that has seen no data must be the one that is trained: a run is read without them."""
+    alone = make_recipe(config).use(recipe.known)
+    with recipe_code(recipe, "model"):
+        wanted = _shapes(program.model())
+        try:
+            found = _shapes(nnx.eval_shape(lambda: carried.build(alone, config.train.seed)))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"`model` needs more than the config and its facts: {type(error).__name__}: {error}",
+                where=place_of(type(recipe).model), why="a run is read, sampled and served where its data is not",
+                hint="return what it needs of the data from `facts()`, and read it from self.known",
+            ) from error  # fmt: skip
+    if found != wanted:
+        raise UserError(
+            "`model` is another one where the data is not prepared", where=place_of(type(recipe).model),
+            hint="return what it needs of the data from `facts()`, and read it from self.known",
+        )  # fmt: skip
+
+
+def _shapes(model) -> dict:
+    flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return {jax.tree_util.keystr(path): (leaf.shape, str(leaf.dtype)) for path, leaf in flat}
+
+
+def _losses(recipe, program, batch) -> None:
+    """Trace the loss of the batch and of its halves, in training and in evaluation; compare their weights."""
+    blueprint, key = program.blueprint(program.simplest_plan()), stream(0, "dropout")
+    half = len(batch["example"]) // 2
+
+    def loss(batch, training: bool):
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blueprint.state)
+        model = blueprint.merge(state.params, state.rest, state.frozen)
+        with recipe_code(recipe, "loss", batch):
+            if training:
+                keys = example_keys(key, jnp.int32(0), batch["example"])
+                found = _sound_loss(recipe, carried.training_loss(recipe, model, batch, keys))
+                carried.changed_state(recipe, model, state.rest)
+                return found
+            model.eval()
+            return _sound_loss(recipe, recipe.loss(model, batch, None))
+
+    jax.eval_shape(lambda batch: loss(batch, True), batch)
+    weight = jax.jit(lambda batch: loss(batch, False).weight)  # the compiler drops the model, which it does not need
+    whole = float(weight(batch))
+    if not half or recipe.couples != "example":
+        return
+    parts = [{name: array[part] for name, array in batch.items()} for part in (slice(half), slice(half, None))]
+    summed = sum(float(weight(part)) for part in parts)
+    if not np.isclose(whole, summed, rtol=1e-4):
+        raise UserError(
+            f"the loss of a batch weighs {whole:g}, and its halves weigh {summed:g} together",
+            where=place_of(type(recipe).loss), why="a loss is a sum and its weight: parts of a batch add up to it",
+            hint="Loss(total=errors.sum(), weight=number of targets), never a mean",
+        )  # fmt: skip
+
+
+def _sound_loss(recipe, result) -> Loss:
+    where = place_of(type(recipe).loss)
+    if not isinstance(result, Loss):
+        raise UserError(
+            f"`loss` returned {_named(result)}", where=where,
+            hint="return Loss(total, weight): the sum over the batch, and how many targets it sums over",
+        )  # fmt: skip
+    for name, value in (("total", result.total), ("weight", result.weight)):
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+            hint = "a scalar: the sum over the batch"
+            raise UserError(f"the `{name}` of the loss is {_named(value)}", where=where, hint=hint)
+    for name, pair in result.metrics.items():
+        if not isinstance(pair, tuple) or len(pair) != 2 or any(jnp.shape(part) != () for part in pair):
+            hint = "a pair of scalars: (sum, weight)"
+            raise UserError(f"the metric `{name}` is {_named(pair)}", where=where, hint=hint)
+    return Loss(result.total, jnp.asarray(result.weight, jnp.float32), result.metrics)
+
+
+def _named(value) -> str:
+    return f"an array of shape {list(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+
+
+def _predictions(recipe, program, batch) -> None:
+    blueprint = program.blueprint(program.simplest_plan())
+
+    def outputs(state, batch):
+        model = blueprint.merge(state.params, state.rest, state.frozen)
+        model.eval()
+        with recipe_code(recipe, "predict", batch):
+            return recipe.predict(model, batch)
+
+    found, examples = jax.eval_shape(outputs, blueprint.state, batch), len(batch["example"])
+    for leaf in jax.tree.leaves(found):
+        if leaf.shape[:1] != (examples,):
+            raise UserError(
+                f"`predict` returned {_named(leaf)} for {examples} examples", where=place_of(type(recipe).predict),
+                hint=f"its leading axis is the examples: [{examples}, ...]",
+            )  # fmt: skip
+
+
+# ---- what is made of the model
+
+
+def _score_and_samples(config, recipe) -> list[str]:
+    """Run `score` and `samples` with the model as it is drawn. The score is left where it takes longer than seconds."""
+    model, skipped = carried.build(recipe, config.train.seed), []
+    model.eval()
+    graph, arrays = nnx.split(model)
+    jitted = jax.jit(lambda arrays, batch: recipe.predict(nnx.merge(graph, arrays), batch))
+    deadline = time.monotonic() + _SCORE_SECONDS
+
+    def in_time(*_):
+        if time.monotonic() > deadline:
+            raise _LongEnough
+
+    def predict(batch):
+        in_time()
+        return jax.device_get(jitted(arrays, batch))
+
+    with asking(config.train.forms.asked), tempfile.TemporaryDirectory() as folder:
+        try:
+            with recipe_code(recipe, "score"):
+                result = recipe.score(predict, "test", stream(config.train.seed, "score"), Path(folder), in_time)
+            checked_result(recipe, result)
+        except _LongEnough:
+            skipped = [f"not rehearsed to its end: score, which takes longer than {_SCORE_SECONDS:.0f} s"]
+        with recipe_code(recipe, "samples"):
+            samples = recipe.samples(model, stream(config.train.seed, "samples"))
+        checked_samples(recipe, samples)
+    return skipped

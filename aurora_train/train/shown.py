@@ -1,0 +1,93 @@
+"""What a recipe returns for people to read, held to its format: scores, tables, notes, plots, samples."""
+
+from __future__ import annotations
+
+import math
+from numbers import Number
+
+import numpy as np
+
+from aurora_train.errors import UserError
+from aurora_train.train.blame import place_of
+
+TABLE = ("title", "columns", "rows")
+
+
+def checked_result(recipe, result, method: str = "score") -> dict:
+    """What `score` or `baselines` returned, with numbers of Python's own; UserError for anything no reader can show.
+
+    The first key of a score is the headline, a number. "tables" is a list of {"title", "columns", "rows"}, "notes" and
+    "remarks" are lists of text, "plots" a list of {"title", "x_label", "y_label", "series"}.
+    """
+    where = place_of(getattr(type(recipe), method))
+    if not isinstance(result, dict) or not (result or method == "baselines"):
+        raise UserError(f"`{method}` returned {_named(result)}", where=where, hint='a dict: {"accuracy": 0.98, ...}')
+    clean = {name: _plain(value) for name, value in result.items()}
+    headline = next(iter(clean), None)
+    if method == "score" and (not isinstance(clean[headline], Number) or isinstance(clean[headline], bool)):
+        raise UserError(
+            f"the headline of the score, `{headline}`, is {_named(clean[headline])}", where=where,
+            hint="the first key of the dict is the number that you would quote",
+        )  # fmt: skip
+    for name, (wanted, sound) in _FORMATS.items():
+        _refuse(clean.get(name, []), where, f"`{name}` of {method}", wanted, sound)
+    return clean
+
+
+def checked_samples(recipe, samples) -> list[dict]:
+    """What `samples` returned; UserError where it is no list of {"prompt", "text"}."""
+    wanted = 'a list of {"prompt": ..., "text": ...}, and any checks as True or False'
+    _refuse(samples, place_of(type(recipe).samples), "what `samples` returned", wanted, _is_sample)
+    return samples
+
+
+def _is_text(one) -> bool:
+    return isinstance(one, str)
+
+
+def _is_plot(one) -> bool:
+    return isinstance(one, dict) and {"title", "series"} <= one.keys()
+
+
+def _is_sample(one) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("text"), str)
+
+
+def _is_table(one) -> bool:
+    if not isinstance(one, dict) or not all(name in one for name in TABLE):
+        return False
+    return all(isinstance(row, list | tuple) and len(row) == len(one["columns"]) for row in one["rows"])
+
+
+_FORMATS = {
+    "notes": ("a list of sentences", _is_text), "remarks": ("a list of sentences", _is_text),
+    "tables": ('a list of {"title", "columns", "rows"}', _is_table),
+    "plots": ('a list of {"title", "series", ...}', _is_plot),
+}  # fmt: skip
+
+
+def _refuse(value, where: str, what: str, wanted: str, sound) -> None:
+    if isinstance(value, list | tuple) and all(map(sound, value)):
+        return
+    wrong = _named(value)
+    if isinstance(value, list | tuple):
+        wrong = f"holds {_named(next(one for one in value if not sound(one)))}"
+        raise UserError(f"{what} {wrong}", where=where, hint=wanted)
+    raise UserError(f"{what} is {wrong}", where=where, hint=wanted)
+
+
+def _plain(value):
+    """NumPy's numbers and arrays as Python's: JSON would hold their text."""
+    if isinstance(value, np.generic) or (hasattr(value, "tolist") and getattr(value, "ndim", None) is not None):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _named(value) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return f"a {type(value).__name__}" + (f", {str(value)[:40]!r}" if isinstance(value, str) else "")
