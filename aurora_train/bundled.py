@@ -15,9 +15,10 @@ def _home() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of every bundled recipe."""
-    found = sorted((_home() / "recipes").glob("*.py"))
-    return {path.stem: path for path in found if not path.stem.startswith("_")}
+    """`name`, or `domain/name`, -> file of every bundled recipe."""
+    folder = _home() / "recipes"
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    return {name: path for name, path in found.items() if not path.stem.startswith("_")}
 
 
 def configs() -> dict[str, Path]:
