@@ -108,20 +108,27 @@ def levers(program, blueprint, plan=None) -> list[dict]:
 
 
 def essentials(planner, plan, simulated, cost: Candidate) -> dict:
-    """`Plan.details` of any plan. `cost`: what it takes beside the work itself."""
+    """`Plan.details` of a plan that was simulated. `cost`: what it takes beside the work itself."""
+    blueprint = planner.program.blueprint(plan)
+    timeline, peak_at = _timeline(simulated, arguments(planner.program, blueprint))
+    return standing(planner, plan) | {
+        "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
+        "peak_at": peak_at,
+        "timeline": timeline,
+        "host_bytes": cost.host,
+        "time": _time(planner, cost, blueprint),
+    }
+
+
+def standing(planner, plan) -> dict:
+    """`Plan.details` of any plan, as far as they are known without a simulation."""
     program = planner.program
     blueprint = program.blueprint(plan)
-    timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
     with program.here():
         operations = ops.chosen()
     return {
         "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
-        "by_cause": next((m["bytes"] for m in timeline if m["phase"] == peak_at), {}),
-        "peak_at": peak_at,
-        "timeline": timeline,
         "levers": levers(program, blueprint, plan),
-        "host_bytes": cost.host,
-        "time": _time(planner, cost, blueprint),
         "checkpoint": _checkpoint(program, blueprint),
         "attention": getattr(getattr(program.model(), "attention", None), "name", None),
         "operations": operations,
