@@ -8,15 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.extend.core import get_opaque_trace_state, jaxprs_in_params
 
-__all__ = ["get_opaque_trace_state", "jaxprs_in_params", "open_jaxpr", "scan_parts"]
+__all__ = ["get_opaque_trace_state", "is_unreadable", "jaxprs_in_params", "open_jaxpr", "scan_parts"]
 
 
 def open_jaxpr(jaxpr):
     """A jaxpr with `eqns`, `invars` and `constvars`, of a closed one or of one that is open (jax 0.12 knows one kind).
     """
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Whether an error says that a jaxpr holds what its reader does not know.
+
+    What this package raises is meant, and refused memory is for the run to handle.
+    """
+    ours = type(error).__module__.partition(".")[0] == "aurora_train"
+    return not ours and not isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
 
 
 def scan_parts(params: Mapping[str, Any]) -> tuple[int, int]:

@@ -84,7 +84,8 @@ def show(found) -> None:
             table.add_row(row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")
     console.print(table)
     host = ", ".join(f"{name} {1e3 * took:.1f} ms" for name, took in line.host.items())
-    rate = f"{count(found.product_flops)}FLOP in products, {flop_rate(found.product_flops / line.step)}"
+    flops = found.product_flops
+    rate = f"{count(flops)}FLOP in products, {flop_rate(flops / line.step)}" if flops else "FLOP not known"
     console.print(
         f"{rate}; device busy {1e3 * line.busy:.1f} ms ({line.busy / line.step:.1%}); host: {host}\n"
         f"a save holds up the steps for {1e3 * found.save:.0f} ms; compiled in {found.compile:.1f} s\n"

@@ -113,22 +113,28 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
 
 
 def essentials(planner, plan, simulated, cost: Candidate) -> dict:
-    """`Plan.details` of any plan. `cost`: what it takes beside the work itself."""
-    program = planner.program
-    blueprint = program.blueprint(plan)
-    timeline, peak_at = _timeline(simulated, arguments(program, blueprint))
-    with program.here():
-        operations = ops.chosen()
+    """`Plan.details` of a plan that was simulated. `cost`: what it takes beside the work itself."""
+    blueprint = planner.program.blueprint(plan)
+    timeline, peak_at = _timeline(simulated, arguments(planner.program, blueprint))
     at_peak = next((moment["bytes"] for moment in timeline if moment["phase"] == peak_at), {})
-    activations = at_peak.get("saved", 0) + at_peak.get("workspace", 0)
-    return {
-        "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
+    return standing(planner, plan, at_peak.get("saved", 0) + at_peak.get("workspace", 0)) | {
         "by_cause": at_peak,
         "peak_at": peak_at,
         "timeline": timeline,
-        "levers": [_with_speed(lever, planner.rates) for lever in levers(program, blueprint, plan, activations)],
         "host_bytes": cost.host,
         "time": _time(planner, cost, blueprint),
+    }
+
+
+def standing(planner, plan, activations: int | None = None) -> dict:
+    """`Plan.details` of any plan, as far as they are known without a simulation. `activations`: as in `levers`."""
+    program = planner.program
+    blueprint = program.blueprint(plan)
+    with program.here():
+        operations = ops.chosen()
+    return {
+        "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
+        "levers": [_with_speed(lever, planner.rates) for lever in levers(program, blueprint, plan, activations)],
         "checkpoint": _checkpoint(program, blueprint),
         "attention": _attention(program.model()),
         "operations": operations,

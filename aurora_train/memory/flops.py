@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from aurora_train.compat import jaxprs_in_params
+from aurora_train.compat import is_unreadable, jaxprs_in_params
 
 # Layout alone: no arithmetic. XLA folds these into their consumers.
 FREE = frozenset(
@@ -48,6 +48,16 @@ def jaxpr_flops(jaxpr) -> tuple[int, int]:
     """(all, products') floating-point operations of a jaxpr, over all devices together."""
     parts = [equation_flops(equation) for equation in jaxpr.eqns]
     return sum(p[0] for p in parts), sum(p[1] for p in parts)
+
+
+def product_flops(jaxpr) -> int | None:
+    """Those of the products of a jaxpr alone. None where it holds what cannot be counted: no run depends on them."""
+    try:
+        return jaxpr_flops(jaxpr)[1]
+    except Exception as error:
+        if not is_unreadable(error):
+            raise
+        return None
 
 
 def _product_flops(equation) -> int:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import jax
 
+from aurora_train.compat import is_unreadable
 from aurora_train.errors import UserError
-from aurora_train.memory import account, offload
+from aurora_train.memory import account, offload, unread
 from aurora_train.memory.dataflow import Graph
 from aurora_train.memory.liveness import Profile, profile_of
 from aurora_train.memory.plan import Plan
@@ -98,16 +99,30 @@ class Planner:
 
     def run(self) -> Plan:
         """The plan, verified where that is possible. UserError where nothing fits."""
+        return self._planned(self._found)
+
+    def _planned(self, search) -> Plan:
+        """What a search finds; a plan that needs none where it ends on something that it cannot read."""
+        try:
+            return search()
+        except Exception as error:
+            if not is_unreadable(error):
+                raise
+            fault = error  # handled below: what comes up there is not to be shown as its consequence
+        devices = self.program.mesh.devices.size
+        return unread.plan_unread(self, microbatches(self.program.config, self.program.recipe, devices), fault)
+
+    def _found(self) -> Plan:
         began = time.thread_time()
         whole = self._as_asked()
-        if whole is not None:
-            compiled = self.compile(whole) if self.verify and not self.compiled_later else None
-            if self._fixed or compiled is None or compiled <= self.budget:
-                self.cpu_seconds += time.thread_time() - began
-                return self._told(whole, compiled)
-        return self._searched(began)
+        compiled = self.compile(whole) if whole and self.verify and not self.compiled_later else None
+        self.cpu_seconds += time.thread_time() - began
+        if whole and (self.is_fixed or compiled is None or compiled <= self.budget):
+            return self._told(whole, compiled)
+        return self._searched()
 
-    def _searched(self, began: float) -> Plan:
+    def _searched(self) -> Plan:
+        began = time.thread_time()
         space, room = self._space(), self.program.host_bytes
         candidates = space.all()
         roomy = [c for c in candidates if room is None or c.host <= room]
@@ -122,10 +137,10 @@ class Planner:
         """The plan that needs no search: the config says what is kept, or a CPU has room for everything."""
         program, devices = self.program, self.program.mesh.devices.size
         pairs = microbatches(program.config, program.recipe, devices)
-        if not self._fixed and program.platform != "cpu":
+        if not self.is_fixed and program.platform != "cpu":
             return None
         plan = program.asked_plan()
-        if not self._fixed:
+        if not self.is_fixed:
             plan = self._parted(plan, pairs)
             return plan if self.simulate(plan).bytes <= IDLE * self.budget else None
         plans = [replace(plan, microbatch=m, accumulation=n) for m, n in pairs]
@@ -141,7 +156,7 @@ class Planner:
         temporaries = found.bytes - found.arguments
         if len(pairs) == 1 or self.program.mesh.devices.size > 1 or temporaries <= ROOMY:
             return plan
-        most = self.program.product_flops(plan) / (WORK_PER_BYTE * account.parameter_bytes(self.program))
+        most = (self.program.product_flops(plan) or 0) / (WORK_PER_BYTE * account.parameter_bytes(self.program))
         cheap = [(m, n) for m, n in pairs if n <= most] or pairs[:1]
         microbatch, parts = next((pair for pair in cheap if temporaries <= ROOMY * pair[1]), cheap[-1])
         reason = f"everything kept; {parts} microbatches, for less memory"
@@ -149,7 +164,7 @@ class Planner:
         return parted if self.simulate(parted).bytes < found.bytes else plan
 
     @property
-    def _fixed(self) -> bool:
+    def is_fixed(self) -> bool:
         """Whether the config says what is kept."""
         memory = self.program.config.memory
         return memory.save != "auto" or memory.unroll != "auto"
@@ -173,7 +188,7 @@ class Planner:
         self.budget = min(self.budget, int(0.85 * needed))
         self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
         try:
-            return self._searched(time.thread_time())
+            return self._planned(self._searched)
         except UserError:
             return None
 
@@ -258,7 +273,7 @@ class Planner:
         """(the plan, its compiled bytes; None where nothing is compiled)."""
         if not self.verify:
             found = self._settled(shortlist, lambda: cheapest(shortlist.candidates, self.usable, shortlist.expected))
-            self._refuse_misfit(found, self._simulated(found or shortlist.smallest()))
+            self.refuse_misfit(found, self._simulated(found or shortlist.smallest()))
             return found, None
         best, real, least = None, None, None
         for turn in range(min(self.compiles, COMPILES - 1), COMPILES):
@@ -270,7 +285,7 @@ class Planner:
             if needed <= self.budget:
                 best, real = found, needed
         if best is None:
-            self._refuse_misfit(None, least or self._simulated(shortlist.smallest()))
+            self.refuse_misfit(None, least or self._simulated(shortlist.smallest()))
         return best, real
 
     def _next(self, shortlist: Shortlist, best: Candidate | None, turn: int) -> Candidate | None:
@@ -306,7 +321,7 @@ class Planner:
         shortlist.learn(candidate, self._simulated(candidate), found)
         return found
 
-    def _refuse_misfit(self, found, needed: int) -> None:
+    def refuse_misfit(self, found, needed: int) -> None:
         if found is not None and needed <= self.budget:
             return
         levers = "; ".join(f"{lever['setting']} saves {size(lever['saves_bytes'])}" for lever in self._levers()[:3])

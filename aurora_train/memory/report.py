@@ -81,6 +81,8 @@ def verdict(plan: Plan) -> str:
 
 def recomputed(plan: Plan) -> str:
     """How much of the forward pass is done twice, in words; "" where it is not known."""
+    if plan.details.get("unread"):
+        return f"{_unsearched(plan)}: the planner cannot read {plan.details['unread']}"
     if plan.stacks and all(segment.save is None for cut in plan.stacks.values() for segment in cut):
         return "recomputes nothing"
     time = plan.details.get("time") or {}
@@ -95,6 +97,13 @@ def recomputed(plan: Plan) -> str:
         return f"recomputes {count(again)}FLOP a step"
     # The backward pass of a matrix product is two products of its size, so the forward pass is a third of a step.
     return f"recomputes {percent(again / (whole / steps / 3))} of the forward pass"
+
+
+def _unsearched(plan: Plan) -> str:
+    saves = {segment.save for cut in plan.stacks.values() for segment in cut}
+    if saves <= {None}:
+        return "recomputes nothing"
+    return "recomputes everything" if saves == {()} else "recomputes what memory.save leaves out"
 
 
 def machine_name(kind: str) -> str:

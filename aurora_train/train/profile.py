@@ -29,7 +29,7 @@ class Profile(NamedTuple):
     save: float
     plan: str
     trace: Path
-    product_flops: int
+    product_flops: int | None
 
 
 def profile(config, folder: Path, *, steps: int, progress) -> Profile:

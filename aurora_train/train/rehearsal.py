@@ -23,7 +23,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.flops import jaxpr_flops
+from aurora_train.memory.flops import product_flops
 from aurora_train.memory.plan import Plan, make_plan
 from aurora_train.memory.splits import Chip
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
@@ -159,10 +159,10 @@ class Rehearsal:
         for made in self._initialisers.values():
             made.result()
 
-    def product_flops(self, plan: Plan) -> int:
-        """Of the products of one step as it is run under a plan, over all devices."""
+    def product_flops(self, plan: Plan) -> int | None:
+        """Of the products of one step as it is run under a plan, over all devices; None where they are not known."""
         traced, _ = self.trace(plan)
-        return jaxpr_flops(traced.jaxpr)[1]
+        return product_flops(traced.jaxpr)
 
     def optimizer_state(self, **changes):
         """The optimizer's state, abstract, were its settings changed (`moments="int8"`)."""
