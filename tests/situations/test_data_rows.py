@@ -460,6 +460,7 @@ def yaml(tmp_path):
 def test_M5_a_path_without_a_kind_is_a_file(yaml, tmp_path):
     assert load(yaml("  tokenizer: {path: t.json}\n")).data.tokenizer.kind == "file"
     assert load(yaml(), [f"data.tokenizer.path={tmp_path}/t.json"]).data.tokenizer.kind == "file"
+    assert load(yaml("  tokenizer: {kind: auto, path: t.json}\n")).data.tokenizer.kind == "file"
 
 
 WRONG = {
