@@ -110,7 +110,7 @@ OTHERS = st.recursive(SCALARS, st.lists, max_leaves=4)
 ROWS = st.lists(st.tuples(st.text(max_size=20), st.dictionaries(st.sampled_from(["a", "b"]), OTHERS)), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(written=ROWS, block=st.integers(1, 40), indent=st.sampled_from([None, 1]))
 def test_any_texts_come_back_whatever_the_other_columns_hold(tmp_path_factory, written, block, indent):
     folder, texts = tmp_path_factory.mktemp("any"), [t for t, _ in written]
