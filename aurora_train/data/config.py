@@ -27,9 +27,9 @@ class TokenizerConfig(Section):
     @classmethod
     def _path_means_file(cls, given):
         """A path without a kind is one of a file. What else was asked for beside it would be passed over."""
-        if not isinstance(given, dict) or given.get("path") is None or "kind" in given:
+        if not isinstance(given, dict) or given.get("path") is None or given.get("kind", "auto") != "auto":
             return given
-        if "vocab" in given:
+        if "vocab" in given and "kind" not in given:
             raise ValueError("a tokenizer.json (path) has its own vocabulary: leave vocab out")
         return {**given, "kind": "file"}
 

@@ -46,8 +46,8 @@ def prepare(
     `base` is the folder that relative paths start at (the config file's); `inherited` the tokenizer of the run that a
     new one starts from. Raises UserError for every fault of the source, and for a `cache` that cannot be written.
     """
-    known = tokenizers.known_tokenizer(config.tokenizer, base, inherited)
     corpus = open_corpus(config, base)
+    known = tokenizers.known_tokenizer(config.tokenizer, base, inherited)
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         listing = corpus.listing(cache, progress)

@@ -86,6 +86,8 @@ def opened(path: Path) -> io.BufferedIOBase:
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), _BLOCK)
+    if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("it is in UTF-16: write it as UTF-8")
     return path.open("rb")
 
 

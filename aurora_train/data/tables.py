@@ -38,7 +38,7 @@ _FLATTEN = (
 
 
 def suffix(name: str) -> str:
-    """The last suffix of a file's name in lower case, without that of a compression; `.tar` before all others."""
+    """The last suffix of a file's name in lower case, without that of a compression."""
     parts = name.lower().rpartition("/")[2].split(".")[1:]
     parts = parts[:-1] if parts and f".{parts[-1]}" in COMPRESSED else parts
     return f".{parts[-1]}" if parts else ""
