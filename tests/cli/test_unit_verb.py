@@ -11,6 +11,8 @@ import pytest
 
 from aurora_train.cli.main import main
 from aurora_train.machine import unit
+from aurora_train.machine.memory import host_memory
+from aurora_train.train.guard import EXIT_LOW_MEMORY
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.signals import EXIT_STOPPED
 from aurora_train.train.watchdog import EXIT_HUNG
@@ -100,6 +102,13 @@ def test_a_run_that_stops_on_a_clock_is_not_started_again_at_once(run, capsys):
     assert settings(printed(capsys, run), "RestartForceExitStatus") == []
 
 
+def test_the_kernel_is_to_kill_the_run_first_and_a_leak_ends_at_a_limit(run, capsys):
+    text, memory = printed(capsys, run), host_memory()
+    assert 300 < int(settings(text, "OOMScoreAdjust")[0]) <= 1000, "a browser asks for 300 for its pages"
+    (limit,) = settings(text, "MemoryMax")
+    assert memory.size / 2 - 2**20 <= int(limit.removesuffix("M")) * 2**20 <= 0.92 * memory.size
+
+
 def test_no_run_no_unit(tmp_path, capsys):
     assert main(["unit", str(tmp_path / "nowhere")]) == 2
     assert "not a run folder" in capsys.readouterr().err
@@ -110,6 +119,7 @@ def test_the_table_of_statuses_is_the_units_and_the_codes(run, capsys):
     rows = dict(re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", DOC.read_text(), re.MULTILINE))
     prevented = [status for status, then in rows.items() if then.startswith("no")]
     assert sorted(prevented) == sorted(["0", *settings(text, "RestartPreventExitStatus")[0].split()])
-    for status in (EXIT_UNSAVED, EXIT_STOPPED, EXIT_HUNG, 1, 2, 130, 143):
+    for status in (EXIT_UNSAVED, EXIT_STOPPED, EXIT_HUNG, EXIT_LOW_MEMORY, 1, 2, 130, 143):
         assert str(status) in rows
+    assert rows[str(EXIT_LOW_MEMORY)].startswith("yes") and EXIT_LOW_MEMORY not in unit.NOT_AGAIN
     assert unit.STOPPED == EXIT_STOPPED and EXIT_UNSAVED in unit.NOT_AGAIN and EXIT_HUNG not in unit.NOT_AGAIN

@@ -13,9 +13,13 @@ from aurora_train.machine.doctor import check_disk, check_memory, examine
 from aurora_train.machine.memory import (
     budget_bytes,
     give_back_freed,
+    held_beside_processes,
     host_memory,
+    memory_pressure,
+    most_for_a_run,
     process_memory,
     process_memory_bytes,
+    processes_limited_with,
     reserve_bytes,
 )
 from aurora_train.machine.profile import (
@@ -115,6 +119,70 @@ def test_a_cgroup_v1_limit_holds_where_only_the_top_is_mounted(tmp_path):
         },
     )
     assert host_memory(root).usable == 6 * GIB
+
+
+def test_what_was_read_twice_counts_as_free_and_memory_high_as_a_limit(tmp_path):
+    root = box(
+        tmp_path,
+        **{
+            "proc/self/cgroup": "0::/user.slice/run.service\n",
+            "sys/fs/cgroup/user.slice/run.service/memory.max": f"{32 * GIB}\n",
+            "sys/fs/cgroup/user.slice/run.service/memory.high": f"{16 * GIB}\n",
+            "sys/fs/cgroup/user.slice/run.service/memory.current": f"{15 * GIB}\n",
+            "sys/fs/cgroup/user.slice/run.service/memory.stat": (
+                f"anon {2 * GIB}\nfile {12 * GIB}\nshmem {GIB}\ninactive_file {3 * GIB}\nactive_file {7 * GIB}\n"
+                f"slab_reclaimable {GIB}\n"
+            ),
+        },
+    )
+    memory = host_memory(root)
+    assert (memory.size, memory.cgroup_used, memory.usable) == (16 * GIB, 4 * GIB, 12 * GIB)
+    assert held_beside_processes(root) == {
+        "page cache": 11 * GIB, "tmpfs and shared memory": GIB, "swap in use": 0
+    }  # fmt: skip
+
+
+def test_of_nested_cgroups_the_one_with_the_least_room_counts_and_v1_sums_what_is_below(tmp_path):
+    top = "sys/fs/cgroup/memory"
+    root = box(
+        tmp_path,
+        **{
+            "proc/self/cgroup": "9:name=systemd:/lab\n4:cpu,memory:/lab/run\n0::/\n",
+            f"{top}/memory.limit_in_bytes": "9223372036854771712\n",
+            f"{top}/lab/memory.limit_in_bytes": f"{32 * GIB}\n",
+            f"{top}/lab/memory.usage_in_bytes": f"{31 * GIB}\n",
+            f"{top}/lab/memory.stat": f"inactive_file 0\nactive_file 0\ntotal_inactive_file {GIB}\ntotal_shmem {GIB}\n",
+            f"{top}/lab/run/memory.limit_in_bytes": f"{16 * GIB}\n",
+            f"{top}/lab/run/memory.usage_in_bytes": f"{4 * GIB}\n",
+            f"{top}/lab/cgroup.procs": "11\n",
+            f"{top}/lab/run/cgroup.procs": "12\n13\n",
+            "sys/fs/cgroup/unified/memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
+        },
+    )
+    memory = host_memory(root)
+    assert (memory.size, memory.usable) == (32 * GIB, 2 * GIB), "others in /lab hold what /lab/run may still ask for"
+    assert processes_limited_with(root) == {11, 12, 13}
+    assert held_beside_processes(root)["tmpfs and shared memory"] == GIB
+
+
+def test_pressure_is_the_machines_or_the_cgroups_whichever_is_higher(tmp_path):
+    def account(some):
+        return f"some avg10={some:.2f} avg60=9.00 avg300=9.00 total=9\nfull avg10=99.00 avg60=9.00 total=9\n"
+
+    assert memory_pressure(box(tmp_path)) == 0, "a kernel without such an account"
+    root = box(tmp_path, **{"proc/self/cgroup": "0::/run\n", "proc/pressure/memory": account(12.5)})
+    assert memory_pressure(root) == 12.5
+    box(tmp_path, **{"sys/fs/cgroup/run/memory.pressure": account(40)})
+    assert memory_pressure(root) == 40
+
+
+def test_the_reader_agrees_with_this_machine():
+    memory, held = host_memory(), held_beside_processes()
+    assert 0 < memory.usable <= memory.size <= memory.total and 0 <= memory.swap_used <= memory.swap_total
+    assert 0 <= memory_pressure() <= 100 and held["page cache"] > 0
+    among = processes_limited_with()
+    assert among is None or os.getpid() in among
+    assert memory.size / 2 <= most_for_a_run(memory) < memory.size
 
 
 def test_no_limit_means_what_is_available(tmp_path):
