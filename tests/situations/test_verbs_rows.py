@@ -270,16 +270,16 @@ def test_R15_the_real_wandb_keeps_both_lives_under_one_id(tmp_path, monkeypatch)
 
 
 def test_M8_bfloat16_is_the_first_lever_of_a_float32_plan_for_a_gpu(run, capsys):
-    assert main(["plan", "toy.yaml", "--machine", "dgx-spark", "--no-compile", "--json"]) == 0
+    asked = ["plan", "toy.yaml", "--machine", "dgx-spark", "--no-compile", "--json"]
+    assert main([*asked, "train.precision=float32"]) == 0
     first = json.loads(capsys.readouterr().out)["levers"][0]
     assert first["setting"] == "train.precision=bfloat16" and first["saves_bytes"] > 0 and first["faster"] > 1
     plan = Plan(1, 1, platform="gpu", predicted_bytes=10**9, details={"levers": [first]})
     console = Console(file=io.StringIO(), width=200)
     report.show(plan, console)
     assert "bfloat16 compute, products 4 x as fast" in console.file.getvalue()
-    wish = "train.precision=bfloat16"
-    assert main(["plan", "toy.yaml", "--machine", "dgx-spark", "--no-compile", "--json", wish]) == 0
-    assert wish not in [lever["setting"] for lever in json.loads(capsys.readouterr().out)["levers"]]
+    assert main(asked) == 0  # a GPU computes in bfloat16 unless asked
+    assert first["setting"] not in [lever["setting"] for lever in json.loads(capsys.readouterr().out)["levers"]]
 
 
 def test_L3_a_plan_says_in_plain_words_what_its_budget_is_and_what_its_time_leaves_out():
