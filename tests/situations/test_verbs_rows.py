@@ -15,6 +15,7 @@ from rich.console import Console
 
 from aurora_train.cli.main import main
 from aurora_train.config import load
+from aurora_train.data.spikes import Trials, velocity_plots
 from aurora_train.machine.targets import find_machine
 from aurora_train.memory import report
 from aurora_train.memory.plan import Plan
@@ -119,6 +120,18 @@ def test_L7_the_report_has_curves_first_a_smoothed_loss_what_the_score_drew_and_
     losses = [record["loss"] for record in logs.read(run / "metrics.jsonl") if "loss" in record]
     assert recent_loss([{"loss": loss} for loss in losses])[0] == pytest.approx(np.mean(losses[-10:]))
     assert recent_loss([{"loss": float("nan")}]) is None
+
+
+def test_L7_the_neural_score_draws_the_decoded_beside_the_true_velocity_of_whole_trials():
+    velocity = np.arange(24.0).reshape(12, 2)
+    velocity[3] = np.nan
+    trials = Trials(np.zeros((12, 1), np.uint16), velocity, np.array([0, 5, 9, 12]), np.arange(3), "x", 0.02, "cm/s")
+    first, second = velocity_plots(trials, velocity + 0.5, most_bins=10)
+    times, true = first["series"]["true"]
+    assert len(times) == len(true) == 9 and times[:2] == [0.0, 0.02]  # two whole trials
+    assert true[:5] == [0.0, 2.0, 4.0, None, 8.0] and second["series"]["decoded"][1][0] == 1.5
+    assert first["y_label"] == "cm/s" and "Velocity x" in first["title"]
+    assert len(velocity_plots(trials, velocity, most_bins=2)[0]["series"]["true"][0]) == 5  # one trial at least
 
 
 # ---- verbs on a finished run

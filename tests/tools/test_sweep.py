@@ -63,6 +63,12 @@ def test_what_is_wrong_with_any_combination_is_said_before_the_first_starts(here
     assert not (here / "runs").exists()
 
 
+def test_a_sweep_is_not_put_into_a_run(here):
+    make(here / "run")
+    with pytest.raises(UserError, match="this is a run"):
+        members("toy.yaml", ["optimizer.lr=1e-3,1e-2"], "run")
+
+
 def test_M10_a_sweep_whose_runs_are_finished_trains_nothing_and_shows_them_best_first(here, capsys):
     made = members("toy.yaml", ["optimizer.lr=1e-3,1e-2"])
     for member, score in zip(made, (0.5, 0.25), strict=True):
