@@ -110,7 +110,7 @@ def show_capacity(machine: str | None, json: bool, *, verify: bool) -> None:
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment()
-    from aurora_train.memory import report
+    from aurora_train.memory import report_capacity
     from aurora_train.observe.progress import preparation
     from aurora_train.train.capacity import capacity
 
@@ -119,4 +119,4 @@ def show_capacity(machine: str | None, json: bool, *, verify: bool) -> None:
     if json:
         print_json(found)
     else:
-        report.show_capacity(found)
+        report_capacity.show_capacity(found)

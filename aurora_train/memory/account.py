@@ -69,7 +69,7 @@ _BFLOAT16 = "train.precision=bfloat16"
 def levers(program, blueprint, plan=None, activations: int | None = None) -> list[dict]:
     """Settings that would save memory and are not used, biggest first; none is the planner's to pull.
 
-    Under a plan, or, where None, at its smallest: one example at a time. `activations`: bytes of them at the peak, where
+    Under a plan, or, where None, at its smallest: one example at a time. `activations`: their bytes at the peak, where
     known; else what layers are given stands for them. bfloat16 comes before all others: it makes a step faster, too.
     """
     config = program.config

@@ -6,7 +6,7 @@ out, never guessed. Bytes are per device and decimal (1 GB = 1e9 bytes).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aurora_train.machine.table import lookup
 from aurora_train.nn.saving import UNIT_INPUT
@@ -125,7 +125,7 @@ def difference(held: float | None, predicted: float | None) -> str:
 def by_cause(bytes_of: dict[str, int]) -> list[tuple[str, str, int]]:
     """(cause, its name, bytes) in the order of CAUSES, without those that hold nothing; unknown causes come last."""
     order = [*CAUSES, *(name for name in bytes_of if name not in CAUSES)]
-    return [(name, CAUSES.get(name, _words(name)), bytes_of[name]) for name in order if bytes_of.get(name)]
+    return [(name, CAUSES.get(name, words(name)), bytes_of[name]) for name in order if bytes_of.get(name)]
 
 
 def segments(cut: list, tags: list[str] | None = None) -> list[str]:
@@ -208,7 +208,7 @@ def _show_bytes(plan: Plan, console) -> None:
         unit, divisor = _unit(max(total, 1))
         listed = [(name, held) for _, name, held in rows]
         listed += [("total", total), *([("budget", plan.budget_bytes)] if plan.budget_bytes else [])]
-        table = _table(f"at the peak{_during(plan)}", unit, of)
+        table = table_of(f"at the peak{_during(plan)}", unit, of)
         for name, held in listed:
             share = "" if name == "budget" else percent(held / whole)
             table.add_row(name, f"{held / divisor:,.1f}", share, style="bold" if name == "total" else None)
@@ -237,7 +237,7 @@ def _show_stack(name: str, cut: list, plan: Plan, console) -> None:
     cuts = f"{len(cut)} segments" if len(cut) > 1 else "one segment"
     _show_lines(f"{name}: {num_units} units in {cuts}", segments(cut, tags), console)
     if tensors:
-        table = _table("tag", "bytes a unit", "FLOPs to recompute", "plan", left=(0, 3))
+        table = table_of("tag", "bytes a unit", "FLOPs to recompute", "plan", left=(0, 3))
         for tensor in tensors:
             held, again = tensor.get("bytes"), tensor.get("recompute_flops")
             table.add_row(tensor["tag"], amount(held), count(again), _fate(tensor))
@@ -286,7 +286,7 @@ def _alternatives(plan: Plan) -> list[str]:
 def _show_levers(levers: list[dict], console) -> None:
     if not levers:
         return
-    table = _table("levers not pulled", "saves", "setting", left=(0, 2))
+    table = table_of("levers not pulled", "saves", "setting", left=(0, 2))
     for lever in levers[:_LEVERS_SHOWN]:
         faster = f", products {lever['faster']:.0f} x as fast" if lever.get("faster", 1) > 1 else ""
         table.add_row(lever["name"] + faster, amount(lever.get("saves_bytes")), lever.get("setting") or "")
@@ -354,7 +354,8 @@ def _made(plan: Plan) -> list[str]:
     return [", ".join(told)] if told else []
 
 
-def _table(*columns: str, left: tuple[int, ...] = (0,)):
+def table_of(*columns: str, left: tuple[int, ...] = (0,)):
+    """An empty table in the style of the page; the columns `left` are set left, the others right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -363,84 +364,6 @@ def _table(*columns: str, left: tuple[int, ...] = (0,)):
     return table
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """peak_bytes -> "peak bytes"."""
     return name.replace("_", " ")
-
-
-# ---- what a machine can hold
-
-
-def show_capacity(found: dict, console: Console | None = None) -> None:
-    """Print `train.capacity.capacity`: plain values as lines, `cells` as a table of trainings by contexts, and every
-    other list of records as a table of its own.
-
-    A key that ends in `_bytes` is shown as bytes, one in `_share` as a percentage; nothing else is known of those
-    records, so that they may grow.
-    """
-    console = console or plain_console()
-    tables = {name: value for name, value in found.items() if _is_records(value)}
-    for name, value in found.items():
-        if name not in tables and value not in (None, [], {}):
-            console.print(f"{_title(name)}: {_cell(name, value)}", soft_wrap=True)
-    _show_cells(tables.pop("cells", []), console)
-    for rows in tables.values():
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
-        left = tuple(i for i, flag in enumerate(numeric) if not flag)
-        table = _table(*(_title(name) for name in columns), left=left)
-        for row in rows:
-            table.add_row(*(_cell(name, row.get(name)) for name in columns))
-        console.print()
-        console.print(table)
-
-
-def _show_cells(cells: list[dict], console) -> None:
-    """One row for each training, one column for each context; in each cell the largest size, and what it leaves."""
-    if not cells:
-        return
-    contexts = list(dict.fromkeys(cell["context"] for cell in cells))
-    at = {(cell["training"], cell["context"]): cell for cell in cells}
-    table = _table("largest model", *(f"context {_binary(c)}" for c in contexts), left=tuple(range(len(contexts) + 1)))
-    for training in dict.fromkeys(cell["training"] for cell in cells):
-        table.add_row(training, *(_largest(at[training, context]) for context in contexts))
-    console.print()
-    console.print(table)
-
-
-def _largest(cell: dict) -> str:
-    """Lines: the size, its peak and share of the budget, what is left, and what the next size would take."""
-    after = f"{cell['next_size']} would take {amount(cell['next_bytes'])}" if cell.get("next_size") else ""
-    if cell["size"] is None:
-        return f"none\n{after}\n"
-    if after and cell["next_bytes"] <= cell["peak_bytes"] + cell["left_bytes"]:
-        after = f"{cell['next_size']}: {amount(cell['next_bytes'])}, too close"
-    mark = ", compiled" if cell["how"] == "compiled" else ""
-    lines = [cell["size"], f"{amount(cell['peak_bytes'])} ({percent(cell['share'])}{mark})"]
-    return "\n".join([*lines, f"{amount(cell['left_bytes'])} left", *([after] if after else []), ""])
-
-
-def _binary(tokens: int) -> str:
-    """A context as people name it: 4096 -> "4k"."""
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def _is_records(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _title(name: str) -> str:
-    return _words(name.removesuffix("_bytes").removesuffix("_share"))
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "n/a"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if name.endswith("_bytes"):
-        return amount(value)
-    if name.endswith("_share"):
-        return percent(value)
-    if isinstance(value, (int, float)):
-        return count(value) if abs(value) >= 1e6 else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -316,7 +316,7 @@ def _damaged(path, number: int) -> UserError:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard in `folder`. Whatever an earlier life logged after `after_step` is purged from its view."""
+    """Scalars for TensorBoard in `folder`. What an earlier life logged after `after_step` is purged from its view."""
 
     def __init__(self, folder: str | os.PathLike, after_step: int = 0):
         try:

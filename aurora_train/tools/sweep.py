@@ -23,7 +23,7 @@ from pathlib import Path
 from aurora_train.config import config_hash, load
 from aurora_train.errors import UserError
 from aurora_train.run import Run
-from aurora_train.tools.runs import Row, described, scored
+from aurora_train.tools.runs import Row, described, is_run, scored
 
 STOPPED = 75  # as `train.signals.EXIT_STOPPED`
 _OPENING, _CLOSING = "[{(", "]})"
@@ -87,6 +87,8 @@ def members(config: str, overrides: list[str], folder: str | None = None) -> lis
     if faults:
         raise _faulty(faults, len(found) + sum(map(len, faults.values())))
     top = Path(folder) if folder else Path("runs") / f"{found[0][2].name}-sweep"
+    if is_run(top):
+        raise UserError("this is a run", where=str(top), hint="name a folder for the runs of the sweep with --run")
     made = [Member(v, g, c, top / f"{_folder_name(v)}-{config_hash(c)[:8]}") for v, g, c in found]
     _refuse_twins(made)
     return made
@@ -179,10 +181,11 @@ class Sweep:
         if run.is_finished(member.config.train.steps):
             self._tell(f"{head}: finished before")
             return Result(member, self._row(member))
+        if not self.stopped:
+            self._tell(f"{head}: {run.folder}")
+            self._await(run)
         if self.stopped:
-            return Result(member, self._row(member), "not started" if not run.has_begun() else "not gone on with")
-        self._tell(f"{head}: {run.folder}")
-        self._await(run)
+            return Result(member, self._row(member), "not gone on with" if run.has_begun() else "not started")
         status, words = self._train(member)
         row = self._row(member)
         return Result(member, row, "" if status == 0 else _reason(status, words, row))
@@ -196,12 +199,15 @@ class Sweep:
 
     def _train(self, member: Member) -> tuple[int, list[str]]:
         """(exit status, last lines of its standard error) of the member's `aurora train`."""
-        command = [sys.executable, "-m", "aurora_train.cli.main", "train", self._config, *member.overrides]
+        # -P: what lies in the current folder is not to stand in for a module.
+        command = [sys.executable, "-P", "-m", "aurora_train", "train", self._config, *member.overrides]
         command += ["--run", str(member.folder), *self._options]
         child = self._child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace", process_group=0,
         )  # fmt: skip
+        if self.stopped:  # by a signal that came while the child was made
+            child.send_signal(signal.SIGTERM)
         words: deque[str] = deque(maxlen=_LAST_WORDS)
         for line in child.stderr:
             words.append(line.rstrip("\n"))

@@ -108,13 +108,16 @@ def _held_out(session: Session) -> str:
     """Documents and bytes by split where the source's record has them, else examples for validation."""
     splits = session.source.describe().get("splits") or {}
     known = [(name, splits[name]) for name in ("validation", "test") if "documents" in (splits.get(name) or {})]
-    if not known:
-        return f"{len(session.recipe.data('validation')):,} examples for validation"
-    parts = []
-    for name, held in known:
-        number = held["documents"]
-        parts.append(f"{number:,} document{'' if number == 1 else 's'} ({size(held.get('bytes'))}) for {name}")
-    return ", ".join(parts)
+    if known:
+        return ", ".join(f"{_documents(held)} for {name}" for name, held in known)
+    if not session.evaluates:
+        return "nothing for validation"
+    return f"{len(session.recipe.data('validation')):,} examples for validation"
+
+
+def _documents(held: dict) -> str:
+    number = held["documents"]
+    return f"{number:,} document{'' if number == 1 else 's'} ({size(held.get('bytes'))})" if number else "nothing"
 
 
 def _in_processes() -> str:

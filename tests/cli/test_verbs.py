@@ -29,6 +29,16 @@ def test_an_earlier_checkpoint_has_a_score_of_its_own(language_run, capsys):
     assert first["step"] == 2 and first["score"]["bits_per_byte"] != last["score"]["bits_per_byte"]
 
 
+def test_L2_M4_baselines_counted_once_are_kept_and_a_score_of_few_documents_says_so(language_run, capsys):
+    counted = said(["evaluate", "run", "--quiet"], capsys).splitlines()
+    again = said(["evaluate", "run", "--quiet"], capsys).splitlines()
+    assert [line for line in again if not line.startswith("baselines: kept from ")] == counted and again != counted
+    assert any(line.startswith("xz_9 ") for line in again)
+    (note,) = [line for line in again if line.startswith("note: ")]
+    documents = json.loads((language_run / "scores.json").read_text())["score"]["documents"]
+    assert f"the score rests on {documents} document" in note and note.endswith("raise data.holdout_test")
+
+
 def test_generating_is_a_function_of_the_seed(language_run, capsys):
     def text(*more):
         return json.loads(said(["generate", "run", "--prompt", "def ", "--max-tokens", "12", *more, "--json"], capsys))

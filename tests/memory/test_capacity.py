@@ -8,7 +8,7 @@ import pytest
 from aurora_train.cli import plan as verb
 from aurora_train.errors import UserError
 from aurora_train.machine import targets
-from aurora_train.memory import report
+from aurora_train.memory import report_capacity
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.planner import Planner
 from aurora_train.nn.stack import Segment
@@ -177,7 +177,7 @@ def test_every_machine_by_name_has_a_table(reckoned, monkeypatch):
 
 def test_the_table_has_a_row_a_training_and_a_column_a_context(reckoned, capsys):
     _, found = table(STATES[:2])
-    report.show_capacity(found)
+    report_capacity.show_capacity(found)
     out = capsys.readouterr().out
     lines = out.splitlines()
     head = next(line for line in lines if line.startswith("largest model"))
@@ -192,10 +192,10 @@ def test_the_table_has_a_row_a_training_and_a_column_a_context(reckoned, capsys)
 def test_a_compiled_cell_says_so_and_an_empty_one_says_none(capsys):
     cell = {"training": "t", "context": 4096, "size": "8B", "peak_bytes": 9 * 10**9, "share": 0.9, "how": "compiled",
             "left_bytes": 10**9, "next_size": None, "next_bytes": None}  # fmt: skip
-    report.show_capacity({"cells": [cell, cell | {"context": 8192, "size": None}]})
+    report_capacity.show_capacity({"cells": [cell, cell | {"context": 8192, "size": None}]})
     out = capsys.readouterr().out
     assert "9.0 GB (90 %, compiled)" in out and "context 4k" in out and "none" in out and "would take" not in out
-    report.show_capacity({"cells": [cell | {"next_size": "14B", "next_bytes": 9_900_000_000}]})
+    report_capacity.show_capacity({"cells": [cell | {"next_size": "14B", "next_bytes": 9_900_000_000}]})
     assert "14B: 9.9 GB, too close" in capsys.readouterr().out
 
 
@@ -208,4 +208,4 @@ def test_a_capacity_is_compiled_only_where_it_was_asked_for(compile, verify, mon
 
 
 def test_contexts_are_whole_thousands():
-    assert [report._binary(c) for c in CONTEXTS] == ["2k", "4k", "8k", "32k"]
+    assert [report_capacity._binary(c) for c in CONTEXTS] == ["2k", "4k", "8k", "32k"]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from aurora_train.errors import UserError
-from aurora_train.memory import report
+from aurora_train.memory import report, report_capacity
 from aurora_train.memory.pictures import pareto_figure, pareto_svg, timeline_figure, timeline_svg
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
@@ -175,7 +175,7 @@ def test_a_script_gets_one_flat_document():
 
 
 def test_capacity_is_shown_whatever_its_rows_are(capsys):
-    report.show_capacity(
+    report_capacity.show_capacity(
         {"machine": "dgx-spark", "budget_bytes": 102 * GB, "rows": [
             {"training": "LoRA", "parameters": 32_000_000_000, "peak_bytes": 99 * GB, "fits": True},
             {"training": "AdamW, float32", "parameters": 3_000_000_000, "peak_bytes": None, "fits": False},

@@ -63,17 +63,18 @@ def test_a_platform_takes_its_own_forms(target, form, attention):
         assert ops.form("attention") == attention
 
 
-def test_what_is_asked_for_is_taken_on_any_platform_and_printed():
-    assert ops.one_line() == "operations: " + ", ".join(f"{name} cpu" for name in CHOSEN)
+def forms() -> dict[str, str]:
+    return {name: one["form"] + " asked" * one["asked"] for name, one in ops.chosen().items()}
+
+
+def test_what_is_asked_for_is_taken_on_any_platform_and_said():
+    assert forms() == dict.fromkeys(CHOSEN, "cpu")
     asked = Train(forms=Forms(norm="plain", units="cpu")).forms.asked
     assert asked == {"norm": "plain", "units": "cpu"}
     with ops.asking(asked):
-        assert ops.one_line().startswith("operations: linear cpu, cross_entropy cpu, norm plain (asked for), ")
+        assert forms() == dict.fromkeys(CHOSEN, "cpu") | {"norm": "plain asked", "units": "cpu asked"}
         with target_platform("gpu"):
-            assert ops.one_line() == (
-                "operations: linear plain, cross_entropy plain, norm plain (asked for), activation plain, "
-                "units cpu (asked for), grad_norm plain"
-            )
+            assert forms() == dict.fromkeys(CHOSEN, "plain") | {"norm": "plain asked", "units": "cpu asked"}
             assert ops.chosen()["units"]["how"] == ops.OPERATIONS["units"].forms["cpu"]
     assert ops.form("norm") == "cpu"
 

@@ -36,7 +36,7 @@ def test_a_log_step_is_one_plain_line_with_everything_in_it():
             {"step": 10, "loss": 2.5, "tokens_per_s": 12345.0, "mfu": None, "data_wait": 0.013, "memory_bytes": 1.3e9}
         )
     assert text(console) == [
-        "step 10/1000  loss 2.5000  12.3k tok/s  MFU n/a  data wait 1.3 %  1.30 GB"
+        "step 10/1000  loss 2.5000  12.3k targets/s  data wait 1.3 %  1.30 GB"
     ]
 
 
