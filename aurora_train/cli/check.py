@@ -8,6 +8,7 @@ from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print
 from aurora_train.config import config_hash, derived_lines, dump, load, tree_of
 from aurora_train.config.yaml import show_path
 from aurora_train.train.intent import refuse_missing_start
+from aurora_train.train.precision import expected
 from aurora_train.train.remarks import remarks_on_config
 
 EXAMPLE = "aurora check quickstart train.steps=10"
@@ -28,6 +29,7 @@ def command(config: ConfigArgument, overrides: Overrides = None, json: JsonOptio
     print(f"# {show_path(checked.source)} is valid; resolved, config hash {digest[:8]}")
     for line in derived_lines(checked.derived):
         print(f"# derived {line}")
-    for line in [*checked.overruled, *remarks]:
-        print(f"# {line}")
+    for line in [*checked.overruled, *remarks, expected(checked)]:
+        if line is not None:
+            print(f"# {line}")
     print(dump(checked), end="")
