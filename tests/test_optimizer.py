@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aurora_train.config.schema import Optimizer, Schedule
+from aurora_train.learning_rate import rate
 from aurora_train.nn.ops import asking
 from aurora_train.optimizer import build, global_norm, join, make_schedule, partition
 
@@ -175,6 +176,17 @@ def test_schedules_follow_their_closed_forms(name):
     np.testing.assert_allclose(rates, [closed_form(name, step) for step in range(STEPS + 1)], rtol=1e-5)
     assert rates[0] == pytest.approx(PEAK / WARMUP) and max(rates) == pytest.approx(PEAK)
     assert rates[STEPS - 1] == pytest.approx(PEAK * (1.0 if name == "constant" else FINAL), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
+def test_R19_an_extended_schedule_ends_where_it_did_and_stays(name):
+    shape = Schedule(name=name, warmup=WARMUP, final=FINAL)
+    steps = np.arange(2 * STEPS)
+    before = jax.jit(make_schedule(PEAK, shape, STEPS))(steps)
+    after = jax.jit(make_schedule(PEAK, shape.model_copy(update={"extend": STEPS}), 2 * STEPS))(steps)
+    np.testing.assert_array_equal(after, before)
+    assert (after[STEPS:] == after[STEPS - 1]).all()
+    np.testing.assert_allclose(rate(steps, PEAK, shape, STEPS), before, rtol=1e-6)  # of numpy, as `check` has it
 
 
 @pytest.mark.parametrize("total,warmup,decay", [(1, 0, 0.2), (5, 50, 0.2), (10, 10, 0.0), (10, 0, 1.0)])

@@ -13,6 +13,7 @@ from aurora_train.config.yaml import show_path
 from aurora_train.machine.profile import prepare_environment
 from aurora_train.observe.progress import preparation
 from aurora_train.train.intent import refuse_missing_start
+from aurora_train.train.precision import expected
 from aurora_train.train.remarks import remarks_on_config
 
 EXAMPLE = "aurora check quickstart train.steps=10"
@@ -49,6 +50,7 @@ def command(
     print(f"# {show_path(checked.source)} is valid; resolved, config hash {digest[:8]}")
     for line in derived_lines(checked.derived):
         print(f"# derived {line}")
-    for line in [*checked.overruled, *remarks]:
-        print(f"# {line}")
+    for line in [*checked.overruled, *remarks, expected(checked)]:
+        if line is not None:
+            print(f"# {line}")
     print(dump(checked), end="")

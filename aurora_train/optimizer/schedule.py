@@ -12,4 +12,8 @@ from aurora_train.learning_rate import rate
 
 def make_schedule(peak: float, config, total_steps: int) -> Callable[[Any], Any]:
     """Learning rate as a float32 function of the step (0-based); `config` is `optimizer.schedule`. See `rate`."""
-    return lambda step: rate(step, peak, config, total_steps, jnp)
+
+    def schedule(step):
+        return rate(step, peak, config, total_steps, jnp)
+
+    return schedule

@@ -7,7 +7,7 @@ else the device decides. The hash that names a run's folder is that of the confi
 from __future__ import annotations
 
 from aurora_train.config.yaml import read_file
-from aurora_train.machine.profile import precision_here
+from aurora_train.machine.profile import precision_expected, precision_here
 from aurora_train.machine.targets import find_machine
 
 
@@ -35,3 +35,9 @@ def as_in(config, known):
 def in_precision(config, precision: str):
     """The same config in another number format."""
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def expected(config) -> str | None:
+    """One line on what `auto` will be here, without asking jax; None where it is not, or cannot be told."""
+    here = precision_expected() if config.train.precision == "auto" else None
+    return here and f"train.precision: auto is {here} on this machine; a run settles it at its first start and keeps it"

@@ -125,3 +125,13 @@ def test_a_text_longer_than_the_learned_positions_is_refused_with_the_room_there
     generator = Generator(nnx.eval_shape(lambda: decoder(**SHAPES["gpt2"])), None)
     with pytest.raises(UserError, match="at most 32"):
         generator.generate(PROMPT, 33)
+
+
+def test_R7_samples_stop_at_the_end_of_learned_positions():
+    generator = Generator(decoder(positions="learned", max_length=12, norm="layernorm"), None)
+    prompts, length = generator.fitted([PROMPT, PROMPT[:2]], 256)
+    assert prompts == [PROMPT, PROMPT[:2]] and length == 4
+    assert [len(text) for text in generator.generate_batch(prompts, length, temperature=0)] == [4, 4]
+    (cut,), length = generator.fitted([[0, *range(1, 30)]], 256)
+    assert length == 1 and cut[0] == 0 and cut[1:] == list(range(20, 30)) and len(cut) == 11
+    assert Generator(decoder(), None).fitted([PROMPT], 256) == ([PROMPT], 256)

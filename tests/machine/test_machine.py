@@ -28,6 +28,7 @@ from aurora_train.machine.profile import (
     environment_defaults,
     installed_gpus,
     peak_flops,
+    precision_on,
     this_machine,
 )
 from aurora_train.machine.table import TABLE, lookup
@@ -225,6 +226,15 @@ def test_this_process_holds_some_memory():
     held = process_memory()
     assert 0 < held["anonymous"] < held["resident"] <= held["peak_resident"]
     assert 0 < process_memory_bytes() < host_memory().total
+
+
+@pytest.mark.parametrize("platform, capability, precision", [
+    ("cpu", None, "float32"), ("tpu", None, "bfloat16"), ("gpu", "12.1", "bfloat16"), ("gpu", "9.0", "bfloat16"),
+    ("gpu", "8.0", "bfloat16"), ("gpu", "7.5", "float32"), ("gpu", "gfx942", "bfloat16"), ("gpu", None, "float32"),
+    ("METAL", None, "float32"),
+])  # fmt: skip
+def test_M8_an_accelerator_that_has_bfloat16_computes_in_it(platform, capability, precision):
+    assert precision_on(platform, capability) == precision
 
 
 def test_a_display_gpu_is_left_out():
