@@ -126,22 +126,25 @@ def _refuse_unknown(allowed, config) -> None:
 
 
 def refuse_missing_start(config) -> None:
-    """UserError where `init.from` names nothing that a run could start from, by names alone; quick where it does."""
+    """UserError where `init.from` names nothing that a run could start from, by what lies there; nothing is read."""
     start = config.init.from_
     if start is None:
         return
-    path = Path(start)
-    if path.is_file() and path.suffix.lower() != ".gguf" or runs.Run(path).config.is_file() and runs.Run(path).step():
+    path, hint = Path(start), "a run folder, or a safetensors file with this project's parameter names"
+    if path.suffix.lower() == ".gguf":
+        what = "a GGUF file cannot be read as a start yet"
+    elif "hub:" in start and not path.exists():
+        what = "a model on a hub cannot be read as a start yet"
+    elif (path / "config.json").is_file() and not (path / "config.yaml").is_file():
+        what = "a Hugging Face folder cannot be read as a start yet"
+    elif not path.exists():
+        what = f"there is no run folder or weights file {start}"
+        hint = "the path is relative to the config file, and on the command line to the current folder"
+    else:
+        if not path.is_file() and runs.Run.existing(path).step() == 0:
+            raise UserError("this run has no checkpoint yet", where="init.from", hint=f"`aurora resume {start}`")
         return
-    if not path.exists() and "hub:" not in start:
-        raise UserError(
-            f"there is no run folder or weights file {start}", where="init.from",
-            hint="name a run folder or a safetensors file; the path is relative to the config file, and on the command "
-            "line to the current folder",
-        )  # fmt: skip
-    from aurora_train.train.lineage import Parent  # it imports jax, and says what it is
-
-    Parent.of(config)
+    raise UserError(what, where="init.from", why=f"it names {start}", hint=hint)
 
 
 def rate_after(run: runs.Run, config) -> str | None:

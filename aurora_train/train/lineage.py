@@ -12,6 +12,7 @@ from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
+from aurora_train.train.intent import refuse_missing_start
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,10 @@ class Parent:
         named = config.init.from_
         if named is None:
             return None
-        path = Path(named)
-        if path.is_file() and path.suffix.lower() != ".gguf":
-            with path.open("rb") as file:
+        refuse_missing_start(config)
+        if Path(named).is_file():
+            with Path(named).open("rb") as file:
                 return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {})
-        _refuse_foreign(path)
         run = runs.Run.existing(named)
         store = CheckpointStore(run.checkpoints, run.trash)
         step = require_step(store, None, named)
@@ -64,17 +64,3 @@ class Parent:
                 why=f"it had {theirs}; this config makes {ours}",
                 hint=f"{inherit}init.facts=own, if you mean to train its weights under this one",
             )  # fmt: skip
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Say what a path is that holds a model, but none that can be read."""
-    named = str(path)
-    if path.suffix.lower() == ".gguf":
-        what, hint = "a GGUF file", "convert it to safetensors with this project's parameter names"
-    elif (path / "config.json").is_file() and not (path / "config.yaml").is_file():
-        what, hint = "a Hugging Face folder", "a run folder, or a safetensors file with this project's parameter names"
-    elif "/hub:" in named or named.startswith("hub:"):
-        what, hint = "a model on a hub", "a run folder, or a safetensors file with this project's parameter names"
-    else:
-        return
-    raise UserError(f"{what} cannot be read as a start yet", where="init.from", why=f"it names {named}", hint=hint)
