@@ -323,7 +323,7 @@ class TensorBoardSink:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise MissingExtra("tensorboardX", "tensorboard", "`log.sinks: [tensorboard]`") from error
-        # Its files are named by the second: without the suffix a second life of the same second would replace the first.
+        # Its files are named by the second: without a suffix, a second life within it would replace the first.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(os.fspath(folder), purge_step=after_step + 1, filename_suffix=suffix)
 

@@ -46,7 +46,10 @@ def _is_text(one) -> bool:
 
 
 def _is_plot(one) -> bool:
-    return isinstance(one, dict) and {"title", "series"} <= one.keys()
+    if not isinstance(one, dict) or not {"title", "series"} <= one.keys() or not isinstance(one["series"], dict):
+        return False
+    return all(isinstance(line, list | tuple) and len(line) == 2 and len(line[0]) == len(line[1])
+               for line in one["series"].values())  # fmt: skip
 
 
 def _is_sample(one) -> bool:
