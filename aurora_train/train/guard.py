@@ -44,8 +44,9 @@ _SETTLED_STEPS = 3  # after so many steps a run holds what it is going to hold
 # What a save takes, in times of the state's bytes (measured: docs/always-on.md). jax keeps a copy of its own of an
 # array that it cannot show where it lies: on a GPU, and where it is cut into shards.
 _ONE_COPY, _TWO_COPIES = 1.2, 2.2
-# How long one takes at the most, on a desk machine: meanwhile others go on growing.
-_SAVE_SECONDS, _SAVED_PER_SECOND = 1.0, 200e6
+# How long one takes, until one was seen: meanwhile others go on growing. What they grow by counts up to a share of
+# memory, for most of what grows fast is soon done.
+_SAVE_SECONDS, _SAVED_PER_SECOND, _GROWTH_SHARE = 2.0, 250e6, 1 / 4
 _FLOOR_SHARE, _FLOOR_BYTES = 0.02, 128 * 2**20  # of memory: what has to be left beside a save
 # A box that swaps still has memory, and stalls. Percent of the last ten seconds; share of memory.
 _STALLED, _SCARCE = 25.0, 1 / 8
@@ -78,7 +79,7 @@ class Guard:
             return
         memory = host_memory(root)
         self._floor, self._needed = _floor(memory), _needed(memory, state_bytes, copies)
-        self._save_seconds = _SAVE_SECONDS + state_bytes / _SAVED_PER_SECOND
+        self._save_seconds, self._saving_since = _SAVE_SECONDS + state_bytes / _SAVED_PER_SECOND, None
         self._lowest = math.inf  # bytes left at any moment since the last look between two steps
         self._stalled = 0.0  # percent of the time, where the box swaps
         self._near = False  # whether to look more often, and between two steps
@@ -131,10 +132,21 @@ class Guard:
             self._lowest = min(self._lowest, memory.usable)
         self._beside.append((time.monotonic(), memory.usable + process_memory()["anonymous"]))
         self._stalled = self._stalls(memory)
-        ahead = falling(list(self._beside)) * (self._until_next() + self._save_seconds)
+        self._time_saves()
+        ahead = self._grown_by(memory, self._until_next() + self._save_seconds)
         self._near = self._stalled > 0 or self._lowest - ahead < 2 * self._needed
         if self._before.step is None and self._step is not None and self._step >= self._first + _SETTLED_STEPS:
             self._before = _Holders.now(self._root, self._step)
+
+    def _time_saves(self) -> None:
+        saving, since = self._saving(), self._saving_since
+        if since is not None and not saving:
+            self._save_seconds = max(time.monotonic() - since, _SAVE_SECONDS)
+        self._saving_since = (since or time.monotonic()) if saving else None
+
+    def _grown_by(self, memory: HostMemory, seconds: float) -> float:
+        """Bytes that other programs will have taken by then, if they go on as in the last seconds."""
+        return min(falling(list(self._beside)) * seconds, _GROWTH_SHARE * memory.size)
 
     def _stalls(self, memory: HostMemory) -> float:
         """Percent of the time, where memory is scarce, swap fills, and processes wait for memory; else 0."""
@@ -186,11 +198,11 @@ class Guard:
             return f"processes waited for memory in {self._stalled:.0f} % of the last ten seconds, {swap}"
         rate, until_next = falling(list(self._beside)), self._until_next()
         falls = f", falling by {size(rate)} a second" if rate > _NOTHING_BYTES else ""
-        if within - rate * until_next < self._floor:
+        if within - self._grown_by(memory, until_next) < self._floor:
             return f"{_of(within, memory)} left within a step{falls}, {size(self._floor)} have to be"
         # The copy of a save that is under way is given back before another one is made.
         left = memory.usable + (self._state_bytes if self._saving() else 0)
-        if left - rate * (until_next + self._save_seconds) < self._needed:
+        if left - self._grown_by(memory, until_next + self._save_seconds) < self._needed:
             return f"{_of(memory.usable, memory)} left{falls}, a save needs {size(self._needed)}"
         return None
 
