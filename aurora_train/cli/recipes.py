@@ -66,9 +66,9 @@ def copy(
 ):
     """Copy a recipe and its configs, which then name your copy, so that editing it has an effect."""
     source = bundled_recipe(name)
-    texts = {f"{name}.py": source.read_text(encoding="utf-8")}
+    texts = {source.name: source.read_text(encoding="utf-8")}
     for path in _configs_of(name).values():
-        own = re.sub(rf"^recipe:\s*{re.escape(name)}\s*$", f"recipe: {name}.py", path.read_text(encoding="utf-8"),
+        own = re.sub(rf"^recipe:\s*{re.escape(name)}\s*$", f"recipe: {source.name}", path.read_text(encoding="utf-8"),
                      flags=re.MULTILINE)
         texts[path.name] = own
     there = [file for file in texts if (folder / file).exists()]
