@@ -1,6 +1,6 @@
 """What the admitted releases of jax name differently: the one place that knows, for everything that reads a jaxpr.
 
-Up to jax 0.10 a `scan` has `num_consts` and `num_carry`; from 0.12 its operands are a tree of three parts (`ft_in`).
+Up to jax 0.10 a `scan` has `num_consts` and `num_carry`; from 0.11 its operands are a tree of three parts (`ft_in`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ __all__ = ["get_opaque_trace_state", "is_unreadable", "jaxprs_in_params", "open_
 
 
 def open_jaxpr(jaxpr):
-    """A jaxpr with `eqns`, `invars` and `constvars`, of a closed one or of one that is open (jax 0.12 knows one kind).
-    """
+    """The jaxpr with `eqns`, `invars` and `constvars` of one that may be closed; jax 0.11 knows no such difference."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 

@@ -1,20 +1,22 @@
-"""Whether every pin and every extra has wheels: pip's dry run for other machines and Pythons than the one at hand.
+"""Whether every pin and every extra has wheels, for other machines and Pythons than the one at hand: pip's dry run.
 
     python benchmarks/wheels.py
 
-Nothing is installed and no wheel is downloaded, only what wheels say of themselves. Needs a network: a package index.
+Needs an index, and about a minute a row. Nothing is installed, and of wheels only what they say of themselves is read.
+Prints the table of docs/installing.md and ends with 1 where something has no wheel. `newest` is what `pip install .`
+takes, `pinned` what it takes with `-c constraints.txt`.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import tomllib
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
 GLIBC = range(17, 29)  # 2.28 is of 2018; RHEL 8, Debian 10 and Ubuntu 20.04 have it or a newer one
+PINS = ROOT / "constraints.txt"
 # pip takes wheels for the machine that is asked for, but reads the markers of requirements for the one it runs on.
 LAUNCH = """
 import json, sys
@@ -46,56 +49,61 @@ def extras() -> dict[str, list[str]]:
     return {"": project["dependencies"]} | project["optional-dependencies"]
 
 
-def pins() -> list[str]:
-    """The lines of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 class Pip:
-    """The newest pip, in an environment of its own: before 25 a dry run downloads gigabytes."""
+    """The newest pip, in an environment of its own: an older one downloads gigabytes in a dry run."""
 
     def __init__(self, folder: Path):
         self.folder, self.python = folder, folder / "pip" / "bin" / "python"
-        if not self.python.exists():
-            venv.create(folder / "pip", with_pip=True)
-            subprocess.run([self.python, "-m", "pip", "install", "-q", "-U", "pip"], check=True)
+        venv.create(folder / "pip", with_pip=True)
+        subprocess.run([self.python, "-m", "pip", "install", "-qq", "-U", "pip"], check=True)
 
-    def resolve(self, wanted: list[str], machine: str, python: str, *more: str) -> Answer:
-        """What pip would install of `wanted` there; `more` are further options of pip."""
+    def resolve(self, wanted: list[str], machine: str, python: str, *options: str) -> Answer:
+        """What pip would install of `wanted` on a `machine` under a `python`, from wheels alone."""
         there = {"platform_machine": machine, "python_version": python, "python_full_version": f"{python}.0"}
-        report = self.folder / f"report-{machine}-{python}.json"
-        tags = [f"--platform=manylinux_2_{minor}_{machine}" for minor in GLIBC] + [f"--platform=manylinux2014_{machine}"]
+        tags = ["manylinux2014", *(f"manylinux_2_{minor}" for minor in GLIBC)]
         command = [
             self.python, "-c", LAUNCH, json.dumps(there), "install", "-q", "--dry-run", "--ignore-installed",
             "--only-binary=:all:", "--use-feature=fast-deps", "--implementation=cp", f"--python-version={python}",
-            f"--target={self.folder / 'none'}", f"--report={report}", *tags, *more, *wanted,
+            *(f"--platform={tag}_{machine}" for tag in tags), f"--target={self.folder / 'none'}",
+            "--report=-", *options, *wanted,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("WARNING")]
-            return Answer({}, "\n".join(lines))
-        found = json.loads(report.read_text())["install"]
+            lines = (done.stdout + done.stderr).splitlines()
+            return Answer({}, "\n".join(line for line in lines if not line.startswith("WARNING")) or "pip failed")
+        found = json.loads(done.stdout)["install"]
         return Answer({one["metadata"]["name"]: one["metadata"]["version"] for one in found})
+
+    def lacking(self, machine: str, python: str, *options: str) -> dict[str, str]:
+        """The extras that cannot be had, with pip's words. All are tried at once, and singly where that fails."""
+        wanted = extras()
+        whole = self.resolve([line for lines in wanted.values() for line in lines], machine, python, *options)
+        if not whole.words:
+            return {}
+        each = {name: self.resolve([*wanted[""], *lines], machine, python, *options) for name, lines in wanted.items()}
+        return {name: answer.words for name, answer in each.items() if answer.words}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="*", help="extras to try; all where not given", metavar="EXTRA")
-    chosen = parser.parse_args().only
-    wanted = {name: lines for name, lines in extras().items() if chosen is None or name in chosen}
-    failed = {}
-    with tempfile.TemporaryDirectory() as folder:
+    places = list(itertools.product(("pinned", "newest"), MACHINES, PYTHONS))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(4) as several:  # an index is slow to answer
         pip = Pip(Path(folder))
-        for name, lines in wanted.items():
-            for how in ("pinned", "newest"):
-                options = ("-c", str(ROOT / "constraints.txt")) if how == "pinned" else ()
-                for machine in MACHINES:
-                    for python in PYTHONS:
-                        answer = pip.resolve([*wanted.get("", ()), *lines], machine, python, *options)
-                        print(f"{name or '(none)'} {how} {machine} {python}:", answer.words or len(answer.versions), flush=True)
-                        failed |= {(name, how, machine, python): answer.words} if answer.words else {}
-    return int(bool(failed))
+
+        def tried(place) -> dict[str, str]:
+            how, machine, python = place
+            lacking = pip.lacking(machine, python, *(("-c", str(PINS)) if how == "pinned" else ()))
+            print(f"{how}, {machine}, Python {python}: {lacking or 'all'}", file=sys.stderr, flush=True)
+            return lacking
+
+        lacking = dict(zip(places, several.map(tried, places), strict=True))
+    print("| extra | pinned, x86-64 | pinned, aarch64 | newest, x86-64 | newest, aarch64 |\n|---|---|---|---|---|")
+    for name in extras():
+        cells = [
+            ", ".join(python for python in PYTHONS if name not in lacking[how, machine, python]) or "none"
+            for how, machine in itertools.product(("pinned", "newest"), MACHINES)
+        ]
+        print(f"| {f'`[{name}]`' if name else '(none)'} | {' | '.join(cells)} |")
+    return int(any(lacking.values()))
 
 
 if __name__ == "__main__":

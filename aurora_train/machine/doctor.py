@@ -21,25 +21,38 @@ from pathlib import Path
 from aurora_train.files import cache_folder
 from aurora_train.machine.calibration import flop_rate, matmul_seconds, measure, rates_for, store
 from aurora_train.machine.memory import budget_bytes, device_memory
-from aurora_train.machine.profile import Machine, choose_devices, installed_gpus, peak_flops, this_machine
+from aurora_train.machine.profile import (
+    Machine,
+    choose_devices,
+    installed_gpus,
+    nvidia_driver,
+    peak_flops,
+    plugin_without_driver,
+    this_machine,
+)
 from aurora_train.units import percent, size
 
 _CORE = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "pyarrow", "pydantic", "ruamel.yaml",
-    "typer", "rich", "tokenizers", "safetensors", "xxhash", "matplotlib", "numpy",
+    "typer", "rich", "tokenizers", "safetensors", "xxhash", "matplotlib", "psutil", "numpy",
 )  # fmt: skip
 _EXTRAS = {  # extra -> the modules any one of which will do, what it is for
     "neural": (("h5py",), "neural recordings (NWB, HDF5)"),
+    "vision": (("sklearn",), "the handwritten digits of scikit-learn"),
     "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an NVIDIA GPU that is not here"),
     "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
     "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
 }
 _WRITE_BYTES = 64 * 2**20
+_CUDA13_DRIVER = 580  # the first that runs CUDA 13 (NVIDIA, CUDA Toolkit release notes, table 3)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `status` is "ok", "warn" or "fail"; `mend` is the command or act that mends it."""
+    """One finding. `status` is "ok", "warn", "fail", or "--" for an extra that is absent.
+
+    `mend` is the command or act that mends it.
+    """
 
     name: str
     status: str
@@ -68,7 +81,7 @@ def examine(run_folder: Path, calibrate: bool = False) -> list[Check]:
     except RuntimeError as error:  # what jax raises when a plug-in or a driver does not start
         text = str(error).splitlines()[0]
         return [*checks, Check("devices", "fail", f"jax finds no device: {text}", "JAX_PLATFORMS=cpu aurora doctor")]
-    checks += [check_devices(machine), *check_memory(machine)]
+    checks += [*check_cuda(machine), check_devices(machine), *check_memory(machine)]
     checks += [check_matmul(machine, dtype) for dtype in ("float32", "bfloat16")]
     checks.append(check_rates(machine, calibrate))
     checks += [check_disk(run_folder), check_cache(), check_shared_memory(), check_file_limit(), check_clock()]
@@ -110,18 +123,33 @@ def check_packages() -> Check:
 
 
 def check_extras() -> list[Check]:
-    """What optional packages are absent, and, with an idle NVIDIA GPU, the jax that could use it."""
+    """What optional packages are absent."""
     checks = []
     for extra, (modules, purpose) in _EXTRAS.items():
         if not any(importlib.util.find_spec(module) for module in modules):
             checks.append(
-                Check(f"extra {extra}", "ok", f"not installed; for {purpose}", f"pip install 'aurora_train[{extra}]'")
+                Check(f"extra {extra}", "--", f"not installed; for {purpose}", f"pip install 'aurora_train[{extra}]'")
             )
-    gpus = installed_gpus()
-    if gpus and not any(importlib.util.find_spec(module) for module in _EXTRAS["plan"][0]):
-        found = f"{gpus[0]} is installed but this jax only uses the processor"
-        checks.append(Check("cuda", "warn", found, "pip install 'aurora_train[cuda13]'"))
     return checks
+
+
+def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
+    """Nothing, or that there is an NVIDIA GPU which jax does not use, and the command that lets it."""
+    gpus = installed_gpus(root)
+    if not gpus or machine.platform != "cpu":
+        return []
+    driver = nvidia_driver(root)
+    extra = "cuda12" if driver and int(driver.partition(".")[0]) < _CUDA13_DRIVER else "cuda13"
+    why, mend = "this jax only uses the processor", f"pip install 'aurora_train[{extra}]'"
+    if plugin_without_driver():
+        why = "libcuda.so.1, the library of its driver, is not here"
+        mend = "in a container: docker run --gpus all; else install the driver again"
+    elif os.environ.get("JAX_PLATFORMS") == "cpu":
+        why, mend = "JAX_PLATFORMS=cpu is set", "unset JAX_PLATFORMS"
+    elif any(importlib.util.find_spec(module) for module in _EXTRAS["plan"][0]):
+        why = "jax's CUDA plug-in does not start"
+    found = f"{gpus[0]}{f' (driver {driver})' if driver else ''} is installed but {why}"
+    return [Check("cuda", "warn", found, mend)]
 
 
 # ---- devices and memory

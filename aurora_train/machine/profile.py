@@ -157,6 +157,13 @@ def installed_gpus(root: Path = Path("/")) -> list[str]:
     return [match[1].strip() for match in found if match]
 
 
+def nvidia_driver(root: Path = Path("/")) -> str | None:
+    """The version of NVIDIA's kernel driver, such as "580.82.09"; None where there is none."""
+    report = root / "proc/driver/nvidia/version"
+    found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", report.read_text()) if report.is_file() else None
+    return found and found[1]
+
+
 def plugin_without_driver() -> bool:
     """Whether jax's CUDA plug-in is here (to plan for a GPU) and no driver is: jax would print its failed start."""
     import ctypes

@@ -3,7 +3,7 @@
 The frozen kernels of the blocks may be stored in 4 bits (`nn.nf4`): QLoRA.
 
 An adapted kernel `query` [in, out] stands beside `query_lora_a` [in, rank], normal, and `query_lora_b` [rank, out],
-zero: before the first step the model is its base to the bit. Both are `nnx.LoRAParam`. A model that has one trains
+zero: before the first step they add exactly nothing. Both are `nnx.LoRAParam`. A model that has one trains
 these alone, and all its other parameters are frozen; `split` is the only place that knows.
 """
 

@@ -38,14 +38,18 @@ def flat(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_before_the_first_step_the_model_is_its_base_to_the_bit(dtype):
+def test_before_the_first_step_the_adapters_add_exactly_nothing(dtype):
     base_graph, base = make(dtype)
     graph, adapted = make(dtype, lora=Lora(rank=4))
     known = flat(adapted)
     for name, leaf in flat(base).items():
         np.testing.assert_array_equal(known.pop(name), leaf, err_msg=name)
     assert known and all(map(lora.is_adapter, known))
-    np.testing.assert_array_equal(hidden(graph, adapted), hidden(base_graph, base))
+    # Of two programs XLA may join other products and round otherwise, so the base is near; in one, A changes no bit.
+    first = hidden(graph, adapted)
+    np.testing.assert_allclose(first, hidden(base_graph, base), rtol=0, atol=1e-5 if dtype == "float32" else 0)
+    other = jax.tree_util.tree_map_with_path(lambda path, a: -3 * a if "lora_a" in str(path) else a, adapted)
+    np.testing.assert_array_equal(hidden(graph, other), first)
 
 
 def test_an_adapter_adds_alpha_over_rank_times_a_times_b_to_each_targeted_kernel():

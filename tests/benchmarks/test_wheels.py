@@ -1,0 +1,39 @@
+"""It can be installed at all: every pin and every extra has wheels for both kinds of machine under each Python."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+wheels = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "wheels.py")))
+PINS = wheels.PINS
+
+
+def test_the_table_of_wheels_has_every_extra():
+    rows = [line.split("|") for line in (ROOT / "docs" / "installing.md").read_text().splitlines() if "|" in line]
+    assert {row[1].strip() for row in rows} >= {f"`[{name}]`" if name else "(none)" for name in wheels.extras()}
+
+
+@pytest.fixture(scope="module")
+def pip(tmp_path_factory):
+    return wheels.Pip(tmp_path_factory.mktemp("pip"))
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("python", wheels.PYTHONS)
+@pytest.mark.parametrize("machine", wheels.MACHINES)
+def test_every_pin_and_every_extra_has_wheels(pip, machine, python):
+    pins = [line for line in PINS.read_text().splitlines() if "==" in line]
+    found = pip.resolve(["-r", str(PINS)], machine, python, "--no-deps")
+    assert len(found.versions) == len(pins), found.words
+    assert pip.lacking(machine, python, "-c", str(PINS)) == {}
+    assert pip.lacking(machine, python) == {}
+
+
+@pytest.mark.release
+def test_what_has_no_wheel_for_a_machine_is_seen(pip):
+    """jaxlib 0.4.13 was the last release without wheels for aarch64."""
+    assert pip.resolve(["jaxlib==0.4.13"], "x86_64", "3.11", "--no-deps").versions == {"jaxlib": "0.4.13"}
+    assert "jaxlib==0.4.13" in pip.resolve(["jaxlib==0.4.13"], "aarch64", "3.11", "--no-deps").words

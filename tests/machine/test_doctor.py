@@ -1,0 +1,62 @@
+"""What `aurora doctor` says is missing: extras that are absent, and a jax that uses the NVIDIA GPU."""
+
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from aurora_train.machine import doctor
+from aurora_train.machine.profile import installed_gpus, nvidia_driver, this_machine
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
+VERSION = {  # as the two kinds of NVIDIA's module say it
+    "580.82.09": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.82.09  Release Build",
+    "550.54.15": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version: 12.3",
+}
+
+
+def test_L6_an_extra_that_is_absent_is_not_ok(monkeypatch, capsys):
+    monkeypatch.setitem(doctor._EXTRAS, "nothing", (("no_such_module", "nor_this"), "a test"))
+    absent = {name for name, (modules, _) in doctor._EXTRAS.items() if not any(map(importlib.util.find_spec, modules))}
+    checks = doctor.check_extras()
+    assert {check.name.removeprefix("extra ") for check in checks} == absent >= {"nothing"}
+    assert all(check.status == "--" and not check.fatal for check in checks)
+    assert json.loads(json.dumps(checks[-1].record()))["mend"] == "pip install 'aurora_train[nothing]'"
+    doctor.show(checks)
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"--    extra nothing +not installed; for a test", last[0]) and last[1].endswith("[nothing]'")
+
+
+def test_L6_every_package_and_extra_of_the_project_is_looked_for():
+    names = {re.match(r"[\w.-]+", line)[0] for line in PROJECT["dependencies"]}
+    assert names <= set(doctor._CORE)
+    for_us = {"test", "parity", "cuda12", "cuda13"}  # the last two are named where there is a GPU
+    assert set(PROJECT["optional-dependencies"]) - for_us == set(doctor._EXTRAS)
+
+
+def box(folder: Path, driver: str) -> Path:
+    """A /proc with one GPU and its driver."""
+    report = folder / "proc/driver/nvidia/gpus/0000:01:00.0/information"
+    report.parent.mkdir(parents=True)
+    report.write_text("Model: \t\t NVIDIA GB10\nIRQ: 1\n")
+    (folder / "proc/driver/nvidia/version").write_text(VERSION[driver])
+    return folder
+
+
+@pytest.mark.skipif(PLUGIN or bool(installed_gpus()), reason="jax's CUDA plug-in or a GPU is here")
+@pytest.mark.parametrize("driver, extra", [("580.82.09", "cuda13"), ("550.54.15", "cuda12")])
+def test_L6_a_gpu_that_jax_cannot_use_is_named_with_the_command_for_its_driver(tmp_path, monkeypatch, driver, extra):
+    root = box(tmp_path, driver)
+    assert nvidia_driver(root) == driver and nvidia_driver(tmp_path / "none") is None
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (check,) = doctor.check_cuda(this_machine(), root)
+    assert check.status == "warn" and check.mend == f"pip install 'aurora_train[{extra}]'"
+    assert check.found == f"NVIDIA GB10 (driver {driver}) is installed but this jax only uses the processor"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    (check,) = doctor.check_cuda(this_machine(), root)
+    assert check.mend == "unset JAX_PLATFORMS" and "JAX_PLATFORMS=cpu is set" in check.found
+    assert doctor.check_cuda(this_machine(), tmp_path / "none") == []
