@@ -208,9 +208,11 @@ class FollowedRun(Run):
     def __init__(self, leaders: Run, folder):
         super().__init__(folder)
         self._leaders = leaders
-        for path in (leaders.provenance, leaders.plan, leaders.metrics, leaders.events):
+        for path in (leaders.config, leaders.provenance, leaders.plan, leaders.metrics, leaders.events):
             if path.exists():
                 shutil.copyfile(path, self.folder / path.name)
+        if leaders.facts.is_dir():
+            shutil.copytree(leaders.facts, self.facts)
 
     checkpoints = property(lambda self: self._leaders.checkpoints)
 
@@ -292,8 +294,12 @@ def code_hash() -> str:
 
 
 def copy_code(run: Run, code: dict[str, Path]) -> None:
-    """Keep a recipe's files in the run, so that a resume never depends on a file that moved or changed."""
+    """Keep a recipe's files in the run, so that a resume never depends on a file that moved or changed.
+
+    In a folder without a config they are replaced: an attempt that was killed may have left those of another version.
+    """
+    begun = run.config.is_file()
     for name, file in code.items():
         target = run.code / name
-        if not target.exists():
+        if not (begun and target.exists()):
             write_atomically(target, file.read_bytes())

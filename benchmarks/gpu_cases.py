@@ -29,8 +29,8 @@ class Case:
 # 1b and 3b are Llama 3.2's, 8b is Llama 3's. The smaller two have GPT-3's width, depth and vocabulary (up to a multiple
 # of 64, which tensor cores want of either side) with Llama's layers and few key heads. Output heads are tied up to 3B.
 CASES = {
-    "125m": Case({"size": "125m", "kv_heads": 4, "tied": True}, 50304),
-    "350m": Case({"size": "350m", "kv_heads": 4, "tied": True}, 50304),
+    "125m": Case({"width": 768, "layers": 12, "heads": 12, "kv_heads": 4, "tied": True}, 50304),
+    "350m": Case({"width": 1024, "layers": 24, "heads": 16, "kv_heads": 4, "tied": True}, 50304),
     "1b": Case({"size": "1b", "tied": True}, 128256),
     "3b": Case({"size": "3b", "tied": True}, 128256),
     "8b-lora": Case({"size": "8b", "tied": False, "lora": {"rank": 16}}, 128256),

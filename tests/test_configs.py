@@ -17,6 +17,7 @@ SMALL = {
                        "data.holdout_validation=0.2", "data.sequence=16", "data.tokenizer={kind: byte}"],
     "neural_decoding": ["model.width=8", "model.heads=2", "model.layers=1", "data.simulated_trials=20",
                         "data.simulated_units=5"],
+    "vision/digits": ["model.channels=4"],
 }
 CONFIGS = bundled.configs()
 

@@ -23,18 +23,21 @@ def command(
     config: ConfigArgument,
     overrides: Overrides = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Prepare the data first.")] = False,
-    rehearse: Annotated[bool, typer.Option(help="Ask the recipe for everything once, in seconds.")] = True,
+    rehearse: Annotated[
+        bool | None,
+        typer.Option(help="Ask the recipe for everything once, in seconds; else only where it is your own file."),
+    ] = None,
     json: JsonOption = False,
 ):
     """Check a config without training; print it resolved, with every derived value and its formula.
 
-    Where its data are prepared, its recipe is rehearsed: a batch is made twice and compared; the loss, the predictions,
-    the score and the samples are each asked for once.
+    Where its data are prepared, a recipe of your own is rehearsed: a batch is made twice and compared; the loss, the
+    predictions, the score and the samples are each asked for once.
     """
     checked = load(config, overrides or ())
     refuse_missing_start(checked)
     digest, remarks = config_hash(checked), remarks_on_config(checked)
-    if rehearse:
+    if prepare or (rehearse if rehearse is not None else not checked.recipe_bundled):
         prepare_environment(checked)
         from aurora_train.train.dry_run import rehearse_config
 

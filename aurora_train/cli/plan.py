@@ -72,13 +72,13 @@ def make(config: str, overrides, machine: str | None, budget: str | None, *, ver
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment(loaded)
-    from aurora_train.files import cache_folder
     from aurora_train.observe.progress import preparation
+    from aurora_train.train.beginning import Beginning
     from aurora_train.train.planning import plan_config
     from aurora_train.train.precision import settled
 
     loaded = settled(loaded, machine=machine)
-    recipe = loaded.recipe_class(loaded, cache_folder())
+    recipe = Beginning.of(loaded).recipe
     with preparation(quiet=quiet) as progress:
         return plan_config(loaded, recipe, machine=machine, budget=limit, verify=verify, progress=progress)
 

@@ -69,7 +69,12 @@ def _module(folder: Path, top: str) -> dict[str, Path]:
         return {}
     if (folder / top / "__init__.py").is_file():
         return {path.relative_to(folder).as_posix(): path for path in sorted((folder / top).rglob("*.py"))}
-    return {f"{top}.py": folder / f"{top}.py"} if (folder / f"{top}.py").is_file() else {}
+    if (folder / f"{top}.py").is_file():
+        return {f"{top}.py": folder / f"{top}.py"}
+    modules = sorted((folder / top).rglob("*.py")) if (folder / top).is_dir() else []
+    if not modules or importlib.util.find_spec(top) is not None:  # a folder of data may be called as a library is
+        return {}
+    return {path.relative_to(folder).as_posix(): path for path in modules}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -85,6 +90,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         base = Path(list(path)[0]) / fullname.rpartition(".")[2]
         package = (base / "__init__.py").is_file()
         file = base / "__init__.py" if package else base.with_suffix(".py")
+        if not file.is_file() and base.is_dir():  # a package without an __init__.py
+            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = [str(base)]
+            return spec
         if not file.is_file():
             return None
         places = {"submodule_search_locations": [str(base)]} if package else {}

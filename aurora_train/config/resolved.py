@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import typing
 from typing import Any
 
 from pydantic import BaseModel
@@ -81,10 +82,26 @@ def diff(old: Core, new: Core) -> list[tuple[str, Any, Any, str]]:
     for key in {**before, **after}:
         (was, resume), (now, resume_now) = (side.get(key, (None, None)) for side in (before, after))
         if was != now or type(was) is not type(now):
-            changes.append((key, was, now, resume or resume_now))
+            changes.append((key, was, now, _within(key, was, now, type(new)) or resume or resume_now))
     if not (old.recipe_bundled and new.recipe_bundled) and old.recipe_sha256 != new.recipe_sha256:
         changes.append(("recipe (its code)", old.recipe_sha256, new.recipe_sha256, "frozen"))
     return changes
+
+
+def _within(key: str, was, now, schema: type[BaseModel]) -> str | None:
+    """The resume class of a change within a dict of sections, where all that changed there has one and the same."""
+    for name in key.split("."):
+        fields = {field.alias or name: field for name, field in getattr(schema, "model_fields", {}).items()}
+        if name not in fields:
+            return None
+        schema = fields[name].annotation
+    section = typing.get_args(schema)[1] if typing.get_origin(schema) is dict else None
+    named = isinstance(section, type) and issubclass(section, BaseModel)
+    if not named or was is None or was.keys() != (now or {}).keys():
+        return None
+    fields = section.model_fields
+    kinds = {resume_class(fields[one]) for part in was for one in was[part] if was[part][one] != now[part].get(one)}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def json_schema(config_class: type[BaseModel]) -> dict:

@@ -66,6 +66,12 @@ def build(recipe, seed: int):
     """
     model = recipe.model(nnx.Rngs(stream(seed, "model"), params=stream(seed, "init")))
     for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Dropout) and SEGMENTS in map(str, path):
+            raise UserError(
+                f"the units of a Stack hold a dropout of nnx (`{'.'.join(map(str, path))}`)", where="model",
+                why="units are scanned, so that all of a segment would drop the same entries, as the plan cuts them",
+                hint="aurora_train.nn.dropout.dropout(x, rate, keys, site) with the `keys` that a unit is called with",
+            )  # fmt: skip
         if type(module) is nnx.Dropout:
             _key_by_example(module, ".".join(map(str, path)))
     _refuse_uncarried(model)
@@ -138,6 +144,11 @@ def changed_state(recipe, model, before: dict) -> dict:
                 f"the loss changes `{place}` of the model, which then depends on all examples of a microbatch",
                 where=f"model.{place}", why="how a batch is split would change the result", hint=f"say {_COUPLED}",
             )  # fmt: skip
+    if known:
+        raise UserError(
+            f"the loss removes `{next(iter(known))}` from the model", where=f"model.{next(iter(known))}",
+            hint="what a model holds is made in __init__ and stays",
+        )  # fmt: skip
     return after
 
 

@@ -199,6 +199,8 @@ class Sweep:
 
     def _train(self, member: Member) -> tuple[int, list[str]]:
         """(exit status, last lines of its standard error) of the member's `aurora train`."""
+        if config_hash(load(self._config, member.overrides)) != config_hash(member.config):
+            return 2, [f"{self._config} or its recipe has changed since the sweep began: give the same command again"]
         # -P: what lies in the current folder is not to stand in for a module.
         command = [sys.executable, "-P", "-m", "aurora_train", "train", self._config, *member.overrides]
         command += ["--run", str(member.folder), *self._options]

@@ -106,8 +106,10 @@ def _times(epochs: float) -> str:
 
 def _held_out(session: Session) -> str:
     """Documents and bytes by split where the source's record has them, else examples for validation."""
-    splits = session.source.describe().get("splits") or {}
-    known = [(name, splits[name]) for name in ("validation", "test") if "documents" in (splits.get(name) or {})]
+    splits = session.source.describe().get("splits")
+    splits = splits if isinstance(splits, dict) else {}
+    held_out = {name: splits[name] for name in ("validation", "test") if isinstance(splits.get(name), dict)}
+    known = [(name, held) for name, held in held_out.items() if "documents" in held]
     if known:
         return ", ".join(f"{_documents(held)} for {name}" for name, held in known)
     if not session.evaluates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ class Beginning:
     @classmethod
     def of(cls, config, run: runs.Run | None = None) -> Beginning:
         """Of a config alone, or of a run that may have begun. UserError where `init.from` names nothing of the kind."""
-        parent = Parent.of(config) if run is None or run.step() == 0 else None
-        kept = kept_facts.read(run.facts) if run is not None else None
+        begun = run is not None and run.config.is_file()
+        recorded = files.read_json(run.provenance, {}).get("parent") if begun else None
+        parent = Parent.of(config, recorded) if run is None or run.step() == 0 else None
+        kept = kept_facts.read(run.facts) if begun else None
         recipe = make_recipe(config)
         if kept or (parent is not None and config.init.facts == "inherit"):
             recipe.inherited = kept or parent.facts
@@ -60,14 +63,20 @@ class Beginning:
             self._refuse_other_facts()
         elif self.parent is not None and self.config.init.facts == "inherit":
             self.parent.refuse_other_facts(self.recipe.known)
+            self.parent.refuse_other_tokenizer(source)
         marker = _marker(self.config)
-        if not marker.exists():
-            files.write_json(marker, {"recipe": self.config.recipe})
+        if not self._needs_nothing and not marker.exists() and (self.run is None or not self.run.follows):
+            with contextlib.suppress(UserError):  # it is only a hint, and another process may write it now
+                files.write_json(marker, {"recipe": self.config.recipe})
         return source
 
     def is_prepared(self) -> bool:
         """Whether the data were prepared before on this machine, or need no preparing."""
-        return type(self.recipe).prepare is Recipe.prepare or _marker(self.config).exists()
+        return self._needs_nothing or _marker(self.config).exists()
+
+    @property
+    def _needs_nothing(self) -> bool:
+        return type(self.recipe).prepare is Recipe.prepare
 
     def _refuse_other_facts(self) -> None:
         """The facts of the data must be those that the run keeps, though another version of a recipe made them."""

@@ -21,6 +21,7 @@ _HINTS = {
     "TracerIntegerConversionError": "a value of the batch cannot be an index of Python's while the step is compiled",
 }
 _OF_THE_MACHINE = (UserError, Stopped, MemoryError, OSError, jax.errors.JaxRuntimeError)
+_OF_A_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # as the recipe wrote it
 
 
 @contextlib.contextmanager
@@ -28,9 +29,9 @@ def recipe_code(recipe, method: str, given: dict | None = None):
     """Within, an error of the user's code becomes a UserError at its line. `given`: the batch, for a hint."""
     try:
         yield
-    except _OF_THE_MACHINE:
-        raise
     except Exception as error:
+        if isinstance(error, _OF_THE_MACHINE) and not isinstance(error, _OF_A_PATH):
+            raise
         if recipe.config.recipe_bundled:
             raise
         raise blamed(recipe, method, error, given) from error

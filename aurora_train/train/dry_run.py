@@ -88,6 +88,8 @@ def rehearse_recipe(config, recipe, program, source) -> list[str]:
 
 def _same_batch_twice(recipe, source, indices) -> dict:
     once, again, backwards = (taken(recipe, source, chosen) for chosen in (indices, indices, indices[::-1]))
+    if not once.keys() == again.keys() == backwards.keys():
+        raise UserError("`take` returned other names a second time", where=place_of(source.take))
     for name in once:
         same = np.array_equal(once[name], again[name], equal_nan=once[name].dtype.kind == "f")
         if not same or not np.array_equal(once[name], backwards[name][::-1], equal_nan=once[name].dtype.kind == "f"):

@@ -228,7 +228,9 @@ def refuse_full(session) -> None:
     if not _wanted(session):
         return
     state, places, memory = session.blueprint.state, session.blueprint.shardings, host_memory()
-    needed = sharded_bytes(state, places) * session.mesh.local_mesh.devices.size + _needed(memory, *_save(session))
+    needed = _needed(memory, *_save(session))
+    if this_machine().unified or this_machine().device_memory_bytes is None:  # the state lies in this memory too
+        needed += sharded_bytes(state, places) * session.mesh.local_mesh.devices.size
     if memory.usable < needed:
         raise _Full(
             f"too little memory is left to go on: {_of(memory.usable, memory)}",

@@ -20,6 +20,10 @@ _WHY = {
 }
 
 
+# (key, old, new) where the default has been `auto` since 2026-11-29, and was before what `auto` comes to.
+_SETTLED = {("data.tokenizer.kind", "byte", "auto")}
+
+
 def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
     """The run that `aurora train CONFIG` starts or goes on with. UserError for a folder that holds another run."""
     run = runs.Run(Path(folder) if folder else runs.default_folder(config.name, config_hash(config)))
@@ -32,7 +36,9 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
             )
         return run
     known = load_resolved(run.folder)
-    changes = [change for change in diff(known, as_in(config, known)) if change[3] != "free"]
+    changes = [
+        change for change in diff(known, as_in(config, known)) if change[3] != "free" and change[:3] not in _SETTLED
+    ]
     if changes and not run.has_begun():
         with run.lock():
             run.forget()  # nothing was trained: a corrected config may have the folder

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aurora_train import facts as kept_facts
+from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
@@ -25,10 +26,12 @@ class Parent:
     facts: Facts
 
     @classmethod
-    def of(cls, config) -> Parent | None:
+    def of(cls, config, recorded: dict | None = None) -> Parent | None:
         """The parent that a config names; None where the first parameters are random.
 
-        Raises UserError where there is nothing of the kind, or where its bytes are not those that were saved.
+        `recorded`: the record of the parent in a run that has begun and has no step yet, whose parent may have more
+        by now. Raises UserError where there is nothing of the kind, where its bytes are not those that were saved, and
+        where it is not what was recorded.
         """
         named = config.init.from_
         if named is None:
@@ -39,9 +42,14 @@ class Parent:
                 return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {})
         run = runs.Run.existing(named)
         store = CheckpointStore(run.checkpoints, run.trash)
-        step = require_step(store, None, named)
+        step = require_step(store, recorded["step"] if recorded and recorded["from"] == named else None, named)
         refuse_damage(store, step)
-        digest = durable.manifest(run.checkpoints / str(step))["digest"]
+        digest = durable.manifest(run.checkpoints / str(step)).get("digest", "")
+        if recorded and recorded["from"] == named and recorded["digest"] != digest:
+            raise UserError(
+                f"step {step} of {named} is not the checkpoint that this run began with", where="init.from",
+                hint="begin anew: `aurora train CONFIG --fresh`",
+            )  # fmt: skip
         return cls(named, step, digest, kept_facts.read(run.facts) or {})
 
     def record(self) -> dict:
@@ -52,6 +60,19 @@ class Parent:
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"
         return f"{self.path}{at} ({self.digest[:12]})"
+
+    def refuse_other_tokenizer(self, source) -> None:
+        """Of a parent that keeps no facts, as runs of before there were any, the record of its data is compared."""
+        if self.facts or self.step is None:
+            return
+        known = files.read_json(runs.Run(self.path).provenance, {}).get("data", {})
+        theirs, ours = (data.get("tokenizer", {}).get("sha256") for data in (known, source.describe()))
+        if theirs != ours:
+            raise UserError(
+                f"{self.path} was trained with another tokenizer", where="init.from",
+                why=f"it had {theirs}; this config makes {ours}",
+                hint=f"`aurora resume {self.path}` once keeps its tokenizer with it; or init.facts=own",
+            )  # fmt: skip
 
     def refuse_other_facts(self, facts: Facts) -> None:
         """Raise UserError where the new run's facts are not the parent's: its parameters mean something else there."""

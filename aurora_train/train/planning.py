@@ -84,7 +84,7 @@ def pinned_plan(run, config, mesh) -> Plan | None:
 
 def asked(config) -> dict:
     """What of a config decides the plan and may change within a run."""
-    return config.memory.model_dump(mode="json", exclude={"on_oom"})
+    return config.memory.model_dump(mode="json", exclude={"on_oom", "guard"})
 
 
 def device_kind(mesh) -> str:

@@ -32,6 +32,7 @@ from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
+from aurora_train.train.blame import recipe_code
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
 
@@ -78,7 +79,7 @@ class Rehearsal:
     def model(self):
         """The model, abstract and not yet cut."""
         if self._model is None:
-            with self.here():
+            with self.here(), recipe_code(self.recipe, "model"):
                 self._model = nnx.eval_shape(lambda: carried.build(self.recipe, self.config.train.seed))
         return self._model
 

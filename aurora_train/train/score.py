@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +40,11 @@ def score_run(
         made = known.get("baselines_made") or {}
         if baselines is None and made.get("key") == key:
             return {"baselines": known["baselines"], "baselines_made": {**made, "kept": True}}
-        return _made(recipe, run, progress, key)
+        return _made(recipe, run.workdir, progress, key)
 
-    record = _measured(recipe, config, run, evaluator, state, progress, rivals if baselines is not False else dict)
+    run.workdir.mkdir(exist_ok=True)
+    wanted = rivals if baselines is not False else dict
+    record = _measured(recipe, config, run.workdir, evaluator, state, progress, wanted)
     with asking(config.train.forms.asked), recipe_code(recipe, "samples"):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     checked_samples(recipe, samples)
@@ -69,19 +72,23 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     began, place = time.perf_counter(), Path(on).expanduser().absolute()
     other = recipe.on(str(place))
     other.prepare(progress)
-    rivals = dict if baselines is False else lambda: _made(other, run, progress)
-    record = _measured(other, trained.config, run, *parts, progress, rivals)
+    with tempfile.TemporaryDirectory() as folder:  # the run's own work folder belongs to its own score
+        workdir = Path(folder)
+        rivals = dict if baselines is False else lambda: _made(other, workdir, progress)
+        record = _measured(other, trained.config, workdir, *parts, progress, rivals)
     record.pop("plots")  # of the run's own score, in plots.json
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
-    files.write_json(run.folder / "scores-on" / f"{place.name}.json", record)
+    target = run.folder / "scores-on" / f"{place.name}.json"
+    if (files.read_json(target) or record)["on"] != str(place):  # another of the same name
+        target = target.with_stem(f"{target.stem}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}")
+    files.write_json(target, record)
     return record
 
 
-def _measured(recipe, config, run, evaluator, state, progress, rivals: Callable[[], dict]) -> dict:
-    run.workdir.mkdir(exist_ok=True)
+def _measured(recipe, config, workdir: Path, evaluator, state, progress, rivals: Callable[[], dict]) -> dict:
     key = stream(config.train.seed, "score")
     with recipe_code(recipe, "score"):
-        result = recipe.score(evaluator.predictor(state), "test", key, run.workdir, progress)
+        result = recipe.score(evaluator.predictor(state), "test", key, workdir, progress)
     result = checked_result(recipe, result)
     headline = next(iter(result))
     return {
@@ -95,10 +102,10 @@ def _measured(recipe, config, run, evaluator, state, progress, rivals: Callable[
     }
 
 
-def _made(recipe, run, progress, key: str | None = None) -> dict:
+def _made(recipe, workdir: Path, progress, key: str | None = None) -> dict:
     """{"baselines": values by name, "baselines_made": {"key", "time", "kept", "tables", "notes"}}."""
     with recipe_code(recipe, "baselines"):
-        made = recipe.baselines(run.workdir, progress)
+        made = recipe.baselines(workdir, progress)
     made = checked_result(recipe, made, "baselines")
     apart = {name: made.get(name, []) for name in ("tables", "notes")}
     return {

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 from flax import nnx
 
 from aurora_train import facts as kept_facts
@@ -19,7 +18,6 @@ from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train import run as runs
-from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.following import FollowedStore
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
@@ -36,7 +34,7 @@ from aurora_train.train.planning import asked, device_kind, pinned_plan, planner
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
 from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
-from aurora_train.train.weights import load_parameters, parameters_from
+from aurora_train.train.weights import load_parameters, load_state, parameters_from, state_from
 
 log = logging.getLogger("aurora_train")
 
@@ -104,7 +102,9 @@ class Session:
         state = meshes.local_view(state._replace(frozen={}))  # let go of them first: they may be most of the model
         params, frozen = parameters_from(self.parent, here, state.params)
         extra = beside(params, ema="ema" in state.extra, spike="recent" in state.extra)
-        return meshes.shared_view(state._replace(params=params, frozen=frozen, extra=extra), shardings)
+        rest = state_from(self.parent, here, state.rest)
+        state = state._replace(params=params, frozen=frozen, rest=rest, extra=extra)
+        return meshes.shared_view(state, shardings)
 
 
 def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Session:
@@ -121,7 +121,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
     pinned = pinned_plan(run, config, mesh)
-    if run.step() == 0 and not config.recipe_bundled:
+    if not config.recipe_bundled and (run.step() == 0 or runs.changed_code(run, config)):
         for line in rehearse_recipe(config, recipe, program, source):
             log.warning("%s", line)
     if fresh and not ahead.began:
@@ -156,6 +156,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     if kept is None:  # a run of before facts were kept is read with its data
         refuse_other_data(run, recipe.ready(progress).data("train"))
     else:
+        recipe.inherited = kept
         recipe.use(kept)
     mesh = meshes.make_mesh(1, 1)
     plan = whole_plan(config, recipe)
@@ -166,10 +167,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     refuse_damage(store, step)
     refuse_facts_of_another(store, step, recipe.known)
     params, frozen = load_parameters(store, step, blueprint, where=str(run.folder))
-    rest = blueprint.state.rest
-    if jax.tree.leaves(rest):
-        tree, places = {"rest": blueprint.state.rest}, {"rest": blueprint.shardings.rest}
-        rest = layout.assemble(store.restore_some(step, layout.abstract(tree, places)), tree, places)["rest"]
+    rest = load_state(store, step, blueprint)
     store.close()
     state = blueprint.state._replace(params=params, frozen=frozen, rest=rest, opt_state={}, extra={})
     return recipe, blueprint, mesh, state, step

@@ -59,7 +59,10 @@ def _is_sample(one) -> bool:
 def _is_table(one) -> bool:
     if not isinstance(one, dict) or not all(name in one for name in TABLE):
         return False
-    return all(isinstance(row, list | tuple) and len(row) == len(one["columns"]) for row in one["rows"])
+    columns, rows = one["columns"], one["rows"]
+    if not isinstance(columns, list | tuple) or not isinstance(rows, list | tuple):
+        return False
+    return all(isinstance(row, list | tuple) and len(row) == len(columns) for row in rows)
 
 
 _FORMATS = {

@@ -322,7 +322,8 @@ def _recorded(session: Session) -> Path:
     """
     run, config = session.run, session.config
     runs.copy_code(run, config.recipe_code)
-    if not run.facts.exists():
+    # A run of before there were facts, whose recipe names none, goes on being read with its data.
+    if not run.provenance.exists() or (session.recipe.known and facts.read(run.facts) is None):
         facts.write(run.facts, session.recipe.known)
     files.write_atomically(run.config, dump(config))
     if not run.provenance.exists():

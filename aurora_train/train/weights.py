@@ -6,6 +6,7 @@ their first part: the moving average where one was kept, else the trained parame
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
 from aurora_train.train.lineage import Parent
 from aurora_train.train.state import Blueprint
+
+log = logging.getLogger("aurora_train")
 
 _SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I32": "int32",
@@ -72,6 +75,25 @@ def _poured(source, what, blueprint: Blueprint, where: str, drawn: dict | None) 
         flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
+
+
+def state_from(parent: Parent, blueprint: Blueprint, drawn: dict) -> dict:
+    """What the parent held beside its parameters, such as the statistics of BatchNorm; as `drawn` where it has none."""
+    if not jax.tree.leaves(drawn):
+        return drawn
+    if parent.step is None:
+        log.warning("%s holds parameters alone: the model's other state (BatchNorm's statistics) starts anew", parent)
+        return drawn
+    other = runs.Run.existing(parent.path)
+    return load_state(CheckpointStore(other.checkpoints, other.trash), parent.step, blueprint)
+
+
+def load_state(store: CheckpointStore, step: int, blueprint: Blueprint) -> dict:
+    """What a checkpoint holds of the model beside its parameters. UserError where it is of another model."""
+    if not jax.tree.leaves(blueprint.state.rest):
+        return blueprint.state.rest
+    tree, places = {"rest": blueprint.state.rest}, {"rest": blueprint.shardings.rest}
+    return layout.assemble(store.restore_some(step, layout.abstract(tree, places)), tree, places)["rest"]
 
 
 _encode = jax.jit(nf4.encode)
