@@ -1,5 +1,7 @@
 """The optimizers: per-layer updates whatever the storage, masks by meaning, schedules by their closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +125,8 @@ def test_the_global_norm_is_numpys_and_no_cut_moves_a_bit_of_it():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_cut_moves_no_bit_of_an_update(name):
+def test_a_cut_changes_no_update(name):
+    """Up to jax 0.10 to the bit; from 0.11 XLA:CPU rounds the rest of a vector otherwise, in its last place."""
     optimizer = build(Optimizer(name=name, lr=1e-2, clip=1.0, schedule=Schedule(name="constant")), 10)
     whole, info = updated(optimizer, model(0, ((0, 6),)), model(1, ((0, 6),)))
     cut, cut_info = updated(optimizer, model(0, ((0, 2), (2, 6))), model(1, ((0, 2), (2, 6))))
@@ -131,8 +134,9 @@ def test_a_cut_moves_no_bit_of_an_update(name):
     parts = cut["blocks"].pop("segments")
     whole_stack = whole["blocks"].pop("segments")[0]
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(parts[i] for i in sorted(parts)))
-    jax.tree.map(np.testing.assert_array_equal, joined, whole_stack)
-    jax.tree.map(np.testing.assert_array_equal, cut, whole)
+    near = functools.partial(np.testing.assert_allclose, rtol=2.5e-7, atol=1e-9)
+    jax.tree.map(near, joined, whole_stack)
+    jax.tree.map(near, cut, whole)
 
 
 def test_clipping_bounds_the_gradient_that_is_used_and_reports_the_one_that_came():

@@ -43,6 +43,7 @@ _EXTRAS = {  # extra -> the modules any one of which will do, what it is for
     "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
     "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
 }
+_GLIBC = 2, 28  # the newest that a wheel of ours asks for (docs/installing.md)
 _WRITE_BYTES = 64 * 2**20
 _CUDA13_DRIVER = 580  # the first that runs CUDA 13 (NVIDIA, CUDA Toolkit release notes, table 3)
 
@@ -101,10 +102,14 @@ def show(checks: list[Check]) -> None:
 
 
 def check_python() -> Check:
-    """Python 3.11 to 3.13."""
-    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    """Python 3.11 to 3.13, and a C library that the wheels of x86-64 and aarch64 are made for."""
+    libc, version = platform.libc_ver()
+    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {libc or '?'} {version}"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Check("python", "fail", found, "use Python 3.11, 3.12 or 3.13: python3.12 -m venv .venv")
+    if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < _GLIBC:
+        mend = "wheels want glibc 2.28 or newer, as Debian 12 or Ubuntu 24.04 have it, also in a container"
+        return Check("python", "warn", found, mend)
     return Check("python", "ok", found)
 
 

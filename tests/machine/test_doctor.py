@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import platform
 import re
 import tomllib
 from pathlib import Path
@@ -36,6 +37,13 @@ def test_L6_every_package_and_extra_of_the_project_is_looked_for():
     assert names <= set(doctor._CORE)
     for_us = {"test", "parity", "cuda12", "cuda13"}  # the last two are named where there is a GPU
     assert set(PROJECT["optional-dependencies"]) - for_us == set(doctor._EXTRAS)
+
+
+@pytest.mark.parametrize("libc, status", [(("glibc", "2.27"), "warn"), (("", ""), "warn"), (("glibc", "2.39"), "ok")])
+def test_L6_a_c_library_that_wheels_are_not_made_for_is_named(monkeypatch, libc, status):
+    monkeypatch.setattr("platform.libc_ver", lambda: libc)
+    check = doctor.check_python()
+    assert check.status == status and platform.machine() in check.found and (check.mend is None) == (status == "ok")
 
 
 def box(folder: Path, driver: str) -> Path:
