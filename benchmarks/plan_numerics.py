@@ -201,6 +201,7 @@ def ulps(a: np.ndarray, b: np.ndarray) -> int:
 def load_case(name: str, folder: Path, overrides=()):
     """The config of a case; its corpus is written to `folder`."""
     from aurora_train.config import load
+    from aurora_train.train.precision import settled
 
     text, changes = CASES[name]
     corpus = folder / "corpus"
@@ -209,7 +210,7 @@ def load_case(name: str, folder: Path, overrides=()):
         shutil.copyfile(Path(sysconfig.get_path("stdlib")) / f"{module}.py", corpus / f"{module}.py")
     path = folder / "numerics.yaml"
     path.write_text(text.format(corpus=corpus))
-    return load(path, [*changes, *overrides])
+    return settled(load(path, [*changes, *overrides]))
 
 
 def describe(plan) -> str:

@@ -108,6 +108,8 @@ def test_R2_H5_another_tokenizer_is_refused_and_the_starting_points_own_is_inher
     assert aurora_train.load("b").tokenizer.sha256 == aurora_train.load("a").tokenizer.sha256
     ours, theirs = (here / run / "facts" / "tokenizer.json" for run in "ba")
     assert ours.read_bytes() == theirs.read_bytes()
+    assert aurora("evaluate", "b", "--no-baselines", "--quiet") == 0, "its own data are cut as they were in training"
+    assert aurora("resume", "b", "train.steps=2", "--quiet") == 0
 
 
 def test_H6_the_parent_is_in_provenance_events_and_log(here, capsys):

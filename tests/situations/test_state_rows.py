@@ -127,6 +127,15 @@ def test_H1_statistics_are_carried_saved_restored_to_the_bit_and_used_in_evaluat
     assert final_hash(here / "stopped") == final_hash(here / "whole")
 
 
+def test_H1_a_run_that_starts_from_another_starts_with_its_statistics(here):
+    assert aurora("train", "normed.yaml", "train.steps=6", "--run", "parent", "--quiet") == 0
+    barely = ("init.from=parent", "optimizer.lr=1e-9", "train.steps=1", "--run", "child", "--quiet")
+    assert aurora("train", "normed.yaml", *barely) == 0
+    parent, child = (aurora_train.load(run).model for run in ("parent", "child"))
+    assert int(child.calls[...]) == int(parent.calls[...]) + 1
+    assert np.all(np.abs(np.asarray(child.norm.mean[...] - parent.norm.mean[...])) < 1.5)
+
+
 def test_H1_a_skipped_step_leaves_the_statistics_as_they_were(here):
     assert aurora("train", "normed.yaml", "data.bad=3", "train.steps=8", "--run", "bad", "--quiet") == 0
     skipped = sum(record["skipped"] for record in records(here / "bad") if "skipped" in record)
@@ -183,6 +192,26 @@ def test_H2_a_mask_belongs_to_an_example_and_not_to_its_place(here):
     assert set(np.unique(whole)) == {0.0, 2.0} and 0.35 < (whole == 0).mean() < 0.65
     np.testing.assert_array_equal(masked(np.array([5, 2])), whole[[5, 2]])
     assert len({row.tobytes() for row in whole}) == 8
+
+
+def test_H3_dropout_of_nnx_in_a_scanned_stack_is_refused(here):
+    from flax import nnx
+
+    from aurora_train.errors import UserError
+    from aurora_train.nn import carried
+    from aurora_train.nn.stack import Stack
+    from aurora_train.recipe import Recipe
+
+    class Unit(nnx.Module):
+        def __init__(self, rngs):
+            self.drop = nnx.Dropout(0.5)
+
+    class Deep(Recipe):
+        def model(self, rngs):
+            return Stack(Unit, 2, rngs)
+
+    with pytest.raises(UserError, match="units of a Stack hold a dropout of nnx"):
+        carried.build(Deep(None, here), 0)
 
 
 @pytest.mark.parametrize(

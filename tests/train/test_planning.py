@@ -59,6 +59,14 @@ def no_compiler(monkeypatch):
 # ---- for a machine that is not here
 
 
+def test_a_key_that_is_free_to_change_un_pins_no_plan():
+    from aurora_train.config.schema import Core
+    from aurora_train.train.planning import asked
+
+    whole = Core.model_construct(memory=Core.model_fields["memory"].default)
+    assert not {"guard", "on_oom"} & asked(whole).keys()
+
+
 def test_without_the_compiler_a_plan_is_simulated_and_says_what_would_verify_it(no_compiler, language_model):
     told = []
     plan = plan_config(*language_model(), machine="h100", progress=lambda *step: told.append(step))
