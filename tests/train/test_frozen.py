@@ -237,7 +237,7 @@ def test_a_frozen_folder_that_is_not_what_was_written_is_one_clear_error(here, c
 
 def test_adapters_start_fresh_on_the_averaged_parameters_of_the_base(here):
     session = opened(here, "init.from=base")
-    drawn, state = session.blueprint.initialise(), session.fresh()
+    drawn, state = session.program.initialiser(session.plan).result()(), session.fresh()
     jax.tree.map(np.testing.assert_array_equal, state.params, drawn.params)
     jax.tree.map(np.testing.assert_array_equal, state.extra["ema"], drawn.params)
     frozen, trained = layout.snapshot(state.frozen), load_run(here / "base").state
