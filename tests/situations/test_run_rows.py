@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from aurora_cli import aurora
-from harness import events
+from harness import evaluations, events, final_hash, losses
 from safetensors.numpy import save_file
 
 import aurora_train
@@ -173,3 +173,20 @@ def test_M14_python_has_what_the_command_line_has(here):
     from aurora_train.train.loop import Loop  # the package is still a package
 
     assert Loop.__module__ == "aurora_train.train.loop"
+
+
+def test_R23_R24_the_number_of_microbatches_and_few_validation_examples_leave_the_loss_what_it_is(here):
+    few = ("train.steps=2", "evaluate.examples=3", "--quiet")
+    for parts in (1, 4):
+        assert aurora("train", "tiny.yaml", *few, f"memory.accumulation={parts}", "--run", f"in-{parts}") == 0
+    one, four = (losses(here / f"in-{parts}") for parts in (1, 4))
+    np.testing.assert_allclose([loss for _, loss in one], [loss for _, loss in four], rtol=1e-5)
+    assert all(np.isfinite(loss) for _, loss in evaluations(here / "in-1")) and evaluations(here / "in-1")
+
+
+def test_R29_a_copied_run_goes_on_with_more_steps(here):
+    shutil.copytree("a", "copied")
+    for run in ("a", "copied"):
+        assert aurora("resume", run, "train.steps=5", "--quiet") == 0
+    assert losses(here / "copied") == losses(here / "a") and [step for step, _ in losses(here / "a")] == [1, 2, 3, 4, 5]
+    assert final_hash(here / "copied") == final_hash(here / "a")
