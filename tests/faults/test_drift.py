@@ -17,8 +17,8 @@ from aurora_train.train.intent import for_resume
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden" / "0.1"
 OTHER = [
     "true", "false", "1", "2", "3", "8", "16", "64", "5000", "0.25", "0.5", "0.05", "1e-3", "float32", "bfloat16",
-    "other", "bpe", "byte", "lion", "muon", "adamw", "layernorm", "rmsnorm", "gelu", "swiglu", "learned", "rope", "{}",
-    "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[local, global]", str(GOLDEN),
+    "other", "own", "byte", "lion", "muon", "adamw", "layernorm", "rmsnorm", "gelu", "swiglu", "learned", "rope", "{}",
+    "bpe", "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[local, global]", str(GOLDEN),
     "{other: {source: python-stdlib}}",
 ]  # fmt: skip
 # What must be set too.
