@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aurora_train.errors import UserError
 from aurora_train.run import Run
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (a default of two functions)
@@ -103,6 +104,8 @@ def train(
     from aurora_train.machine.profile import prepare_environment
     from aurora_train.train.intent import for_train
 
+    if isinstance(overrides, str | dict):
+        raise UserError("overrides are a list of texts", hint='["train.steps=100", "optimizer.lr=1e-3"]')
     resolved = load_config(config, overrides)
     folder = for_train(resolved, run, fresh=fresh)
     if not folder.is_finished(resolved.train.steps):

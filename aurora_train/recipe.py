@@ -134,7 +134,8 @@ class Recipe:
 
     def on(self, path: str) -> Recipe:
         """A recipe with this one's facts whose "test" split is all of `path`, for `evaluate --on`; not yet prepared."""
-        raise UserError(f"the recipe {self.config.recipe!r} cannot be scored on other data", where="--on")
+        raise UserError(f"the recipe {self.config.recipe!r} cannot be scored on other data", where="--on",
+                        hint="a recipe that can defines `on(path)`: docs/extend.md")  # fmt: skip
 
     def model(self, rngs):
         """Construct the nnx.Module from `self.config` and `self.known` alone: no data, no files, no globals."""

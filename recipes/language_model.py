@@ -279,6 +279,9 @@ class Recipe(Base):
     def logits(self, model, tokens):
         import jax.numpy as jnp
 
+        tokens = np.asarray(tokens, np.int64)
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.known["vocabulary"]:
+            raise UserError(f"token ids are 0 to {self.known['vocabulary'] - 1}, and at least one", where="tokens")
         rows = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
         logits = model.logits(model(rows))
         return logits.reshape(*jnp.shape(tokens), -1)

@@ -42,7 +42,8 @@ def command(
         from aurora_train.train.dry_run import rehearse_config
 
         with preparation(quiet=json) as progress:
-            remarks += rehearse_config(checked, progress, prepare=prepare)
+            skipped = rehearse_config(checked, progress, prepare=prepare)
+        remarks += skipped or ["rehearsed: the data, the loss, the predictions, the score and the samples"]
     if json:
         derived = [asdict(one) for one in checked.derived]
         print_json({

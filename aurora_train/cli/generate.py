@@ -38,10 +38,11 @@ def command(
     say_changed_code(Run(run), trained.config, "generate")
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    before = prompt  # shown with the first text, when nothing can be refused any more
+    before, shown = prompt, False  # the prompt is shown with the first text, when nothing can be refused any more
 
     def show(text: str) -> None:
-        nonlocal before
+        nonlocal before, shown
+        shown = shown or bool(text)
         if not json:
             sys.stdout.write(before + text)
             sys.stdout.flush()
@@ -51,7 +52,7 @@ def command(
         text = trained.generate(prompt, **options, on_text=show)
     except UserError as fault:
         raise by_option(fault) from fault
-    show("")
+    show("" if shown else text)  # a recipe may return its text without having shown it piece by piece
     if json:
         print_json({"prompt": prompt, "text": text, "step": trained.step, **options})
     else:

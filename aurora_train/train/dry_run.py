@@ -6,6 +6,7 @@ compiler's minutes, and one in the weights or in `take` never: then accumulation
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from aurora_train.nn import carried
 from aurora_train.nn.ops import asking
 from aurora_train.nn.param import parameter_count
 from aurora_train.random import example_keys, stream
-from aurora_train.recipe import Loss
+from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.beginning import Beginning, source_of, taken
 from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.precision import settled
@@ -68,6 +69,7 @@ def _refuse_no_room(config, program) -> None:
 
 def rehearse_recipe(config, recipe, program, source) -> list[str]:
     """Ask a prepared recipe for everything once. Returns what was not rehearsed, and why; UserError for a mistake."""
+    _signatures(recipe)
     examples = min(config.train.batch, len(source))
     batch = _same_batch_twice(recipe, source, np.arange(examples, dtype=np.int64) * len(source) // examples)
     _model_of_facts_alone(config, recipe, program)
@@ -81,6 +83,21 @@ def rehearse_recipe(config, recipe, program, source) -> list[str]:
     if count > _SMALL:
         return [f"not rehearsed: score and samples, which take the model itself ({count:,} parameters)"]
     return _score_and_samples(config, recipe)
+
+
+def _signatures(recipe) -> None:
+    """Each method that the recipe defines must take what the trainer gives it."""
+    for name, base in inspect.getmembers(Recipe, inspect.isfunction):
+        own = getattr(type(recipe), name)
+        if own is base or name.startswith("_"):
+            continue
+        wanted = list(inspect.signature(base).parameters)
+        try:
+            inspect.signature(own).bind(*wanted)
+        except TypeError:
+            raise UserError(
+                f"`{name}` takes {inspect.signature(own)}", where=place_of(own), hint=f"def {name}({', '.join(wanted)})"
+            ) from None
 
 
 # ---- data
@@ -151,7 +168,7 @@ def _losses(recipe, program, batch) -> None:
     jax.eval_shape(lambda batch: loss(batch, True), batch)
     weight = jax.jit(lambda batch: loss(batch, False).weight)  # the compiler drops the model, which it does not need
     whole = float(weight(batch))
-    if not half or recipe.couples != "example":
+    if not half or recipe.couples == "global":
         return
     parts = [{name: array[part] for name, array in batch.items()} for part in (slice(half), slice(half, None))]
     summed = sum(float(weight(part)) for part in parts)
@@ -226,7 +243,12 @@ def _score_and_samples(config, recipe) -> list[str]:
         try:
             with recipe_code(recipe, "score"):
                 result = recipe.score(predict, "test", stream(config.train.seed, "score"), Path(folder), in_time)
-            checked_result(recipe, result)
+            headline = next(iter(checked_result(recipe, result)))
+            if recipe.metric and recipe.metric[0] != headline:
+                raise UserError(
+                    f"the recipe's metric is `{recipe.metric[0]}`, and the headline of its score is `{headline}`",
+                    where=place_of(type(recipe).score), hint="`metric` names the first key of the score",
+                )  # fmt: skip
         except _LongEnough:
             skipped = [f"not rehearsed to its end: score, which takes longer than {_SCORE_SECONDS:.0f} s"]
         with recipe_code(recipe, "samples"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.config import dump
+from aurora_train.errors import UserError
 from aurora_train.nn.ops import asking
 from aurora_train.observe.metrics import now
 from aurora_train.random import stream
@@ -70,6 +71,8 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
         refuse_other_data(run, recipe.data("train"))
         return score_run(recipe, trained.config, run, *parts, trained.step, progress, baselines=baselines)
     began, place = time.perf_counter(), Path(on).expanduser().absolute()
+    if not place.exists():
+        raise UserError(f"there is no file or folder {place}", where="--on")
     other = recipe.on(str(place))
     other.prepare(progress)
     with tempfile.TemporaryDirectory() as folder:  # the run's own work folder belongs to its own score
