@@ -73,7 +73,7 @@ class Run:
                 try:
                     yield
                 except BaseException:
-                    if made and not self.has_begun():
+                    if made and not self.has_begun() and not self._was_replanned():
                         shutil.rmtree(self.folder, ignore_errors=True)
                     raise
                 if made and os.listdir(self.folder) == [".lock"]:  # stopped before there was anything to keep
@@ -142,6 +142,12 @@ class Run:
     def has_begun(self) -> bool:
         """Whether a step was ever taken, as far as the disk knows."""
         return _has_bytes(self.metrics) or self.checkpoints.is_dir() and self.step() > 0
+
+    def _was_replanned(self) -> bool:
+        """Whether memory ran out before the first step: the next attempt goes on with the smaller plan."""
+        from aurora_train.observe.metrics import read
+
+        return any(event["event"] == "replan" for event in read(self.events))
 
     def forget(self) -> None:
         """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""

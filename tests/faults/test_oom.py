@@ -242,7 +242,7 @@ def test_what_the_user_set_is_kept_and_said(here, monkeypatch, capsys):
     assert main([*TRAIN, "memory.save=nothing"]) == 2
     said = capsys.readouterr().err
     assert "what is set is kept" in said and "memory.save=auto memory.unroll=auto" in said
-    assert not events(here / "run", "replan")
+    assert not (here / "run").exists(), "a start that fails before its first step leaves nothing"
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ MISTAKES = {
                           'return Loss(errors.mean(), jnp.float32(1))\n\n    couples = "microbatch"\n',
                           ["and its halves weigh 2 together"]),
     "M1-generate": ("    def samples(self, model, key):",
-                    "    def generate(self, model, prompt):\n        return prompt\n\n    def samples(self, model, key):",
+                    "    def generate(self, model, prompt):\n        pass\n\n    def samples(self, model, key):",
                     ["sums.py:LINE", "`generate` takes (self, model, prompt)", "prompt, options, on_text)"]),
     "M15-metric": ("    Config = Config\n\n    def data",
                    '    Config = Config\n    metric = ("accuracy", "max")\n\n    def data',
