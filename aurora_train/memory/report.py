@@ -38,7 +38,9 @@ def one_line(plan: Plan) -> str:
 
 
 def says_something(plan: Plan) -> bool:
-    """Whether the plan's bytes are worth a line: a small run on a CPU takes what Python and the compiler take."""
+    """Whether the plan is worth a line: the bytes of a small run on a CPU are those of Python and the compiler."""
+    if plan.details.get("unread"):
+        return True
     held = [plan.predicted_bytes, plan.compiled_bytes, plan.measured_bytes]
     return plan.platform != "cpu" or any(one is not None and one >= WORTH_TELLING for one in held)
 

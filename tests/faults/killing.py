@@ -99,7 +99,7 @@ class Killer:
         return "compiling ..." in log.read_text()
 
     def _resumed(self, log, known):
-        return "state per device" in log.read_text()
+        return "training examples: " in log.read_text()
 
     def _step(self, log, known):
         return self._logged() >= known["step"] + known["after"] or self._logged() >= self.steps - 1
