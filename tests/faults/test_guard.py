@@ -353,7 +353,7 @@ def test_a_run_whose_recipe_leaks_says_that_it_is_itself(lab, shared_box, tmp_pa
 @pytest.mark.slow
 def test_without_the_guard_the_same_run_is_killed(lab, shared_box, tmp_path):
     status, _, err, _ = trained_beside(lab, shared_box, tmp_path / "run", *LONG, "memory.guard=off", rate=150)
-    assert (status, shared_box.killed()) == (-9, 1), err[-2000:]
+    assert status == -9 and shared_box.killed() >= 1, err[-2000:]  # and the ballast, where it went on growing
     assert not sealed_steps(tmp_path / "run/checkpoints"), "what it had trained is lost"
 
 
