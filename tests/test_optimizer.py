@@ -126,7 +126,7 @@ def test_the_global_norm_is_numpys_and_no_cut_moves_a_bit_of_it():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_changes_no_update(name):
-    """Up to jax 0.10 to the bit; from 0.11 XLA:CPU rounds the rest of a vector otherwise, in its last place."""
+    """To the bit on jax 0.10; on 0.12.0.1 AdamW and Adafactor differ in the last place, for a reason not isolated."""
     optimizer = build(Optimizer(name=name, lr=1e-2, clip=1.0, schedule=Schedule(name="constant")), 10)
     whole, info = updated(optimizer, model(0, ((0, 6),)), model(1, ((0, 6),)))
     cut, cut_info = updated(optimizer, model(0, ((0, 2), (2, 6))), model(1, ((0, 2), (2, 6))))
@@ -134,7 +134,9 @@ def test_a_cut_changes_no_update(name):
     parts = cut["blocks"].pop("segments")
     whole_stack = whole["blocks"].pop("segments")[0]
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(parts[i] for i in sorted(parts)))
-    near = functools.partial(np.testing.assert_allclose, rtol=2.5e-7, atol=1e-9)
+    to_the_bit = jax.__version_info__ < (0, 11)
+    tolerance = {"rtol": 0, "atol": 0} if to_the_bit else {"rtol": 2.5e-7, "atol": 1e-9}
+    near = functools.partial(np.testing.assert_allclose, **tolerance)
     jax.tree.map(near, joined, whole_stack)
     jax.tree.map(near, cut, whole)
 
