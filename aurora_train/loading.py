@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_train.errors import UserError
-from aurora_train.run import Run
+from aurora_train.run import Run, say_changed_code
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (a default of two functions)
 
@@ -62,11 +62,12 @@ class Loaded:
         return f"<{self.config.recipe} of {self.run.name} at step {self.step}, {count:,} parameters>"
 
 
-def load(run, step: int | None = None, *, recipe=None, progress=_SILENT) -> Loaded:
+def load(run, step: int | None = None, *, recipe=None, by: str = "load", progress=_SILENT) -> Loaded:
     """The model of a run folder, from its newest checkpoint or the one of `step`, with averaged weights where kept.
 
     The training data is not needed. `recipe` is a recipe file to use in place of the run's own; it has to build the
-    same model. Raises UserError where there is no such run or checkpoint, or where its bytes are not those that were
+    same model. Code that is not what the run was trained with is reported on standard error, and in events.jsonl as
+    read by `by`. Raises UserError where there is no such run or checkpoint, or where its bytes are not those that were
     saved.
     """
     from aurora_train.config import load_resolved
@@ -74,6 +75,7 @@ def load(run, step: int | None = None, *, recipe=None, progress=_SILENT) -> Load
 
     found = Run.existing(run)
     config = load_resolved(found.folder, recipe=recipe and Path(recipe))
+    say_changed_code(found, config, by)
     prepare_environment(config)
     from aurora_train.train.precision import settled
     from aurora_train.train.session import open_for_reading

@@ -34,15 +34,13 @@ def command(
     """
     from aurora_train.loading import load
     from aurora_train.observe.progress import preparation
-    from aurora_train.run import Run, say_changed_code
 
     with preparation(quiet=quiet) as progress:
-        trained = load(run, step, recipe=recipe, progress=progress)
-        say_changed_code(Run(run), trained.config, "evaluate")
-        from aurora_train.train.score import score_loaded, told
+        trained = load(run, step, recipe=recipe, by="evaluate", progress=progress)
+        from aurora_train.train.score import score_lines, score_loaded
 
         record = score_loaded(trained, progress, on=on, baselines=baselines)
     if json:
         print_json(record)
         return
-    print("\n".join([f"step {trained.step}", *told(record)]))
+    print("\n".join([f"step {trained.step}", *score_lines(record)]))

@@ -32,10 +32,8 @@ def command(
 ):
     """Continue a prompt with a trained run; the text is printed as it is made."""
     from aurora_train.loading import load
-    from aurora_train.run import Run, say_changed_code
 
-    trained = load(run, step)
-    say_changed_code(Run(run), trained.config, "generate")
+    trained = load(run, step, by="generate")
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
     before, shown = prompt, False  # the prompt is shown with the first text, when nothing can be refused any more

@@ -104,20 +104,20 @@ def _read(row: Row, known: dict) -> Compared:
 
 
 def _remarks(runs: list[Compared]) -> list[str]:
-    told = []
+    remarks = []
     recipes = _by_recipe(runs)
     if len(recipes) > 1:
-        told.append(f"runs of {len(recipes)} recipes ({', '.join(recipes)}): their losses and scores do not compare")
+        remarks.append(f"runs of {len(recipes)} recipes ({', '.join(recipes)}): their losses and scores do not compare")
     for recipe, alike in recipes.items():
         if len({run.data for run in alike}) > 1:
-            told.append(
+            remarks.append(
                 f"the runs of {recipe} did not have the same data (fingerprints in provenance.json): a loss or a score "
                 "compares only where the held-out part, and what it is counted in, is the same"
             )
     unfinished = [f"{run.name} ({run.row.step} of {run.row.steps})" for run in runs if run.row.state != "finished"]
     if unfinished:
-        told.append(f"not finished: {', '.join(unfinished)}")
-    return told
+        remarks.append(f"not finished: {', '.join(unfinished)}")
+    return remarks
 
 
 def _by_recipe(runs: list[Compared]) -> dict[str, list[Compared]]:
@@ -142,11 +142,11 @@ def document(found: Comparison) -> dict:
 
 def _summary(runs: list[Compared]) -> tuple[list[str], list[list[Any]]]:
     """(columns, one row a run); a column that no run has a value for is left out."""
-    told = [run.measures() for run in runs]
+    measured = [run.measures() for run in runs]
     scores = dict.fromkeys(run.headline for run in runs if run.headline)
-    names = [*scores, *(name for name in told[0] if name not in (*scores, "steps"))]
-    names = [name for name in names if any(one.get(name) is not None for one in told)]
-    rows = [[run.name, *(_cell(name, one) for name in names)] for run, one in zip(runs, told, strict=True)]
+    names = [*scores, *(name for name in measured[0] if name not in (*scores, "steps"))]
+    names = [name for name in names if any(one.get(name) is not None for one in measured)]
+    rows = [[run.name, *(_cell(name, one) for name in names)] for run, one in zip(runs, measured, strict=True)]
     return ["run", *map(words, names)], rows
 
 

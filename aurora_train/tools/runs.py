@@ -216,7 +216,7 @@ def show(rows: list[Row], console) -> None:
     for row in rows:
         steps = f"{row.step}/{row.steps}" if row.steps else ""
         table.add_row(row.name, row.state, steps, scored(row), size(row.bytes), duration(max(now - row.written, 0)),
-                      told(row.differs))  # fmt: skip
+                      shown_differences(row.differs))  # fmt: skip
     console.print(table)
     for row in rows:
         if row.state in ("unreadable", "failed start", "training") and row.why:
@@ -230,7 +230,7 @@ def scored(row: Row) -> str:
     return f"validation loss {row.validation_loss:.4f}" if row.validation_loss is not None else ""
 
 
-def told(differs: dict[str, Any] | None) -> str:
+def shown_differences(differs: dict[str, Any] | None) -> str:
     """`key=value` of the first few keys, and how many more there are."""
     items = list((differs or {}).items())
     shown = [f"{key}={value if isinstance(value, str) else write_scalar(value)}" for key, value in items[:_KEYS_SHOWN]]

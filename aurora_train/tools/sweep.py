@@ -119,12 +119,12 @@ def _sorted_out(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _faulty(faults: dict[str, list[str]], total: int) -> UserError:
-    told = []
+    lines = []
     for message, where in faults.items():
         of = "" if len(where) == total else f"with {'; '.join(where[:3])}{' and others' if len(where) > 3 else ''}: "
-        told.append(f"{of}{message}")
+        lines.append(f"{of}{message}")
     count = sum(map(len, faults.values()))
-    return UserError(f"{count} of {total} combinations cannot start; none was started", why="\n  ".join(told))
+    return UserError(f"{count} of {total} combinations cannot start; none was started", why="\n  ".join(lines))
 
 
 def _refuse_twins(made: list[Member]) -> None:
@@ -140,8 +140,8 @@ def _folder_name(values: dict[str, str]) -> str:
     """`lr=1e-3,batch=8`: the last part of each key, or all of it where two end alike."""
     last = [key.rpartition(".")[2] for key in values]
     names = last if len(set(last)) == len(last) else list(values)
-    told = ",".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
-    return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", told)[:_NAME_LENGTH].lstrip(".")
+    written = ",".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", written)[:_NAME_LENGTH].lstrip(".")
 
 
 def _written(values: dict[str, str]) -> str:
@@ -250,16 +250,16 @@ def ranked(results: list[Result]) -> tuple[list[Result], str]:
     name, better = next(iter(measures)) if len(measures) == 1 else (None, None)
     if better:
         sign, words = (1 if better == "min" else -1), "less is better" if better == "min" else "more is better"
-        told, values = f"{name} ({words})", [(r.row.score or {}).get("value") for r in results]
+        measure, values = f"{name} ({words})", [(r.row.score or {}).get("value") for r in results]
     else:
-        sign, told, values = 1, "validation loss (less is better)", [r.row.validation_loss for r in results]
+        sign, measure, values = 1, "validation loss (less is better)", [r.row.validation_loss for r in results]
 
     def place(index: int):
         value = values[index]
         known = isinstance(value, (int, float)) and value == value
         return (results[index].row.state != "finished", not known, sign * value if known else 0.0, index)
 
-    return [results[index] for index in sorted(range(len(results)), key=place)], told
+    return [results[index] for index in sorted(range(len(results)), key=place)], measure
 
 
 def document(results: list[Result], stopped: str | None) -> dict:

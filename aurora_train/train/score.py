@@ -127,7 +127,7 @@ def _depends_on(recipe, config, run, step: int) -> str:
     return hasher.hexdigest()
 
 
-def told(record: dict) -> list[str]:
+def score_lines(record: dict) -> list[str]:
     """A score as lines: its numbers, its baselines, since when those stand, and what to know of it."""
     numbers = {**record["score"], **record["baselines"]}
     lines = [f"{name} {value:{'.4f' if isinstance(value, float) else ''}}" for name, value in numbers.items()]

@@ -71,8 +71,8 @@ def test_H8_changed_code_is_said_by_a_read_and_refused_by_a_resume(name, here, c
     aurora_train.load("run")
     assert aurora("evaluate", "run", "--quiet") == 0
     assert "is not the code that this run was trained with" in capsys.readouterr().err
-    (seen,) = events(here / "run", "other_code")
-    assert seen["before"] == before != seen["after"] and seen["by"] == "evaluate"
+    loaded, seen = events(here / "run", "other_code")
+    assert seen["before"] == before != seen["after"] and [loaded["by"], seen["by"]] == ["load", "evaluate"]
     assert aurora("resume", "run", "train.steps=3", "--quiet") == 2
     said = capsys.readouterr().err
     assert "the recipe's code has changed since this run began" in said and "--allow-change code" in said
