@@ -130,9 +130,11 @@ def measure_ours(job: Job, precision: str, options) -> dict:
                 count = len(found) + 1
             held = training.peak_rss() if options.tiny else found[-1]["memory_bytes"]
             plan = json.loads((training.run_folder / "plan.json").read_text())["plan"]
+            kernel = plan["details"]["attention"]
             events = map(json.loads, (training.run_folder / "events.jsonl").read_text().splitlines())
             start = next(event for event in events if event["event"] == "start")
-            remarks = training.remarks("attention", "plan", "fp8")
+            # A small run on a CPU prints no page about memory, and so not which attention it has: the plan names it.
+            remarks = [f"attention: {kernel}", *training.remarks("plan", "fp8")]
         finally:
             training.close()
     times = [record["time"] for record in found[WARM - 1 :]]
