@@ -25,7 +25,7 @@ CASES = (("llama-1b", "float32"), ("llama-1b", "int8"), ("llama-8b", "bfloat16")
 
 
 def measure(model: str, moments: str, machine: str, sequence: int, batch: int, fuse: bool):
-    """(simulated, compiled, the stacks' gradients) in bytes. Masters are bfloat16 where moments are not float32."""
+    """(estimated, compiled, the stacks' gradients) in bytes. Masters are bfloat16 where moments are not float32."""
     master = "float32" if moments == "float32" else "bfloat16"
     tree = shape_tree(
         model, sequence, batch, optimizer={"clip": None, "moments": moments, "master": master},
@@ -33,9 +33,9 @@ def measure(model: str, moments: str, machine: str, sequence: int, batch: int, f
     )  # fmt: skip
     program = rehearsal_of(tree, machine)
     plan = Plan(batch, 1, {"stack": [Segment(0, SHAPES[model]["layers"], ())]})
-    simulated = Planner(program, None, "", machine).simulate(plan).bytes
+    estimated = Planner(program, None, "", machine).estimated(plan).bytes
     gradients = tree_bytes(partition(program.blueprint(plan).state.params)[1])
-    return simulated, compiled_bytes(program.compile(plan)).peak, gradients
+    return estimated, compiled_bytes(program.compile(plan)).peak, gradients
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     shape = f"{options.batch} x {options.sequence} tokens"
     print(f"{date.today()}, {cpu_model()}; compiled for {options.machine}, {shape}\n")
-    print("| model | moments | stacks' gradients | step | fused | saved | simulated | fused |")
+    print("| model | moments | stacks' gradients | step | fused | saved | estimated | fused |")
     print("|---|---|---|---|---|---|---|---|")
     for model, moments in CASES:
         rows = [

@@ -25,7 +25,7 @@ CHOICES = (((), ()), ((), (UNIT_INPUT,)), (("attn_flash",), (UNIT_INPUT, "mlp_up
 
 
 def rows(model: str, machine: str, sequence: int, batch: int):
-    """(kept, moved, simulated, compiled, planned on the host, compiled on the host) for each of CHOICES, in bytes."""
+    """(kept, moved, estimated, compiled, planned on the host, compiled on the host) for each of CHOICES, in bytes."""
     tree = shape_tree(model, sequence, batch, optimizer={"moments": "int8"}, memory={"accumulation": 1})
     program = rehearsal_of(tree, machine)
     ((path, call),) = program.stack_calls().items()
@@ -37,7 +37,7 @@ def rows(model: str, machine: str, sequence: int, batch: int):
         score = graph.score((*save, *(tag for tag in moved if tag != UNIT_INPUT)))
         planned = offloaded(score, moved, graph.kept_by_name(score.save)).offloaded_bytes * units * batch
         found = compiled_bytes(program.compile(plan))
-        yield save, moved, Planner(program, None, "", machine).simulate(plan).bytes, found.peak, planned, found.host
+        yield save, moved, Planner(program, None, "", machine).estimated(plan).bytes, found.peak, planned, found.host
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     shape = f"{options.batch} x {options.sequence} tokens, 8-bit moments"
     print(f"{date.today()}, {cpu_model()}; compiled for {options.machine}, {shape}\n")
-    print("| model | kept | offloaded | on the device | simulated | on the host | by the plan |")
+    print("| model | kept | offloaded | on the device | estimated | on the host | by the plan |")
     print("|---|---|---|---|---|---|---|")
     for model in MODELS:
         for save, moved, guess, peak, planned, host in rows(model, options.machine, options.sequence, options.batch):

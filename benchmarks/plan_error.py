@@ -1,10 +1,10 @@
-"""How far the simulated peak is from the compiled one, on real-size steps for GPUs that are not here.
+"""How far the estimated peak is from the compiled one, on real-size steps for GPUs that are not here.
 
-    python benchmarks/plan_error.py                 # the development cases, known while the simulation was written
+    python benchmarks/plan_error.py                 # the development cases, known while the estimate was written
     python benchmarks/plan_error.py --held-out      # the held-out ones
     python benchmarks/plan_error.py --all --json plan_error.json
 
-Each row: bytes simulated before anything was compiled, bytes of XLA:GPU's own plan, the signed error in percent of the
+Each row: bytes estimated before anything was compiled, bytes of XLA:GPU's own plan, the signed error in percent of the
 compiled peak, and the attention kernel compiled. Needs the extra [plan]; 5 to 15 CPU-seconds a case.
 """
 
@@ -29,16 +29,16 @@ def measure(case) -> dict:
     plan = case_plan(case, program)
     planner = Planner(program, None, "", case.machine)
     began = time.process_time()
-    simulated = planner.simulate(plan).bytes
+    estimated = planner.estimated(plan).bytes
     seconds = time.process_time() - began
     compiled = planner.compile(plan)
     return {
         "case": case.name,
         "state": case.state,
         "attention": program.model().attention.name,
-        "simulated": simulated,
+        "estimated": estimated,
         "compiled": compiled,
-        "error": 100 * (simulated - compiled) / compiled,
+        "error": 100 * (estimated - compiled) / compiled,
         "seconds": seconds,
     }
 
@@ -60,7 +60,7 @@ def main() -> None:
     lists = {"development": DEVELOPMENT + FIRST_HELD_OUT, "held-out": HELD_OUT}
     wanted = list(lists) if options.all else ["held-out" if options.held_out else "development"]
     print(f"{date.today()}, {cpu_model()}, Python {platform.python_version()}")
-    print(f"{'case':58s} {'attention':9s} {'simulated':>9s} {'compiled':>9s} {'error':>8s}")
+    print(f"{'case':58s} {'attention':9s} {'estimated':>9s} {'compiled':>9s} {'error':>8s}")
     rows = []
     for name in wanted:
         for case in lists[name]:
@@ -69,7 +69,7 @@ def main() -> None:
             row = measure(case) | {"list": name}
             rows.append(row)
             print(
-                f"{row['case']:58s} {row['attention']:9s} {row['simulated'] / 1e9:8.2f}G {row['compiled'] / 1e9:8.2f}G "
+                f"{row['case']:58s} {row['attention']:9s} {row['estimated'] / 1e9:8.2f}G {row['compiled'] / 1e9:8.2f}G "
                 f"{row['error']:+7.2f}%",
                 flush=True,
             )

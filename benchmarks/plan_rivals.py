@@ -16,7 +16,7 @@ chooses its microbatch by that cost:
 - ratio: torch.compile's activation memory budget: which tensors to keep is a knapsack by the FLOPs that made each, and
   the ratio, in steps of 0.1 from nothing to all, is the largest that fits.
 
-All of them, ours too, are told that a plan fits where its simulated peak is within the budget: nothing is compiled.
+All of them, ours too, are told that a plan fits where its estimated peak is within the budget: nothing is compiled.
 The rivals' rules are written anew from their public descriptions; none of their code runs here. About 30 CPU-seconds
 a case.
 """
@@ -57,11 +57,11 @@ NAMED = {
 
 
 class Told(Planner):
-    """A planner to which the simulation is the truth."""
+    """A planner to which the estimate is the truth."""
 
     def compile(self, plan) -> int:
         self.compiles += 1
-        self.compiled[repr(plan.work)] = self.simulate(plan).bytes
+        self.compiled[repr(plan.work)] = self.estimated(plan).bytes
         return self.compiled[repr(plan.work)]
 
 
@@ -122,7 +122,7 @@ def largest_that_fits(planner: Planner, rungs: list[Candidate]) -> Candidate | N
     """Of one save-set's microbatches, largest first. Walks from where the additive model thinks the limit is."""
 
     def fits(number):
-        return planner.simulate(planner.plan_of(rungs[number])).bytes <= planner.budget
+        return planner.estimated(planner.plan_of(rungs[number])).bytes <= planner.budget
 
     at = next((i for i, rung in enumerate(rungs) if rung.bytes <= planner.budget), len(rungs) - 1)
     if fits(at):
@@ -145,7 +145,7 @@ def planner_of(machine: str, model: str, sequence: int, batch: int, state: str, 
             tree["memory"] = {"accumulation": 1}
         program = rehearsal_of(tree, machine)
         planner = Told(program, target.budget_bytes, target.budget_reason, machine, rates_for(target))
-        if not whole or batch == 1 or planner.simulate(_recompute_all(program)).bytes <= planner.budget:
+        if not whole or batch == 1 or planner.estimated(_recompute_all(program)).bytes <= planner.budget:
             return planner
         batch //= 2
 
@@ -193,7 +193,7 @@ def _ours(planner: Planner, space) -> dict | None:
 def _told(planner: Planner, name: str, candidate: Candidate) -> dict:
     return {
         "choice": name, "flops": candidate.flops, "seconds": candidate.seconds, "microbatch": candidate.microbatch,
-        "accumulation": candidate.accumulation, "bytes": planner.simulate(planner.plan_of(candidate)).bytes,
+        "accumulation": candidate.accumulation, "bytes": planner.estimated(planner.plan_of(candidate)).bytes,
     }  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows here too")
     options = parser.parse_args()
     cases = [case for case in GRID[:: options.every] if options.only in " ".join(map(str, case))]
-    print(f"{date.today()}, {cpu_model()}; {len(cases)} of {len(GRID)} cases; bytes are simulated")
+    print(f"{date.today()}, {cpu_model()}; {len(cases)} of {len(GRID)} cases; bytes are estimated")
     rows = []
     for case in cases:
         rows.append(measure(*case, whole=options.whole))

@@ -6,7 +6,7 @@
 
 The truth: all unions of a few groups of tags, one save-set for the whole stack, with each microbatch, compiled for the
 machine. At each budget the cheapest of these that fits, in the planner's own seconds (recomputation and overhead of a
-microbatch), is held against what the planner chooses with at most three compilations. The planner may win: its cuts
+microbatch), is held against what the planner chooses with at most four compilations. The planner may win: its cuts
 and save-sets are not in the truth. Needs the extra [plan].
 """
 
@@ -116,7 +116,7 @@ def judge(planner: Planner, truth: list[Truth], budget: int) -> dict:
     best = min((t for t in truth if t.bytes <= budget), key=lambda t: (t.seconds, t.bytes))
     fresh = Counting(
         planner.program, budget, "a budget of the benchmark", planner.machine, planner.rates,
-        compiled=planner.compiled, simulated=planner.simulated,
+        compiled=planner.compiled,
     )  # fmt: skip
     row = {"budget": budget, "best": best.seconds, "best_bytes": best.bytes, "best_microbatch": best.microbatch,
            "best_save": best.save}  # fmt: skip

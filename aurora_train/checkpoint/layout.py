@@ -55,10 +55,27 @@ def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[st
     for names, stacked, leaf in entries(tree):
         if not wanted(names[0]):
             continue
-        # On CPU a jax array and its numpy view are one buffer, which the next step overwrites: copy.
-        host = np.array(jax.device_get(leaf))
+        host = _copied(leaf)
         flat.update(zip(names, host if stacked else [host], strict=True))
     return {name: np.asarray(array) for name, array in flat.items()}
+
+
+def _copied(leaf) -> np.ndarray:
+    """A leaf on the host, in memory of its own and once.
+
+    `device_get` of a sharded array (jax 0.10) keeps a second copy inside the array for as long as that lives, so its
+    shards are copied one by one. On a CPU a shard and its numpy view are one buffer, which the next step overwrites;
+    what numpy is given of a GPU's is a copy already.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0] or leaf.addressable_shards[:1]
+    if len(shards) == 1 and shards[0].device.platform != "cpu":
+        return np.asarray(shards[0].data)
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:

@@ -10,7 +10,7 @@ import typer
 from aurora_train.cli.common import JsonOption, Overrides, print_json
 from aurora_train.errors import UserError
 
-EXAMPLE = "aurora plan quickstart --machine dgx-spark --timeline step.svg"
+EXAMPLE = "aurora plan quickstart --machine dgx-spark --pareto choices.svg"
 
 
 def command(
@@ -32,9 +32,6 @@ def command(
         ),
     ] = None,
     capacity: Annotated[bool, typer.Option("--capacity", help="Show what sizes of model the machine holds.")] = False,
-    timeline: Annotated[
-        Path | None, typer.Option("--timeline", metavar="FILE.svg", help="Draw the bytes over one step.")
-    ] = None,
     pareto: Annotated[
         Path | None, typer.Option("--pareto", metavar="FILE.svg", help="Draw memory against recomputation.")
     ] = None,
@@ -42,7 +39,7 @@ def command(
 ):
     """Plan the memory of a run without running it, for this machine or another. Nothing is trained."""
     if capacity:
-        refuse_beside_capacity(config, budget, timeline, pareto)
+        refuse_beside_capacity(config, budget, pareto)
         return show_capacity(machine, json, verify=bool(compile))
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
@@ -53,12 +50,8 @@ def command(
         print_json(report.document(plan))
     else:
         report.show(plan)
-    if timeline:
-        from aurora_train.memory.pictures import timeline_svg
-
-        timeline_svg(plan, timeline)
     if pareto:
-        from aurora_train.memory.pictures import pareto_svg
+        from aurora_train.tools.pareto import pareto_svg
 
         pareto_svg(plan, pareto)
 
@@ -95,9 +88,9 @@ def budget_of(text: str | None) -> int | None:
         raise UserError(f"{text!r} {fault}", where="--budget", hint="--budget 96GB") from None
 
 
-def refuse_beside_capacity(config, budget, timeline, pareto) -> None:
+def refuse_beside_capacity(config, budget, pareto) -> None:
     """What says something about one run says nothing about a machine."""
-    given = {"CONFIG": config, "--budget": budget, "--timeline": timeline, "--pareto": pareto}
+    given = {"CONFIG": config, "--budget": budget, "--pareto": pareto}
     for name, value in given.items():
         if value is not None:
             raise UserError(

@@ -12,6 +12,7 @@ from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
 
+ESTIMATE = "an estimate that has erred by up to 8 % (docs/planner_accuracy.md)"
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
 
@@ -112,22 +113,22 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
     return sorted(found, key=lambda lever: (lever["setting"] != _BFLOAT16, -lever["saves_bytes"]))
 
 
-def essentials(planner, plan, simulated, cost: Candidate) -> dict:
-    """`Plan.details` of a plan that was simulated. `cost`: what it takes beside the work itself."""
-    blueprint = planner.program.blueprint(plan)
-    timeline, peak_at = _timeline(simulated, arguments(planner.program, blueprint))
-    at_peak = next((moment["bytes"] for moment in timeline if moment["phase"] == peak_at), {})
-    return standing(planner, plan, at_peak.get("saved", 0) + at_peak.get("workspace", 0)) | {
-        "by_cause": at_peak,
-        "peak_at": peak_at,
-        "timeline": timeline,
+def essentials(planner, plan, cost: Candidate) -> dict:
+    """`Plan.details` of a plan that was estimated. `cost`: what it takes beside the work itself."""
+    blueprint, estimate = planner.program.blueprint(plan), planner.estimate
+    local = estimate.local(plan.microbatch)
+    kept = sum((b - a) * score.saved_bytes * local for cut in cost.cuts.values() for a, b, score in cut)
+    gradients = cost.bytes - estimate.rest(local) - kept
+    causes = estimate.by_cause(local, kept, gradients)
+    return standing(planner, plan, causes["saved"] + causes["workspace"]) | {
+        "by_cause": causes,
         "host_bytes": cost.host,
         "time": _time(planner, cost, blueprint),
     }
 
 
 def standing(planner, plan, activations: int | None = None) -> dict:
-    """`Plan.details` of any plan, as far as they are known without a simulation. `activations`: as in `levers`."""
+    """`Plan.details` of any plan, as far as they are known without an estimate. `activations`: as in `levers`."""
     program = planner.program
     blueprint = program.blueprint(plan)
     with program.here():
@@ -157,11 +158,11 @@ def _attention(model) -> str | None:
     return f"{name} ({reason})" if name and reason else name
 
 
-def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> dict:
+def details(planner, space, shortlist, chosen: Candidate, faster) -> dict:
     """`Plan.details`; see memory/report.py for the reader's side."""
     plan = planner.plan_of(chosen)
     fits = [c.microbatch for c in shortlist.candidates if shortlist.expected(c) <= planner.budget]
-    return essentials(planner, plan, simulated, chosen) | {
+    return essentials(planner, plan, chosen) | {
         "tensors": {stack.path: _tensors(stack, chosen, space) for stack in space.stacks},
         "next_faster": None if faster is None else {
             "microbatch": faster.microbatch, "accumulation": faster.accumulation,
@@ -175,30 +176,6 @@ def details(planner, space, shortlist, chosen: Candidate, simulated, faster) -> 
         "largest_microbatch": max(fits, default=None),
         "pareto": _pareto(planner, shortlist, chosen),
     }  # fmt: skip
-
-
-def _timeline(simulated, held: dict[str, int]) -> tuple[list[dict], str]:
-    """The moments of one step that stand out: the fullest of each stretch of kernels between two loops."""
-    live, labels = simulated.profile.live(), simulated.profile.labels
-    if not live:
-        return [{"phase": "the step", "bytes": _filled(held)}], "the step"
-    marks = [0, *(i for i, label in enumerate(labels) if label.startswith("scan")), len(labels)]
-    out = []
-    for start, stop in zip(marks, marks[1:]):  # noqa: B905
-        if stop <= start:
-            continue
-        top = max(range(start, stop), key=live.__getitem__)
-        name = "before the first loop" if start == 0 else f"{labels[start]}"
-        out.append({"phase": f"{len(out) + 1}. {name}", "bytes": _filled(held | simulated.profile.by_cause(top))})
-    # Packing leaves gaps: they belong to the fullest moment, which decides the allocation.
-    fullest = max(out, key=lambda moment: sum(moment["bytes"].values()))
-    gap = simulated.bytes - sum(fullest["bytes"].values())
-    fullest["bytes"]["workspace"] = max(fullest["bytes"]["workspace"] + gap, 0)
-    return out, fullest["phase"]
-
-
-def _filled(parts: dict[str, int]) -> dict[str, int]:
-    return {cause: int(parts.get(cause, 0)) for cause in CAUSES}
 
 
 def _tensors(stack, chosen: Candidate, space) -> list[dict]:
@@ -283,19 +260,15 @@ def _pareto(planner, shortlist, chosen: Candidate) -> list[dict]:
 
 
 def _not_verified(planner) -> list[str]:
-    out = []
+    out, program = [], planner.program
     if not (planner.compiles or planner.compiled_later):
-        installed = can_compile_for_gpu() or not planner.program.remote
+        installed = can_compile_for_gpu() or not program.remote
         hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
-        erred = "a simulation that has erred by up to 9 % (docs/planner_accuracy.md)"
-        if planner.program.platform == "cpu":
-            erred = "a simulation of what XLA does for GPUs; on a CPU it has erred by 40 % on tiny steps"
-        out.append(f"the peak: nothing was compiled, it is {erred}{hint}")
-    if planner.program.remote:
+        out.append(f"the peak: nothing was compiled, it is {ESTIMATE}{hint}")
+    if program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")
-    if planner.program.config.train.precision == "fp8":
+    if program.config.train.precision == "fp8":
         out.append("the time: products in fp8 are reckoned as fast as in bfloat16")
-        chip = planner.program.chip
-        if planner.program.platform == "gpu" and chip is not None and chip.capability < fp8.FIRST_WITH_FP8:
+        if program.capability is not None and program.capability < fp8.FIRST_WITH_FP8:
             out.append("that fp8 pays: this GPU has no products of 8 bits; bfloat16 is as fast and more exact")
     return out

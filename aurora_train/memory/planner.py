@@ -1,54 +1,41 @@
-"""From a step that can be traced and compiled to the fastest plan that fits: simulate, search, compile, correct.
+"""From a step that can be traced and compiled to the fastest plan that fits: estimate, search, compile, correct.
 
 `program` is a `train.rehearsal.Rehearsal`: it knows how to trace and compile the real step under a plan, for this
-machine or for one that is not here. At most three compilations; the maths is never touched.
+machine or for one that is not here. At most four compilations; the maths is never touched.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, field, replace
-
-import jax
 
 from aurora_train.compat import is_unreadable
 from aurora_train.errors import UserError
 from aurora_train.memory import account, offload, unread
-from aurora_train.memory.dataflow import Graph
-from aurora_train.memory.liveness import Profile, profile_of
+from aurora_train.memory.estimate import Estimate
 from aurora_train.memory.plan import Plan
-from aurora_train.memory.residuals import trace_stack_unit
-from aurora_train.memory.search import Candidate, Costs, Space, StackCosts, as_segments, cheapest, next_faster
+from aurora_train.memory.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster
 from aurora_train.memory.shortlist import Shortlist
 from aurora_train.memory.verify import compiled_bytes
 from aurora_train.units import size
 
-COMPILES = 3
-SETTLE = (4, 2, 2)  # simulations before each
-MARGIN = 0.02  # of the budget, kept free while nothing is compiled: the simulation errs by 0.9 % in the mean
+COMPILES = 4
+MARGIN = 0.08  # of the budget, kept free while nothing is compiled: what the estimate may fall short by
 FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
 WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
 SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled, where none has fitted yet
 UNKNOWN = Costs(1e-14, 1e-12, 1e-3, 1e-10)  # of a machine that nothing is known of: they only rank plans
 UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back where the link to the processor is not known
-HOPELESS = 1.25  # times the budget by simulation: not worth a compilation
+HOPELESS = 1.25  # times the budget by estimate: not worth a compilation
 IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is not searched for
 ROOMY = 256 * 2**20  # bytes of temporaries above which a CPU takes such a step's batch in parts
 WORK_PER_BYTE = 1_500  # FLOPs in a part for each byte of parameters: 1,000 tokens, if a parameter has 4 bytes
 
 
 @dataclass
-class Simulated:
-    """A plan as simulated: `bytes` is arguments plus temporaries on one device."""
-
-    bytes: int
-    arguments: int
-    profile: Profile
-
-
-@dataclass
 class Planner:
-    """One search. `budget` in bytes on one device; None where only `simulate` and `compile` are asked for."""
+    """One search. `budget` in bytes on one device; None where only `estimated` and `compile` are asked for."""
 
     program: object
     budget: int | None
@@ -60,7 +47,6 @@ class Planner:
     compiled_later: bool = False  # the caller compiles what is not searched for, when it is ready to
     compiles: int = 0
     cpu_seconds: float = 0.0
-    simulated: dict = field(default_factory=dict)
     compiled: dict = field(default_factory=dict)
 
     @property
@@ -70,18 +56,23 @@ class Planner:
 
     # ---- the parts
 
-    def simulate(self, plan: Plan) -> Simulated:
-        """The step's peak from its jaxpr, without compiling."""
-        key = repr(plan.work)
-        if key not in self.simulated:
-            traced, state = self.program.trace(plan)
-            arguments = sum(account.arguments(self.program, self.program.blueprint(plan)).values())
-            donated = frozenset(range(len(jax.tree.leaves(state._replace(frozen={})))))
-            shards = self.program.mesh.devices.size
-            graph = Graph(traced.jaxpr, donated=donated, shards=shards, chip=self.program.chip)
-            found = profile_of(graph)
-            self.simulated[key] = Simulated(arguments + found.peak, arguments, found)
-        return self.simulated[key]
+    @functools.cached_property
+    def estimate(self) -> Estimate:
+        """The additive model of this program."""
+        return Estimate(self.program)
+
+    def estimated(self, plan: Plan) -> Candidate:
+        """A plan with its estimated bytes, and with what it costs beside the work itself."""
+        graphs = self.estimate.graphs
+        moved = dict.fromkeys(tag for cut in plan.stacks.values() for segment in cut for tag in segment.offload)
+        offload.refuse_idle(tuple(moved), graphs.values())
+        cuts = {
+            path: [(s.start, s.stop, offload.score_of(graph, s.save, s.offload)) for s in plan.stacks[path]]
+            for path, graph in graphs.items()
+        }
+        return self._space_of([self._costs_of(path, []) for path in graphs], []).candidate(
+            plan.microbatch, plan.accumulation, cuts
+        )
 
     def compile(self, plan: Plan) -> int:
         """The compiler's peak in bytes."""
@@ -142,9 +133,9 @@ class Planner:
         plan = program.asked_plan()
         if not self.is_fixed:
             plan = self._parted(plan, pairs)
-            return plan if self.simulate(plan).bytes <= IDLE * self.budget else None
+            return plan if self.estimated(plan).bytes <= IDLE * self.budget else None
         plans = [replace(plan, microbatch=m, accumulation=n) for m, n in pairs]
-        return next((p for p in plans if self.simulate(p).bytes <= self.usable), plans[-1])
+        return next((p for p in plans if self.estimated(p).bytes <= self.usable), plans[-1])
 
     def _parted(self, plan: Plan, pairs: list[tuple[int, int]]) -> Plan:
         """On one CPU: in about as many microbatches as bring the temporaries under `ROOMY`, and cost next to nothing.
@@ -152,8 +143,8 @@ class Planner:
         There a large batch is no faster than its parts, and what XLA takes anew in every step the kernel has to clear.
         Several devices would add up their gradients once a part.
         """
-        found = self.simulate(plan)
-        temporaries = found.bytes - found.arguments
+        whole = self.estimated(plan).bytes
+        temporaries = whole - sum(self.estimate.arguments.values())
         if len(pairs) == 1 or self.program.mesh.devices.size > 1 or temporaries <= ROOMY:
             return plan
         most = (self.program.product_flops(plan) or 0) / (WORK_PER_BYTE * account.parameter_bytes(self.program))
@@ -161,7 +152,7 @@ class Planner:
         microbatch, parts = next((pair for pair in cheap if temporaries <= ROOMY * pair[1]), cheap[-1])
         reason = f"everything kept; {parts} microbatches, for less memory"
         parted = replace(plan, microbatch=microbatch, accumulation=parts, reason=reason)
-        return parted if self.simulate(parted).bytes < found.bytes else plan
+        return parted if self.estimated(parted).bytes < whole else plan
 
     @property
     def is_fixed(self) -> bool:
@@ -171,15 +162,14 @@ class Planner:
 
     def _told(self, plan: Plan, compiled: int | None) -> Plan:
         """A plan that was not searched for, with its bytes."""
-        simulated, cost = self.simulate(plan), self.priced(plan)
+        cost = self.estimated(plan)
         offload.refuse_overflow(cost.host, self.program.host_bytes)
-        needed = compiled if compiled is not None else simulated.bytes
+        needed = compiled if compiled is not None else cost.bytes
         if needed > self.budget:
             plan = replace(plan, reason=f"{plan.reason}; it needs {size(needed)}, more than the budget")
         return replace(
             plan, machine=self.machine, platform=self.program.platform, budget_bytes=self.budget,
-            predicted_bytes=simulated.bytes, compiled_bytes=compiled,
-            details=account.essentials(self, plan, simulated, cost),
+            predicted_bytes=cost.bytes, compiled_bytes=compiled, details=account.essentials(self, plan, cost),
         )  # fmt: skip
 
     def smaller(self, than: Plan) -> Plan | None:
@@ -193,71 +183,24 @@ class Planner:
             return None
 
     def _space(self) -> Space:
-        program = self.program
-        devices = program.mesh.devices.size
-        pairs = microbatches(program.config, program.recipe, devices)
-        calls = program.stack_calls()
+        program, graphs = self.program, self.estimate.graphs
+        calls, wish = program.stack_calls(), program.config.memory.offload
         moved = offload.named(program.config, [call[0] for call in calls.values()], apart=program.apart)
-        offload.refuse_idle(moved, [self._graph(call) for call in calls.values()] if moved else [])
-        stacks = [self._stack(path, call, moved) for path, call in calls.items()]
-        space = Space(stacks, pairs, devices, self._costs(), None)
-        known: dict[int, int] = {}
-
-        def rest(local: int) -> int:
-            """Everything but what units keep and their gradients, at full recomputation; linear in between."""
-            if local not in known:
-                ends = sorted(known)
-                if len(ends) >= 2:
-                    low, high = ends[0], ends[-1]
-                    return known[low] + (known[high] - known[low]) * (local - low) // (high - low)
-                known[local] = self._rest(space, local * devices)
-            return known[local]
-
-        space.rest = rest
-        smallest, largest = pairs[-1][0] // devices, pairs[0][0] // devices
-        rest(smallest)
-        if largest != smallest:
-            reach = max(4 * smallest, pairs[-2][0] // devices)
-            rest(max(m // devices for m, _ in pairs if m // devices <= reach))
-        return space
-
-    def _rest(self, space: Space, microbatch: int) -> int:
-        batch = self.program.config.train.batch
-        cuts = {s.path: [(0, s.units, space.hulls[s.path][0])] for s in space.stacks}
-        segments = as_segments(cuts)
-        plan = Plan(microbatch, batch // microbatch, segments | self.program.uncalled(segments))
-        whole = self.simulate(plan).bytes
-        local = max(microbatch // space.devices, 1)
-        return whole - sum(
-            s.units * (space.hulls[s.path][0].saved_bytes * local + s.gradient) for s in space.stacks
-        )
-
-    def _stack(self, path: str, call, moved: tuple[str, ...]) -> StackCosts:
-        stack, wish, graph = call[0], self.program.config.memory.offload, self._graph(call)
-        mine = tuple(tag for tag in moved if tag in offload.tags_of(stack))
-        scores = offload.with_offload(graph, graph.points(), wish, mine, self.program.apart)
-        fused = self.program.config.memory.fuse_update  # then there is a gradient of one unit at a time
-        gradient = 0 if fused else account.unit_gradient_bytes(stack, self.program.mesh)
-        return StackCosts(path, stack.num_units, scores, gradient)
-
-    def _graph(self, call):
-        with self.program.here():
-            return trace_stack_unit(*call)
-
-    def priced(self, plan: Plan) -> Candidate:
-        """A plan that was not searched for, with what it costs beside the work itself; `bytes` are not known."""
-        calls, cuts = {}, {}
-        if any(segment.save is not None for cut in plan.stacks.values() for segment in cut):
-            calls = self.program.stack_calls()
-        graphs = {path: self._graph(call) for path, call in calls.items()}
-        moved = dict.fromkeys(tag for cut in plan.stacks.values() for segment in cut for tag in segment.offload)
-        offload.refuse_idle(tuple(moved), graphs.values())
+        offload.refuse_idle(moved, graphs.values() if moved else [])
+        stacks = []
         for path, graph in graphs.items():
-            cuts[path] = [(s.start, s.stop, offload.score_of(graph, s.save, s.offload)) for s in plan.stacks[path]]
-        stacks = [StackCosts(path, call[0].num_units, [], 0) for path, call in calls.items()]
-        devices = self.program.mesh.devices.size
-        space = Space(stacks, [], devices, self._costs(), lambda local: 0)
-        return space.candidate(plan.microbatch, plan.accumulation, cuts)
+            mine = tuple(tag for tag in moved if tag in offload.tags_of(calls[path][0]))
+            scores = offload.with_offload(graph, graph.points(), wish, mine, program.apart)
+            stacks.append(self._costs_of(path, scores))
+        return self._space_of(stacks, microbatches(program.config, program.recipe, program.mesh.devices.size))
+
+    def _costs_of(self, path: str, scores: list) -> StackCosts:
+        fused = self.program.config.memory.fuse_update  # then there is a gradient of one unit at a time
+        gradient = 0 if fused else self.estimate.gradient[path]
+        return StackCosts(path, self.program.stacks()[path].num_units, scores, gradient)
+
+    def _space_of(self, stacks: list[StackCosts], pairs) -> Space:
+        return Space(stacks, pairs, self.program.mesh.devices.size, self._costs(), self.estimate.rest)
 
     def _costs(self) -> Costs:
         if self.rates is None:
@@ -272,54 +215,37 @@ class Planner:
     def _choose(self, shortlist: Shortlist) -> tuple[Candidate, int | None]:
         """(the plan, its compiled bytes; None where nothing is compiled)."""
         if not self.verify:
-            found = self._settled(shortlist, lambda: cheapest(shortlist.candidates, self.usable, shortlist.expected))
-            self.refuse_misfit(found, self._simulated(found or shortlist.smallest()))
+            found = cheapest(shortlist.candidates, self.usable, shortlist.expected)
+            self.refuse_misfit(found, (found or shortlist.smallest()).bytes)
             return found, None
         best, real, least = None, None, None
         for turn in range(min(self.compiles, COMPILES - 1), COMPILES):
             found = self._next(shortlist, best, turn)
             if found is None or (best is not None and not self._pays(shortlist, found, best, real)):
                 break
-            needed = self._compiled(found, shortlist)
+            needed = self.compile(self.plan_of(found))
+            shortlist.learn(found, needed)
             least = min(needed, least or needed)
             if needed <= self.budget:
                 best, real = found, needed
         if best is None:
-            self.refuse_misfit(None, least or self._simulated(shortlist.smallest()))
+            self.refuse_misfit(None, least or shortlist.smallest().bytes)
         return best, real
 
     def _next(self, shortlist: Shortlist, best: Candidate | None, turn: int) -> Candidate | None:
         """The plan to compile next; the smallest where no other can be trusted to fit."""
         sure = SURE if best is None and turn == COMPILES - 1 else 0.0
-        found = self._settled(shortlist, lambda: shortlist.most_promising(best, sure), SETTLE[turn])
+        found = shortlist.most_promising(best, sure)
         if found is not None or best is not None:
             return found
         smallest = shortlist.smallest()
-        hopeless = shortlist.is_compiled(smallest) or self._simulated(smallest) > HOPELESS * self.budget
+        hopeless = shortlist.is_compiled(smallest) or smallest.bytes > HOPELESS * self.budget
         return None if hopeless else smallest
 
     def _pays(self, shortlist: Shortlist, found: Candidate, best: Candidate, real: int) -> bool:
         """Whether to compile once more where a plan that fits is known."""
         gain = WORTH if real >= FULL_ENOUGH * self.budget else 0.0
         return shortlist.promise(found, best) > gain * best.seconds
-
-    def _settled(self, shortlist: Shortlist, pick, tries: int = SETTLE[0]) -> Candidate | None:
-        """What `pick` picks once it is itself simulated, so that it is not picked for an error of the model."""
-        found = None
-        for _ in range(tries):
-            found = pick()
-            if found is None or shortlist.is_simulated(found):
-                return found
-            shortlist.learn(found, self._simulated(found))
-        return pick()
-
-    def _simulated(self, candidate: Candidate) -> int:
-        return self.simulate(self.plan_of(candidate)).bytes
-
-    def _compiled(self, candidate: Candidate, shortlist: Shortlist) -> int:
-        found = self.compile(self.plan_of(candidate))
-        shortlist.learn(candidate, self._simulated(candidate), found)
-        return found
 
     def refuse_misfit(self, found, needed: int) -> None:
         if found is not None and needed <= self.budget:
@@ -346,23 +272,22 @@ class Planner:
 
     def _written(self, space: Space, shortlist: Shortlist, chosen: Candidate, compiled: int | None) -> Plan:
         plan = self.plan_of(chosen)
-        simulated = self.simulate(plan)
         faster = next_faster(shortlist.candidates, chosen, shortlist.expected)
-        details = account.details(self, space, shortlist, chosen, simulated, faster)
+        details = account.details(self, space, shortlist, chosen, faster)
         return replace(
             plan,
             reason=self._reason(chosen, compiled),
             machine=self.machine,
             platform=self.program.platform,
             budget_bytes=self.budget,
-            predicted_bytes=simulated.bytes,
+            predicted_bytes=chosen.bytes,
             compiled_bytes=compiled,
             details=details,
         )
 
     def _reason(self, chosen: Candidate, compiled: int | None) -> str:
         how = "compiled" if compiled is not None else "not compiled"
-        needed = compiled if compiled is not None else self.simulate(self.plan_of(chosen)).bytes
+        needed = compiled if compiled is not None else chosen.bytes
         limit = f" of {size(self.budget)}" if self.budget is not None else ""
         return f"the fastest that fits: {size(needed)}{limit} ({how}); budget: {self.budget_reason}"
 

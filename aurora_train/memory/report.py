@@ -210,7 +210,7 @@ def _show_bytes(plan: Plan, console) -> None:
         unit, divisor = _unit(max(total, 1))
         listed = [(name, held) for _, name, held in rows]
         listed += [("total", total), *([("budget", plan.budget_bytes)] if plan.budget_bytes else [])]
-        table = table_of(f"at the peak{_during(plan)}", unit, of)
+        table = table_of("at the peak", unit, of)
         for name, held in listed:
             share = "" if name == "budget" else percent(held / whole)
             table.add_row(name, f"{held / divisor:,.1f}", share, style="bold" if name == "total" else None)
@@ -221,10 +221,6 @@ def _show_bytes(plan: Plan, console) -> None:
         console.print(f"{told} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
     elif plan.predicted_bytes:
         console.print(f"predicted {amount(plan.predicted_bytes)}, not compiled", soft_wrap=True)
-
-
-def _during(plan: Plan) -> str:
-    return f", {plan.details['peak_at']}" if plan.details.get("peak_at") else ""
 
 
 def _unit(total: int) -> tuple[str, float]:

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
-from aurora_train.compat import jaxprs_in_params
+from aurora_train.compat import jaxprs_in_params, open_jaxpr
 from aurora_train.memory.flops import FREE, PRODUCTS, equation_flops, is_reduction
 from aurora_train.nn import fp8, lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
@@ -233,6 +233,13 @@ def stack_unit(stack: Stack) -> tuple[Callable, nnx.State, tuple]:
             return nnx.merge(graph, trained, frozen)(x, context, index, unit_keys, None)
 
     return fun, trained, (frozen, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def kept_bytes(closed) -> int:
+    """Bytes of the results of a closed jaxpr that are not its own arguments, each once."""
+    jaxpr = open_jaxpr(closed)
+    results = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    return sum(num_bytes(v.aval) for v in results - {*jaxpr.invars, *jaxpr.constvars})
 
 
 def num_bytes(aval) -> int:

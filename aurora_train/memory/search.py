@@ -2,7 +2,7 @@
 
     peak(m, cuts) = rest(m) + all that units keep + all their gradients
 
-`rest(m)` comes from one simulated step at full recomputation. Upgrades of the save-set are taken in the order of
+`rest(m)` is of `memory/estimate.py`. Upgrades of the save-set are taken in the order of
 seconds saved per byte along the convex hull of each stack, and the last one for as many units as still fit, or
 instead a save-set that lies between for all units; so a stack ends with at most two segments, and the richer one
 comes last, because its residuals are freed first.

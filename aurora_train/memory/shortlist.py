@@ -1,9 +1,8 @@
-"""Which plan to simulate and to compile next: the one that may be expected to save most.
+"""Which plan to compile next: the one that may be expected to save most.
 
-An estimate is the additive model's, plus what the nearest simulated plan taught of that model, plus what the nearest
-compiled plan taught of the simulation. A plan's promise is what it saves over the best one known, times the chance
-that it fits; the chance is a normal tail whose spread shrinks beside a plan that was compiled (the acquisition
-function of Schonlau, Welch, Jones 1998: improvement under a constraint).
+An expectation is the estimate, plus what the nearest compiled plan taught of it. A plan's promise is what it saves
+over the best one known, times the chance that it fits; the chance is a normal tail whose spread shrinks beside a plan
+that was compiled (the acquisition function of Schonlau, Welch, Jones 1998: improvement under a constraint).
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import numpy as np
 
 from aurora_train.memory.search import Candidate, preference
 
-SPREAD = 0.012  # of the budget: the standard error of a simulation where nothing was compiled yet
-CLOSE = 0.002  # the same right beside a plan that was compiled
-FAR = 0.1  # the distance from it at which an estimate errs as much as anywhere
+SPREAD = 0.03  # of the budget: the standard error of an estimate where nothing was compiled yet
+CLOSE = 0.003  # the same right beside a plan that was compiled
+FAR = 0.25  # the distance from it at which an estimate errs as much as anywhere
 LEAST_CHANCE = 0.03  # of fitting, that a plan must have to be worth a compilation
 CUT = 0.02  # the distance between plans of as many segments and plans of more
 
@@ -33,27 +32,21 @@ class Shortlist:
         self._seconds = np.array([c.seconds for c in candidates])
         self._depth = np.log([c.microbatch for c in candidates])
         self._segments = np.array([c.segments for c in candidates])
-        self._of_model: dict[int, int] = {}  # simulated plan -> bytes by which the additive model fell short
-        self._of_simulation: dict[int, int] = {}  # compiled plan -> bytes by which the simulation fell short
+        self._short: dict[int, int] = {}  # compiled plan -> bytes by which the estimate fell short
         self._expected = self._bytes
 
-    def learn(self, candidate: Candidate, simulated: int, compiled: int | None = None) -> None:
-        """Bytes of one plan, simulated and perhaps compiled, correct those of the plans near it."""
-        place = self._index[id(candidate)]
-        self._of_model[place] = simulated - candidate.bytes
-        if compiled is not None:
-            self._of_simulation[place] = compiled - simulated
-        self._expected = self._bytes + self._nearest(self._of_model) + self._nearest(self._of_simulation)
+    def learn(self, candidate: Candidate, compiled: int) -> None:
+        """The compiled bytes of one plan correct those of the plans near it."""
+        self._short[self._index[id(candidate)]] = compiled - candidate.bytes
+        nearest = np.argmin([self._distances(place) for place in self._short], axis=0)
+        self._expected = self._bytes + np.array(list(self._short.values()), np.int64)[nearest]
 
     def expected(self, candidate: Candidate) -> int:
         """Bytes that a plan may be expected to need."""
         return int(self._expected[self._index[id(candidate)]])
 
-    def is_simulated(self, candidate: Candidate) -> bool:
-        return self._index[id(candidate)] in self._of_model
-
     def is_compiled(self, candidate: Candidate) -> bool:
-        return self._index[id(candidate)] in self._of_simulation
+        return self._index[id(candidate)] in self._short
 
     def smallest(self) -> Candidate:
         """Of fewest bytes."""
@@ -66,7 +59,7 @@ class Shortlist:
         """
         chance = self._chance()
         counts = chance >= max(sure, LEAST_CHANCE)
-        counts[list(self._of_simulation)] = False
+        counts[list(self._short)] = False
         if best is not None:
             counts &= self._seconds < best.seconds
         if not counts.any():
@@ -90,10 +83,10 @@ class Shortlist:
 
     def _spread(self) -> np.ndarray | float:
         """Standard error of an estimate, in bytes."""
-        if not self._of_simulation:
+        if not self._short:
             return SPREAD * self.budget
-        near = np.min([self._distances(place) for place in self._of_simulation], axis=0)
-        worst = max(SPREAD * self.budget, max(map(abs, self._of_simulation.values())) / 2)
+        near = np.min([self._distances(place) for place in self._short], axis=0)
+        worst = max(SPREAD * self.budget, max(map(abs, self._short.values())) / 2)
         return CLOSE * self.budget + worst * np.minimum(near / FAR, 1)
 
     def _distances(self, place: int) -> np.ndarray:
@@ -103,11 +96,3 @@ class Shortlist:
             + np.abs(self._bytes - self._bytes[place]) / self._bytes[place]
             + CUT * (self._segments != self._segments[place])
         )
-
-    def _nearest(self, known: dict[int, int]) -> np.ndarray | int:
-        """What is known at the plan nearest to each; 0 where nothing is."""
-        if not known:
-            return 0
-        nearest = np.argmin([self._distances(place) for place in known], axis=0)
-        return np.array(list(known.values()), np.int64)[nearest]
-

@@ -1,7 +1,7 @@
 """The plan of a step that the planner cannot read: all is recomputed, and the compiler says whether it fits.
 
-The planner simulates what XLA makes of a jaxpr, and a model may hold an equation that it has no rule for, or jax may
-describe one in another way from one release to the next. That costs speed, never a run.
+The planner counts what the backward pass keeps from a jaxpr, and a model may hold an equation that it has no rule for,
+or jax may describe one in another way from one release to the next. That costs speed, never a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def plan_unread(planner, pairs: list[tuple[int, int]], error: Exception) -> Plan
         program.trace(plan)
     return replace(
         plan, machine=planner.machine, platform=program.platform, budget_bytes=planner.budget, compiled_bytes=needed,
-        reason=f"planned without a simulation; {planner.budget_reason}",
+        reason=f"planned without an estimate; {planner.budget_reason}",
         details=account.standing(planner, plan) | {"unread": _named(error)},
     )  # fmt: skip
 

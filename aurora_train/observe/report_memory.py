@@ -1,9 +1,8 @@
-"""The report's Memory section: what was predicted, compiled and measured, and the step it was predicted from."""
+"""The report's Memory section: what was predicted, compiled and measured, and what holds it."""
 
 from __future__ import annotations
 
 from aurora_train.observe.report_page import escape, facts, folded, section, table
-from aurora_train.observe.report_plots import inline_svg
 
 
 def memory_section(pinned: dict | None, steps: list[dict]) -> str:
@@ -15,15 +14,10 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
     details = plan.get("details")
     if not details:
         return ""
-    from aurora_train.memory.pictures import timeline_figure
-
     told = f"Microbatch {plan.get('microbatch')} x accumulation {plan.get('accumulation')}"
     told += f"; {plan['reason']}." if plan.get("reason") else "."
     parts = [f"<p>{escape(told)}</p>\n", _figures(plan, steps)]
-    figure = timeline_figure(details, plan.get("budget_bytes"), plan.get("machine") or "")
-    if figure is not None:
-        drawn = inline_svg(figure, "memory", "memory over one step by cause")
-        parts.append(f'<div class="figures"><figure class="wide">{drawn}</figure></div>\n')
+    parts += _causes(details.get("by_cause") or {})
     parts += _stacks(plan.get("stacks") or {})
     parts += [f'<p class="soft">Not verified: {escape(one)}.</p>\n' for one in details.get("not_verified") or []]
     rest = {name: value for name, value in plan.items() if name not in ("details", "stacks", "reason")}
@@ -49,6 +43,13 @@ def _figures(plan: dict, steps: list[dict]) -> str:
     if plan.get("budget_bytes"):
         rows.append(["budget", amount(plan["budget_bytes"]), ""])
     return table(["per device", "peak", "beside the prediction"], rows)
+
+
+def _causes(bytes_of: dict[str, int]) -> list[str]:
+    from aurora_train.memory.report import amount, by_cause
+
+    rows = [[name, amount(held)] for _, name, held in by_cause(bytes_of)]
+    return [table(["what holds it, as predicted", "bytes"], rows)] if rows else []
 
 
 def _stacks(stacks: dict) -> list[str]:

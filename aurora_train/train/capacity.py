@@ -1,7 +1,7 @@
 """What sizes of model a machine trains, at which context: the planner asked about a ladder of published shapes.
 
-Nothing here is a formula: every cell is the real step of the bundled language model, traced and simulated (or, where
-asked, compiled) for the machine, one example at a time with everything recomputed.
+Every cell is the real step of the bundled language model, traced and estimated (or, where asked, compiled) for the
+machine, one example at a time with everything recomputed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from aurora_train.nn.stack import Segment
 from aurora_train.train.rehearsal import Rehearsal, rehearse
 from aurora_train.units import percent
 
-CONTEXTS = (2048, 4096, 8192, 32768)
+CONTEXTS = (2048, 4096, 8192, 32768, 65536, 131072)
 QWEN3 = "Yang et al. 2025, table 1; widths: the model's published config.json"
-HEDGE = 0.1  # beyond the budget by simulation, and still worth compiling: QLoRA's was simulated 9.4 % too high
+HEDGE = 0.1  # beyond the budget by estimate, and still worth compiling
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Size:
 class State:
     """What is kept of a parameter besides activations: a nested dict of config sections.
 
-    `short`: a little more than the largest share of itself by which the simulated peak of such a step was seen to fall
+    `short`: a little more than the largest share of itself by which the estimated peak of such a step was seen to fall
     short of the compiled one (docs/capacity.md), never less than 3 %. It is kept free where nothing is compiled.
     """
 
@@ -96,11 +96,11 @@ def capacity(
 
     Args:
         machine: a name of `machine.targets`, or None for this machine's own accelerator.
-        verify: compile what the simulation proposes, and go by the compiler's bytes.
+        verify: compile what the estimate proposes, and go by the compiler's bytes.
 
     Returns:
         `cells`, one record for each state and context: `size`, `parameters`, `peak_bytes`, `share` of the budget and
-        `left_bytes` are None where not even the smallest fits; `how` is "simulated" or "compiled"; `next_size` and
+        `left_bytes` are None where not even the smallest fits; `how` is "estimated" or "compiled"; `next_size` and
         `next_bytes` are of the smallest that does not. Beside them the budget, `trainings` and `sizes`.
 
     Raises:
@@ -109,7 +109,7 @@ def capacity(
     """
     box = _box(machine, verify)
     total, cells = len(states) * len(contexts), []
-    what = f"{'compiling' if verify else 'simulating'} training steps for {box.name}"
+    what = f"{'compiling' if verify else 'estimating'} training steps for {box.name}"
     for state in states:
         # What the state before it reached is a good first guess, and so is the shorter context before.
         rung = next((c["rung"] for c in reversed(cells) if c["context"] == contexts[0]), len(ladder) // 2)
@@ -194,7 +194,7 @@ def step_config(state: State, size: Size, context: int):
 
 @dataclass
 class _Step:
-    """One step under full recomputation. `bytes` are the simulated peak."""
+    """One step under full recomputation. `bytes` are the estimated peak."""
 
     planner: Planner
     plan: Plan
@@ -232,11 +232,11 @@ def _cell(box: _Box, state: State, context: int, ladder, start: int, verify: boo
         "size": ladder[rung].name if fits else None,
         "parameters": step(rung).parameters if fits else None,
         "peak_bytes": peak,
-        "simulated_bytes": step(rung).bytes if fits else None,
+        "estimated_bytes": step(rung).bytes if fits else None,
         "compiled_bytes": compiled,
         "share": peak / box.budget if fits else None,
         "left_bytes": box.budget - peak if fits else None,
-        "how": "compiled" if compiled else "simulated",
+        "how": "compiled" if compiled else "estimated",
         "next_size": ladder[rung + 1].name if more else None,
         "next_bytes": step(rung + 1).known if more else None,
         "rung": rung,
@@ -255,7 +255,7 @@ def _step(box: _Box, state: State, size: Size, context: int) -> _Step:
     whole = program.simplest_plan()
     plan = Plan(1, 1, {path: [Segment(0, cut[-1].stop, ())] for path, cut in whole.stacks.items()})
     planner = Planner(program, box.budget, box.reason, box.name)
-    return _Step(planner, plan, planner.simulate(plan).bytes, program.config.model.num_parameters(size.vocab))
+    return _Step(planner, plan, planner.estimated(plan).bytes, program.config.model.num_parameters(size.vocab))
 
 
 # ---- in words
@@ -266,7 +266,7 @@ def _how(verify: bool, states) -> str:
         return "compiled for the machine, not measured on it: what cuDNN and cuBLAS take on the device is not in it"
     most = percent(max(state.short for state in states))
     return (
-        f"simulated, not measured: of compiled steps the simulation was seen to fall short by up to {most}, by kind of "
+        f"estimated, not measured: of compiled steps the estimate was seen to fall short by up to {most}, by kind of "
         "training; a size counts only where that much more would fit; --compile goes by the compiler's own bytes"
     )
 

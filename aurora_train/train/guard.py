@@ -41,8 +41,8 @@ LOW_MEMORY = "low memory"  # the first line of the reason for such a stop
 _LOOK_SECONDS, _LOOK_SECONDS_NEAR = 0.5, 0.1  # between looks; near: less than twice what is needed is left
 _LOOKS_BACK = 20  # over which it is seen what other programs take
 _SETTLED_STEPS = 3  # after so many steps a run holds what it is going to hold
-# What a save takes, in times of the state's bytes (measured: docs/always-on.md). jax keeps a copy of its own of an
-# array that it cannot show where it lies: on a GPU, and where it is cut into shards.
+# What a save takes, in times of the state's bytes (measured: docs/always-on.md). Where shards lie on several GPUs, jax
+# keeps a copy of each beside the array that they are put together in.
 _ONE_COPY, _TWO_COPIES = 1.2, 2.2
 # How long one takes, until one was seen: meanwhile others go on growing. What they grow by counts up to a share of
 # memory, for most of what grows fast is soon done.
@@ -254,8 +254,8 @@ def _save(session) -> tuple[int, float]:
     copied = tree_bytes(state) - tree_bytes(state.frozen)
     if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
         copied = max(copied, tree_bytes(state.frozen))  # written by the first save, before the rest is copied
-    in_place = jax.default_backend() == "cpu" and session.mesh.devices.size == 1
-    return 0 if run.follows else copied, _ONE_COPY if in_place else _TWO_COPIES
+    once = jax.default_backend() == "cpu" or session.mesh.devices.size == 1
+    return 0 if run.follows else copied, _ONE_COPY if once else _TWO_COPIES
 
 
 def _floor(memory: HostMemory) -> int:

@@ -147,7 +147,7 @@ def _smaller(session, progress) -> Plan | None:
     with refused("a smaller plan was searched for", hint):
         planner = planner_here(session.config, session.recipe, program=session.program, progress=progress)
         if not (plan.compiled_bytes or plan.predicted_bytes):
-            plan = replace(plan, predicted_bytes=planner.simulate(plan).bytes)
+            plan = replace(plan, predicted_bytes=planner.estimated(plan).bytes)
         return planner.smaller(plan)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 from aurora_train import files
 from aurora_train import run as runs
-from aurora_train.config import dump
+from aurora_train.config import dump, parse_bytes
 from aurora_train.machine.calibration import rates_for
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
@@ -25,7 +27,7 @@ def plan_config(
     Args:
         budget: bytes on one device; else `memory.budget` of the config, else what the machine allows.
         verify: compile what is chosen. For an absent GPU that needs the extra `[plan]`; without it the plan is
-            simulated and says so.
+            estimated and says so.
 
     Raises:
         UserError: nothing fits, or the machine is not known.
@@ -34,17 +36,17 @@ def plan_config(
     if machine is None:
         return planner_here(config, recipe, budget=budget, verify=verify, progress=progress).run()
     target = find_machine(machine)
-    limit, reason = _limit(config, budget, target)
     if not can_compile_for_gpu():
         verify = False
     rates = rates_for(target)
     key = cache.key_of({
         "config": dump(config), "recipe": config.recipe_sha256, "code": runs.code_hash(), "versions": runs.versions(),
-        "target": target.config_text, "budget": limit, "rates": rates, "verify": verify,
+        "target": target.config_text, "budget": (budget, target.budget_bytes), "rates": rates, "verify": verify,
     })  # fmt: skip
     plan = cache.load(key)
     if plan is None:
         program = rehearse(config, recipe, target=target, progress=progress)
+        limit, reason = _limit(config, budget, program, functools.partial(_budget_of, target))
         plan = Planner(program, limit, reason, target.slug, rates, verify, progress=progress).run()
         cache.store(key, plan)
     return plan
@@ -56,22 +58,31 @@ def planner_here(
     """The planner for this machine's own devices."""
     program = program or rehearse(config, recipe, progress=progress)
     machine = this_machine()
-    limit, reason = budget_bytes(config.memory.budget, machine)
-    if budget is not None:
-        limit, reason = budget, f"--budget {size(budget)}"
+    limit, reason = _limit(config, budget, program, lambda wish: budget_bytes(wish, machine))
     return Planner(
         program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later
     )
 
 
-def _limit(config, budget: int | None, target) -> tuple[int, str]:
+def _budget_of(target, wish: str) -> tuple[int, str]:
+    if wish == "auto":
+        return target.budget_bytes, target.budget_reason
+    return parse_bytes(wish), f"memory.budget: {wish}"
+
+
+def _limit(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[int, str]:
+    """(bytes that a step may take on one device, why): what was asked for, else what the machine has beside a save.
+
+    A save copies the state to the processor's memory while training goes on; where that is the device's memory too,
+    the plan leaves room for it. An evaluation needs none: it runs between steps, and keeps nothing for a backward pass.
+    """
     if budget is not None:
         return budget, f"--budget {size(budget)}"
-    if config.memory.budget != "auto":
-        from aurora_train.config import parse_bytes
-
-        return parse_bytes(config.memory.budget), f"memory.budget: {config.memory.budget}"
-    return target.budget_bytes, target.budget_reason
+    limit, reason = limit_of(config.memory.budget)
+    copied = program.copied_by_a_save()
+    if config.memory.budget != "auto" or not copied:
+        return limit, reason
+    return max(limit - copied, 0), f"{reason}, less {size(copied)} for the copy that a save makes"
 
 
 def pinned_plan(run, config, mesh) -> Plan | None:

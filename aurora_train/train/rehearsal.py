@@ -22,10 +22,10 @@ from aurora_train import optimizer as optimizers
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
-from aurora_train.machine.targets import find_machine
+from aurora_train.memory.account import sharded_bytes
 from aurora_train.memory.flops import product_flops
 from aurora_train.memory.plan import Plan, make_plan
-from aurora_train.memory.splits import Chip
+from aurora_train.memory.residuals import kept_bytes
 from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.nn import carried, fp8
 from aurora_train.nn.ops import asking
@@ -45,7 +45,7 @@ _DRAWN_ONCE = {"xla_backend_optimization_level": 1}
 class Rehearsal:
     """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is not of this machine.
 
-    `chip`: what XLA's rewrites ask of the GPU, where that is known. `apart`: whether a device has memory of its own.
+    `apart`: whether a device has memory of its own. `capability`: of the GPU, as (major, minor), where it is known.
     `host_bytes`: of the processor's memory that a device may fill beside it, where that is known.
     """
 
@@ -55,15 +55,15 @@ class Rehearsal:
     platform: str
     remote: bool
     shapes: dict[str, jax.ShapeDtypeStruct]
-    chip: Chip | None = None
     apart: bool = False
+    capability: tuple[int, int] | None = None
     host_bytes: int | None = None
 
     def __post_init__(self):
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
-        self._traced, self._compiled, self._blueprints, self._initialisers = {}, {}, {}, {}
+        self._traced, self._compiled, self._blueprints, self._initialisers, self._residuals = {}, {}, {}, {}, {}
         self._model = self._calls = None
 
     def here(self):
@@ -172,6 +172,14 @@ class Rehearsal:
         optimizer = optimizers.build(section, self.config.train.steps, seed=self.config.train.seed)
         return jax.eval_shape(optimizer.init, self.blueprint(self.simplest_plan()).state.params)
 
+    def copied_by_a_save(self) -> int:
+        """Bytes for each device that a save takes of the device's own memory: 0 where that is not the processor's."""
+        if self.apart:
+            return 0
+        blueprint = self.blueprint(self.simplest_plan())
+        state, places = (tree._replace(frozen={}) for tree in (blueprint.state, blueprint.shardings))
+        return sharded_bytes(state, places)
+
     def asked_plan(self) -> Plan:
         """What the config asks for, before anything is searched for or the batch is cut to fit."""
         return make_plan(
@@ -180,7 +188,7 @@ class Rehearsal:
 
     def simplest_plan(self) -> Plan:
         """Everything at once, every stack whole: for what does not depend on the plan."""
-        cuts = {path: [Segment(0, stack.num_units)] for path, stack in self._stacks().items()}
+        cuts = {path: [Segment(0, stack.num_units)] for path, stack in self.stacks().items()}
         return Plan(self.config.train.batch, 1, cuts)
 
     def stack_calls(self) -> dict[str, tuple]:
@@ -189,33 +197,50 @@ class Rehearsal:
         Taken from a trace of the loss itself, so that every recipe's own use of its stacks is what is planned.
         """
         if self._calls is None:
-            self._calls = self._traced_calls()
+            self.loss_residuals(1)
         return self._calls
 
-    def _traced_calls(self) -> dict[str, tuple]:
-        blueprint, whole = self.blueprint(self.simplest_plan()), self._stacks()
-        found: dict[str, tuple] = {}
+    def loss_residuals(self, examples: int) -> int:
+        """Bytes that the loss of so many examples leaves for its backward pass, with every unit recomputed.
 
-        def loss(state, batch):
+        What is an argument anyway (parameters, the batch) is not counted.
+        """
+        if examples not in self._residuals:
+            self._residuals[examples] = self._traced_residuals(examples)
+        return self._residuals[examples]
+
+    def _traced_residuals(self, examples: int) -> int:
+        cuts = {path: [Segment(0, stack.num_units, ())] for path, stack in self.stacks().items()}
+        blueprint = self.blueprint(Plan(examples, 1, cuts))
+
+        def residuals(params, state, batch):
             keys = example_keys(stream(0, "dropout"), jnp.int32(0), batch["example"])
-            model = blueprint.merge(state.params, state.rest, state.frozen)
-            paths = {id(stack): path for path, stack in self._stacks(model).items()}
-            with watched() as calls:
-                carried.training_loss(self.recipe, model, batch, keys)
-            for stack, x, context, keys in calls:
-                path = paths[id(stack)]
-                found[path] = (whole[path], *jax.tree.map(_abstract, (x, context, keys)))
+
+            def loss(params):
+                model = blueprint.merge(params, state.rest, state.frozen)
+                paths = {id(stack): path for path, stack in named_stacks(model).items()}
+                with watched() as calls:
+                    total = carried.training_loss(self.recipe, model, batch, keys).total
+                if self._calls is None:
+                    self._calls = {
+                        paths[id(stack)]: (self.stacks()[paths[id(stack)]], *jax.tree.map(_abstract, given))
+                        for stack, *given in calls
+                    }
+                return total
+
+            return jax.tree.leaves(jax.vjp(loss, params)[1])
 
         with self.here():
-            jax.eval_shape(loss, blueprint.state, self.batch(1))
-        return found
+            made = jax.make_jaxpr(residuals)(blueprint.state.params, blueprint.state, self.batch(examples))
+        return kept_bytes(made)
 
     def uncalled(self, called) -> dict[str, list[Segment]]:
         """Stacks that the loss does not call, whole: they keep nothing."""
-        return {path: [Segment(0, s.num_units)] for path, s in self._stacks().items() if path not in called}
+        return {path: [Segment(0, s.num_units)] for path, s in self.stacks().items() if path not in called}
 
-    def _stacks(self, model=None) -> dict:
-        return named_stacks(model or self.model())
+    def stacks(self) -> dict:
+        """The stacks of the model by dotted path, abstract."""
+        return named_stacks(self.model())
 
 
 @contextlib.contextmanager
@@ -266,13 +291,15 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
     if len(devices) < data * fsdp:
         raise UserError(
-            f"a plan for {data * fsdp} devices cannot be simulated with {len(devices)} here",
+            f"a plan for {data * fsdp} devices cannot be estimated with {len(devices)} here",
             where="mesh",
             hint="pip install 'aurora_train[plan]' to compile for them, or plan with mesh.data=1 mesh.fsdp=1",
         )
     devices = np.asarray(devices, dtype=object).reshape(data, fsdp)
     mesh = meshes.mesh_of(devices)
-    return Rehearsal(config, recipe, mesh, "gpu", True, shapes, _chip(target), apart=not target.row.unified)
+    return Rehearsal(
+        config, recipe, mesh, "gpu", True, shapes, apart=not target.row.unified, capability=target.compute_capability
+    )
 
 
 def rehearse_here(config, recipe, mesh, shapes) -> Rehearsal:
@@ -280,24 +307,16 @@ def rehearse_here(config, recipe, mesh, shapes) -> Rehearsal:
     here = this_machine()
     room = here.memory.usable - reserve_bytes(here.memory)
     return Rehearsal(
-        config, recipe, mesh, jax.default_backend(), False, shapes, _chip_here(),
-        apart=here.device_memory_bytes is not None and not here.unified,
+        config, recipe, mesh, jax.default_backend(), False, shapes,
+        apart=here.device_memory_bytes is not None and not here.unified, capability=_capability_here(),
         host_bytes=room // max(here.device_count, 1),
     )  # fmt: skip
 
 
-def _chip(target) -> Chip | None:
-    return target and Chip(target.multiprocessors, target.compute_capability)
-
-
-def _chip_here() -> Chip | None:
-    """Of the GPU that jax has found, where the table knows it."""
-    if jax.default_backend() != "gpu":
-        return None
-    try:
-        return _chip(find_machine(jax.devices()[0].device_kind))
-    except UserError:
-        return None
+def _capability_here() -> tuple[int, int] | None:
+    """The compute capability of the GPU that jax has found; None of any other device."""
+    known = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
+    return tuple(map(int, known)) if jax.default_backend() == "gpu" and all(map(str.isdigit, known)) else None
 
 
 def shapes_of(source) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,4 +1,4 @@
-"""The table of what a machine trains: a walk over a ladder, and cells that are simulated steps of the real trainer."""
+"""The table of what a machine trains: a walk over a ladder, and cells that are estimated steps of the real trainer."""
 
 import json
 from types import SimpleNamespace
@@ -94,14 +94,14 @@ def test_every_training_reaches_the_config():
 # ---- the table
 
 
-def test_cells_are_the_simulated_steps_and_the_next_size_does_not_fit(box):
+def test_cells_are_the_estimated_steps_and_the_next_size_does_not_fit(box):
     cells, found = table(STATES[:1])
     cell = cells["AdamW, float32", 64]
-    assert cell["size"] == "w128" and cell["next_size"] == "w256" and cell["how"] == "simulated"
+    assert cell["size"] == "w128" and cell["next_size"] == "w256" and cell["how"] == "estimated"
     size = SMALL[1]
     program = room._box("h100", False).rehearsal(STATES[0], size, 64)
     plan = Plan(1, 1, {"stack": [Segment(0, 3, ())]})
-    assert cell["peak_bytes"] == Planner(program, BUDGET, "", "").simulate(plan).bytes
+    assert cell["peak_bytes"] == Planner(program, BUDGET, "", "").estimated(plan).bytes
     assert cell["peak_bytes"] * (1 + STATES[0].short) <= BUDGET < cell["next_bytes"]
     assert cell["left_bytes"] == BUDGET - cell["peak_bytes"] and cell["share"] == cell["peak_bytes"] / BUDGET
     assert cell["parameters"] == program.config.model.num_parameters(512)
@@ -117,7 +117,7 @@ def test_leaner_states_hold_less_of_one_size(box, monkeypatch):
         (cell,) = found["cells"]
         one[state.name] = (cell["peak_bytes"], cell["parameters"])
     (full, count), (half, _), (eighth, _), (adapters, _), (coded, _) = one.values()
-    assert full > 16 * count and half < 0.6 * full, "bfloat16 masters, moments and gradients are half of float32 ones"
+    assert full > 16 * count and half < 0.65 * full, "bfloat16 masters, moments and gradients are half of float32 ones"
     assert eighth < 0.9 * half and coded < adapters < 0.8 * eighth
 
 
@@ -144,7 +144,7 @@ def test_compiled_bytes_decide_where_they_were_asked_for(reckoned, monkeypatch):
     cells, found = table(STATES[:1], (64,), verify=True)
     cell = cells["AdamW, float32", 64]
     assert compiled == [128, 64] and cell["size"] == "w64" and cell["how"] == "compiled"
-    assert cell["peak_bytes"] == cell["compiled_bytes"] == BUDGET // 2 != cell["simulated_bytes"]
+    assert cell["peak_bytes"] == cell["compiled_bytes"] == BUDGET // 2 != cell["estimated_bytes"]
     assert (cell["next_size"], cell["next_bytes"]) == ("w128", BUDGET + 1)
     assert found["how"].startswith("compiled")
 
@@ -185,7 +185,7 @@ def test_the_table_has_a_row_a_training_and_a_column_a_context(reckoned, capsys)
     row = lines.index(next(line for line in lines if line.startswith("AdamW, float32")))
     assert lines[row].split()[-2:] == ["w128", "w128"] and lines[row + 1].count(" MB (") == 2
     assert lines[row + 2].count(" MB left") == 2 and lines[row + 3].count("w256 would take") == 2
-    assert "simulated, not measured" in out and "optimizer.master=bfloat16 optimizer.moments=bfloat16" in out
+    assert "estimated, not measured" in out and "optimizer.master=bfloat16 optimizer.moments=bfloat16" in out
     assert "made up" in out and "budget: 20.0 MB" in out
 
 
@@ -208,4 +208,4 @@ def test_a_capacity_is_compiled_only_where_it_was_asked_for(compile, verify, mon
 
 
 def test_contexts_are_whole_thousands():
-    assert [report_capacity._binary(c) for c in CONTEXTS] == ["2k", "4k", "8k", "32k"]
+    assert [report_capacity._binary(c) for c in CONTEXTS] == ["2k", "4k", "8k", "32k", "64k", "128k"]

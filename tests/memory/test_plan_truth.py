@@ -41,13 +41,3 @@ def test_choices_at_toy_size_fit_and_are_nearly_the_cheapest(benchmark):
     assert not any(row["over"] for row in chosen)
     assert len(chosen) == len(rows), [row["why"] for row in rows if row["excess"] is None]
     assert sum(row["excess"] <= benchmark.SAME - 1 for row in rows) >= 4, [row["excess"] for row in rows]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not can_compile_for_gpu(), reason="needs the extra [plan]")
-@pytest.mark.parametrize("groups", [0, 5])
-def test_a_tiny_step_is_simulated_to_one_percent_of_what_is_compiled(benchmark, groups):
-    planner = benchmark.Planner(benchmark.rehearsal_of(benchmark.toy_tree(), "h100"), None, "", "h100")
-    space, graphs = planner._space(), benchmark.unit_graphs(planner)
-    plan = planner.plan_of(benchmark.uniform(space, graphs, 8, 1, sum(benchmark.GROUPS[:groups], ())))
-    assert planner.simulate(plan).bytes == pytest.approx(planner.compile(plan), rel=0.01)

@@ -96,14 +96,16 @@ def planner(program, budget=ROOM, **how) -> Planner:
 
 @functools.cache
 def usual():
-    """The step of one stack with what is known of it: nothing is simulated or compiled twice in these tests."""
-    return {"program": program(), "simulated": {}, "compiled": {}}
+    """The step of one stack with what is known of it: nothing is traced or compiled twice in these tests."""
+    return {"program": program(), "compiled": {}}
 
 
 def again(budget=ROOM, **how) -> Planner:
     """A planner of the usual step."""
     known = usual()
-    return planner(known["program"], budget, simulated=known["simulated"], compiled=known["compiled"], **how)
+    search = planner(known["program"], budget, compiled=known["compiled"], **how)
+    search.estimate = known.setdefault("estimate", search.estimate)
+    return search
 
 
 @functools.cache
@@ -128,8 +130,6 @@ def check(plan: Plan, batch: int, budget: int, units: dict[str, int]) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     causes = plan.details["by_cause"]
     assert sum(causes.values()) == plan.predicted_bytes and set(causes) == set(account.CAUSES)
-    assert all(sum(moment["bytes"].values()) <= plan.predicted_bytes for moment in plan.details["timeline"])
-    assert plan.details["peak_at"] in [moment["phase"] for moment in plan.details["timeline"]]
 
 
 # ---- what is chosen
@@ -178,7 +178,7 @@ def test_nothing_is_compiled_where_nothing_can_fit():
 
 
 @pytest.mark.slow
-def test_what_was_kept_because_of_its_simulation_is_let_go_where_compiling_says_otherwise():
+def test_what_was_kept_because_of_its_estimate_is_let_go_where_compiling_says_otherwise():
     made = program(optimizer={"moments": "int8", "ema": 0.9})
     budget = 2.3 * planner(made, verify=False).run().predicted_bytes
     assert planner(made, budget).run().compiled_bytes <= budget
@@ -189,7 +189,7 @@ def test_a_search_comes_out_the_same_every_time():
     assert plans[0].work == plans[1].work and plans[0].predicted_bytes == plans[1].predicted_bytes
 
 
-def test_without_compiling_the_simulation_decides_and_the_plan_says_so():
+def test_without_compiling_the_estimate_decides_and_the_plan_says_so():
     search = again(0.5 * full(), verify=False)
     plan = search.run()
     assert plan.compiled_bytes is None and search.compiles == 0 and plan.predicted_bytes <= 0.5 * full()
@@ -201,11 +201,13 @@ def test_what_is_compiled_later_is_not_compiled_now():
     assert search.run().compiled_bytes is None and search.compiles == 0
 
 
-def test_the_additive_model_is_exact_where_it_was_simulated():
-    search = again(0.5 * full(), verify=False)
-    space = search._space()
-    first = next(c for c in space.all() if c.microbatch == 1)
-    assert first.bytes == search.simulate(search.plan_of(first)).bytes
+def test_what_a_cut_keeps_and_its_gradients_come_on_top_of_what_every_plan_needs():
+    search = again()
+    nothing, hidden = (search.estimated(Plan(4, 2, {"a": [Segment(0, 4, save)]})).bytes for save in ((), ("hidden",)))
+    assert hidden - nothing == 4 * 4 * LENGTH * 4 * WIDTH * 4, "units, examples, one tensor in float32"
+    arguments = sum(search.estimate.arguments.values())
+    inputs, weights = 4 * 4 * LENGTH * WIDTH * 4, 4 * 2 * 4 * WIDTH * WIDTH * 4
+    assert nothing > arguments + inputs + weights
 
 
 # ---- less than before
@@ -267,7 +269,7 @@ def test_every_model_gets_a_plan_for_less_than_everything(stacks, call, sections
     search = planner(made, verify=False)
     smallest = Plan(1, batch, {name: [Segment(0, number, ())] for name, number in units.items()})
     everything = Plan(batch, 1, {name: [Segment(0, number)] for name, number in units.items()})
-    few, many = search.simulate(smallest).bytes, search.simulate(everything).bytes
+    few, many = search.estimated(smallest).bytes, search.estimated(everything).bytes
     budget = int(max(1.05 * few, (few + many) / 2))
     plan = planner(made, budget, verify=False).run()
     assert plan.predicted_bytes <= budget and plan.microbatch * plan.accumulation == batch
@@ -336,7 +338,7 @@ def test_a_cpu_leaves_a_batch_whole_where_that_was_asked_for_or_the_loss_needs_i
 @pytest.mark.parametrize("couples", ["microbatch", "global"])
 def test_a_loss_that_couples_examples_is_not_split_for_memory(couples):
     made = program(couples=couples)
-    plan = planner(made, 0.55 * full(), verify=False).run()
+    plan = planner(made, 0.75 * full(), verify=False).run()
     assert (plan.microbatch, plan.accumulation) == (8, 1)
     with pytest.raises(UserError, match=r"memory\.budget"):
         planner(made, 0.3 * full(), verify=False).run()
@@ -358,7 +360,7 @@ def test_a_save_set_that_was_asked_for_is_kept_and_compiled(save, segment):
 def test_what_is_left_to_the_planner_beside_a_save_set_is_still_chosen():
     made = program(memory={"save": ["hidden"]})
     search = planner(made, verify=False)
-    whole, half = (search.simulate(Plan(8 // n, n, {"a": [Segment(0, 4, ("hidden",))]})).bytes for n in (1, 2))
+    whole, half = (search.estimated(Plan(8 // n, n, {"a": [Segment(0, 4, ("hidden",))]})).bytes for n in (1, 2))
     plan = planner(made, (whole + half) / 2, verify=False).run()
     assert plan.accumulation > 1 and plan.predicted_bytes <= plan.budget_bytes
 
@@ -374,24 +376,10 @@ def test_a_tag_that_is_not_there_is_refused():
         planner(program(memory={"save": ["hiden"]})).run()
 
 
-def test_only_divisors_of_the_batch_are_simulated():
-    search = planner(program(train={"batch": 8}), 10**6, verify=False)
-    search._space()
-    assert simulated(search, 8)
-
-
-@pytest.mark.parametrize("batch", [6, 10])
-def test_only_divisors_of_an_odd_batch_are_simulated(batch):
-    search = planner(program(train={"batch": batch}), 10**6, verify=False)
-    search._space()
-    assert simulated(search, batch)
-
-
-def simulated(search, batch) -> bool:
-    """Whether every plan that was looked at uses the whole batch."""
-    found = [eval(key, {"Segment": Segment}) for key in search.simulated]
-    assert found
-    return all(plan["microbatch"] * plan["accumulation"] == batch for plan in found)
+@pytest.mark.parametrize("batch", [6, 8, 10])
+def test_only_divisors_of_a_batch_are_candidates(batch):
+    candidates = planner(program(train={"batch": batch}), 10**6, verify=False)._space().all()
+    assert candidates and all(c.microbatch * c.accumulation == batch for c in candidates)
 
 
 # ---- the account

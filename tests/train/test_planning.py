@@ -67,7 +67,7 @@ def test_a_key_that_is_free_to_change_un_pins_no_plan():
     assert not {"guard", "on_oom"} & asked(whole).keys()
 
 
-def test_without_the_compiler_a_plan_is_simulated_and_says_what_would_verify_it(no_compiler, language_model):
+def test_without_the_compiler_a_plan_is_estimated_and_says_what_would_verify_it(no_compiler, language_model):
     told = []
     plan = plan_config(*language_model(), machine="h100", progress=lambda *step: told.append(step))
     assert plan.compiled_bytes is None and 0 < plan.predicted_bytes < plan.budget_bytes
@@ -132,11 +132,22 @@ def test_what_does_not_fit_is_refused_with_the_setting_and_what_would_help(no_co
 
 
 def test_the_budget_is_the_callers_then_the_configs_then_the_machines(no_compiler, language_model):
-    target = find_machine("h100")
-    config, _ = language_model(memory={"budget": "50MB"})
-    assert planning._limit(config, 30 * MB, target) == (30 * MB, "--budget 30.0 MB")
-    assert planning._limit(config, None, target) == (50 * MB, "memory.budget: 50MB")
-    assert planning._limit(language_model()[0], None, target) == (target.budget_bytes, target.budget_reason)
+    def budget_of(budget=None, machine="h100", **sections):
+        plan = plan_config(*language_model(**sections), machine=machine, budget=budget)
+        return plan.budget_bytes, plan.reason.partition("budget: ")[2]
+
+    target, asked = find_machine("h100"), {"budget": "50MB"}
+    assert budget_of(30 * MB, memory=asked) == (30 * MB, "--budget 30.0 MB")
+    assert budget_of(memory=asked) == (50 * MB, "memory.budget: 50MB")
+    assert budget_of() == (target.budget_bytes, target.budget_reason)
+
+
+def test_where_memory_is_shared_a_plan_leaves_room_for_the_copy_that_a_save_makes(no_compiler, language_model):
+    box = find_machine("dgx-spark")
+    plan = plan_config(*language_model(), machine="dgx-spark")
+    state = sum(plan.details["by_cause"][cause] for cause in ("parameters", "optimizer", "average"))
+    assert box.budget_bytes - plan.budget_bytes == pytest.approx(state, rel=1e-3)
+    assert "for the copy that a save makes" in plan.reason
 
 
 def test_a_machine_nobody_knows_is_refused(language_model):
