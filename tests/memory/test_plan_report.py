@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from aurora_train.errors import UserError
-from aurora_train.memory import report, report_capacity
-from aurora_train.memory.pictures import pareto_figure, pareto_svg, timeline_figure, timeline_svg
+from aurora_train.memory import report
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
-from aurora_train.observe.report import write_report
+from aurora_train.tools import report_capacity
+from aurora_train.tools.pictures import pareto_figure, pareto_svg, timeline_figure, timeline_svg
+from aurora_train.tools.report import write_report
 
 GB = 10**9
 STATE = {"parameters": 16 * GB, "optimizer": 16 * GB, "average": 0, "frozen": 0}

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from aurora_train.data.rivals import compressors, python_parse_share
+from language.rivals import compressors, python_parse_share
 
 TEXTS = [b"def add(a, b):\n    return a + b\n" * 20, b"import os\n" * 3, bytes(range(256)) * 4]
 

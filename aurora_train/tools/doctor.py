@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 
 from aurora_train.files import cache_folder
-from aurora_train.machine.calibration import flop_rate, matmul_seconds, measure, rates_for, store
 from aurora_train.machine.memory import budget_bytes, device_memory
 from aurora_train.machine.profile import (
     Machine,
@@ -30,6 +29,7 @@ from aurora_train.machine.profile import (
     plugin_without_driver,
     this_machine,
 )
+from aurora_train.machine.rates import flop_rate, matmul_seconds, measure, rates_for, store
 from aurora_train.units import percent, size
 
 _CORE = (

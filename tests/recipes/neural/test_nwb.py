@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from aurora_train.data.nwb import read_recording, write_recording
-from aurora_train.data.reach_simulation import BEHAVIOR, PERIOD_S, REFRACTORY_S, prepare_simulation, simulate
-from aurora_train.data.spikes import Standard, Windows, bin_trials, lagged, r2
 from aurora_train.errors import UserError
+from neural.nwb import read_recording, write_recording
+from neural.reach_simulation import BEHAVIOR, PERIOD_S, REFRACTORY_S, prepare_simulation, simulate
+from neural.spikes import Standard, Windows, bin_trials, lagged, r2
 
 h5py = pytest.importorskip("h5py")
 

@@ -1,6 +1,6 @@
 """Energy is measured or said not to be."""
 
-from aurora_train.observe.energy import EnergyMeter
+from aurora_train.record.energy import EnergyMeter
 
 
 def domain(root, name, energy, label="package-0", wrap=1_000_000_000):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aurora_train.data.nwb import Recording, write_recording
+from neural.nwb import Recording, write_recording
 
 VERSION = 1  # part of the file's name: a change of the simulation must not meet a file of the older one
 PERIOD_S = 0.01  # of kinematics, latents and rates

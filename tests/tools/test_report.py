@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from aurora_train.errors import UserError
-from aurora_train.observe.metrics import EventLog, MetricsLog
-from aurora_train.observe.report import write_report
-from aurora_train.observe.report_plots import running_mean, thin
+from aurora_train.record.metrics import EventLog, MetricsLog
+from aurora_train.tools.report import write_report
+from aurora_train.tools.report_plots import running_mean, thin
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -111,8 +111,8 @@ def kept_environment(environment: dict[str, str], on_gpu: bool) -> dict[str, str
     kept = {k: v for k, v in environment.items() if v and _KEPT.fullmatch(k) and not _SECRET.search(k)}
     for name in kept.keys() & set(_LISTS):
         kept[name] = os.pathsep.join(os.path.abspath(folder) for folder in kept[name].split(os.pathsep) if folder)
-    if "AURORA_CACHE" in kept:
-        kept["AURORA_CACHE"] = os.path.abspath(kept["AURORA_CACHE"])
+    for name in kept.keys() & {"AURORA_CACHE", "AURORA_MACHINES"}:
+        kept[name] = os.path.abspath(kept[name])
     if on_gpu:
         # At boot the driver may be late. Without this the run would go on, slowly and for days, on the processor.
         kept.setdefault("JAX_PLATFORMS", "cuda,cpu")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_train.errors import UserError
-from aurora_train.observe.metrics import EventLog, MetricsLog, decode, encode, read, scalars, set_aside
+from aurora_train.record.metrics import EventLog, MetricsLog, decode, encode, read, scalars, set_aside
 
 
 def fill(path, steps):
@@ -123,7 +123,7 @@ def test_setting_aside_again_after_a_kill_between_the_two_files_adds_nothing_twi
 
 KILLED_AT_CALL = """
     import os, signal, sys
-    from aurora_train.observe.metrics import set_aside
+    from aurora_train.record.metrics import set_aside
     left = int(sys.argv[1])
     def count(event, arguments):
         global left
@@ -160,7 +160,7 @@ def test_records_written_before_kill_9_are_all_there(tmp_path):
     path = tmp_path / "metrics.jsonl"
     code = f"""
     import os, signal
-    from aurora_train.observe.metrics import MetricsLog
+    from aurora_train.record.metrics import MetricsLog
     log = MetricsLog({str(path)!r})
     for step in range(1, 101):
         log.write({{"step": step}})

@@ -7,7 +7,7 @@ import math
 from html import escape as _escape
 from typing import Any
 
-from aurora_train.observe.report_plots import decimals
+from aurora_train.tools.report_plots import decimals
 from aurora_train.units import count
 
 CSS = """

@@ -11,8 +11,8 @@ import jax
 
 from aurora_train.data.batches import batches
 from aurora_train.memory.report import one_line
-from aurora_train.observe.trace import Timeline, perfetto_file, read_events, timeline
 from aurora_train.run import Run
+from aurora_train.tools.trace import Timeline, perfetto_file, read_events, timeline
 from aurora_train.train.session import open_session
 
 HOST = ("data", "dispatch", "wait")

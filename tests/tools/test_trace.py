@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aurora_train.observe.trace import instructions, timeline
+from aurora_train.tools.trace import instructions, timeline
 
 
 @pytest.fixture(scope="module")

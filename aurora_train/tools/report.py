@@ -6,6 +6,7 @@ missing says "not recorded", but for samples, which many recipes make none of; n
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from statistics import median
@@ -14,9 +15,10 @@ import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
-from aurora_train.observe import metrics as logs
-from aurora_train.observe.report_memory import memory_section
-from aurora_train.observe.report_page import (
+from aurora_train.record import metrics as logs
+from aurora_train.run import Run
+from aurora_train.tools.report_memory import memory_section
+from aurora_train.tools.report_page import (
     cards,
     escape,
     facts,
@@ -28,8 +30,7 @@ from aurora_train.observe.report_page import (
     table,
     words,
 )
-from aurora_train.observe.report_plots import bars, curve
-from aurora_train.run import Run
+from aurora_train.tools.report_plots import bars, curve
 from aurora_train.units import count, duration, percent, size
 
 _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
@@ -61,6 +62,25 @@ def write_report(run_folder) -> Path:
     )
     write_atomically(run.report, page(f"{run.folder.name}: report", body))
     return run.report
+
+
+def report_ending(outcome) -> None:
+    """Draw the report of a run that `train.start.train` has just left, finished or stopped (its `Outcome`).
+
+    Nothing is drawn where the run stopped for lack of memory, which drawing takes a hundred megabytes of, or where
+    another process writes the run's record. Raises UserError where the folder cannot be written.
+    """
+    from aurora_train.train.guard import EXIT_LOW_MEMORY
+    from aurora_train.train.saving import EXIT_UNSAVED
+    from aurora_train.train.signals import StopRequest
+
+    run = outcome.run
+    if run.follows or outcome.status == EXIT_LOW_MEMORY or not run.config.is_file():
+        return
+    # A disk that took no checkpoint may take no report either: then the exit status alone reports it.
+    refused = contextlib.suppress(UserError) if outcome.status == EXIT_UNSAVED else contextlib.nullcontext()
+    with refused, StopRequest():  # a signal that comes now has nothing left to stop
+        write_report(run.folder)
 
 
 def _yaml(text: str) -> dict:

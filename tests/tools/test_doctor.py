@@ -8,9 +8,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from machine.test_machine import box as memory_box
+from machine.test_machine import machine
 
-from aurora_train.machine import doctor
+from aurora_train.machine.memory import host_memory
 from aurora_train.machine.profile import installed_gpus, nvidia_driver, this_machine
+from aurora_train.tools import doctor
+from aurora_train.tools.doctor import check_disk, check_memory, examine
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
@@ -68,3 +72,27 @@ def test_L6_a_gpu_that_jax_cannot_use_is_named_with_the_command_for_its_driver(t
     (check,) = doctor.check_cuda(this_machine(), root)
     assert check.mend == "unset JAX_PLATFORMS" and "JAX_PLATFORMS=cpu is set" in check.found
     assert doctor.check_cuda(this_machine(), tmp_path / "none") == []
+
+
+def test_doctor_finds_nothing_fatal_on_a_machine_that_passes_these_tests(tmp_path):
+    checks = {check.name: check for check in examine(tmp_path / "runs")}
+    assert not [check for check in checks.values() if check.fatal]
+    assert checks["matmul float32"].values["flops_per_s"] > 1e8
+    assert checks["run folder"].values["write_bytes_per_s"] > 0
+    assert list(tmp_path.iterdir()) == []
+    json.dumps([check.record() for check in checks.values()])
+
+
+def test_doctor_says_that_a_folder_cannot_be_written():
+    check = check_disk(Path("/proc/1"))
+    assert check.fatal and check.mend
+
+
+def test_a_folder_that_cannot_be_written_is_not_called_full():
+    check = check_disk(Path("/proc/1"))
+    assert check.fatal and "cannot write" in check.found and "free" not in check.found
+
+
+def test_doctor_warns_of_a_budget_that_is_too_small(tmp_path):
+    poor = machine(tmp_path / "poor", device_memory_bytes=None, memory=host_memory(memory_box(tmp_path / "b", 4, 2)))
+    assert [check.status for check in check_memory(poor)] == ["ok", "warn"]

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 from rich.console import Console
 
-from aurora_train.observe.progress import Progress, preparation
-from aurora_train.observe.throughput import Throughput, TimeLeft
+from aurora_train.record.progress import Progress, preparation
+from aurora_train.record.throughput import Throughput, TimeLeft
 from aurora_train.units import count, duration, percent, size
 
 
@@ -95,7 +95,7 @@ def test_an_ascii_terminal_does_not_stop_the_run():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_training_goes_on_when_its_watcher_is_gone(terminal, tmp_path):
     code = """
-    from aurora_train.observe.progress import Progress
+    from aurora_train.record.progress import Progress
     with Progress(3) as progress:
         for step in (1, 2, 3):
             progress.event("line")

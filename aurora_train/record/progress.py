@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from aurora_train.observe.throughput import TimeLeft
+from aurora_train.record.throughput import TimeLeft
 from aurora_train.units import count, duration, percent, size
 
 _BAR_CELLS = 16

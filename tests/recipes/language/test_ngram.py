@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from aurora_train.data.ngram import NGram
+from language.ngram import NGram
 
 WORDS = [b"def ", b"return ", b"self", b".", b"(", b")\n", b"    ", b"x", b"y = ", b"import ", b"\x00", b"\xff"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aurora_train.data.nwb import Recording
 from aurora_train.errors import UserError
+from neural.nwb import Recording
 
 SPLITS = ("train", "validation", "test")
 
@@ -252,3 +252,9 @@ def r2(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, list[float]]:
     errors = np.sum((truth - predicted) ** 2, axis=0)
     spread = np.sum((truth - truth.mean(axis=0)) ** 2, axis=0)
     return float(1 - errors.sum() / spread.sum()), [float(v) for v in 1 - errors / spread]
+
+
+def scores(truth, decoded) -> dict[str, float]:
+    """R2 of decoded velocity float64[N, D], over all axes ("r2") and of each ("r2_x", "r2_y", "r2_z")."""
+    overall, by_axis = r2(truth, decoded)
+    return {"r2": overall} | {f"r2_{axis}": value for axis, value in zip("xyz", by_axis, strict=False)}

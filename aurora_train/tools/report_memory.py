@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from aurora_train.observe.report_page import escape, facts, folded, section, table
-from aurora_train.observe.report_plots import inline_svg
+from aurora_train.tools.report_page import escape, facts, folded, section, table
+from aurora_train.tools.report_plots import inline_svg
 
 
 def memory_section(pinned: dict | None, steps: list[dict]) -> str:
@@ -15,7 +15,7 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
     details = plan.get("details")
     if not details:
         return ""
-    from aurora_train.memory.pictures import timeline_figure
+    from aurora_train.tools.pictures import timeline_figure
 
     told = f"Microbatch {plan.get('microbatch')} x accumulation {plan.get('accumulation')}"
     told += f"; {plan['reason']}." if plan.get("reason") else "."
