@@ -119,7 +119,7 @@ def test_no_modules_import_each_other_while_they_are_imported():
 
 
 def test_an_import_is_seen_wherever_it_stands():
-    text = "from aurora_train import files\ndef f():\n    import neural.spikes\n    from aurora_train.nn.stack import Stack\n"
+    text = "from aurora_train import files\ndef f():\n import neural.spikes\n from aurora_train.nn.stack import Stack\n"
     assert _imports_of("x", ast.parse(text)) == [
         Import("x", "aurora_train.files", True), Import("x", "recipes.neural.spikes", False),
         Import("x", "aurora_train.nn.stack", False),

@@ -1,4 +1,4 @@
-"""`aurora doctor`: what this machine is, what is wrong with it, and the command that mends it."""
+"""`aurora doctor`: what this machine is, what is wrong with it, and the command that fixes it."""
 
 from __future__ import annotations
 

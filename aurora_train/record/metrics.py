@@ -302,7 +302,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
         "cannot write the log",
         where=str(path),
         why=error.strerror or str(error),
-        hint="free some space or mend the permissions, then run the same command again: the run resumes",
+        hint="free some space or fix the permissions, then run the same command again: the run resumes",
     )
 
 

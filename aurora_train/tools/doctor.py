@@ -1,4 +1,4 @@
-"""The checks of `aurora doctor`: each measures something real and ends in ok, warn or fail with the mending command.
+"""The checks of `aurora doctor`: each measures something real and ends in ok, warn or fail with the command that helps.
 
 Only "fail" means that training cannot work here. A measurement is never replaced by a table's figure.
 """
@@ -52,13 +52,13 @@ _CUDA13_DRIVER = 580  # the first that runs CUDA 13 (NVIDIA, CUDA Toolkit releas
 class Check:
     """One finding. `status` is "ok", "warn", "fail", or "--" for an extra that is absent.
 
-    `mend` is the command or act that mends it.
+    `fix` is the command or act that fixes it.
     """
 
     name: str
     status: str
-    found: str
-    mend: str | None = None
+    finding: str
+    fix: str | None = None
     values: dict = field(default_factory=dict)
 
     @property
@@ -93,9 +93,9 @@ def show(checks: list[Check]) -> None:
     """Print the checks as aligned lines on stdout."""
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print(f"{check.status:<4}  {check.name:<{width}}  {check.found}")
-        if check.mend:
-            print(f"{'':<{width + 8}}mend: {check.mend}")
+        print(f"{check.status:<4}  {check.name:<{width}}  {check.finding}")
+        if check.fix:
+            print(f"{'':<{width + 8}}fix: {check.fix}")
 
 
 # ---- software
@@ -104,13 +104,13 @@ def show(checks: list[Check]) -> None:
 def check_python() -> Check:
     """Python 3.11 to 3.13, and a C library that the wheels of x86-64 and aarch64 are made for."""
     libc, version = platform.libc_ver()
-    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {libc or '?'} {version}"
+    finding = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {libc or '?'} {version}"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        return Check("python", "fail", found, "use Python 3.11, 3.12 or 3.13: python3.12 -m venv .venv")
+        return Check("python", "fail", finding, "use Python 3.11, 3.12 or 3.13: python3.12 -m venv .venv")
     if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < _GLIBC:
-        mend = "wheels want glibc 2.28 or newer, as Debian 12 or Ubuntu 24.04 have it, also in a container"
-        return Check("python", "warn", found, mend)
-    return Check("python", "ok", found)
+        fix = "wheels want glibc 2.28 or newer, as Debian 12 or Ubuntu 24.04 have it, also in a container"
+        return Check("python", "warn", finding, fix)
+    return Check("python", "ok", finding)
 
 
 def check_packages() -> Check:
@@ -145,16 +145,16 @@ def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
         return []
     driver = nvidia_driver(root)
     extra = "cuda12" if driver and int(driver.partition(".")[0]) < _CUDA13_DRIVER else "cuda13"
-    why, mend = "this jax only uses the processor", f"pip install 'aurora_train[{extra}]'"
+    why, fix = "this jax only uses the processor", f"pip install 'aurora_train[{extra}]'"
     if plugin_without_driver():
         why = "libcuda.so.1, the library of its driver, is not here"
-        mend = "in a container: docker run --gpus all; else install the driver again"
+        fix = "in a container: docker run --gpus all; else install the driver again"
     elif os.environ.get("JAX_PLATFORMS") == "cpu":
-        why, mend = "JAX_PLATFORMS=cpu is set", "unset JAX_PLATFORMS"
+        why, fix = "JAX_PLATFORMS=cpu is set", "unset JAX_PLATFORMS"
     elif any(importlib.util.find_spec(module) for module in _EXTRAS["plan"][0]):
         why = "jax's CUDA plug-in does not start"
-    found = f"{gpus[0]}{f' (driver {driver})' if driver else ''} is installed but {why}"
-    return [Check("cuda", "warn", found, mend)]
+    finding = f"{gpus[0]}{f' (driver {driver})' if driver else ''} is installed but {why}"
+    return [Check("cuda", "warn", finding, fix)]
 
 
 # ---- devices and memory
@@ -162,30 +162,30 @@ def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
 
 def check_devices(machine: Machine) -> Check:
     """What jax will train on, and whether its peak is known."""
-    found = f"{machine.device_count} x {machine.device_kind} ({machine.platform}), {machine.cpu_cores} cores"
+    finding = f"{machine.device_count} x {machine.device_kind} ({machine.platform}), {machine.cpu_cores} cores"
     if machine.left_out:
-        found += f"; left out: {', '.join(machine.left_out)}"
+        finding += f"; left out: {', '.join(machine.left_out)}"
     if machine.platform != "cpu" and machine.known is None:
-        return Check("devices", "warn", f"{found}; not in the table of machines, so MFU will be n/a", None)
+        return Check("devices", "warn", f"{finding}; not in the table of machines, so MFU will be n/a", None)
     if machine.known:
-        found += f"; {machine.known.memory_rule}"
-    return Check("devices", "ok", found, values=machine.describe())
+        finding += f"; {machine.known.memory_rule}"
+    return Check("devices", "ok", finding, values=machine.describe())
 
 
 def check_memory(machine: Machine) -> list[Check]:
     """Total, available, cgroup, swap and device memory, and the budget that follows from them."""
     memory = machine.memory
-    found = f"{size(memory.total)}, {size(memory.available)} available"
+    finding = f"{size(memory.total)}, {size(memory.available)} available"
     if memory.cgroup_limit is not None:
-        found += f", cgroup limit {size(memory.cgroup_limit)} with {size(memory.cgroup_used)} in use"
-    found += f", swap {size(memory.swap_total)}"
-    checks = [Check("memory", "ok", found, values=asdict(memory))]
+        finding += f", cgroup limit {size(memory.cgroup_limit)} with {size(memory.cgroup_used)} in use"
+    finding += f", swap {size(memory.swap_total)}"
+    checks = [Check("memory", "ok", finding, values=asdict(memory))]
     if machine.device_memory_bytes is not None:
         import jax
 
         account = device_memory(jax.local_devices()[0])
-        found = f"{size(account['limit'])} for jax, {size(account['in_use'])} in use"
-        checks.append(Check("device memory", "ok", found, values=account))
+        finding = f"{size(account['limit'])} for jax, {size(account['in_use'])} in use"
+        checks.append(Check("device memory", "ok", finding, values=account))
     amount, reason = budget_bytes("auto", machine)
     short = amount < 2 * 2**30
     checks.append(
@@ -207,14 +207,14 @@ def check_matmul(machine: Machine, dtype: str) -> Check:
     rate = 2 * width**3 / seconds
     peak = peak_flops(machine, dtype)
     values = {"width": width, "flops_per_s": rate, "peak_flops_per_s": peak}
-    found = f"{flop_rate(rate)} measured at {width}"
+    finding = f"{flop_rate(rate)} measured at {width}"
     if peak is None:
-        return Check(f"matmul {dtype}", "ok", f"{found}; peak unknown (n/a)", values=values)
-    found += f", {percent(rate / peak)} of {flop_rate(peak)} ({machine.known.peak_flops['bfloat16'].source})"
+        return Check(f"matmul {dtype}", "ok", f"{finding}; peak unknown (n/a)", values=values)
+    finding += f", {percent(rate / peak)} of {flop_rate(peak)} ({machine.known.peak_flops['bfloat16'].source})"
     if rate < 0.4 * peak:
-        mend = "look for other work on the device, a power limit or a clock cap: nvidia-smi -q -d PERFORMANCE,CLOCK"
-        return Check(f"matmul {dtype}", "warn", found, mend, values)
-    return Check(f"matmul {dtype}", "ok", found, values=values)
+        fix = "look for other work on the device, a power limit or a clock cap: nvidia-smi -q -d PERFORMANCE,CLOCK"
+        return Check(f"matmul {dtype}", "warn", finding, fix, values)
+    return Check(f"matmul {dtype}", "ok", finding, values=values)
 
 
 def check_rates(machine: Machine, calibrate: bool = False) -> Check:
@@ -229,9 +229,9 @@ def check_rates(machine: Machine, calibrate: bool = False) -> Check:
     rates = rates_for(machine)
     if rates is None:
         return Check("rates", "ok", "not measured, so plans give no times", "aurora doctor --calibrate")
-    mend = None if rates.source == "measured" else "aurora doctor --calibrate"
-    found = rates.describe() if rates.source == "measured" else f"{rates.describe()}: {rates.note}"
-    return Check("rates", "ok", found, mend, asdict(rates))
+    fix = None if rates.source == "measured" else "aurora doctor --calibrate"
+    finding = rates.describe() if rates.source == "measured" else f"{rates.describe()}: {rates.note}"
+    return Check("rates", "ok", finding, fix, asdict(rates))
 
 
 # ---- disk and system
@@ -247,20 +247,20 @@ def check_disk(folder: Path) -> Check:
         rate = None if free < 2 * _WRITE_BYTES else _write_rate(there)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            mend = "aurora doctor --run-folder DIR, with a folder you can write"
-            return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", mend)
+            fix = "aurora doctor --run-folder DIR, with a folder you can write"
+            return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", fix)
         free, rate = shutil.disk_usage(there).free, None
     if rate is None:
-        mend = f"free some space: du -xh {there} | sort -h | tail"
-        return Check("run folder", "fail", f"only {size(free)} free at {there}", mend, {"free_bytes": free})
+        fix = f"free some space: du -xh {there} | sort -h | tail"
+        return Check("run folder", "fail", f"only {size(free)} free at {there}", fix, {"free_bytes": free})
     values = {"free_bytes": free, "write_bytes_per_s": rate}
-    found = f"{size(rate)}/s written and synced, {size(free)} free at {there}"
+    finding = f"{size(rate)}/s written and synced, {size(free)} free at {there}"
     if free < 10e9:
-        return Check("run folder", "warn", found, "free some space before a long run: checkpoints need it", values)
+        return Check("run folder", "warn", finding, "free some space before a long run: checkpoints need it", values)
     if rate < 50e6:
-        mend = "keep runs on a local disk: aurora train CONFIG --run DIR"
-        return Check("run folder", "warn", f"{found}; saves will be slow", mend, values)
-    return Check("run folder", "ok", found, values=values)
+        fix = "keep runs on a local disk: aurora train CONFIG --run DIR"
+        return Check("run folder", "warn", f"{finding}; saves will be slow", fix, values)
+    return Check("run folder", "ok", finding, values=values)
 
 
 def _write_rate(folder: Path) -> float:

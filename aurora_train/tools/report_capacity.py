@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_capacity(found: dict, console: Console | None = None) -> None:
-    """Print `train.capacity.capacity`: plain values as lines, `cells` as a table of trainings by contexts, and every
+    """Print `tools.capacity.capacity`: plain values as lines, `cells` as a table of trainings by contexts, and every
     other list of records as a table of its own.
 
     A key that ends in `_bytes` is shown as bytes, one in `_share` as a percentage; nothing else is known of those

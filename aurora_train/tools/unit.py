@@ -16,7 +16,7 @@ from pathlib import Path
 from aurora_train.files import read_json
 from aurora_train.machine.memory import host_memory, most_for_a_run
 
-# A user has to mend something (2), or a disk has had no room for as long as the run may wait (74).
+# A user has to fix something (2), or a disk has had no room for as long as the run may wait (74).
 NOT_AGAIN = (2, 74)
 # Stopped by a signal, and saved: not a failure. `systemctl stop` and a shutdown stay stopped whatever is written here;
 # anybody else who sends a signal (a guard against low memory, a stray `killall python`) has not decided that the run

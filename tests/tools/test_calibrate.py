@@ -24,8 +24,8 @@ def test_a_probe_measures_something_plausible_and_can_be_kept(monkeypatch):
     assert 0 <= rates.per_microbatch_seconds < 0.1
     store(rates)
     assert rates_for(this_machine()) == rates
-    assert check_rates(this_machine()).mend is None
-    assert "measured" in check_rates(this_machine()).found
+    assert check_rates(this_machine()).fix is None
+    assert "measured" in check_rates(this_machine()).finding
 
 
 def _short(real):
@@ -36,6 +36,6 @@ def test_a_larger_product_takes_longer():
     assert matmul_seconds(512, "float32", 0.05) > 4 * matmul_seconds(128, "float32", 0.05)
 
 
-def test_doctor_says_that_plans_give_no_times_and_how_to_mend_it():
+def test_doctor_says_that_plans_give_no_times_and_how_to_fix_it():
     check = check_rates(this_machine())
-    assert check.status == "ok" and check.mend == "aurora doctor --calibrate"
+    assert check.status == "ok" and check.fix == "aurora doctor --calibrate"

@@ -30,7 +30,7 @@ def test_L6_an_extra_that_is_absent_is_not_ok(monkeypatch, capsys):
     checks = doctor.check_extras()
     assert {check.name.removeprefix("extra ") for check in checks} == absent >= {"nothing"}
     assert all(check.status == "--" and not check.fatal for check in checks)
-    assert json.loads(json.dumps(checks[-1].record()))["mend"] == "pip install 'aurora_train[nothing]'"
+    assert json.loads(json.dumps(checks[-1].record()))["fix"] == "pip install 'aurora_train[nothing]'"
     doctor.show(checks)
     last = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(r"--    extra nothing +not installed; for a test", last[0]) and last[1].endswith("[nothing]'")
@@ -47,7 +47,7 @@ def test_L6_every_package_and_extra_of_the_project_is_looked_for():
 def test_L6_a_c_library_that_wheels_are_not_made_for_is_named(monkeypatch, libc, status):
     monkeypatch.setattr("platform.libc_ver", lambda: libc)
     check = doctor.check_python()
-    assert check.status == status and platform.machine() in check.found and (check.mend is None) == (status == "ok")
+    assert check.status == status and platform.machine() in check.finding and (check.fix is None) == (status == "ok")
 
 
 def box(folder: Path, driver: str) -> Path:
@@ -66,11 +66,11 @@ def test_L6_a_gpu_that_jax_cannot_use_is_named_with_the_command_for_its_driver(t
     assert nvidia_driver(root) == driver and nvidia_driver(tmp_path / "none") is None
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     (check,) = doctor.check_cuda(this_machine(), root)
-    assert check.status == "warn" and check.mend == f"pip install 'aurora_train[{extra}]'"
-    assert check.found == f"NVIDIA GB10 (driver {driver}) is installed but this jax only uses the processor"
+    assert check.status == "warn" and check.fix == f"pip install 'aurora_train[{extra}]'"
+    assert check.finding == f"NVIDIA GB10 (driver {driver}) is installed but this jax only uses the processor"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     (check,) = doctor.check_cuda(this_machine(), root)
-    assert check.mend == "unset JAX_PLATFORMS" and "JAX_PLATFORMS=cpu is set" in check.found
+    assert check.fix == "unset JAX_PLATFORMS" and "JAX_PLATFORMS=cpu is set" in check.finding
     assert doctor.check_cuda(this_machine(), tmp_path / "none") == []
 
 
@@ -85,12 +85,12 @@ def test_doctor_finds_nothing_fatal_on_a_machine_that_passes_these_tests(tmp_pat
 
 def test_doctor_says_that_a_folder_cannot_be_written():
     check = check_disk(Path("/proc/1"))
-    assert check.fatal and check.mend
+    assert check.fatal and check.fix
 
 
 def test_a_folder_that_cannot_be_written_is_not_called_full():
     check = check_disk(Path("/proc/1"))
-    assert check.fatal and "cannot write" in check.found and "free" not in check.found
+    assert check.fatal and "cannot write" in check.finding and "free" not in check.finding
 
 
 def test_doctor_warns_of_a_budget_that_is_too_small(tmp_path):
