@@ -25,7 +25,7 @@ _WORTH_SHOWING = 1_000_000_000  # bytes: less is Python and its libraries
 
 class _OutlivedConsole(Console):
     def on_broken_pipe(self) -> None:
-        # rich would close stdout and exit; here the display is told, and goes quiet.
+        # rich would close stdout and exit; here the display learns of it, and goes quiet.
         raise BrokenPipeError
 
 

@@ -18,14 +18,14 @@ from aurora_train.units import count
 if TYPE_CHECKING:
     from aurora_train.memory.plan import Plan
 
-# Paul Tol's bright scheme with orange and dark blue: told apart by colour-blind readers, and on light and dark paper.
+# Paul Tol's bright scheme with orange and dark blue: distinguished by colour-blind readers, and on light and dark paper.
 _COLOURS = dict(
     zip(
         CAUSES, ("#4477aa", "#225588", "#aa3377", "#ee8866", "#66ccee", "#ccbb44", "#ee6677", "#bbbbbb"), strict=True
     )
 )
 _LINES = (MAIN, "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#bbbbbb")
-_FAR = 2.5  # a budget beyond this multiple of the peak is told in words: drawn, it would flatten the bars
+_FAR = 2.5  # a budget beyond this multiple of the peak is stated in words: drawn, it would flatten the bars
 _UPRIGHT = 9  # more phases than this do not fit under their bars as written; they are turned
 
 

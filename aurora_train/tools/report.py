@@ -107,11 +107,11 @@ def _head(run: Run, config: dict, steps, evaluations, events, scores) -> str:
     finished = any(event.get("event") == "finish" for event in events)
     state = "finished" if finished else "not finished"
     lives = 1 + sum(event.get("event") == "resume" for event in events)
-    told = f"{state}, step {last:,} of {total:,}" if total else f"{state}, step {last:,}"
+    summary = f"{state}, step {last:,} of {total:,}" if total else f"{state}, step {last:,}"
     if lives > 1:
-        told += ", resumed once" if lives == 2 else f", resumed {lives - 1} times"
+        summary += ", resumed once" if lives == 2 else f", resumed {lives - 1} times"
     recipe = f"{words(str(config.get('recipe', '')))} · " if config.get("recipe") else ""
-    return f'<h1>{escape(run.folder.name)}</h1>\n<p class="soft">{escape(recipe + told)}</p>\n' + cards(
+    return f'<h1>{escape(run.folder.name)}</h1>\n<p class="soft">{escape(recipe + summary)}</p>\n' + cards(
         _glance(steps, evaluations, events, scores)
     )
 
@@ -252,10 +252,10 @@ def _curves(steps, evaluations) -> str:
             drawing = curve(name, [(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
             figures.append(f"<figure>{drawing}</figure>")
     targets = sum(record.get("tokens", 0) for record in steps)
-    told = f"{len(steps):,} steps, {count(targets)} targets"
+    summary = f"{len(steps):,} steps, {count(targets)} targets"
     if validation and "loss" in validation[-1]:
-        told += f"; last validation loss {validation[-1]['loss']:.4f} at step {validation[-1]['step']:,}"
-    return section("Training", f"<p>{escape(told)}.</p>\n", f'<div class="figures">{"".join(figures)}</div>\n')
+        summary += f"; last validation loss {validation[-1]['loss']:.4f} at step {validation[-1]['step']:,}"
+    return section("Training", f"<p>{escape(summary)}.</p>\n", f'<div class="figures">{"".join(figures)}</div>\n')
 
 
 # ---- samples
@@ -318,16 +318,16 @@ def _events(events) -> str:
     rows = []
     for event in events:
         details = {k: v for k, v in event.items() if k not in ("event", "step", "time") and v not in (None, [], {})}
-        told = ", ".join(f"{words(name)} {number(value)}" for name, value in flatten(details))
+        summary = ", ".join(f"{words(name)} {number(value)}" for name, value in flatten(details))
         when = str(event.get("time", "")).replace("T", " ")[:19]
-        rows.append([when, "" if event.get("step") is None else f"{event['step']:,}", event.get("event", ""), told])
+        rows.append([when, "" if event.get("step") is None else f"{event['step']:,}", event.get("event", ""), summary])
     columns = ["time (UTC)", "step", "event", ""]
     if len(rows) <= _EVENTS_SHOWN:
         return section("Events", table(columns, rows))
     kinds = {}
     for event in events:
         kinds[event.get("event", "")] = kinds.get(event.get("event", ""), 0) + 1
-    told = ", ".join(f"{amount} {kind}" for kind, amount in kinds.items())
+    summary = ", ".join(f"{amount} {kind}" for kind, amount in kinds.items())
     rare = [row for row in rows if row[2] not in ("save", "skip")][:_EVENTS_SHOWN]
     everything = folded(f"all {len(rows):,} events", table(columns, rows))
-    return section("Events", f"<p>{escape(told)}.</p>\n", table(columns, rare), everything)
+    return section("Events", f"<p>{escape(summary)}.</p>\n", table(columns, rare), everything)

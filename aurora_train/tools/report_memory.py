@@ -17,9 +17,9 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
         return ""
     from aurora_train.tools.pictures import timeline_figure
 
-    told = f"Microbatch {plan.get('microbatch')} x accumulation {plan.get('accumulation')}"
-    told += f"; {plan['reason']}." if plan.get("reason") else "."
-    parts = [f"<p>{escape(told)}</p>\n", _figures(plan, steps)]
+    summary = f"Microbatch {plan.get('microbatch')} x accumulation {plan.get('accumulation')}"
+    summary += f"; {plan['reason']}." if plan.get("reason") else "."
+    parts = [f"<p>{escape(summary)}</p>\n", _figures(plan, steps)]
     figure = timeline_figure(details, plan.get("budget_bytes"), plan.get("machine") or "")
     if figure is not None:
         drawn = inline_svg(figure, "memory", "memory over one step by cause")

@@ -95,7 +95,7 @@ class NGram:
         return cls(order, stream.num_predicted, tables)
 
     def bits_per_document(self, texts: Sequence[bytes]) -> np.ndarray:
-        """-log2 of the probability of all bytes of each document: float64[documents]. Its length is told for free."""
+        """-log2 of the probability of all bytes of each document: float64[documents]. Its length costs nothing."""
         bits = -np.log2(self._probabilities(texts))
         ends = np.cumsum([0, *map(len, texts)])
         return np.diff(np.concatenate([[0.0], np.cumsum(bits)])[ends])
