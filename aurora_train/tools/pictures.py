@@ -18,7 +18,7 @@ from aurora_train.units import count
 if TYPE_CHECKING:
     from aurora_train.memory.plan import Plan
 
-# Paul Tol's bright scheme with orange and dark blue: distinguished by colour-blind readers, and on light and dark paper.
+# Paul Tol's bright scheme with orange and dark blue: safe for colour-blind readers, and on light and dark paper.
 _COLOURS = dict(
     zip(
         CAUSES, ("#4477aa", "#225588", "#aa3377", "#ee8866", "#66ccee", "#ccbb44", "#ee6677", "#bbbbbb"), strict=True
