@@ -29,7 +29,8 @@ from aurora_train.machine.profile import (
     plugin_without_driver,
     this_machine,
 )
-from aurora_train.machine.rates import flop_rate, matmul_seconds, measure, rates_for, store
+from aurora_train.machine.rates import flop_rate, rates_for, store
+from aurora_train.tools.calibrate import matmul_seconds, measure
 from aurora_train.units import percent, size
 
 _CORE = (
