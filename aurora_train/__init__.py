@@ -8,9 +8,22 @@
 Importing this imports neither jax nor flax.
 """
 
-from aurora_train import train
+import types
+
+from aurora_train import loading, train
 from aurora_train.errors import MissingExtra, UserError
 from aurora_train.loading import Loaded, load
 from aurora_train.recipe import Derived, Loss, Recipe, Source
+
+
+class _TrainPackage(types.ModuleType):
+    """`aurora_train.train` is a package, and what people expect to call: Python has one place for both names."""
+
+    def __call__(self, config, overrides=(), **options):
+        """`aurora_train.loading.train`."""
+        return loading.train(config, overrides, **options)
+
+
+train.__class__ = _TrainPackage
 
 __all__ = ["Derived", "Loaded", "Loss", "MissingExtra", "Recipe", "Source", "UserError", "load", "train"]

@@ -15,10 +15,10 @@ def _home() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """`name`, or `domain/name`, -> file of every bundled recipe."""
+    """`name`, or `domain/name`, -> file of every bundled recipe. A package among them is a kit that recipes import."""
     folder = _home() / "recipes"
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
-    return {name: path for name, path in found.items() if not path.stem.startswith("_")}
+    files = [path for path in sorted(folder.rglob("*.py")) if not (path.parent / "__init__.py").is_file()]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
 def configs() -> dict[str, Path]:

@@ -112,7 +112,8 @@ def train(
     folder = for_train(resolved, run, fresh=fresh)
     if not folder.is_finished(resolved.train.steps):
         prepare_environment(resolved)
+        from aurora_train.tools.report import report_ending
         from aurora_train.train.start import train as take_to_its_end
 
-        take_to_its_end(resolved, folder, quiet=quiet)
+        report_ending(take_to_its_end(resolved, folder, quiet=quiet))
     return load(folder.folder)

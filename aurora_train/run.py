@@ -145,7 +145,7 @@ class Run:
 
     def _was_replanned(self) -> bool:
         """Whether memory ran out before the first step: the next attempt goes on with the smaller plan."""
-        from aurora_train.observe.metrics import read
+        from aurora_train.record.metrics import read
 
         return any(event["event"] == "replan" for event in read(self.events))
 
@@ -160,7 +160,7 @@ class Run:
 
     def is_finished(self, steps: int) -> bool:
         """Whether the run reached `steps` and was scored."""
-        from aurora_train.observe.metrics import read
+        from aurora_train.record.metrics import read
 
         return any(event["event"] == "finish" and event["step"] == steps for event in read(self.events))
 
@@ -263,7 +263,7 @@ def changed_code(run: Run, config) -> tuple[str, str] | None:
 
 def say_changed_code(run: Run, config, by: str) -> None:
     """Say on standard error, and record in events.jsonl, that a verb reads a run with other code than trained it."""
-    from aurora_train.observe.metrics import EventLog, read
+    from aurora_train.record.metrics import EventLog, read
 
     changed = changed_code(run, config)
     if changed is None:
@@ -287,12 +287,12 @@ def versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """sha256 over the package's own Python files: which code a checkpoint came from, without asking git.
+    """sha256 over the package's own Python files and tables: which code a checkpoint came from, without asking git.
 
     The same for a wheel and an editable install: only the wheel has the bundled recipes inside the package.
     """
     root, hasher = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.toml")]):
         if "_bundled" in path.relative_to(root).parts:
             continue
         hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

@@ -29,7 +29,7 @@ from planning import load_tree
 from aurora_train import bundled
 from aurora_train.data.batches import batches
 from aurora_train.machine.profile import cpu_model
-from aurora_train.observe.progress import preparation
+from aurora_train.record.progress import preparation
 from aurora_train.train.rehearsal import make_recipe
 
 

@@ -16,7 +16,7 @@ example at a time fits without.
 A card holds one side at a time: in each round a process of ours starts, is measured and ends, then one of torch's. A
 side's rate is the median over rounds of its median step; the ratio is that of the rounds' ratios, above 1 where we are
 faster. Tokens are batch x sequence, for both. MFU of both is by the recipe's formula: 6 FLOPs a weight and token (4
-where it is frozen) and causal attention once, over the card's dense bfloat16 peak from aurora_train/machine/table.py;
+where it is frozen) and causal attention once, over the card's dense bfloat16 peak from machines.toml;
 n/a where the card is not in it. Memory is the most that each side's own allocator held.
 
 aurora keeps to kernels that give the same bits twice (--xla_gpu_deterministic_ops, without autotuning), as it does for

@@ -35,7 +35,7 @@ def ready(file: str, folder: str):
     import jax
 
     from aurora_train.data.batches import read_batch
-    from aurora_train.observe.progress import silent
+    from aurora_train.record.progress import silent
     from aurora_train.run import Run
     from aurora_train.train.session import open_session
 

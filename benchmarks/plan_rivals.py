@@ -34,8 +34,8 @@ from plan_truth import uniform, unit_graphs
 from planning import rehearsal_of
 
 from aurora_train.errors import UserError
-from aurora_train.machine.calibration import rates_for
 from aurora_train.machine.profile import cpu_model
+from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.planner import Planner

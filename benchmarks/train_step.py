@@ -95,7 +95,7 @@ class Ours(Training):
 def matmul_peak(precision: str) -> float:
     """FLOP/s of the best large product of jax and torch, each in a process of its own."""
     ours = (
-        "from aurora_train.machine.calibration import matmul_seconds as s;"
+        "from aurora_train.tools.calibrate import matmul_seconds as s;"
         f"print(max(2*w**3/s(w, '{precision}', 1.5) for w in (1024, 1536, 2048)))"
     )
     theirs = (

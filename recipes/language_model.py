@@ -209,42 +209,17 @@ class Recipe(Base):
         }  # fmt: skip
 
     def baselines(self, workdir, progress) -> dict:
-        from aurora_train.data.ngram import NGram
-        from aurora_train.data.rivals import compressors
+        from language.baselines import baselines
 
-        texts = [self.store.text("test", i) for i in range(self.store.num_documents("test"))]
-        packed = compressors(texts, progress)
-        ours, sizes = np.load(workdir / "bits.npy"), packed["documents"]["bytes"]
-        columns, counted, notes = {"this model": ours}, {}, []
-        trained_on = [self.store.text("train", i) for i in range(self.store.num_documents("train"))]
-        if trained_on:  # there is none among the data of `evaluate --on`
-            ngram = NGram.fit(trained_on, progress=progress)
-            name, bits = f"{ngram.order}-gram", ngram.bits_per_document(texts)
-            columns[name], counted[name] = bits, float(bits.sum() / sizes.sum())
-            notes = [f"the {name} model was fitted to {ngram.trained_bytes:,} bytes of the training text"]
-        columns |= {name: packed["documents"][name] for name in ("xz_9", "gzip_9")}
-        names = self.store.names("test")
-        rows = [
-            [names[i], int(sizes[i]), *(round(float(bits[i]) / max(int(sizes[i]), 1), 3) for bits in columns.values())]
-            for i in np.argsort(-sizes)
-        ]
-        better = int(np.sum(ours < packed["documents"]["xz_9"]))
-        return {
-            **packed["bits_per_byte"],
-            **counted,
-            "tables": [{"title": "bits per byte of each held-out document",
-                        "columns": ["document", "bytes", *columns], "rows": rows}],
-            "notes": [
-                f"smaller than xz -9 on {better} of {len(texts)} documents; a compressor starts each document knowing "
-                f"nothing; xz_9_whole reads all of them as one file", *notes,
-            ],
-        }
+        test, train = ([self.store.text(split, i) for i in range(self.store.num_documents(split))]
+                       for split in ("test", "train"))  # fmt: skip
+        return baselines(np.load(workdir / "bits.npy"), self.store.names("test"), test, train, progress)
 
     def samples(self, model, key) -> list[dict]:
         import jax
 
-        from aurora_train.data.rivals import python_parse_share
         from aurora_train.data.tokenizers import Continuation
+        from language.rivals import python_parse_share
 
         wanted = self.config.samples
         generator = self._generator(model)

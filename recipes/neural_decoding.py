@@ -85,7 +85,7 @@ class NeuralDecoding(Recipe):
     def _path(self):
         from pathlib import Path
 
-        from aurora_train.data.reach_simulation import prepare_simulation
+        from neural.reach_simulation import prepare_simulation
 
         data = self.config.data
         if data.source != SIMULATED:
@@ -94,8 +94,8 @@ class NeuralDecoding(Recipe):
 
     @functools.cached_property
     def _trials(self):
-        from aurora_train.data.nwb import read_recording
-        from aurora_train.data.spikes import bin_trials
+        from neural.nwb import read_recording
+        from neural.spikes import bin_trials
 
         data = self.config.data
         recording = read_recording(self._path, behavior=data.behavior, trials=data.trials)
@@ -103,7 +103,7 @@ class NeuralDecoding(Recipe):
 
     def facts(self) -> dict:
         """How many units and axes there are, and the scale of each axis over the training trials."""
-        from aurora_train.data.spikes import Standard
+        from neural.spikes import Standard
 
         velocity = self._trials.split("train", self.config.data.held_out).velocity
         standard = Standard.of(velocity)
@@ -113,14 +113,14 @@ class NeuralDecoding(Recipe):
 
     @property
     def _standard(self):
-        from aurora_train.data.spikes import Standard
+        from neural.spikes import Standard
 
         return Standard(np.array(self.known["velocity_mean"]), np.array(self.known["velocity_deviation"]))
 
     @functools.cache  # noqa: B019 - a recipe lives as long as its run
     def data(self, split: str):
         """Windows of one split: "train", "validation" or "test"."""
-        from aurora_train.data.spikes import Windows
+        from neural.spikes import Windows
 
         return Windows(self._trials.split(split, self.config.data.held_out), self.config.data.window, self._standard)
 
@@ -160,7 +160,7 @@ class NeuralDecoding(Recipe):
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         """R2 over all bins of the split's trials, and how long one bin takes to decode (milliseconds)."""
-        from aurora_train.data.spikes import velocity_plots
+        from neural.spikes import scores, velocity_plots
 
         windows = self.data(split)
         decoded = decode(predict, windows, progress)
@@ -175,10 +175,12 @@ class NeuralDecoding(Recipe):
             "notes": notes, "plots": velocity_plots(windows.trials, decoded),
             "remarks": few(facts["trials"], "trial", "raise data.held_out"),
         }  # fmt: skip
-        return _scores(windows.trials.velocity, decoded) | latency(predict, windows, progress) | shown
+        return scores(windows.trials.velocity, decoded) | latency(predict, windows, progress) | shown
 
     def baselines(self, workdir, progress) -> dict:
         """R2 of ridge with the decoder's history, its penalty chosen on validation trials, and of a Wiener filter."""
+        from neural.linear import linear_decoder
+
         window = self.config.data.window
         progress(0, 2, "fitting ridge")
         fits = {"ridge": linear_decoder(self.data, lags=window, penalties=np.logspace(1, 6, 11))}
@@ -224,56 +226,3 @@ def latency(predict, windows, progress, bins: int = 300) -> dict:
         took.append(1000 * (time.perf_counter() - before))
     progress(bins, bins, "timing single bins")
     return {"latency_ms_p50": float(np.percentile(took, 50)), "latency_ms_p99": float(np.percentile(took, 99))}
-
-
-def linear_decoder(data, lags: int, penalties) -> dict:
-    """Least squares on lagged, standardised counts with a ridge penalty, in float64; scores on the test trials.
-
-    Hoerl & Kennard 1970; without a penalty it is the Wiener filter of the decoding literature (Glaser et al. 2020).
-    The penalty is the one with the best R2 on validation trials.
-    """
-    from aurora_train.data.spikes import Standard
-
-    train, validation, test = (data(split).trials for split in ("train", "validation", "test"))
-    inputs, outputs = Standard.of(train.spikes.astype(np.float64)), data("train").standard
-    gram, moment = 0.0, 0.0
-    for rows, design in _designs(train, lags, inputs):
-        target = outputs.apply(train.velocity[rows])
-        measured = np.isfinite(target).all(axis=1)
-        design = design if measured.all() else design[measured]
-        gram = gram + design.T @ design  # one array with its own transpose: BLAS does half the work
-        moment = moment + design.T @ target[measured]
-    free = np.append(np.ones(len(gram) - 1), 0)  # the intercept bears no penalty
-    fits = [(penalty, ridge(gram, moment, penalty * free)) for penalty in penalties]
-
-    def decoded(trials, weights):
-        return outputs.undo(np.concatenate([design @ weights for _, design in _designs(trials, lags, inputs)]))
-
-    scores = [_scores(validation.velocity, decoded(validation, weights))["r2"] for _, weights in fits]
-    penalty, weights = fits[int(np.argmax(scores))]
-    return _scores(test.velocity, decoded(test, weights)) | {"penalty": float(penalty), "lags": lags}
-
-
-def ridge(gram: np.ndarray, moment: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """Weights [F, D] that minimise |X w - y|^2 + sum of penalty[F] w^2, from X'X and X'y."""
-    from scipy.linalg import cho_factor, cho_solve
-
-    return cho_solve(cho_factor(gram + np.diag(penalty)), moment)
-
-
-def _designs(trials, lags, inputs, at_once: int = 64):
-    """(rows, lagged design and a column of ones) of a few trials at a time: a long recording's whole would not fit."""
-    from aurora_train.data.spikes import lagged
-
-    for k in range(0, len(trials.ids), at_once):
-        offsets = trials.offsets[k : k + at_once + 1]
-        rows = slice(offsets[0], offsets[-1])
-        design = lagged(inputs.apply(trials.spikes[rows].astype(np.float64)), offsets - offsets[0], lags)
-        yield rows, np.concatenate([design, np.ones((len(design), 1))], axis=1)
-
-
-def _scores(truth, decoded) -> dict:
-    from aurora_train.data.spikes import r2
-
-    overall, by_axis = r2(truth, decoded)
-    return {"r2": overall} | {f"r2_{axis}": value for axis, value in zip("xyz", by_axis, strict=False)}

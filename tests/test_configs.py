@@ -1,5 +1,6 @@
 """Every bundled config loads, opens with its command, and trains two steps once it is shrunk."""
 
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from harness import losses
 from aurora_train import bundled
 from aurora_train.cli.main import main
 from aurora_train.config import load
+from aurora_train.config.find_recipe import load_recipe
 
 SHRUNK = ["train.steps=2", "train.batch=4", "memory.accumulation=1", "memory.unroll=false", "evaluate.examples=4",
           "evaluate.final=false", "checkpoint.every=2"]
@@ -19,6 +21,7 @@ SMALL = {
                         "data.simulated_units=5"],
     "vision/digits": ["model.channels=4"],
 }
+KITS = {"language_model": {"language"}, "neural_decoding": {"neural"}, "vision/digits": set()}
 CONFIGS = bundled.configs()
 
 
@@ -30,11 +33,20 @@ def test_a_config_opens_with_a_comment_that_has_its_command(name):
     assert len(bundled.first_line(CONFIGS[name])) > 20
 
 
+def test_a_kit_is_no_recipe():
+    assert set(bundled.recipes()) == set(SMALL)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_shrunk_config_trains(name, tmp_path, shared_cache, monkeypatch, capsys):
+def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)
     recipe = load(name).recipe
     assert recipe in SMALL, f"tests/test_configs.py does not know how to make {recipe} small"
     assert main(["train", name, *SHRUNK, *SMALL[recipe], "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
+    code, recorded = tmp_path / "run" / "code", json.loads((tmp_path / "run" / "provenance.json").read_text())
+    kept = load_recipe(code / bundled.recipes()[recipe].name, bundled_one=False)
+    assert kept.sha256 == recorded["recipe"]["sha256"], "what was hashed, and nothing less, was kept"
+    assert {*kept.beside, kept.file.name} == {path.relative_to(code).as_posix() for path in code.rglob("*.py")}
+    assert {path.partition("/")[0] for path in kept.beside} == KITS[recipe]

@@ -11,7 +11,7 @@ from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print
 from aurora_train.config import config_hash, derived_lines, dump, load, tree_of
 from aurora_train.config.yaml import show_path
 from aurora_train.machine.profile import prepare_environment
-from aurora_train.observe.progress import preparation
+from aurora_train.record.progress import preparation
 from aurora_train.train.intent import refuse_missing_start
 from aurora_train.train.precision import expected
 from aurora_train.train.remarks import remarks_on_config

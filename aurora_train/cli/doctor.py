@@ -1,4 +1,4 @@
-"""`aurora doctor`: what this machine is, what is wrong with it, and the command that mends it."""
+"""`aurora doctor`: what this machine is, what is wrong with it, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment()
-    from aurora_train.machine.doctor import examine, show
+    from aurora_train.tools.doctor import examine, show
 
     checks = examine(run_folder, calibrate)
     if json:

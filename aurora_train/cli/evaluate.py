@@ -33,7 +33,7 @@ def command(
     Writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
     """
     from aurora_train.loading import load
-    from aurora_train.observe.progress import preparation
+    from aurora_train.record.progress import preparation
 
     with preparation(quiet=quiet) as progress:
         trained = load(run, step, recipe=recipe, by="evaluate", progress=progress)

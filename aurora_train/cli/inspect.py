@@ -26,7 +26,7 @@ def command(
     from rich.console import Console
 
     from aurora_train.data.inspection import inspect_batch, show
-    from aurora_train.observe.progress import preparation
+    from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
 
     beginning = Beginning.of(checked)

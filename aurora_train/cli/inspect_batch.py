@@ -22,8 +22,8 @@ def command(
 
     from aurora_train.config import load_resolved
     from aurora_train.data.inspection import inspect_batch, show
-    from aurora_train.observe import metrics as logs
-    from aurora_train.observe.progress import preparation
+    from aurora_train.record import metrics as logs
+    from aurora_train.record.progress import preparation
     from aurora_train.run import Run
     from aurora_train.train.bad_numbers import data_step_of_step
     from aurora_train.train.beginning import Beginning

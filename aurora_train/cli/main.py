@@ -4,7 +4,7 @@ A verb is one module of this package with either `command`, a function typer can
 its help; or `app`, a typer group. Only the verb that was asked for is imported, and no verb imports jax at its top,
 so `aurora --help` and `aurora check` answer at once.
 
-Exit status: 0 done, 1 a failure the verb reports, 2 something the user can mend, 75 stopped and resumable,
+Exit status: 0 done, 1 a failure the verb reports, 2 something the user can fix, 75 stopped and resumable,
 130 interrupted; all of them are in docs/always-on.md.
 """
 

@@ -65,7 +65,7 @@ def make(config: str, overrides, machine: str | None, budget: str | None, *, ver
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment(loaded)
-    from aurora_train.observe.progress import preparation
+    from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
     from aurora_train.train.planning import plan_config
     from aurora_train.train.precision import settled
@@ -103,9 +103,9 @@ def show_capacity(machine: str | None, json: bool, *, verify: bool) -> None:
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment()
-    from aurora_train.memory import report_capacity
-    from aurora_train.observe.progress import preparation
-    from aurora_train.train.capacity import capacity
+    from aurora_train.record.progress import preparation
+    from aurora_train.tools import report_capacity
+    from aurora_train.tools.capacity import capacity
 
     with preparation(quiet=json) as progress:
         found = capacity(machine, progress, verify=verify)

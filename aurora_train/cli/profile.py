@@ -43,8 +43,8 @@ def command(
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment(loaded)
-    from aurora_train.observe.progress import preparation
-    from aurora_train.train.profile import profile
+    from aurora_train.record.progress import preparation
+    from aurora_train.tools.profile import profile
 
     with preparation(quiet=json) as progress:
         found = profile(loaded, folder, steps=steps, progress=progress)
@@ -70,7 +70,7 @@ def show(found) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from aurora_train.machine.calibration import flop_rate
+    from aurora_train.machine.rates import flop_rate
     from aurora_train.units import count
 
     line, console = found.timeline, Console()

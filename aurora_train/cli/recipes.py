@@ -11,6 +11,7 @@ import typer
 from aurora_train import bundled
 from aurora_train.cli.common import JsonOption, print_json
 from aurora_train.config.find_recipe import bundled_recipe
+from aurora_train.config.recipe_code import files_beside
 from aurora_train.config.yaml import read_file, show_path
 from aurora_train.errors import UserError
 
@@ -64,9 +65,10 @@ def copy(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it does not exist.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are already there.")] = False,
 ):
-    """Copy a recipe and its configs, which then name your copy, so that editing it has an effect."""
+    """Copy a recipe, the modules it imports and its configs, which then name your copy: editing it has an effect."""
     source = bundled_recipe(name)
-    texts = {source.name: source.read_text(encoding="utf-8")}
+    code = {source.name: source, **files_beside(source)}
+    texts = {file: path.read_text(encoding="utf-8") for file, path in code.items()}
     for path in _configs_of(name).values():
         own = re.sub(rf"^recipe:\s*{re.escape(name)}\s*$", f"recipe: {source.name}", path.read_text(encoding="utf-8"),
                      flags=re.MULTILINE)
@@ -80,6 +82,7 @@ def copy(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
+            (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(text, encoding="utf-8")
             print(show_path(folder / file))
     except OSError as fault:

@@ -17,7 +17,7 @@ def command(
     json: JsonOption = False,
 ):
     """Draw report.html: one self-contained file with score, curves, samples, data, config and machine."""
-    from aurora_train.observe.report import write_report
+    from aurora_train.tools.report import write_report
 
     path = write_report(run)
     if json:

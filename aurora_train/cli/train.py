@@ -64,9 +64,11 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     for line in warnings(changes):
         print(f"changed {line}", file=sys.stderr)
     prepare_environment(config)
+    from aurora_train.tools.report import report_ending
     from aurora_train.train.start import train
 
     outcome = train(config, run, quiet=quiet, changes=list(changes), replan=replan)
+    report_ending(outcome)
     if outcome.run.follows:
         return outcome.status
     return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
@@ -89,7 +91,7 @@ def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
         print(f"this run is finished: nothing is left to do, so these keys were not changed: {keys}\n"
               f"  aurora resume {run.folder} train.steps=N goes on with it", file=sys.stderr)  # fmt: skip
     if not run.report.exists():
-        from aurora_train.observe.report import write_report
+        from aurora_train.tools.report import write_report
 
         write_report(run.folder)
     show(run, config.train.steps, 0, None, json)

@@ -25,8 +25,8 @@ def command(
 ):
     """Print a systemd unit, filled in: it goes on with the run at boot and after a crash, a hang, a power cut."""
     from aurora_train.config.yaml import read_file
-    from aurora_train.machine.unit import unit_text
     from aurora_train.run import Run
+    from aurora_train.tools.unit import unit_text
 
     found = Run.existing(run)
     on_a_clock = (read_file(found.config).value.get("train") or {}).get("stop_after_minutes") is not None

@@ -23,7 +23,7 @@ def command(
     """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 3 for damage."""
     from aurora_train.checkpoint.audit import committed, verify
     from aurora_train.errors import UserError
-    from aurora_train.observe.progress import preparation
+    from aurora_train.record.progress import preparation
     from aurora_train.run import Run
 
     folder = Run.existing(run).checkpoints

@@ -67,7 +67,7 @@ def bundled_recipe(written: str, folder: Path = Path(), where: str | None = None
 def load_recipe(file: Path, bundled_one: bool) -> FoundRecipe:
     """Import one recipe file by path. The same bytes give the same class, so configs loaded twice compare equal."""
     text = read_text(file, "recipe")
-    beside = {} if bundled_one else files_beside(file)
+    beside = files_beside(file)
     sha256, shown = code_sha256(file, beside), show_path(file)
     name = f"aurora_recipe_{file.stem}" if bundled_one else f"aurora_recipe_{file.stem}_{sha256[:12]}"
     module = sys.modules.get(name)
@@ -92,8 +92,7 @@ def _run(text: str, file: Path, name: str, trusted: bool) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__file__ = str(file.resolve())
     sys.modules[name] = module  # dataclasses and pickle look the module up by name while and after it runs
-    if not trusted:
-        let_import_beside(module, file.resolve().parent)
+    let_import_beside(module, file.resolve().parent)
     try:
         exec(code, module.__dict__)
     except UserError:

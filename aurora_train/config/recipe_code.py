@@ -1,4 +1,4 @@
-"""The code of a user's recipe: its file, and the modules that it imports from beside itself.
+"""The code of a recipe: its file, and the modules that it imports from beside itself.
 
 Which those are is read from the source, before any of it runs, so that a run can keep and hash all of its code. Each
 recipe imports its own: the folder of a run and the folder it came from may both hold a `layers.py`, and neither must

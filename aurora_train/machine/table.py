@@ -1,144 +1,194 @@
 """Known machines: peak rates, bandwidth and memory of one accelerator, every figure with its source.
 
-Peaks are dense (no 2:4 sparsity), with float32 accumulation, for one device at its rated power. A device that is
-not in the table is unknown: its peak is None and MFU is "n/a", never 0. This file imports no jax.
+The figures lie in `machines.toml` beside this file, which explains its keys; a user's own file of the same form is laid
+over it. A device that is in neither is unknown: its peak is None and MFU is "n/a", never 0. This file imports no jax.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
+import os
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+import tomllib
+from pathlib import Path
 
+from pydantic import ValidationError, model_validator
 
-class Figure(NamedTuple):
-    """A number with the place it was read."""
+from aurora_train.config import Section, setting
+from aurora_train.config.messages import explain
+from aurora_train.config.yaml import Mark, Tree
+from aurora_train.errors import UserError
 
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
-class KnownMachine:
-    """One row. `kinds` are the words of jax's `device_kind` that name the device; the longest match wins.
-
-    `peak_flops`: dtype name ("float32" on plain cores, "tf32", "bfloat16", "fp8", "fp4") -> FLOP/s.
-    `bandwidth`: bytes/s. `memory`: bytes, as sold. `unified`: processor and accelerator share that memory.
-    `link`: bytes/s to or from the processor's memory, one way; None where memory is shared.
-    """
-
-    name: str
-    kinds: tuple[str, ...]
-    peak_flops: dict[str, Figure]
-    bandwidth: Figure
-    memory: Figure
-    link: Figure | None = None
-    unified: bool = False
-    memory_rule: str = "the device's own memory is the budget"
-
-
-_DTYPES = ("float32", "tf32", "bfloat16", "fp8", "fp4")
-
-
-def _row(name, kinds, source, tflops, gb_per_s, memory_gb, **rest) -> KnownMachine:
-    """`tflops` in the order of `_DTYPES`, None where the device lacks the format or nobody published it."""
-    rates = {d: Figure(t * 1e12, source) for d, t in zip(_DTYPES, tflops, strict=True) if t is not None}
-    return KnownMachine(
-        name, kinds, rates, Figure(gb_per_s * 1e9, source), Figure(memory_gb * 1e9, source), **rest
-    )
-
-
+_BUNDLED = Path(__file__).with_name("machines.toml")
+_OWN_RULE = "the device's own memory is the budget"
 _UNIFIED_RULE = (
     "memory is shared with the processor: the budget is MemAvailable less a reserve, preallocation is off, and "
     "host offload frees nothing"
 )
-_PCIE4 = Figure(32e9, "PCI Express 4.0 x16: 16 GT/s on 16 lanes, one way")
-_PCIE5 = Figure(64e9, "PCI Express 5.0 x16: 32 GT/s on 16 lanes, one way")
-_C2C = Figure(450e9, "NVLink-C2C, 900 GB/s both ways together: NVIDIA GH200 datasheet (2024), DGX Station page (2026)")
-_HOPPER = "NVIDIA H100 datasheet (2024), sparse tensor figures halved"
-_H200 = "NVIDIA H200 datasheet (2024), sparse tensor figures halved"
-_A100 = "NVIDIA A100 datasheet (2021)"
-_BLACKWELL = "NVIDIA Blackwell datasheet and HGX page (2025), sparse tensor figures halved"
-_ADA = "NVIDIA Ada GPU architecture whitepaper v2.02, float32-accumulate rates"
-_GEFORCE_50 = "NVIDIA RTX Blackwell GPU architecture whitepaper v1.1, float32-accumulate rates"
-_AMPERE = "NVIDIA GA102 GPU architecture whitepaper v2.1, float32-accumulate rates"
-_CDNA3 = "AMD Instinct datasheet (2024), rates without sparsity"
+_NAMESAKES = re.compile(r"\b(laptop|mobile|5090 D|4090 D|MIG)\b", re.IGNORECASE)  # named as a desktop card, and not it
 
-TABLE: tuple[KnownMachine, ...] = (
-    _row(
-        "DGX Spark (GB10)", ("GB10",),
-        "NVIDIA DGX Spark datasheet (2025): 1 PFLOP sparse fp4; dense fp4, fp8 and bf16 by halving",
-        (31, None, 125, 250, 500), 273, 128, unified=True, memory_rule=_UNIFIED_RULE,
-    ),
-    _row(
-        "DGX Station (GB300)", ("GB300",),
-        "NVIDIA DGX Station page (2026): 20 PFLOP sparse fp4, 7.1 TB/s, 252 GB; bf16 and fp8 from the GB300 NVL72 page",
-        (80, 1250, 2500, 5000, 10000), 7100, 252,
-        memory_rule="the budget is the device's own HBM3e; the LPDDR5X beside it is host memory", link=_C2C,
-    ),
-    _row("B300", ("B300",), "NVIDIA HGX B300 page (2025)", (75, 1125, 2250, 4500, 13125), 8000, 288, link=_PCIE5),
-    _row("GB200", ("GB200",), _BLACKWELL, (80, 1250, 2500, 5000, 10000), 8000, 186, link=_C2C),
-    _row("B200", ("B200",), _BLACKWELL, (75, 1125, 2250, 4500, 9000), 8000, 180, link=_PCIE5),
-    _row("GH200 96 GB", ("GH200",), "NVIDIA GH200 datasheet (2024)", (67, 494, 990, 1979, None), 4000, 96, link=_C2C),
-    _row("H200", ("H200",), _H200, (67, 494.5, 989.5, 1979, None), 4800, 141, link=_PCIE5),
-    _row("H200 NVL", ("H200 NVL",), _H200, (60, 417.5, 835.5, 1670.5, None), 4800, 141, link=_PCIE5),
-    _row("H100 SXM", ("H100",), _HOPPER, (67, 494.5, 989.5, 1979, None), 3350, 80, link=_PCIE5),
-    _row("H100 NVL", ("H100 NVL",), _HOPPER, (60, 417.5, 835.5, 1670.5, None), 3900, 94, link=_PCIE5),
-    _row(
-        "H100 PCIe", ("H100 PCIe",), "NVIDIA H100 datasheet (2023)",
-        (51, 378, 756, 1513, None), 2000, 80, link=_PCIE5,
-    ),
-    _row("A100 80 GB", ("A100",), _A100, (19.5, 156, 312, None, None), 2039, 80, link=_PCIE4),
-    _row("A100 80 GB PCIe", ("A100 80GB PCIe",), _A100, (19.5, 156, 312, None, None), 1935, 80, link=_PCIE4),
-    _row(
-        "A100 40 GB", ("A100-SXM4-40GB", "A100-PCIE-40GB"), _A100,
-        (19.5, 156, 312, None, None), 1555, 40, link=_PCIE4,
-    ),
-    _row(
-        "RTX PRO 6000 Blackwell", ("RTX PRO 6000 Blackwell",),
-        "NVIDIA RTX Blackwell PRO GPU architecture whitepaper v1.0",
-        (126, 251.9, 503.8, 1007.6, 2015.2), 1792, 96, link=_PCIE5,
-    ),
-    _row(
-        "RTX PRO 6000 Blackwell Max-Q", ("RTX PRO 6000 Blackwell Max-Q",),
-        "NVIDIA RTX PRO 6000 Max-Q datasheet (2025): 3,511 sparse fp4 TOPS; others by halving",
-        (110, 219, 439, 878, 1755), 1792, 96, link=_PCIE5,
-    ),
-    _row("RTX 5090", ("RTX 5090",), _GEFORCE_50, (104.8, 104.8, 209.5, 419, 1676), 1792, 32, link=_PCIE5),
-    _row("RTX 4090", ("RTX 4090",), _ADA, (82.6, 82.6, 165.2, 330.3, None), 1008, 24, link=_PCIE4),
-    _row("RTX 3090", ("RTX 3090",), _AMPERE, (35.6, 35.6, 71, None, None), 936, 24, link=_PCIE4),
-    _row(
-        "RTX 6000 Ada", ("RTX 6000 Ada",), "NVIDIA RTX 6000 Ada datasheet (2023), sparse tensor figures halved",
-        (91.1, 182.1, 364.2, 728.5, None), 960, 48, link=_PCIE4,
-    ),
-    _row("RTX A6000", ("RTX A6000",), _AMPERE, (38.7, 77.4, 154.8, None, None), 768, 48, link=_PCIE4),
-    _row(
-        "L40S", ("L40S",), "NVIDIA L40S datasheet (2023), sparse tensor figures halved",
-        (91.6, 183, 362, 733, None), 864, 48, link=_PCIE4,
-    ),
-    _row(
-        "L4", ("L4",), "NVIDIA L4 datasheet (2023), sparse tensor figures halved",
-        (30.3, 60, 121, 242.5, None), 300, 24, link=_PCIE4,
-    ),
-    _row("MI300X", ("MI300X",), _CDNA3, (163.4, 653.7, 1307.4, 2614.9, None), 5300, 192, link=_PCIE5),
-    _row(
-        "MI300A", ("MI300A",), _CDNA3, (122.6, 490.3, 980.6, 1961.2, None), 5300, 128,
-        unified=True, memory_rule=_UNIFIED_RULE,
-    ),
-    _row("MI325X", ("MI325X",), _CDNA3, (163.4, 653.7, 1307.4, 2614.9, None), 6000, 256, link=_PCIE5),
-)
 
-# Parts that carry a desktop card's name and are not it.
-_NAMESAKES = re.compile(r"\b(laptop|mobile|5090 D|4090 D|MIG)\b", re.IGNORECASE)
+class Figure(Section):
+    """A number with the place it was read."""
+
+    value: float = setting(gt=0)
+    source: str
+
+
+class Tflops(Section):
+    """TFLOP/s by the format of a product's operands; None where the device lacks it or nobody published it."""
+
+    float32: float | None = setting(None, gt=0)
+    tf32: float | None = setting(None, gt=0)
+    bfloat16: float = setting(gt=0)
+    fp8: float | None = setting(None, gt=0)
+    fp4: float | None = setting(None, gt=0)
+
+
+class TargetChip(Section):
+    """An NVIDIA device as its compiler sees it; the limits are of one multiprocessor."""
+
+    capability: str = setting(pattern=r"^\d+\.\d$")
+    multiprocessors: int = setting(gt=0)
+    l2_bytes: int = setting(gt=0)
+    clock_ghz: float = setting(gt=0)
+    threads: int = setting(gt=0)
+    shared_kib: int = setting(gt=0)
+    shared_optin_kib: int = setting(gt=0)
+    lanes: int = setting(gt=0)
+
+
+class KnownMachine(Section):
+    """One machine, as machines.toml has it. `kinds` are the words of jax's `device_kind` that name the device.
+
+    `link`: bytes/s to or from the processor's memory, one way; None where memory is `unified`. `reached`: share of the
+    bfloat16 peak. `sees`, `free`: bytes. `chip` is None where this trainer cannot compile for the device without it.
+    """
+
+    name: str
+    kinds: list[str] = setting(min_length=1)
+    source: str
+    tflops: Tflops
+    gb_per_s: float = setting(gt=0)
+    memory_gb: float = setting(gt=0)
+    unified: bool = False
+    memory_rule: str = _OWN_RULE
+    link: Figure | None = None
+    reached: Figure | None = None
+    device_kind: str | None = None
+    chip: TargetChip | None = None
+    sees: Figure | None = None
+    free: Figure | None = None
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.unified == (self.link is not None):
+            raise ValueError("needs either `link`, or `unified = true` where memory is shared with the processor")
+        for name in ("device_kind", "sees", *(["free"] if self.unified else [])):
+            if self.chip and getattr(self, name) is None:
+                raise ValueError(f"`chip` needs `{name}` beside it, so that plans can be made for the machine")
+        return self
+
+    @property
+    def peak_flops(self) -> dict[str, Figure]:
+        """FLOP/s by dtype name."""
+        rates = self.tflops.model_dump(exclude_none=True)
+        return {dtype: Figure(value=rate * 1e12, source=self.source) for dtype, rate in rates.items()}
+
+    @property
+    def bandwidth(self) -> Figure:
+        """Bytes/s of the device's memory."""
+        return Figure(value=self.gb_per_s * 1e9, source=self.source)
+
+    @property
+    def memory(self) -> Figure:
+        """Bytes, as sold."""
+        return Figure(value=self.memory_gb * 1e9, source=self.source)
+
+
+class _Machines(Section):
+    machine: dict[str, KnownMachine]
+
+
+def known_machines() -> dict[str, KnownMachine]:
+    """Every known machine by the name that `--machine` takes, in the order of the file; a user's own come last.
+
+    A user's own are those of $AURORA_MACHINES, or of ~/.config/aurora_train/machines.toml; one replaces ours of the
+    same name. Raises UserError, with file and key, where that file is not of the form of ours.
+    """
+    written = os.environ.get("AURORA_MACHINES")
+    own = Path(written or Path.home() / ".config" / "aurora_train" / "machines.toml")
+    if written and not own.is_file():
+        raise UserError("there is no such file of machines", where=written, why="AURORA_MACHINES names it")
+    return _known(own if own.is_file() else None)
 
 
 def lookup(device_kind: str) -> KnownMachine | None:
-    """The row for jax's `device_kind` ("NVIDIA H100 80GB HBM3"), or None for a device that is not in the table."""
-    if _NAMESAKES.search(device_kind):
-        return None
+    """The machine of jax's `device_kind` ("NVIDIA H100 80GB HBM3"), or None for a device that is not known.
+
+    The longest of the words that match wins, and of two as long the one of the user's own file.
+    """
     best, best_length = None, 0
-    for row in TABLE:
+    for row in known_machines().values():
         for kind in row.kinds:
-            if len(kind) > best_length and re.search(rf"\b{re.escape(kind)}\b", device_kind, re.IGNORECASE):
+            is_namesake = _NAMESAKES.search(device_kind) and not _NAMESAKES.search(kind)
+            if len(kind) < best_length or is_namesake:
+                continue
+            if re.search(rf"\b{re.escape(kind)}\b", device_kind, re.IGNORECASE):
                 best, best_length = row, len(kind)
     return best
+
+
+def slug(name: str) -> str:
+    """Words in lower case joined by hyphens, without the vendor: "NVIDIA GeForce RTX 5090" -> "rtx-5090"."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if word not in ("nvidia", "geforce", "amd", "instinct"))
+
+
+@functools.cache
+def _known(own: Path | None) -> dict[str, KnownMachine]:
+    ours = _parse(_BUNDLED)
+    known = _checked(_BUNDLED, ours, ours)
+    return known if own is None else known | _checked(own, _parse(own), ours)
+
+
+def _parse(file: Path) -> dict:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"cannot be read as TOML: {error}", where=str(file)) from None
+
+
+def _checked(file: Path, tree: dict, ours: dict) -> dict[str, KnownMachine]:
+    """The machines of a file. A link is named by our names for it; a chip has the limits of its compute capability."""
+    machines = tree.get("machine")
+    for name, entry in machines.items() if isinstance(machines, dict) else ():
+        if name != slug(name):
+            raise UserError(
+                "is not a name that `--machine` takes", where=f"{file}: machine.{name}",
+                why="it is written in lower case, its words joined by hyphens", hint=f"[machine.{slug(name)}]",
+            )  # fmt: skip
+        link, chip = (entry.get(key) for key in ("link", "chip")) if isinstance(entry, dict) else (None, None)
+        if isinstance(link, str):
+            entry["link"] = _named(link, ours["link"], f"{file}: machine.{name}.link")
+        if isinstance(chip, dict):
+            entry["chip"] = ours["capability"].get(chip.get("capability"), {}) | chip
+        if isinstance(entry, dict) and entry.get("unified"):
+            entry.setdefault("memory_rule", _UNIFIED_RULE)
+    tree = {key: value for key, value in tree.items() if tree is not ours or key == "machine"}
+    try:
+        return _Machines.model_validate(tree).machine
+    except ValidationError as fault:
+        raise UserError("\n  ".join(explain(fault, Tree(tree, {}, {(): Mark(str(file))}), _Machines))) from None
+
+
+def _named(written: str, known: dict, where: str) -> dict:
+    if written not in known:
+        near = difflib.get_close_matches(written, known, 1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise UserError(
+            f"unknown link `{written}`", where=where, why=f"known are {', '.join(known)}",
+            hint=hint + 'or write its figure: link = { value = 64e9, source = "..." }',
+        )  # fmt: skip
+    return known[written]

@@ -12,11 +12,11 @@ from typing import Any
 
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_atomically
-from aurora_train.observe import metrics as logs
-from aurora_train.observe.report import recent_loss, series, training_seconds
-from aurora_train.observe.report_page import escape, number, page, section, table, words
-from aurora_train.observe.report_plots import curve, running_mean, thin
+from aurora_train.record import metrics as logs
 from aurora_train.run import Run
+from aurora_train.tools.report import recent_loss, series, training_seconds
+from aurora_train.tools.report_page import escape, number, page, section, table, words
+from aurora_train.tools.report_plots import curve, running_mean, thin
 from aurora_train.tools.runs import Row, described, differences, find
 from aurora_train.units import count, duration
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
 from aurora_train.memory.report import amount, machine_name
-from aurora_train.observe.report_plots import INK, MAIN, SECOND, drawing, svg_file
+from aurora_train.tools.report_plots import INK, MAIN, SECOND, drawing, svg_file
 from aurora_train.units import count
 
 if TYPE_CHECKING:

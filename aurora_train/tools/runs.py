@@ -15,9 +15,9 @@ from typing import Any
 from aurora_train.config.yaml import Mark, parse, plain_scalar, write_flow, write_scalar
 from aurora_train.errors import UserError
 from aurora_train.files import read_json
-from aurora_train.observe.metrics import newest
-from aurora_train.observe.report_page import flatten
+from aurora_train.record.metrics import newest
 from aurora_train.run import Run
+from aurora_train.tools.report_page import flatten
 from aurora_train.units import duration, size
 
 DEFAULT = Path("runs")

@@ -22,8 +22,8 @@ from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed
 from aurora_train.nn.carried import training_loss
 from aurora_train.nn.stack import named_stacks, probed
-from aurora_train.observe import metrics as logs
 from aurora_train.random import example_keys, stream
+from aurora_train.record import metrics as logs
 
 _NAMED = 6  # documents in a message
 

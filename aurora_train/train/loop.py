@@ -26,8 +26,8 @@ from aurora_train.checkpoint.retention import is_among_best
 from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
-from aurora_train.observe.metrics import EventLog, MetricsLog
-from aurora_train.observe.throughput import Throughput
+from aurora_train.record.metrics import EventLog, MetricsLog
+from aurora_train.record.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
 from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
 from aurora_train.train.guard import guard_of

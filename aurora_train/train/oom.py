@@ -116,7 +116,7 @@ def replanned(session, fault: Fault, in_a_row: int, progress):
 
     Args:
         in_a_row: out-of-memories without a finished step between them, this one included.
-        progress: an `observe.progress.preparation`: told what happened, and of each compilation.
+        progress: an `record.progress.preparation`: told what happened, and of each compilation.
 
     Raises:
         UserError: `memory.on_oom: stop`, three replans in a row were no help, or no smaller plan is left.

@@ -7,9 +7,9 @@ import functools
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.config import dump, parse_bytes
-from aurora_train.machine.calibration import rates_for
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
+from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
 from aurora_train.memory import cache
 from aurora_train.memory.plan import Plan

@@ -14,8 +14,8 @@ from aurora_train import run as runs
 from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.nn.ops import asking
-from aurora_train.observe.metrics import now
 from aurora_train.random import stream
+from aurora_train.record.metrics import now
 from aurora_train.run import Run
 from aurora_train.train.beginning import refuse_other_data
 from aurora_train.train.blame import recipe_code

@@ -19,11 +19,10 @@ from aurora_train.errors import UserError
 from aurora_train.machine import processes, profile
 from aurora_train.machine.memory import give_back_freed
 from aurora_train.nn.param import parameter_count
-from aurora_train.observe import metrics as logs
-from aurora_train.observe.energy import EnergyMeter
-from aurora_train.observe.progress import Progress, preparation, stderr_console
-from aurora_train.observe.report import write_report
-from aurora_train.observe.throughput import Throughput
+from aurora_train.record import metrics as logs
+from aurora_train.record.energy import EnergyMeter
+from aurora_train.record.progress import Progress, preparation, stderr_console
+from aurora_train.record.throughput import Throughput
 from aurora_train.train import preflight
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
@@ -72,7 +71,7 @@ class Process:
 def train(
     config, run: runs.Run, *, quiet: bool = False, changes: list | None = None, replan: bool = False
 ) -> Outcome:
-    """Start or resume a run and take it to its last step, its score and its report.
+    """Start or resume a run and take it to its last step and its score.
 
     `changes` are the (key, old, new, class) that a resume was asked for; they are recorded as an event. `replan`
     drops the plan that the run is pinned to.
@@ -138,13 +137,11 @@ def _told_anyway(status: int):
 
 
 def _close(outcome: Outcome, energy: EnergyMeter) -> None:
-    """Say how it ended, and draw the report."""
+    """Say how it ended. The report is drawn by the caller: it is a tool, and what trains knows no tools."""
     with logs.EventLog(outcome.run.events) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
         events.event(name, outcome.step, **ending, energy_joules=energy.total_joules())
-    if outcome.status != EXIT_LOW_MEMORY:  # drawing takes a hundred megabytes
-        write_report(outcome.run.folder)
 
 
 def _train(config, process: Process, changes, replan: bool) -> Outcome:

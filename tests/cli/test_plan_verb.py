@@ -42,7 +42,7 @@ def planner(monkeypatch):
         return {"machine": machine, "rows": [{"training": "LoRA", "parameters": 32}]}
 
     monkeypatch.setattr("aurora_train.train.planning.plan_config", plan_config)
-    monkeypatch.setattr("aurora_train.train.capacity.capacity", capacity)
+    monkeypatch.setattr("aurora_train.tools.capacity.capacity", capacity)
     return made
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from aurora_train.cli.main import main
-from aurora_train.machine import unit
 from aurora_train.machine.memory import host_memory
+from aurora_train.tools import unit
 from aurora_train.train.guard import EXIT_LOW_MEMORY
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.signals import EXIT_STOPPED

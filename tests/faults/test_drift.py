@@ -103,4 +103,6 @@ def test_the_code_is_the_same_from_a_wheel_which_alone_has_the_recipes_inside(tm
     (tmp_path / "_bundled" / "recipes" / "language_model.py").write_text("")
     assert runs.code_hash() == before
     (tmp_path / "other.py").write_text("")
-    assert runs.code_hash() != before
+    changed = runs.code_hash()
+    (tmp_path / "machines.toml").write_text("")
+    assert before != changed != runs.code_hash()

@@ -50,7 +50,7 @@ import contextlib, json, re, resource, sys, time
 import jax
 
 from aurora_train.cli.main import main
-from aurora_train.observe import metrics as logs
+from aurora_train.record import metrics as logs
 from aurora_train.train import start
 
 (after, room, later), told = map(int, sys.argv[1:4]), sys.argv[4]

@@ -20,7 +20,7 @@ from powercut import Disk, Image, replay
 from aurora_train.checkpoint import audit
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
-from aurora_train.observe import metrics as logs
+from aurora_train.record import metrics as logs
 
 SEED = 20261125
 # What the program was writing when the power went, and how often a cut is laid there.

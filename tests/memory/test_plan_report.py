@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from aurora_train.errors import UserError
-from aurora_train.memory import report, report_capacity
+from aurora_train.memory import report
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
-from aurora_train.observe.report import write_report
+from aurora_train.tools import report_capacity
 from aurora_train.tools.pareto import pareto_figure, pareto_svg
+from aurora_train.tools.report import write_report
 
 GB = 10**9
 BYTES = {

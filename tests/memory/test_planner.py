@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.config.schema import Core
 from aurora_train.errors import UserError
-from aurora_train.machine.calibration import Rates
+from aurora_train.machine.rates import Rates
 from aurora_train.memory import account
 from aurora_train.memory.plan import Plan
 from aurora_train.memory.planner import COMPILES, ROOMY, Planner

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from aurora_train.config import load
-from aurora_train.data.spikes import Standard, Trials, Windows
 from aurora_train.errors import UserError
 from aurora_train.random import stream
 from aurora_train.train.precision import settled
+from neural.linear import linear_decoder, ridge
+from neural.spikes import Standard, Trials, Windows
 
 pytest.importorskip("h5py")
 
@@ -148,15 +149,15 @@ def test_the_score_is_r2_on_test_trials_and_latency_is_a_time(recipe, tmp_path):
     assert -0.2 < nothing["r2"] <= 0
 
 
-def test_ridge_is_the_closed_form_of_its_normal_equations(module):
+def test_ridge_is_the_closed_form_of_its_normal_equations():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(80, 6)), rng.normal(size=(80, 2))
-    weights = module.ridge(x.T @ x, x.T @ y, np.full(6, 3.0))
+    weights = ridge(x.T @ x, x.T @ y, np.full(6, 3.0))
     stacked, zeros = np.concatenate([x, np.sqrt(3.0) * np.eye(6)]), np.zeros((6, 2))
     np.testing.assert_allclose(weights, np.linalg.lstsq(stacked, np.concatenate([y, zeros]))[0], atol=1e-12)
 
 
-def test_the_linear_baseline_finds_a_lagged_linear_code_and_no_more(module):
+def test_the_linear_baseline_finds_a_lagged_linear_code_and_no_more():
     """Velocity that is a lagged linear function of counts is decoded perfectly; one lag too few cannot."""
     rng = np.random.default_rng(1)
     ids, length, units = np.arange(60), 50, 5
@@ -171,9 +172,9 @@ def test_the_linear_baseline_finds_a_lagged_linear_code_and_no_more(module):
     def data(split):
         return Windows(trials.split(split, 0.2), 8, Standard.of(trials.split("train", 0.2).velocity))
 
-    full = module.linear_decoder(data, lags=3, penalties=[1e-6, 1e3])
+    full = linear_decoder(data, lags=3, penalties=[1e-6, 1e3])
     assert full["r2"] > 1 - 1e-6 and full["penalty"] == 1e-6
-    assert module.linear_decoder(data, lags=2, penalties=[1e-6])["r2"] < 0.95
+    assert linear_decoder(data, lags=2, penalties=[1e-6])["r2"] < 0.95
 
 
 def test_both_baselines_are_scored_on_the_same_held_out_trials(recipe, tmp_path):

@@ -10,21 +10,21 @@ import types
 import numpy as np
 import pytest
 import toy
-from observe.test_report import Page
 from rich.console import Console
+from tools.test_report import Page
 
 from aurora_train.cli.main import main
 from aurora_train.config import load, load_resolved
-from aurora_train.data.spikes import Trials, velocity_plots
 from aurora_train.machine.targets import find_machine
 from aurora_train.memory import report
 from aurora_train.memory.plan import Plan
-from aurora_train.observe import metrics as logs
-from aurora_train.observe.report import recent_loss
 from aurora_train.recipe import few
+from aurora_train.record import metrics as logs
 from aurora_train.run import Run
+from aurora_train.tools.report import recent_loss
 from aurora_train.train.score import _depends_on
 from aurora_train.train.start import sinks
+from neural.spikes import Trials, velocity_plots
 
 SCORE = '''        return {
             "mse": float(np.square(predict(batch) - batch["y"]).mean()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from aurora_train.observe.metrics import EventLog, MetricsLog
+from aurora_train.record.metrics import EventLog, MetricsLog
 
 CONFIG = """recipe: {recipe}
 name: toy

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from observe.test_report import Page
 from tools.folders import make
+from tools.test_report import Page
 
 from aurora_train.cli.main import main
 from aurora_train.errors import UserError

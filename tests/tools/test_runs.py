@@ -13,7 +13,7 @@ from tools.folders import make
 
 from aurora_train.cli.main import main
 from aurora_train.errors import UserError
-from aurora_train.observe.metrics import MetricsLog, newest
+from aurora_train.record.metrics import MetricsLog, newest
 from aurora_train.run import Run
 from aurora_train.tools.runs import listing, settings
 

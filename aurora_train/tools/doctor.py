@@ -1,0 +1,315 @@
+"""The checks of `aurora doctor`: each measures something real and ends in ok, warn or fail with the command that helps.
+
+Only "fail" means that training cannot work here. A measurement is never replaced by a table's figure.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from aurora_train.files import cache_folder
+from aurora_train.machine.memory import budget_bytes, device_memory
+from aurora_train.machine.profile import (
+    Machine,
+    choose_devices,
+    installed_gpus,
+    nvidia_driver,
+    peak_flops,
+    plugin_without_driver,
+    this_machine,
+)
+from aurora_train.machine.rates import flop_rate, rates_for, store
+from aurora_train.tools.calibrate import matmul_seconds, measure
+from aurora_train.units import percent, size
+
+_CORE = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "pyarrow", "pydantic", "ruamel.yaml",
+    "typer", "rich", "tokenizers", "safetensors", "xxhash", "matplotlib", "psutil", "numpy",
+)  # fmt: skip
+_EXTRAS = {  # extra -> the modules any one of which will do, what it is for
+    "neural": (("h5py",), "neural recordings (NWB, HDF5)"),
+    "vision": (("sklearn",), "the handwritten digits of scikit-learn"),
+    "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an NVIDIA GPU that is not here"),
+    "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
+    "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
+}
+_GLIBC = 2, 28  # the newest that a wheel of ours asks for (docs/installing.md)
+_WRITE_BYTES = 64 * 2**20
+_CUDA13_DRIVER = 580  # the first that runs CUDA 13 (NVIDIA, CUDA Toolkit release notes, table 3)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `status` is "ok", "warn", "fail", or "--" for an extra that is absent.
+
+    `fix` is the command or act that fixes it.
+    """
+
+    name: str
+    status: str
+    finding: str
+    fix: str | None = None
+    values: dict = field(default_factory=dict)
+
+    @property
+    def fatal(self) -> bool:
+        return self.status == "fail"
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+def examine(run_folder: Path, calibrate: bool = False) -> list[Check]:
+    """All checks, in the order they are shown. Takes a few seconds, most of it jax starting and multiplying.
+
+    `calibrate`: measure the rates that the planner's times come from, and keep them for this kind of device.
+    """
+    checks = [check_python(), check_packages(), *check_extras()]
+    if any(check.fatal for check in checks):
+        return checks
+    try:
+        machine = this_machine()
+    except RuntimeError as error:  # what jax raises when a plug-in or a driver does not start
+        text = str(error).splitlines()[0]
+        return [*checks, Check("devices", "fail", f"jax finds no device: {text}", "JAX_PLATFORMS=cpu aurora doctor")]
+    checks += [*check_cuda(machine), check_devices(machine), *check_memory(machine)]
+    checks += [check_matmul(machine, dtype) for dtype in ("float32", "bfloat16")]
+    checks.append(check_rates(machine, calibrate))
+    checks += [check_disk(run_folder), check_cache(), check_shared_memory(), check_file_limit(), check_clock()]
+    return checks
+
+
+def show(checks: list[Check]) -> None:
+    """Print the checks as aligned lines on stdout."""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{check.status:<4}  {check.name:<{width}}  {check.finding}")
+        if check.fix:
+            print(f"{'':<{width + 8}}fix: {check.fix}")
+
+
+# ---- software
+
+
+def check_python() -> Check:
+    """Python 3.11 to 3.13, and a C library that the wheels of x86-64 and aarch64 are made for."""
+    libc, version = platform.libc_ver()
+    finding = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {libc or '?'} {version}"
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Check("python", "fail", finding, "use Python 3.11, 3.12 or 3.13: python3.12 -m venv .venv")
+    if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < _GLIBC:
+        fix = "wheels want glibc 2.28 or newer, as Debian 12 or Ubuntu 24.04 have it, also in a container"
+        return Check("python", "warn", finding, fix)
+    return Check("python", "ok", finding)
+
+
+def check_packages() -> Check:
+    """Every package that training needs, with its version."""
+    versions, missing = {}, []
+    for name in _CORE:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Check("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    main = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    return Check("packages", "ok", ", ".join(f"{name} {versions[name]}" for name in main), values=versions)
+
+
+def check_extras() -> list[Check]:
+    """What optional packages are absent."""
+    checks = []
+    for extra, (modules, purpose) in _EXTRAS.items():
+        if not any(importlib.util.find_spec(module) for module in modules):
+            checks.append(
+                Check(f"extra {extra}", "--", f"not installed; for {purpose}", f"pip install 'aurora_train[{extra}]'")
+            )
+    return checks
+
+
+def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
+    """Nothing, or that there is an NVIDIA GPU which jax does not use, and the command that lets it."""
+    gpus = installed_gpus(root)
+    if not gpus or machine.platform != "cpu":
+        return []
+    driver = nvidia_driver(root)
+    extra = "cuda12" if driver and int(driver.partition(".")[0]) < _CUDA13_DRIVER else "cuda13"
+    why, fix = "this jax only uses the processor", f"pip install 'aurora_train[{extra}]'"
+    if plugin_without_driver():
+        why = "libcuda.so.1, the library of its driver, is not here"
+        fix = "in a container: docker run --gpus all; else install the driver again"
+    elif os.environ.get("JAX_PLATFORMS") == "cpu":
+        why, fix = "JAX_PLATFORMS=cpu is set", "unset JAX_PLATFORMS"
+    elif any(importlib.util.find_spec(module) for module in _EXTRAS["plan"][0]):
+        why = "jax's CUDA plug-in does not start"
+    finding = f"{gpus[0]}{f' (driver {driver})' if driver else ''} is installed but {why}"
+    return [Check("cuda", "warn", finding, fix)]
+
+
+# ---- devices and memory
+
+
+def check_devices(machine: Machine) -> Check:
+    """What jax will train on, and whether its peak is known."""
+    finding = f"{machine.device_count} x {machine.device_kind} ({machine.platform}), {machine.cpu_cores} cores"
+    if machine.left_out:
+        finding += f"; left out: {', '.join(machine.left_out)}"
+    if machine.platform != "cpu" and machine.known is None:
+        return Check("devices", "warn", f"{finding}; not in the table of machines, so MFU will be n/a", None)
+    if machine.known:
+        finding += f"; {machine.known.memory_rule}"
+    return Check("devices", "ok", finding, values=machine.describe())
+
+
+def check_memory(machine: Machine) -> list[Check]:
+    """Total, available, cgroup, swap and device memory, and the budget that follows from them."""
+    memory = machine.memory
+    finding = f"{size(memory.total)}, {size(memory.available)} available"
+    if memory.cgroup_limit is not None:
+        finding += f", cgroup limit {size(memory.cgroup_limit)} with {size(memory.cgroup_used)} in use"
+    finding += f", swap {size(memory.swap_total)}"
+    checks = [Check("memory", "ok", finding, values=asdict(memory))]
+    if machine.device_memory_bytes is not None:
+        import jax
+
+        account = device_memory(jax.local_devices()[0])
+        finding = f"{size(account['limit'])} for jax, {size(account['in_use'])} in use"
+        checks.append(Check("device memory", "ok", finding, values=account))
+    amount, reason = budget_bytes("auto", machine)
+    short = amount < 2 * 2**30
+    checks.append(
+        Check(
+            "training budget",
+            "warn" if short else "ok",
+            f"{size(amount)} a device: {reason}",
+            "close other programs, or raise the container's memory limit" if short else None,
+            {"budget_bytes": amount},
+        )
+    )
+    return checks
+
+
+def check_matmul(machine: Machine, dtype: str) -> Check:
+    """A square matrix product, timed for about half a second, beside the table's peak."""
+    width = 1024 if machine.platform == "cpu" else 8192
+    seconds = matmul_seconds(width, dtype, for_s=0.5)
+    rate = 2 * width**3 / seconds
+    peak = peak_flops(machine, dtype)
+    values = {"width": width, "flops_per_s": rate, "peak_flops_per_s": peak}
+    finding = f"{flop_rate(rate)} measured at {width}"
+    if peak is None:
+        return Check(f"matmul {dtype}", "ok", f"{finding}; peak unknown (n/a)", values=values)
+    finding += f", {percent(rate / peak)} of {flop_rate(peak)} ({machine.known.peak_flops['bfloat16'].source})"
+    if rate < 0.4 * peak:
+        fix = "look for other work on the device, a power limit or a clock cap: nvidia-smi -q -d PERFORMANCE,CLOCK"
+        return Check(f"matmul {dtype}", "warn", finding, fix, values)
+    return Check(f"matmul {dtype}", "ok", finding, values=values)
+
+
+def check_rates(machine: Machine, calibrate: bool = False) -> Check:
+    """The rates behind the planner's times: measured now, measured before, assumed from the table, or none."""
+    if calibrate:
+        import jax
+
+        devices, _ = choose_devices(jax.local_devices())
+        rates = measure(devices[0])
+        path = store(rates)
+        return Check("rates", "ok", f"{rates.describe()}, kept in {path}", values=asdict(rates))
+    rates = rates_for(machine)
+    if rates is None:
+        return Check("rates", "ok", "not measured, so plans give no times", "aurora doctor --calibrate")
+    fix = None if rates.source == "measured" else "aurora doctor --calibrate"
+    finding = rates.describe() if rates.source == "measured" else f"{rates.describe()}: {rates.note}"
+    return Check("rates", "ok", finding, fix, asdict(rates))
+
+
+# ---- disk and system
+
+
+def check_disk(folder: Path) -> Check:
+    """Write, fsync and remove 64 MiB in the run folder (or its nearest existing parent); free space."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    # First whether it can be written at all: /proc, for one, says that none of its no bytes are free.
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+        free = shutil.disk_usage(there).free
+        rate = None if free < 2 * _WRITE_BYTES else _write_rate(there)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            fix = "aurora doctor --run-folder DIR, with a folder you can write"
+            return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", fix)
+        free, rate = shutil.disk_usage(there).free, None
+    if rate is None:
+        fix = f"free some space: du -xh {there} | sort -h | tail"
+        return Check("run folder", "fail", f"only {size(free)} free at {there}", fix, {"free_bytes": free})
+    values = {"free_bytes": free, "write_bytes_per_s": rate}
+    finding = f"{size(rate)}/s written and synced, {size(free)} free at {there}"
+    if free < 10e9:
+        return Check("run folder", "warn", finding, "free some space before a long run: checkpoints need it", values)
+    if rate < 50e6:
+        fix = "keep runs on a local disk: aurora train CONFIG --run DIR"
+        return Check("run folder", "warn", f"{finding}; saves will be slow", fix, values)
+    return Check("run folder", "ok", finding, values=values)
+
+
+def _write_rate(folder: Path) -> float:
+    """Bytes/s of 64 MiB written and synced."""
+    block = os.urandom(2**20)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".aurora-doctor-") as file:
+        start = time.perf_counter()
+        for _ in range(_WRITE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITE_BYTES / (time.perf_counter() - start)
+
+
+def check_cache() -> Check:
+    """How large the cache of prepared data and compiled programs has grown."""
+    folder = cache_folder()
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Check("cache", "ok", f"{size(held)} at {folder} (safe to delete)", values={"bytes": held})
+
+
+def check_shared_memory() -> Check:
+    """/dev/shm, which data workers and NCCL use; containers often leave it at 64 MB."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        return Check("/dev/shm", "warn", "absent", "mount -t tmpfs tmpfs /dev/shm")
+    free = shutil.disk_usage(shm).free
+    if free < 512e6:
+        return Check("/dev/shm", "warn", f"{size(free)} free", "start the container with --shm-size=8g")
+    return Check("/dev/shm", "ok", f"{size(free)} free")
+
+
+def check_file_limit() -> Check:
+    """Open files: Orbax holds one or more a parameter while it saves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096:
+        return Check("open files", "warn", f"at most {soft} (hard limit {hard})", f"ulimit -n {min(hard, 65536)}")
+    return Check("open files", "ok", f"at most {soft}")
+
+
+def check_clock() -> Check:
+    """The wall clock is past this package's release and moves with the monotonic one."""
+    if time.time() < 1_750_000_000:
+        when = time.strftime("%Y-%m-%d")
+        return Check("clock", "warn", f"says {when}; event times will be wrong", "timedatectl set-ntp true")
+    wall, steady = time.time(), time.monotonic()
+    time.sleep(0.05)
+    drift = abs((time.time() - wall) - (time.monotonic() - steady))
+    if drift > 0.02:
+        return Check("clock", "warn", f"jumped {drift:.2f} s while watched", "timedatectl status")
+    return Check("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))

@@ -1,0 +1,92 @@
+"""`aurora profile`: a few real steps of a config, traced. Nothing of a run is touched: it has a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from aurora_train.data.batches import batches
+from aurora_train.memory.report import one_line
+from aurora_train.run import Run
+from aurora_train.tools.trace import Timeline, perfetto_file, read_events, timeline
+from aurora_train.train.session import open_session
+
+HOST = ("data", "dispatch", "wait")
+_WARM = 3  # steps before the trace: the first pays for what the compiler left to it
+
+
+class Profile(NamedTuple):
+    """What `profile` found. Seconds; `save`: how long a save of the state holds up the steps; `plan`: one line;
+    `trace`: the file for Perfetto; `product_flops`: of the products of a step as it is run, recomputation included."""
+
+    timeline: Timeline
+    steps: int
+    compile: float
+    save: float
+    plan: str
+    trace: Path
+    product_flops: int | None
+
+
+def profile(config, folder: Path, *, steps: int, progress) -> Profile:
+    """Trace `steps` steps of a config into `folder`, which must be empty or new. UserError for what `train` refuses."""
+    try:
+        return _measured(config, folder, steps, progress)
+    finally:
+        shutil.rmtree(folder / "run", ignore_errors=True)  # its checkpoint was only timed
+
+
+def _measured(config, folder: Path, steps: int, progress) -> Profile:
+    # It may hold this program under an older version's names. First of all: jax asks once a process whether to use it.
+    jax.config.update("jax_enable_compilation_cache", False)
+    session = open_session(config, Run(folder / "run"), progress)
+    progress(0, 1, "compiling")
+    compiled, seconds = session.compile(fresh=True)
+    state = session.fresh()
+    with batches(session.source, config.train.seed, config.train.batch, 0, _WARM + steps) as feed:
+        for number in range(_WARM):
+            progress(number, _WARM, "steps before the trace")
+            state, metrics = compiled(state, next(feed)[1])
+            jax.block_until_ready(metrics)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would be most of what is traced, and slow the host
+        with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
+            state = _traced(compiled, state, metrics, feed, steps, progress)
+    progress(0, 1, "a save")
+    blocked = _blocked_by_a_save(session.store, state)
+    text = session.program.compile(session.plan).as_text()
+    found = timeline(read_events(folder), text, steps, HOST)
+    flops = session.program.product_flops(session.plan)
+    return Profile(found, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder), flops)
+
+
+def _blocked_by_a_save(store, state) -> float:
+    """Seconds until the next step could begin."""
+    store.sweep()
+    began = time.perf_counter()
+    store.save(1, state, {})
+    blocked = time.perf_counter() - began
+    store.wait()
+    store.close()
+    return blocked
+
+
+def _traced(compiled, state, before, feed, steps: int, progress):
+    """As the loop does it: a step is dispatched, then the numbers of the one before are waited for."""
+    for number in range(steps):
+        progress(number, steps, "steps traced")
+        with jax.profiler.TraceAnnotation("step"):
+            with jax.profiler.TraceAnnotation("data"):
+                _, batch = next(feed)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number), jax.profiler.TraceAnnotation("dispatch"):
+                state, metrics = compiled(state, batch)
+            with jax.profiler.TraceAnnotation("wait"):
+                jax.device_get(before)
+        before = metrics
+    with jax.profiler.TraceAnnotation("step"), jax.profiler.TraceAnnotation("wait"):
+        jax.device_get(before)
+    return state

@@ -1,0 +1,157 @@
+"""HTML pieces of the report. Every text that came from outside passes through `escape`: a sample may contain markup."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape as _escape
+from typing import Any
+
+from aurora_train.tools.report_plots import decimals
+from aurora_train.units import count
+
+CSS = """
+:root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --soft: #5b6470; --line: #dfe3e8;
+  --main: #0b6bcb; --second: #c2410c; --faint: #b9c6d4; --series-3: #2e8b57; --series-4: #7c4dbe;
+  --series-5: #0f8b8d; --series-6: #c2255c; --series-7: #8a7a00; --series-8: #6b4f3a; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1d2125; --ink: #e6e8ea; --soft: #9aa3ad;
+  --line: #343a41; --main: #5aa9f5; --second: #f2945a; --faint: #4a5663; --series-3: #6bcf8f; --series-4: #b794f6;
+  --series-5: #4fd1c5; --series-6: #f783ac; --series-7: #d4c13c; --series-8: #c9a58b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+.soft { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.card { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
+.card b { display: block; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: .85rem; }
+.card.first { background: var(--main); color: var(--paper); }
+.card.first span { color: inherit; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1.25rem; }
+figure { margin: 0; min-width: 0; }
+figure.wide { grid-column: 1 / -1; }
+svg { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--soft); }
+td.number, th.number { text-align: right; }
+tr.ours td { font-weight: 600; color: var(--main); }
+.facts td:first-child { color: var(--soft); white-space: nowrap; }
+.facts td:last-child { overflow-wrap: anywhere; }
+pre { background: var(--card); border-radius: .5rem; padding: .9rem 1rem; margin: .5rem 0; overflow-x: auto;
+  font: .82rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre .prompt { color: var(--main); font-weight: 600; }
+details { margin: .5rem 0; }
+summary { cursor: pointer; color: var(--soft); }
+footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
+@media (max-width: 40rem) { body { padding: 1.25rem 1rem 3rem; } .facts td:first-child { white-space: normal; } }
+"""
+
+NOT_RECORDED = '<p class="soft">not recorded</p>'
+
+
+def escape(text: Any) -> str:
+    """Text for HTML. Control characters that HTML forbids become their visible symbols (U+2400 and on)."""
+    visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(text))
+    return _escape(visible.encode("utf-8", "replace").decode())
+
+
+def page(title: str, body: str) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{''.join(parts) or NOT_RECORDED}\n</section>\n"
+
+
+def cards(facts: list[tuple[str, str]]) -> str:
+    """(what, value) pairs; the first is set off as the headline."""
+    cells = (
+        f'<div class="card{" first" if i == 0 else ""}"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
+        for i, (what, value) in enumerate(facts)
+    )
+    return f'<div class="cards">{"".join(cells)}</div>\n'
+
+
+def table(columns: list, rows: list[list], ours: int | None = None) -> str:
+    """A table; numbers are set right. `ours` is the index of the row to set off."""
+    numeric = [bool(rows) and all(_is_number(row[i : i + 1]) for row in rows) for i in range(len(columns))]
+    kinds = [' class="number"' if flag else "" for flag in numeric]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
+    shows = [_column(rows, i) if flag else number for i, flag in enumerate(numeric)]
+    body = ""
+    for index, row in enumerate(rows):
+        cells = "".join(
+            f"<td{kind}>{escape(show(cell))}</td>" for kind, show, cell in zip(kinds, shows, row, strict=False)
+        )
+        body += f'<tr{" class=ours" if index == ours else ""}>{cells}</tr>\n'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+
+
+def _is_number(cell: list) -> bool:
+    return bool(cell) and isinstance(cell[0], (int, float))
+
+
+def _column(rows: list[list], index: int):
+    """How to show the cells of a numeric column: fractions of like size with the same number of decimals."""
+    values = [row[index] for row in rows]
+    if not any(isinstance(value, float) for value in values) or not all(1e-3 < abs(v) < 1e6 for v in values if v):
+        return number
+    digits = decimals(values)
+    return lambda value: f"{value:,.{digits}f}"
+
+
+def facts(tree: dict) -> str:
+    """A two-column table of a nested record, names joined by dots."""
+    cells = (f"<tr><td>{escape(name)}</td><td>{escape(number(value))}</td></tr>\n" for name, value in flatten(tree))
+    return f'<div class="scroll"><table class="facts"><tbody>\n{"".join(cells)}</tbody></table></div>\n'
+
+
+def flatten(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    """[("a.b", value)] of a nested dict; lists stay whole."""
+    flat = []
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat += flatten(value, f"{prefix}{name}.")
+        else:
+            flat.append((f"{prefix}{name}", value))
+    return flat
+
+
+def number(value: Any) -> str:
+    """A cell: numbers to four or five figures, large whole ones with their magnitude, the rest as text."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" + (f" ({count(value)})" if abs(value) >= 1_000_000 else "")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "not finite"
+        if 1e3 <= abs(value) < 1e6:
+            return f"{value:,.0f}"
+        return f"{value:.4g}" if 1e-4 <= abs(value) < 1e3 or value == 0 else f"{value:.3g}"
+    if isinstance(value, (list, dict)):
+        if all(isinstance(item, str) for item in value) and isinstance(value, list):
+            return " ".join(value)
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>\n{content}</details>\n"
+
+
+def words(name: str) -> str:
+    """bits_per_byte -> bits per byte."""
+    return name.replace("_", " ")
