@@ -145,6 +145,14 @@ class Recipe:
         """Sums over the batch. `key` is a key array of shape [B], one per example; None means deterministic."""
         raise NotImplementedError
 
+    def gates(self) -> list:
+        """This recipe's own `aurora_train.train.hooks.Gate`s, after the built-in ones: which updates may count."""
+        return []
+
+    def hooks(self) -> list:
+        """This recipe's own `aurora_train.train.hooks.Hook`s, after the built-in ones: what follows an update."""
+        return []
+
     def predict(self, model, batch: dict) -> Any:
         """What scoring needs of the model: a pytree of arrays with a leading batch axis. Jitted by the trainer."""
         raise NotImplementedError

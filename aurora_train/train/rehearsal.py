@@ -33,6 +33,7 @@ from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
 from aurora_train.train.blame import recipe_code
+from aurora_train.train.hooks import features_of
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
 
@@ -63,6 +64,7 @@ class Rehearsal:
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
+        self.features = features_of(self.config, self.recipe)
         self._traced, self._compiled, self._blueprints, self._initialisers = {}, {}, {}, {}
         self._model = self._calls = None
 
@@ -96,17 +98,15 @@ class Rehearsal:
             with self.here():
                 self._blueprints[key] = draw(
                     self.recipe, plan, self.optimizer, self.mesh,
-                    seed=self.config.train.seed, ema=self.config.optimizer.ema is not None,
-                    spike=self.config.train.spike is not None, ends=self.config.train.bf16_ends,
+                    seed=self.config.train.seed, features=self.features, ends=self.config.train.bf16_ends,
                 )  # fmt: skip
         return self._blueprints[key]
 
     def step(self, plan: Plan, blueprint: Blueprint):
         """The step as a function of (state, batch), not yet compiled."""
         return make_step(
-            self.recipe, blueprint, self.optimizer, seed=self.config.train.seed,
-            accumulation=plan.accumulation, ema=self.config.optimizer.ema, fuse=self.config.memory.fuse_update,
-            spike=self.config.train.spike,
+            self.recipe, blueprint, self.optimizer, self.features, seed=self.config.train.seed,
+            accumulation=plan.accumulation, fused=self.config.memory.fuse_update,
         )  # fmt: skip
 
     def trace(self, plan: Plan) -> tuple[Any, TrainState]:

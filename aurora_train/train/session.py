@@ -33,7 +33,7 @@ from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
-from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
+from aurora_train.train.state import Blueprint, TrainState, draw, together
 from aurora_train.train.weights import load_parameters, load_state, parameters_from, state_from
 
 log = logging.getLogger("aurora_train")
@@ -101,7 +101,7 @@ class Session:
         here = self.blueprint._replace(shardings=meshes.local(shardings))
         state = meshes.local_view(state._replace(frozen={}))  # let go of them first: they may be most of the model
         params, frozen = parameters_from(self.parent, here, state.params)
-        extra = beside(params, ema="ema" in state.extra, spike="recent" in state.extra)
+        extra = self.program.features.begin(params)
         rest = state_from(self.parent, here, state.rest)
         state = state._replace(params=params, frozen=frozen, rest=rest, extra=extra)
         return meshes.shared_view(state, shardings)
@@ -161,7 +161,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     mesh = meshes.make_mesh(1, 1)
     plan = whole_plan(config, recipe)
     optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
-    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed, ema=False)
+    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed)
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))
     refuse_damage(store, step)
