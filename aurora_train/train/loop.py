@@ -23,13 +23,13 @@ from aurora_train import facts
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.retention import is_among_best
-from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
 from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
+from aurora_train.train.feed import open_feed
 from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
@@ -44,7 +44,7 @@ _EVALUATING = (
 
 
 UNSAVED = "a disk that cannot be written"  # why a run ended that could not be saved
-_MENDED = "a disk that could not be written until the end"  # of several processes, that had agreed to stop for it
+_SAVED_AT_LAST = "a disk that could not be written until the end"  # several processes had agreed to stop
 
 
 class Loop:
@@ -109,31 +109,56 @@ class Loop:
             self._progress.event("nothing is held out for validation: its loss is not measured")
         with noticed(self._failing, self.finished_steps), self._stop.held(), self._guard:
             while True:
-                interrupted = not self._as_far_as_asked()
+                interrupted = not self._train(last)
                 self._settle()
                 state = meshes.local_view(self.state)
                 if not self._saver.settle(state, self._step, lambda: self._stop.name or self._guard.why):
                     return UNSAVED
                 if interrupted or self._step == last or self._asked():
                     break
-                # else a disk took at last what it had refused for too long: on with it
+                # The stop was for a save that was overdue, and it has succeeded since: keep training.
         self._await_compiler()
         asked = self._asked() if interrupted or self._step < last else None
-        return _MENDED if asked == UNSAVED else asked
+        return _SAVED_AT_LAST if asked == UNSAVED else asked
 
-    def _as_far_as_asked(self) -> bool:
-        """Train until the last step or until something asks for a stop; False where a signal broke an evaluation."""
-        first = self._step
+    def _train(self, last: int) -> bool:
+        """Train to the last step or until something asks for a stop; False where a signal interrupted an evaluation.
+
+        The order is a promise: the batch, the step, the records of the step before, the save, the evaluation.
+        """
         try:
-            if first > 0 and self._evaluation_due(first) and first not in self._validated:
-                self._evaluate(first)
-            self._steps(int(jax.device_get(self.state.data_step)), self._config.train.steps)
+            self._evaluate_if_missed()
+            if self._step == last:
+                return True
+            data_step = self._step + self._lag
+            with open_feed(self.session, data_step, last + self._lag) as feed:
+                while self._step < last and not self._asked():
+                    with self._watchdog.during("a step"):
+                        batch = self._timed_batch(feed)
+                        self.state, metrics = self._compiled(self.state, batch)
+                        self._step += 1
+                        self._late.append((self._step, metrics))
+                        while len(self._late) > 1:
+                            self._record(*self._late.popleft())
+                    self._compile_evaluation_early()
+                    self._save_if_due(self._step)
+                    if self._evaluation_due(self._step):
+                        self._settle()
+                        self._aside(self._evaluate, self._step)
         except Stopped:
             return False
         except UserError:
-            self._saver.finish()  # what it says of the newest checkpoint is to be true
+            self._saver.finish()  # so that what the error says of the newest checkpoint is true
             raise
         return True
+
+    def _timed_batch(self, feed):
+        """The next batch. The wait counts where every step before it is done: otherwise a running step hides it."""
+        asked_at = time.perf_counter()
+        batch = feed(self._step + self._lag, self.state)
+        if self._idle():
+            self._throughput.waited(time.perf_counter() - asked_at)
+        return batch
 
     def _failing(self) -> str:
         # The refusal may come when a step is handed over or only with its numbers: the steps before it are good.
@@ -155,37 +180,11 @@ class Loop:
         self._late.clear()
         self._saver.finish()
 
-    def _steps(self, data_step: int, last: int) -> None:
-        config = self._config
-        ahead = last - self._step
-        if ahead == 0:
-            return
-        with batches(self.session.source, config.train.seed, config.train.batch, data_step, data_step + ahead) as feed:
-            while self._step < last and not self._asked():
-                with self._watchdog.during("a step"):
-                    asked_at = time.perf_counter()
-                    _, batch = next(feed)
-                    if self._idle():  # else the wait was no one's: the step before is still under way
-                        self._throughput.waited(time.perf_counter() - asked_at)
-                    self._advance(batch)
-                if self._early is None and compiles_early(config) and self.session.evaluates:
-                    self._early = self._evaluation_compiled()
-                self._after(self._step)
-
     def _idle(self) -> bool:
         """Whether every step that was handed over is done."""
         return all(array.is_ready() for _, metrics in self._late for array in metrics.values())
 
-    def _advance(self, batch: dict) -> None:
-        if processes.count() > 1:
-            batch = meshes.put(batch, meshes.batch_sharding(self.session.mesh))
-        self.state, metrics = self._compiled(self.state, batch)
-        self._step += 1
-        self._late.append((self._step, metrics))
-        while len(self._late) > 1:
-            self._record(*self._late.popleft())
-
-    def _after(self, step: int) -> None:
+    def _save_if_due(self, step: int) -> None:
         due = self._save_due(step) or self._saver.retry_due()
         if due:
             self._settle()
@@ -194,9 +193,6 @@ class Loop:
             self._aside(lambda at: self._saver.save(meshes.local_view(self.state), at), step)
         else:
             self._saver.finish(wait=False)
-        if self._evaluation_due(step):
-            self._settle()
-            self._aside(self._evaluate, step)
 
     def _aside(self, work, step: int) -> None:
         """Do what is not training; its time is in no rate and in no time left."""
@@ -242,6 +238,11 @@ class Loop:
     def _save_due(self, step: int) -> bool:
         return step == self._config.train.steps or step % self._config.checkpoint.every == 0
 
+    def _evaluate_if_missed(self) -> None:
+        """A kill between a save and its evaluation leaves that evaluation to the next life of the run."""
+        if self._step > 0 and self._evaluation_due(self._step) and self._step not in self._validated:
+            self._evaluate(self._step)
+
     def _evaluation_due(self, step: int) -> bool:
         every = self._config.evaluate.every
         at = step == self._config.train.steps or (every is not None and step % every == 0)
@@ -270,16 +271,18 @@ class Loop:
             return False
         return is_among_best(loss, self._validated.values(), self._config.checkpoint.best)
 
-    def _evaluation_compiled(self) -> Future:
-        """Read the validation examples and compile their loss while steps are taken."""
+    def _compile_evaluation_early(self) -> None:
+        """Read the validation examples and compile their loss while steps are taken, where that costs them nothing."""
+        if self._early is not None or not (compiles_early(self._config) and self.session.evaluates):
+            return
         place = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
         evaluator, threads = self._evaluator, ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         made = threads.submit(lambda: evaluator.compile(weights_of(place), self._validation_batches()[0]))
         threads.shutdown(wait=False)
-        made.add_done_callback(self._told_of_a_failure)
-        return made
+        made.add_done_callback(self._report_failure)
+        self._early = made
 
-    def _told_of_a_failure(self, made: Future) -> None:
+    def _report_failure(self, made: Future) -> None:
         if (error := made.exception()) is not None:
             words = str(error).splitlines() or [type(error).__name__]
             self._progress.event(f"the next evaluation will fail: {words[0]}")
