@@ -73,6 +73,7 @@ class Recipe:
 
     unit = "targets"  # what one unit of `Loss.weight` is called in a rate: "tok", "bins", "images"
     metric: tuple[str, Literal["min", "max"]] | None = None  # the headline of `score`, and which way is better
+    adapted = False  # whether the model has low-rank adapters; set when it is built
 
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
@@ -140,6 +141,17 @@ class Recipe:
     def model(self, rngs):
         """Construct the nnx.Module from `self.config` and `self.known` alone: no data, no files, no globals."""
         raise NotImplementedError
+
+    def trainable(self, path: str) -> bool:
+        """Whether a parameter is trained, by its dotted path in the model: `student.stack.units.attention.query`.
+
+        The numbers of a Stack's units are left out: what is trained is so in all of them. What is not trained has no
+        gradient and no moments, its matrices are held in the compute dtype, and it lies on disk once for all
+        checkpoints. By default the adapters are trained where the model has any, else everything.
+        """
+        from aurora_train.nn.lora import is_adapter
+
+        return is_adapter(path) or not self.adapted
 
     def loss(self, model, batch: dict, key) -> Loss:
         """Sums over the batch. `key` is a key array of shape [B], one per example; None means deterministic."""

@@ -11,9 +11,11 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
+from aurora_train.errors import UserError
 from aurora_train.nn import carried, lora, nf4
 from aurora_train.nn import stack as stacked
 from aurora_train.train import hooks
+from aurora_train.train.blame import place_of
 
 
 class TrainState(NamedTuple):
@@ -67,6 +69,11 @@ def draw(
 
     graph, variables, rest = nnx.split(nnx.eval_shape(construct), nnx.Param, ...)
     trained, still = lora.split(variables)
+    if not jax.tree.leaves(trained):
+        raise UserError(
+            "nothing of this model is trained", where=place_of(type(recipe).trainable),
+            hint="`trainable(path)` returns True for the parameters to be trained, such as \"student.head.kernel\"",
+        )  # fmt: skip
     dtype = recipe.config.train.dtype
 
     def initialise() -> TrainState:

@@ -23,7 +23,7 @@ from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.stack import Segment, Stack
 from aurora_train.random import example_keys, stream
-from aurora_train.recipe import Loss
+from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.hooks import features
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step, split
@@ -37,7 +37,7 @@ CUTS = {
 SLOW = pytest.mark.slow
 
 
-class Language:
+class Language(Recipe):
     """A decoder with dropout on random tokens; `weights` differ from one microbatch to another."""
 
     def __init__(self, precision="float32", **shape):
@@ -182,8 +182,9 @@ class Slices(nnx.Module):
 
 @pytest.mark.parametrize("cuts", [None, [Segment(0, 3)], [Segment(0, 3, None, True)]])
 def test_a_model_may_slice_its_parameters_and_needs_no_stack(cuts):
-    class Regression:
-        config = SimpleNamespace(train=SimpleNamespace(dtype="float32"))
+    class Regression(Recipe):
+        def __init__(self):
+            self.config = SimpleNamespace(train=SimpleNamespace(dtype="float32"))
 
         def model(self, rngs):
             return Slices(rngs, cuts is not None)

@@ -25,7 +25,7 @@ from aurora_train.memory.verify import can_compile_for_gpu, compiled_bytes
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.stack import Segment
-from aurora_train.recipe import Loss
+from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.hooks import features
 from aurora_train.train.rehearsal import rehearse
 from aurora_train.train.state import draw
@@ -40,7 +40,7 @@ CUTS = {
 }
 
 
-class Language:
+class Language(Recipe):
     """A decoder with dropout on packed random tokens: keys, segments and rotations are closed over by every layer."""
 
     def __init__(self, calls=1, loss=None, precision="float32", **shape):
