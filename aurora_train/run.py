@@ -223,9 +223,9 @@ class FollowedRun(Run):
     checkpoints = property(lambda self: self._leaders.checkpoints)
 
 
-def provenance(config, session, machine: dict) -> dict:
-    """What made this run: code, data, facts, the run it starts from, versions, machine, command."""
-    source, parent = session.source, session.parent
+def provenance(config, session, machine: dict, parents: dict) -> dict:
+    """What made this run: code, data, facts, the runs it starts from, versions, machine, command."""
+    source = session.source
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -234,7 +234,7 @@ def provenance(config, session, machine: dict) -> dict:
         "code_sha256": code_hash(),
         "data": {**source.describe(), "fingerprint": source.fingerprint},
         "facts_sha256": facts.sha256(session.recipe.known),
-        **({"parent": parent.record()} if parent is not None else {}),
+        **parents,
         "versions": versions(),
         "machine": machine,
     }

@@ -5,6 +5,7 @@ A field exists because a user turns it. Its help says the unit; its resume class
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -193,12 +194,43 @@ class Log(Section):
 
 
 class Init(Section):
-    """Where the first parameters come from."""
+    """Where the first parameters come from: all of them, or those of a part of the model by the prefix of their names.
+
+    `init: {policy: RUN, teacher: RUN}` is short for `init: {parts: {policy: RUN, teacher: RUN}}`, and the prefix `""`
+    for `from`.
+    """
 
     from_: str | None = setting(None, alias="from", path_unless=(), help="a run folder or weights file; null = random")
-    facts: Literal["inherit", "own"] = setting(
-        "inherit", help="tokenizer, sizes and scales: those of the run that `from` names, or this config's own"
+    parts: dict[str, str] = setting(
+        {}, path_unless=(),
+        help="for a prefix of the model's parameters (`policy`), the run folder or weights file that they start from",
     )
+    facts: str = setting(
+        "inherit",
+        help="tokenizer, sizes and scales: inherit = those of the run that `from` names; a prefix = those of that "
+        "part's run; own = this config's own",
+    )
+
+    @field_validator("facts")
+    @classmethod
+    def _names_a_source(cls, value, info):
+        known = ["inherit", "own", *info.data.get("parts", {})]
+        if value not in known:
+            near = get_close_matches(value, known, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"must be {' or '.join(known)}; got \"{value}\"{hint}")
+        return value
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The run folder or weights file for each prefix, `""` for the whole model."""
+        return ({} if self.from_ is None else {"": self.from_}) | self.parts
+
+    @property
+    def facts_from(self) -> str | None:
+        """The prefix whose run gives the facts; None where they are the config's own or there is no such run."""
+        prefix = "" if self.facts == "inherit" else self.facts
+        return prefix if prefix in self.sources and self.facts != "own" else None
 
 
 class Core(Section):

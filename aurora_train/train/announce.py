@@ -15,6 +15,7 @@ from aurora_train.machine import processes, profile
 from aurora_train.memory.report import one_line, says_something, side_by_side
 from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
+from aurora_train.train.lineage import record_of
 from aurora_train.train.remarks import remarks_on_config, remarks_on_data
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
 from aurora_train.units import size
@@ -67,9 +68,11 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
             progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
     else:
         events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
-        if session.parent is not None:
-            events.event("init", 0, parent=session.parent.record())
-            progress.event(f"starting from {session.parent}")
+        if session.parents:
+            events.event("init", 0, **record_of(session.parents))
+        for parent in session.parents:
+            part = f"the parameters under `{parent.prefix}` start" if parent.prefix else "starting"
+            progress.event(f"{part} from {parent}")
         for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
             events.event("remark", 0, text=line)
             progress.event(line)

@@ -30,6 +30,7 @@ from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import make_recipe, rehearse_here, shapes_of
 from aurora_train.train.shown import checked_result, checked_samples
+from aurora_train.train.weights import refuse_unknown_prefix
 from aurora_train.units import size
 
 _SMALL = 20_000_000  # parameters of a model that is drawn here, to run its score and its samples
@@ -51,6 +52,7 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
     source_of(recipe, "validation")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, shapes_of(source))
+    refuse_unknown_prefix(config, program.model())
     _refuse_no_room(config, program)
     return rehearse_recipe(config, recipe, program, source)
 

@@ -132,10 +132,17 @@ def _refuse_unknown(allowed, config) -> None:
 
 
 def refuse_missing_start(config) -> None:
-    """UserError where `init.from` names nothing that a run could start from, by what lies there; nothing is read."""
-    start = config.init.from_
-    if start is None:
-        return
+    """UserError where `init` names nothing that a run could start from, by what lies there; nothing is read."""
+    for prefix, start in config.init.sources.items():
+        _refuse_missing(start, init_key(prefix))
+
+
+def init_key(prefix: str) -> str:
+    """The key of the config that names what the parameters under a prefix start from."""
+    return f"init.{prefix}" if prefix else "init.from"
+
+
+def _refuse_missing(start: str, key: str) -> None:
     path, hint = Path(start), "a run folder, or a safetensors file with this project's parameter names"
     if path.suffix.lower() == ".gguf":
         what = "a GGUF file cannot be read as a start yet"
@@ -148,9 +155,9 @@ def refuse_missing_start(config) -> None:
         hint = "the path is relative to the config file, and on the command line to the current folder"
     else:
         if not path.is_file() and runs.Run.existing(path).step() == 0:
-            raise UserError("this run has no checkpoint yet", where="init.from", hint=f"`aurora resume {start}`")
+            raise UserError("this run has no checkpoint yet", where=key, hint=f"`aurora resume {start}`")
         return
-    raise UserError(what, where="init.from", why=f"it names {start}", hint=hint)
+    raise UserError(what, where=key, why=f"it names {start}", hint=hint)
 
 
 def rate_after(run: runs.Run, config) -> str | None:

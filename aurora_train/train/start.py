@@ -30,6 +30,7 @@ from aurora_train.train.announce import announce, say_damage, say_measured, say_
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
+from aurora_train.train.lineage import record_of
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.precision import settled
@@ -371,7 +372,7 @@ def _recorded(session: Session) -> Path:
     files.write_atomically(run.config, dump(config))
     if not run.provenance.exists():
         machine = profile.this_machine().describe()
-        files.write_json(run.provenance, runs.provenance(config, session, machine))
+        files.write_json(run.provenance, runs.provenance(config, session, machine, record_of(session.parents)))
     return run.events
 
 
