@@ -62,6 +62,12 @@ def few(number: int, noun: str, hint: str, size: str = "") -> list[str]:
     return [f"the score rests on {number} {noun}{'' if number == 1 else 's'}{of}: {hint}"]
 
 
+def makes_experience(recipe) -> bool:
+    """Whether a recipe, or a class of them, makes its training batches with the model (`Recipe.experience`)."""
+    own = recipe if isinstance(recipe, type) else type(recipe)
+    return own.experience is not Recipe.experience
+
+
 class Recipe:
     """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
 
@@ -98,7 +104,7 @@ class Recipe:
         """One example's arrays as `jax.ShapeDtypeStruct`s, and `model` callable, before any data is prepared.
 
         It lets a config be planned without its data, and its step be compiled while that is prepared; None (the
-        default) has the data prepared first.
+        default) has the data prepared first. A recipe with `experience` announces here what that returns.
         """
         return None
 
@@ -155,6 +161,20 @@ class Recipe:
 
     def loss(self, model, batch: dict, key) -> Loss:
         """Sums over the batch. `key` is a key array of shape [B], one per example; None means deterministic."""
+        raise NotImplementedError
+
+    def experience(self, actor, indices: np.ndarray, key) -> dict:
+        """A training batch that the model makes itself, in place of `take`: optional, and then `shapes` is owed, too.
+
+        Args:
+            actor: an `aurora_train.train.experience.Actor`. `actor.run(function, *arrays)` runs the model as it is
+                before this step; `actor.ask(name, function, *arguments)` asks something outside, once and on record.
+            indices: int64[B], the examples of `data("train")` whose turn it is.
+            key: a key array of shape [B], one per example.
+
+        Returns arrays of shape [B, ...] by name, as `shapes` announced them. Must be a function of the model, the
+        arguments and the answers of `actor.ask` alone: a resumed run makes its batches again.
+        """
         raise NotImplementedError
 
     def gates(self) -> list:

@@ -49,6 +49,10 @@ class Run:
     workdir = property(lambda self: self.folder / "work")
     wandb_id = property(lambda self: self.folder / "wandb.id")
 
+    def journal(self, process: int) -> Path:
+        """What one of the processes that train this run was answered from outside (`train/experience.py`)."""
+        return self.folder / "journal" / f"process-{process}.jsonl"
+
     follows = False  # whether another process writes this run's record
 
     @classmethod
@@ -151,7 +155,7 @@ class Run:
 
     def forget(self) -> None:
         """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""
-        for folder in (self.code, self.facts, self.trash, self.workdir):
+        for folder in (self.code, self.facts, self.trash, self.workdir, self.folder / "journal"):
             shutil.rmtree(folder, ignore_errors=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
@@ -221,6 +225,10 @@ class FollowedRun(Run):
             shutil.copytree(leaders.facts, self.facts)
 
     checkpoints = property(lambda self: self._leaders.checkpoints)
+
+    def journal(self, process: int) -> Path:
+        """In the leader's run folder: what this process was answered is on no other record."""
+        return self._leaders.journal(process)
 
 
 def provenance(config, session, machine: dict, parents: dict) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 from aurora_train import run as runs
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.recipe import makes_experience
 from aurora_train.train.precision import as_in
 from aurora_train.train.remarks import rate_line
 
@@ -71,7 +72,7 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             hint=f"train.steps={run.step()} ends it there",
         )
     changed = [
-        (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else kind)
+        (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else _felt(kind, config))
         for key, old, new, kind in diff(known, config)
     ]
     code = None if config.recipe_bundled else runs.changed_code(run, config)
@@ -95,6 +96,11 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             + "; or, if you must: " + " ".join(f"--allow-change {key}" for key in keys),
         )  # fmt: skip
     return config, run, changes
+
+
+def _felt(kind: str, config) -> str:
+    """A model that makes its own data makes other data once a sum is taken in another order."""
+    return "warned" if kind == "elastic" and makes_experience(config.recipe_class) else kind
 
 
 def _cuts_what_is_coupled(key: str, config) -> bool:

@@ -32,7 +32,8 @@ from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
-from aurora_train.train.blame import recipe_code
+from aurora_train.recipe import makes_experience
+from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.hooks import features_of
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
@@ -257,7 +258,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     """
     shapes = recipe.shapes() if recipe.known else expected_shapes(recipe)
     if shapes is None:
-        shapes = shapes_of(recipe.ready(progress or (lambda *_: None)).data("train"))
+        shapes = batch_shapes(recipe, recipe.ready(progress or (lambda *_: None)).data("train"))
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         return rehearse_here(config, recipe, mesh, shapes)
@@ -298,6 +299,22 @@ def _chip_here() -> Chip | None:
         return _chip(find_machine(jax.devices()[0].device_kind))
     except UserError:
         return None
+
+
+def batch_shapes(recipe, source) -> dict[str, jax.ShapeDtypeStruct]:
+    """One example's arrays of the batches that a prepared recipe trains on. UserError where it does not announce them.
+
+    What the model makes itself is not looked at here: that would take a model.
+    """
+    if not makes_experience(recipe):
+        return shapes_of(source)
+    shapes = recipe.shapes()
+    if shapes is None:
+        raise UserError(
+            f"{type(recipe).__name__} defines `experience` and no `shapes`", where=place_of(type(recipe).experience),
+            hint="def shapes(self): one example's arrays of what `experience` returns, as jax.ShapeDtypeStruct",
+        )  # fmt: skip
+    return shapes
 
 
 def shapes_of(source) -> dict[str, jax.ShapeDtypeStruct]:

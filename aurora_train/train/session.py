@@ -32,7 +32,7 @@ from aurora_train.train.dry_run import rehearse_recipe
 from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
+from aurora_train.train.rehearsal import Rehearsal, batch_shapes, make_recipe, rehearse_here
 from aurora_train.train.state import Blueprint, TrainState, draw, together
 from aurora_train.train.weights import (
     drawn_beside,
@@ -128,7 +128,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     source = beginning.ready(ahead)
     evaluates = source_of(recipe, "validation") is not None  # an empty one is found now, not at the last step
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    program = rehearse_here(config, recipe, mesh, shapes_of(source))
+    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
     refuse_unknown_prefix(config, program.model())
     pinned = pinned_plan(run, config, mesh)
     if not config.recipe_bundled and (run.step() == 0 or runs.changed_code(run, config)):
