@@ -162,11 +162,16 @@ class Run:
         for path in (self.provenance, self.plan, self.events, self.config):
             path.unlink(missing_ok=True)
 
-    def is_finished(self, steps: int) -> bool:
-        """Whether the run reached `steps` and was scored."""
+    def finished_at(self, config) -> int | None:
+        """The step at which the run ended by this config, and was scored: its last, or one where patience ran out."""
         from aurora_train.observe.metrics import read
 
-        return any(event["event"] == "finish" and event["step"] == steps for event in read(self.events))
+        for event in reversed(read(self.events)):
+            if event["event"] == "finish" and (
+                event["step"] == config.train.steps or event.get("early") == early_end(config)
+            ):
+                return event["step"]
+        return None
 
     def move_aside(self) -> Path | None:
         """Rename the folder out of the way (`--fresh`): nothing is lost. UserError while another process trains it."""
@@ -180,6 +185,11 @@ class Run:
         with self.lock():
             self.folder.rename(target)
         return target
+
+
+def early_end(config) -> dict:
+    """What the event of the end says of a run that ended before its last step: what would have to change to go on."""
+    return {"patience": config.evaluate.patience, "steps": config.train.steps}
 
 
 def _missing(folder: Path) -> list[Path]:

@@ -170,7 +170,9 @@ class Checkpoint(Section):
     every: int = setting(100, resume="free", ge=1, help="steps between rolling checkpoints")
     keep: int = setting(2, resume="free", ge=1, help="rolling checkpoints kept")
     keep_every: int | None = setting(None, resume="free", ge=1, help="keep every such step for good; null = none")
-    best: int = setting(1, resume="free", ge=0, help="checkpoints kept for the best evaluation loss")
+    best: int = setting(
+        1, resume="free", ge=0, help="checkpoints kept for the best evaluations, by the recipe's metric or the loss"
+    )
     patience_minutes: float = setting(
         60, resume="free", ge=0, help="how long the run goes on while no save succeeds, such as on a full disk"
     )
@@ -181,6 +183,14 @@ class Evaluate(Section):
 
     every: int | None = setting(None, resume="warned", ge=1, help="steps between evaluations; null = only at the end")
     examples: int = setting(64, resume="warned", ge=1, help="validation examples per evaluation")
+    score_every: int | None = setting(
+        None, resume="warned", ge=1,
+        help="steps between scores of the validation split, each beside an evaluation; null = no score but the last",
+    )
+    patience: int | None = setting(
+        None, resume="warned", ge=1,
+        help="end the run after this many evaluations in a row without a new best; null = never",
+    )
     final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
     baselines: bool = setting(True, resume="free", help="score the recipe's simple rivals beside it")
 

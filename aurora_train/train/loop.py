@@ -28,11 +28,19 @@ from aurora_train.machine import processes
 from aurora_train.observe.metrics import EventLog, MetricsLog
 from aurora_train.observe.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
-from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
+from aurora_train.train.evaluate import (
+    Evaluator,
+    Judged,
+    evaluations_without_a_better,
+    judged,
+    validation_batches,
+    weights_of,
+)
 from aurora_train.train.feed import open_feed
 from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
+from aurora_train.train.score import validation_score
 from aurora_train.train.session import Session
 from aurora_train.train.signals import Stopped, StopRequest
 from aurora_train.train.watchdog import Watchdog
@@ -85,7 +93,7 @@ class Loop:
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = self._early = None
-        self._validated: dict[int, float] = {}  # validation loss by step, of the evaluations on record
+        self._results: dict[int, dict[str, float]] = {}  # of the evaluations on record, by step
         self._timed = False  # the first step of a process still pays for what the compiler left to it
         self.deadline = deadline  # of time.monotonic(); None is never
         if deadline is None and self._config.train.stop_after_minutes is not None:
@@ -96,15 +104,15 @@ class Loop:
         """The jitted loss and predict, for the score after the last step."""
         return self._evaluator
 
-    def run(self, evaluated: dict[int, float]) -> str | None:
-        """Go on to the last step. `evaluated`: step -> validation loss of the evaluations on record.
+    def run(self, evaluated: dict[int, dict[str, float]]) -> str | None:
+        """Go on to the last step. `evaluated`: step -> the result of each evaluation on record.
 
-        Returns None at the last step, or the name of what asked for a stop; the state is saved either way, unless
-        the name is UNSAVED. Raises
+        Returns None at the run's end (the last step, or where `evaluate.patience` ran out), or the name of what asked
+        for a stop; the state is saved either way, unless the name is UNSAVED. Raises
         OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`;
         BadNumbers where steps in a row were skipped.
         """
-        last, self._validated = self._config.train.steps, dict(evaluated)
+        last, self._results = self._config.train.steps, dict(evaluated)
         if not self.session.evaluates:
             self._progress.event("nothing is held out for validation: its loss is not measured")
         with noticed(self._failing, self.finished_steps), self._stop.held(), self._guard:
@@ -114,11 +122,11 @@ class Loop:
                 state = meshes.local_view(self.state)
                 if not self._saver.settle(state, self._step, lambda: self._stop.name or self._guard.why):
                     return UNSAVED
-                if interrupted or self._step == last or self._asked():
+                if interrupted or self.has_ended() or self._asked():
                     break
                 # The stop was for a save that was overdue, and it has succeeded since: keep training.
         self._await_compiler()
-        asked = self._asked() if interrupted or self._step < last else None
+        asked = self._asked() if interrupted or not self.has_ended() else None
         return _SAVED_AT_LAST if asked == UNSAVED else asked
 
     def _train(self, last: int) -> bool:
@@ -128,11 +136,11 @@ class Loop:
         """
         try:
             self._evaluate_if_missed()
-            if self._step == last:
+            if self.has_ended():
                 return True
             data_step = self._step + self._lag
             with open_feed(self.session, data_step, last + self._lag) as feed:
-                while self._step < last and not self._asked():
+                while not self.has_ended() and not self._asked():
                     with self._watchdog.during("a step"):
                         batch = self._timed_batch(feed)
                         self.state, metrics = self._compiled(self.state, batch)
@@ -151,6 +159,22 @@ class Loop:
             self._saver.finish()  # so that what the error says of the newest checkpoint is true
             raise
         return True
+
+    @property
+    def step(self) -> int:
+        """How many steps the state has taken."""
+        return self._step
+
+    def has_ended(self) -> bool:
+        """Whether the run is at its end. Decided by the step and by evaluations on record, so a resume agrees."""
+        patience = self._config.evaluate.patience
+        if self._step == self._config.train.steps:
+            return True
+        done = [self._judged(self._results[step]) for step in sorted(self._results) if step <= self._step]
+        return patience is not None and evaluations_without_a_better([one for one in done if one]) >= patience
+
+    def _judged(self, result: dict[str, float]) -> Judged | None:
+        return judged(self._config, self.session.recipe, result)
 
     def _timed_batch(self, feed):
         """The next batch. The wait counts where every step before it is done: otherwise a running step hides it."""
@@ -240,13 +264,17 @@ class Loop:
 
     def _evaluate_if_missed(self) -> None:
         """A kill between a save and its evaluation leaves that evaluation to the next life of the run."""
-        if self._step > 0 and self._evaluation_due(self._step) and self._step not in self._validated:
+        if self._step > 0 and self._evaluation_due(self._step) and self._step not in self._results:
             self._evaluate(self._step)
 
     def _evaluation_due(self, step: int) -> bool:
         every = self._config.evaluate.every
-        at = step == self._config.train.steps or (every is not None and step % every == 0)
+        at = step == self._config.train.steps or (every is not None and step % every == 0) or self._score_due(step)
         return at and self.session.evaluates
+
+    def _score_due(self, step: int) -> bool:
+        every = self._config.evaluate.score_every
+        return every is not None and (step % every == 0 or step == self._config.train.steps)
 
     def _evaluate(self, step: int) -> None:
         watched = self._watchdog.during("an evaluation")
@@ -256,20 +284,35 @@ class Loop:
             if self._early is not None:
                 self._early.result()  # what went wrong there is raised here, after the save
             result = self._evaluator.loss(self.state, self._validation_batches())
+            if self._score_due(step):
+                result |= processes.agreed(self._score)
             self._stop.heed()
         # The record last: it says that there is nothing left to do for this step.
-        if self._is_among_best(step, result["loss"]):
+        judged = self._judged(result)
+        if judged is not None and self._is_among_best(step, judged):
             self._saver.save(meshes.local_view(self.state), step)
-        self._validated[step] = result["loss"]
-        self._saver.attach_score(step, result["loss"])
+        self._results[step] = result
+        if judged is not None:
+            self._saver.attach_score(step, judged)
         self._metrics.write({"step": step, "evaluation": result})
-        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
+        scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {judged.value:.4f}"
+        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}{scored}")
 
-    def _is_among_best(self, step: int, loss: float) -> bool:
-        """Whether a step is to be kept for its validation loss and is not saved yet. Among bad steps nothing is."""
+    def _score(self) -> dict[str, float]:
+        """A score may do anything, so the leader alone does it, with what is in its own devices."""
+        session, evaluator = self.session, self._evaluator
+        if processes.count() > 1:
+            evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
+        state = meshes.local_view(self.state)
+        return validation_score(session.recipe, self._config, evaluator, state, lambda *_: self._stop.heed())
+
+    def _is_among_best(self, step: int, judged: Judged) -> bool:
+        """Whether a step is to be kept for its evaluation and is not saved yet. Among bad steps nothing is."""
         if step == self._saver.last or self._streak.length:
             return False
-        return is_among_best(loss, self._validated.values(), self._config.checkpoint.best)
+        known = [one for one in map(self._judged, self._results.values()) if one and one.name == judged.name]
+        best, lower = self._config.checkpoint.best, judged.lower_is_better
+        return is_among_best(judged.value, [one.value for one in known], best, lower_is_better=lower)
 
     def _compile_evaluation_early(self) -> None:
         """Read the validation examples and compile their loss while steps are taken, where that costs them nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +56,7 @@ class Outcome:
     step: int
     stopped_by: str | None = None
     state_sha256: str | None = None
+    remarks: dict = field(default_factory=dict)  # what else the event of the end says
 
 
 @dataclass
@@ -176,7 +177,7 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
     with logs.EventLog(outcome.run.events) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
-        events.event(name, outcome.step, **ending, energy_joules=energy.total_joules())
+        events.event(name, outcome.step, **ending, **outcome.remarks, energy_joules=energy.total_joules())
     if outcome.status != EXIT_LOW_MEMORY:  # drawing takes a hundred megabytes
         write_report(outcome.run.folder)
 
@@ -228,7 +229,7 @@ def _attempt(session: Session, process: Process, events) -> Outcome:
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
-    evaluations = [(record["step"], record["evaluation"]["loss"]) for record in known if "evaluation" in record]
+    evaluations = [(record["step"], record["evaluation"]) for record in known if "evaluation" in record]
     evaluated = dict(processes.agreed(lambda: evaluations))
     with Progress(
         config.train.steps, process.console, quiet=process.quiet, unit=session.recipe.unit
@@ -319,7 +320,7 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
                 score_run(
-                    session.recipe, config, run, evaluator, state, config.train.steps, _heeding(process.stop, shown),
+                    session.recipe, config, run, evaluator, state, loop.step, _heeding(process.stop, shown),
                     baselines=config.evaluate.baselines,
                 )
         return state_hash(state)
@@ -327,7 +328,8 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     with refused("the finished run is scored", _SCORE):
         digest = processes.agreed(scored)
     session.store.close()
-    return Outcome(run, 0, config.train.steps, state_sha256=digest)
+    early = {"early": runs.early_end(config)} if loop.step < config.train.steps else {}
+    return Outcome(run, 0, loop.step, state_sha256=digest, remarks=early)
 
 
 def _heeding(stop: StopRequest, progress):
