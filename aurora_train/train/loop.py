@@ -168,10 +168,10 @@ class Loop:
     def has_ended(self) -> bool:
         """Whether the run is at its end. Decided by the step and by evaluations on record, so a resume agrees."""
         patience = self._config.evaluate.patience
-        if self._step == self._config.train.steps:
-            return True
+        if self._step == self._config.train.steps or patience is None:
+            return self._step == self._config.train.steps
         done = [self._judged(self._results[step]) for step in sorted(self._results) if step <= self._step]
-        return patience is not None and evaluations_without_a_better([one for one in done if one]) >= patience
+        return evaluations_without_a_better([one for one in done if one]) >= patience
 
     def _judged(self, result: dict[str, float]) -> Judged | None:
         return judged(self._config, self.session.recipe, result)

@@ -33,15 +33,13 @@ def make_step(
     def step(state: TrainState, batch):
         params, opt_state, (loss, rest), info = advance(state, batch)
         good = features.passes(state, info)
-        new = state._replace(
-            step=state.step + 1, data_step=state.data_step + 1, params=params, opt_state=opt_state, rest=rest
-        )
+        new = state._replace(params=params, opt_state=opt_state, rest=rest)
         with jax.named_scope("optimizer"):
             for hook in features.hooks:
                 new = hook.after(state, new, info, good)
         metrics = {**info, "tokens": loss.weight, "skipped": 1.0 - good.astype(jnp.float32)}
         metrics |= {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in loss.metrics.items()}
-        return new, metrics
+        return new._replace(step=state.step + 1, data_step=state.data_step + 1), metrics
 
     return step
 
