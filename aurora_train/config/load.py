@@ -182,7 +182,8 @@ def config_class(recipe_class: type[Recipe]) -> type[Core]:
     clash = [name for name in owned.model_fields if hasattr(Core, name) or name in Core.model_fields]
     if clash:
         raise UserError(f"{recipe_class.__name__}.Config redefines `{clash[0]}`, which belongs to the trainer")
-    return create_model("Config", __base__=(owned, Core))
+    bases = (Core,) if issubclass(Core, owned) else (owned, Core)  # a recipe without sections has Section itself
+    return create_model("Config", __base__=bases)
 
 
 def _write_out_parts(tree: Tree) -> None:
