@@ -110,7 +110,7 @@ def train(
         raise UserError("overrides are a list of texts", hint='["train.steps=100", "optimizer.lr=1e-3"]')
     resolved = load_config(config, overrides)
     folder = for_train(resolved, run, fresh=fresh)
-    if not folder.is_finished(resolved.train.steps):
+    if folder.finished_at(resolved) is None:
         prepare_environment(resolved)
         from aurora_train.tools.report import report_ending
         from aurora_train.train.start import train as take_to_its_end

@@ -17,6 +17,8 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts, as_kept
 
+ADAPTERS = ("_lora_a", "_lora_b")  # what the names of low-rank adapters end in
+
 
 class Loss(NamedTuple):
     """A sum and its weight, never a mean: only sums can be split into microbatches and added up again.
@@ -62,6 +64,12 @@ def few(number: int, noun: str, hint: str, size: str = "") -> list[str]:
     return [f"the score rests on {number} {noun}{'' if number == 1 else 's'}{of}: {hint}"]
 
 
+def makes_experience(recipe) -> bool:
+    """Whether a recipe, or a class of them, makes its training batches with the model (`Recipe.experience`)."""
+    own = recipe if isinstance(recipe, type) else type(recipe)
+    return own.experience is not Recipe.experience
+
+
 class Recipe:
     """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
 
@@ -73,6 +81,7 @@ class Recipe:
 
     unit = "targets"  # what one unit of `Loss.weight` is called in a rate: "tok", "bins", "images"
     metric: tuple[str, Literal["min", "max"]] | None = None  # the headline of `score`, and which way is better
+    adapted = False  # whether the model has low-rank adapters; set when it is built
 
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
@@ -97,7 +106,7 @@ class Recipe:
         """One example's arrays as `jax.ShapeDtypeStruct`s, and `model` callable, before any data is prepared.
 
         It lets a config be planned without its data, and its step be compiled while that is prepared; None (the
-        default) has the data prepared first.
+        default) has the data prepared first. A recipe with `experience` announces here what that returns.
         """
         return None
 
@@ -141,9 +150,40 @@ class Recipe:
         """Construct the nnx.Module from `self.config` and `self.known` alone: no data, no files, no globals."""
         raise NotImplementedError
 
+    def trainable(self, path: str) -> bool:
+        """Whether a parameter is trained, by its dotted path in the model: `student.stack.units.attention.query`.
+
+        The numbers of a Stack's units are left out: what is trained is so in all of them. What is not trained has no
+        gradient and no moments, its matrices are held in the compute dtype, and it lies on disk once for all
+        checkpoints. By default the adapters are trained where the model has any, else everything.
+        """
+        return path.endswith(ADAPTERS) or not self.adapted
+
     def loss(self, model, batch: dict, key) -> Loss:
         """Sums over the batch. `key` is a key array of shape [B], one per example; None means deterministic."""
         raise NotImplementedError
+
+    def experience(self, actor, indices: np.ndarray, key) -> dict:
+        """A training batch that the model makes itself, in place of `take`: optional, and then `shapes` is owed, too.
+
+        Args:
+            actor: an `aurora_train.train.experience.Actor`. `actor.run(function, *arrays)` runs the model as it is
+                before this step; `actor.ask(name, function, *arguments)` asks something outside, once and on record.
+            indices: int64[B], the examples of `data("train")` whose turn it is.
+            key: a key array of shape [B], one per example.
+
+        Returns arrays of shape [B, ...] by name, as `shapes` announced them. Must be a function of the model, the
+        arguments and the answers of `actor.ask` alone: a resumed run makes its batches again.
+        """
+        raise NotImplementedError
+
+    def gates(self) -> list:
+        """This recipe's own `aurora_train.train.hooks.Gate`s, after the built-in ones: which updates may count."""
+        return []
+
+    def hooks(self) -> list:
+        """This recipe's own `aurora_train.train.hooks.Hook`s, after the built-in ones: what follows an update."""
+        return []
 
     def predict(self, model, batch: dict) -> Any:
         """What scoring needs of the model: a pytree of arrays with a leading batch axis. Jitted by the trainer."""

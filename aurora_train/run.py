@@ -49,6 +49,10 @@ class Run:
     workdir = property(lambda self: self.folder / "work")
     wandb_id = property(lambda self: self.folder / "wandb.id")
 
+    def journal(self, process: int) -> Path:
+        """What one of the processes that train this run was answered from outside (`train/experience.py`)."""
+        return self.folder / "journal" / f"process-{process}.jsonl"
+
     follows = False  # whether another process writes this run's record
 
     @classmethod
@@ -151,18 +155,23 @@ class Run:
 
     def forget(self) -> None:
         """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""
-        for folder in (self.code, self.facts, self.trash, self.workdir):
+        for folder in (self.code, self.facts, self.trash, self.workdir, self.folder / "journal"):
             shutil.rmtree(folder, ignore_errors=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
         for path in (self.provenance, self.plan, self.events, self.config):
             path.unlink(missing_ok=True)
 
-    def is_finished(self, steps: int) -> bool:
-        """Whether the run reached `steps` and was scored."""
+    def finished_at(self, config) -> int | None:
+        """The step at which the run ended by this config, and was scored: its last, or one where patience ran out."""
         from aurora_train.record.metrics import read
 
-        return any(event["event"] == "finish" and event["step"] == steps for event in read(self.events))
+        for event in reversed(read(self.events)):
+            if event["event"] == "finish" and (
+                event["step"] == config.train.steps or event.get("early") == early_end(config)
+            ):
+                return event["step"]
+        return None
 
     def move_aside(self) -> Path | None:
         """Rename the folder out of the way (`--fresh`): nothing is lost. UserError while another process trains it."""
@@ -176,6 +185,11 @@ class Run:
         with self.lock():
             self.folder.rename(target)
         return target
+
+
+def early_end(config) -> dict:
+    """What the event of the end says of a run that ended before its last step: what would have to change to go on."""
+    return {"patience": config.evaluate.patience, "steps": config.train.steps}
 
 
 def _missing(folder: Path) -> list[Path]:
@@ -222,10 +236,14 @@ class FollowedRun(Run):
 
     checkpoints = property(lambda self: self._leaders.checkpoints)
 
+    def journal(self, process: int) -> Path:
+        """In the leader's run folder: what this process was answered is on no other record."""
+        return self._leaders.journal(process)
 
-def provenance(config, session, machine: dict) -> dict:
-    """What made this run: code, data, facts, the run it starts from, versions, machine, command."""
-    source, parent = session.source, session.parent
+
+def provenance(config, session, machine: dict, parents: dict) -> dict:
+    """What made this run: code, data, facts, the runs it starts from, versions, machine, command."""
+    source = session.source
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -234,7 +252,7 @@ def provenance(config, session, machine: dict) -> dict:
         "code_sha256": code_hash(),
         "data": {**source.describe(), "fingerprint": source.fingerprint},
         "facts_sha256": facts.sha256(session.recipe.known),
-        **({"parent": parent.record()} if parent is not None else {}),
+        **parents,
         "versions": versions(),
         "machine": machine,
     }

@@ -34,6 +34,7 @@ def train(config, steps: int) -> tuple[float, float, float]:
     from aurora_train import optimizer as optimizers
     from aurora_train.data.batches import read_batch
     from aurora_train.memory.plan import make_plan
+    from aurora_train.train.hooks import features
     from aurora_train.train.precision import settled
     from aurora_train.train.rehearsal import make_recipe
     from aurora_train.train.state import draw
@@ -45,8 +46,8 @@ def train(config, steps: int) -> tuple[float, float, float]:
     model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=0)))
     plan = make_plan(config, model, platform=jax.default_backend(), num_devices=1)
     optimizer = optimizers.build(config.optimizer, steps, seed=seed)
-    blueprint = draw(recipe, plan, optimizer, mesh, seed=seed, ema=False)
-    step = make_step(recipe, blueprint, optimizer, seed=seed, accumulation=plan.accumulation, ema=None)
+    blueprint = draw(recipe, plan, optimizer, mesh, seed=seed)
+    step = make_step(recipe, blueprint, optimizer, features(), seed=seed, accumulation=plan.accumulation)
     state, source, losses, seconds = blueprint.initialise(), recipe.data("train"), [], []
     params = optimizers.stored(state.params, config.optimizer)
     state = state._replace(params=params, opt_state=optimizer.init(params))

@@ -54,6 +54,7 @@ from aurora_train.data.batches import read_batch
 from aurora_train.files import cache_folder
 from aurora_train.memory.plan import make_plan
 from aurora_train.random import stream
+from aurora_train.train.hooks import features_of
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import make_recipe
 from aurora_train.train.state import draw
@@ -65,8 +66,9 @@ devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
 model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=stream(config.train.seed, "init"))))
 plan = make_plan(config, model, platform="cpu", num_devices=1)
 tx = optimizer.build(config.optimizer, config.train.steps)
-blueprint = draw(recipe, plan, tx, devices, seed=config.train.seed, ema=config.optimizer.ema is not None)
-step = make_step(recipe, blueprint, tx, seed=0, accumulation=plan.accumulation, ema=config.optimizer.ema)
+features = features_of(config)
+blueprint = draw(recipe, plan, tx, devices, seed=config.train.seed, features=features)
+step = make_step(recipe, blueprint, tx, features, seed=0, accumulation=plan.accumulation)
 batch = read_batch(recipe.data("train"), config.train.seed, config.train.batch, 0)
 jitted = jax.jit(step, donate_argnums=0, in_shardings=(blueprint.shardings, mesh.batch_sharding(devices)),
                  out_shardings=(blueprint.shardings, mesh.replicated(devices)))

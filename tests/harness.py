@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -127,3 +128,10 @@ def events(run: Path, name: str) -> list[dict]:
 def final_hash(run: Path) -> str:
     """The hash of the final state that a finished run recorded."""
     return events(run, "finish")[-1]["state_sha256"]
+
+
+def write_documented(folder: Path) -> None:
+    """The files of docs/extend.md, each named by the first line of its block."""
+    text = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
+    for block in re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL):
+        (folder / block.split("\n", 1)[0].removeprefix("# ")).write_text(block)

@@ -2,12 +2,12 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from harness import write_documented
 
 DOC = Path(__file__).parents[1] / "docs" / "extend.md"
 AURORA = [sys.executable, "-m", "aurora_train.cli.main"]
@@ -17,9 +17,7 @@ SHORT = ["model.width=8", "train.batch=16", "evaluate.every=null", "evaluate.exa
 @pytest.fixture
 def folder(tmp_path):
     """The files of the document, by the name in the first line of each block."""
-    for block in re.findall(r"```(?:python|yaml)\n(.*?)```", DOC.read_text(), re.DOTALL):
-        name = block.split("\n", 1)[0].removeprefix("# ")
-        (tmp_path / name).write_text(block)
+    write_documented(tmp_path)
     return tmp_path
 
 
@@ -41,7 +39,7 @@ def steps(run):
 
 
 def test_the_documents_recipe_is_a_single_short_file(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["forecast.py", "forecast.yaml"]
+    assert {"forecast.py", "forecast.yaml"} <= {path.name for path in folder.iterdir()}
     assert len((folder / "forecast.py").read_text().splitlines()) < 110
 
 
@@ -80,3 +78,17 @@ def test_a_users_own_recipe_comes_back_from_a_kill_though_its_file_has_gone_and_
     scores = json.loads((run / "scores.json").read_text())
     assert scores["headline"] == "rmse" and 0 < scores["score"]["rmse"] < 1
     assert 0 < scores["baselines"]["linear prediction"] < 1
+
+
+def test_the_documents_student_is_trained_from_a_teacher_that_is_kept_as_it_was(folder, monkeypatch):
+    from aurora_train import load
+    from aurora_train.cli.main import main
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("AURORA_CACHE", str(folder / "cache"))
+    short = ["forecast.yaml", *SHORT, "train.steps=3", "evaluate.final=false", "--quiet", "--run"]
+    assert main(["train", *short, "teacher"]) == 0
+    assert main(["train", *short, "student", "recipe=distilled.py", "init.teacher=teacher"]) == 0
+    student, teacher = load(folder / "student"), load(folder / "teacher")
+    assert student.state.params.keys() == {"student"}
+    assert (student.model.teacher.out.kernel[...] == teacher.model.out.kernel[...]).all()

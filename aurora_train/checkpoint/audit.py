@@ -23,7 +23,10 @@ def listing(folder: Path, *, keep: int, keep_every: int | None, best: int) -> li
     """
     entries, rows = Ledger(folder).read(), []
     sealed = sealed_steps(folder)
-    why = reasons(sorted(sealed), entries.scores, keep=keep, keep_every=keep_every, best=best, lower_is_better=True)
+    why = reasons(
+        sorted(sealed), entries.scores, keep=keep, keep_every=keep_every, best=best,
+        lower_is_better=entries.lower_is_better,
+    )  # fmt: skip
     for path in sorted(_folders(folder), key=lambda p: (_step(p), p.name)):
         step = _step(path)
         rows.append(_row(path, entries.scores.get(step) if path.name.isdigit() else None, why.get(step)))

@@ -19,10 +19,10 @@ class FollowedStore(CheckpointStore):
     def sweep(self) -> None:
         """Nothing."""
 
-    def attach_score(self, step, score) -> None:
+    def attach_score(self, step, score, *, lower_is_better=True) -> None:
         """Nothing."""
 
-    def retain(self, *, lower_is_better) -> list[int]:
+    def retain(self) -> list[int]:
         """Nothing is given up."""
         return []
 

@@ -25,6 +25,7 @@ class Entries(NamedTuple):
     committed: frozenset[int]
     scores: dict[int, float]
     fault: str | None = None
+    lower_is_better: bool = True  # of the scores
 
 
 class Ledger:
@@ -54,26 +55,27 @@ class Ledger:
                 return Entries(frozenset(), {}, "not what was written")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return Entries(frozenset(), {}, f"unreadable ({error})")
-        return Entries(committed, scores)
+        return Entries(committed, scores, lower_is_better=not stored.get("higher_is_better", False))
 
     def commit(self, step: int) -> None:
         """Enter a step that is sealed."""
         with self._lock:
             entries = self.read()
-            self._write(entries.committed | {step}, entries.scores)
+            self._write(entries.committed | {step}, entries.scores, entries.lower_is_better)
 
     def strike(self, steps) -> None:
         """Steps that are given up, or were set aside."""
         with self._lock:
             entries = self.read()
             if not entries.committed.isdisjoint(steps):
-                self._write(entries.committed - set(steps), entries.scores)
+                self._write(entries.committed - set(steps), entries.scores, entries.lower_is_better)
 
-    def attach_score(self, step: int, score: float) -> None:
-        """The score of a step."""
+    def attach_score(self, step: int, score: float, *, lower_is_better: bool = True) -> None:
+        """The score of a step. Those of another direction, which measured something else, are dropped."""
         with self._lock:
             entries = self.read()
-            self._write(entries.committed, {**entries.scores, step: score})
+            comparable = entries.scores if entries.lower_is_better == lower_is_better else {}
+            self._write(entries.committed, {**comparable, step: score}, lower_is_better)
 
     def begin_anew(self, steps) -> Path | None:
         """Set a record aside that cannot be read, and start one of these steps. Returns where the old one lies."""
@@ -81,12 +83,13 @@ class Ledger:
             aside = self.path.with_name(f"damaged-{NAME}") if self.path.exists() else None
             if aside is not None:
                 self.path.replace(aside)
-            self._write(frozenset(steps), {})
+            self._write(frozenset(steps), {}, True)
             return aside
 
-    def _write(self, committed, scores) -> None:
+    def _write(self, committed, scores, lower_is_better: bool) -> None:
         steps, named = sorted(committed), {str(step): score for step, score in sorted(scores.items())}
         document = {"committed": steps, "scores": named, "digest": _digest(steps, named)}
+        document |= {} if lower_is_better else {"higher_is_better": True}
         write_atomically(self.path, json.dumps(document))
 
 

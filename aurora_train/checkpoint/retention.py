@@ -23,6 +23,7 @@ def reasons(
     return {step: ", ".join(why[step]) for step in sorted(why)}
 
 
-def is_among_best(score: float, earlier: Iterable[float], best: int) -> bool:
-    """Whether a score, lower being better, is one of the `best` so far; of equal ones the earlier is better."""
-    return math.isfinite(score) and sum(other <= score for other in earlier) < best
+def is_among_best(score: float, earlier: Iterable[float], best: int, *, lower_is_better: bool = True) -> bool:
+    """Whether a score is one of the `best` so far; of equal ones the earlier is better."""
+    sign = 1 if lower_is_better else -1
+    return math.isfinite(score) and sum(sign * other <= sign * score for other in earlier) < best

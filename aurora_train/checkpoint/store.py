@@ -255,9 +255,11 @@ class CheckpointStore:
 
     def spare(self) -> list[int]:
         """The steps that `make_room` may give up, oldest first."""
+        entries = self.ledger.read()
         good = reasons(
-            self.steps(), self.scores(), keep=1, keep_every=self.keep_every, best=self.best, lower_is_better=True
-        )
+            self.steps(), entries.scores, keep=1, keep_every=self.keep_every, best=self.best,
+            lower_is_better=entries.lower_is_better,
+        )  # fmt: skip
         return [step for step in self.steps() if step not in good]
 
     def _give_up(self, steps: list[int]) -> None:
@@ -286,16 +288,16 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         return pending.result()
 
-    def attach_score(self, step: int, score: float) -> None:
+    def attach_score(self, step: int, score: float, *, lower_is_better: bool = True) -> None:
         """Remember the evaluation of a saved step."""
-        self.ledger.attach_score(step, score)
+        self.ledger.attach_score(step, score, lower_is_better=lower_is_better)
 
-    def retain(self, *, lower_is_better: bool) -> list[int]:
+    def retain(self) -> list[int]:
         """Give up what no rule keeps: the newest `keep`, every `keep_every`-th, the `best` by score. Returns steps."""
-        steps = self.steps()
+        steps, entries = self.steps(), self.ledger.read()
         kept = reasons(
-            steps, self.scores(), keep=self.keep, keep_every=self.keep_every, best=self.best,
-            lower_is_better=lower_is_better,
+            steps, entries.scores, keep=self.keep, keep_every=self.keep_every, best=self.best,
+            lower_is_better=entries.lower_is_better,
         )  # fmt: skip
         given_up = [step for step in steps if step not in kept]
         self._give_up(given_up)

@@ -78,7 +78,8 @@ def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
     """Whether there is nothing left to do; then what came out of it is shown again."""
     from aurora_train.checkpoint.audit import newest_fault
 
-    if not run.is_finished(config.train.steps):
+    step = run.finished_at(config)
+    if step is None:
         return False
     fault = newest_fault(run.checkpoints)
     if fault:
@@ -94,7 +95,7 @@ def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
         from aurora_train.tools.report import write_report
 
         write_report(run.folder)
-    show(run, config.train.steps, 0, None, json)
+    show(run, step, 0, None, json)
     return True
 
 

@@ -24,7 +24,7 @@ from aurora_train.config import messages
 from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_offload, refuse_uneven
 from aurora_train.config.deriving import derives, fill, unset_nulls
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
-from aurora_train.config.schema import Core
+from aurora_train.config.schema import Core, Init
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
 from aurora_train.errors import UserError
 from aurora_train.recipe import Derived, Recipe
@@ -77,6 +77,7 @@ def _load_file(
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
+    _write_out_parts(tree)
     unset_nulls(tree, schema, overrides_only=code is not None)
     _place_paths(tree, schema)
     # What a run was started with is in its config.yaml: what is missing there is a later version's.
@@ -181,7 +182,22 @@ def config_class(recipe_class: type[Recipe]) -> type[Core]:
     clash = [name for name in owned.model_fields if hasattr(Core, name) or name in Core.model_fields]
     if clash:
         raise UserError(f"{recipe_class.__name__}.Config redefines `{clash[0]}`, which belongs to the trainer")
-    return create_model("Config", __base__=(owned, Core))
+    bases = (Core,) if issubclass(Core, owned) else (owned, Core)  # a recipe without sections has Section itself
+    return create_model("Config", __base__=bases)
+
+
+def _write_out_parts(tree: Tree) -> None:
+    """`init: {policy: RUN}` as what it is short for: `parts: {policy: RUN}`; the prefix `""` is `from`."""
+    section = tree.value.get("init")
+    if not isinstance(section, dict):
+        return
+    own = [field.alias or name for name, field in Init.model_fields.items()]
+    for key in [key for key in section if isinstance(key, str) and not difflib.get_close_matches(key, own, 1, 0.7)]:
+        value, marks = section[key], (tree.keys, tree.values)
+        short, long = ("init", key), ("init", "parts", key) if key else ("init", "from")
+        moved = [{(*long, *at[2:]): mark for at, mark in known.items() if at[:2] == short} for known in marks]
+        tree.remove(short)
+        tree.merge(Tree({"init": {"parts": {key: value}} if key else {"from": value}}, *moved))
 
 
 def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None:
@@ -193,15 +209,21 @@ def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None
         named = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             _place_paths(tree, field.annotation, path)
-        elif named and isinstance(tree.at(path), dict):  # a section for each of the user's own names
+        elif named and named[0] is not str and isinstance(tree.at(path), dict):  # a section for each name
             for one in [one for one, section in tree.at(path).items() if isinstance(section, dict)]:
                 _place_paths(tree, named[0], (*path, one))
         elif isinstance(extra, dict) and "path_unless" in extra:
             value = tree.at(path)
-            if isinstance(value, str) and value and not value.startswith(tuple(extra["path_unless"])):
-                file = tree.mark(path).file
-                base = file.parent if file else Path.cwd()
-                tree.at(above)[path[-1]] = str((base / Path(value).expanduser()).absolute())
+            for one in [(*path, key) for key in value] if isinstance(value, dict) else [path]:
+                _place_path(tree, one, tuple(extra["path_unless"]))
+
+
+def _place_path(tree: Tree, path: tuple, unless: tuple[str, ...]) -> None:
+    value = tree.at(path)
+    if isinstance(value, str) and value and not value.startswith(unless):
+        file = tree.mark(path).file
+        base = file.parent if file else Path.cwd()
+        tree.at(path[:-1])[path[-1]] = str((base / Path(value).expanduser()).absolute())
 
 
 def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> tuple[list[Derived], list[str]]:

@@ -5,6 +5,7 @@ A field exists because a user turns it. Its help says the unit; its resume class
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,7 +170,9 @@ class Checkpoint(Section):
     every: int = setting(100, resume="free", ge=1, help="steps between rolling checkpoints")
     keep: int = setting(2, resume="free", ge=1, help="rolling checkpoints kept")
     keep_every: int | None = setting(None, resume="free", ge=1, help="keep every such step for good; null = none")
-    best: int = setting(1, resume="free", ge=0, help="checkpoints kept for the best evaluation loss")
+    best: int = setting(
+        1, resume="free", ge=0, help="checkpoints kept for the best evaluations, by the recipe's metric or the loss"
+    )
     patience_minutes: float = setting(
         60, resume="free", ge=0, help="how long the run goes on while no save succeeds, such as on a full disk"
     )
@@ -180,6 +183,14 @@ class Evaluate(Section):
 
     every: int | None = setting(None, resume="warned", ge=1, help="steps between evaluations; null = only at the end")
     examples: int = setting(64, resume="warned", ge=1, help="validation examples per evaluation")
+    score_every: int | None = setting(
+        None, resume="warned", ge=1,
+        help="steps between scores of the validation split, each beside an evaluation; null = no score but the last",
+    )
+    patience: int | None = setting(
+        None, resume="warned", ge=1,
+        help="end the run after this many evaluations in a row without a new best; null = never",
+    )
     final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
     baselines: bool = setting(True, resume="free", help="score the recipe's simple rivals beside it")
 
@@ -193,12 +204,43 @@ class Log(Section):
 
 
 class Init(Section):
-    """Where the first parameters come from."""
+    """Where the first parameters come from: all of them, or those of a part of the model by the prefix of their names.
+
+    `init: {policy: RUN, teacher: RUN}` is short for `init: {parts: {policy: RUN, teacher: RUN}}`, and the prefix `""`
+    for `from`.
+    """
 
     from_: str | None = setting(None, alias="from", path_unless=(), help="a run folder or weights file; null = random")
-    facts: Literal["inherit", "own"] = setting(
-        "inherit", help="tokenizer, sizes and scales: those of the run that `from` names, or this config's own"
+    parts: dict[str, str] = setting(
+        {}, path_unless=(),
+        help="for a prefix of the model's parameters (`policy`), the run folder or weights file that they start from",
     )
+    facts: str = setting(
+        "inherit",
+        help="tokenizer, sizes and scales: inherit = those of the run that `from` names; a prefix = those of that "
+        "part's run; own = this config's own",
+    )
+
+    @field_validator("facts")
+    @classmethod
+    def _names_a_source(cls, value, info):
+        known = ["inherit", "own", *info.data.get("parts", {})]
+        if value not in known:
+            near = get_close_matches(value, known, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"must be {' or '.join(known)}; got \"{value}\"{hint}")
+        return value
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The run folder or weights file for each prefix, `""` for the whole model."""
+        return ({} if self.from_ is None else {"": self.from_}) | self.parts
+
+    @property
+    def facts_from(self) -> str | None:
+        """The prefix whose run gives the facts; None where they are the config's own or there is no such run."""
+        prefix = "" if self.facts == "inherit" else self.facts
+        return prefix if prefix in self.sources and self.facts != "own" else None
 
 
 class Core(Section):

@@ -89,6 +89,10 @@ def read_batch(
     differs between two visits of one example, also within a batch that spans epochs, so random keys made from it do.
     """
     chosen = examples_at(source, seed, data_step, batch)[rows]
+    return {**source.take(chosen), "example": places(data_step, batch)[rows]}
+
+
+def places(data_step: int, batch: int) -> np.ndarray:
+    """uint32[batch]: `example` of the global batch of one step."""
     first = data_step * batch
-    example = (np.arange(first, first + batch, dtype=np.int64)[rows] & 0xFFFFFFFF).astype(np.uint32)
-    return {**source.take(chosen), "example": example}
+    return (np.arange(first, first + batch, dtype=np.int64) & 0xFFFFFFFF).astype(np.uint32)

@@ -37,7 +37,7 @@ def sharded_bytes(tree, shardings) -> int:
 
 
 def unit_gradient_bytes(stack, mesh) -> int:
-    """Of one unit of an abstract Stack, on one device of an fsdp mesh."""
+    """Of one unit of an abstract Stack, on one device of an fsdp mesh: 0 where nothing of it is trained."""
     from aurora_train.nn import lora
 
     _, state = nnx.split(stack.segments[0])

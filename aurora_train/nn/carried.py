@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_train.errors import UserError
+from aurora_train.nn import lora
 from aurora_train.nn.stack import SEGMENTS
 from aurora_train.random import stream
 from aurora_train.recipe import Loss
@@ -60,7 +61,8 @@ _keys: contextvars.ContextVar = contextvars.ContextVar("keys of dropout", defaul
 
 
 def build(recipe, seed: int):
-    """The recipe's model as a run has it: drawn from the seed, each `nnx.Dropout` keyed by example.
+    """The recipe's model as a run has it: drawn from the seed, each `nnx.Dropout` keyed by example, what is trained
+    marked.
 
     UserError, by module path, for what cannot be carried through a run.
     """
@@ -75,6 +77,8 @@ def build(recipe, seed: int):
         if type(module) is nnx.Dropout:
             _key_by_example(module, ".".join(map(str, path)))
     _refuse_uncarried(model)
+    recipe.adapted = lora.has_adapters(model)
+    lora.mark(model, recipe.trainable)
     return model
 
 

@@ -4,12 +4,14 @@ The frozen kernels of the blocks may be stored in 4 bits (`nn.nf4`): QLoRA.
 
 An adapted kernel `query` [in, out] stands beside `query_lora_a` [in, rank], normal, and `query_lora_b` [rank, out],
 zero: before the first step they add exactly nothing. Both are `nnx.LoRAParam`. A model that has one trains
-these alone, and all its other parameters are frozen; `split` is the only place that knows.
+these alone, and all its other parameters are frozen, unless its recipe says otherwise (`Recipe.trainable`): `mark`
+writes down which are trained, and `split` is the only place that reads it.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from aurora_train.errors import UserError
 from aurora_train.nn import fp8, nf4
 from aurora_train.nn.linear import add_bias, linear
 from aurora_train.nn.param import named
+from aurora_train.recipe import ADAPTERS
 
 _STREAM = 0x4C6F5241  # "LoRA": far from the counts that the kernels' own keys are folded with
 
@@ -72,15 +75,41 @@ def _refuse_both() -> None:
         )  # fmt: skip
 
 
+def mark(model: nnx.Module, trainable: Callable[[str], bool]) -> None:
+    """Write on every parameter of a model whether it is trained, by its dotted path (`Recipe.trainable`).
+
+    The mark stays with a parameter when its stack is cut and when its unit is taken out of the stack, so that whoever
+    holds a part of the model splits it as the whole is split.
+    """
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param):
+            variable.set_metadata(trained=bool(trainable(_path_text(path))))
+
+
+def has_adapters(model: nnx.Module) -> bool:
+    """Whether a model has an adapter anywhere."""
+    return any(isinstance(variable, nnx.LoRAParam) for _, variable in nnx.iter_graph(model))
+
+
 def split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """(trained, frozen) of all parameters of a model: its adapters and the rest, or all and none."""
+    """(trained, frozen) parameters, as they were marked. Without marks: the adapters and the rest, or all and none."""
+    kept = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    if any("trained" in variable.get_metadata() for variable in kept):
+        return nnx.split_state(variables, lambda path, variable: variable.get_metadata()["trained"], ...)
     adapters, others = nnx.split_state(variables, nnx.LoRAParam, ...)
     return (adapters, others) if jax.tree.leaves(adapters) else (variables, adapters)
 
 
+def _path_text(path: tuple) -> str:
+    """A dotted path without the numbers of units and segments: `stack.units.attention.query`."""
+    at = next((i for i, part in enumerate(path) if part == "segments"), None)
+    parts = path if at is None else (*path[:at], "units", *path[at + 2 :])
+    return ".".join(map(str, parts))
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this dotted name belongs to an adapter."""
-    return name.endswith(("_lora_a", "_lora_b"))
+    return name.endswith(ADAPTERS)
 
 
 def _named(value: jax.Array, names: tuple[str, str]) -> nnx.LoRAParam:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 
-from aurora_train.data.batches import batches
 from aurora_train.memory.report import one_line
 from aurora_train.run import Run
 from aurora_train.tools.trace import Timeline, perfetto_file, read_events, timeline
+from aurora_train.train.feed import open_feed
 from aurora_train.train.session import open_session
 
 HOST = ("data", "dispatch", "wait")
@@ -47,10 +47,10 @@ def _measured(config, folder: Path, steps: int, progress) -> Profile:
     progress(0, 1, "compiling")
     compiled, seconds = session.compile(fresh=True)
     state = session.fresh()
-    with batches(session.source, config.train.seed, config.train.batch, 0, _WARM + steps) as feed:
+    with open_feed(session, 0, _WARM + steps) as feed:
         for number in range(_WARM):
             progress(number, _WARM, "steps before the trace")
-            state, metrics = compiled(state, next(feed)[1])
+            state, metrics = compiled(state, feed(number, state))
             jax.block_until_ready(metrics)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would be most of what is traced, and slow the host
@@ -81,7 +81,7 @@ def _traced(compiled, state, before, feed, steps: int, progress):
         progress(number, steps, "steps traced")
         with jax.profiler.TraceAnnotation("step"):
             with jax.profiler.TraceAnnotation("data"):
-                _, batch = next(feed)
+                batch = feed(_WARM + number, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=number), jax.profiler.TraceAnnotation("dispatch"):
                 state, metrics = compiled(state, batch)
             with jax.profiler.TraceAnnotation("wait"):

@@ -178,7 +178,7 @@ class Sweep:
 
     def _result(self, number: int, member: Member) -> Result:
         head, run = f"[{number}/{len(self._members)}] {_written(member.values)}", Run(member.folder)
-        if run.is_finished(member.config.train.steps):
+        if run.finished_at(member.config) is not None:
             self._tell(f"{head}: finished before")
             return Result(member, self._row(member))
         if not self.stopped:

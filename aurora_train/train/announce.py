@@ -15,6 +15,8 @@ from aurora_train.machine import processes, profile
 from aurora_train.memory.report import one_line, says_something, side_by_side
 from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
+from aurora_train.recipe import makes_experience
+from aurora_train.train.lineage import record_of
 from aurora_train.train.remarks import remarks_on_config, remarks_on_data
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
 from aurora_train.units import size
@@ -43,7 +45,7 @@ def say_replan(session: Session, start: int, events, progress) -> None:
     )
     pin_plan(session)
     equal = before.work == session.plan.work
-    then = "the same plan as before" if equal else "equal to tolerance from here, no longer to the bit"
+    then = "the same plan as before" if equal else _from_here(session)
     progress.event(f"a new plan ({session.reason}), going on from step {start}: {then}")
 
 
@@ -67,9 +69,11 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
             progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
     else:
         events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
-        if session.parent is not None:
-            events.event("init", 0, parent=session.parent.record())
-            progress.event(f"starting from {session.parent}")
+        if session.parents:
+            events.event("init", 0, **record_of(session.parents))
+        for parent in session.parents:
+            part = f"the parameters under `{parent.prefix}` start" if parent.prefix else "starting"
+            progress.event(f"{part} from {parent}")
         for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
             events.event("remark", 0, text=line)
             progress.event(line)
@@ -77,7 +81,7 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
         name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
         events.event(name, start or 0, what=what, before=before, after=after)
         now = "are not what this run had" if what == "processes" else "is not what this run had"
-        progress.event(f"{what} {now} before: equal to tolerance from here, no longer to the bit")
+        progress.event(f"{what} {now} before: {_from_here(session)}")
     pin(session)
     model = session.blueprint.merge(state.params, state.rest, state.frozen)
     for remark in (*session.recipe.remarks(model), *remarks(session)):
@@ -88,6 +92,13 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
     room = f", {size(held)} of state per device" if held >= _SMALL_BYTES else ""
     progress.event(f"{count:,} parameters{beside}, {session.config.train.precision}, {on}{room}")
     progress.event(data_line(session))
+
+
+def _from_here(session: Session) -> str:
+    """What a run is, compared to the undisturbed one, once its sums are taken in another order."""
+    if makes_experience(session.recipe):
+        return "WARNING: the model makes other data from here, so this is not the undisturbed run, not even nearly"
+    return "equal to tolerance from here, no longer to the bit"
 
 
 def data_line(session: Session) -> str:

@@ -15,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from aurora_train.checkpoint import layout
-from aurora_train.data.batches import read_batch
 from aurora_train.data.inspection import inspect_batch, not_finite
-from aurora_train.data.order import examples_at
 from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed
 from aurora_train.nn.carried import training_loss
 from aurora_train.nn.stack import named_stacks, probed
 from aurora_train.random import example_keys, stream
 from aurora_train.record import metrics as logs
+from aurora_train.train.feed import batch_at
 
 _NAMED = 6  # documents in a message
 
@@ -131,8 +130,7 @@ def where_it_begins(session, state, window: Window) -> str:
     In order: the batch, the parameters, the output of each unit of each stack, the loss; else it is the gradient.
     """
     config = session.config.train
-    batch = read_batch(session.source, config.seed, config.batch, window.data_first)
-    chosen = examples_at(session.source, config.seed, window.data_first, config.batch)
+    batch, chosen = batch_at(session, window.data_first, state)
     for name, examples in not_finite(batch, chosen).items():
         return f"the data: {name} of example {examples[0]}"
     for names, stacked, leaf in layout.entries(state.params):

@@ -18,7 +18,7 @@ from aurora_train.errors import UserError
 from aurora_train.facts import Facts
 from aurora_train.recipe import Recipe
 from aurora_train.train.blame import place_of, recipe_code
-from aurora_train.train.lineage import Parent
+from aurora_train.train.lineage import Parent, inherited_facts, parents_of, recorded_parents
 from aurora_train.train.rehearsal import make_recipe
 
 _OWED = {
@@ -29,25 +29,24 @@ _OWED = {
 
 @dataclass
 class Beginning:
-    """`parent`: what a run without a step of its own starts from. `kept`: the facts of a run that has begun."""
+    """`parents`: what a run without a step of its own starts from. `kept`: the facts of a run that has begun."""
 
     config: Any
     recipe: Recipe
     run: runs.Run | None
-    parent: Parent | None
+    parents: tuple[Parent, ...]
     kept: Facts | None
 
     @classmethod
     def of(cls, config, run: runs.Run | None = None) -> Beginning:
-        """Of a config alone, or of a run that may have begun. UserError where `init.from` names nothing of the kind."""
+        """Of a config alone, or of a run that may have begun. UserError where `init` names nothing of the kind."""
         begun = run is not None and run.config.is_file()
-        recorded = files.read_json(run.provenance, {}).get("parent") if begun else None
-        parent = Parent.of(config, recorded) if run is None or run.step() == 0 else None
+        recorded = recorded_parents(files.read_json(run.provenance, {})) if begun else {}
+        parents = parents_of(config, recorded) if run is None or run.step() == 0 else ()
         kept = kept_facts.read(run.facts) if begun else None
         recipe = make_recipe(config)
-        if kept or (parent is not None and config.init.facts == "inherit"):
-            recipe.inherited = kept or parent.facts
-        return cls(config, recipe, run, parent, kept)
+        recipe.inherited = kept or inherited_facts(config, parents)
+        return cls(config, recipe, run, parents, kept)
 
     def ready(self, progress):
         """Prepare the data and take its facts as known; the training data. UserError for what does not fit together."""
@@ -61,9 +60,10 @@ class Beginning:
             refuse_other_data(self.run, source)
         if self.kept is not None:
             self._refuse_other_facts()
-        elif self.parent is not None and self.config.init.facts == "inherit":
-            self.parent.refuse_other_facts(self.recipe.known)
-            self.parent.refuse_other_tokenizer(source)
+        elif self.config.init.facts != "own":
+            for parent in self.parents:
+                parent.refuse_other_facts(self.recipe.known)
+                parent.refuse_other_tokenizer(source)
         marker = _marker(self.config)
         if not self._needs_nothing and not marker.exists() and (self.run is None or not self.run.follows):
             with contextlib.suppress(UserError):  # it is only a hint, and another process may write it now

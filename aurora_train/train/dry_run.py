@@ -24,12 +24,13 @@ from aurora_train.nn import carried
 from aurora_train.nn.ops import asking
 from aurora_train.nn.param import parameter_count
 from aurora_train.random import example_keys, stream
-from aurora_train.recipe import Loss, Recipe
+from aurora_train.recipe import Loss, Recipe, makes_experience
 from aurora_train.train.beginning import Beginning, source_of, taken
 from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import make_recipe, rehearse_here, shapes_of
+from aurora_train.train.rehearsal import batch_shapes, make_recipe, rehearse_here
 from aurora_train.train.shown import checked_result, checked_samples
+from aurora_train.train.weights import refuse_unknown_prefix
 from aurora_train.units import size
 
 _SMALL = 20_000_000  # parameters of a model that is drawn here, to run its score and its samples
@@ -50,7 +51,8 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
     source, recipe = beginning.ready(progress), beginning.recipe
     source_of(recipe, "validation")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    program = rehearse_here(config, recipe, mesh, shapes_of(source))
+    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
+    refuse_unknown_prefix(config, program.model())
     _refuse_no_room(config, program)
     return rehearse_recipe(config, recipe, program, source)
 
@@ -73,9 +75,11 @@ def rehearse_recipe(config, recipe, program, source) -> list[str]:
     examples = min(config.train.batch, len(source))
     batch = _same_batch_twice(recipe, source, np.arange(examples, dtype=np.int64) * len(source) // examples)
     _model_of_facts_alone(config, recipe, program)
+    if makes_experience(recipe):  # asked for here it might ask something outside, for nothing
+        batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.batch(examples))
     with program.here():
         _losses(recipe, program, batch)
-        if config.evaluate.final:
+        if config.evaluate.final and not makes_experience(recipe):  # whose `predict` may take other batches
             _predictions(recipe, program, batch)
     count = parameter_count(nnx.to_pure_dict(nnx.state(program.model(), nnx.Param)))
     if not config.evaluate.final:

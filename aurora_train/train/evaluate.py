@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,41 @@ class Evaluator:
 
     def _put(self, batch):
         return meshes.put(batch, self._batch)
+
+
+class Judged(NamedTuple):
+    """The number that an evaluation is compared to others by: what it is, and which way is better."""
+
+    name: str
+    value: float
+    lower_is_better: bool
+
+    def is_better(self, other: Judged) -> bool:
+        """Whether it beats another one; of equal ones neither does, and what is not finite never does."""
+        sign = 1 if self.lower_is_better else -1
+        return math.isfinite(self.value) and not sign * self.value >= sign * other.value
+
+
+def judged(config, recipe, result: dict[str, float]) -> Judged | None:
+    """What decides whether an evaluation is the best: the recipe's `metric` where the result has it, else the loss.
+
+    None for an evaluation between two scores (`evaluate.score_every`), where the metric is that of the score.
+    """
+    name, better = recipe.metric or ("loss", "min")
+    if name in result:
+        return Judged(name, result[name], better == "min")
+    return None if config.evaluate.score_every else Judged("loss", result["loss"], True)
+
+
+def evaluations_without_a_better(results: list[Judged]) -> int:
+    """How many of the newest results in a row, in the order of their steps, are not better than all before them."""
+    since, best = 0, None
+    for one in results:
+        if best is None or one.name != best.name or one.is_better(best):
+            since, best = 0, one
+        else:
+            since += 1
+    return since
 
 
 def _shapes(batch: dict) -> tuple:

@@ -19,8 +19,13 @@ from aurora_train.optimizer import join, norm_of, partition, segments_of, square
 def make_fused(blueprint, optimizer, loss_of):
     """`(state, batch) -> (params, opt_state, aux, info)`; `loss_of(model, state, batch) -> (total, aux)`.
 
-    `aux` is the (Loss, state beside the parameters) of the step.
+    `aux` is the (Loss, state beside the parameters) of the step. UserError for a model of which a part is frozen.
     """
+    if jax.tree.leaves(blueprint.state.frozen):
+        raise UserError(
+            "an update fused into the backward pass trains every parameter, and some of this model are frozen",
+            where="memory.fuse_update", hint="memory.fuse_update=false",
+        )  # fmt: skip
 
     def advance(state, batch):
         rest, held = partition(state.params)

@@ -8,6 +8,7 @@ from pathlib import Path
 from aurora_train import run as runs
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.recipe import makes_experience
 from aurora_train.train.precision import as_in
 from aurora_train.train.remarks import rate_line
 
@@ -71,7 +72,7 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             hint=f"train.steps={run.step()} ends it there",
         )
     changed = [
-        (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else kind)
+        (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else _felt(kind, config))
         for key, old, new, kind in diff(known, config)
     ]
     code = None if config.recipe_bundled else runs.changed_code(run, config)
@@ -95,6 +96,11 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             + "; or, if you must: " + " ".join(f"--allow-change {key}" for key in keys),
         )  # fmt: skip
     return config, run, changes
+
+
+def _felt(kind: str, config) -> str:
+    """A model that makes its own data makes other data once a sum is taken in another order."""
+    return "warned" if kind == "elastic" and makes_experience(config.recipe_class) else kind
 
 
 def _cuts_what_is_coupled(key: str, config) -> bool:
@@ -132,10 +138,17 @@ def _refuse_unknown(allowed, config) -> None:
 
 
 def refuse_missing_start(config) -> None:
-    """UserError where `init.from` names nothing that a run could start from, by what lies there; nothing is read."""
-    start = config.init.from_
-    if start is None:
-        return
+    """UserError where `init` names nothing that a run could start from, by what lies there; nothing is read."""
+    for prefix, start in config.init.sources.items():
+        _refuse_missing(start, init_key(prefix))
+
+
+def init_key(prefix: str) -> str:
+    """The key of the config that names what the parameters under a prefix start from."""
+    return f"init.{prefix}" if prefix else "init.from"
+
+
+def _refuse_missing(start: str, key: str) -> None:
     path, hint = Path(start), "a run folder, or a safetensors file with this project's parameter names"
     if path.suffix.lower() == ".gguf":
         what = "a GGUF file cannot be read as a start yet"
@@ -148,9 +161,9 @@ def refuse_missing_start(config) -> None:
         hint = "the path is relative to the config file, and on the command line to the current folder"
     else:
         if not path.is_file() and runs.Run.existing(path).step() == 0:
-            raise UserError("this run has no checkpoint yet", where="init.from", hint=f"`aurora resume {start}`")
+            raise UserError("this run has no checkpoint yet", where=key, hint=f"`aurora resume {start}`")
         return
-    raise UserError(what, where="init.from", why=f"it names {start}", hint=hint)
+    raise UserError(what, where=key, why=f"it names {start}", hint=hint)
 
 
 def rate_after(run: runs.Run, config) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,33 +14,28 @@ from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
-from aurora_train.train.intent import refuse_missing_start
+from aurora_train.train.intent import init_key, refuse_missing_start
 
 
 @dataclass(frozen=True)
 class Parent:
-    """What `init.from` names. `step` is None for a file; `digest` is of the checkpoint's manifest, or of the file."""
+    """What `init` names for the parameters under `prefix`, `""` for all that no other prefix covers.
+
+    `step` is None for a file; `digest` is of the checkpoint's manifest, or of the file.
+    """
 
     path: str
     step: int | None
     digest: str
     facts: Facts
+    prefix: str = ""
 
     @classmethod
-    def of(cls, config, recorded: dict | None = None) -> Parent | None:
-        """The parent that a config names; None where the first parameters are random.
-
-        `recorded`: the record of the parent in a run that has begun and has no step yet, whose parent may have more
-        by now. Raises UserError where there is nothing of the kind, where its bytes are not those that were saved, and
-        where it is not what was recorded.
-        """
-        named = config.init.from_
-        if named is None:
-            return None
-        refuse_missing_start(config)
+    def of(cls, prefix: str, named: str, recorded: dict | None) -> Parent:
+        """The parent at a path. `recorded` as in `parents_of`."""
         if Path(named).is_file():
             with Path(named).open("rb") as file:
-                return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {})
+                return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {}, prefix)
         run = runs.Run.existing(named)
         store = CheckpointStore(run.checkpoints, run.trash)
         step = require_step(store, recorded["step"] if recorded and recorded["from"] == named else None, named)
@@ -47,15 +43,16 @@ class Parent:
         digest = durable.manifest(run.checkpoints / str(step)).get("digest", "")
         if recorded and recorded["from"] == named and recorded["digest"] != digest:
             raise UserError(
-                f"step {step} of {named} is not the checkpoint that this run began with", where="init.from",
+                f"step {step} of {named} is not the checkpoint that this run began with", where=init_key(prefix),
                 hint="begin anew: `aurora train CONFIG --fresh`",
             )  # fmt: skip
-        return cls(named, step, digest, kept_facts.read(run.facts) or {})
+        return cls(named, step, digest, kept_facts.read(run.facts) or {}, prefix)
 
     def record(self) -> dict:
         """For provenance.json and events.jsonl."""
         facts = {"facts_sha256": kept_facts.sha256(self.facts)} if self.facts else {}
-        return {"from": self.path, "step": self.step, "digest": self.digest, **facts}
+        prefix = {"prefix": self.prefix} if self.prefix else {}
+        return {**prefix, "from": self.path, "step": self.step, "digest": self.digest, **facts}
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"
@@ -69,7 +66,7 @@ class Parent:
         theirs, ours = (data.get("tokenizer", {}).get("sha256") for data in (known, source.describe()))
         if theirs != ours:
             raise UserError(
-                f"{self.path} was trained with another tokenizer", where="init.from",
+                f"{self.path} was trained with another tokenizer", where=init_key(self.prefix),
                 why=f"it had {theirs}; this config makes {ours}",
                 hint=f"`aurora resume {self.path}` once keeps its tokenizer with it; or init.facts=own",
             )  # fmt: skip
@@ -81,7 +78,50 @@ class Parent:
             what = "another tokenizer" if name.startswith("tokenizer") else f"another `{name}`"
             inherit = "leave out `data.tokenizer` to use the run's own; or " if name.startswith("tokenizer") else ""
             raise UserError(
-                f"{self.path} was trained with {what}", where="init.from",
+                f"{self.path} was trained with {what}", where=init_key(self.prefix),
                 why=f"it had {theirs}; this config makes {ours}",
                 hint=f"{inherit}init.facts=own, if you mean to train its weights under this one",
             )  # fmt: skip
+
+
+def parents_of(config, recorded: dict[str, dict]) -> tuple[Parent, ...]:
+    """The parents that a config names, by prefix; none where all first parameters are random.
+
+    `recorded`: the parents' records in a run that has begun and has no step yet, by prefix: a parent may have more
+    steps by now. Raises UserError where there is nothing of the kind, where its bytes are not those that were saved,
+    where it is not what was recorded, and where the facts of two parents differ.
+    """
+    refuse_missing_start(config)
+    parents = tuple(Parent.of(prefix, path, recorded.get(prefix)) for prefix, path in config.init.sources.items())
+    if config.init.facts != "own":
+        for one, other in itertools.combinations(parents, 2):
+            _refuse_clash(one, other)
+    return parents
+
+
+def _refuse_clash(one: Parent, other: Parent) -> None:
+    for name in kept_facts.difference(one.facts, other.facts):
+        ours, theirs = kept_facts.shown(one.facts[name]), kept_facts.shown(other.facts[name])
+        raise UserError(
+            f"{one.path} and {other.path} were trained with another `{name}` each", where=init_key(other.prefix),
+            why=f"{one.path} had {ours}; {other.path} had {theirs}",
+            hint="start from runs that agree; or init.facts=own, if you mean to train them under this config's own",
+        )  # fmt: skip
+
+
+def inherited_facts(config, parents: tuple[Parent, ...]) -> Facts:
+    """The facts that a new run takes over: those of the parent that `init.facts` names."""
+    return next((parent.facts for parent in parents if parent.prefix == config.init.facts_from), {})
+
+
+def record_of(parents: tuple[Parent, ...]) -> dict:
+    """For provenance.json and events.jsonl: `parent` starts the whole model, `parents` are those of its parts."""
+    whole = [parent.record() for parent in parents if not parent.prefix]
+    parts = [parent.record() for parent in parents if parent.prefix]
+    return ({"parent": whole[0]} if whole else {}) | ({"parents": parts} if parts else {})
+
+
+def recorded_parents(provenance: dict) -> dict[str, dict]:
+    """The records in a run's provenance, by prefix."""
+    whole = {"": provenance["parent"]} if "parent" in provenance else {}
+    return whole | {record["prefix"]: record for record in provenance.get("parents", [])}

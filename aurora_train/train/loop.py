@@ -23,16 +23,24 @@ from aurora_train import facts
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.retention import is_among_best
-from aurora_train.data.batches import batches
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.record.metrics import EventLog, MetricsLog
 from aurora_train.record.throughput import Throughput
 from aurora_train.train.bad_numbers import Streak
-from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
+from aurora_train.train.evaluate import (
+    Evaluator,
+    Judged,
+    evaluations_without_a_better,
+    judged,
+    validation_batches,
+    weights_of,
+)
+from aurora_train.train.feed import open_feed
 from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
+from aurora_train.train.score import validation_score
 from aurora_train.train.session import Session
 from aurora_train.train.signals import Stopped, StopRequest
 from aurora_train.train.watchdog import Watchdog
@@ -44,7 +52,7 @@ _EVALUATING = (
 
 
 UNSAVED = "a disk that cannot be written"  # why a run ended that could not be saved
-_MENDED = "a disk that could not be written until the end"  # of several processes, that had agreed to stop for it
+_SAVED_AT_LAST = "a disk that could not be written until the end"  # several processes had agreed to stop
 
 
 class Loop:
@@ -85,7 +93,7 @@ class Loop:
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = self._early = None
-        self._validated: dict[int, float] = {}  # validation loss by step, of the evaluations on record
+        self._results: dict[int, dict[str, float]] = {}  # of the evaluations on record, by step
         self._timed = False  # the first step of a process still pays for what the compiler left to it
         self.deadline = deadline  # of time.monotonic(); None is never
         if deadline is None and self._config.train.stop_after_minutes is not None:
@@ -96,44 +104,85 @@ class Loop:
         """The jitted loss and predict, for the score after the last step."""
         return self._evaluator
 
-    def run(self, evaluated: dict[int, float]) -> str | None:
-        """Go on to the last step. `evaluated`: step -> validation loss of the evaluations on record.
+    def run(self, evaluated: dict[int, dict[str, float]]) -> str | None:
+        """Go on to the last step. `evaluated`: step -> the result of each evaluation on record.
 
-        Returns None at the last step, or the name of what asked for a stop; the state is saved either way, unless
-        the name is UNSAVED. Raises
+        Returns None at the run's end (the last step, or where `evaluate.patience` ran out), or the name of what asked
+        for a stop; the state is saved either way, unless the name is UNSAVED. Raises
         OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`;
         BadNumbers where steps in a row were skipped.
         """
-        last, self._validated = self._config.train.steps, dict(evaluated)
+        last, self._results = self._config.train.steps, dict(evaluated)
         if not self.session.evaluates:
             self._progress.event("nothing is held out for validation: its loss is not measured")
         with noticed(self._failing, self.finished_steps), self._stop.held(), self._guard:
             while True:
-                interrupted = not self._as_far_as_asked()
+                interrupted = not self._train(last)
                 self._settle()
                 state = meshes.local_view(self.state)
                 if not self._saver.settle(state, self._step, lambda: self._stop.name or self._guard.why):
                     return UNSAVED
-                if interrupted or self._step == last or self._asked():
+                if interrupted or self.has_ended() or self._asked():
                     break
-                # else a disk took at last what it had refused for too long: on with it
+                # The stop was for a save that was overdue, and it has succeeded since: keep training.
         self._await_compiler()
-        asked = self._asked() if interrupted or self._step < last else None
-        return _MENDED if asked == UNSAVED else asked
+        asked = self._asked() if interrupted or not self.has_ended() else None
+        return _SAVED_AT_LAST if asked == UNSAVED else asked
 
-    def _as_far_as_asked(self) -> bool:
-        """Train until the last step or until something asks for a stop; False where a signal broke an evaluation."""
-        first = self._step
+    def _train(self, last: int) -> bool:
+        """Train to the last step or until something asks for a stop; False where a signal interrupted an evaluation.
+
+        The order is a promise: the batch, the step, the records of the step before, the save, the evaluation.
+        """
         try:
-            if first > 0 and self._evaluation_due(first) and first not in self._validated:
-                self._evaluate(first)
-            self._steps(int(jax.device_get(self.state.data_step)), self._config.train.steps)
+            self._evaluate_if_missed()
+            if self.has_ended():
+                return True
+            data_step = self._step + self._lag
+            with open_feed(self.session, data_step, last + self._lag) as feed:
+                while not self.has_ended() and not self._asked():
+                    with self._watchdog.during("a step"):
+                        batch = self._timed_batch(feed)
+                        self.state, metrics = self._compiled(self.state, batch)
+                        self._step += 1
+                        self._late.append((self._step, metrics))
+                        while len(self._late) > 1:
+                            self._record(*self._late.popleft())
+                    self._compile_evaluation_early()
+                    self._save_if_due(self._step)
+                    if self._evaluation_due(self._step):
+                        self._settle()
+                        self._aside(self._evaluate, self._step)
         except Stopped:
             return False
         except UserError:
-            self._saver.finish()  # what it says of the newest checkpoint is to be true
+            self._saver.finish()  # so that what the error says of the newest checkpoint is true
             raise
         return True
+
+    @property
+    def step(self) -> int:
+        """How many steps the state has taken."""
+        return self._step
+
+    def has_ended(self) -> bool:
+        """Whether the run is at its end. Decided by the step and by evaluations on record, so a resume agrees."""
+        patience = self._config.evaluate.patience
+        if self._step == self._config.train.steps or patience is None:
+            return self._step == self._config.train.steps
+        done = [self._judged(self._results[step]) for step in sorted(self._results) if step <= self._step]
+        return evaluations_without_a_better([one for one in done if one]) >= patience
+
+    def _judged(self, result: dict[str, float]) -> Judged | None:
+        return judged(self._config, self.session.recipe, result)
+
+    def _timed_batch(self, feed):
+        """The next batch. The wait counts where every step before it is done: otherwise a running step hides it."""
+        asked_at = time.perf_counter()
+        batch = feed(self._step + self._lag, self.state)
+        if self._idle():
+            self._throughput.waited(time.perf_counter() - asked_at)
+        return batch
 
     def _failing(self) -> str:
         # The refusal may come when a step is handed over or only with its numbers: the steps before it are good.
@@ -155,37 +204,11 @@ class Loop:
         self._late.clear()
         self._saver.finish()
 
-    def _steps(self, data_step: int, last: int) -> None:
-        config = self._config
-        ahead = last - self._step
-        if ahead == 0:
-            return
-        with batches(self.session.source, config.train.seed, config.train.batch, data_step, data_step + ahead) as feed:
-            while self._step < last and not self._asked():
-                with self._watchdog.during("a step"):
-                    asked_at = time.perf_counter()
-                    _, batch = next(feed)
-                    if self._idle():  # else the wait was no one's: the step before is still under way
-                        self._throughput.waited(time.perf_counter() - asked_at)
-                    self._advance(batch)
-                if self._early is None and compiles_early(config) and self.session.evaluates:
-                    self._early = self._evaluation_compiled()
-                self._after(self._step)
-
     def _idle(self) -> bool:
         """Whether every step that was handed over is done."""
         return all(array.is_ready() for _, metrics in self._late for array in metrics.values())
 
-    def _advance(self, batch: dict) -> None:
-        if processes.count() > 1:
-            batch = meshes.put(batch, meshes.batch_sharding(self.session.mesh))
-        self.state, metrics = self._compiled(self.state, batch)
-        self._step += 1
-        self._late.append((self._step, metrics))
-        while len(self._late) > 1:
-            self._record(*self._late.popleft())
-
-    def _after(self, step: int) -> None:
+    def _save_if_due(self, step: int) -> None:
         due = self._save_due(step) or self._saver.retry_due()
         if due:
             self._settle()
@@ -194,9 +217,6 @@ class Loop:
             self._aside(lambda at: self._saver.save(meshes.local_view(self.state), at), step)
         else:
             self._saver.finish(wait=False)
-        if self._evaluation_due(step):
-            self._settle()
-            self._aside(self._evaluate, step)
 
     def _aside(self, work, step: int) -> None:
         """Do what is not training; its time is in no rate and in no time left."""
@@ -242,10 +262,19 @@ class Loop:
     def _save_due(self, step: int) -> bool:
         return step == self._config.train.steps or step % self._config.checkpoint.every == 0
 
+    def _evaluate_if_missed(self) -> None:
+        """A kill between a save and its evaluation leaves that evaluation to the next life of the run."""
+        if self._step > 0 and self._evaluation_due(self._step) and self._step not in self._results:
+            self._evaluate(self._step)
+
     def _evaluation_due(self, step: int) -> bool:
         every = self._config.evaluate.every
-        at = step == self._config.train.steps or (every is not None and step % every == 0)
+        at = step == self._config.train.steps or (every is not None and step % every == 0) or self._score_due(step)
         return at and self.session.evaluates
+
+    def _score_due(self, step: int) -> bool:
+        every = self._config.evaluate.score_every
+        return every is not None and (step % every == 0 or step == self._config.train.steps)
 
     def _evaluate(self, step: int) -> None:
         watched = self._watchdog.during("an evaluation")
@@ -255,31 +284,48 @@ class Loop:
             if self._early is not None:
                 self._early.result()  # what went wrong there is raised here, after the save
             result = self._evaluator.loss(self.state, self._validation_batches())
+            if self._score_due(step):
+                result |= processes.agreed(self._score)
             self._stop.heed()
         # The record last: it says that there is nothing left to do for this step.
-        if self._is_among_best(step, result["loss"]):
+        judged = self._judged(result)
+        if judged is not None and self._is_among_best(step, judged):
             self._saver.save(meshes.local_view(self.state), step)
-        self._validated[step] = result["loss"]
-        self._saver.attach_score(step, result["loss"])
+        self._results[step] = result
+        if judged is not None:
+            self._saver.attach_score(step, judged)
         self._metrics.write({"step": step, "evaluation": result})
-        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}")
+        scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {judged.value:.4f}"
+        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}{scored}")
 
-    def _is_among_best(self, step: int, loss: float) -> bool:
-        """Whether a step is to be kept for its validation loss and is not saved yet. Among bad steps nothing is."""
+    def _score(self) -> dict[str, float]:
+        """A score may do anything, so the leader alone does it, with what is in its own devices."""
+        session, evaluator = self.session, self._evaluator
+        if processes.count() > 1:
+            evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
+        state = meshes.local_view(self.state)
+        return validation_score(session.recipe, self._config, evaluator, state, lambda *_: self._stop.heed())
+
+    def _is_among_best(self, step: int, judged: Judged) -> bool:
+        """Whether a step is to be kept for its evaluation and is not saved yet. Among bad steps nothing is."""
         if step == self._saver.last or self._streak.length:
             return False
-        return is_among_best(loss, self._validated.values(), self._config.checkpoint.best)
+        known = [one for one in map(self._judged, self._results.values()) if one and one.name == judged.name]
+        best, lower = self._config.checkpoint.best, judged.lower_is_better
+        return is_among_best(judged.value, [one.value for one in known], best, lower_is_better=lower)
 
-    def _evaluation_compiled(self) -> Future:
-        """Read the validation examples and compile their loss while steps are taken."""
+    def _compile_evaluation_early(self) -> None:
+        """Read the validation examples and compile their loss while steps are taken, where that costs them nothing."""
+        if self._early is not None or not (compiles_early(self._config) and self.session.evaluates):
+            return
         place = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
         evaluator, threads = self._evaluator, ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         made = threads.submit(lambda: evaluator.compile(weights_of(place), self._validation_batches()[0]))
         threads.shutdown(wait=False)
-        made.add_done_callback(self._told_of_a_failure)
-        return made
+        made.add_done_callback(self._report_failure)
+        self._early = made
 
-    def _told_of_a_failure(self, made: Future) -> None:
+    def _report_failure(self, made: Future) -> None:
         if (error := made.exception()) is not None:
             words = str(error).splitlines() or [type(error).__name__]
             self._progress.event(f"the next evaluation will fail: {words[0]}")

@@ -32,7 +32,9 @@ from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.random import example_keys, stream
-from aurora_train.train.blame import recipe_code
+from aurora_train.recipe import makes_experience
+from aurora_train.train.blame import place_of, recipe_code
+from aurora_train.train.hooks import features_of
 from aurora_train.train.state import Blueprint, TrainState, apart, draw
 from aurora_train.train.step import make_step
 
@@ -64,6 +66,7 @@ class Rehearsal:
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
         self._traced, self._compiled, self._blueprints, self._initialisers, self._residuals = {}, {}, {}, {}, {}
+        self.features = features_of(self.config, self.recipe)
         self._model = self._calls = None
 
     def here(self):
@@ -96,17 +99,15 @@ class Rehearsal:
             with self.here():
                 self._blueprints[key] = draw(
                     self.recipe, plan, self.optimizer, self.mesh,
-                    seed=self.config.train.seed, ema=self.config.optimizer.ema is not None,
-                    spike=self.config.train.spike is not None, ends=self.config.train.bf16_ends,
+                    seed=self.config.train.seed, features=self.features, ends=self.config.train.bf16_ends,
                 )  # fmt: skip
         return self._blueprints[key]
 
     def step(self, plan: Plan, blueprint: Blueprint):
         """The step as a function of (state, batch), not yet compiled."""
         return make_step(
-            self.recipe, blueprint, self.optimizer, seed=self.config.train.seed,
-            accumulation=plan.accumulation, ema=self.config.optimizer.ema, fuse=self.config.memory.fuse_update,
-            spike=self.config.train.spike,
+            self.recipe, blueprint, self.optimizer, self.features, seed=self.config.train.seed,
+            accumulation=plan.accumulation, fused=self.config.memory.fuse_update,
         )  # fmt: skip
 
     def trace(self, plan: Plan) -> tuple[Any, TrainState]:
@@ -282,7 +283,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     """
     shapes = recipe.shapes() if recipe.known else expected_shapes(recipe)
     if shapes is None:
-        shapes = shapes_of(recipe.ready(progress or (lambda *_: None)).data("train"))
+        shapes = batch_shapes(recipe, recipe.ready(progress or (lambda *_: None)).data("train"))
     if target is None:
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         return rehearse_here(config, recipe, mesh, shapes)
@@ -317,6 +318,22 @@ def _capability_here() -> tuple[int, int] | None:
     """The compute capability of the GPU that jax has found; None of any other device."""
     known = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
     return tuple(map(int, known)) if jax.default_backend() == "gpu" and all(map(str.isdigit, known)) else None
+
+
+def batch_shapes(recipe, source) -> dict[str, jax.ShapeDtypeStruct]:
+    """One example's arrays of the batches that a prepared recipe trains on. UserError where it does not announce them.
+
+    What the model makes itself is not looked at here: that would take a model.
+    """
+    if not makes_experience(recipe):
+        return shapes_of(source)
+    shapes = recipe.shapes()
+    if shapes is None:
+        raise UserError(
+            f"{type(recipe).__name__} defines `experience` and no `shapes`", where=place_of(type(recipe).experience),
+            hint="def shapes(self): one example's arrays of what `experience` returns, as jax.ShapeDtypeStruct",
+        )  # fmt: skip
+    return shapes
 
 
 def shapes_of(source) -> dict[str, jax.ShapeDtypeStruct]:

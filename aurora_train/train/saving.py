@@ -16,6 +16,7 @@ import jax
 from aurora_train import files
 from aurora_train.checkpoint.store import SaveFailed
 from aurora_train.errors import UserError
+from aurora_train.train.evaluate import Judged
 from aurora_train.train.oom import refused
 
 EXIT_UNSAVED = 74  # EX_IOERR: could not save for as long as the config allows; the newest checkpoint is whole
@@ -39,7 +40,7 @@ class Saver:
         self._committed = last
         self._failing_since: float | None = None
         self._tried_at = 0.0
-        self._scores: dict[int, float] = {}  # not attached yet
+        self._scores: dict[int, Judged] = {}  # not attached yet
 
     @property
     def failing(self) -> bool:
@@ -97,7 +98,7 @@ class Saver:
         self._attach()
         given_up = []
         with contextlib.suppress(OSError, UserError):  # it is committed; what is too much is given up with the next one
-            given_up = self._store.retain(lower_is_better=True)
+            given_up = self._store.retain()
         self._events.event("save", step, given_up=given_up)
         again = " again" if self.failing else ""
         self._progress.event(f"saved step {step}{again}")
@@ -121,7 +122,7 @@ class Saver:
                 return False
             time.sleep(min(_RETRY_SECONDS, 1 + self._patience / 10))
 
-    def attach_score(self, step: int, score: float) -> None:
+    def attach_score(self, step: int, score: Judged) -> None:
         """Remember the evaluation of a step that is saved, at once or when there is room."""
         if step == self.last or step in self._store.steps():
             self._scores[step] = score
@@ -140,7 +141,8 @@ class Saver:
     def _attach(self) -> None:
         for step in list(self._scores):
             try:
-                self._store.attach_score(step, self._scores[step])
+                score = self._scores[step]
+                self._store.attach_score(step, score.value, lower_is_better=score.lower_is_better)
             except UserError:
                 return  # it is tried again with the next save
             del self._scores[step]

@@ -89,20 +89,34 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
 
 
 def _measured(recipe, config, workdir: Path, evaluator, state, progress, rivals: Callable[[], dict]) -> dict:
-    key = stream(config.train.seed, "score")
-    with recipe_code(recipe, "score"):
-        result = recipe.score(evaluator.predictor(state), "test", key, workdir, progress)
-    result = checked_result(recipe, result)
+    result = _result(recipe, config, "test", workdir, evaluator, state, progress)
     headline = next(iter(result))
     return {
         "headline": headline,
         "better": recipe.metric[1] if recipe.metric and recipe.metric[0] == headline else None,
-        "score": {name: value for name, value in result.items() if name not in _SHOWN_APART},
+        "score": _numbers(result),
         "baselines": {},
         **{name: result.get(name, []) for name in _SHOWN_APART},
         "recipe_sha256": config.recipe_sha256,
         **rivals(),
     }
+
+
+def validation_score(recipe, config, evaluator, state, progress) -> dict[str, float]:
+    """The numbers of the recipe's score of the validation split, while training."""
+    with tempfile.TemporaryDirectory() as folder:  # the run's own work folder belongs to its last score
+        return _numbers(_result(recipe, config, "validation", Path(folder), evaluator, state, progress))
+
+
+def _result(recipe, config, split: str, workdir: Path, evaluator, state, progress) -> dict:
+    key = stream(config.train.seed, "score")
+    with recipe_code(recipe, "score"):
+        result = recipe.score(evaluator.predictor(state), split, key, workdir, progress)
+    return checked_result(recipe, result)
+
+
+def _numbers(result: dict) -> dict:
+    return {name: value for name, value in result.items() if name not in _SHOWN_APART}
 
 
 def _made(recipe, workdir: Path, progress, key: str | None = None) -> dict:

@@ -32,9 +32,16 @@ from aurora_train.train.dry_run import rehearse_recipe
 from aurora_train.train.lineage import Parent
 from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
 from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse_here, shapes_of
-from aurora_train.train.state import Blueprint, TrainState, beside, draw, together
-from aurora_train.train.weights import load_parameters, load_state, parameters_from, state_from
+from aurora_train.train.rehearsal import Rehearsal, batch_shapes, make_recipe, rehearse_here
+from aurora_train.train.state import Blueprint, TrainState, draw, together
+from aurora_train.train.weights import (
+    drawn_beside,
+    load_parameters,
+    load_state,
+    parameters_from,
+    refuse_unknown_prefix,
+    state_from,
+)
 
 log = logging.getLogger("aurora_train")
 
@@ -52,7 +59,7 @@ class Session:
     optimizer: Any
     source: Any
     store: CheckpointStore
-    parent: Parent | None = None  # where a run starts from that has no step of its own yet
+    parents: tuple[Parent, ...] = ()  # what a run starts from that has no step of its own yet
     given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
     reason: str = ""  # who did: "out of memory" or "--replan"
     fault: Any = None  # the `oom.Fault`, where that was it
@@ -93,16 +100,18 @@ class Session:
         return meshes.shared_view(self.store.restore(step, self.blueprint.state, meshes.local(shardings)), shardings)
 
     def fresh(self) -> TrainState:
-        """The initial state: random, or the parameters named by `init.from`."""
+        """The initial state: random, but for the parameters that `init` names a source for."""
         state = self.program.initialiser(self.plan).result()()
-        if self.parent is None:
+        if not self.parents:
             return state
         shardings = self.blueprint.shardings
         here = self.blueprint._replace(shardings=meshes.local(shardings))
-        state = meshes.local_view(state._replace(frozen={}))  # let go of them first: they may be most of the model
-        params, frozen = parameters_from(self.parent, here, state.params)
-        extra = beside(params, ema="ema" in state.extra, spike="recent" in state.extra)
-        rest = state_from(self.parent, here, state.rest)
+        state = meshes.local_view(state)
+        drawn = drawn_beside(self.parents, {"params": state.params, "frozen": state.frozen})
+        state = state._replace(frozen={})  # let go of them first: they may be most of the model
+        params, frozen = parameters_from(self.parents, here, drawn)
+        rest = state_from(self.parents, here, state.rest)
+        extra = self.program.features.begin(params)
         state = state._replace(params=params, frozen=frozen, rest=rest, extra=extra)
         return meshes.shared_view(state, shardings)
 
@@ -119,7 +128,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     source = beginning.ready(ahead)
     evaluates = source_of(recipe, "validation") is not None  # an empty one is found now, not at the last step
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    program = rehearse_here(config, recipe, mesh, shapes_of(source))
+    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
+    refuse_unknown_prefix(config, program.model())
     pinned = pinned_plan(run, config, mesh)
     if not config.recipe_bundled and (run.step() == 0 or runs.changed_code(run, config)):
         for line in rehearse_recipe(config, recipe, program, source):
@@ -137,7 +147,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     blueprint = program.blueprint(plan)
     session = Session(
         config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run),
-        parent=beginning.parent, evaluates=evaluates,
+        parents=beginning.parents, evaluates=evaluates,
     )
     return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
 
@@ -161,7 +171,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     mesh = meshes.make_mesh(1, 1)
     plan = whole_plan(config, recipe)
     optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
-    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed, ema=False)
+    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed)
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))
     refuse_damage(store, step)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from aurora_train.train.announce import announce, say_damage, say_measured, say_
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
+from aurora_train.train.lineage import record_of
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
 from aurora_train.train.precision import settled
@@ -53,6 +55,7 @@ class Outcome:
     step: int
     stopped_by: str | None = None
     state_sha256: str | None = None
+    remarks: dict = field(default_factory=dict)  # what else the event of the end says
 
 
 @dataclass
@@ -73,33 +76,65 @@ def train(
 ) -> Outcome:
     """Start or resume a run and take it to its last step and its score.
 
+    To follow it to a step: `train` opens the session, `_attempt` brings the state to where the run is, `Loop.run` and
+    `Loop._train` (`train/loop.py`) take the steps. An attempt that runs out of memory, or whose numbers stay bad, is
+    followed by another one: under a smaller plan, or past the bad data.
+
     `changes` are the (key, old, new, class) that a resume was asked for; they are recorded as an event. `replan`
     drops the plan that the run is pinned to.
     """
     console, energy = stderr_console(), EnergyMeter()
     with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog:
         process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
-        try:
-            with stop.allowed():
-                config = settled(config, run)
-                _refuse_unlike(config, run, replan)
-                outcome = _train(config, process, changes or [], replan)
-        except Stopped:
-            outcome = Outcome(own, EXIT_STOPPED, own.step(), stop.name)
-            processes.leave(f"stopped by {stop.name}", EXIT_STOPPED)
-        except processes.Ended as fault:
-            if fault.status != EXIT_STOPPED:
-                raise
-            outcome = Outcome(own, EXIT_STOPPED, own.step(), str(fault))
-        except jax.errors.JaxRuntimeError as error:
-            fault = processes.lost(error)
-            if fault is None:
-                raise
-            raise fault from None
-        if own.config.is_file() and not own.follows:  # else it was stopped before there was anything to keep
-            with _told_anyway(outcome.status):
+        with _ends_noted(process) as ended:
+            config = settled(config, run)
+            _refuse_unlike(config, run, replan)
+            session = _opened(config, process, replan)
+            with logs.EventLog(_recorded(session)) as events:
+                _record_changes(own, changes or [], events)
+                ooms_in_a_row = 0
+                while True:
+                    try:
+                        ended.outcome = _attempt(session, process, events)
+                        break
+                    except BadNumbers as error:
+                        _rewind(session, error, process, events)
+                        continue
+                    except OutOfMemory as error:
+                        fault = error.fault  # not the error itself: its traceback keeps the dead state alive
+                        if processes.count() > 1:
+                            raise _no_replan(fault) from None
+                    ooms_in_a_row = 1 if fault.finished_steps else ooms_in_a_row + 1
+                    session = _smaller(session, fault, ooms_in_a_row, process)
+        outcome = ended.outcome
+        if own.config.is_file() and not own.follows:  # otherwise it was stopped before there was anything to keep
+            with _unrecorded_if_unsaved(outcome.status):
                 _close(outcome, energy)
         return outcome
+
+
+@contextlib.contextmanager
+def _ends_noted(process: Process):
+    """Within, what ends a run from outside (a signal, another process that left) becomes its `outcome`.
+
+    A collective that lost another process becomes one message.
+    """
+    run, ended = process.run, SimpleNamespace(outcome=None)
+    try:
+        with process.stop.allowed():
+            yield ended
+    except Stopped:
+        ended.outcome = Outcome(run, EXIT_STOPPED, run.step(), process.stop.name)
+        processes.leave(f"stopped by {process.stop.name}", EXIT_STOPPED)
+    except processes.Ended as fault:
+        if fault.status != EXIT_STOPPED:
+            raise
+        ended.outcome = Outcome(run, EXIT_STOPPED, run.step(), str(fault))
+    except jax.errors.JaxRuntimeError as error:
+        fault = processes.lost(error)
+        if fault is None:
+            raise
+        raise fault from None
 
 
 @contextlib.contextmanager
@@ -131,8 +166,8 @@ def _watchdog(config, run: runs.Run) -> Watchdog:
     return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off" and not run.follows)
 
 
-def _told_anyway(status: int):
-    """A disk that takes no checkpoint may take no record of that either: then the exit status alone says it."""
+def _unrecorded_if_unsaved(status: int):
+    """A disk that takes no checkpoint may take no record of that either: then the exit status alone reports it."""
     return contextlib.suppress(UserError) if status == EXIT_UNSAVED else contextlib.nullcontext()
 
 
@@ -141,42 +176,38 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
     with logs.EventLog(outcome.run.events) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
-        events.event(name, outcome.step, **ending, energy_joules=energy.total_joules())
+        events.event(name, outcome.step, **ending, **outcome.remarks, energy_joules=energy.total_joules())
 
 
-def _train(config, process: Process, changes, replan: bool) -> Outcome:
+def _opened(config, process: Process, replan: bool) -> Session:
+    """Everything that may refuse the run, before anything of it is written."""
     with preparation(process.console, quiet=process.quiet) as prepared:
         preflight.refuse_unwritable(process.run)
         session = open_session(config, process.run, prepared, replan=replan)
         processes.refuse_unlike("training data", session.source.fingerprint)
         preflight.refuse_no_room(session)
-    with logs.EventLog(_recorded(session)) as events:
-        if changes:
-            events.event("override", process.run.step(), changes=[list(change) for change in changes])
-            runs.record_allowed(process.run, [change for change in changes if change[3] == "allowed"])
-        return _to_its_end(session, process, events)
+    return session
 
 
-def _to_its_end(session: Session, process: Process, events) -> Outcome:
-    """Go on; after an out-of-memory with a smaller plan, after numbers that stay bad with other data."""
-    in_a_row = 0
-    while True:
-        try:
-            return _go_on(session, process, events)
-        except BadNumbers as error:
-            with preparation(process.console, quiet=process.quiet) as told:
-                told.event(go_back(session, error, events))
-            continue
-        except OutOfMemory as error:
-            fault = error.fault  # and not the error: its traceback holds what has to be let go of
-            if processes.count() > 1:
-                raise _no_replan(fault) from None
-        if process.stop.name is not None:
-            raise Stopped(process.stop.name)
-        in_a_row = 1 if fault.finished_steps else in_a_row + 1
-        session.store.close()
-        with preparation(process.console, quiet=process.quiet) as prepared:
-            session = replanned(session, fault, in_a_row, prepared)
+def _record_changes(run: runs.Run, changes: list, events) -> None:
+    if changes:
+        events.event("override", run.step(), changes=[list(change) for change in changes])
+        runs.record_allowed(run, [change for change in changes if change[3] == "allowed"])
+
+
+def _rewind(session: Session, error: BadNumbers, process: Process, events) -> None:
+    """Record that the next attempt goes on past the data that the numbers were bad with."""
+    with preparation(process.console, quiet=process.quiet) as shown:
+        shown.event(go_back(session, error, events))
+
+
+def _smaller(session: Session, fault, in_a_row: int, process: Process) -> Session:
+    """The session of the next attempt after an out-of-memory."""
+    if process.stop.name is not None:
+        raise Stopped(process.stop.name)
+    session.store.close()
+    with preparation(process.console, quiet=process.quiet) as prepared:
+        return replanned(session, fault, in_a_row, prepared)
 
 
 def _no_replan(fault) -> UserError:
@@ -187,15 +218,15 @@ def _no_replan(fault) -> UserError:
     )  # fmt: skip
 
 
-def _go_on(session: Session, process: Process, events) -> Outcome:
+def _attempt(session: Session, process: Process, events) -> Outcome:
     """From the newest checkpoint, or from the start where there is none, to the last step and the score."""
     config, run = session.config, session.run
-    damaged: list = []  # the leader's to tell
+    damaged: list = []  # the leader's to report
     start = processes.agreed(lambda: claim(session, damaged))
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
-    evaluations = [(record["step"], record["evaluation"]["loss"]) for record in known if "evaluation" in record]
+    evaluations = [(record["step"], record["evaluation"]) for record in known if "evaluation" in record]
     evaluated = dict(processes.agreed(lambda: evaluations))
     with Progress(
         config.train.steps, process.console, quiet=process.quiet, unit=session.recipe.unit
@@ -207,10 +238,7 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
         processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
-            refuse_full(session)
-            state = _past_bad_data(session.restore(start) if start else session.fresh(), run, start or 0)
-            if processes.count() > 1:
-                processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
+            state = _in_place(session, start)
             announce(session, state, start, len(known) - len(evaluated), events, progress)
             preflight.say_clock(behind, start or 0, events, progress)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
@@ -221,16 +249,31 @@ def _go_on(session: Session, process: Process, events) -> Outcome:
             )
             del state, compiled
             process.deadline = loop.deadline
-            ended = _run(loop, evaluated)
+            with _released(loop):
+                ended = loop.run(evaluated)
             stopped_by = processes.agreed(lambda: ended)
-        with _told_anyway(EXIT_UNSAVED if stopped_by == UNSAVED else 0):
+        with _unrecorded_if_unsaved(EXIT_UNSAVED if stopped_by == UNSAVED else 0):
             say_measured(session, loop.finished_steps(), gauge.peak(), progress)
     if stopped_by:
         session.store.close()
-        short = stopped_by.startswith(LOW_MEMORY)
-        status = EXIT_UNSAVED if stopped_by == UNSAVED else EXIT_LOW_MEMORY if short else EXIT_STOPPED
-        return Outcome(run, status, run.step(), stopped_by)
+        return Outcome(run, _status(stopped_by), run.step(), stopped_by)
     return _scored(session, loop, process)
+
+
+def _status(stopped_by: str) -> int:
+    """The exit status of a run that was stopped."""
+    if stopped_by == UNSAVED:
+        return EXIT_UNSAVED
+    return EXIT_LOW_MEMORY if stopped_by.startswith(LOW_MEMORY) else EXIT_STOPPED
+
+
+def _in_place(session: Session, start: int | None):
+    """The state to go on with: the one saved at `start`, or the initial one; the same in every process."""
+    refuse_full(session)
+    state = _past_bad_data(session.restore(start) if start else session.fresh(), session.run, start or 0)
+    if processes.count() > 1:
+        processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
+    return state
 
 
 def _compiled(session: Session, progress, *, fresh: bool):
@@ -242,9 +285,11 @@ def _compiled(session: Session, progress, *, fresh: bool):
     return compiled
 
 
-def _run(loop: Loop, evaluated: dict[int, float]) -> str | None:
+@contextlib.contextmanager
+def _released(loop: Loop):
+    """Let go of a loop's arrays where it fails in a way that another attempt may follow."""
     try:
-        return loop.run(evaluated)
+        yield
     except OutOfMemory:
         loop.release()
         raise
@@ -272,7 +317,7 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
                 score_run(
-                    session.recipe, config, run, evaluator, state, config.train.steps, _heeding(process.stop, shown),
+                    session.recipe, config, run, evaluator, state, loop.step, _heeding(process.stop, shown),
                     baselines=config.evaluate.baselines,
                 )
         return state_hash(state)
@@ -280,7 +325,8 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     with refused("the finished run is scored", _SCORE):
         digest = processes.agreed(scored)
     session.store.close()
-    return Outcome(run, 0, config.train.steps, state_sha256=digest)
+    early = {"early": runs.early_end(config)} if loop.step < config.train.steps else {}
+    return Outcome(run, 0, loop.step, state_sha256=digest, remarks=early)
 
 
 def _heeding(stop: StopRequest, progress):
@@ -325,7 +371,7 @@ def _recorded(session: Session) -> Path:
     files.write_atomically(run.config, dump(config))
     if not run.provenance.exists():
         machine = profile.this_machine().describe()
-        files.write_json(run.provenance, runs.provenance(config, session, machine))
+        files.write_json(run.provenance, runs.provenance(config, session, machine, record_of(session.parents)))
     return run.events
 
 

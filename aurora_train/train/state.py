@@ -11,17 +11,19 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
+from aurora_train.errors import UserError
 from aurora_train.nn import carried, lora, nf4
 from aurora_train.nn import stack as stacked
-from aurora_train.train import outliers
+from aurora_train.train import hooks
+from aurora_train.train.blame import place_of
 
 
 class TrainState(NamedTuple):
     """`step`: updates attempted, int32. `data_step`: batches taken, int32. `params`: nested dict of float32 masters.
 
     `frozen` holds the parameters that are not trained, a nested dict like `params`: neither differentiated, donated
-    nor saved again, its matrices in the compute dtype. `rest` holds the model's other variables; `extra` holds the
-    moving average of the parameters (`ema`) and the memory of `train/outliers.py` (`recent`) where the config asks.
+    nor saved again, its matrices in the compute dtype. `rest` holds the model's other variables; `extra` holds what
+    each hook remembers, by its name (`train/hooks.py`): the moving average of the parameters is `extra["ema"]`.
     """
 
     step: Any
@@ -52,11 +54,12 @@ class Blueprint(NamedTuple):
         return nnx.merge(self.graph, variables, others)
 
 
-def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = False, ends: int = 0) -> Blueprint:
+def draw(
+    recipe, plan, optimizer, mesh, *, seed: int, features: hooks.Features = hooks.BUILT_IN, ends: int = 0
+) -> Blueprint:
     """Abstract model, state, shardings and the jitted initialiser, without allocating a parameter.
 
-    `ema` and `spike`: whether the config asks for a moving average and for outliers to be skipped. `ends`: its
-    `train.bf16_ends`.
+    `features`: the gates and hooks whose memory is part of the state. `ends`: the config's `train.bf16_ends`.
     """
 
     def construct():
@@ -66,6 +69,11 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = F
 
     graph, variables, rest = nnx.split(nnx.eval_shape(construct), nnx.Param, ...)
     trained, still = lora.split(variables)
+    if not jax.tree.leaves(trained):
+        raise UserError(
+            "nothing of this model is trained", where=place_of(type(recipe).trainable),
+            hint="`trainable(path)` returns True for the parameters to be trained, such as \"student.head.kernel\"",
+        )  # fmt: skip
     dtype = recipe.config.train.dtype
 
     def initialise() -> TrainState:
@@ -79,7 +87,7 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = F
             frozen=jax.tree_util.tree_map_with_path(functools.partial(_at_rest, dtype), frozen),
             rest=nnx.to_pure_dict(others),
             opt_state=optimizer.init(params),
-            extra=beside(params, ema=ema, spike=spike),
+            extra=features.begin(params),
         )
 
     state = jax.eval_shape(initialise)
@@ -92,16 +100,9 @@ def draw(recipe, plan, optimizer, mesh, *, seed: int, ema: bool, spike: bool = F
         frozen=meshes.parameter_shardings(still, mesh),
         rest=jax.tree.map(lambda _: whole, state.rest),
         opt_state=_optimizer_shardings(state.opt_state, nnx.to_pure_dict(trained), parameters, whole),
-        extra=({"ema": parameters} if ema else {})
-        | ({"recent": jax.tree.map(lambda _: whole, state.extra["recent"])} if spike else {}),
+        extra=_like_parameters(state.extra, nnx.to_pure_dict(trained), parameters, whole),
     )
     return Blueprint(graph, variables, rest, state, shardings, jax.jit(initialise, out_shardings=shardings))
-
-
-def beside(params, *, ema: bool, spike: bool) -> dict:
-    """`TrainState.extra` at the start."""
-    average = {"ema": jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)} if ema else {}
-    return average | ({"recent": outliers.empty()} if spike else {})
 
 
 def apart(step):
@@ -141,34 +142,36 @@ def _join(one: dict, other: dict) -> dict:
     return {k: _join(one[k], other[k]) if k in one and k in other else v for k, v in both.items()}
 
 
+def _like_parameters(tree, params, shardings, whole):
+    """Each leaf lies as its parameter does: matched by the end of its path and its shape. Others are replicated."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        tuple(map(_key, path)): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def match(path, leaf):
+        names = tuple(map(_key, path))
+        for start in range(len(names)):
+            shape, sharding = known.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return whole
+
+    return jax.tree_util.tree_map_with_path(match, tree)
+
+
 def _optimizer_shardings(opt_state, params, shardings, whole):
-    """Each moment lies as its parameter does: matched by the end of its path and its shape. Others are replicated."""
+    """The moments of stacks are kept apart from the others: each part lies as the parameters of that part do."""
     rest, stacks = optimizers.partition(params)
     rest_shardings, stack_shardings = optimizers.partition(shardings)
-
-    def group(state, params, shardings):
-        known = {
-            tuple(map(_key, path)): (leaf.shape, sharding)
-            for (path, leaf), sharding in zip(
-                jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-            )
-        }
-
-        def match(path, leaf):
-            names = tuple(map(_key, path))
-            for start in range(len(names)):
-                shape, sharding = known.get(names[start:], (None, None))
-                if shape == leaf.shape:
-                    return sharding
-            return whole
-
-        return jax.tree_util.tree_map_with_path(match, state)
-
-    out = {"rest": group(opt_state["rest"], rest, rest_shardings), "stacks": {}}
+    out = {"rest": _like_parameters(opt_state["rest"], rest, rest_shardings, whole), "stacks": {}}
     for name, stack in opt_state["stacks"].items():
         out["stacks"][name] = {
             stacked.SEGMENTS: {
-                i: group(s, stacks[name][stacked.SEGMENTS][i], stack_shardings[name][stacked.SEGMENTS][i])
+                i: _like_parameters(
+                    s, stacks[name][stacked.SEGMENTS][i], stack_shardings[name][stacked.SEGMENTS][i], whole
+                )
                 for i, s in stack[stacked.SEGMENTS].items()
             }
         }

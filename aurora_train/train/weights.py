@@ -1,16 +1,20 @@
 """The parameters of a trained run or of a weights file, into the state of a model that may keep some of them frozen.
 
 A parameter has one name wherever it lies: what one run trained, another may freeze. So names are looked up without
-their first part: the moving average where one was kept, else the trained parameters, and the frozen ones.
+their first part: the moving average where one was kept, else the trained parameters, and the frozen ones. A part of a
+model may come from a run of that part alone, whose names then lack the part's prefix.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from aurora_train import run as runs
 from aurora_train.checkpoint import layout
@@ -18,6 +22,7 @@ from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
 from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
+from aurora_train.train.intent import init_key
 from aurora_train.train.lineage import Parent
 from aurora_train.train.state import Blueprint
 
@@ -30,62 +35,164 @@ _READ = ", ".join(_SAFETENSORS)
 _PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
 
 
-def parameters_from(parent: Parent, blueprint: Blueprint, drawn: dict) -> tuple[dict, dict]:
-    """(params, frozen) from another run's checkpoint or a safetensors file.
+def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: dict[str, Any]) -> tuple[dict, dict]:
+    """(params, frozen) from the checkpoints and files that start the parts of a model.
 
-    Where the model has adapters and the source has none, they stay as `drawn`: the nested dict of initial parameters.
+    `drawn`: the initial parameters that no parent gives, by canonical name (`drawn_beside`); emptied. Where the model
+    has adapters and a source has none, they are among those, too.
     """
-    path = parent.path
-    if parent.step is None:
-        return _poured(_from_safetensors, Path(path), blueprint, path, drawn)
-    other = runs.Run.existing(path)
-    store = CheckpointStore(other.checkpoints, other.trash)
-    return load_parameters(store, parent.step, blueprint, where=path, drawn=drawn)
-
-
-def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, where: str, drawn: dict | None = None):
-    """(params, frozen) of a checkpoint, averaged where an average was kept. `drawn` as in `parameters_from`."""
-    return _poured(_from_store, (store, step), blueprint, where, drawn)
-
-
-def _poured(source, what, blueprint: Blueprint, where: str, drawn: dict | None) -> tuple[dict, dict]:
-    """`source(what)` gives the stored shapes by bare name, and a function that reads the wanted arrays."""
-    stored, read = source(what)
-    tree = {"params": blueprint.state.params, "frozen": blueprint.state.frozen}
-    places = {"params": blueprint.shardings.params, "frozen": blueprint.shardings.frozen}
-    wanted, own = layout.abstract(tree, places), {}
-    if drawn is not None and not any(map(is_adapter, stored)):
-        own = {name: array for name, array in _canonical(drawn).items() if is_adapter(name)}
-    wanted = {name: spec for name, spec in wanted.items() if name not in own}
-    kernels = _uncoded(wanted, stored)
-    _refuse_coded(wanted, stored, where)
-    wanted = {name: spec for name, spec in wanted.items() if _kernel_of(name) not in kernels} | kernels
-    bare = {name: name.split(".", 1)[1] for name in wanted}
-    home = {short: name for name, short in bare.items()}
-    known = {home.get(name, f"params.{name}"): spec for name, spec in stored.items()}
-    # Weights are read in the dtype that they have in their source, and cast once in place to that of the new run.
-    specs = {name: _as_stored(spec, known.get(name)) for name, spec in wanted.items()}
-    if drawn is None:  # a trained run is judged by what it saved: an average has more bits than bfloat16 masters
-        tree["params"] = _in_stored_dtypes(tree["params"], specs)
-    layout.refuse_difference(known, specs, where=where)
-    arrays = read({bare[name]: spec for name, spec in specs.items() if name not in kernels})
-    flat = {name: arrays.pop(bare[name]) for name in wanted if name not in kernels} | own
-    for name in kernels:  # one at a time: as it is in its source it may be eight times as large
-        (kernel,) = read({bare[name]: specs[name]}).values()
-        flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
+    tree, places = _parameters(blueprint)
+    flat, own = drawn, set(drawn)
+    for parent in parents:
+        with contextlib.ExitStack() as opened:
+            if parent.step is None:
+                source = _from_safetensors(Path(parent.path))
+            else:
+                run = runs.Run.existing(parent.path)
+                store = CheckpointStore(run.checkpoints, run.trash)
+                opened.callback(store.close)
+                source = _from_store(store, parent.step)
+            flat |= _poured(source, tree, places, parent.path, _Part.of(parent, parents), own)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
 
 
-def state_from(parent: Parent, blueprint: Blueprint, drawn: dict) -> dict:
-    """What the parent held beside its parameters, such as the statistics of BatchNorm; as `drawn` where it has none."""
+def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
+    """Of {"params", "frozen"} as drawn, by canonical name: adapters, and what lies under no prefix of the parents."""
+    kept = {}
+    for names, stacked, leaf in layout.entries(state):
+        for number, name in enumerate(names):
+            bare = name.split(".", 1)[1]
+            if is_adapter(name) or _owner(bare, parents) is None:
+                kept[name] = leaf[number] if stacked else leaf
+    return kept
+
+
+def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, where: str) -> tuple[dict, dict]:
+    """(params, frozen) of a checkpoint of this very model, averaged where an average was kept."""
+    tree, places = _parameters(blueprint)
+    flat = _poured(_from_store(store, step), tree, places, where, _Part("", ()), None)
+    # A trained run is judged by what it saved: an average has more bits than bfloat16 masters.
+    tree["params"] = _in_dtypes_of(tree["params"], flat)
+    filled = layout.assemble(flat, tree, places)
+    return filled["params"], filled["frozen"]
+
+
+def refuse_unknown_prefix(config, model) -> None:
+    """UserError where `init` names a prefix under which a model has no parameter."""
+    names = [entry.names[0] for entry in layout.entries(nnx.to_pure_dict(nnx.state(model, nnx.Param)))]
+    parts = [name.split(".") for name in names]
+    known = list(dict.fromkeys(".".join(one[:end]) for one in parts for end in range(1, len(one))))
+    for prefix in config.init.parts:
+        if prefix not in known:
+            near = get_close_matches(prefix, [*known, "from", "facts"], 1)
+            tops = ", ".join(dict.fromkeys(one[0] for one in parts))
+            raise UserError(
+                f"the model has no parameters under `{prefix}`", where=init_key(prefix),
+                hint=f"did you mean `{near[0]}`?" if near else f"it has parameters under: {tops}",
+            )  # fmt: skip
+
+
+class _Part(NamedTuple):
+    """The parameters under `prefix` but under none of `others`, which have sources of their own."""
+
+    prefix: str
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, parent: Parent, parents: tuple[Parent, ...]) -> _Part:
+        inner = [one.prefix for one in parents if one is not parent and _is_under(one.prefix, parent.prefix)]
+        return cls(parent.prefix, tuple(inner))
+
+    def has(self, bare: str) -> bool:
+        """Whether a parameter of the model is one of them, by its name without `params.` or `frozen.`."""
+        return _is_under(bare, self.prefix) and not any(_is_under(bare, other) for other in self.others)
+
+    def named(self, stored: dict) -> dict[str, str]:
+        """The model's name -> the source's, for what a source has of this part.
+
+        A source that holds a part of this name itself gives that one; any other is the part.
+        """
+        itself = not self.prefix or any(_is_under(name, self.prefix) for name in stored)
+        names = {name if itself else f"{self.prefix}.{name}": name for name in stored}
+        return {ours: name for ours, name in names.items() if self.has(ours)}
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def _owner(bare: str, parents: tuple[Parent, ...]) -> Parent | None:
+    """Whose prefix is the longest that a parameter lies under."""
+    under = [parent for parent in parents if _is_under(bare, parent.prefix)]
+    return max(under, key=lambda parent: len(parent.prefix), default=None)
+
+
+def _parameters(blueprint: Blueprint) -> tuple[dict, dict]:
+    tree = {"params": blueprint.state.params, "frozen": blueprint.state.frozen}
+    return tree, {"params": blueprint.shardings.params, "frozen": blueprint.shardings.frozen}
+
+
+def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> dict[str, Any]:
+    """Arrays by canonical name of what a source has for a part of the model.
+
+    `source`: the stored shapes by bare name, and a function that reads the wanted arrays. `own`: the names of
+    what was drawn; adapters among them stay as drawn where the source has none. None for a trained run that is read.
+    """
+    stored, read = source
+    theirs = part.named(stored)
+    stored = {ours: stored[name] for ours, name in theirs.items()}
+    wanted = {name: spec for name, spec in layout.abstract(tree, places).items() if part.has(_bare(name))}
+    if own is not None and not any(map(is_adapter, stored)):
+        wanted = {name: spec for name, spec in wanted.items() if not (name in own and is_adapter(name))}
+    kernels = _uncoded(wanted, stored)
+    _refuse_coded(wanted, stored, where)
+    wanted = {name: spec for name, spec in wanted.items() if _kernel_of(name) not in kernels} | kernels
+    home = {_bare(name): name for name in wanted}
+    known = {home.get(name, f"params.{name}"): spec for name, spec in stored.items()}
+    # Weights are read in the dtype that they have in their source, and cast once in place to that of the new run.
+    specs = {name: _as_stored(spec, known.get(name)) for name, spec in wanted.items()}
+    layout.refuse_difference(known, specs, where=where)
+
+    def loaded(names) -> dict:
+        arrays = read({theirs[_bare(name)]: specs[name] for name in names})
+        return {name: arrays[theirs[_bare(name)]] for name in names}
+
+    flat = loaded([name for name in wanted if name not in kernels])
+    for name in kernels:  # one at a time: as it is in its source it may be eight times as large
+        (kernel,) = loaded([name]).values()
+        flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
+    return flat
+
+
+def _bare(name: str) -> str:
+    """A canonical name without `params.` or `frozen.`: what one run trained, another may freeze."""
+    return name.split(".", 1)[1]
+
+
+def state_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: dict) -> dict:
+    """What the parents held beside their parameters, such as the statistics of BatchNorm; as `drawn` elsewhere."""
     if not jax.tree.leaves(drawn):
         return drawn
-    if parent.step is None:
-        log.warning("%s holds parameters alone: the model's other state (BatchNorm's statistics) starts anew", parent)
-        return drawn
-    other = runs.Run.existing(parent.path)
-    return load_state(CheckpointStore(other.checkpoints, other.trash), parent.step, blueprint)
+    flat, tree, places = _canonical({"rest": drawn}), {"rest": blueprint.state.rest}, {"rest": blueprint.shardings.rest}
+    specs = layout.abstract(tree, places)
+    for parent in parents:
+        wanted = {name: spec for name, spec in specs.items() if _owner(_bare(name), parents) is parent}
+        if parent.step is None and wanted:
+            log.warning("%s holds parameters alone: other state (BatchNorm's statistics) starts anew", parent)
+        elif wanted:
+            run = runs.Run.existing(parent.path)
+            flat |= _rest_of(CheckpointStore(run.checkpoints, run.trash), parent, parents, wanted)
+    return layout.assemble(flat, tree, places)["rest"]
+
+
+def _rest_of(store: CheckpointStore, parent: Parent, parents: tuple[Parent, ...], wanted: dict) -> dict[str, Any]:
+    stored = [name.removeprefix("rest.") for name in store.shapes(parent.step) if name.startswith("rest.")]
+    theirs = _Part.of(parent, parents).named(dict.fromkeys(stored))
+    names = {name: f"rest.{theirs.get(_bare(name), _bare(name))}" for name in wanted}
+    arrays = store.restore_some(parent.step, {names[name]: spec for name, spec in wanted.items()})
+    store.close()
+    return {name: arrays[names[name]] for name in wanted}
 
 
 def load_state(store: CheckpointStore, step: int, blueprint: Blueprint) -> dict:
@@ -124,9 +231,9 @@ def _uncoded(wanted: dict, stored: dict) -> dict:
 
 
 def _canonical(drawn: dict) -> dict[str, Any]:
-    """The initial parameters by canonical name, one array per layer."""
+    """The leaves of a nested dict by canonical name, one array per layer."""
     flat = {}
-    for names, stacked, leaf in layout.entries({"params": drawn}):
+    for names, stacked, leaf in layout.entries(drawn):
         flat.update(zip(names, leaf if stacked else [leaf], strict=True))
     return flat
 
@@ -136,15 +243,14 @@ def _as_stored(spec, found):
     return jax.ShapeDtypeStruct(spec.shape, found.dtype, sharding=spec.sharding) if floats else spec
 
 
-def _in_stored_dtypes(params, specs: dict):
-    """The nested dict of abstract parameters in the dtypes of `specs`, which go by canonical name."""
+def _in_dtypes_of(params, flat: dict):
+    """The nested dict of abstract parameters in the dtypes of the arrays `flat`, by canonical name."""
     entries = layout.entries({"params": params})
-    leaves = [jax.ShapeDtypeStruct(leaf.shape, specs[names[0]].dtype) for names, _, leaf in entries]
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, flat[names[0]].dtype) for names, _, leaf in entries]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _from_store(what):
-    store, step = what
+def _from_store(store: CheckpointStore, step: int):
     shapes, names = store.shapes(step), {}
     for place in _PLACES:
         names |= {name.removeprefix(place): name for name in shapes if name.startswith(place)}

@@ -222,12 +222,12 @@ def test_every_step_is_on_record_until_it_is_given_up(tmp_path):
     for step in (1, 2, 3):
         store.save(step, tree(step), {})
         store.wait()
-        store.attach_score(step, -float(step))
-        store.retain(lower_is_better=False)
+        store.attach_score(step, -float(step), lower_is_better=False)
+        store.retain()
     assert store.ledger.read().committed == {1, 2, 3} == set(store.steps())
     store.best = 0
-    assert store.retain(lower_is_better=False) == [1]
-    assert store.ledger.read() == (frozenset({2, 3}), {1: -1.0, 2: -2.0, 3: -3.0}, None)
+    assert store.retain() == [1]
+    assert store.ledger.read() == (frozenset({2, 3}), {1: -1.0, 2: -2.0, 3: -3.0}, None, False)
     store.close()
 
 
@@ -242,7 +242,7 @@ def test_where_a_full_disk_has_no_room_to_strike_a_step_out_removing_it_makes_so
         strike(steps)
 
     store.ledger.strike = short_of_room
-    assert store.retain(lower_is_better=True) == [10, 20] and refused == [[10, 20]]
+    assert store.retain() == [10, 20] and refused == [[10, 20]]
     assert store.steps() == [30] and store.ledger.read().committed == {30}
 
 
@@ -273,7 +273,7 @@ def test_retention_keeps_the_newest_the_round_and_the_best_and_nothing_else(
             durable.seal(store.folder / str(step), {"step": step})
             present.append(step)
         elif step:
-            store.attach_score(step, score)
+            store.attach_score(step, score, lower_is_better=lower)
             scores[step] = score
         else:
             continue
@@ -282,7 +282,7 @@ def test_retention_keeps_the_newest_the_round_and_the_best_and_nothing_else(
             key=lambda s: scores[s] if lower else -scores[s],
         )
         kept = {*present[-keep:], *ranked[:best], *(s for s in present if keep_every and s % keep_every == 0)}
-        assert store.retain(lower_is_better=lower) == [s for s in present if s not in kept]
+        assert store.retain() == [s for s in present if s not in kept]
         present = [s for s in present if s in kept]
         assert store.steps() == present
     assert not any((folder / ".trash").glob("*"))

@@ -85,19 +85,24 @@ def given_back():
     while address_space() > idle + 400_000_000:
         time.sleep(0.002)
 
-def one_at_a_time(loop, batch):
+def compiled_to_run_one_at_a_time(session, **how):
     # XLA:CPU gives a step's temporaries back in a thread of its own, now and then after the next step has begun: the
-    # smaller plan would need room for two. Whoever waits for a refused step is told by the loop.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        jax.block_until_ready(loop.state)
-    given_back()
-    return advance(loop, batch)
+    # smaller plan would need room for two. The loop reports a step that was refused memory.
+    step, seconds = compiled(session, **how)
+
+    def one_at_a_time(state, batch):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.block_until_ready(state)
+        given_back()
+        return step(state, batch)
+
+    return one_at_a_time, seconds
 
 def unlimited(*arguments):
     limit(resource.RLIM_INFINITY)
     return replanned(*arguments)
 
-advance, start.Loop._advance = start.Loop._advance, one_at_a_time
+compiled, start.Session.compile = start.Session.compile, compiled_to_run_one_at_a_time
 logs.MetricsLog, start.replanned = Limiting, unlimited
 sys.exit(main(sys.argv[5:]))
 '''

@@ -9,6 +9,7 @@ from aurora_train import optimizer as optimizers
 from aurora_train.data.batches import read_batch
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
+from aurora_train.train.hooks import features_of
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import make_recipe
 from aurora_train.train.state import draw
@@ -23,9 +24,9 @@ def assembled(config, cut=None, accumulation=None, mesh=None):
     accumulation = accumulation or config.memory.accumulation
     plan = Plan(config.train.batch // accumulation, accumulation, {"stack": cut or [Segment(0, config.model.layers)]})
     optimizer = optimizers.build(config.optimizer, config.train.steps)
-    ema = config.optimizer.ema
-    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed, ema=ema is not None)
-    step = make_step(recipe, blueprint, optimizer, seed=config.train.seed, accumulation=accumulation, ema=ema)
+    features = features_of(config, recipe)
+    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed, features=features)
+    step = make_step(recipe, blueprint, optimizer, features, seed=config.train.seed, accumulation=accumulation)
     shardings = blueprint.shardings
     jitted = jax.jit(
         step, donate_argnums=0, in_shardings=(shardings, meshes.batch_sharding(mesh)),

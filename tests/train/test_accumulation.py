@@ -23,7 +23,8 @@ from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.stack import Segment, Stack
 from aurora_train.random import example_keys, stream
-from aurora_train.recipe import Loss
+from aurora_train.recipe import Loss, Recipe
+from aurora_train.train.hooks import features
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step, split
 
@@ -36,7 +37,7 @@ CUTS = {
 SLOW = pytest.mark.slow
 
 
-class Language:
+class Language(Recipe):
     """A decoder with dropout on random tokens; `weights` differ from one microbatch to another."""
 
     def __init__(self, precision="float32", **shape):
@@ -64,7 +65,7 @@ def batch_of(number):
 
 def drawn(recipe, cuts, optimizer):
     plan = Plan(BATCH // PARTS, PARTS, {"stack": cuts} if cuts else {})
-    return draw(recipe, plan, optimizer, meshes.make_mesh(1, 1), seed=0, ema=False)
+    return draw(recipe, plan, optimizer, meshes.make_mesh(1, 1), seed=0)
 
 
 def naive_step(recipe, blueprint, optimizer):
@@ -125,7 +126,7 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 def test_it_is_the_sum_of_whole_gradient_trees(cuts, tied, precision):
     def both(optimizer, steps):
         blueprint = drawn(recipe, cuts, optimizer)
-        step = make_step(recipe, blueprint, optimizer, seed=0, accumulation=PARTS, ema=None)
+        step = make_step(recipe, blueprint, optimizer, features(), seed=0, accumulation=PARTS)
         return [run(blueprint, s, steps) for s in (step, naive_step(recipe, blueprint, optimizer))]
 
     recipe = Language(precision, tied=tied)
@@ -152,7 +153,7 @@ def test_no_second_gradient_set_of_the_stack_is_ever_held(cuts):
     recipe = Language(width=128, layers=6, mlp_width=512, dropout=0.0)
     blueprint = drawn(recipe, cuts, PLAIN)
     stack = sum(4 * leaf.size for leaf in jax.tree.leaves(blueprint.state.params["stack"]))
-    new = temporaries(blueprint, make_step(recipe, blueprint, PLAIN, seed=0, accumulation=PARTS, ema=None))
+    new = temporaries(blueprint, make_step(recipe, blueprint, PLAIN, features(), seed=0, accumulation=PARTS))
     naive = temporaries(blueprint, naive_step(recipe, blueprint, PLAIN))
     print(f"stack {stack:,}; temporaries {new:,}, naively {naive:,}")
     assert naive - new > 0.75 * stack  # not all of it: the head's own work is the peak now
@@ -181,8 +182,9 @@ class Slices(nnx.Module):
 
 @pytest.mark.parametrize("cuts", [None, [Segment(0, 3)], [Segment(0, 3, None, True)]])
 def test_a_model_may_slice_its_parameters_and_needs_no_stack(cuts):
-    class Regression:
-        config = SimpleNamespace(train=SimpleNamespace(dtype="float32"))
+    class Regression(Recipe):
+        def __init__(self):
+            self.config = SimpleNamespace(train=SimpleNamespace(dtype="float32"))
 
         def model(self, rngs):
             return Slices(rngs, cuts is not None)
@@ -195,7 +197,7 @@ def test_a_model_may_slice_its_parameters_and_needs_no_stack(cuts):
     batch = {"x": np.linspace(-1, 1, BATCH * 4, dtype=np.float32).reshape(BATCH, 4)}
     batch["example"] = np.arange(BATCH, dtype=np.uint32)
     one, four = (
-        jax.jit(make_step(recipe, blueprint, PLAIN, seed=0, accumulation=n, ema=None))(blueprint.initialise(), batch)
+        jax.jit(make_step(recipe, blueprint, PLAIN, features(), seed=0, accumulation=n))(blueprint.initialise(), batch)
         for n in (1, PARTS)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one[0].params, four[0].params)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import evaluations, events, final_hash
+from harness import evaluations, events, final_hash, records
 
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import is_among_best
@@ -62,3 +62,45 @@ def _killed_while_the_best_is_written(here):
 ])  # fmt: skip
 def test_what_is_among_the_best(score, earlier, best, kept):
     assert is_among_best(score, earlier, best) is kept
+
+
+# ---- by the recipe's metric
+
+
+RISING = '''"""The toy, whose best evaluation is the one with the highest loss: the first, while it learns."""
+import toy
+
+
+class Rising(toy.Toy):
+    metric = ("height", "max")
+
+    def loss(self, model, batch, key):
+        loss = super().loss(model, batch, key)
+        return loss._replace(metrics={"height": (loss.total, loss.weight)})
+'''
+BY_METRIC = ["train", "toy.yaml", "recipe=rising.py", "--run", "run", "--quiet", "evaluate.final=false",
+             "train.steps=60", "checkpoint.keep=1"]  # fmt: skip
+
+
+def test_the_recipes_metric_decides_which_is_best_and_when_there_is_no_better_any_more(here, capsys):
+    (here / "rising.py").write_text(RISING)
+    assert main([*BY_METRIC, "evaluate.patience=2"]) == 0
+    assert "finished at step 30" in capsys.readouterr().out
+    results = evaluations(here / "run")
+    assert [step for step, _ in results] == [10, 20, 30] and results[0][1] > max(results[1][1], results[2][1])
+    steps, scores = kept(here / "run")
+    assert steps == [10, 30] and scores == {10: results[0][1], 30: results[2][1]}
+    assert main([*BY_METRIC, "evaluate.patience=2"]) == 0
+    assert "finished at step 30" in capsys.readouterr().out and len(events(here / "run", "finish")) == 1
+    assert main(["resume", "run", "evaluate.patience=null", "--quiet"]) == 0
+    assert events(here / "run", "finish")[-1]["step"] == 60 and kept(here / "run")[0] == [10, 60]
+
+
+def test_a_score_every_so_many_steps_is_on_record_beside_the_evaluation_and_decides(here):
+    """The toy's score is its mean squared error over all of a split; the loss leaves a fifth of the targets out."""
+    text = (here / "toy.py").read_text()
+    (here / "toy.py").write_text(text.replace("class Toy(Base):\n", 'class Toy(Base):\n    metric = ("mse", "min")\n'))
+    assert main(["train", "toy.yaml", "--run", "run", "--quiet", "evaluate.score_every=20", "train.steps=40"]) == 0
+    results = {r["step"]: r["evaluation"] for r in records(here / "run") if "evaluation" in r}
+    assert {step: "mse" in result for step, result in results.items()} == {10: False, 20: True, 30: False, 40: True}
+    assert Ledger(here / "run" / "checkpoints").read().scores == {step: results[step]["mse"] for step in (20, 40)}

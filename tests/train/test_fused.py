@@ -24,7 +24,8 @@ from aurora_train.memory.verify import can_compile_for_gpu, compiled_bytes
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.stack import Segment
-from aurora_train.recipe import Loss
+from aurora_train.recipe import Loss, Recipe
+from aurora_train.train.hooks import features
 from aurora_train.train.rehearsal import rehearse
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
@@ -38,7 +39,7 @@ CUTS = {
 }
 
 
-class Language:
+class Language(Recipe):
     """A decoder with dropout on packed random tokens: keys, segments and rotations are closed over by every layer."""
 
     def __init__(self, calls=1, loss=None, precision="float32", **shape):
@@ -72,10 +73,11 @@ def made(recipe, cuts, ema=None, mesh=None, **settings):
     """(blueprint, {fuse: step})"""
     optimizer = optimizers.build(OptimizerConfig(**{"clip": None, "lr": 1e-2} | settings), 10)
     mesh = mesh or meshes.make_mesh(1, 1)
-    blueprint = draw(recipe, Plan(BATCH, 1, {"stack": cuts}), optimizer, mesh, seed=0, ema=ema is not None)
+    own = {fuse: features(ema=ema, fused=fuse) for fuse in (False, True)}
+    blueprint = draw(recipe, Plan(BATCH, 1, {"stack": cuts}), optimizer, mesh, seed=0, features=own[False])
     steps = {
         fuse: jax.jit(
-            make_step(recipe, blueprint, optimizer, seed=0, accumulation=1, ema=ema, fuse=fuse), donate_argnums=0
+            make_step(recipe, blueprint, optimizer, own[fuse], seed=0, accumulation=1, fused=fuse), donate_argnums=0
         )
         for fuse in (False, True)
     }
