@@ -24,7 +24,8 @@ COMPILES = 4
 MARGIN = 0.08  # of the budget, kept free while nothing is compiled: what the estimate may fall short by
 FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
 WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
-SURE = 0.97  # the chance of fitting asked of the last plan that may be compiled, where none has fitted yet
+LIKELY = 0.5  # the chance of fitting asked of a plan once two are compiled: what they taught is close to the truth
+SURE = 0.97  # the same of the last plan that may be compiled, where none has fitted yet
 UNKNOWN = Costs(1e-14, 1e-12, 1e-3, 1e-10)  # of a machine that nothing is known of: they only rank plans
 UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back where the link to the processor is not known
 HOPELESS = 1.25  # times the budget by estimate: not worth a compilation
@@ -234,7 +235,7 @@ class Planner:
 
     def _next(self, shortlist: Shortlist, best: Candidate | None, turn: int) -> Candidate | None:
         """The plan to compile next; the smallest where no other can be trusted to fit."""
-        sure = SURE if best is None and turn == COMPILES - 1 else 0.0
+        sure = SURE if best is None and turn == COMPILES - 1 else LIKELY if turn >= 2 else 0.0
         found = shortlist.most_promising(best, sure)
         if found is not None or best is not None:
             return found
