@@ -80,7 +80,9 @@ class Recipe:
     couples: Literal["example", "microbatch", "global"] = "example"
 
     unit = "targets"  # what one unit of `Loss.weight` is called in a rate: "tok", "bins", "images"
-    metric: tuple[str, Literal["min", "max"]] | None = None  # the headline of `score`, and which way is better
+    # The headline of `score`, and which way is better. Where an evaluation has it, it decides which checkpoints are the
+    # best and when `evaluate.patience` runs out; otherwise the validation loss does.
+    metric: tuple[str, Literal["min", "max"]] | None = None
     adapted = False  # whether the model has low-rank adapters; set when it is built
 
     def __init__(self, config, cache: Path):
@@ -192,7 +194,8 @@ class Recipe:
     def score(self, predict: Callable[[dict], Any], split: str, key, workdir: Path, progress: Callable) -> dict:
         """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays, returns numpy.
 
-        `split` is "test" (the full answer, at the end). The first key of the result is the headline number. These keys
+        `split` is "test" (the full answer, at the end), or "validation" while training, where `evaluate.score_every`
+        asks for that. The first key of the result is the headline number. These keys
         are shown by the report: "tables", a list of {"title": str, "columns": [str], "rows": [[cell]]}; "plots", a list
         of {"title", "x_label", "y_label", "series": {name: (x, y)}} with equally long lists of numbers; "notes" and
         "remarks", lists of str: how it was measured, and what a reader should be warned of (printed, too).

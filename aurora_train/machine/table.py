@@ -119,9 +119,10 @@ def known_machines() -> dict[str, KnownMachine]:
     """
     written = os.environ.get("AURORA_MACHINES")
     own = Path(written or Path.home() / ".config" / "aurora_train" / "machines.toml")
-    if written and not own.is_file():
+    there = os.path.isfile(own)  # unlike Path's own, false where a home may not be looked into
+    if written and not there:
         raise UserError("there is no such file of machines", where=written, why="AURORA_MACHINES names it")
-    return _known(own if own.is_file() else None)
+    return _known(own if there else None)
 
 
 def lookup(device_kind: str) -> KnownMachine | None:
