@@ -274,6 +274,7 @@ def test_a_save_that_is_refused_memory_is_one_message(here, monkeypatch, capsys)
     assert "out of memory while saving step 2" in said and "host's memory" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_replan_drops_the_pinned_plan_and_says_so_in_an_event(here, capsys):
     assert main([*TRAIN, "memory.accumulation=2", "train.steps=2"]) == 0
     run = here / "run"

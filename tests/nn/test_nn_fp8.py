@@ -154,6 +154,7 @@ def test_ends_that_stay_in_bfloat16_are_segments_of_their_own(cut):
     assert not narrow[0] and not narrow[-1] and all(narrow[1:-1])
 
 
+@pytest.mark.slow
 def test_the_last_block_kept_in_bfloat16_has_the_bias_gradient_of_a_bfloat16_one():
     """What reaches the last block on the way back is the head's, alike but for what came in on the way there."""
     exact, kept, coded = (stacked(gradients(ends)[0]) for ends in (None, 1, 0))
@@ -164,6 +165,7 @@ def test_the_last_block_kept_in_bfloat16_has_the_bias_gradient_of_a_bfloat16_one
     assert off[0] < 0.7 * off[1]  # measured: half
 
 
+@pytest.mark.slow
 def test_every_plan_computes_the_same_but_for_rounding():
     """What bfloat16 rounds another way falls on another 8-bit number: plans differ by as much as 8 bits lose."""
     cuts = [Segment(0, 4)], [Segment(0, 1, ()), Segment(1, 4, ("mlp_up",))]
@@ -179,6 +181,7 @@ def eighths(jaxpr) -> int:
     return inner + sum(all(v.aval.dtype in FORMATS for v in e.invars) for e in products)
 
 
+@pytest.mark.slow
 def test_adapters_stay_in_bfloat16_beside_a_frozen_base_in_8_bits():
     """A kernel takes three products: forward, and for the two gradients."""
     unit = {"width": 32, "layers": 1, "heads": 2, "max_length": 64, "lora": Lora(rank=16)}
@@ -197,6 +200,7 @@ def test_adapters_stay_in_bfloat16_beside_a_frozen_base_in_8_bits():
     assert found == {"fp8": 3 * 7, "bfloat16": 0}  # query, key, value, out, gate, up, down
 
 
+@pytest.mark.slow
 def test_a_segment_left_out_of_8_bits_would_be_seen():
     with asking({"linear": "plain"}):
         counts = [eighths(gradients(ends, [Segment(0, 4, None, True)])[1]) for ends in (0, 1)]

@@ -48,6 +48,7 @@ def trained(aurora, tiny, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_step_that_was_compiled_beside_the_data_is_the_one_that_is_run(trained, tmp_path):
     by, steps, found, _ = trained("ahead", "early")
     assert by == ["MainThread", "ahead"] and steps == 1

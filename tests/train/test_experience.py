@@ -71,7 +71,7 @@ def killed(folder, *arguments):
     assert 23 <= losses(folder / "run")[-1][0] <= 25
 
 
-@pytest.mark.parametrize("recipe", ["dying.py", "judged.py"])
+@pytest.mark.parametrize("recipe", ["judged.py", pytest.param("dying.py", marks=pytest.mark.slow)])
 def test_self_play_that_is_killed_resumes_to_the_bit_and_asks_nobody_twice(recipe, here, capsys):
     train = ["train", "nim.yaml", f"recipe={recipe}", "--quiet", "--run"]
     assert main([*train, "undisturbed"]) == 0

@@ -37,6 +37,7 @@ def losses_of(small):
     return lambda run: [loss for _, loss in losses(small.parent / run)]
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_says_so_resumes_to_the_bit_and_learns_as_one_in_16(small, losses_of, capsys):
     assert main(["train", str(small), FP8, "train.bf16_ends=0", "--run", "whole"]) == 0
     said = capsys.readouterr().err
@@ -53,6 +54,7 @@ def test_a_run_in_8_bits_says_so_resumes_to_the_bit_and_learns_as_one_in_16(smal
     assert abs(coded[-10:].mean() / wide[-10:].mean() - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_bfloat16(small, capsys):
     scores = {}
     for precision in ("fp8", "bfloat16"):

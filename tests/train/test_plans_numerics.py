@@ -43,7 +43,7 @@ def refuse_other_bits(of_case, reference, plan):
     np.testing.assert_allclose(outcome.losses, reference.losses, rtol=EXCUSED, atol=0, err_msg=f"{plan.stacks}")
 
 
-@pytest.mark.parametrize("number", [0, 1, *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, 6))])
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 6))])
 def test_random_plans_have_the_bits_of_one_scan(bench, number):
     of_case, reference = bench("unclipped", 4)
     plan = of_case.random_plan(random.Random(SEEDS[number]), unroll=0.0)

@@ -31,7 +31,7 @@ def assert_equal(run, other):
     assert final_hash(run) == final_hash(other)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGHUP"))])
 def test_a_signal_ends_the_run_after_a_saved_step_and_the_same_command_goes_on_to_the_same_end(
     name, here, finished_once, monkeypatch, capsys
 ):
