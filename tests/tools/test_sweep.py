@@ -114,7 +114,7 @@ def test_M10_a_sweep_that_is_interrupted_and_killed_goes_on_to_what_it_would_hav
 
     ended_by.after = 0
     sweep, said = ended_by(signal.SIGINT)
-    assert sweep.returncode == 75 and "stopped by SIGINT; go on with the same command: aurora sweep toy.yaml" in said
+    assert sweep.returncode == 75 and "stopped by SIGINT; continue with the same command: aurora sweep toy.yaml" in said
     first, second = sorted((here / "S").glob("*")), sorted((here / "whole").glob("*"))
     assert len(first) == 1 and [event["by"] for event in events(first[0], "stop")] == ["SIGINT"]
     sweep, _ = ended_by(signal.SIGKILL)
