@@ -18,7 +18,7 @@ def command(
     config: ConfigArgument,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="How many steps to trace.")] = 5,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the trace; default profiles/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: profiles/NAME.")] = None,
     json: JsonOption = False,
 ):
     """Trace a few real steps: device time, host time, waits for data, a save, and time by part of the model.

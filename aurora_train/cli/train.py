@@ -17,7 +17,7 @@ EXAMPLE = "aurora train quickstart train.steps=200 --run runs/first"
 def command(
     config: ConfigArgument,
     overrides: Overrides = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run folder (default runs/NAME-HASH).")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Folder (default runs/NAME-HASH).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start over.")] = False,
     replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
     online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,

@@ -171,7 +171,7 @@ class Checkpoint(Section):
 
     every: int = setting(100, resume="free", ge=1, help="steps between rolling checkpoints")
     keep: int = setting(2, resume="free", ge=1, help="rolling checkpoints kept")
-    keep_every: int | None = setting(None, resume="free", ge=1, help="keep checkpoints at multiples of this; null = none")
+    keep_every: int | None = setting(None, resume="free", ge=1, help="keep those at multiples of this; null = none")
     best: int = setting(
         1, resume="free", ge=0, help="checkpoints kept for the best evaluations, by the recipe's metric or the loss"
     )
@@ -201,7 +201,7 @@ class Log(Section):
     """What is shown, and where metrics are sent. Nothing here affects the numbers."""
 
     every: int = setting(10, resume="free", ge=1, help="steps between progress lines with rates")
-    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed in addition to metrics.jsonl")
+    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed beside metrics.jsonl")
     online: bool = setting(False, resume="free", help="let the sinks use the network")
 
 

@@ -298,7 +298,7 @@ def test_M8_bfloat16_is_the_first_lever_of_a_float32_plan_for_a_gpu(run, capsys)
 
 def test_L3_a_plan_says_in_plain_words_what_its_budget_is_and_what_its_time_leaves_out():
     assert find_machine("dgx-spark").budget_reason == (
-        "CUDA can get about 110 GB of the memory that it shares with the processor, and 7.52 GB of that are left for "
+        "CUDA can allocate about 110 GB of the memory that it shares with the processor, of which 7.52 GB are left for "
         "Python, the data and the page cache"
     )
     time = {"steps": 600, "seconds": 1.6, "step_seconds": 0.0027, "rates": "assumed"}
