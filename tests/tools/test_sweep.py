@@ -50,7 +50,7 @@ def test_every_combination_has_a_folder_that_names_it(here):
     (["optimizer.lr=1e-3"], "nothing to sweep"),
     (["optimizer.lr=1e-3,"], "an empty value"),
     (["optimizer.lr=1e-3,0.001"], "are the same config"),
-    (["optimizer.lr=1,2", "optimizer.lr=3"], "named twice"),
+    (["optimizer.lr=1,2", "optimizer.lr=3"], "given twice"),
     (["optimizer.lr=1e-3,x", "train.batch=8,7"], "3 of 4 combinations cannot start; none was started"),
     (["optimizer.rl=1e-3,1e-2"], "2 of 2 combinations cannot start"),
 ])  # fmt: skip
