@@ -5,7 +5,7 @@
     trained = aurora_train.load("runs/quickstart-1a2b3c4d")
     trained.generate("def main("), trained.logits(ids), trained.model, trained.config, trained.tokenizer
 
-Importing this imports neither jax nor flax.
+Importing this package imports neither jax nor flax.
 """
 
 import types
@@ -17,7 +17,7 @@ from aurora_train.recipe import Derived, Loss, Recipe, Source
 
 
 class _TrainPackage(types.ModuleType):
-    """`aurora_train.train` is a package, and what people expect to call: Python has one place for both names."""
+    """Makes `aurora_train.train` callable: it is a package, and also the name of the function that people call."""
 
     def __call__(self, config, overrides=(), **options):
         """`aurora_train.loading.train`."""

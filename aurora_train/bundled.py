@@ -15,7 +15,7 @@ def _home() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """`name`, or `domain/name`, -> file of every bundled recipe. A package among them is a kit that recipes import."""
+    """`name` or `domain/name` -> file of every bundled recipe. Packages are kits that recipes import."""
     folder = _home() / "recipes"
     files = [path for path in sorted(folder.rglob("*.py")) if not (path.parent / "__init__.py").is_file()]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
@@ -28,23 +28,23 @@ def configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path | None:
-    """The bundled config called `domain/name`, or `name` where only one domain has it; None if there is none."""
+    """The bundled config called `domain/name`, or `name` if only one domain has it; None if there is none."""
     known = configs()
     if name in known:
         return known[name]
     same = [full for full in known if full.rpartition("/")[2] == name]
     if len(same) > 1:
-        raise UserError(f"`{name}` names {len(same)} bundled configs", hint="say which: " + ", ".join(same))
+        raise UserError(f"`{name}` names {len(same)} bundled configs", hint="use the full name: " + ", ".join(same))
     return known[same[0]] if same else None
 
 
 def is_bundled(path: Path) -> bool:
-    """Whether a file is one of ours."""
+    """Whether a file belongs to the bundled recipes or configs."""
     return any(path.resolve().is_relative_to(_home() / folder) for folder in ("recipes", "configs"))
 
 
 def first_line(path: Path) -> str:
-    """The first sentence a file says about itself: its docstring's or opening comment's first line, commands aside."""
+    """The first line of a file's docstring or opening comment that is not a command."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()

@@ -1,8 +1,8 @@
-"""The one error a user can cause. The command line prints it as a single message and exits with status 2."""
+"""The one error that a user can cause. The command line prints it as a single message and exits with status 2."""
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, where, why, and the nearest thing that would work.
+    """Something the user can fix: what is wrong, where, why, and the nearest thing that would work.
 
     Args:
         what: the fault in one sentence, without a full stop.
@@ -11,7 +11,7 @@ class UserError(Exception):
         hint: the nearest thing that works; often a command.
     """
 
-    status = 2  # of the process, where it ends with this
+    status = 2  # exit status of a process that ends with this error
 
     def __init__(self, what, *, where=None, why=None, hint=None):
         self.what, self.where, self.why, self.hint = what, where, why, hint
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class MissingExtra(UserError):
-    """An optional package is absent; the message is the pip command that brings it."""
+    """An optional package is not installed; the message has the pip command that installs it."""
 
     def __init__(self, package, extra, needed_for):
         super().__init__(

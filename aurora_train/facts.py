@@ -1,8 +1,8 @@
-"""Facts: the small things beside the config that a model is built from and read with.
+"""Facts: small items besides the config that are needed to build and use a model.
 
-A tokenizer, the number of channels, the scale of a signal: what a recipe learned from its data and cannot be used
-without. A run keeps them once in its own folder, every checkpoint names their hash, and so a run can be read, scored on
-other data and sampled where its training data has never been.
+A tokenizer, the number of channels, the scale of a signal: what a recipe derived from its data and cannot work without.
+A run keeps them once in its own folder, and every checkpoint names their hash. So a run can be read, scored on other
+data and sampled on a machine that never had its training data.
 
 A fact is bytes, kept as a file under the fact's name (`tokenizer.json`), or plain JSON, kept in `facts.json`.
 """
@@ -25,9 +25,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
 def as_kept(facts: Facts, where: str) -> Facts:
-    """The facts as a reader of the run will have them: arrays are lists, tuples are lists.
+    """The facts in the form that a reader of the run will get: arrays and tuples become lists.
 
-    Raises UserError, placed at `where`, for a name that is no file name and for a value that is no fact.
+    Raises UserError, placed at `where`, for a name that cannot be a file name and for a value that cannot be a fact.
     """
     kept = {}
     for name, value in facts.items():
@@ -62,7 +62,7 @@ def sha256(facts: Facts) -> str:
 
 
 def write(folder: Path, facts: Facts) -> None:
-    """Keep the facts in `folder`. The file that names them all comes last: a folder without it holds no facts."""
+    """Store the facts in `folder`. The file that lists them is written last: a folder without it has no facts."""
     for name, value in facts.items():
         if isinstance(value, bytes):
             write_atomically(folder / name, value)
@@ -72,7 +72,7 @@ def write(folder: Path, facts: Facts) -> None:
 
 
 def read(folder: Path) -> Facts | None:
-    """The facts kept in `folder`; None where none are. UserError where a file is gone or was changed."""
+    """The facts stored in `folder`; None if there are none. UserError if a file is missing or was changed."""
     try:
         listed = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -95,18 +95,18 @@ def _read_file(path: Path, digest: str) -> bytes:
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(
-        f"a fact of this run {what}", where=str(path), why="a model is read with the facts that it was trained with",
-        hint="bring back the `facts` folder of this run from a copy",
+        f"a fact of this run {what}", where=str(path), why="a model needs the facts that it was trained with",
+        hint="restore the `facts` folder of this run from a copy",
     )  # fmt: skip
 
 
 def difference(ours: Facts, theirs: Facts) -> list[str]:
-    """The names of facts that both have and that are not the same in both."""
+    """The names of facts that both have with different values."""
     return [name for name in ours if name in theirs and ours[name] != theirs[name]]
 
 
 def shown(value) -> str:
-    """A fact in a message: a short value itself, a long one by its hash."""
+    """A fact for use in a message: a short value as it is, a long one by its hash."""
     if not isinstance(value, bytes):
         text = json.dumps(value)
         if len(text) <= 40:

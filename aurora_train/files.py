@@ -1,4 +1,4 @@
-"""Small files written so that a reader, or a crash, sees the old content or the new one; and the cache's place."""
+"""Writes small files so that a reader or a crash sees either the old or the new content; locates the cache folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aurora_train.errors import UserError
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # of a disk, and of a user's or a folder's share of one
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user or folder
 
 
 def cache_folder() -> Path:
@@ -19,9 +19,9 @@ def cache_folder() -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a small file atomically and durably: written beside, fsync'd, renamed over, folder fsync'd.
+    """Replace a small file atomically and durably: write a new file beside it, fsync, rename, fsync the folder.
 
-    Raises UserError where the disk is full or the folder may not be written.
+    Raises UserError if the disk is full or the folder is not writable.
     """
     beside = path.with_name(path.name + ".new")
     try:
@@ -37,19 +37,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, so that a power cut cannot take its name. Raises OSError.
+    """Create a folder and its parents durably: they survive a power cut. Raises OSError.
 
-    Its parent is synced where the folder is there already, too: whoever made it may have been killed before that.
+    The parent is synced even if the folder already exists, because its creator may have been killed before syncing.
     """
     if not path.parent.is_dir():
         make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    with contextlib.suppress(PermissionError):  # a parent that may be passed through, but not read
+    with contextlib.suppress(PermissionError):  # the parent may be searchable but not readable
         sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Put a file's bytes, or a folder's names and renames, on the disk itself."""
+    """Force a file's bytes, or a folder's names and renames, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,12 +58,12 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """A JSON record, atomically and durably."""
+    """Write a JSON record atomically and durably."""
     write_atomically(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path, default=None):
-    """A JSON record, or `default` where there is none."""
+    """The content of a JSON file, or `default` if it does not exist."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

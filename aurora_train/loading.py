@@ -1,4 +1,4 @@
-"""The Python side of the command line: `load(RUN)` for a trained model, `train(CONFIG)` for a run in a notebook."""
+"""The Python interface of the command line: `load(RUN)` for a trained model, `train(CONFIG)` for use in a notebook."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from aurora_train.errors import UserError
 from aurora_train.run import Run, say_changed_code
 
-_SILENT = lambda done, total, what: None  # noqa: E731 (a default of two functions)
+_SILENT = lambda done, total, what: None  # noqa: E731 (the default argument of two functions)
 
 
 @dataclass(repr=False)
 class Loaded:
-    """A run's model at one step, in evaluation mode. `tokenizer` is None where the recipe has none."""
+    """A run's model at one step, in evaluation mode. `tokenizer` is None if the recipe has none."""
 
     run: Path
     config: Any
@@ -27,7 +27,7 @@ class Loaded:
 
     @property
     def tokenizer(self):
-        """What turns text into the numbers that the model was trained on, or None."""
+        """The tokenizer that the model was trained with, or None."""
         return getattr(self.recipe, "tokenizer", None)
 
     def generate(
@@ -36,7 +36,7 @@ class Loaded:
     ) -> str:  # fmt: skip
         """The continuation of a prompt, as `aurora generate` prints it. `on_text` is called with each new piece.
 
-        Raises UserError where the recipe generates nothing.
+        Raises UserError if the recipe cannot generate.
         """
         from aurora_train.nn.ops import asking
 
@@ -47,12 +47,12 @@ class Loaded:
     def logits(self, tokens):
         """Scores of the next token after each position, float32[..., T, vocabulary], of token ids int[..., T].
 
-        Raises UserError where the recipe's model has no vocabulary.
+        Raises UserError if the recipe's model has no vocabulary.
         """
         return self.recipe.logits(self.model, tokens)
 
     def predict(self, batch: dict):
-        """What the recipe's score is made from: `Recipe.predict` of a batch of numpy arrays, as numpy."""
+        """`Recipe.predict` of a batch of numpy arrays, as numpy: the input of the recipe's score."""
         return self.evaluator.predictor(self.state)(batch)
 
     def __repr__(self) -> str:
@@ -63,51 +63,50 @@ class Loaded:
 
 
 def load(run, step: int | None = None, *, recipe=None, by: str = "load", progress=_SILENT) -> Loaded:
-    """The model of a run folder, from its newest checkpoint or the one of `step`, with averaged weights where kept.
+    """The model of a run folder, from its newest checkpoint or that of `step`, with averaged weights if they were kept.
 
-    The training data is not needed. `recipe` is a recipe file to use in place of the run's own; it has to build the
-    same model. Code that is not what the run was trained with is reported on standard error, and in events.jsonl as
-    read by `by`. Raises UserError where there is no such run or checkpoint, or where its bytes are not those that were
-    saved.
+    The training data is not needed. `recipe` is a recipe file to use instead of the run's own; it has to build the same
+    model. Code that differs from the code of the training is reported on standard error, and in events.jsonl as read by
+    `by`. Raises UserError if there is no such run or checkpoint, or if its bytes differ from those that were saved.
     """
     from aurora_train.config import load_resolved
     from aurora_train.machine.profile import prepare_environment
 
-    found = Run.existing(run)
-    config = load_resolved(found.folder, recipe=recipe and Path(recipe))
-    say_changed_code(found, config, by)
+    known = Run.existing(run)
+    config = load_resolved(known.folder, recipe=recipe and Path(recipe))
+    say_changed_code(known, config, by)
     prepare_environment(config)
     from aurora_train.train.precision import settled
     from aurora_train.train.session import open_for_reading
 
     config = settled(config)  # for a config.yaml that was edited by hand
-    opened, blueprint, mesh, state, step = open_for_reading(config, found, step, progress)
+    opened, blueprint, mesh, state, step = open_for_reading(config, known, step, progress)
     from aurora_train.train.evaluate import Evaluator
 
     evaluator = Evaluator(opened, blueprint, mesh)
-    return Loaded(found.folder, config, opened, evaluator.model(state), step, evaluator, state)
+    return Loaded(known.folder, config, opened, evaluator.model(state), step, evaluator, state)
 
 
 def train(
     config, overrides: Iterable[str] = (), *, run=None, fresh: bool = False, quiet: bool = False
 ) -> Loaded:
-    """Train a config to its end, or go on with a run of it, as `aurora train` does; the trained model.
+    """Train a config to its end, or continue a run of it, as `aurora train` does. Returns the trained model.
 
     Args:
         config: a YAML file, or the name of a bundled config.
         overrides: `key.path=value` strings, laid over it.
-        run: the run's folder; else `runs/NAME-HASH`.
+        run: the run's folder; by default `runs/NAME-HASH`.
         fresh: move an existing run aside and start over.
 
-    An interrupt saves and stops: the model of the step reached is returned then, and the same call goes on. Raises
-    UserError for what the command line would refuse, and where it was stopped before a step was saved.
+    An interrupt saves and stops; the model of the last step is returned, and the same call continues the run. Raises
+    UserError for whatever the command line would refuse, and if the run was stopped before a step was saved.
     """
     from aurora_train.config import load as load_config
     from aurora_train.machine.profile import prepare_environment
     from aurora_train.train.intent import for_train
 
     if isinstance(overrides, str | dict):
-        raise UserError("overrides are a list of texts", hint='["train.steps=100", "optimizer.lr=1e-3"]')
+        raise UserError("overrides must be a list of strings", hint='["train.steps=100", "optimizer.lr=1e-3"]')
     resolved = load_config(config, overrides)
     folder = for_train(resolved, run, fresh=fresh)
     if folder.finished_at(resolved) is None:

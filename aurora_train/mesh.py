@@ -1,7 +1,7 @@
-"""Logical axis names -> device mesh and shardings. One table of rules; a parameter never names a device axis itself.
+"""Maps logical axis names to a device mesh and shardings by one table of rules. Parameters never name a device axis.
 
-Two mesh axes today: `data` (batch only) and `fsdp` (batch, and parameters with their optimizer state). A dimension
-that the mesh does not divide is kept whole on every device; `kept_whole` names those, so that the log can say so.
+There are two mesh axes: `data` (batch only) and `fsdp` (batch, and parameters with their optimizer state). A dimension
+that the mesh does not divide is kept whole on every device; `kept_whole` lists such parameters for the log.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh over the devices of all processes; `data` -1 takes what `fsdp` leaves. UserError where it does not fit.
+    """A mesh over the devices of all processes; `data` -1 takes what `fsdp` leaves. UserError if it does not fit.
 
-    Every process has the same number of devices and holds the whole state: `fsdp` stays within one, so that one can
-    write a checkpoint, and every one can read it, without a word to the others.
+    Every process has the same number of devices and holds the whole state. `fsdp` stays within one process, so that
+    one process can write a checkpoint, and each can read it, without communication.
     """
     devices, _ = choose_devices(jax.devices())
     available = len(devices)
@@ -45,7 +45,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
         raise UserError(
             f"mesh {{data: {data}, fsdp: {fsdp}}} needs {wanted} devices and this machine has {available}",
             where="mesh",
-            hint="use `mesh: {data: -1, fsdp: 1}` to take all there are",
+            hint="use `mesh: {data: -1, fsdp: 1}` to take all of them",
         )
     if processes.count() > 1:
         _refuse_uneven(wanted, fsdp, devices)
@@ -53,21 +53,21 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
 
 
 def _refuse_uneven(wanted: int, fsdp: int, devices: list) -> None:
-    """UserError where a process would hold a part of the state, or no part of the batch."""
+    """UserError if a process would hold only a part of the state, or no part of the batch."""
     many = processes.count()
     each = len(devices) // many
     held = {sum(device.process_index == index for device in devices) for index in range(many)}
     if held != {each} or wanted != len(devices) or each % fsdp:
         raise UserError(
-            f"a mesh of {wanted} devices with fsdp {fsdp} does not lie evenly in {many} processes",
+            f"a mesh of {wanted} devices with fsdp {fsdp} does not divide evenly over {many} processes",
             where="mesh",
-            why=f"they have {len(devices)} devices, and each has to hold the whole state in its own",
+            why=f"they have {len(devices)} devices, and each process has to hold the whole state on its own",
             hint=f"mesh.data=-1, and for mesh.fsdp a number that divides the {each} of one process",
         )
 
 
 def local(shardings):
-    """The same shardings over this process's part of their mesh: what a state of several processes is here."""
+    """The same shardings over this process's part of their mesh."""
     if processes.count() == 1:
         return shardings
 
@@ -83,9 +83,9 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 
 def local_view(tree):
-    """A pytree of arrays of several processes as arrays of this one's devices alone: the same buffers, no copy.
+    """A pytree of arrays of several processes, as arrays on this process's devices only: the same buffers, no copy.
 
-    For leaves that lie whole within each process, as a state does and a batch does not.
+    Every leaf must be whole within each process, which is true of a state and not of a batch.
     """
     if processes.count() == 1:
         return tree
@@ -98,7 +98,7 @@ def local_view(tree):
 
 
 def shared_view(tree, shardings):
-    """The inverse of `local_view`: every process brings its own, equal, part."""
+    """The inverse of `local_view`: every process contributes its own, equal, part."""
     if processes.count() == 1:
         return tree
 
@@ -110,7 +110,7 @@ def shared_view(tree, shardings):
 
 
 def checksum(tree) -> str:
-    """Hex that tells two pytrees of arrays of this process apart by their bits; taken on the device, in one pass."""
+    """A hex checksum over the bits of a pytree of this process's arrays; computed on the device, in one pass."""
 
     def of(leaf):
         leaf = leaf.astype("uint8") if leaf.dtype == bool else leaf
@@ -122,7 +122,7 @@ def checksum(tree) -> str:
 
 
 def put(tree, sharding: NamedSharding):
-    """Host arrays that every process has whole -> arrays with this sharding."""
+    """Arrays with this sharding, from host arrays that every process has whole."""
     if processes.count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -184,7 +184,7 @@ def kept_whole(shardings) -> list[str]:
 
 
 def bytes_per_device(tree) -> dict[str, int]:
-    """Bytes that each device really holds of a pytree of jax Arrays."""
+    """Bytes of a pytree of jax Arrays that each device holds."""
     held: dict[str, int] = {}
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:

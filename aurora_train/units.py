@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: bytes, rates, durations, shares. Bytes are decimal (1 GB = 1e9 bytes)."""
+"""Formats numbers for people: bytes, rates, durations, shares. Bytes are decimal (1 GB = 1e9 bytes)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a run's checkpoints are, as a person asks: which steps, how large, how good, and is every byte as it was saved.
+"""Answers questions about a run's checkpoints: which steps there are, their size and score, if they are intact.
 
-Reads only. A trainer may be at work in the same folder: what it gives up while this looks is left out.
+This module only reads. A trainer may be writing to the same folder: a checkpoint that it deletes meanwhile is left out.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from aurora_train.checkpoint import durable, frozen
 from aurora_train.checkpoint.ledger import NAME, Ledger
 from aurora_train.checkpoint.retention import reasons
 
-ASIDE = "damaged-"  # a folder that was set aside begins with this
+ASIDE = "damaged-"  # prefix of a folder that was set aside
 
 
 def listing(folder: Path, *, keep: int, keep_every: int | None, best: int) -> list[dict]:
-    """One row a checkpoint, by step: step, bytes, files, saved (ISO time), score, kept (why), state, folder.
+    """One row per checkpoint, by step: step, bytes, files, saved (ISO time), score, kept (why), state, folder.
 
-    `state` is "whole" where every file is there with its size, else what is wrong first; bytes are not read.
+    `state` is "whole" where every file exists with its recorded size, otherwise the first fault. No data is read.
     """
     entries, rows = Ledger(folder).read(), []
     sealed = sealed_steps(folder)
@@ -36,15 +36,15 @@ def listing(folder: Path, *, keep: int, keep_every: int | None, best: int) -> li
     if entries.fault:
         lost = {"step": None, "bytes": 0, "files": 0, "saved": None, "score": None, "kept": None}
         rows.append({**lost, "state": entries.fault, "folder": str(Ledger(folder).path)})
-    there = (row for row in rows if row is not None)
-    return sorted(there, key=lambda row: (row["step"] is None, row["step"] or 0))
+    existing = (row for row in rows if row is not None)
+    return sorted(existing, key=lambda row: (row["step"] is None, row["step"] or 0))
 
 
 def verify(folder: Path, steps: Iterable[int], progress: Callable[[int, int], None] | None = None) -> list[dict]:
-    """Read every byte of these checkpoints, and of the frozen parameters where there are some: one row each.
+    """Read every byte of these checkpoints, and of the frozen parameters if there are any. Returns one row for each.
 
-    Keys: step (None for what all share), files, bytes, faults (one line a file; [] for an intact one), folder.
-    `progress` is told the bytes read and the bytes in all.
+    Keys: step (None for what all share), files, bytes, faults (one line per file; [] if it is intact), folder.
+    `progress(done, total)` is called with the number of bytes read so far and the number to read.
     """
     folders = [(step, folder / str(step)) for step in steps]
     if (folder / frozen.FOLDER).is_dir():
@@ -71,12 +71,12 @@ def verify(folder: Path, steps: Iterable[int], progress: Callable[[int, int], No
 
 
 def committed(folder: Path) -> list[int]:
-    """The steps that ought to be there: those with a manifest, and those on record."""
+    """The steps that should exist: those with a manifest, and those on record."""
     return sorted(sealed_steps(folder) | Ledger(folder).read().committed)
 
 
 def newest_fault(folder: Path, read: Callable[[int], None] | None = None) -> str | None:
-    """What is wrong with the newest checkpoint, or None. Every byte of it is read; `read` is told how many."""
+    """What is wrong with the newest checkpoint, or None. Reads every byte of it; `read(n)` is called after n more."""
     steps = committed(folder)
     if not steps:
         return "no checkpoint is left"
@@ -85,7 +85,7 @@ def newest_fault(folder: Path, read: Callable[[int], None] | None = None) -> str
 
 
 def step_faults(folder: Path, step: int, read: Callable[[int], None] | None = None) -> list[str]:
-    """What is wrong with one checkpoint that ought to be there, one line a file; [] for an intact one."""
+    """What is wrong with one checkpoint that should exist, one line per file; [] if it is intact."""
     path = folder / str(step)
     return durable.faults(path, read) if path.is_dir() else ["the folder is missing"]
 
@@ -96,7 +96,7 @@ def _row(path: Path, score: float | None, why: str | None) -> dict | None:
         files = [p for p in path.rglob("*") if p.is_file()]
         sizes = sum(p.stat().st_size for p in files)
         copied = datetime.fromtimestamp((path / durable.MANIFEST).stat().st_mtime, UTC) if manifest else None
-    except FileNotFoundError:  # the trainer gave it up just now
+    except FileNotFoundError:  # the trainer has just deleted it
         return None
     if path.name.startswith(ASIDE):
         state = "set aside"
@@ -118,12 +118,12 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def sealed_steps(folder: Path) -> set[int]:
-    """The steps whose folder has a manifest. Reads names only, and imports nothing that trains."""
+    """The steps whose folder has a manifest. Reads only file names, and imports neither jax nor Orbax."""
     return {_step(p) for p in _folders(folder) if p.name.isdigit() and durable.is_sealed(p)}
 
 
 def _step(path: Path) -> int | None:
-    """Of a folder's name: "30", "30.orbax-checkpoint-tmp", "damaged-30", "damaged-30-2"."""
+    """The step in a folder's name: "30", "30.orbax-checkpoint-tmp", "damaged-30" and "damaged-30-2" are all step 30."""
     name = path.name.removeprefix(ASIDE)
     digits = name[: len(name) - len(name.lstrip("0123456789"))]
     return int(digits) if digits else None

@@ -16,13 +16,13 @@ import xxhash
 from aurora_train.files import sync, write_atomically
 
 MANIFEST = "manifest.aurora.json"
-_CHUNK_BYTES = 1 << 19  # read and hashed while it is in the processor's cache
+_CHUNK_BYTES = 1 << 19  # small enough to be hashed while it is still in the processor's cache
 
 
 def seal(folder: Path, record: dict) -> dict:
-    """fsync every file and folder of `folder`, then write the manifest, then fsync the parent. Returns it.
+    """fsync every file and folder of `folder`, then write the manifest, then fsync the parent. Returns the manifest.
 
-    `folder` is synced before too: its own names must not be on the disk later than the manifest's, which claims them.
+    `folder` itself is synced before the manifest is written, because the manifest lists names that must be on disk.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -43,63 +43,63 @@ def is_sealed(folder: Path) -> bool:
 
 
 def manifest(folder: Path) -> dict:
-    """What a folder's manifest says; {} where there is none that can be read."""
+    """The content of a folder's manifest; {} where it is missing or unreadable."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def num_bytes(folder: Path) -> int:
-    """Of the files that a folder's manifest lists."""
+    """Total size of the files that a folder's manifest lists."""
     files = manifest(folder).get("files", {})
     return sum(size for size, _ in files.values()) if isinstance(files, dict) else 0
 
 
 def faults(folder: Path, read: Callable[[int], None] | None = None) -> list[str]:
-    """What differs between a sealed folder and its manifest, one line a file; [] for an intact one.
+    """What differs between a sealed folder and its manifest, one line per file; [] if it is intact.
 
-    Every byte is read; `read` is told how many, as they are.
+    Reads every byte; `read(n)` is called after each chunk of n bytes.
     """
     files, lines = _listed(folder)
     for name, (size, digest) in files.items():
-        found = _size_fault(folder / name, name, size)
-        if found is None and (actual := _hash(folder / name, read)) != digest:
-            found = f"{name}: xxh3 {actual}, expected {digest}"
-        if found:
-            lines.append(found)
+        fault = _size_fault(folder / name, name, size)
+        if fault is None and (actual := _hash(folder / name, read)) != digest:
+            fault = f"{name}: xxh3 {actual}, expected {digest}"
+        if fault:
+            lines.append(fault)
     return lines
 
 
 def quick_faults(folder: Path) -> list[str]:
-    """As `faults`, but of names and sizes alone: no byte of the data is read."""
+    """Like `faults`, but compares names and sizes only: no data is read."""
     files, lines = _listed(folder)
     return lines + [line for name, (size, _) in files.items() if (line := _size_fault(folder / name, name, size))]
 
 
 def _listed(folder: Path) -> tuple[dict, list[str]]:
-    """(the files of a manifest by name, []), or ({}, [why it cannot be believed])."""
+    """(the files of a manifest by name, []), or ({}, [why the manifest cannot be trusted])."""
     if not is_sealed(folder):
         return {}, [f"{MANIFEST}: missing"]
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return {}, [f"{MANIFEST}: unreadable ({error})"]
-    if not isinstance(found, dict) or found.pop("digest", None) != _digest(found):
-        return {}, [f"{MANIFEST}: not what was written"]
-    return found["files"], []
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+        return {}, [f"{MANIFEST}: its content has changed since it was written"]
+    return content["files"], []
 
 
 def _size_fault(path: Path, name: str, size: int) -> str | None:
     if not path.is_file():
         return f"{name}: missing"
-    there = path.stat().st_size
-    return None if there == size else f"{name}: {there} bytes, expected {size}"
+    actual = path.stat().st_size
+    return None if actual == size else f"{name}: {actual} bytes, expected {size}"
 
 
 def _digest(manifest: dict) -> str:
-    """xxh3 of what a manifest says, however its text is laid out."""
+    """xxh3 of a manifest's content, independent of how its text is laid out."""
     return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run as a process sees them that does not lead it: to be read. The leader writes."""
+"""A run's checkpoints as seen by every process but the leader. They can be read; only the leader writes them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from aurora_train.checkpoint.store import CheckpointStore
 
 
 class FollowedStore(CheckpointStore):
-    """Reads what the leader wrote; everything that would write returns as if there were nothing to do."""
+    """Reads what the leader wrote. Methods that would write do nothing."""
 
     def restore(self, step, tree, shardings):
-        """As the leader's, of whatever the leader has saved by now."""
+        """Like the leader's, and it sees every checkpoint that the leader has saved by now."""
         self._outdated = True
         return super().restore(step, tree, shardings)
 
     def save(self, step, tree, record) -> None:
-        """Nothing: the leader holds the same state whole."""
+        """Does nothing: the leader holds the whole of the same state and saves it."""
 
     def sweep(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def attach_score(self, step, score, *, lower_is_better=True) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def retain(self) -> list[int]:
-        """Nothing is given up."""
+        """Deletes nothing."""
         return []
 
     def make_room(self, needed) -> list[int]:
-        """Nothing is given up."""
+        """Deletes nothing."""
         return []

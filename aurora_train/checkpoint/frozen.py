@@ -1,7 +1,7 @@
-"""The parameters that a run does not train: written once, and named by their digest in every checkpoint's manifest.
+"""The parameters that a run does not train are written once; every checkpoint's manifest names them by their digest.
 
-They lie in `frozen/` beside the checkpoints, in the same form. The folder is sealed before the first checkpoint that
-needs it, and no rule of retention touches it: without it, none of the checkpoints can be read.
+They are stored in `frozen/` beside the checkpoints, in the same form. The folder is sealed before the first checkpoint
+that needs it, and retention never deletes it, because no checkpoint can be read without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write(folder: Path, flat: dict[str, Any]) -> str:
 
 
 def shapes(folder: Path, digest: str) -> dict[str, Any]:
-    """Shape and dtype of every frozen leaf by canonical name. UserError where the folder is not the one of `digest`."""
+    """Shape and dtype of every frozen leaf by canonical name. UserError if the folder's digest is not `digest`."""
     from orbax.checkpoint import v1 as ocp
 
     _refuse([] if _digest(folder) == digest else _other(folder), folder)
@@ -43,7 +43,7 @@ def shapes(folder: Path, digest: str) -> dict[str, Any]:
 
 
 def refuse_damage(folder: Path, digest: str) -> None:
-    """Raise UserError where the folder is missing, is not the one of `digest`, or has a byte changed. Reads it all."""
+    """Raise UserError if the folder is missing, has another digest, or has a changed byte. Reads all of it."""
     _refuse(durable.faults(folder) if _digest(folder) == digest else _other(folder), folder)
 
 
@@ -57,7 +57,7 @@ def _digest(folder: Path) -> str | None:
 def _other(folder: Path) -> list[str]:
     if not folder.is_dir():
         return ["the folder is missing"]
-    return [f"{durable.MANIFEST}: not the one that the checkpoints were saved with"]
+    return [f"{durable.MANIFEST}: not the manifest that the checkpoints were saved with"]
 
 
 def _refuse(lines: list[str], folder: Path) -> None:
@@ -66,5 +66,5 @@ def _refuse(lines: list[str], folder: Path) -> None:
             "the frozen parameters of this run are damaged or missing",
             where=str(folder),
             why="\n  ".join(lines),
-            hint="bring a copy of this folder back: every checkpoint of the run needs it, and it is written only once",
+            hint="restore this folder from a copy: every checkpoint of the run needs it, and it is written only once",
         )

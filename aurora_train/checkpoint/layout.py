@@ -1,8 +1,8 @@
 """The canonical form of a state on disk: a flat dict of names, one leaf per layer, whatever plan or mesh wrote it.
 
-Names are dotted paths: `params.blocks.units.0003.attention.query.kernel`. Converting goes leaf by leaf, so a restore
-holds one state and one leaf more. A save copies the whole state to the host, because it is written while training goes
-on; where host and device share their memory that is a second state until the save is done.
+Names are dotted paths: `params.blocks.units.0003.attention.query.kernel`. Conversion works leaf by leaf, so a restore
+holds one state and one more leaf. A save copies the whole state to the host, because it is written while training
+continues; where host and device share memory, that copy is a second state until the save is done.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[st
 
 
 def _copied(leaf) -> np.ndarray:
-    """A leaf on the host, in memory of its own and once.
+    """Exactly one copy of a leaf on the host, in memory of its own.
 
-    `device_get` of a sharded array (jax 0.10) keeps a second copy inside the array for as long as that lives, so its
-    shards are copied one by one. On a CPU a shard and its numpy view are one buffer, which the next step overwrites;
-    what numpy is given of a GPU's is a copy already.
+    `device_get` of a sharded array (jax 0.10) keeps a second copy inside the array for as long as the array lives, so
+    its shards are copied one by one. On a CPU a shard and its numpy view share a buffer, which the next step
+    overwrites; a numpy array made from a GPU's shard is already a copy.
     """
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
@@ -79,7 +79,7 @@ def _copied(leaf) -> np.ndarray:
 
 
 def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a restore must ask for: shapes, dtypes and shardings by canonical name."""
+    """What a restore has to request: shapes, dtypes and shardings by canonical name."""
     flat = {}
     for (names, stacked, leaf), sharding in zip(entries(tree), jax.tree.leaves(shardings), strict=True):
         shape = leaf.shape[1:] if stacked else leaf.shape
@@ -92,7 +92,7 @@ def assemble(flat: dict[str, Any], tree, shardings):
     """Canonical arrays -> the pytree of `tree` (abstract), in its dtypes. Empties `flat` as it goes.
 
     Every leaf passes through a jitted copy with its sharding, because arrays straight from a restore may not be
-    donatable and may lie where a fresh start would not put them.
+    donatable and may be placed differently from those of a fresh start.
     """
     leaves = []
     for (names, stacked, leaf), sharding in zip(entries(tree), jax.tree.leaves(shardings), strict=True):
@@ -104,7 +104,7 @@ def assemble(flat: dict[str, Any], tree, shardings):
 
 
 def difference(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What keeps a stored state from being restored as another one, in words; [] where nothing does."""
+    """Why a stored state cannot be restored as `wanted`, one line per leaf; [] if it can."""
     lines = [f"{name}: not in the checkpoint" for name in wanted if name not in stored]
     lines += [f"{name}: in the checkpoint, not in this model" for name in stored if name not in wanted]
     for name in wanted.keys() & stored.keys():

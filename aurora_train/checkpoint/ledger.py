@@ -1,7 +1,7 @@
-"""Which checkpoints a run has committed, and their scores: so that one that vanished is missed, and not taken for new.
+"""Records which checkpoints a run has committed, and their scores, so that one that has vanished is noticed.
 
-A folder without a manifest is what a killed save leaves, or a checkpoint that lost its manifest. Only a record that
-lies elsewhere tells them apart: a step is entered here after it is sealed, and struck out before it is given up.
+A folder without a manifest is either the remains of a killed save or a checkpoint that lost its manifest. Only a
+separate record distinguishes the two: a step is entered here after it is sealed, and struck out before it is deleted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "index.json"
 
 
 class Entries(NamedTuple):
-    """`fault`: why the record cannot be read, or None; then nothing is known of what was committed."""
+    """`fault`: why the record cannot be read (then it is not known what was committed), or None."""
 
     committed: frozenset[int]
     scores: dict[int, float]
@@ -36,11 +36,11 @@ class Ledger:
         self._lock = threading.Lock()
 
     def read(self) -> Entries:
-        """What is on record; nothing where there is none yet."""
+        """The entries on record; empty if nothing has been committed yet."""
         try:
             text = self.path.read_text()
         except FileNotFoundError:
-            # The first save may have been killed right before its entry; a second one was never sealed without.
+            # The first save may have been killed just before its entry was made; by the second, the record exists.
             sealed = [path for path in self.path.parent.glob("*") if path.name.isdigit() and durable.is_sealed(path)]
             return Entries(frozenset(), {}, "missing" if len(sealed) > 1 else None)
         except (OSError, UnicodeDecodeError) as error:
@@ -48,11 +48,11 @@ class Ledger:
         try:
             stored = json.loads(text)
             scores = {int(step): float(score) for step, score in stored["scores"].items()}
-            if "committed" not in stored:  # of a version that kept scores alone
+            if "committed" not in stored:  # written by a version that recorded only scores
                 return Entries(frozenset(), scores)
             committed = frozenset(int(step) for step in stored["committed"])
             if stored["digest"] != _digest(stored["committed"], stored["scores"]):
-                return Entries(frozenset(), {}, "not what was written")
+                return Entries(frozenset(), {}, "its content has changed since it was written")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return Entries(frozenset(), {}, f"unreadable ({error})")
         return Entries(committed, scores, lower_is_better=not stored.get("higher_is_better", False))
@@ -64,21 +64,21 @@ class Ledger:
             self._write(entries.committed | {step}, entries.scores, entries.lower_is_better)
 
     def strike(self, steps) -> None:
-        """Steps that are given up, or were set aside."""
+        """Remove the entries of steps that are about to be deleted, or were set aside."""
         with self._lock:
             entries = self.read()
             if not entries.committed.isdisjoint(steps):
                 self._write(entries.committed - set(steps), entries.scores, entries.lower_is_better)
 
     def attach_score(self, step: int, score: float, *, lower_is_better: bool = True) -> None:
-        """The score of a step. Those of another direction, which measured something else, are dropped."""
+        """Record the score of a step. Scores with the other direction measured something else and are dropped."""
         with self._lock:
             entries = self.read()
             comparable = entries.scores if entries.lower_is_better == lower_is_better else {}
             self._write(entries.committed, {**comparable, step: score}, lower_is_better)
 
     def begin_anew(self, steps) -> Path | None:
-        """Set a record aside that cannot be read, and start one of these steps. Returns where the old one lies."""
+        """Set an unreadable record aside and start a new one with these steps. Returns the old one's new path."""
         with self._lock:
             aside = self.path.with_name(f"damaged-{NAME}") if self.path.exists() else None
             if aside is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 def reasons(
     steps: list[int], scores: dict[int, float], *, keep: int, keep_every: int | None, best: int, lower_is_better: bool
 ) -> dict[int, str]:
-    """Step -> why it is kept, of ascending `steps`: the newest `keep`, every `keep_every`-th, the `best` by score."""
+    """Step -> why it is kept: the newest `keep`, every `keep_every`-th, the `best` by score. `steps` must ascend."""
     why: dict[int, list[str]] = {}
     scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
     ranked = sorted(scored, key=lambda step: scores[step], reverse=not lower_is_better)
@@ -24,6 +24,6 @@ def reasons(
 
 
 def is_among_best(score: float, earlier: Iterable[float], best: int, *, lower_is_better: bool = True) -> bool:
-    """Whether a score is one of the `best` so far; of equal ones the earlier is better."""
+    """Whether a score is one of the `best` so far; among equal scores the earlier one is better."""
     sign = 1 if lower_is_better else -1
     return math.isfinite(score) and sum(sign * other <= sign * score for other in earlier) < best

@@ -1,7 +1,7 @@
 """The checkpoints of one run: asynchronous saves through Orbax, sealed, verified at restore, and retained by our rules.
 
-Retention is ours because a score attaches after the evaluation that follows the save. A checkpoint that is given up
-is renamed into the trash first, so that a crash while deleting never leaves half of one under its own name.
+Retention is ours because a score is attached only after the evaluation that follows the save. A checkpoint is moved
+to the trash before it is deleted, so that a crash during deletion never leaves half of one under its own name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,28 +20,19 @@ from aurora_train.checkpoint import durable, frozen, layout, ledger
 from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
+from aurora_train.checkpoint.save_failed import SaveFailed, silence_closed_loops, system_error
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE, sync
 
-# Orbax counts its 20 minutes by the wall clock, which may be set; a save that hangs is the watchdog's to end.
+# Orbax measures its timeout of 20 minutes by the wall clock, which may jump; the watchdog ends a save that hangs.
 _NEVER_S = 10 * 365 * 86_400
-MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write beside the arrays
-_WHOLE = "earlier checkpoints are whole, and `aurora resume RUN` goes on from the newest"
-
-
-class SaveFailed(UserError):
-    """A save could not be written. `needed`: bytes that it takes; `no_space`: whether more room would help."""
-
-    def __init__(self, step: int, reason: str, folder: Path, *, needed: int = 0, no_space: bool = False, why=None):
-        mend = "make room" if no_space else "make the disk writable again"
-        super().__init__(f"cannot save step {step}: {reason}", where=str(folder), why=why, hint=f"{mend}; {_WHOLE}")
-        self.reason, self.needed, self.no_space = reason, needed, no_space
+MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write in addition to the arrays
 
 
 class Damage(NamedTuple):
-    """A checkpoint whose bytes are not those that were saved, or the record of them (`step` is None).
+    """A checkpoint, or the record of checkpoints (`step` is None), whose bytes differ from those that were saved.
 
-    `moved_to` is None where there is nothing left to set aside.
+    `moved_to` is None if there was nothing left to set aside.
     """
 
     step: int | None
@@ -55,17 +45,17 @@ class Damage(NamedTuple):
 
 
 class CheckpointStore:
-    """Checkpoints under `folder`, one subfolder a step. One writer at a time: the run's lock sees to that."""
+    """Checkpoints under `folder`, one subfolder per step. The run's lock guarantees that there is only one writer."""
 
     def __init__(self, folder: Path, trash: Path, *, keep: int = 2, keep_every: int | None = None, best: int = 1):
         self.folder, self.trash = folder, trash
         self.keep, self.keep_every, self.best = keep, keep_every, best
         self.ledger = Ledger(folder)
-        self._orbax, self._outdated = None, False  # outdated: it remembers a step as saved that was taken back
+        self._orbax, self._outdated = None, False  # outdated: Orbax lists a step whose save was undone
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._pending: Future | None = None
-        self._unsettled: set[int] = set()  # steps whose save failed when a manifest may already have stood
-        self._frozen: str | None = None  # digest of the frozen parameters, once this process wrote or restored them
+        self._unsettled: set[int] = set()  # steps whose save failed after a manifest may have been written
+        self._frozen: str | None = None  # digest of the frozen parameters, once written or restored here
 
     # ---- reading
 
@@ -78,15 +68,15 @@ class CheckpointStore:
         return self.ledger.read().scores
 
     def record(self, step: int) -> dict:
-        """What was written beside a checkpoint (its manifest, without the files)."""
+        """What a checkpoint's manifest records besides its files."""
         manifest = json.loads((self.folder / str(step) / durable.MANIFEST).read_text())
         return {key: value for key, value in manifest.items() if key not in ("files", "digest")}
 
     def newest_intact(self) -> tuple[int | None, list[Damage]]:
-        """The newest step whose every byte verifies; damaged ones newer than it are set aside, never deleted.
+        """The newest step whose every byte verifies; newer ones are damaged and are set aside, never deleted.
 
-        (None, []) where nothing was ever saved. UserError where there are checkpoints and none is intact, or where
-        the frozen parameters that they share are not.
+        (None, []) if nothing was ever saved. UserError if there are checkpoints but none is intact, or if the frozen
+        parameters that they share are damaged.
         """
         entries, bad = self.ledger.read(), {}
         intact = None
@@ -102,17 +92,17 @@ class CheckpointStore:
                 "every checkpoint of this run is damaged",
                 where=str(self.folder),
                 why="\n  ".join(f"{step}: {lines[0]}" for step, lines in bad.items()),
-                hint="bring a copy of one back, or start over with `aurora train CONFIG --fresh` (this run is kept)",
+                hint="restore one from a copy, or start over with `aurora train CONFIG --fresh` (this run is kept)",
             )
-        found = [Damage(step, lines, self._set_aside(step)) for step, lines in bad.items()]
+        damages = [Damage(step, lines, self._set_aside(step)) for step, lines in bad.items()]
         if entries.fault:
             moved_to = self.ledger.begin_anew(self.steps())
-            return intact, [Damage(None, [f"{ledger.NAME}: {entries.fault}"], moved_to), *found]
+            return intact, [Damage(None, [f"{ledger.NAME}: {entries.fault}"], moved_to), *damages]
         self.ledger.strike(bad)
-        return intact, found
+        return intact, damages
 
     def _lost(self, entries) -> set[int]:
-        """Steps that were committed, or may have been, and have no manifest any more."""
+        """Steps that were, or may have been, committed and no longer have a manifest."""
         unsealed = {int(p.name) for p in self._folders() if not durable.is_sealed(p)}
         gone = {step for step in entries.committed if not (self.folder / str(step)).is_dir()}
         return gone | (unsealed if entries.fault else unsealed & entries.committed)
@@ -121,7 +111,7 @@ class CheckpointStore:
         return [p for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.is_dir() else []
 
     def restore(self, step: int, tree, shardings) -> Any:
-        """The state saved at `step` as the pytree `tree` (abstract) with its shardings. UserError where it differs."""
+        """The state saved at `step` as the pytree `tree` (abstract) with its shardings. UserError if it differs."""
         wanted = layout.abstract(tree, shardings)
         layout.refuse_difference(self.shapes(step), wanted, where=str(self.folder / str(step)))
         self._frozen = self._frozen_digest(step)
@@ -133,12 +123,12 @@ class CheckpointStore:
         return self._load(step, wanted)
 
     def shapes(self, step: int) -> dict[str, Any]:
-        """Shape and dtype of every stored leaf by canonical name, the frozen ones too."""
+        """Shape and dtype of every stored leaf by canonical name, including the frozen ones."""
         stored, digest = dict(self._checkpointer().metadata(step).metadata), self._frozen_digest(step)
         return stored if digest is None else stored | frozen.shapes(self.folder / frozen.FOLDER, digest)
 
     def refuse_frozen_damage(self, step: int) -> None:
-        """Raise UserError where the frozen parameters that a checkpoint needs are not there whole."""
+        """Raise UserError if the frozen parameters that a checkpoint needs are missing or damaged."""
         digest = self._frozen_digest(step)
         if digest is not None:
             frozen.refuse_damage(self.folder / frozen.FOLDER, digest)
@@ -146,35 +136,35 @@ class CheckpointStore:
     # ---- writing
 
     def sweep(self) -> None:
-        """Remove what a crash left: saves that were never finished, and the trash."""
+        """Remove what a crash left behind: unfinished saves and the trash."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lost = {str(step) for step in self._lost(self.ledger.read())}
         for path in self.folder.iterdir():
             ours = path.name.isdigit() or path.name == frozen.FOLDER
             kept = path.name.startswith(ASIDE) or path.name in lost or (ours and durable.is_sealed(path))
             if path.is_dir() and not kept:
-                self._throw_away(path)
+                self._delete(path)
         shutil.rmtree(self.trash, ignore_errors=True)
 
     def save(self, step: int, tree, record: dict) -> None:
-        """Copy the state to the host and write it in the background. Waits for the save before, if it still runs.
+        """Copy the state to the host and write it in the background, after waiting for the previous save to finish.
 
-        Frozen parameters are written by the first save of a run alone, which waits for them.
+        Frozen parameters are written only by the first save of a run, which blocks until they are on disk.
         """
         self.wait()
-        with self._told(step):
+        with self._reported(step):
             self._take_back(step)
         record = {**record, **self._write_frozen(step, tree)}
         flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
         self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
-        with self._told(step):
+        with self._reported(step):
             response = self._checkpointer().save_async(step, flat, force=True)
         assert response is not None, "Orbax skipped a save"
         self._pending = self._sealer.submit(self._finish, step, response, record)
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
-        """Before anything is written: the array writer's threads report a disk that fills under them in noise."""
-        with self._told(step):
+        """Checked before anything is written: if the disk fills later, the array writer's threads print tracebacks."""
+        with self._reported(step):
             free, needed = shutil.disk_usage(self.folder).free, num_bytes + MARGIN_BYTES
         if free < needed:
             raise SaveFailed(
@@ -183,7 +173,7 @@ class CheckpointStore:
             )  # fmt: skip
 
     def _finish(self, step, response, record) -> int:
-        with self._told(step):
+        with self._reported(step):
             response.result()
             self._unsettled.add(step)
             durable.seal(self.folder / str(step), {"step": step, **record})
@@ -192,38 +182,38 @@ class CheckpointStore:
         return step
 
     def _take_back(self, step: int) -> None:
-        """Undo a save that failed after its manifest or its entry was written: what was not synced may be gone."""
+        """Undo a save that failed after its manifest or its entry was written: unsynced data may be lost."""
         if step not in self._unsettled:
             return
         self.ledger.strike([step])
         path = self.folder / str(step)
         if path.exists():
-            self._throw_away(path)
+            self._delete(path)
         self._unsettled.discard(step)
 
     def _write_frozen(self, step: int, tree) -> dict:
-        """What a manifest says of the frozen parameters: nothing where there are none."""
+        """The manifest's entry for the frozen parameters; {} if there are none. Writes them if that is still to do."""
         if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
             return {}
         if self._frozen is None:
             flat = layout.snapshot(tree, frozen.is_frozen)
             self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
             folder = self.folder / frozen.FOLDER
-            with self._told(step):
-                if folder.exists():  # of an attempt that was killed before its first checkpoint
-                    self._throw_away(folder)
+            with self._reported(step):
+                if folder.exists():  # left by an attempt that was killed before its first checkpoint
+                    self._delete(folder)
                 self._frozen = frozen.write(folder, flat)
         return {"frozen": self._frozen}
 
     @contextlib.contextmanager
-    def _told(self, step: int):
-        """Within, a system's error becomes a SaveFailed, and what was written of the save is removed."""
+    def _reported(self, step: int):
+        """In this context a system error becomes a SaveFailed, and the partly written save is removed."""
         try:
             yield
         except (OSError, ValueError, UserError) as error:
             # The array writer reports the system's errors as ValueError, with the reason in its text.
-            reason = getattr(error, "strerror", None) or _system_error(str(error))
-            if isinstance(error, TimeoutError):  # of Orbax's own, for a shorter wait: it has no number
+            reason = getattr(error, "strerror", None) or system_error(str(error))
+            if isinstance(error, TimeoutError):  # raised by Orbax's own shorter waits, without an errno
                 reason = reason or "it did not end in time"
             if reason is None:
                 raise
@@ -232,8 +222,8 @@ class CheckpointStore:
             raise SaveFailed(step, reason, self.folder, needed=MARGIN_BYTES, no_space=no_space) from error
 
     def _discard(self, step: int) -> None:
-        """Remove what there is of an unfinished save: it takes room that the next one needs."""
-        with contextlib.suppress(OSError, UserError):  # the next attempt tries again, and says so
+        """Remove the remains of an unfinished save: the next one needs the space."""
+        with contextlib.suppress(OSError, UserError):  # the next attempt tries again and reports the error
             self._take_back(step)
         self._outdated = True
         for path in self.folder.glob(f"{step}*"):
@@ -241,9 +231,9 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def make_room(self, needed: int) -> list[int]:
-        """Give up rolling checkpoints, oldest first, until `needed` bytes are free. Returns their steps.
+        """Delete rolling checkpoints, oldest first, until `needed` bytes are free. Returns their steps.
 
-        The newest is never given up, nor what `keep_every` or `best` keep.
+        The newest is never deleted, nor are those that `keep_every` or `best` keep.
         """
         given_up = []
         for step in self.spare():
@@ -254,7 +244,7 @@ class CheckpointStore:
         return given_up
 
     def spare(self) -> list[int]:
-        """The steps that `make_room` may give up, oldest first."""
+        """The steps that `make_room` may delete, oldest first."""
         entries = self.ledger.read()
         good = reasons(
             self.steps(), entries.scores, keep=1, keep_every=self.keep_every, best=self.best,
@@ -263,26 +253,26 @@ class CheckpointStore:
         return [step for step in self.steps() if step not in good]
 
     def _give_up(self, steps: list[int]) -> None:
-        """Strike them out and remove them; on a full disk the other way round, which makes the room to strike out."""
+        """Strike the steps from the ledger, then delete them. On a full disk deletion comes first, to make room."""
         try:
             self.ledger.strike(steps)
             struck = True
         except UserError:
             struck = False
         for step in steps:
-            self._throw_away(self.folder / str(step))
+            self._delete(self.folder / str(step))
         if not struck:
             self.ledger.strike(steps)
 
     def finished(self) -> int | None:
-        """The step of a save that became durable since the last call, or None. Raises what the save raised."""
+        """The step of a save that has become durable since the last call, or None. Raises the save's own error."""
         if self._pending is None or not self._pending.done():
             return None
         pending, self._pending = self._pending, None
         return pending.result()
 
     def wait(self) -> int | None:
-        """Block until a running save is durable; its step, or None where none was running."""
+        """Block until the running save is durable. Returns its step, or None if no save was running."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -293,7 +283,7 @@ class CheckpointStore:
         self.ledger.attach_score(step, score, lower_is_better=lower_is_better)
 
     def retain(self) -> list[int]:
-        """Give up what no rule keeps: the newest `keep`, every `keep_every`-th, the `best` by score. Returns steps."""
+        """Delete all but the newest `keep`, every `keep_every`-th and the `best` by score. Returns those deleted."""
         steps, entries = self.steps(), self.ledger.read()
         kept = reasons(
             steps, entries.scores, keep=self.keep, keep_every=self.keep_every, best=self.best,
@@ -304,10 +294,10 @@ class CheckpointStore:
         return given_up
 
     def close(self) -> None:
-        """Wait for the running save and let go of Orbax's threads."""
+        """Wait for the running save and shut down Orbax's threads."""
         self.wait()
         self._sealer.shutdown()
-        self._let_go()
+        self._close_orbax()
 
     # ---- inside
 
@@ -315,46 +305,46 @@ class CheckpointStore:
         return self.record(step).get("frozen")
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        """The named leaves, of a checkpoint and of the frozen folder."""
+        """The named leaves, read from a checkpoint and from the frozen folder."""
         from orbax.checkpoint import v1 as ocp
 
         context, loaded = ocp.Context(), {}
         context.pytree.loading.partial_load = True
-        for folder, there in ((str(step), False), (frozen.FOLDER, True)):
-            part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == there}
+        for folder, holds_frozen in ((str(step), False), (frozen.FOLDER, True)):
+            part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == holds_frozen}
             if part:
                 with context:
                     loaded |= ocp.load(self.folder / folder, part, checkpointable_name="state")
         return loaded
 
-    def _let_go(self) -> None:
+    def _close_orbax(self) -> None:
         orbax, self._orbax = self._orbax, None
-        told_before = (OSError, ValueError) if self._outdated else ()  # of the save that failed
-        with contextlib.suppress(*told_before):
+        already_reported = (OSError, ValueError) if self._outdated else ()  # errors of the save that failed
+        with contextlib.suppress(*already_reported):
             if orbax is not None:
                 orbax.close()
 
     def _checkpointer(self):
         if self._outdated:
-            self._let_go()
+            self._close_orbax()
         self._outdated = False
         if self._orbax is None:
-            for name in ("absl", "asyncio"):  # they print tracebacks of errors that Orbax also raises
+            for name in ("absl", "asyncio"):  # these loggers print tracebacks of errors that Orbax also raises
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-            _without_echoes()
+            silence_closed_loops()
             from orbax.checkpoint import v1 as ocp
 
             context = ocp.Context()
             context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
             context.memory.deepcopy_host_arrays = False  # `snapshot` already made the copy
             context.asynchronous.timeout_secs = _NEVER_S
-            # Made in the background, a folder that cannot be made leaves threads that wait for it, at exit too.
+            # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
             context.asynchronous.create_directories_asynchronously = False
             keep_all = ocp.training.preservation_policies.PreserveAll()
             self._orbax = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=keep_all)
         return self._orbax
 
-    def _throw_away(self, path: Path) -> None:
+    def _delete(self, path: Path) -> None:
         target = self.trash / path.name
         try:
             self.trash.mkdir(parents=True, exist_ok=True)
@@ -363,7 +353,8 @@ class CheckpointStore:
         except OSError as error:
             if error.errno not in (*NO_SPACE, errno.EXDEV):
                 raise
-            # No room for a name, or a disk of its own below the run: without its manifest it is no checkpoint either.
+            # The disk has no room for a new name, or the checkpoints lie on a disk of their own. Without its manifest
+            # the folder does not count as a checkpoint either.
             (path / durable.MANIFEST).unlink(missing_ok=True)
             target = path
         sync(self.folder)
@@ -382,27 +373,11 @@ class CheckpointStore:
         return target
 
 
-def _without_echoes() -> None:
-    """Keep quiet of a failed save's other writers: each tells an event loop that has ended, one traceback a file."""
-    before = sys.unraisablehook
-
-    def told(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = told
-
-
-def _system_error(text: str) -> str | None:
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
-    return next((os.strerror(code) for code in codes if os.strerror(code) in text), None)
-
-
 def require_step(store: CheckpointStore, step: int | None, where: str) -> int:
-    """The step to read: the one asked for, or the newest. UserError where there is none."""
+    """The step to read: the requested one, or the newest. UserError if it does not exist."""
     steps = store.steps()
     if not steps:
-        raise UserError("this run has no checkpoint yet", where=where, hint="`aurora resume RUN` goes on training it")
+        raise UserError("this run has no checkpoint yet", where=where, hint="`aurora resume RUN` continues it")
     if step is None:
         return steps[-1]
     if step not in steps:
@@ -411,7 +386,7 @@ def require_step(store: CheckpointStore, step: int | None, where: str) -> int:
 
 
 def refuse_damage(store: CheckpointStore, step: int) -> None:
-    """Raise UserError where a checkpoint's bytes are not those that were saved. Readers do not walk back silently."""
+    """Raise UserError if a checkpoint's bytes differ from those that were saved. Readers never walk back silently."""
     lines = durable.faults(store.folder / str(step))
     if lines:
         others = ", ".join(map(str, store.steps()))
@@ -419,6 +394,6 @@ def refuse_damage(store: CheckpointStore, step: int) -> None:
             f"the checkpoint of step {step} is damaged",
             where=str(store.folder / str(step)),
             why="\n  ".join(lines),
-            hint=f"choose another with --step (there are: {others}), or let `aurora resume RUN` walk back",
+            hint=f"choose another with --step (available: {others}), or let `aurora resume RUN` walk back to one",
         )
     store.refuse_frozen_damage(step)

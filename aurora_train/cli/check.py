@@ -25,14 +25,14 @@ def command(
     prepare: Annotated[bool, typer.Option("--prepare", help="Prepare the data first.")] = False,
     rehearse: Annotated[
         bool | None,
-        typer.Option(help="Ask the recipe for everything once, in seconds; else only where it is your own file."),
+        typer.Option(help="Call every part of the recipe once, in seconds; by default only if it is your own file."),
     ] = None,
     json: JsonOption = False,
 ):
     """Check a config without training; print it resolved, with every derived value and its formula.
 
-    Where its data are prepared, a recipe of your own is rehearsed: a batch is made twice and compared; the loss, the
-    predictions, the score and the samples are each asked for once.
+    If its data are prepared, a recipe of your own is rehearsed: a batch is made twice and compared; the loss, the
+    predictions, the score and the samples are each computed once.
     """
     checked = load(config, overrides or ())
     refuse_missing_start(checked)

@@ -11,17 +11,17 @@ EXAMPLE = "aurora checkpoints runs/quickstart-1a2b3c4d"
 
 
 def command(run: RunArgument, json: JsonOption = False):
-    """List a run's checkpoints: step, size, when, score, why it is kept, and whether its files are all there."""
+    """List a run's checkpoints: step, size, time, score, why each is kept, and whether its files are complete."""
     from aurora_train.checkpoint.audit import listing
     from aurora_train.config.schema import Checkpoint
     from aurora_train.config.yaml import read_file
     from aurora_train.run import Run
 
-    found = Run.existing(run)
-    policy = Checkpoint(**read_file(found.config).value.get("checkpoint", {}))  # the recipe's code is not needed
-    rows = listing(found.checkpoints, keep=policy.keep, keep_every=policy.keep_every, best=policy.best)
+    known = Run.existing(run)
+    policy = Checkpoint(**read_file(known.config).value.get("checkpoint", {}))  # the recipe's code is not needed
+    rows = listing(known.checkpoints, keep=policy.keep, keep_every=policy.keep_every, best=policy.best)
     if json:
-        print_json({"run": str(found.folder), "checkpoints": rows})
+        print_json({"run": str(known.folder), "checkpoints": rows})
     elif not rows:
         print(f"no checkpoint yet; the first comes at step {policy.every}")
     else:
@@ -55,4 +55,4 @@ def _show(rows: list[dict]) -> None:
     for row in rows:
         if row["state"] not in _FINE:
             console.print(f"damaged: {row['folder']}: {row['state']}")
-    console.print("Names and sizes were looked at, bytes were not: `aurora verify RUN` reads them all.")
+    console.print("Only names and sizes were checked; `aurora verify RUN` reads every byte.")

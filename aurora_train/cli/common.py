@@ -1,4 +1,4 @@
-"""What several verbs share: the arguments they have in common, and the one place that prints for scripts."""
+"""What several verbs share: common arguments, and the one function that prints JSON for scripts."""
 
 from __future__ import annotations
 

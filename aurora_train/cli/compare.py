@@ -15,22 +15,22 @@ EXAMPLE = "aurora compare runs/first runs/second --open"
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a folder of runs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.html", help="The page; else compare.html by the first run.")
+        Path | None, typer.Option("--out", metavar="FILE.html", help="The page (default: beside the first run).")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     json: JsonOption = False,
 ):
-    """Compare runs: where their configs differ, scores, and the curves of training and validation loss on one page."""
+    """Compare runs: differences of their configs, scores, and curves of training and validation loss on one page."""
     from aurora_train.tools import compare
 
-    found = compare.compare(runs)
-    path = compare.write_page(found, out or Path(found.runs[0].row.folder).parent / "compare.html")
+    comparison = compare.compare(runs)
+    path = compare.write_page(comparison, out or Path(comparison.runs[0].row.folder).parent / "compare.html")
     if json:
-        print_json({**compare.document(found), "page": str(path)})
+        print_json({**compare.document(comparison), "page": str(path)})
     else:
         from aurora_train.memory.report import plain_console
 
-        compare.show(found, plain_console())
+        compare.show(comparison, plain_console())
         print(path)
     if open_it:
         import webbrowser

@@ -1,4 +1,4 @@
-"""`aurora evaluate`: the recipe's score of a trained run, beside its baselines."""
+"""`aurora evaluate`: the recipe's score of a trained run, next to its baselines."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ EXAMPLE = "aurora evaluate runs/first --on other.jsonl"
 
 def command(
     run: RunArgument,
-    step: Annotated[int | None, typer.Option("--step", help="The checkpoint to score; else the newest.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="The checkpoint to score; by default the newest.")] = None,
     on: Annotated[
         str | None, typer.Option("--on", metavar="PATH", help="Score on all of this data, not the test split.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Score with this recipe file; else the run's own.")
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Score with this recipe file, not the run's own.")
     ] = None,
     baselines: Annotated[
         bool | None,
-        typer.Option(help="Score the recipe's simple rivals too; by default those of before, where nothing changed."),
+        typer.Option(help="Score the baselines too; by default earlier scores are reused if nothing has changed."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Score a trained run on its test data, or on other data: then nothing of it is written into the run's own record.
+    """Score a trained run on its test data, or on other data, which does not enter the run's own record.
 
     Writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
     """

@@ -12,7 +12,7 @@ from aurora_train.errors import UserError
 
 EXAMPLE = "aurora generate runs/first --prompt 'def main(' --temperature 0.7"
 
-# What a recipe and the sampler call a setting -> the option that sets it.
+# The name of a setting in a recipe or the sampler -> the option that sets it.
 _OPTIONS = {
     "prompt": "--prompt", "max_tokens": "--max-tokens", "max_new_tokens": "--max-tokens", "top_k": "--top-k",
     "temperature": "--temperature", "top_p": "--top-p", "seed": "--seed",
@@ -21,22 +21,22 @@ _OPTIONS = {
 
 def command(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; none: from nothing.")] = "",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to make at most.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw from this many likeliest tokens.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; without one, a new text.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="The most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw from this many most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Draw from this share of the probability.")] = 0.95,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
-    step: Annotated[int | None, typer.Option("--step", help="The checkpoint to read; else the newest.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="The checkpoint to read; by default the newest.")] = None,
     json: JsonOption = False,
 ):
-    """Continue a prompt with a trained run; the text is printed as it is made."""
+    """Continue a prompt with a trained run; the text is printed while it is generated."""
     from aurora_train.loading import load
 
     trained = load(run, step, by="generate")
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    before, shown = prompt, False  # the prompt is shown with the first text, when nothing can be refused any more
+    before, shown = prompt, False  # the prompt is shown with the first text, once no error can refuse it any more
 
     def show(text: str) -> None:
         nonlocal before, shown
@@ -58,7 +58,7 @@ def command(
 
 
 def by_option(fault: UserError) -> UserError:
-    """The same fault, told of the option that a user can turn."""
+    """The same error, naming the command-line option instead of the setting."""
     where = _OPTIONS.get(fault.where, fault.where)
     what, hint = (text and text.replace("max_new_tokens", "--max-tokens") for text in (fault.what, fault.hint))
     return UserError(what, where=where, why=fault.why, hint=hint)

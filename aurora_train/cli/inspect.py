@@ -1,4 +1,4 @@
-"""`aurora inspect`: show what the batch of a step really holds."""
+"""`aurora inspect`: show what the batch of a step contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`aurora inspect-batch`: the batch that a step of a run was made from."""
+"""`aurora inspect-batch`: show the batch that a step of a run was trained on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ EXAMPLE = "aurora inspect-batch runs/quickstart-1a2b3c4d 120 --rows 2"
 
 def command(
     run: RunArgument,
-    step: Annotated[int, typer.Argument(min=1, help="A step of the run, from 1, or one that it went back for.")],
+    step: Annotated[int, typer.Argument(min=1, help="A step of the run, from 1, or one that it rewound.")],
     rows: Annotated[int, typer.Option(min=0, help="How many rows to print.")] = 4,
     json: JsonOption = False,
 ):
-    """Show the batch of a run's step: text, documents, tokens, and which examples hold numbers that are not finite."""
+    """Show the batch of a run's step: text, documents, tokens, and which examples have non-finite numbers."""
     from rich.console import Console
 
     from aurora_train.config import load_resolved

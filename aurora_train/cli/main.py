@@ -1,8 +1,8 @@
-"""The command `aurora`: finds the verb, runs it, and turns what went wrong into one message and an exit status.
+"""The command `aurora`: finds the verb, runs it, and turns a failure into one message and an exit status.
 
-A verb is one module of this package with either `command`, a function typer can read, and `EXAMPLE`, one line for
-its help; or `app`, a typer group. Only the verb that was asked for is imported, and no verb imports jax at its top,
-so `aurora --help` and `aurora check` answer at once.
+A verb is one module of this package with either `command`, a function for typer, and `EXAMPLE`, one line for its help;
+or `app`, a typer group. Only the requested verb is imported, and no verb imports jax at module level, so that
+`aurora --help` and `aurora check` answer at once.
 
 Exit status: 0 done, 1 a failure the verb reports, 2 something the user can fix, 75 stopped and resumable,
 130 interrupted; all of them are in docs/always-on.md.
@@ -25,7 +25,8 @@ from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
 
-_STOPPED = (75, 77)  # `train.signals.EXIT_STOPPED`, `train.guard.EXIT_LOW_MEMORY`, without importing what trains
+# `train.signals.EXIT_STOPPED` and `train.guard.EXIT_LOW_MEMORY`, repeated here because those modules import jax.
+_STOPPED = (75, 77)
 _INTERRUPTED = 130  # 128 and SIGINT
 
 VERBS = (
@@ -33,9 +34,9 @@ VERBS = (
     "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
 )
 
-_STEPPING = ("train", "resume", "profile", "evaluate")  # what runs compiled steps for long
+_STEPPING = ("train", "resume", "profile", "evaluate")  # these run compiled steps for a long time
 
-# What an error of typer's own (an unknown option, a missing argument) derives from, under every typer we support.
+# The base class of typer's own errors (an unknown option, a missing argument) in every release we support.
 _UsageError = typer.BadParameter.__base__
 
 _STAY_HOME = {
@@ -43,8 +44,8 @@ _STAY_HOME = {
 }
 
 
-# Allocations, and younger collections, before the cycles of each generation are looked for. With Python's own figures
-# that is a twentieth of a cold start, for tracing makes millions of objects that stay; and it may hold up any step.
+# Thresholds of Python's garbage collector. With the default ones it takes a twentieth of a cold start, because tracing
+# makes millions of objects that stay, and it may delay any step.
 _COLLECT = (100_000, 20, 100)
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = _app(arguments)(arguments, prog_name="aurora", standalone_mode=False)
         sys.stdout.flush()
-        if status == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        if status == _INTERRUPTED:  # typer turns a KeyboardInterrupt into this status
             print("interrupted", file=sys.stderr)
         return status if isinstance(status, int) else 0
     except UserError as fault:
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has gone; the interpreter's own flush at exit must not complain about it.
+        # The reader (`| head`) has closed the pipe; the interpreter's own flush at exit must not report that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # as typer does for a pipe that breaks inside a verb
 
@@ -113,12 +114,12 @@ def _print_version(asked: bool) -> None:
         try:
             print(f"aurora_train {metadata.version('aurora_train')}")
         except metadata.PackageNotFoundError:
-            print("aurora_train of a checkout that is not installed")
+            print("aurora_train from a checkout that is not installed")
         raise typer.Exit()
 
 
 def _holds_up(thread: threading.Thread) -> bool:
-    """Whether the interpreter would wait for this thread at its end."""
+    """Whether the interpreter would wait for this thread at exit."""
     return not thread.daemon and thread is not threading.main_thread()
 
 
@@ -133,16 +134,16 @@ def _status() -> int:
 
 
 def run() -> None:
-    """The process's entry: `main`, then out."""
+    """The entry point of the process: run `main` and exit with its status."""
     if _verb(sys.argv[1:]) in _STEPPING:
         restart_with_huge_pages()
     status = _status()
     sys.stdout.flush()
     sys.stderr.flush()
     if status in (*_STOPPED, _INTERRUPTED) or processes.joined() or any(map(_holds_up, threading.enumerate())):
-        # A stop may leave XLA compiling in a thread of its own; taking the interpreter down around it would crash. A
-        # save that failed may leave a thread of Orbax that waits for ever; whatever counts is on disk by now. And a
-        # process among several must not wait for the others, which jax would do at exit.
+        # Skip the interpreter's shutdown. After a stop, XLA may still be compiling in a thread, and shutting down
+        # around it would crash. A failed save may leave an Orbax thread that waits forever; all that matters is on
+        # disk by now. And one of several processes must not wait for the others, as jax would do at exit.
         os._exit(status)
     sys.exit(status)
 

@@ -1,4 +1,4 @@
-"""`aurora plan`: what a run would need in memory, what is recomputed to make it fit, and why."""
+"""`aurora plan`: how much memory a run would need, what is recomputed to make it fit, and why."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def command(
     ] = None,
     overrides: Overrides = None,
     machine: Annotated[
-        str | None, typer.Option("--machine", metavar="NAME", help="Plan for this machine; else for the one at hand.")
+        str | None, typer.Option("--machine", metavar="NAME", help="Plan for this machine, not the local one.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", metavar="SIZE", help="Bytes a device, such as 96GB; else memory.budget.")
+        str | None, typer.Option("--budget", metavar="SIZE", help="Bytes per device, such as 96GB, not memory.budget.")
     ] = None,
     compile: Annotated[
         bool | None,
         typer.Option(
-            "--compile/--no-compile", help="Compile the step to check its bytes; the default but with --capacity."
+            "--compile/--no-compile", help="Compile the step to check its bytes; the default without --capacity."
         ),
     ] = None,
-    capacity: Annotated[bool, typer.Option("--capacity", help="Show what sizes of model the machine holds.")] = False,
+    capacity: Annotated[bool, typer.Option("--capacity", help="Show which sizes of model fit on the machine.")] = False,
     pareto: Annotated[
         Path | None, typer.Option("--pareto", metavar="FILE.svg", help="Draw memory against recomputation.")
     ] = None,
@@ -57,7 +57,7 @@ def command(
 
 
 def make(config: str, overrides, machine: str | None, budget: str | None, *, verify: bool, quiet: bool):
-    """The plan of a config for a machine (None: this one), with the progress of making it on standard error."""
+    """The plan of a config for a machine (None: this one). Progress is shown on standard error."""
     from aurora_train.config import load
 
     loaded = load(config, overrides)
@@ -77,7 +77,7 @@ def make(config: str, overrides, machine: str | None, budget: str | None, *, ver
 
 
 def budget_of(text: str | None) -> int | None:
-    """`--budget` in bytes; "auto" and nothing leave it to the config."""
+    """`--budget` in bytes; None, which leaves it to the config, for "auto" or if it is not given."""
     from aurora_train.config import parse_bytes
 
     if text is None or text == "auto":
@@ -89,12 +89,13 @@ def budget_of(text: str | None) -> int | None:
 
 
 def refuse_beside_capacity(config, budget, pareto) -> None:
-    """What says something about one run says nothing about a machine."""
+    """UserError for an argument about one run beside `--capacity`, which is about a machine."""
     given = {"CONFIG": config, "--budget": budget, "--pareto": pareto}
     for name, value in given.items():
         if value is not None:
             raise UserError(
-                f"--capacity is about a machine, {name} about one run", where=name, hint="aurora plan --capacity"
+                f"--capacity describes a machine, but {name} describes one run", where=name,
+                hint="aurora plan --capacity",
             )
 
 
@@ -108,8 +109,8 @@ def show_capacity(machine: str | None, json: bool, *, verify: bool) -> None:
     from aurora_train.tools.capacity import capacity
 
     with preparation(quiet=json) as progress:
-        found = capacity(machine, progress, verify=verify)
+        figures = capacity(machine, progress, verify=verify)
     if json:
-        print_json(found)
+        print_json(figures)
     else:
-        report_capacity.show_capacity(found)
+        report_capacity.show_capacity(figures)

@@ -18,12 +18,12 @@ def command(
     config: ConfigArgument,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="How many steps to trace.")] = 5,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For the trace; else profiles/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: profiles/NAME.")] = None,
     json: JsonOption = False,
 ):
-    """Trace a few real steps: device busy, host, waiting for data, a save, and time by part of the model.
+    """Trace a few real steps: device time, host time, waits for data, a save, and time by part of the model.
 
-    The trace opens in Perfetto (perfetto_trace.json.gz) and in xprof (the whole folder). No run is touched.
+    The trace opens in Perfetto (perfetto_trace.json.gz) and in xprof (the whole folder). No run folder is changed.
     """
     from aurora_train.config import load
 
@@ -37,7 +37,7 @@ def command(
         ) from error
     if any(folder.iterdir()):
         raise UserError(
-            "a profile needs a folder of its own", where=str(folder), why="it is there and not empty",
+            "a profile needs a folder of its own", where=str(folder), why="the folder exists and is not empty",
             hint="--out with another name, or remove it",
         )  # fmt: skip
     from aurora_train.machine.profile import prepare_environment
@@ -47,34 +47,34 @@ def command(
     from aurora_train.tools.profile import profile
 
     with preparation(quiet=json) as progress:
-        found = profile(loaded, folder, steps=steps, progress=progress)
+        result = profile(loaded, folder, steps=steps, progress=progress)
     if json:
-        print_json(document(found))
+        print_json(document(result))
     else:
-        show(found)
+        show(result)
 
 
-def document(found) -> dict:
-    """For scripts: seconds a step, and the table."""
-    line = found.timeline
+def document(result) -> dict:
+    """A `tools.profile.Profile` as a JSON document: seconds per step, and the table of operations."""
+    line = result.timeline
     return {
-        "steps": found.steps, "step_s": line.step, "device_busy_s": line.busy, "host_s": line.host,
-        "save_blocks_s": found.save, "compile_s": found.compile, "product_flops": found.product_flops,
-        "plan": found.plan, "trace": str(found.trace),
+        "steps": result.steps, "step_s": line.step, "device_busy_s": line.busy, "host_s": line.host,
+        "save_blocks_s": result.save, "compile_s": result.compile, "product_flops": result.product_flops,
+        "plan": result.plan, "trace": str(result.trace),
         "operations": [row._asdict() for row in line.rows],
     }  # fmt: skip
 
 
-def show(found) -> None:
-    """For people."""
+def show(result) -> None:
+    """Print a `tools.profile.Profile` as a table and a few lines."""
     from rich.console import Console
     from rich.table import Table
 
     from aurora_train.machine.rates import flop_rate
     from aurora_train.units import count
 
-    line, console = found.timeline, Console()
-    table = Table(title=f"a step of {1e3 * line.step:.1f} ms, mean of {found.steps}", title_justify="left")
+    line, console = result.timeline, Console()
+    table = Table(title=f"a step of {1e3 * line.step:.1f} ms, mean of {result.steps}", title_justify="left")
     for name in ("part", "kind"):
         table.add_column(name)
     for name in ("ms", "share", "operations"):
@@ -84,12 +84,12 @@ def show(found) -> None:
             table.add_row(row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")
     console.print(table)
     host = ", ".join(f"{name} {1e3 * took:.1f} ms" for name, took in line.host.items())
-    flops = found.product_flops
-    rate = f"{count(flops)}FLOP in products, {flop_rate(flops / line.step)}" if flops else "FLOP not known"
+    flops = result.product_flops
+    rate = f"{count(flops)}FLOP in products, {flop_rate(flops / line.step)}" if flops else "FLOP unknown"
     console.print(
         f"{rate}; device busy {1e3 * line.busy:.1f} ms ({line.busy / line.step:.1%}); host: {host}\n"
-        f"a save holds up the steps for {1e3 * found.save:.0f} ms; compiled in {found.compile:.1f} s\n"
-        f"{found.plan}\n"
-        f"for Perfetto: {found.trace}\nfor xprof: xprof --logdir {found.trace.parents[3]}",
+        f"a save blocks training for {1e3 * result.save:.0f} ms; compiled in {result.compile:.1f} s\n"
+        f"{result.plan}\n"
+        f"for Perfetto: {result.trace}\nfor xprof: xprof --logdir {result.trace.parents[3]}",
         soft_wrap=True,
     )

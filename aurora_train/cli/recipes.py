@@ -1,4 +1,4 @@
-"""`aurora recipes`: list what is bundled, show one, copy one to own and edit it."""
+"""`aurora recipes`: list the bundled recipes, show one, or copy one in order to edit it."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def show(name: Name):
 @app.command(epilog="Example: aurora recipes copy language_model my_lab")
 def copy(
     name: Name,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it does not exist.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Destination folder; created if it does not exist.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are already there.")] = False,
 ):
-    """Copy a recipe, the modules it imports and its configs, which then name your copy: editing it has an effect."""
+    """Copy a recipe, the modules it imports and its configs. The copied configs use your copy of the recipe."""
     source = bundled_recipe(name)
     code = {source.name: source, **files_beside(source)}
     texts = {file: path.read_text(encoding="utf-8") for file, path in code.items()}
@@ -73,10 +73,10 @@ def copy(
         own = re.sub(rf"^recipe:\s*{re.escape(name)}\s*$", f"recipe: {source.name}", path.read_text(encoding="utf-8"),
                      flags=re.MULTILINE)
         texts[path.name] = own
-    there = [file for file in texts if (folder / file).exists()]
-    if there and not force:
+    existing = [file for file in texts if (folder / file).exists()]
+    if existing and not force:
         raise UserError(
-            f"{', '.join(there)} already exist{'s' if len(there) == 1 else ''}", where=show_path(folder),
+            f"{', '.join(existing)} already exist{'s' if len(existing) == 1 else ''}", where=show_path(folder),
             hint="--force overwrites; or copy into another folder",
         )
     try:

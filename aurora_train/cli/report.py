@@ -1,4 +1,4 @@
-"""`aurora report`: draw a run's report.html from what it saved."""
+"""`aurora report`: write a run's report.html from its records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def command(
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     json: JsonOption = False,
 ):
-    """Draw report.html: one self-contained file with score, curves, samples, data, config and machine."""
+    """Write report.html: one self-contained file with score, curves, samples, data, config and machine."""
     from aurora_train.tools.report import write_report
 
     path = write_report(run)

@@ -1,4 +1,4 @@
-"""`aurora resume`: go on with a run from its folder alone."""
+"""`aurora resume`: continue a run from its folder alone."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def command(
     replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option("--allow-change", metavar="KEY", help="Let this frozen key change, on record. Repeatable."),
+        typer.Option("--allow-change", metavar="KEY", help="Allow this frozen key to change; recorded. Repeatable."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Go on with a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
+    """Continue a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
     from aurora_train.cli.train import go, joined
     from aurora_train.train.intent import for_resume, rate_after
 
-    config, found, changes = for_resume(run, overrides or [], allow_change or [])
-    if (line := rate_after(found, config)) is not None:
+    config, known, changes = for_resume(run, overrides or [], allow_change or [])
+    if (line := rate_after(known, config)) is not None:
         print(line, file=sys.stderr)
     with joined(config):
-        return go(config, found, quiet=quiet, json=json, changes=changes, replan=replan)
+        return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan)

@@ -1,4 +1,4 @@
-"""`aurora runs`: the runs of a folder, what sets them apart, and how each came out."""
+"""`aurora runs`: the runs of a folder, how their configs differ, and their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE = "aurora runs runs/quickstart-sweep"
 
 def command(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A folder of runs, or one run; else runs/.")
+        Path | None, typer.Argument(metavar="[DIR]", help="A folder of runs, or one run; by default runs/.")
     ] = None,
     json: JsonOption = False,
 ):

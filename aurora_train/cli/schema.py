@@ -26,6 +26,6 @@ def command(recipe: RecipeArgument = None):
         schema["additionalProperties"] = True  # the sections that a recipe will add
     else:
         path = Path(recipe)
-        found = find_recipe(path.name if path.suffix == ".py" else recipe, path.parent)
-        schema = json_schema(config_class(found.cls))
+        found_recipe = find_recipe(path.name if path.suffix == ".py" else recipe, path.parent)
+        schema = json_schema(config_class(found_recipe.cls))
     print_json(schema)

@@ -1,4 +1,4 @@
-"""`aurora sweep`: train every combination of some values, in turn, and put them in one table."""
+"""`aurora sweep`: train every combination of some values, in turn, and show the results in one table."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def command(
         ),
     ],
     run: Annotated[
-        str | None, typer.Option("--run", metavar="DIR", help="Folder of the runs; else runs/NAME-sweep.")
+        str | None, typer.Option("--run", metavar="DIR", help="Folder of the runs; by default runs/NAME-sweep.")
     ] = None,
     online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Train every combination of the values, one after another. The same command goes on where it stopped."""
+    """Train every combination of the values, one after another. The same command continues where it stopped."""
     from aurora_train.tools import sweep
 
     made = sweep.members(config, overrides, run)
@@ -47,5 +47,5 @@ def command(
         sweep.show(results, plain_console())
     if going.stopped:
         again = sweep.same_again(sys.argv[1:])
-        print(f"stopped by {going.stopped}; go on with the same command: {again}", file=sys.stderr)
+        print(f"stopped by {going.stopped}; continue with the same command: {again}", file=sys.stderr)
     return sweep.status(results, going.stopped)

@@ -1,4 +1,4 @@
-"""`aurora train`: start a run of a config, or go on with the one that was interrupted."""
+"""`aurora train`: start a run of a config, or continue one that was interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLE = "aurora train quickstart train.steps=200 --run runs/first"
 def command(
     config: ConfigArgument,
     overrides: Overrides = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run folder; else runs/NAME-HASH.")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Folder (default runs/NAME-HASH).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start over.")] = False,
     replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
     online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,
@@ -43,7 +43,7 @@ def command(
 
 @contextlib.contextmanager
 def joined(config):
-    """Within, this process has met the others that train the same run, where there are any."""
+    """In this context, the process has joined the others that train the same run, if there are any."""
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
 
@@ -54,7 +54,7 @@ def joined(config):
 
 
 def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
-    """Train a config in a run folder and print how it ended; the exit status."""
+    """Train a config in a run folder and print how it ended. Returns the exit status."""
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
     from aurora_train.train.intent import warnings
@@ -75,7 +75,7 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
 
 
 def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
-    """Whether there is nothing left to do; then what came out of it is shown again."""
+    """Whether the run is finished and intact; if so, its result is shown again."""
     from aurora_train.checkpoint.audit import newest_fault
 
     step = run.finished_at(config)
@@ -86,11 +86,11 @@ def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
         print(f"the run is finished, but its newest checkpoint is damaged: {fault}", file=sys.stderr)
         return False
     if replan:
-        print("this run is finished: there is nothing left to plan", file=sys.stderr)
+        print("this run is finished, so no new plan was made", file=sys.stderr)
     if changes:
         keys = ", ".join(key for key, *_ in changes)
-        print(f"this run is finished: nothing is left to do, so these keys were not changed: {keys}\n"
-              f"  aurora resume {run.folder} train.steps=N goes on with it", file=sys.stderr)  # fmt: skip
+        print(f"this run is finished, so these keys were not changed: {keys}\n"
+              f"  aurora resume {run.folder} train.steps=N continues it", file=sys.stderr)  # fmt: skip
     if not run.report.exists():
         from aurora_train.tools.report import write_report
 
@@ -99,7 +99,7 @@ def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
     return True
 
 
-_UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, without importing what trains
+_UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, repeated here because that module imports jax
 
 
 def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int:
@@ -110,8 +110,8 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
     if json:
         print_json({"run": str(run.folder), "step": step, "status": status, "stopped_by": stopped_by, "scores": scores})
     elif status == _UNSAVED:
-        print(f"stopped by {stopped_by}; what comes after step {step} is lost\n"
-              f"make room, or the disk writable again, then: aurora resume {run.folder}")  # fmt: skip
+        print(f"stopped by {stopped_by}; training after step {step} is lost\n"
+              f"free some space or make the disk writable again, then: aurora resume {run.folder}")  # fmt: skip
     elif stopped_by:
         name, *why = stopped_by.splitlines()
         where = f"at step {step}; everything is saved" if step else "before anything was trained"

@@ -1,4 +1,4 @@
-"""`aurora verify`: is every byte of a run's checkpoints the one that was saved?"""
+"""`aurora verify`: check that every byte of a run's checkpoints is the one that was saved."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from aurora_train.cli.common import JsonOption, RunArgument, print_json
 EXAMPLE = "aurora verify runs/quickstart-1a2b3c4d --step 400"
 
 
-DAMAGED = 3  # 1 is a pipe that broke
+DAMAGED = 3  # exit status; 1 means that a pipe broke
 
 
 def command(
     run: RunArgument,
-    step: Annotated[int | None, typer.Option("--step", min=0, help="This checkpoint alone; else all.")] = None,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="Only this checkpoint; by default all.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show the result only.")] = False,
     json: JsonOption = False,
 ):
@@ -31,8 +31,8 @@ def command(
     if not steps:
         raise UserError("this run has no checkpoint yet", where=str(run))
     if step is not None and step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UserError(f"no checkpoint of step {step}", where=str(run), hint=f"there are: {there}")
+        available = ", ".join(map(str, steps))
+        raise UserError(f"no checkpoint of step {step}", where=str(run), hint=f"there are: {available}")
     with preparation(quiet=quiet or json) as progress:
         rows = verify(folder, steps if step is None else [step],
                       lambda done, in_all: progress(done, in_all, "reading checkpoints"))  # fmt: skip
@@ -56,6 +56,6 @@ def _show(rows: list[dict]) -> None:
             print(f"{name}: damaged: {line}")
     steps = [row for row in rows if row["step"] is not None]
     if all(row["faults"] for row in steps):
-        print("None of these can be gone on from: bring a copy back.")
+        print("None of these checkpoints can be resumed from: restore one from a copy.")
     elif any(row["faults"] for row in rows):
-        print("`aurora resume RUN` sets damaged checkpoints aside and goes on from the newest intact one.")
+        print("`aurora resume RUN` sets damaged checkpoints aside and continues from the newest intact one.")

@@ -1,4 +1,4 @@
-"""What keys of a config ask for together and cannot have."""
+"""Refuses combinations of config keys that exclude each other."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from aurora_train.errors import UserError
 
 
 def refuse_offload(config) -> None:
-    """UserError where a config asks for `memory.offload` beside what leaves nothing to be named."""
+    """UserError if a config asks for `memory.offload` together with settings that leave nothing to offload."""
     if config.memory.offload == "none" or not config.memory.offload:
         return
     if config.memory.save == "all":
         raise UserError(
-            "with everything kept nothing is kept by name, so nothing can be offloaded by name", where="memory.offload",
+            "memory.save=all keeps everything without names, so nothing can be offloaded by name",
+            where="memory.offload",
             hint="memory.save=auto, or a list of tags",
         )  # fmt: skip
     if config.memory.offload == "auto" and (config.memory.save != "auto" or config.memory.unroll != "auto"):
         raise UserError(
-            "what is offloaded is chosen together with what is kept, and the config says what is kept",
+            "the planner chooses offloaded and kept tensors together, but the config already says what is kept",
             where="memory.offload", hint="memory.save=auto memory.unroll=auto, or name the tags to be offloaded",
         )  # fmt: skip
     if config.memory.fuse_update:
@@ -27,7 +28,7 @@ def refuse_offload(config) -> None:
 
 
 def refuse_fused(config) -> None:
-    """UserError where a config asks for `memory.fuse_update` beside what needs all gradients at once."""
+    """UserError if a config asks for `memory.fuse_update` together with what needs all gradients at once."""
     if not config.memory.fuse_update:
         return
     where = "memory.fuse_update"
@@ -39,12 +40,12 @@ def refuse_fused(config) -> None:
     if config.memory.accumulation not in ("auto", 1):
         raise UserError(
             "an update fused into the backward pass sees one microbatch", where=where,
-            why="the gradients of several would have to be kept, which is what it is there to avoid",
+            why="the gradients of several would have to be kept, which is what fusing avoids",
             hint="memory.accumulation=1, or memory.fuse_update=false",
         )  # fmt: skip
     if config.train.spike is not None:
         raise UserError(
-            "an update fused into the backward pass is made before the step can be called an outlier", where=where,
+            "an update fused into the backward pass is applied before the step can be judged an outlier", where=where,
             hint="train.spike=null, or memory.fuse_update=false",
         )  # fmt: skip
     if config.memory.unroll is True:
@@ -54,13 +55,13 @@ def refuse_fused(config) -> None:
         )  # fmt: skip
     if getattr(getattr(config, "model", None), "lora", None) is not None:
         raise UserError(
-            "adapters have gradients too small to be worth fusing their update", where=where,
+            "the gradients of adapters are too small for fusing their update to save memory", where=where,
             hint="memory.fuse_update=false",
         )  # fmt: skip
 
 
 def refuse_uneven(config) -> None:
-    """UserError where a batch does not fall into the microbatches that are asked for, whatever the devices."""
+    """UserError if a batch does not divide into the requested number of microbatches, on any number of devices."""
     batch, parts = config.train.batch, config.memory.accumulation
     if parts == "auto" or batch % parts == 0:
         return
@@ -74,7 +75,7 @@ def refuse_uneven(config) -> None:
 
 
 def refuse_fp8(config) -> None:
-    """UserError where a config asks for fp8 of what has none, or names ends that stay in bfloat16 where all does."""
+    """UserError if a config asks for fp8 where it does not apply, or sets `train.bf16_ends` without fp8."""
     lora = getattr(getattr(config, "model", None), "lora", None)
     if config.train.precision == "fp8" and getattr(lora, "base", None) == "nf4":
         raise UserError(
@@ -83,7 +84,7 @@ def refuse_fp8(config) -> None:
         )  # fmt: skip
     if config.train.bf16_ends and config.train.precision != "fp8":
         raise UserError(
-            "only in fp8 can the blocks at the ends stay in bfloat16: in any other precision every block is alike",
+            "train.bf16_ends applies to fp8 only: in any other precision all blocks have the same format",
             where="train.bf16_ends", hint="train.precision=fp8, or train.bf16_ends=0",
         )  # fmt: skip
     layers = getattr(getattr(config, "model", None), "layers", None)

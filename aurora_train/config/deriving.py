@@ -1,8 +1,8 @@
-"""Keys that nobody wrote: `null` unsets one, and a recipe derives some from others (`model.size`, a dial).
+"""Handles unset keys: `null` unsets a key, and a recipe derives some keys from others (`model.size` is such a dial).
 
-A layer that lies above wins: a dial on the command line replaces what the file says of the keys it decides, and so
-does one in a file over the file it extends. Within one layer, and above the dial, a key that is written wins. Each is
-said.
+The upper layer wins: a dial on the command line replaces the keys that it decides in the file, and a dial in a file
+replaces those of the file it extends. A key written in the dial's own layer, or above it, wins over the dial. Each
+case is reported.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from aurora_train.recipe import Derived, Recipe
 
 
 def unset_nulls(tree: Tree, schema: type[BaseModel], *, overrides_only: bool = False, above: tuple = ()) -> None:
-    """Remove every key that is `null` and would not be null by default, or may not be: it counts as not written.
+    """Remove every key that is `null` although its default is not, or it may not be: it counts as unset.
 
-    `overrides_only`: of the command line alone, where the file is the record of a run and complete.
+    `overrides_only`: only keys of the command line, because the file is the complete record of a run.
     """
     for name, field in schema.model_fields.items():
         path = (*above, field.alias or name)
@@ -49,8 +49,8 @@ def derives(recipe: type[Recipe]) -> bool:
 
 
 def fill(recipe: type[Recipe], tree: Tree, file: Path) -> tuple[list[Derived], list[str]]:
-    """Put derived values into the tree where a key is unset. Returns them, and a line for each dial that did not get,
-    or did take, its way against a key that was written. `file` is the config's own, above the one it extends."""
+    """Put derived values into the tree where a key is unset. Returns them, and one line for each conflict between a
+    dial and a written key, whichever of them won. `file` is the config's own file, above the one it extends."""
     overruled = [line for dial in recipe.dials for line in _settle(recipe, tree, tuple(dial.split(".")), file)]
     kept = []
     for one in recipe.derive(copy.deepcopy(tree.value)):
@@ -66,7 +66,7 @@ def fill(recipe: type[Recipe], tree: Tree, file: Path) -> tuple[list[Derived], l
 
 
 def _settle(recipe: type[Recipe], tree: Tree, dial: tuple, file: Path) -> list[str]:
-    """Remove what lies in a layer below the dial's and what it decides. Only keys of the dial's own section."""
+    """Remove keys of the dial's own section that the dial decides and that were written in a lower layer."""
     section = dial[:-1]
     if not tree.has(dial) or tree.at(dial) is None:
         return []
@@ -83,7 +83,7 @@ def _settle(recipe: type[Recipe], tree: Tree, dial: tuple, file: Path) -> list[s
             tree.remove(path)
             replaced += [f"{key} = {write_flow(old)} ({mark})"] if old != value else []
         elif old != value:
-            at = f"at {mark}" if mark.line is not None else "of the command line"
+            at = f"at {mark}" if mark.line is not None else "on the command line"
             lines.append(f"{key} = {write_flow(old)} {at} overrules {dial[-1]} {size}, which has {write_flow(value)}")
     return ([f"{dial[-1]} {size} replaces {', '.join(replaced)}"] if replaced else []) + lines
 
@@ -94,7 +94,7 @@ def _layer(mark: Mark, file: Path) -> int:
 
 
 def derived_lines(derived: list[Derived]) -> list[str]:
-    """`key = value, ...: formula (source)`; neighbours that have formula and source in common share a line."""
+    """`key = value, ...: formula (source)`; neighbours with the same formula and source share a line."""
     groups: list[list[Derived]] = []
     for one in derived:
         if groups and (groups[-1][0].formula, groups[-1][0].source) == (one.formula, one.source):

@@ -1,9 +1,9 @@
 """How a config field is declared: its default, its limits, its help, and what a resume may do with it.
 
-A resume class is part of a field's meaning, so it is written beside the field and nowhere else:
-`frozen` makes another run; `located` is a path to bytes that stay the same wherever they lie; `warned` may change and
-is recorded; `elastic` changes float order only (the plan, the mesh); `free` does not touch the numbers at all and is
-left out of the config's hash.
+A resume class is part of a field's meaning, so it is declared with the field and nowhere else:
+a change of a `frozen` field makes another run; `located` is a path to bytes that are the same wherever they are
+stored; `warned` may change and is recorded; `elastic` changes float order only (the plan, the mesh); `free` does not
+affect the numbers at all and is left out of the config's hash.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def setting(
         resume: what a resume may do with a changed value.
         help: one line with the unit; it becomes the JSON Schema's description.
         path_unless: the value is a path, unless it begins with one of these; `()` for always. Loading makes it
-            absolute, so that a resume finds it: relative to its file, or to the current folder in an override.
+            absolute, so that a resume can open it; it is relative to its file, or in an override to the current folder.
         limits: pydantic's own (`ge`, `gt`, `le`, `lt`, `min_length`, `pattern`, `alias`, ...).
     """
     extra = {"resume": resume} | ({} if path_unless is None else {"path_unless": list(path_unless)})
@@ -62,7 +62,7 @@ _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?i?B)\Z")
 
 def parse_bytes(text: str) -> int:
     """`96GB` or `80GiB` as bytes; ValueError for anything else."""
-    found = _BYTES.match(text)
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+    match = _BYTES.match(text)
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError("must be a size such as 96GB or 80GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])

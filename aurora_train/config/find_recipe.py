@@ -1,7 +1,7 @@
-"""From the `recipe:` line of a config to the Recipe class: a bundled name, or a file beside the config.
+"""Turns the `recipe:` line of a config into a Recipe class: a bundled name, or a file beside the config.
 
-A user's recipe is code, and a config is text that may come from anyone: so the file must lie in the config's own
-folder, and its path and sha256 are said out loud before it runs.
+A user's recipe is code, and a config is text that may come from anyone. Therefore the file must be in the config's own
+folder, and its path and sha256 are printed before it runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def find_recipe(written: str, folder: Path, where: str | None = None) -> FoundRe
 
 
 def bundled_recipe(written: str, folder: Path = Path(), where: str | None = None) -> Path:
-    """The file of a bundled recipe; the error of an unknown one looks for a user's own file in `folder`."""
+    """The file of a bundled recipe. The error for an unknown one suggests a user's own file in `folder`."""
     known = bundled.recipes()
     if written in known:
         return known[written]
@@ -130,6 +130,6 @@ def _recipe_class(module: types.ModuleType, text: str, shown: str) -> type[Recip
     if not (isinstance(owned, type) and issubclass(owned, BaseModel)):
         raise UserError(
             f"{own[0].__name__} has no `Config`", where=f"{shown}:{lines.get(own[0].__name__, 1)}",
-            hint="class Config(aurora_train.config.Section): the config sections this recipe owns",
+            hint="declare the config sections that this recipe owns: class Config(aurora_train.config.Section)",
         )
     return own[0]

@@ -1,7 +1,7 @@
-"""From a path or bundled name, plus overrides, to one checked, frozen Config.
+"""Turns a path or bundled name, plus overrides, into one checked, frozen Config.
 
-Order: file, the file it extends underneath, overrides on top, then the recipe's derived values in the keys that
-nobody set, then validation of all of it at once. Nothing after this module touches a raw tree.
+The file is laid over the one it extends, and overrides over both. Then the recipe's derived values fill the keys that
+nobody set, and the whole is validated at once. Nothing after this module touches a raw tree.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def load(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Core:
 
 
 def load_resolved(run_folder: str | Path, overrides: Iterable[str] = (), recipe: Path | None = None) -> Core:
-    """The config of a run; a user's recipe is the copy in the run's `code/`, wherever the original went.
+    """The config of a run; a user's recipe is read from the copy in the run's `code/`.
 
-    Its values were checked when the run began, so they are not checked again against a machine on which its data may
-    be gone: only a config with `overrides` is. `recipe` is a file to take in place of the run's recipe.
+    The values were checked when the run began. They are checked again only if there are `overrides`, because the run's
+    data may be missing on this machine. `recipe` is a file to use instead of the run's recipe.
     """
     run_folder, overrides = Path(run_folder), list(overrides)
     return _load_file(run_folder / "config.yaml", overrides, run_folder / "code", recipe, checked=bool(overrides))
@@ -72,21 +72,21 @@ def _load_file(
     tree = _read_extended(file)
     for override in overrides:
         tree.merge(parse_override(override))
-    found = load_recipe(recipe, bundled.is_bundled(recipe)) if recipe else _recipe_of(tree, file, code)
-    schema = config_class(found.cls)
+    found_recipe = load_recipe(recipe, bundled.is_bundled(recipe)) if recipe else _recipe_of(tree, file, code)
+    schema = config_class(found_recipe.cls)
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
     _write_out_parts(tree)
     unset_nulls(tree, schema, overrides_only=code is not None)
     _place_paths(tree, schema)
-    # What a run was started with is in its config.yaml: what is missing there is a later version's.
-    derived, overruled = _derive(found, tree, schema, file) if code is None else ([], [])
+    # A run's config.yaml holds all that it was started with: a key missing there was added by a later version.
+    derived, overruled = _derive(found_recipe, tree, schema, file) if code is None else ([], [])
     try:
         config = schema.model_validate_json(json.dumps(tree.value))
     except ValidationError as fault:
         raise _as_user_error(messages.explain(fault, tree, schema), file) from None
-    config._loaded = _Loaded(file, found, derived, overruled)
+    config._loaded = _Loaded(file, found_recipe, derived, overruled)
     if checked:
         _check(config, tree)
     return config
@@ -94,7 +94,7 @@ def _load_file(
 
 def _locate(written: str) -> Path:
     path = Path(written)
-    if os.path.isfile(path):  # unlike Path's own, false for names the system cannot even look up
+    if os.path.isfile(path):  # unlike Path.is_file, False for names that the system rejects
         return path
     ours = bundled.config_file(written)
     if ours or os.path.isdir(path):
@@ -154,8 +154,8 @@ def parse_override(text: str) -> Tree:
     for end in range(len(path), 0, -1):
         node = {path[end - 1]: node}
         keys[path[:end]] = values[path[:end]] = mark
-    for marks, found in ((keys, inner.keys), (values, inner.values)):
-        marks.update({(*path, *below): place for below, place in found.items()})
+    for marks, inner_marks in ((keys, inner.keys), (values, inner.values)):
+        marks.update({(*path, *below): place for below, place in inner_marks.items()})
     empty = {(*path, *below) for below in inner.empty} | ({path} if not value.strip() else set())
     return Tree(node, keys, values, empty)
 
@@ -177,17 +177,17 @@ def _recipe_of(tree: Tree, file: Path, code: Path | None) -> FoundRecipe:
 
 @functools.cache
 def config_class(recipe_class: type[Recipe]) -> type[Core]:
-    """Core plus the sections of a recipe, as one pydantic class."""
+    """One pydantic class with the sections of Core and of a recipe. UserError if a recipe redefines one of Core's."""
     owned: type[BaseModel] = recipe_class.Config
     clash = [name for name in owned.model_fields if hasattr(Core, name) or name in Core.model_fields]
     if clash:
         raise UserError(f"{recipe_class.__name__}.Config redefines `{clash[0]}`, which belongs to the trainer")
-    bases = (Core,) if issubclass(Core, owned) else (owned, Core)  # a recipe without sections has Section itself
+    bases = (Core,) if issubclass(Core, owned) else (owned, Core)  # a recipe without sections uses Section itself
     return create_model("Config", __base__=bases)
 
 
 def _write_out_parts(tree: Tree) -> None:
-    """`init: {policy: RUN}` as what it is short for: `parts: {policy: RUN}`; the prefix `""` is `from`."""
+    """Expand `init: {policy: RUN}` to `init: {parts: {policy: RUN}}`; the prefix `""` becomes `from`."""
     section = tree.value.get("init")
     if not isinstance(section, dict):
         return
@@ -201,7 +201,7 @@ def _write_out_parts(tree: Tree) -> None:
 
 
 def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None:
-    """Make every path absolute: relative to the file it is written in, or to the current folder in an override."""
+    """Make every path absolute: relative to the file it is written in, or in an override to the current folder."""
     for name, field in schema.model_fields.items():
         path, extra = (*above, field.alias or name), field.json_schema_extra or {}
         if not tree.has(path):
@@ -226,9 +226,9 @@ def _place_path(tree: Tree, path: tuple, unless: tuple[str, ...]) -> None:
         tree.at(path[:-1])[path[-1]] = str((base / Path(value).expanduser()).absolute())
 
 
-def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> tuple[list[Derived], list[str]]:
-    """Fill what the user left unset. First everything that no derived value can cure is reported."""
-    if not derives(found.cls):
+def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> tuple[list[Derived], list[str]]:
+    """Fill the keys that the user left unset. Errors that no derived value can correct are reported first."""
+    if not derives(recipe.cls):
         return [], []
     try:
         schema.model_validate_json(json.dumps(tree.value))
@@ -237,11 +237,11 @@ def _derive(found: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> t
         if lines:
             raise _as_user_error(lines, file) from None
     with _placed(tree):
-        return fill(found.cls, tree, file)
+        return fill(recipe.cls, tree, file)
 
 
 def _check(config: Core, tree: Tree) -> None:
-    """Every mistake at once, of those that are not in one key alone."""
+    """Check what concerns several keys, and report all mistakes at once."""
     faults = []
     for check in (refuse_fused, refuse_offload, refuse_fp8, refuse_uneven, config.recipe_class.check):
         try:
@@ -257,7 +257,7 @@ def _check(config: Core, tree: Tree) -> None:
 
 @contextlib.contextmanager
 def _placed(tree: Tree):
-    """Gives a recipe's own UserError, which knows only the key, the place where that key was written."""
+    """A UserError raised in this context names only a key; replace it by one with the place of that key."""
     try:
         yield
     except UserError as fault:

@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of someone who is editing a YAML file: place, key, what, and the nearest thing."""
+"""Rewrites pydantic's errors for someone who is editing a YAML file: place, key, fault, and the nearest valid thing."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LIMITS = {
 }
 _FROM_VALIDATORS = ("value_error", "assertion_error")
 
-_ANY = "NAME"  # in the path of a key below a name that the user chooses
+_ANY = "NAME"  # stands in a path for a name that the user chooses
 
 
 def explain(fault: ValidationError, tree: Tree, schema: type[BaseModel], final: bool = True) -> list[str]:
-    """One line per wrong key, in the order of the text; unless `final`, only what no derived value could cure."""
+    """One line per wrong key, in the order of the text; unless `final`, only errors no derived value could correct."""
     grouped: dict[tuple, list] = {}
     for error in fault.errors(include_url=False):
         whole_section = error["type"] in _FROM_VALIDATORS and isinstance(error["input"], dict)
@@ -40,7 +40,7 @@ def explain(fault: ValidationError, tree: Tree, schema: type[BaseModel], final: 
     for path, errors in grouped.items():
         inner = any(other[: len(path)] == path and len(other) > len(path) for other in grouped)
         if inner and all(through_union for _, through_union in errors):
-            continue  # another branch of the same union says it better, deeper down
+            continue  # another branch of the same union has a more specific error, deeper down
         mark = tree.mark(path, of_key=errors[0][0]["type"] in ("extra_forbidden", "missing"))
         key = ".".join(map(str, path))
         text = f"{place(mark, key)}: {_what(path, [error for error, _ in errors], schema)}"
@@ -50,14 +50,14 @@ def explain(fault: ValidationError, tree: Tree, schema: type[BaseModel], final: 
 
 
 def place(mark: Mark | None, key: str) -> str:
-    """`file:line:column: key`, without saying the key of an override twice."""
+    """`file:line:column: key`, or `override key`."""
     if mark is None:
         return key
     return str(mark) if str(mark) == f"override {key}" else f"{mark}: {key}"
 
 
 def _path(error: dict, node: Any) -> tuple[tuple, bool]:
-    """pydantic's `loc` without the names of union branches, and whether there was one."""
+    """(pydantic's `loc` without the names of union branches, whether it had any)."""
     path, through_union = [], False
     for position, step in enumerate(error["loc"]):
         in_list = isinstance(node, list) and isinstance(step, int) and step < len(node)
@@ -135,7 +135,7 @@ def _show(value: Any) -> str:
 
 
 def _nearest_key(path: tuple, schema: type[BaseModel]) -> str:
-    """`; did you mean ...` from the section's own keys, then from where the key lives, then from everywhere."""
+    """A hint for an unknown key: the section where it belongs, else the nearest key of this section, else of any."""
     everywhere = key_paths(schema)
     here, last = [str(step) for step in path[:-1]], str(path[-1])
     siblings = [key[-1] for key in everywhere if _same(key[:-1], here)]
@@ -170,7 +170,7 @@ def _same(key: tuple[str, ...], path: list[str]) -> bool:
 
 
 def _named_sections(annotation: Any) -> list[type[BaseModel]]:
-    """Of an annotation such as `dict[str, Source]`: a section for each of the user's own names."""
+    """The section classes of an annotation such as `dict[str, Source]`, whose keys are names that the user chooses."""
     return sections_in(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
 
 

@@ -1,8 +1,8 @@
-"""The code of a recipe: its file, and the modules that it imports from beside itself.
+"""The code of a recipe: its file, and the modules that it imports from its own folder.
 
-Which those are is read from the source, before any of it runs, so that a run can keep and hash all of its code. Each
-recipe imports its own: the folder of a run and the folder it came from may both hold a `layers.py`, and neither must
-get the other's.
+The imports are read from the source before any of it runs, so that a run can keep and hash all of its code. Recipes
+are isolated from each other: a run's folder and the folder it came from may both hold a `layers.py`, and each recipe
+must import its own.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from aurora_train.errors import UserError
 
 
 def files_beside(file: Path) -> dict[str, Path]:
-    """Every module that a recipe imports from its own folder, directly or by another: relative name -> path.
+    """Every module that a recipe imports from its own folder, directly or indirectly: relative name -> path.
 
-    Found in `import` statements, wherever they stand; what is imported by a name made at run time is not seen. A name
-    of the standard library is the standard library's. UserError for one that leads out of the folder by a link.
+    Reads all `import` statements; modules imported by a name computed at run time are not detected. The standard
+    library takes precedence. UserError for a module that a link places outside of the folder.
     """
-    folder, found, waiting = file.parent, {}, [file]
+    folder, modules, waiting = file.parent, {}, [file]
     while waiting:
         path = waiting.pop()
         for top in _imported(path):
             for name, sibling in _module(folder, top).items():
-                if sibling.resolve() == file.resolve() or name in found:
+                if sibling.resolve() == file.resolve() or name in modules:
                     continue
                 if not sibling.resolve().is_relative_to(folder.resolve()):
                     raise UserError(f"the module {name} lies outside the recipe's folder", where=str(path))
-                found[name] = sibling
+                modules[name] = sibling
                 waiting.append(sibling)
-    return dict(sorted(found.items()))
+    return dict(sorted(modules.items()))
 
 
 def code_sha256(file: Path, beside: dict[str, Path]) -> str:
-    """sha256 hex of a recipe's file, and over the modules beside it where there are any."""
+    """sha256 hex of a recipe's file, or of it and the modules beside it if there are any."""
     own = hashlib.sha256(file.read_bytes())
     if not beside:
         return own.hexdigest()
@@ -53,7 +53,7 @@ def _imported(path: Path) -> list[str]:
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return []  # what runs it says so, with the line
+        return []  # running the file reports the error with its line
     tops = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def _imported(path: Path) -> list[str]:
 
 
 def _module(folder: Path, top: str) -> dict[str, Path]:
-    """The files of the module or package `top` in a folder; {} where it has none of that name."""
+    """The files of the module or package `top` in a folder; {} if it has none of that name."""
     if top in sys.stdlib_module_names:
         return {}
     if (folder / top / "__init__.py").is_file():
@@ -72,7 +72,7 @@ def _module(folder: Path, top: str) -> dict[str, Path]:
     if (folder / f"{top}.py").is_file():
         return {f"{top}.py": folder / f"{top}.py"}
     modules = sorted((folder / top).rglob("*.py")) if (folder / top).is_dir() else []
-    if not modules or importlib.util.find_spec(top) is not None:  # a folder of data may be called as a library is
+    if not modules or importlib.util.find_spec(top) is not None:  # a data folder may share a library's name
         return {}
     return {path.relative_to(folder).as_posix(): path for path in modules}
 
@@ -102,7 +102,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Runs a sibling with its recipe's own `import`, from its source and no cached bytecode."""
+    """Runs a sibling with its recipe's own `import`, from source and never from cached bytecode."""
 
     def __init__(self, fullname, path, owned):
         super().__init__(fullname, path)
@@ -120,15 +120,15 @@ _finder = _Finder()
 
 
 def let_import_beside(module, folder: Path) -> None:
-    """Make `import layers` and `from .layers import Block`, in a recipe's module, mean the `layers.py` beside it."""
+    """Let `import layers` and `from .layers import Block` in a recipe's module load the `layers.py` beside it."""
     name = module.__name__
 
     def import_(wanted, globals=None, locals=None, fromlist=(), level=0):
         top = wanted.partition(".")[0]
         if level or not _module(folder, top):
             return builtins.__import__(wanted, globals, locals, fromlist, level)
-        found = importlib.__import__(f"{name}.{wanted}", globals, locals, fromlist, 0)
-        return found if fromlist else sys.modules[f"{name}.{top}"]
+        sibling = importlib.__import__(f"{name}.{wanted}", globals, locals, fromlist, 0)
+        return sibling if fromlist else sys.modules[f"{name}.{top}"]
 
     module.__path__, module.__package__ = [str(folder)], name
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_}

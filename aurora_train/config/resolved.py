@@ -1,4 +1,4 @@
-"""What is done with a finished Config: written out, hashed, compared, described."""
+"""Operations on a finished Config: write, hash, compare and describe it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def tree_of(config: Core) -> dict:
 
 
 def dump(config: Core) -> str:
-    """The resolved config as YAML that loads back to an equal one."""
+    """The resolved config as YAML from which an equal one can be loaded."""
     return write(tree_of(config))
 
 
 def flat(config: Core) -> dict[str, tuple[Any, str]]:
     """`key.path` -> (value, resume class) of every leaf."""
-    found: dict[str, tuple[Any, str]] = {}
+    leaves: dict[str, tuple[Any, str]] = {}
 
     def walk(model: BaseModel, above: str):
         plain = model.model_dump(mode="json", by_alias=True)
@@ -39,16 +39,16 @@ def flat(config: Core) -> dict[str, tuple[Any, str]]:
             if isinstance(value, BaseModel):
                 walk(value, f"{above}{key}.")
             else:
-                found[above + key] = (plain[key], resume_class(field))
+                leaves[above + key] = (plain[key], resume_class(field))
 
     walk(config, "")
-    return found
+    return leaves
 
 
 def config_hash(config: Core) -> str:
-    """sha256 hex over every key that is not `free` nor at its default, and over a user recipe's file.
+    """sha256 hex over every key that is neither `free` nor at its default, and over a user recipe's code.
 
-    Without the defaults, a key that a later version adds does not move the runs of the versions before it.
+    Defaults are left out so that a key added by a later version does not rename the runs of earlier versions.
     """
     given = _given(config)
     kept = {key: value for key, (value, resume) in flat(config).items() if resume != "free" and key in given}
@@ -59,8 +59,8 @@ def config_hash(config: Core) -> str:
 
 
 def _given(config: Core) -> set[str]:
-    """Of `flat`'s keys, those whose value is not the default; in a section that is none by default, all of them."""
-    found: set[str] = set()
+    """The keys of `flat` whose value is not the default; all keys of a section that is None by default."""
+    given: set[str] = set()
 
     def walk(model: BaseModel, above: str, everything: bool):
         for name, field in type(model).model_fields.items():
@@ -69,14 +69,14 @@ def _given(config: Core) -> set[str]:
             if isinstance(value, BaseModel):
                 walk(value, f"{above}{key}.", everything or not isinstance(default, BaseModel))
             elif everything or value != default or type(value) is not type(default):
-                found.add(above + key)
+                given.add(above + key)
 
     walk(config, "", False)
-    return found
+    return given
 
 
 def diff(old: Core, new: Core) -> list[tuple[str, Any, Any, str]]:
-    """(key, old value, new value, resume class) of every key that differs; a key only one has counts as None."""
+    """(key, old value, new value, resume class) of every key that differs; a key absent on one side counts as None."""
     before, after = flat(old), flat(new)
     changes = []
     for key in {**before, **after}:
@@ -89,7 +89,7 @@ def diff(old: Core, new: Core) -> list[tuple[str, Any, Any, str]]:
 
 
 def _within(key: str, was, now, schema: type[BaseModel]) -> str | None:
-    """The resume class of a change within a dict of sections, where all that changed there has one and the same."""
+    """The resume class of a change within a dict of sections if all changed fields share one, otherwise None."""
     for name in key.split("."):
         fields = {field.alias or name: field for name, field in getattr(schema, "model_fields", {}).items()}
         if name not in fields:

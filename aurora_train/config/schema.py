@@ -1,6 +1,7 @@
-"""The core sections of every config: what the trainer owns. A recipe adds its own (`model`, `data`, ...).
+"""The core sections of every config, which the trainer owns. A recipe adds its own (`model`, `data`, ...).
 
-A field exists because a user turns it. Its help says the unit; its resume class says what a change does to a run.
+A field exists only if a user has a reason to set it. Its help states the unit; its resume class states what a change
+does to a run.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ Form = Literal["auto", "plain", "cpu"]
 
 
 class Forms(Section):
-    """How an operation is written; auto: as `nn/ops.py` has it for the platform. Attention has `model.attention`."""
+    """The form of each operation; auto: the platform's, from `nn/ops.py`. Attention is set by `model.attention`."""
 
     linear: Form = setting("auto", resume="elastic", help="matrix products, and sums over rows in their gradients")
     cross_entropy: Form = setting("auto", resume="elastic", help="the loss over a vocabulary")
     norm: Form = setting("auto", resume="elastic", help="means over a row, and sums over rows in their gradients")
-    activation: Form = setting("auto", resume="elastic", help="when a backward pass makes anew what was not kept")
-    units: Form = setting("auto", resume="elastic", help="how an unrolled stack is taken apart")
+    activation: Form = setting("auto", resume="elastic", help="when a backward pass recomputes what was not kept")
+    units: Form = setting("auto", resume="elastic", help="how an unrolled stack is split into units")
     grad_norm: Form = setting("auto", resume="elastic", help="in what order the gradient's squares are summed")
 
     @property
     def asked(self) -> dict[str, str]:
-        """The form of each operation that is not left to the platform."""
+        """The form of each operation that the config sets instead of leaving it to the platform."""
         return {name: form for name, form in self.model_dump().items() if form != "auto"}
 
 
 class Train(Section):
-    """How long, how much at once, from which seed, in which number format."""
+    """Length, batch size, seed and number format of the training."""
 
     steps: int = setting(1000, resume="warned", ge=1, help="optimizer steps of the whole run")
     batch: int = setting(32, ge=1, help="examples per optimizer step, over all devices and microbatches")
     seed: int = setting(0, ge=0, lt=2**63, help="root of every random stream and of the data order")
     precision: Literal["auto", "float32", "bfloat16", "fp8"] = setting(
         "auto",
-        help="number format of the compute; auto = bfloat16 on an accelerator that has it, else float32, settled when "
-        "the run starts; fp8 = bfloat16, but the products of the blocks in 8 bits, in training; what parameters are "
-        "stored in is optimizer.master",
+        help="number format of the compute; auto = bfloat16 on an accelerator that has it, else float32, resolved when "
+        "the run starts; fp8 = bfloat16 with the products of the blocks in 8 bits while training; parameters are "
+        "stored in the format of optimizer.master",
     )
     bf16_ends: int = setting(0, ge=0, help="with fp8: blocks (units of a stack) at either end that stay in bfloat16")
     stop_after_minutes: float | None = setting(
@@ -50,14 +51,14 @@ class Train(Section):
     )
     spike: float | None = setting(
         None, gt=0,
-        help="skip a step whose loss or gradient norm lies so many robust standard deviations above the median of the "
-        "last 64; null = never",
+        help="skip a step whose loss or gradient norm lies this many robust standard deviations above the median of "
+        "the last 64; null = never",
     )
     rewind_after: int | None = setting(
         5, resume="warned", ge=1,
-        help="skipped steps in a row, before the run goes back and leaves out their data; null = never",
+        help="skipped steps in a row after which the run goes back and leaves out their data; null = never",
     )
-    rewinds: int = setting(3, resume="free", ge=0, help="returns to one checkpoint, after which the run stops")
+    rewinds: int = setting(3, resume="free", ge=0, help="returns to the same checkpoint before the run stops")
     watchdog: Literal["auto", "off"] | Annotated[float, Field(gt=0)] = setting(
         "auto", resume="free",
         help="end a process that makes no progress: after minutes learned from the run, after this many, or never",
@@ -66,7 +67,7 @@ class Train(Section):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """Of the activations, as a recipe hands it to its model: what multiplies in 8 bits is not its affair."""
+        """The dtype of activations, for a recipe to pass to its model. The linear layers apply fp8 themselves."""
         assert self.precision != "auto", "train.precision is settled (train/precision.py) before a model is built"
         return "bfloat16" if self.precision == "fp8" else self.precision
 
@@ -107,7 +108,7 @@ class Optimizer(Section):
         "float32", help="format of the moments; int8 = 8-bit codes in blocks of 256, tables and vectors in float32"
     )
     master: Literal["float32", "bfloat16"] = setting(
-        "float32", help="format parameters are kept in; bfloat16 is updated by stochastic rounding"
+        "float32", help="format in which parameters are stored; bfloat16 is updated with stochastic rounding"
     )
     schedule: Schedule = Schedule()
 
@@ -127,7 +128,7 @@ class Mesh(Section):
 
 
 class Memory(Section):
-    """What the memory planner may spend and what it is told rather than asked to choose."""
+    """The memory planner's budget, and the choices that are made for it."""
 
     budget: str = setting("auto", resume="elastic", help="bytes per device the run may use, such as 96GB or 80GiB")
     accumulation: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
@@ -142,15 +143,16 @@ class Memory(Section):
     )
     unroll: Literal["auto"] | bool = setting("auto", resume="elastic", help="unroll the layers instead of scanning")
     fuse_update: bool = setting(
-        False, resume="elastic", help="update each layer within the backward pass: no set of gradients is kept"
+        False, resume="elastic",
+        help="update each layer within the backward pass, so that gradients are never all kept at once",
     )
     on_oom: Literal["replan", "stop"] = setting(
         "replan", resume="free", help="out of memory while training: go on with the next smaller plan, or stop"
     )
     guard: Literal["auto", "on", "off"] = setting(
         "auto", resume="free",
-        help="save and stop (status 77) while a save still fits in what memory is left; auto = where the processor "
-        "and the device share it",
+        help="save and stop (status 77) while a save still fits in the memory that is left; auto = on where the "
+        "processor and the device share memory",
     )
 
     @field_validator("budget")
@@ -169,12 +171,12 @@ class Checkpoint(Section):
 
     every: int = setting(100, resume="free", ge=1, help="steps between rolling checkpoints")
     keep: int = setting(2, resume="free", ge=1, help="rolling checkpoints kept")
-    keep_every: int | None = setting(None, resume="free", ge=1, help="keep every such step for good; null = none")
+    keep_every: int | None = setting(None, resume="free", ge=1, help="keep those at multiples of this; null = none")
     best: int = setting(
         1, resume="free", ge=0, help="checkpoints kept for the best evaluations, by the recipe's metric or the loss"
     )
     patience_minutes: float = setting(
-        60, resume="free", ge=0, help="how long the run goes on while no save succeeds, such as on a full disk"
+        60, resume="free", ge=0, help="how long the run continues while no save succeeds, for instance on a full disk"
     )
 
 
@@ -185,26 +187,26 @@ class Evaluate(Section):
     examples: int = setting(64, resume="warned", ge=1, help="validation examples per evaluation")
     score_every: int | None = setting(
         None, resume="warned", ge=1,
-        help="steps between scores of the validation split, each beside an evaluation; null = no score but the last",
+        help="steps between scores of the validation split, each with an evaluation; null = only the final score",
     )
     patience: int | None = setting(
         None, resume="warned", ge=1,
         help="end the run after this many evaluations in a row without a new best; null = never",
     )
     final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
-    baselines: bool = setting(True, resume="free", help="score the recipe's simple rivals beside it")
+    baselines: bool = setting(True, resume="free", help="also score the recipe's simple baselines")
 
 
 class Log(Section):
-    """What is shown and sent where. Nothing here touches the numbers."""
+    """What is shown, and where metrics are sent. Nothing here affects the numbers."""
 
     every: int = setting(10, resume="free", ge=1, help="steps between progress lines with rates")
-    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed besides metrics.jsonl")
+    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed beside metrics.jsonl")
     online: bool = setting(False, resume="free", help="let the sinks use the network")
 
 
 class Init(Section):
-    """Where the first parameters come from: all of them, or those of a part of the model by the prefix of their names.
+    """Where the initial parameters come from: for the whole model, or for a part by the prefix of its names.
 
     `init: {policy: RUN, teacher: RUN}` is short for `init: {parts: {policy: RUN, teacher: RUN}}`, and the prefix `""`
     for `from`.
@@ -238,7 +240,7 @@ class Init(Section):
 
     @property
     def facts_from(self) -> str | None:
-        """The prefix whose run gives the facts; None where they are the config's own or there is no such run."""
+        """The prefix whose run provides the facts; None if they are the config's own or there is no such run."""
         prefix = "" if self.facts == "inherit" else self.facts
         return prefix if prefix in self.sources and self.facts != "own" else None
 
@@ -289,21 +291,21 @@ class Core(Section):
 
     @property
     def recipe_bundled(self) -> bool:
-        """False for a user's own file, which a run folder must keep a copy of."""
+        """False for a user's own file, of which the run folder has to keep a copy."""
         return self._loaded.recipe.bundled
 
     @property
     def derived(self) -> list:
-        """The `Derived` values that were filled in because the user left them unset."""
+        """The `Derived` values that filled keys which the user left unset."""
         return self._loaded.derived
 
     @property
     def overruled(self) -> list[str]:
-        """A line for each key on which a dial and something else that was written did not agree."""
+        """One line for each key on which a dial and an explicit setting disagree."""
         return self._loaded.overruled
 
     def __eq__(self, other):
-        # Where a config was read from is not part of what it says.
+        # Two configs with the same values are equal, wherever they were read from.
         return isinstance(other, Core) and self.model_dump() == other.model_dump()
 
     __hash__ = None

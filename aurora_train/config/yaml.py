@@ -1,4 +1,4 @@
-"""YAML text -> a plain tree plus the place of every key and value, so that each later error can name a column.
+"""Reads YAML text into a plain tree, with the place of every key and value so that later errors can name a column.
 
 Reads the parser's events rather than its objects: a config is untrusted text, and events carry no constructors,
 no tags and no recursion. Scalars follow the YAML 1.2 core schema: `3e-4` is a number, `no` and `1_000` are text.
@@ -52,7 +52,7 @@ class Mark:
 class Tree:
     """`value` is nested dicts, lists and scalars; `keys` and `values` map a path (tuple) to its Mark.
 
-    `empty` has the paths whose value is null because nothing was written there.
+    `empty` holds the paths whose value is null because nothing was written after the key.
     """
 
     value: Any
@@ -64,9 +64,9 @@ class Tree:
         """The place of a path, or of the nearest enclosing one that was written down."""
         first, second = (self.keys, self.values) if of_key else (self.values, self.keys)
         for end in range(len(path), 0, -1):
-            found = first.get(path[:end]) or second.get(path[:end])
-            if found:
-                return found
+            mark = first.get(path[:end]) or second.get(path[:end])
+            if mark:
+                return mark
         return self.values.get(())
 
     def merge(self, other: Tree) -> None:
@@ -93,12 +93,12 @@ class Tree:
         self.empty = {p for p in self.empty if p[: len(path)] != path}
 
     def remove(self, path: tuple) -> None:
-        """As if the key had not been written."""
+        """Remove a key, as if it had not been written."""
         del self.at(path[:-1])[path[-1]]
         self._forget(path)
 
     def has(self, path: tuple) -> bool:
-        """Whether the key was written, be it as null."""
+        """Whether the key was written, even as null."""
         node = self.value
         for step in path:
             if not isinstance(node, dict) or step not in node:
@@ -120,7 +120,7 @@ def show_path(path: Path) -> str:
 
 
 def read_text(path: Path, what: str = "config") -> str:
-    """A bounded UTF-8 file as text; every way this can fail is a UserError."""
+    """The text of a UTF-8 file of limited size. Every failure is a UserError."""
     shown = show_path(path)
     if path.is_dir():
         raise UserError(f"is a folder, not a {what} file", where=shown)

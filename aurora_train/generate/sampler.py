@@ -28,7 +28,7 @@ class Knobs(NamedTuple):
 
 
 class Generator:
-    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; None never ends one early."""
+    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; with None, no text ends early."""
 
     def __init__(self, model, eos_id: int | None):
         self.eos_id = eos_id
@@ -46,13 +46,13 @@ class Generator:
         seed: int = 0,
         on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
-        """The new tokens after one prompt. `on_token(token)` is called as each is made."""
+        """The new tokens after one prompt. `on_token(token)` is called as soon as each is drawn."""
 
-        def tell(row, token):
+        def without_row(row, token):
             on_token(token)
 
-        tell = None if on_token is None else tell
-        return self.generate_batch([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, tell)[0]
+        callback = None if on_token is None else without_row
+        return self.generate_batch([prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, callback)[0]
 
     def generate_batch(
         self,
@@ -66,8 +66,8 @@ class Generator:
     ) -> list[list[int]]:
         """The new tokens after each prompt; lengths may differ. `on_token(row, token)`.
 
-        Raises UserError for an empty prompt, for settings out of range, and where prompt and new tokens exceed the
-        table of learned positions.
+        Raises UserError for an empty prompt, for settings out of range, and if prompt and new tokens exceed the table
+        of learned positions.
         """
         self._check(prompts, max_new_tokens, temperature, top_k, top_p)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -100,8 +100,8 @@ class Generator:
         return made
 
     def fitted(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
-        """Prompts and a number of new tokens that learned positions hold: fewer tokens, and of a prompt that would
-        leave room for none its first token and its end."""
+        """(prompts, number of new tokens) reduced to fit the table of learned positions. A prompt that leaves no room
+        for a new token is cut to its first token and its end."""
         if self.max_length is None:
             return prompts, max_new_tokens
         cut = [[*prompt[:1], *prompt[max(1, len(prompt) - self.max_length + 2) :]] for prompt in prompts]
@@ -124,7 +124,7 @@ class Generator:
         total = max(len(prompt) for prompt in prompts) + max_new_tokens
         if self.max_length is not None and total > self.max_length:
             raise UserError(
-                f"prompt and new tokens come to {total}, the model knows {self.max_length} positions",
+                f"prompt and new tokens add up to {total}, but the model has {self.max_length} positions",
                 where="max_new_tokens",
                 why="its positions are a learned table",
                 hint=f"max_new_tokens of at most {max(0, total_room(self.max_length, prompts))}, or a shorter prompt",
@@ -145,7 +145,7 @@ def _bucket(size, least: int) -> int:
 def _read_prompt(graph, cache_length, state, tokens, lengths):
     """Right-padded tokens[B, P] -> (logits after each row's last token, caches).
 
-    What the padding leaves in the cache is overwritten by the token of its position before any query may see it.
+    Cache entries of the padding are overwritten by the token of their position before any query can attend to them.
     """
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -164,7 +164,7 @@ def _read_token(graph, state, caches, tokens, positions):
 
 @jax.jit
 def _draw(logits, keys, count, knobs: Knobs):
-    """float32[B, V] -> int32[B]: temperature, then the k likeliest, then the nucleus (Holtzman et al. 2020)."""
+    """float32[B, V] -> int32[B]: temperature, then the k most likely, then the nucleus (Holtzman et al. 2020)."""
 
     def one(logits, key):
         order = jnp.argsort(-logits)

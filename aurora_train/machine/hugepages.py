@@ -1,8 +1,8 @@
-"""Pages of 2 MB for what XLA:CPU allocates: it takes its buffers anew in every step, and the kernel gives them page by
+"""Enables pages of 2 MB for the buffers of XLA:CPU, which it allocates again in every step and the kernel maps page by
 page.
 
-glibc asks for them where the kernel leaves it to the program (`madvise`, the default of Ubuntu and of DGX OS), but only
-if its tunable says so when the process starts. So the process is started again, once, before anything heavy is
+If the kernel leaves the choice to the program (`madvise`, the default of Ubuntu and DGX OS), glibc requests such pages,
+but only if its tunable is set when the process starts. So the process is restarted once, before anything heavy is
 imported: same pid, same arguments, some 20 ms. Figures: docs/performance.md.
 """
 
@@ -19,12 +19,12 @@ _SINCE = (2, 35)  # of glibc
 
 
 def tunables(now: str | None, kernel: str, libc: tuple[str, str]) -> str | None:
-    """What GLIBC_TUNABLES should be, or None where it should stay.
+    """The value that GLIBC_TUNABLES should have, or None if it should stay as it is.
 
     Args:
-        now: its value; a user's own choice of this tunable is kept.
+        now: its present value; a user's own choice of this tunable is kept.
         kernel: the text of /sys/kernel/mm/transparent_hugepage/enabled; only "[madvise]" leaves it to the program.
-        libc: name and version, as `platform.libc_ver` has them.
+        libc: name and version, from `platform.libc_ver`.
     """
     name, version = libc
     old = name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < _SINCE
@@ -34,11 +34,11 @@ def tunables(now: str | None, kernel: str, libc: tuple[str, str]) -> str | None:
 
 
 def restart_with_huge_pages() -> None:
-    """Replace this process by itself with the tunable set; return where that gains nothing or cannot be done."""
+    """Restart this process with the tunable set. Returns if that would gain nothing or cannot be done."""
     try:
         wanted = tunables(os.environ.get("GLIBC_TUNABLES"), _SETTING.read_text(), platform.libc_ver())
         if wanted is None or not sys.executable or not sys.orig_argv:
             return
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": wanted})
     except (OSError, ValueError):
-        return  # no such kernel file, a version that is no number, no right to execute: slower, never wrong
+        return  # the kernel file is missing, a version is not a number, or exec is denied: slower, but never wrong

@@ -1,8 +1,8 @@
-"""Memory that can really be had: what Linux says is available, what a container allows, what the device holds.
+"""How much memory a run can use: what Linux reports as available, what a container allows, what the device has.
 
-On a machine whose memory is shared between processor and accelerator, the device's own total is a fiction: asking
-for it freezes the machine. The budget there is MemAvailable less a reserve, and never more than the cgroup leaves.
-This is the one module that reads /proc/meminfo, memory pressure and cgroups; `train/guard.py` asks it in training.
+If processor and accelerator share their memory, the total that the device reports is not usable: allocating it freezes
+the machine. The budget there is MemAvailable less a reserve, and never more than the cgroup leaves. Only this module
+reads /proc/meminfo, memory pressure and cgroups; `train/guard.py` calls it during training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RESERVE_SHARE, _RESERVE_BYTES = 0.08, 2 * _GIB
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes. The cgroup's are None where it sets no limit; page cache that can be dropped is not counted as used."""
+    """Bytes. The cgroup's are None if it sets no limit; page cache that can be dropped does not count as used."""
 
     total: int
     available: int
@@ -42,17 +42,17 @@ class HostMemory:
 
     @property
     def swap_used(self) -> int:
-        """What has been moved to swap, of all processes."""
+        """Bytes in swap, over all processes."""
         return self.swap_total - self.swap_free
 
     @property
     def size(self) -> int:
-        """The most it could ever have: the machine's memory or the cgroup's limit."""
+        """The upper limit: the machine's memory or the cgroup's limit, whichever is smaller."""
         return self.total if self.cgroup_limit is None else min(self.total, self.cgroup_limit)
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """Read /proc/meminfo and the cgroup (v1 or v2) that this process is in. `root` is where /proc and /sys hang."""
+    """Read /proc/meminfo and the cgroup (v1 or v2) of this process. `root` contains /proc and /sys."""
     kb = _meminfo(root)
     cgroup = tightest_cgroup(root, kb["MemTotal"])
     limit, used = (cgroup.limit, cgroup.used) if cgroup else (None, None)
@@ -68,22 +68,23 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 class Cgroup(NamedTuple):
-    """A cgroup that limits this process. Bytes; `used` is without page cache and kernel caches that can be dropped."""
+    """A cgroup that limits this process. Bytes; `used` excludes page cache and kernel caches that can be dropped."""
 
     folder: Path
     limit: int
     used: int
 
 
-# Of each version: the limits, of which the lower one holds (memory.high stalls whoever goes beyond it), and the use.
+# For each cgroup version: the files of the limits, of which the lower applies (memory.high stalls a process beyond it),
+# and the file of the usage.
 _V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes")
 _V2 = (("memory.max", "memory.high"), "memory.current")
 
 
 def tightest_cgroup(root: Path, total: int) -> Cgroup | None:
-    """Of this process's cgroup and those above it the one with the least room; None where none limits it.
+    """The cgroup with the least room among this process's own and its parents; None if none sets a limit.
 
-    A limit of `total` (the machine's bytes) or more is none: v1 writes a huge number for that.
+    A limit of `total` (the machine's bytes) or more counts as none: v1 writes a huge number for no limit.
     """
     tightest = None
     for folder, (limit_files, used_file) in _cgroup_folders(root):
@@ -97,9 +98,9 @@ def tightest_cgroup(root: Path, total: int) -> Cgroup | None:
 
 
 def _cgroup_folders(root: Path):
-    """Every folder from this process's cgroup up to the top: a limit anywhere on the way holds."""
+    """Every folder from this process's cgroup up to the top: a limit in any of them applies."""
     for top, path, files in _memberships(root):
-        # Inside a container the path may be the host's and not be mounted here; then only the top can be read.
+        # In a container the path may be the host's and not be mounted; then only the top can be read.
         folder = top / path.lstrip("/")
         while folder != top:
             if folder.is_dir():
@@ -130,36 +131,36 @@ def _number(path: Path) -> int | None:
 
 
 def _statistics(folder: Path) -> dict[str, int]:
-    """memory.stat of a cgroup, with all cgroups below it; {} where it cannot be read."""
+    """memory.stat of a cgroup including all cgroups below it; {} if it cannot be read."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return {}
-    # v1 has both sums: its own first, then the total.
+    # v1 lists its own sums first and the totals after them, so that the totals win here.
     return {key.removeprefix("total_"): int(value) for key, value in map(str.split, lines)}
 
 
 def _reclaimable(fields: dict[str, int]) -> int:
-    """What the kernel gives up before it kills: the page cache, also what was read twice (MemAvailable counts both)."""
+    """Bytes that the kernel reclaims before it kills: the page cache, both lists (MemAvailable counts both)."""
     return sum(fields.get(name, 0) for name in ("inactive_file", "active_file", "slab_reclaimable"))
 
 
 def memory_pressure(root: Path = Path("/")) -> float:
-    """Percent of the last ten seconds in which some process waited for memory, of the machine or of this cgroup (v2).
+    """Percent of the last ten seconds in which some process waited for memory, in the machine or this cgroup (v2).
 
-    The higher of the two; 0 where the kernel keeps no such account (PSI).
+    Returns the higher of the two, or 0 if the kernel keeps no pressure statistics (PSI).
     """
     files = [root / "proc/pressure/memory"]
     files += [top / path.lstrip("/") / "memory.pressure" for top, path, kind in _memberships(root) if kind is _V2]
     shares = [0.0]
     for file in files:
-        with contextlib.suppress(OSError):  # switched off at boot, a file is there and cannot be read
+        with contextlib.suppress(OSError):  # if PSI was switched off at boot, the file exists but cannot be read
             shares += map(float, re.findall(r"^some avg10=([0-9.]+)", file.read_text(), re.MULTILINE))
     return max(shares)
 
 
 def held_beside_processes(root: Path = Path("/")) -> dict[str, int]:
-    """Bytes by name that no process's own memory shows, of the cgroup that limits this process, or of the machine."""
+    """Bytes, by name, that belong to no process: of the cgroup that limits this process, or of the machine."""
     kb = _meminfo(root)
     cgroup = tightest_cgroup(root, kb["MemTotal"])
     swap = kb.get("SwapTotal", 0) - kb.get("SwapFree", 0)
@@ -172,24 +173,24 @@ def held_beside_processes(root: Path = Path("/")) -> dict[str, int]:
 
 
 def processes_limited_with(root: Path = Path("/")) -> set[int] | None:
-    """The ids of the processes that share the limit of this one's cgroup; None where the whole machine does."""
+    """The ids of the processes under the same cgroup limit as this one; None if no cgroup limits it."""
     cgroup = tightest_cgroup(root, _meminfo(root)["MemTotal"])
     if cgroup is None:
         return None
-    found: set[int] = set()
-    with contextlib.suppress(OSError):  # one that ends meanwhile
+    ids: set[int] = set()
+    with contextlib.suppress(OSError):  # a cgroup may disappear meanwhile
         for members in cgroup.folder.rglob("cgroup.procs"):
-            found.update(map(int, members.read_text().split()))
-    return found
+            ids.update(map(int, members.read_text().split()))
+    return ids
 
 
 def reserve_bytes(memory: HostMemory) -> int:
-    """What is left to the rest of the machine: 8 % of it, at least 2 GiB, at most half of what is there to have."""
+    """Bytes left for the rest of the machine: 8 % of its memory, at least 2 GiB, at most half of what is usable."""
     return int(min(max(_RESERVE_SHARE * memory.size, _RESERVE_BYTES), memory.usable / 2))
 
 
 def most_for_a_run(memory: HostMemory) -> int:
-    """Bytes that one run may ever have: all there is to have on an idle machine, less the reserve."""
+    """The most bytes that one run may use: the usable memory of an idle machine, less the reserve."""
     idle = replace(memory, available=memory.total, cgroup_used=0 if memory.cgroup_limit is not None else None)
     return idle.size - reserve_bytes(idle)
 
@@ -198,14 +199,14 @@ def budget_bytes(spec: str, machine) -> tuple[int, str]:
     """Bytes that one device may use for training, and the reason in words.
 
     Args:
-        spec: `memory.budget` of the config: "auto", or an amount ("80GB"), which is taken as it stands.
+        spec: `memory.budget` of the config: "auto", or an amount ("80GB"), which is used as given.
         machine: a `machine.profile.Machine`. Where memory is shared (unified, or plain CPU), its devices share the
             budget evenly; a discrete device has its own.
     """
     if str(spec).strip().lower() != "auto":
         asked = parse_bytes(spec)
-        there = machine.device_memory_bytes or machine.memory.usable // max(machine.device_count, 1)
-        warning = f", more than the {there / 1e9:.1f} GB that can be had here" if asked > there else ""
+        usable = machine.device_memory_bytes or machine.memory.usable // max(machine.device_count, 1)
+        warning = f", more than the {usable / 1e9:.1f} GB that are usable here" if asked > usable else ""
         return asked, f"memory.budget: {spec}{warning}"
     if machine.device_memory_bytes is not None and not machine.unified:
         return machine.device_memory_bytes, f"the limit of the {machine.device_kind}'s own memory"
@@ -219,14 +220,14 @@ def budget_bytes(spec: str, machine) -> tuple[int, str]:
 
 
 def process_memory() -> dict[str, int]:
-    """This process, in bytes: {"resident", "anonymous", "peak_resident"}. Mapped files count in the first and last."""
+    """This process's bytes: {"resident", "anonymous", "peak_resident"}. Mapped files count in the first and last."""
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE))
     names = {"resident": "VmRSS", "anonymous": "RssAnon", "peak_resident": "VmHWM"}
     return {name: int(fields[field]) * 1024 for name, field in names.items()}
 
 
 def give_back_freed() -> None:
-    """Have glibc return to the kernel what was freed: compiling a step leaves some 400 MB with it."""
+    """Make glibc return freed memory to the kernel: after compiling a step it retains some 400 MB."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -234,7 +235,7 @@ def give_back_freed() -> None:
 
 
 def device_memory(device) -> dict[str, int] | None:
-    """{"in_use", "peak", "limit"} in bytes of one jax device, or None where it keeps no account (CPU)."""
+    """{"in_use", "peak", "limit"} in bytes of one jax device, or None if it keeps no statistics (CPU)."""
     stats = device.memory_stats()
     if not stats:
         return None
@@ -246,7 +247,7 @@ def device_memory(device) -> dict[str, int] | None:
 
 
 def process_memory_bytes() -> int:
-    """`memory_bytes` of metrics.jsonl: the fullest device's peak, or on CPU the anonymous memory held now."""
+    """`memory_bytes` of metrics.jsonl: the highest peak of a device, or on a CPU the anonymous memory held now."""
     import jax
 
     peaks = [account["peak"] for device in jax.local_devices() if (account := device_memory(device))]

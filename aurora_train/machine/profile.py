@@ -1,7 +1,7 @@
-"""What this machine is, and the environment JAX wants on it.
+"""Describes this machine, and sets the environment variables that JAX needs on it.
 
-`prepare_environment` must run before jax is imported: jax reads its environment once. Nothing here imports jax at
-module level; `this_machine` does when it is called.
+`prepare_environment` must run before jax is imported, because jax reads its environment once. Nothing here imports jax
+at module level; `this_machine` imports it when called.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DISCRETE_FRACTION = 0.92  # jax's own default, 0.75, leaves a quarter of the dev
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices training runs on, and the box around them. Bytes; `known` is None for a device not in the table."""
+    """The devices that training runs on, and their host. Bytes; `known` is None for a device not in the table."""
 
     platform: str
     device_kind: str
@@ -74,9 +74,9 @@ def this_machine() -> Machine:
 
 
 def choose_devices(devices: list) -> tuple[list, list]:
-    """(the devices to train on, those left out). Unlike devices: the kind with the highest known bfloat16 peak.
+    """(the devices to train on, those left out). If kinds differ, the one with the highest known bfloat16 peak is used.
 
-    A workstation may hold a small GPU for its display; index 0 says nothing about which one that is.
+    A workstation may have a small GPU for its display, which is not necessarily the one with index 0.
     """
     kinds = {device.device_kind for device in devices}
     if len(kinds) == 1:
@@ -93,7 +93,7 @@ def choose_devices(devices: list) -> tuple[list, list]:
 
 
 def precision_here() -> str:
-    """The `train.precision` of this machine's devices where nobody chose one; see `precision_on`."""
+    """The `train.precision` for this machine's devices if the user chose none; see `precision_on`."""
     import jax
 
     first = choose_devices(jax.local_devices())[0][0]
@@ -103,7 +103,7 @@ def precision_here() -> str:
 def precision_on(platform: str, capability: str | None) -> str:
     """ "bfloat16" on a TPU and on a GPU that multiplies it (NVIDIA from compute capability 8.0, AMD), else "float32".
 
-    `platform` and `capability` ("9.0", "gfx942") as jax gives them.
+    `platform` and `capability` ("9.0", "gfx942") are jax's own values.
     """
     number = re.match(r"[0-9]+", capability or "")
     able = int(number[0]) >= 8 if number else (capability or "").startswith("gfx")
@@ -111,7 +111,7 @@ def precision_on(platform: str, capability: str | None) -> str:
 
 
 def precision_expected() -> str | None:
-    """`precision_here` without asking jax, from what the driver reports; None where that does not tell."""
+    """`precision_here` without importing jax, from what the driver reports; None if that does not determine it."""
     from importlib.util import find_spec
 
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -126,10 +126,10 @@ def precision_expected() -> str | None:
 
 
 def peak_flops(machine: Machine, dtype: str) -> float | None:
-    """Dense FLOP/s of one device for products of `dtype`, or None where unknown (MFU is then "n/a").
+    """Dense FLOP/s of one device for products of `dtype`, or None if unknown (MFU is then "n/a").
 
-    In float32 that is the TF32 rate where the device has one: XLA's default float32 product on it uses TF32. In fp8 it
-    is that of 8 bits, though a run's attention and head are products of bfloat16; of bfloat16 where there is no other.
+    For float32 this is the TF32 rate if the device has one, because XLA's default float32 product uses it. For fp8 it
+    is the 8-bit rate, although a run's attention and head multiply in bfloat16; without one, the bfloat16 rate.
     """
     if machine.known is None:
         return None
@@ -140,7 +140,7 @@ def peak_flops(machine: Machine, dtype: str) -> float | None:
 
 
 def cpu_model() -> str:
-    """The processor's name from /proc/cpuinfo, or the architecture where it gives none (Arm)."""
+    """The processor's name from /proc/cpuinfo, or the architecture if it gives none (Arm)."""
     match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return match[1].strip() if match else f"{os.uname().machine} processor"
 
@@ -151,21 +151,21 @@ def cpu_cores() -> int:
 
 
 def installed_gpus(root: Path = Path("/")) -> list[str]:
-    """Names of the NVIDIA GPUs the driver reports, without asking jax or starting CUDA; [] where there is none."""
+    """Names of the NVIDIA GPUs that the driver reports, without importing jax or starting CUDA; [] if there is none."""
     reports = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
-    found = (re.search(r"^Model:\s*(.+)$", report.read_text(), re.MULTILINE) for report in reports)
-    return [match[1].strip() for match in found if match]
+    matches = (re.search(r"^Model:\s*(.+)$", report.read_text(), re.MULTILINE) for report in reports)
+    return [match[1].strip() for match in matches if match]
 
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:
-    """The version of NVIDIA's kernel driver, such as "580.82.09"; None where there is none."""
+    """The version of NVIDIA's kernel driver, such as "580.82.09"; None if there is none."""
     report = root / "proc/driver/nvidia/version"
-    found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", report.read_text()) if report.is_file() else None
-    return found and found[1]
+    match = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", report.read_text()) if report.is_file() else None
+    return match and match[1]
 
 
 def plugin_without_driver() -> bool:
-    """Whether jax's CUDA plug-in is here (to plan for a GPU) and no driver is: jax would print its failed start."""
+    """Whether jax's CUDA plug-in is installed (to plan for a GPU) without a driver: jax would print an error then."""
     import ctypes
     import importlib.util
 
@@ -189,16 +189,16 @@ def environment_defaults(
     gpus: list[str] | None = None,
     user_flags: str = "",
 ) -> dict[str, str]:
-    """The variables this machine wants, whatever the user set: a function of the arguments and of /proc alone.
+    """The environment variables for this machine, regardless of the user's: a function of the arguments and of /proc.
 
     Args:
         cache: folder for compiled programs and autotuning results; must be on a local disk.
         budget: `memory.budget`; on unified memory it becomes the share of memory that jax may take.
         online: allow the data libraries to go to the network.
-        deterministic: on a GPU, give up autotuning and unordered kernels, so that two compilations give equal
-            bits. False keeps autotuning; bits then hold as long as the cache folder does.
-        gpus: names of the installed GPUs; asked of the driver when None.
-        user_flags: the user's own XLA_FLAGS, which win.
+        deterministic: on a GPU, disable autotuning and unordered kernels, so that two compilations give equal
+            bits. False keeps autotuning; results are then reproducible only with the same cache folder.
+        gpus: names of the installed GPUs; read from the driver if None.
+        user_flags: the user's own XLA_FLAGS, which take precedence.
     """
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
     if not online:
@@ -230,13 +230,13 @@ def environment_defaults(
 def prepare_environment(
     config=None, *, cache: Path | None = None, online: bool = False, deterministic: bool = True
 ) -> dict[str, str]:
-    """Set the variables this machine wants, unless the user set them; return what was set, for provenance.
+    """Set the environment variables for this machine unless the user set them. Returns those set, for provenance.
 
-    Call it before jax and datasets are imported. Where jax already is (a notebook, a test), the compile cache is
-    set through jax's own config instead, and only what is read later has effect.
+    Call it before jax and datasets are imported. If jax already is (a notebook, a test), the compile cache is set
+    through jax's own config instead, and only variables that are read later take effect.
 
     Args:
-        config: the run's config; its `memory.budget` bounds what jax may take of a unified memory.
+        config: the run's config; its `memory.budget` limits how much of a unified memory jax may use.
         cache: the cache folder; `run.cache_folder()` when None.
         online, deterministic: see `environment_defaults`.
     """

@@ -1,7 +1,8 @@
-"""How fast this device really is: measured once by `aurora doctor --calibrate`, kept per kind of device, or assumed.
+"""The speed of a device: measured once by `aurora doctor --calibrate` and stored per kind of device, or assumed.
 
-The planner turns FLOPs and bytes into seconds with these rates. A measurement of this kind of device wins; without
-one, the table's peak times a share that was reached elsewhere, marked as assumed; with neither, there are no times.
+The planner turns FLOPs and bytes into seconds with these rates. It uses a measurement of this kind of device if there
+is one; otherwise the table's peak times a share that was reached elsewhere, marked as assumed; otherwise it gives no
+times.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from aurora_train.units import percent, size
 class Rates:
     """One device. `matmul`: dtype name -> FLOP/s of large products; `bandwidth`: bytes/s read and written together.
 
-    `per_microbatch_seconds`: what one more microbatch costs beside its work: a loop iteration of some 32 small
-    dependent products. `link`: bytes/s to or from the processor's memory, one way; None where it is shared.
-    `source`: "measured" or "assumed"; `note` says where from, in words; `date`: ISO, or "".
+    `per_microbatch_seconds`: the overhead of one more microbatch: a loop iteration of some 32 small dependent
+    products. `link`: bytes/s to or from the processor's memory, one way; None if memory is shared.
+    `source`: "measured" or "assumed"; `note`: the origin in words; `date`: ISO, or "".
     """
 
     matmul: dict[str, float]
@@ -49,11 +50,11 @@ def flop_rate(rate: float | None) -> str:
     return size(rate) if rate is None else size(rate).removesuffix("B") + "FLOP/s"
 
 
-# ---- the one in hand: stored, assumed or none
+# ---- which rates apply: stored, assumed or none
 
 
 def rates_for(machine) -> Rates | None:
-    """Rates of a `profile.Machine` or a `targets.Target`; None where nothing was measured and no peak is known.
+    """Rates of a `profile.Machine` or a `targets.Target`; None if nothing was measured and no peak is known.
 
     Raises UserError for a stored measurement that cannot be read.
     """
@@ -70,14 +71,14 @@ def rates_for(machine) -> Rates | None:
 
 
 def store(rates: Rates) -> Path:
-    """Keep a measurement for its kind of device, durably; returns its path."""
+    """Store a measurement durably for its kind of device. Returns its path."""
     path = _file(rates.device)
     write_json(path, asdict(rates))
     return path
 
 
 def device_name(device) -> str:
-    """The kind of a jax device as measurements are kept: a processor's rate is that of so many of its cores."""
+    """The name under which a jax device's measurement is stored; for a processor it includes the number of cores."""
     return _processor() if device.platform == "cpu" else device.device_kind
 
 
@@ -107,7 +108,8 @@ def _read(path: Path) -> Rates | None:
         return Rates(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(
-            "not a readable calibration of a device", where=str(path), hint="rm it, or: aurora doctor --calibrate"
+            "this is not a readable calibration of a device", where=str(path),
+            hint="delete the file, or measure again: aurora doctor --calibrate",
         ) from error
 
 
@@ -120,7 +122,7 @@ _LOOP_SECONDS = 2e-4  # 32 kernels at about 5 us each, and the loop's own synchr
 
 
 def assumed(row: KnownMachine) -> Rates:
-    """The table's peak times a share reached on this or a like device; the note says which."""
+    """The table's peak times a share reached on this or a similar device; the note says which."""
     reached, peaks = row.reached or _GUESS, row.peak_flops
     products = {"float32": peaks.get("tf32", peaks.get("float32")), "bfloat16": peaks.get("bfloat16")}
     return Rates(

@@ -1,7 +1,7 @@
 """Known machines: peak rates, bandwidth and memory of one accelerator, every figure with its source.
 
-The figures lie in `machines.toml` beside this file, which explains its keys; a user's own file of the same form is laid
-over it. A device that is in neither is unknown: its peak is None and MFU is "n/a", never 0. This file imports no jax.
+The figures are in `machines.toml` beside this file, which explains its keys; a user's own file of the same form is laid
+over it. A device in neither is unknown: its peak is None and MFU is "n/a", never 0. This file does not import jax.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _UNIFIED_RULE = (
     "memory is shared with the processor: the budget is MemAvailable less a reserve, preallocation is off, and "
     "host offload frees nothing"
 )
-_NAMESAKES = re.compile(r"\b(laptop|mobile|5090 D|4090 D|MIG)\b", re.IGNORECASE)  # named as a desktop card, and not it
+_NAMESAKES = re.compile(r"\b(laptop|mobile|5090 D|4090 D|MIG)\b", re.IGNORECASE)  # these share a desktop card's name
 
 
 class Figure(Section):
-    """A number with the place it was read."""
+    """A number with its source."""
 
     value: float = setting(gt=0)
     source: str
 
 
 class Tflops(Section):
-    """TFLOP/s by the format of a product's operands; None where the device lacks it or nobody published it."""
+    """TFLOP/s by the format of a product's operands; None if the device lacks it or it was not published."""
 
     float32: float | None = setting(None, gt=0)
     tf32: float | None = setting(None, gt=0)
@@ -47,7 +47,7 @@ class Tflops(Section):
 
 
 class TargetChip(Section):
-    """An NVIDIA device as its compiler sees it; the limits are of one multiprocessor."""
+    """The compiler's description of an NVIDIA device; the limits apply to one multiprocessor."""
 
     capability: str = setting(pattern=r"^\d+\.\d$")
     multiprocessors: int = setting(gt=0)
@@ -60,10 +60,10 @@ class TargetChip(Section):
 
 
 class KnownMachine(Section):
-    """One machine, as machines.toml has it. `kinds` are the words of jax's `device_kind` that name the device.
+    """One machine of machines.toml. `kinds`: the words of jax's `device_kind` that name the device.
 
-    `link`: bytes/s to or from the processor's memory, one way; None where memory is `unified`. `reached`: share of the
-    bfloat16 peak. `sees`, `free`: bytes. `chip` is None where this trainer cannot compile for the device without it.
+    `link`: bytes/s to or from the processor's memory, one way; None if memory is `unified`. `reached`: share of the
+    bfloat16 peak. `sees`, `free`: bytes. `chip` is None if this trainer cannot compile for the device in its absence.
     """
 
     name: str
@@ -103,7 +103,7 @@ class KnownMachine(Section):
 
     @property
     def memory(self) -> Figure:
-        """Bytes, as sold."""
+        """The nominal size in bytes."""
         return Figure(value=self.memory_gb * 1e9, source=self.source)
 
 
@@ -114,21 +114,21 @@ class _Machines(Section):
 def known_machines() -> dict[str, KnownMachine]:
     """Every known machine by the name that `--machine` takes, in the order of the file; a user's own come last.
 
-    A user's own are those of $AURORA_MACHINES, or of ~/.config/aurora_train/machines.toml; one replaces ours of the
-    same name. Raises UserError, with file and key, where that file is not of the form of ours.
+    A user's own machines are in $AURORA_MACHINES or ~/.config/aurora_train/machines.toml and replace bundled ones of
+    the same name. Raises UserError, with file and key, if that file does not have the form of the bundled one.
     """
     written = os.environ.get("AURORA_MACHINES")
     own = Path(written or Path.home() / ".config" / "aurora_train" / "machines.toml")
-    there = os.path.isfile(own)  # unlike Path's own, false where a home may not be looked into
-    if written and not there:
+    exists = os.path.isfile(own)  # unlike Path.is_file, False if the home folder may not be read
+    if written and not exists:
         raise UserError("there is no such file of machines", where=written, why="AURORA_MACHINES names it")
-    return _known(own if there else None)
+    return _known(own if exists else None)
 
 
 def lookup(device_kind: str) -> KnownMachine | None:
-    """The machine of jax's `device_kind` ("NVIDIA H100 80GB HBM3"), or None for a device that is not known.
+    """The machine with jax's `device_kind` ("NVIDIA H100 80GB HBM3"), or None for an unknown device.
 
-    The longest of the words that match wins, and of two as long the one of the user's own file.
+    The longest matching word wins; of two equally long ones, the one in the user's own file.
     """
     best, best_length = None, 0
     for row in known_machines().values():
@@ -162,13 +162,13 @@ def _parse(file: Path) -> dict:
 
 
 def _checked(file: Path, tree: dict, ours: dict) -> dict[str, KnownMachine]:
-    """The machines of a file. A link is named by our names for it; a chip has the limits of its compute capability."""
+    """The machines of a file. Resolves the names of links, and adds the limits of a chip's compute capability."""
     machines = tree.get("machine")
     for name, entry in machines.items() if isinstance(machines, dict) else ():
         if name != slug(name):
             raise UserError(
-                "is not a name that `--machine` takes", where=f"{file}: machine.{name}",
-                why="it is written in lower case, its words joined by hyphens", hint=f"[machine.{slug(name)}]",
+                "this is not a name that `--machine` takes", where=f"{file}: machine.{name}",
+                why="such names are in lower case, with hyphens between words", hint=f"[machine.{slug(name)}]",
             )  # fmt: skip
         link, chip = (entry.get(key) for key in ("link", "chip")) if isinstance(entry, dict) else (None, None)
         if isinstance(link, str):
@@ -189,7 +189,7 @@ def _named(written: str, known: dict, where: str) -> dict:
         near = difflib.get_close_matches(written, known, 1)
         hint = f"did you mean `{near[0]}`? " if near else ""
         raise UserError(
-            f"unknown link `{written}`", where=where, why=f"known are {', '.join(known)}",
+            f"unknown link `{written}`", where=where, why=f"known links: {', '.join(known)}",
             hint=hint + 'or write its figure: link = { value = 64e9, source = "..." }',
         )  # fmt: skip
     return known[written]

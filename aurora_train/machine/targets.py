@@ -1,7 +1,6 @@
-"""Machines that can be planned for by name, without the device: its memory budget, and what XLA must know to compile.
+"""Machines that can be planned for by name, without the device: their memory budget, and what XLA needs to compile.
 
-The one thing to know: the compiler needs a description of the chip (`GpuTargetConfigProto` text), and nothing else of
-it. What that text is made of lies in machines.toml.
+The compiler needs only a description of the chip (`GpuTargetConfigProto` text). Its figures are in machines.toml.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from aurora_train.machine.table import KnownMachine, known_machines, slug
 from aurora_train.units import percent, size
 
 _KIB, _GIB = 2**10, 2**30
-_LEFT_TO_PROCESSOR = 7 * _GIB  # of memory that is shared: Python, the data and the page cache
+_LEFT_TO_PROCESSOR = 7 * _GIB  # of shared memory, for Python, the data and the page cache
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,15 @@ class Target:
 
     @property
     def multiprocessors(self) -> int:
-        """How many the chip has."""
+        """Number of multiprocessors on the chip."""
         return self.row.chip.multiprocessors
 
 
 def find_machine(name: str) -> Target:
-    """The machine of a slug ("dgx-spark"), or of a name as the table or jax gives it ("NVIDIA H200").
+    """The machine with a slug ("dgx-spark"), or with a name that the table or jax gives it ("NVIDIA H200").
 
-    Raises UserError for one that is not known, with the nearest and the list, and for one without a `chip` (AMD's): no
-    program can be compiled for it here.
+    Raises UserError for an unknown machine, with the nearest name and the list, and for one without a `chip` (AMD's),
+    for which no program can be compiled here.
     """
     wanted, known = slug(name), known_machines()
     spelled = {slug(one): key for key, row in known.items() for one in (row.name, *row.kinds, row.device_kind or key)}
@@ -57,14 +56,14 @@ def find_machine(name: str) -> Target:
         near = difflib.get_close_matches(wanted, machine_names(), n=1, cutoff=0.5)
         raise UserError(
             f"no machine is known by the name {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
-            why=f"known are {', '.join(machine_names())}",
-            hint="list it in a machines.toml of your own (docs/memory.md), plan on the machine itself, or name the "
-            "nearest with an amount: memory.budget=20GB",
+            why=f"known machines: {', '.join(machine_names())}",
+            hint="list it in a machines.toml of your own (docs/memory.md), plan on the machine itself, or use the "
+            "most similar one with its amount of memory: memory.budget=20GB",
         )
     if known[key].chip is None:
         raise UserError(
             f"{known[key].name} is a known machine, but nothing can be compiled for it without the device",
-            why="planning compiles the step, and jax compiles for an absent device on NVIDIA only",
+            why="planning compiles the step, and jax can compile for an absent device only if it is NVIDIA's",
             hint="plan on that machine itself",
         )
     return _target(key, known[key])
@@ -79,8 +78,8 @@ def _target(name: str, row: KnownMachine) -> Target:
     if row.unified:
         budget = int(row.free.value) - _LEFT_TO_PROCESSOR
         reason = (
-            f"CUDA can get about {size(row.free.value)} of the memory that it shares with the processor, and "
-            f"{size(_LEFT_TO_PROCESSOR)} of that are left for Python, the data and the page cache"
+            f"CUDA can allocate about {size(row.free.value)} of the memory that it shares with the processor, of which "
+            f"{size(_LEFT_TO_PROCESSOR)} are left for Python, the data and the page cache"
         )
     else:
         budget = int(DISCRETE_FRACTION * row.sees.value)
@@ -92,10 +91,10 @@ def _target(name: str, row: KnownMachine) -> Target:
 
 
 def _config_text(row: KnownMachine) -> str:
-    """XLA's `stream_executor.GpuTargetConfigProto` as text (openxla/xla, `target_config/specs`, has its like)."""
+    """XLA's `stream_executor.GpuTargetConfigProto` as text (compare openxla/xla, `target_config/specs`)."""
     chip = row.chip
     major, _, minor = chip.capability.partition(".")
-    # Hopper and later carry instructions outside the portable set (sm_90a); XLA turns them on by itself on a device.
+    # Hopper and later have instructions outside the portable set (sm_90a); on a device XLA enables them by itself.
     extension = "ACCELERATED_FEATURES" if int(major) >= 9 else "NONE"
     return f"""gpu_device_info {{
   name: "{row.device_kind}"

@@ -1,4 +1,4 @@
-"""What a plan is told in: bytes by cause, tensors by tag, levers not pulled, time, disk. Plain JSON, no decisions."""
+"""The details of a plan: bytes by cause, tensors by tag, unused levers, time, disk. Plain JSON, no decisions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", 
 
 
 def tree_bytes(tree) -> int:
-    """Bytes of a pytree of arrays, whole."""
+    """Total bytes of a pytree of arrays, over all devices."""
     return sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
@@ -29,7 +29,7 @@ def _bytes(shape, dtype) -> int:
 
 
 def sharded_bytes(tree, shardings) -> int:
-    """Bytes that one device holds of a pytree under a matching pytree of shardings."""
+    """Bytes of a pytree that one device holds under a matching pytree of shardings."""
     leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
     return sum(
         _bytes(sharding.shard_shape(leaf.shape), leaf.dtype) for leaf, sharding in zip(leaves, places, strict=True)
@@ -37,7 +37,7 @@ def sharded_bytes(tree, shardings) -> int:
 
 
 def unit_gradient_bytes(stack, mesh) -> int:
-    """Of one unit of an abstract Stack, on one device of an fsdp mesh: 0 where nothing of it is trained."""
+    """Gradient bytes of one unit of an abstract Stack on one device of an fsdp mesh; 0 if none of it is trained."""
     from aurora_train.nn import lora
 
     _, state = nnx.split(stack.segments[0])
@@ -46,7 +46,7 @@ def unit_gradient_bytes(stack, mesh) -> int:
 
 
 def parameter_bytes(program) -> int:
-    """Bytes of all parameters, whole."""
+    """Total bytes of all parameters, over all devices."""
     return tree_bytes(nnx.state(program.model(), nnx.Param))
 
 
@@ -68,19 +68,19 @@ _BFLOAT16 = "train.precision=bfloat16"
 
 
 def levers(program, blueprint, plan=None, activations: int | None = None) -> list[dict]:
-    """Settings that would save memory and are not used, biggest first; none is the planner's to pull.
+    """Unused settings that would save memory, largest saving first. The planner never changes any of them itself.
 
-    Under a plan, or, where None, at its smallest: one example at a time. `activations`: their bytes at the peak, where
-    known; else what layers are given stands for them. bfloat16 comes before all others: it makes a step faster, too.
+    Savings are computed under `plan`, or for one example at a time if it is None. `activations`: their bytes at the
+    peak, if known; otherwise the inputs of the layers stand in for them. bfloat16 comes first: it is also faster.
     """
     config = program.config
     count = sum(leaf.size for leaf in jax.tree.leaves(blueprint.state.params)) // program.mesh.shape["fsdp"]
     state = tree_bytes(blueprint.state.opt_state) // program.mesh.shape["fsdp"]
-    found = []
+    unused = []
 
     def add(name, setting, saves):
         if saves > 0:
-            found.append({"name": name, "setting": setting, "saves_bytes": int(saves)})
+            unused.append({"name": name, "setting": setting, "saves_bytes": int(saves)})
 
     for moments, name in (("bfloat16", "bfloat16 moments"), ("int8", "8-bit moments")):
         if moments != config.optimizer.moments and config.optimizer.name != "adafactor":
@@ -90,7 +90,7 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
         add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
     if config.optimizer.ema is not None:
         add("no moving average", "optimizer.ema=null", 4 * count)
-    # It asks for the whole batch at once, and XLA:CPU copies what its loops carry: no gain there.
+    # Fusing the update needs the whole batch at once. XLA:CPU copies what its loops carry, so it gains nothing there.
     one_gpu_batch = plan is not None and plan.accumulation == 1 and program.platform != "cpu"
     if one_gpu_batch and not config.memory.fuse_update and not blueprint.state.frozen:
         gradients = tree_bytes(partition(blueprint.state.params)[1]) // program.mesh.shape["fsdp"]
@@ -107,14 +107,14 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
     memory, local = config.memory, plan.microbatch // program.mesh.devices.size if plan else 1
     inputs = local * sum(call[0].num_units * tree_bytes(call[1]) for call in program.stack_calls().values())
     if program.apart and memory.offload == "none" and memory.save != "all" and not memory.fuse_update:
-        add("what layers are given, on the host", "memory.offload=[unit_input]", inputs)
+        add("the inputs of layers kept on the host", "memory.offload=[unit_input]", inputs)
     if program.platform != "cpu" and config.train.dtype == "float32":
         add("bfloat16 compute", _BFLOAT16, max((activations or inputs) // 2, 1))
-    return sorted(found, key=lambda lever: (lever["setting"] != _BFLOAT16, -lever["saves_bytes"]))
+    return sorted(unused, key=lambda lever: (lever["setting"] != _BFLOAT16, -lever["saves_bytes"]))
 
 
 def essentials(planner, plan, cost: Candidate) -> dict:
-    """`Plan.details` of a plan that was estimated. `cost`: what it takes beside the work itself."""
+    """`Plan.details` of an estimated plan. `cost`: what the plan costs on top of the step's own work."""
     blueprint, estimate = planner.program.blueprint(plan), planner.estimate
     local = estimate.local(plan.microbatch)
     kept = sum((b - a) * score.saved_bytes * local for cut in cost.cuts.values() for a, b, score in cut)
@@ -128,7 +128,7 @@ def essentials(planner, plan, cost: Candidate) -> dict:
 
 
 def standing(planner, plan, activations: int | None = None) -> dict:
-    """`Plan.details` of any plan, as far as they are known without an estimate. `activations`: as in `levers`."""
+    """The part of `Plan.details` that is known without an estimate. `activations`: as in `levers`."""
     program = planner.program
     blueprint = program.blueprint(plan)
     with program.here():
@@ -145,21 +145,21 @@ def standing(planner, plan, activations: int | None = None) -> dict:
 
 
 def _with_speed(lever: dict, rates) -> dict:
-    """bfloat16 with how many times as fast products are, where both rates of the machine are known."""
+    """Adds to the bfloat16 lever how many times faster its products are, if the machine's rates are known."""
     if lever["setting"] != _BFLOAT16 or rates is None or not {"bfloat16", "float32"} <= rates.matmul.keys():
         return lever
     return {**lever, "faster": round(rates.matmul["bfloat16"] / rates.matmul["float32"], 1)}
 
 
 def _attention(model) -> str | None:
-    """Which kernel the model's attention takes, and why; None for a model without attention of ours."""
+    """Which kernel the model's attention uses, and why; None for a model that does not use our attention."""
     chosen = getattr(model, "attention", None)
     name, reason = getattr(chosen, "name", None), getattr(chosen, "reason", None)
     return f"{name} ({reason})" if name and reason else name
 
 
 def details(planner, space, shortlist, chosen: Candidate, faster) -> dict:
-    """`Plan.details`; see memory/report.py for the reader's side."""
+    """`Plan.details` of a plan that was searched for; memory/report.py shows them."""
     plan = planner.plan_of(chosen)
     fits = [c.microbatch for c in shortlist.candidates if shortlist.expected(c) <= planner.budget]
     return essentials(planner, plan, chosen) | {
@@ -179,7 +179,7 @@ def details(planner, space, shortlist, chosen: Candidate, faster) -> dict:
 
 
 def _tensors(stack, chosen: Candidate, space) -> list[dict]:
-    """Each tag alone: what keeping it costs, and what recomputing it costs where all else is recomputed."""
+    """One row per tag: what keeping it alone costs, and what recomputing it costs when everything is recomputed."""
     by_save = {score.save: score for score in stack.scores if not score.offload}
     none = by_save.get((), stack.scores[0])
     moving = {score.offload[0]: score.offloaded_bytes for score in stack.scores if len(score.offload) == 1}
@@ -223,12 +223,12 @@ def _time(planner, cost: Candidate, blueprint) -> dict | None:
 
 
 def product_rate(rates, config) -> float:
-    """FLOP/s of a run's products. In fp8 those of bfloat16: how much faster its blocks are has not been measured."""
+    """FLOP/s of a run's products. fp8 uses the rate of bfloat16: its own has not been measured."""
     return rates.matmul.get(config.train.dtype) or max(rates.matmul.values())
 
 
 def _targets(program) -> int | None:
-    """Targets of one example, for the recipes whose batch has a weight for each."""
+    """Number of targets in one example, for recipes whose batch has a weight for each; otherwise None."""
     weights = program.shapes.get("weights")
     if weights is None:
         return None
@@ -249,8 +249,8 @@ def _pareto(planner, shortlist, chosen: Candidate) -> list[dict]:
     for candidate in shortlist.candidates:
         best.setdefault(candidate.microbatch, []).append(candidate)
     rows = []
-    for microbatch, found in best.items():
-        whole = [c for c in found if all(len(cut) == 1 for cut in c.cuts.values()) or c.key == chosen.key]
+    for microbatch, candidates in best.items():
+        whole = [c for c in candidates if all(len(cut) == 1 for cut in c.cuts.values()) or c.key == chosen.key]
         rows += [
             {"microbatch": microbatch, "bytes": shortlist.expected(c), "recompute_flops": c.flops,
              "seconds": c.seconds if planner.rates else None, "chosen": c.key == chosen.key}
@@ -263,12 +263,12 @@ def _not_verified(planner) -> list[str]:
     out, program = [], planner.program
     if not (planner.compiles or planner.compiled_later):
         installed = can_compile_for_gpu() or not program.remote
-        hint = "" if installed else "; pip install 'aurora_train[plan]' compiles"
+        hint = "" if installed else "; pip install 'aurora_train[plan]' adds a compiler"
         out.append(f"the peak: nothing was compiled, it is {ESTIMATE}{hint}")
     if program.remote:
         out.append("workspaces that cuDNN and cuBLAS choose on the device")
     if program.config.train.precision == "fp8":
-        out.append("the time: products in fp8 are reckoned as fast as in bfloat16")
+        out.append("the time: products in fp8 are assumed to be as fast as in bfloat16")
         if program.capability is not None and program.capability < fp8.FIRST_WITH_FP8:
-            out.append("that fp8 pays: this GPU has no products of 8 bits; bfloat16 is as fast and more exact")
+            out.append("a gain from fp8: this GPU has no 8-bit products; bfloat16 is as fast and more exact")
     return out

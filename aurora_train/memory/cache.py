@@ -1,4 +1,4 @@
-"""Plans already made, by everything that could change them: config, code, versions, machine, budget and rates."""
+"""A cache of plans, keyed by everything that could change them: config, code, versions, machine, budget and rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def key_of(parts: dict) -> str:
 
 
 def load(key: str) -> Plan | None:
-    """The plan made before under this key. A file that cannot be read is as good as none: it is written anew."""
+    """The plan stored under this key, or None. An unreadable file counts as missing and is overwritten later."""
     try:
         known = files.read_json(_file(key))
         plan = Plan.from_json(known["plan"]) if known and known.get("key") == key else None
@@ -30,7 +30,7 @@ def load(key: str) -> Plan | None:
 
 
 def store(key: str, plan: Plan) -> None:
-    """Keep a plan. A cache that cannot be written costs time, never a run."""
+    """Store a plan. If the cache cannot be written, later starts plan again; the run does not fail."""
     try:
         files.write_json(_file(key), {"key": key, "plan": plan.to_json()})
     except (OSError, UserError):

@@ -4,9 +4,9 @@
 
 for m examples on each device. Every term but the last is exact: arguments and gradients by shape, dtype and sharding,
 residuals from abstract traces of the loss and of one unit. The working set is an allowance: the residuals of one unit,
-which the backward pass makes again, or half as much again as the gradients outside the stacks (a copy of the
-vocabulary's table in the compute dtype and a second gradient of it), whichever is larger. Against compiled steps the
-sum errs by a few per cent (docs/planner_accuracy.md); the planner compiles what it chooses and corrects itself.
+which the backward pass recomputes, or 1.5 times the gradients outside the stacks (a copy of the vocabulary's table in
+the compute dtype and a second gradient of it), whichever is larger. Compared with compiled steps the sum errs by a few
+per cent (docs/planner_accuracy.md); the planner compiles what it chooses and corrects its estimates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from aurora_train.memory import account
 from aurora_train.memory.residuals import trace_stack_unit
 
-HEAD_COPIES = 1.5  # times the gradients outside the stacks: what the loss holds beside them
+HEAD_COPIES = 1.5  # what the loss holds, as a multiple of the gradients outside the stacks
 
 
 class Estimate:
@@ -58,7 +58,7 @@ class Estimate:
         return constant + each * local
 
     def working_set(self, local: int) -> int:
-        """Of the unit whose backward pass is under way, or of the loss."""
+        """Bytes needed by the backward pass of one unit, or by the loss, whichever is larger."""
         unit = max((graph.score(None).saved_bytes for graph in self.graphs.values()), default=0)
         return max(unit * local, int(HEAD_COPIES * self.outer_gradients))
 
@@ -68,7 +68,7 @@ class Estimate:
         return fixed + self.outside(local) + self.working_set(local)
 
     def by_cause(self, local: int, kept: int, gradients: int) -> dict[str, int]:
-        """The sum by cause. `kept` and `gradients`: of all units."""
+        """The sum by cause. `kept` and `gradients`: bytes over all units."""
         return dict.fromkeys(account.CAUSES, 0) | self.arguments | {
             "gradients": self.outer_gradients + gradients,
             "saved": kept + self.outside(local),

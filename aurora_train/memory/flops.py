@@ -1,7 +1,7 @@
-"""Floating-point operations, counted from a jaxpr: what a program is asked to compute, recomputation included.
+"""Counts the floating-point operations of a jaxpr, recomputation included.
 
-A product of M x N x K is 2 M N K (Kaplan et al. 2020). What a form of attention masks away after computing it counts;
-what it never computes (blocks above the diagonal, half of cuDNN's causal attention) does not.
+A product of M x N x K takes 2 M N K (Kaplan et al. 2020). Attention scores that are computed and then masked count;
+those that are never computed (blocks above the diagonal, half of cuDNN's causal attention) do not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 from aurora_train.compat import is_unreadable, jaxprs_in_params
 
-# Layout alone: no arithmetic. XLA folds these into their consumers.
+# These change the layout only, without arithmetic. XLA folds them into their consumers.
 FREE = frozenset(
     ("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "rev", "iota", "copy", "name")
     + ("optimization_barrier", "stop_gradient", "reduce_precision", "concatenate", "pad", "split")
@@ -19,25 +19,25 @@ PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragg
 
 
 def equation_flops(equation) -> tuple[int, int]:
-    """(all, products') floating-point operations of one jaxpr equation; a loop's body counts once a turn.
+    """(all, products') floating-point operations of one jaxpr equation; a loop's body counts once per iteration.
 
-    The turns of a `while` are unknown and count as one; a `cond` counts its dearest branch.
+    The number of iterations of a `while` is unknown and counts as one; a `cond` counts its most expensive branch.
     """
     name, params = equation.primitive.name, equation.params
     if name in PRODUCTS:
         return (_product_flops(equation),) * 2
     if name.startswith("dot_product_attention_fwd"):
         return (_attention_flops(equation),) * 2
-    if name.startswith("dot_product_attention_bwd"):  # five products for the forward pass's two: one is made again
+    if name.startswith("dot_product_attention_bwd"):  # five products to the forward pass's two: one is recomputed
         return (_attention_flops(equation) * 5 // 2,) * 2
-    if (estimate := params.get("cost_estimate")) is not None:  # a Pallas kernel that says so itself
+    if (estimate := params.get("cost_estimate")) is not None:  # a Pallas kernel that declares its own cost
         return int(estimate.flops), int(estimate.flops)
     bodies = [jaxpr_flops(body) for body in jaxprs_in_params(params)]
     if bodies and name == "cond":
         return max(bodies)
     if bodies:
-        turns = _turns(name, params)
-        return tuple(turns * sum(part) for part in zip(*bodies, strict=True))
+        iterations = _iterations(name, params)
+        return tuple(iterations * sum(part) for part in zip(*bodies, strict=True))
     if name in FREE:
         return 0, 0
     sized = equation.invars[:1] if is_reduction(name) else equation.outvars
@@ -51,7 +51,7 @@ def jaxpr_flops(jaxpr) -> tuple[int, int]:
 
 
 def product_flops(jaxpr) -> int | None:
-    """Those of the products of a jaxpr alone. None where it holds what cannot be counted: no run depends on them."""
+    """FLOPs of a jaxpr's products only. None if an equation cannot be read: no run depends on this figure."""
     try:
         return jaxpr_flops(jaxpr)[1]
     except Exception as error:
@@ -75,14 +75,14 @@ def _product_flops(equation) -> int:
 
 
 def _attention_flops(equation) -> int:
-    """cuDNN's fused forward pass: two products, of which a causal mask needs half."""
+    """FLOPs of cuDNN's fused forward pass: two products, half of which a causal mask leaves out."""
     (batch, length, heads, dim), (_, seen, _, _) = (v.aval.shape for v in equation.invars[:2])
     causal = "CAUSAL" in str(equation.params["mask_type"]).upper()
     return 4 * batch * length * seen * heads * dim // (2 if causal else 1)
 
 
-def _turns(name: str, params) -> int:
-    """How often a body is run: of a scan, of a Pallas kernel's grid, on the devices of a shard_map."""
+def _iterations(name: str, params) -> int:
+    """How often a body runs: in a scan, over a Pallas kernel's grid, on the devices of a shard_map."""
     if name == "scan":
         return params["length"]
     if name == "shard_map":
@@ -92,5 +92,5 @@ def _turns(name: str, params) -> int:
 
 
 def is_reduction(name: str) -> bool:
-    """Whether a primitive reads many values for one."""
+    """Whether a primitive reads many values to produce one."""
     return name.startswith(("reduce_", "arg")) and name != "reduce_precision"

@@ -1,7 +1,7 @@
-"""Whether, and which, kept tensors may wait in the processor's memory.
+"""Decides whether, and which, kept tensors may wait in the processor's memory.
 
-It frees memory only where the device has its own. What is moved costs the link to the processor twice; the planner
-reckons as though nothing ran meanwhile, which is the most that it can cost.
+Offloading frees memory only if the device has its own. A moved tensor crosses the link to the processor twice; the
+planner assumes that nothing runs meanwhile, which is an upper bound on the cost.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from aurora_train.units import size
 
 
 def tags_of(stack) -> tuple[str, ...]:
-    """What of a Stack can be offloaded, by name."""
+    """The names of a Stack's tensors that can be offloaded."""
     return (UNIT_INPUT, *(tag for tag in stack.tags if can_offload(tag)))
 
 
 def named(config, stacks, *, apart: bool) -> tuple[str, ...]:
-    """The tags that `memory.offload` names, () for none and for auto; UserError where they cannot be offloaded.
+    """The tags that `memory.offload` names, () for none and for auto; UserError if they cannot be offloaded.
 
     Args:
         stacks: all Stacks of the model, which may be abstract.
-        apart: whether the device has memory of its own.
+        apart: whether the device has its own memory.
     """
     wish = config.memory.offload
     if isinstance(wish, str) or not wish:  # none, auto
@@ -31,7 +31,7 @@ def named(config, stacks, *, apart: bool) -> tuple[str, ...]:
     if not apart:
         raise UserError(
             "processor and accelerator share their memory here, so moving a tensor frees nothing", where=where,
-            hint="memory.offload=none; what is not kept at all does free memory: memory.save=auto",
+            hint="memory.offload=none; memory.save=auto frees memory by recomputing tensors instead of keeping them",
         )  # fmt: skip
     known = dict.fromkeys(tag for stack in stacks for tag in tags_of(stack))
     for tag in wish:
@@ -44,7 +44,7 @@ def named(config, stacks, *, apart: bool) -> tuple[str, ...]:
 
 
 def refuse_idle(tags: tuple[str, ...], graphs) -> None:
-    """UserError where one of the `tags` keeps nothing in any of the UnitGraphs: moving it would free nothing."""
+    """UserError if one of the `tags` keeps nothing in any of the UnitGraphs: moving it would free nothing."""
     for tag in tags:
         save = () if tag == UNIT_INPUT else (tag,)
         if not any(graph.kept_by_name(save).get(tag) for graph in graphs):
@@ -55,19 +55,19 @@ def refuse_idle(tags: tuple[str, ...], graphs) -> None:
 
 
 def refuse_overflow(needed: int, free: int | None) -> None:
-    """UserError where the processor's memory has no room for what is offloaded; bytes for one device."""
+    """UserError if offloaded tensors do not fit in the processor's memory; both figures are bytes for one device."""
     if free is not None and needed > free:
         raise UserError(
-            f"the processor's memory has no room: what is offloaded needs {size(needed)} of {size(free)} a device",
-            where="memory.offload", hint="memory.offload=auto takes no more than there is; memory.offload=none",
+            f"the processor's memory has no room: offloaded tensors need {size(needed)} of {size(free)} per device",
+            where="memory.offload", hint="memory.offload=auto takes no more than is free; memory.offload=none",
         )  # fmt: skip
 
 
 def with_offload(graph: UnitGraph, scores: list[Score], wish, tags: tuple[str, ...], apart: bool) -> list[Score]:
     """The scores of a search where tensors may (`wish` "auto") or must (`tags`) be offloaded.
 
-    With auto the save-sets off the frontier of bytes and FLOPs are left as they are: moving a part of one cannot beat
-    moving the same part of one that is smaller and faster.
+    With auto, save-sets that are not on the frontier of bytes and FLOPs are left alone: moving part of one cannot beat
+    moving the same part of another that is smaller and faster.
     """
     if wish == "auto" and apart:
         return [*scores, *(moved for score in frontier(scores) for moved in graph.offloads(score) if moved.offload)]

@@ -1,6 +1,7 @@
-"""The plan: how a run uses memory. Data, not code; made once, pinned to its run, and it never changes the maths.
+"""The plan: how a run uses memory. It is data, made once and pinned to its run, and it never changes the maths.
 
-Today a plan is what the config asks for: microbatches, and per stack what is kept for the backward pass.
+A plan holds the size of a microbatch and, for each stack, what is kept for the backward pass. `make_plan` builds the
+one that the config spells out; memory/planner.py searches for one where the config leaves the choice open.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from aurora_train.nn.stack import Segment, stacks
 
 @dataclass(frozen=True)
 class Plan:
-    """`microbatch` examples at a time, `accumulation` times a step; segments by the dotted path of each stack."""
+    """`accumulation` microbatches of `microbatch` examples per step; segments by the dotted path of each stack."""
 
     microbatch: int
     accumulation: int
     stacks: dict[str, list[Segment]] = field(default_factory=dict)
     reason: str = ""
-    machine: str = ""  # the device it was made for, as jax calls it
+    machine: str = ""  # jax's name of the device that the plan was made for
     platform: str = ""  # "cpu" or "gpu"
     budget_bytes: int | None = None
     predicted_bytes: int | None = None  # the analytic peak, before anything was compiled
@@ -30,10 +31,10 @@ class Plan:
     details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see memory/report.py
 
     def apply(self, model, ends: int = 0) -> None:
-        """Cut the stacks of a freshly constructed model, before it is split, and once. `ends`: see `Stack.cut`."""
+        """Cut the stacks of a freshly constructed model, once, before it is split. `ends`: see `Stack.cut`."""
         for path, stack in stacks(model).items():
             name = _dotted(path)
-            without_ends(stack.num_units, ends, name)  # which knows it by name
+            without_ends(stack.num_units, ends, name)  # raises an error that names the stack
             stack.cut(tuple(self.stacks[name]), ends)
 
     def to_json(self) -> dict:
@@ -51,15 +52,15 @@ class Plan:
 
     @property
     def work(self) -> dict:
-        """What the device is told to do: two plans with equal work compile to the same program."""
+        """The part that determines the program: two plans with equal work compile to the same program."""
         whole = self.to_json()
         return {key: whole[key] for key in ("microbatch", "accumulation", "stacks")}
 
 
 def make_plan(config, model, *, platform: str, num_devices: int, apart: bool = False) -> Plan:
-    """The plan that the config asks for. `model` may be abstract. UserError where a batch or a tag does not fit.
+    """The plan that the config asks for. `model` may be abstract. UserError if a batch or a tag does not fit.
 
-    `apart`: whether a device has memory of its own, which it takes to offload.
+    `apart`: whether a device has its own memory, without which nothing can be offloaded.
     """
     batch, memory = config.train.batch, config.memory
     accumulation = 1 if memory.accumulation == "auto" else memory.accumulation
@@ -73,7 +74,7 @@ def make_plan(config, model, *, platform: str, num_devices: int, apart: bool = F
     cuts, moved = {}, offload.named(config, stacks(model).values(), apart=apart)
     for path, stack in stacks(model).items():
         save = _save_set(memory.save, stack.tags, platform)
-        # On CPU a scan costs a fifth of the speed, but an unrolled stack cannot recompute: XLA merges it away.
+        # On a CPU a scan costs a fifth of the speed. An unrolled stack cannot recompute: XLA merges the copies.
         scans = memory.fuse_update or platform != "cpu" or save is not None
         unroll = memory.unroll if memory.unroll != "auto" else not scans
         if moved:

@@ -1,7 +1,7 @@
-"""From a step that can be traced and compiled to the fastest plan that fits: estimate, search, compile, correct.
+"""Chooses the fastest plan that fits a step: estimate, search, compile, correct.
 
 `program` is a `train.rehearsal.Rehearsal`: it knows how to trace and compile the real step under a plan, for this
-machine or for one that is not here. At most four compilations; the maths is never touched.
+machine or for an absent one. The planner compiles at most four times and never changes the maths.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from aurora_train.memory.verify import compiled_bytes
 from aurora_train.units import size
 
 COMPILES = 4
-MARGIN = 0.08  # of the budget, kept free while nothing is compiled: what the estimate may fall short by
-FULL_ENOUGH = 0.95  # beside a plan that uses this share of the budget, another compilation must promise to save
-WORTH = 0.001  # of the seconds that plan spends on recomputation and overhead
-LIKELY = 0.5  # the chance of fitting asked of a plan once two are compiled: what they taught is close to the truth
-SURE = 0.97  # the same of the last plan that may be compiled, where none has fitted yet
-UNKNOWN = Costs(1e-14, 1e-12, 1e-3, 1e-10)  # of a machine that nothing is known of: they only rank plans
-UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back where the link to the processor is not known
-HOPELESS = 1.25  # times the budget by estimate: not worth a compilation
-IDLE = 0.5  # on a CPU, a step that keeps everything and needs less than this share is not searched for
-ROOMY = 256 * 2**20  # bytes of temporaries above which a CPU takes such a step's batch in parts
-WORK_PER_BYTE = 1_500  # FLOPs in a part for each byte of parameters: 1,000 tokens, if a parameter has 4 bytes
+MARGIN = 0.08  # share of the budget kept free while nothing is compiled: the estimate may be too low by this much
+FULL_ENOUGH = 0.95  # once a plan that uses this share of the budget fits, another compilation has to promise WORTH
+WORTH = 0.001  # saving, as a share of the seconds that plan spends on recomputation and overhead
+LIKELY = 0.5  # probability of fitting required of a plan once two are compiled and have corrected the estimates
+SURE = 0.97  # the same for the last plan that may be compiled, if none has fitted yet
+UNKNOWN = Costs(1e-14, 1e-12, 1e-3, 1e-10)  # costs of an unknown machine: they only rank plans
+UNKNOWN_LINK = 2 / 16e9  # seconds to move a byte out and back if the speed of the link to the processor is unknown
+HOPELESS = 1.25  # an estimate of this many times the budget is not worth a compilation
+IDLE = 0.5  # on a CPU, no search is made for a step that keeps everything within this share of the budget
+ROOMY = 256 * 2**20  # bytes of temporaries above which a CPU splits such a step's batch into microbatches
+WORK_PER_BYTE = 1_500  # FLOPs in a microbatch per byte of parameters: 1,000 tokens, if a parameter has 4 bytes
 
 
 @dataclass
 class Planner:
-    """One search. `budget` in bytes on one device; None where only `estimated` and `compile` are asked for."""
+    """One search. `budget` in bytes on one device; it may be None if only `estimated` and `compile` are used."""
 
     program: object
     budget: int | None
@@ -45,14 +45,14 @@ class Planner:
     rates: object = None
     verify: bool = True
     progress: object = None
-    compiled_later: bool = False  # the caller compiles what is not searched for, when it is ready to
+    compiled_later: bool = False  # the caller itself compiles a plan that needed no search
     compiles: int = 0
     cpu_seconds: float = 0.0
     compiled: dict = field(default_factory=dict)
 
     @property
     def usable(self) -> int:
-        """Bytes of the budget that a plan may be predicted to need."""
+        """How many bytes of the budget the estimate of a plan may use."""
         return int(self.budget * (1 if self.compiles else 1 - MARGIN))
 
     # ---- the parts
@@ -63,7 +63,7 @@ class Planner:
         return Estimate(self.program)
 
     def estimated(self, plan: Plan) -> Candidate:
-        """A plan with its estimated bytes, and with what it costs beside the work itself."""
+        """A plan with its estimated bytes and its cost on top of the step's own work."""
         graphs = self.estimate.graphs
         moved = dict.fromkeys(tag for cut in plan.stacks.values() for segment in cut for tag in segment.offload)
         offload.refuse_idle(tuple(moved), graphs.values())
@@ -90,27 +90,27 @@ class Planner:
     # ---- the search
 
     def run(self) -> Plan:
-        """The plan, verified where that is possible. UserError where nothing fits."""
-        return self._planned(self._found)
+        """The plan, verified by a compiler if there is one. UserError if nothing fits."""
+        return self._readable_or_unread(self._asked_or_searched)
 
-    def _planned(self, search) -> Plan:
-        """What a search finds; a plan that needs none where it ends on something that it cannot read."""
+    def _readable_or_unread(self, search) -> Plan:
+        """The result of a search, or a plan made without one if the step contains something it cannot read."""
         try:
             return search()
         except Exception as error:
             if not is_unreadable(error):
                 raise
-            fault = error  # handled below: what comes up there is not to be shown as its consequence
+            fault = error  # handled outside of this block, so that a later error is not shown as its consequence
         devices = self.program.mesh.devices.size
         return unread.plan_unread(self, microbatches(self.program.config, self.program.recipe, devices), fault)
 
-    def _found(self) -> Plan:
+    def _asked_or_searched(self) -> Plan:
         began = time.thread_time()
         whole = self._as_asked()
         compiled = self.compile(whole) if whole and self.verify and not self.compiled_later else None
         self.cpu_seconds += time.thread_time() - began
         if whole and (self.is_fixed or compiled is None or compiled <= self.budget):
-            return self._told(whole, compiled)
+            return self._filled_in(whole, compiled)
         return self._searched()
 
     def _searched(self) -> Plan:
@@ -126,23 +126,23 @@ class Planner:
         return replace(plan, details=plan.details | {"planning_seconds": round(self.cpu_seconds, 2)})
 
     def _as_asked(self) -> Plan | None:
-        """The plan that needs no search: the config says what is kept, or a CPU has room for everything."""
+        """The plan if no search is needed: the config says what is kept, or a CPU has room for everything."""
         program, devices = self.program, self.program.mesh.devices.size
         pairs = microbatches(program.config, program.recipe, devices)
         if not self.is_fixed and program.platform != "cpu":
             return None
         plan = program.asked_plan()
         if not self.is_fixed:
-            plan = self._parted(plan, pairs)
+            plan = self._in_microbatches(plan, pairs)
             return plan if self.estimated(plan).bytes <= IDLE * self.budget else None
         plans = [replace(plan, microbatch=m, accumulation=n) for m, n in pairs]
         return next((p for p in plans if self.estimated(p).bytes <= self.usable), plans[-1])
 
-    def _parted(self, plan: Plan, pairs: list[tuple[int, int]]) -> Plan:
-        """On one CPU: in about as many microbatches as bring the temporaries under `ROOMY`, and cost next to nothing.
+    def _in_microbatches(self, plan: Plan, pairs: list[tuple[int, int]]) -> Plan:
+        """Split the batch on a single CPU, until the temporaries fit in `ROOMY` or the parts would be too small.
 
-        There a large batch is no faster than its parts, and what XLA takes anew in every step the kernel has to clear.
-        Several devices would add up their gradients once a part.
+        On a CPU a large batch is no faster than its parts, and the kernel clears all memory that XLA allocates in a
+        step. With several devices, every part would need its own reduction of the gradients.
         """
         whole = self.estimated(plan).bytes
         temporaries = whole - sum(self.estimate.arguments.values())
@@ -161,8 +161,8 @@ class Planner:
         memory = self.program.config.memory
         return memory.save != "auto" or memory.unroll != "auto"
 
-    def _told(self, plan: Plan, compiled: int | None) -> Plan:
-        """A plan that was not searched for, with its bytes."""
+    def _filled_in(self, plan: Plan, compiled: int | None) -> Plan:
+        """A plan that was not searched for, completed with its bytes and details."""
         cost = self.estimated(plan)
         offload.refuse_overflow(cost.host, self.program.host_bytes)
         needed = compiled if compiled is not None else cost.bytes
@@ -174,12 +174,12 @@ class Planner:
         )  # fmt: skip
 
     def smaller(self, than: Plan) -> Plan | None:
-        """After an out-of-memory: the fastest plan that needs clearly less than `than` did, or None."""
+        """After an out-of-memory error: the fastest plan that needs clearly less than `than` did, or None."""
         needed = than.compiled_bytes or than.predicted_bytes
         self.budget = min(self.budget, int(0.85 * needed))
         self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
         try:
-            return self._planned(self._searched)
+            return self._readable_or_unread(self._searched)
         except UserError:
             return None
 
@@ -196,7 +196,7 @@ class Planner:
         return self._space_of(stacks, microbatches(program.config, program.recipe, program.mesh.devices.size))
 
     def _costs_of(self, path: str, scores: list) -> StackCosts:
-        fused = self.program.config.memory.fuse_update  # then there is a gradient of one unit at a time
+        fused = self.program.config.memory.fuse_update  # if so, only one unit's gradient exists at a time
         gradient = 0 if fused else self.estimate.gradient[path]
         return StackCosts(path, self.program.stacks()[path].num_units, scores, gradient)
 
@@ -214,42 +214,43 @@ class Planner:
         )  # fmt: skip
 
     def _choose(self, shortlist: Shortlist) -> tuple[Candidate, int | None]:
-        """(the plan, its compiled bytes; None where nothing is compiled)."""
+        """(the plan, its compiled bytes or None if nothing is compiled)."""
         if not self.verify:
-            found = cheapest(shortlist.candidates, self.usable, shortlist.expected)
-            self.refuse_misfit(found, (found or shortlist.smallest()).bytes)
-            return found, None
+            choice = cheapest(shortlist.candidates, self.usable, shortlist.expected)
+            self.refuse_misfit(choice, (choice or shortlist.smallest()).bytes)
+            return choice, None
         best, real, least = None, None, None
         for turn in range(min(self.compiles, COMPILES - 1), COMPILES):
-            found = self._next(shortlist, best, turn)
-            if found is None or (best is not None and not self._pays(shortlist, found, best, real)):
+            candidate = self._next(shortlist, best, turn)
+            if candidate is None or (best is not None and not self._pays(shortlist, candidate, best, real)):
                 break
-            needed = self.compile(self.plan_of(found))
-            shortlist.learn(found, needed)
+            needed = self.compile(self.plan_of(candidate))
+            shortlist.learn(candidate, needed)
             least = min(needed, least or needed)
             if needed <= self.budget:
-                best, real = found, needed
+                best, real = candidate, needed
         if best is None:
             self.refuse_misfit(None, least or shortlist.smallest().bytes)
         return best, real
 
     def _next(self, shortlist: Shortlist, best: Candidate | None, turn: int) -> Candidate | None:
-        """The plan to compile next; the smallest where no other can be trusted to fit."""
+        """The plan to compile next; the smallest if no other is likely enough to fit."""
         sure = SURE if best is None and turn == COMPILES - 1 else LIKELY if turn >= 2 else 0.0
-        found = shortlist.most_promising(best, sure)
-        if found is not None or best is not None:
-            return found
+        candidate = shortlist.most_promising(best, sure)
+        if candidate is not None or best is not None:
+            return candidate
         smallest = shortlist.smallest()
         hopeless = shortlist.is_compiled(smallest) or smallest.bytes > HOPELESS * self.budget
         return None if hopeless else smallest
 
-    def _pays(self, shortlist: Shortlist, found: Candidate, best: Candidate, real: int) -> bool:
-        """Whether to compile once more where a plan that fits is known."""
+    def _pays(self, shortlist: Shortlist, candidate: Candidate, best: Candidate, real: int) -> bool:
+        """Whether to compile once more although a plan that fits is known."""
         gain = WORTH if real >= FULL_ENOUGH * self.budget else 0.0
-        return shortlist.promise(found, best) > gain * best.seconds
+        return shortlist.promise(candidate, best) > gain * best.seconds
 
-    def refuse_misfit(self, found, needed: int) -> None:
-        if found is not None and needed <= self.budget:
+    def refuse_misfit(self, choice: Candidate | None, needed: int) -> None:
+        """UserError if there is no choice, or it needs more bytes than the budget has."""
+        if choice is not None and needed <= self.budget:
             return
         levers = "; ".join(f"{lever['setting']} saves {size(lever['saves_bytes'])}" for lever in self._levers()[:3])
         if self.program.config.memory.fuse_update:
@@ -267,7 +268,7 @@ class Planner:
     # ---- the result
 
     def plan_of(self, candidate: Candidate) -> Plan:
-        """The bare plan of a candidate."""
+        """The plan of a candidate, without bytes and details."""
         cuts = candidate.stacks()
         return Plan(candidate.microbatch, candidate.accumulation, cuts | self.program.uncalled(cuts))
 
@@ -294,7 +295,7 @@ class Planner:
 
 
 def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:
-    """(microbatch over all devices, accumulation), largest first, that the batch divides into. UserError if none."""
+    """(microbatch over all devices, accumulation) for each division of the batch, largest first. UserError if none."""
     batch, wish = config.train.batch, config.memory.accumulation
     if batch % devices:
         raise UserError(

@@ -1,7 +1,7 @@
-"""A plan as a person reads it: one line for the log, a page for `aurora plan`, one document for a script.
+"""Presents a plan: one line for the log, a page for `aurora plan`, one document for a script.
 
-All of `Plan.details` may be missing, as in a plan that only says what the config asked for: what is not there is left
-out, never guessed. Bytes are per device and decimal (1 GB = 1e9 bytes).
+Any part of `Plan.details` may be missing, as in a plan that only states what the config asked for. Missing figures are
+left out, never guessed. Bytes are per device and decimal (1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CAUSES = {  # in the order they are shown and stacked
     "workspace": "workspace",
 }
 _LEVERS_SHOWN = 5
-_SHORT_STEP_S = 0.02  # a step starts some thousand kernels, at a few microseconds each
+_SHORT_STEP_S = 0.02  # a step launches some thousand kernels at a few microseconds each
 WORTH_TELLING = 1_000_000_000  # bytes on a CPU
 
 
@@ -38,7 +38,7 @@ def one_line(plan: Plan) -> str:
 
 
 def says_something(plan: Plan) -> bool:
-    """Whether the plan is worth a line: the bytes of a small run on a CPU are those of Python and the compiler."""
+    """Whether the plan is worth a line: a small run on a CPU mostly holds the bytes of Python and the compiler."""
     if plan.details.get("unread"):
         return True
     held = [plan.predicted_bytes, plan.compiled_bytes, plan.measured_bytes]
@@ -46,43 +46,43 @@ def says_something(plan: Plan) -> bool:
 
 
 def side_by_side(plan: Plan) -> str:
-    """Predicted, compiled and measured bytes in one line, the last two beside their difference from the prediction."""
-    told = [f"predicted {amount(plan.predicted_bytes)}" if plan.predicted_bytes else "not predicted"]
+    """Predicted, compiled and measured bytes in one line, the last two with their difference from the prediction."""
+    parts = [f"predicted {amount(plan.predicted_bytes)}" if plan.predicted_bytes else "not predicted"]
     for name, held in (("compiled", plan.compiled_bytes), ("measured", plan.measured_bytes)):
         if name == "measured" and plan.platform == "cpu" and (held or 0) < WORTH_TELLING:
-            continue  # Python and its libraries, mostly
-        apart = difference(held, plan.predicted_bytes)
-        told.append(f"{name} {amount(held)}{f' ({apart})' if apart else ''}" if held else f"not {name}")
-    beside = plan.measured_bytes and plan.compiled_bytes and plan.measured_bytes > plan.compiled_bytes
-    if beside and plan.platform == "cpu":
-        told[-1] += ", on a CPU with whatever saves, evaluations and compiling took"
-    return f"memory: {', '.join(told)}"
+            continue  # this is mostly Python and its libraries
+        deviation = difference(held, plan.predicted_bytes)
+        parts.append(f"{name} {amount(held)}{f' ({deviation})' if deviation else ''}" if held else f"not {name}")
+    exceeded = plan.measured_bytes and plan.compiled_bytes and plan.measured_bytes > plan.compiled_bytes
+    if exceeded and plan.platform == "cpu":
+        parts[-1] += ", which on a CPU includes saves, evaluations and compiling"
+    return f"memory: {', '.join(parts)}"
 
 
 def document(plan: Plan) -> dict:
-    """What `aurora plan --json` prints: the plan's own keys, and those of its details beside them."""
+    """What `aurora plan --json` prints: the plan's own keys and those of its details, on one level."""
     own = plan.to_json()
     return {**own.pop("details"), **own}
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and what it does, in one sentence without a full stop."""
+    """Whether the plan fits and what it does, in one sentence without a full stop."""
     held = plan.compiled_bytes or plan.predicted_bytes
     how = "compiled" if plan.compiled_bytes else "predicted, not compiled"
     on = f" on {machine_name(plan.machine)}" if plan.machine else ""
     if held is None:
         start = f"{plan.reason or 'as configured'}; its memory was not predicted"
     elif plan.budget_bytes is None:
-        start = f"needs {amount(held)}{on} ({how}); no budget to hold it against"
+        start = f"needs {amount(held)}{on} ({how}); there is no budget to compare it with"
     else:
         fits = "fits" if held <= plan.budget_bytes else "does not fit"
         start = f"{fits}: {amount(held)} of {amount(plan.budget_bytes)}{on} ({how})"
-    told = [start, f"microbatch {plan.microbatch} x accumulation {plan.accumulation}", recomputed(plan)]
-    return "; ".join(part for part in told if part)
+    parts = [start, f"microbatch {plan.microbatch} x accumulation {plan.accumulation}", recomputed(plan)]
+    return "; ".join(part for part in parts if part)
 
 
 def recomputed(plan: Plan) -> str:
-    """How much of the forward pass is done twice, in words; "" where it is not known."""
+    """How much of the forward pass is computed twice, in words; "" if that is unknown."""
     if plan.details.get("unread"):
         return f"{_unsearched(plan)}: the planner cannot read {plan.details['unread']}"
     if plan.stacks and all(segment.save is None for cut in plan.stacks.values() for segment in cut):
@@ -109,7 +109,7 @@ def _unsearched(plan: Plan) -> str:
 
 
 def machine_name(kind: str) -> str:
-    """The name in the table of machines for what jax calls a device, or jax's own word."""
+    """The machine table's name for a device that jax calls `kind`, or `kind` itself if the table has none."""
     known = lookup(kind)
     return known.name if known else kind
 
@@ -120,12 +120,12 @@ def amount(held: float | None) -> str:
 
 
 def difference(held: float | None, predicted: float | None) -> str:
-    """+1.2 %: by how much `held` is more than what was predicted; "" where either is unknown."""
+    """How much `held` exceeds the prediction, such as `+1.2 %`; "" if either is unknown."""
     return f"{100 * (held / predicted - 1):+.1f} %" if held and predicted else ""
 
 
 def by_cause(bytes_of: dict[str, int]) -> list[tuple[str, str, int]]:
-    """(cause, its name, bytes) in the order of CAUSES, without those that hold nothing; unknown causes come last."""
+    """(cause, its name, bytes) in the order of CAUSES, unknown causes last. Causes without bytes are left out."""
     order = [*CAUSES, *(name for name in bytes_of if name not in CAUSES)]
     return [(name, CAUSES.get(name, words(name)), bytes_of[name]) for name in order if bytes_of.get(name)]
 
@@ -135,7 +135,7 @@ def segments(cut: list, tags: list[str] | None = None) -> list[str]:
 
     Args:
         cut: `Segment`s, or their fields as a plan's JSON has them.
-        tags: every tag of the stack; what of them is not kept is then named too.
+        tags: every tag of the stack; if given, the lines also name those that are not kept.
     """
     parts = map(_fields, cut)
     return [f"units {_units(p['start'], p['stop'])}: {_kept(p['save'], tags, p.get('offload') or ())}" for p in parts]
@@ -144,7 +144,7 @@ def segments(cut: list, tags: list[str] | None = None) -> list[str]:
 def _fields(part) -> dict:
     if isinstance(part, dict):
         return part
-    # A list is of a plan that was written before tensors could be offloaded.
+    # A plan written before tensors could be offloaded has lists.
     return part._asdict() if hasattr(part, "_asdict") else dict(zip(("start", "stop", "save"), part, strict=True))
 
 
@@ -168,7 +168,7 @@ def _kept(save, tags, offload: tuple[str, ...] = ()) -> str:
 
 
 def plain_console() -> Console:
-    """A rich console that takes text as it stands: colours on a terminal, none in a pipe, and no line cut there."""
+    """A rich console that prints text literally: with colours on a terminal, without colours or cut lines in a pipe."""
     import sys
 
     from rich.console import Console
@@ -177,7 +177,7 @@ def plain_console() -> Console:
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
-    """Print the page of `aurora plan`: the verdict first, then what it follows from."""
+    """Print the page of `aurora plan`: the verdict first, then the figures behind it."""
     console = console or plain_console()
     console.print(verdict(plan), style="bold", soft_wrap=True)
     if plan.reason and (plan.compiled_bytes or plan.predicted_bytes):
@@ -217,14 +217,14 @@ def _show_bytes(plan: Plan, console) -> None:
         console.print()
         console.print(table)
     if plan.predicted_bytes and plan.compiled_bytes:
-        told = f"predicted {amount(plan.predicted_bytes)}, compiled {amount(plan.compiled_bytes)}"
-        console.print(f"{told} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
+        both = f"predicted {amount(plan.predicted_bytes)}, compiled {amount(plan.compiled_bytes)}"
+        console.print(f"{both} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
     elif plan.predicted_bytes:
         console.print(f"predicted {amount(plan.predicted_bytes)}, not compiled", soft_wrap=True)
 
 
 def _unit(total: int) -> tuple[str, float]:
-    """One unit for a whole column, so that its figures can be compared."""
+    """(unit, bytes in it) for a whole column, so that its figures can be compared."""
     return next((name, value) for name, value in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if total >= value)
 
 
@@ -243,7 +243,7 @@ def _show_stack(name: str, cut: list, plan: Plan, console) -> None:
 
 
 def _fate(tensor: dict) -> str:
-    """What becomes of one tagged tensor over the units of its stack."""
+    """Whether one tagged tensor is kept, offloaded or recomputed, over the units of its stack."""
     kept, units = tensor.get("kept_units"), tensor.get("units")
     if kept is None or units is None:
         return "n/a"
@@ -257,7 +257,7 @@ def _fate(tensor: dict) -> str:
 
 
 def _offloaded(plan: Plan) -> list[str]:
-    """Bytes that wait in the processor's memory."""
+    """One line on the bytes held in the processor's memory, if there are any."""
     held = plan.details.get("host_bytes")
     return [f"in the processor's memory: {amount(held)} a device, pinned"] if held else []
 
@@ -270,10 +270,10 @@ def _alternatives(plan: Plan) -> list[str]:
         for name, cut in (faster.get("stacks") or {}).items():
             what.append(f"{name}: {'; '.join(segments(cut))}")
         lacks = faster.get("lacks_bytes")
-        told = f"next faster plan: {', '.join(what)}"
-        told += f"; lacks {amount(lacks)}" if lacks is not None else ""
-        told += f"; {duration(faster['seconds'])} a step" if faster.get("seconds") is not None else ""
-        lines.append(told)
+        line = f"next faster plan: {', '.join(what)}"
+        line += f"; lacks {amount(lacks)}" if lacks is not None else ""
+        line += f"; {duration(faster['seconds'])} a step" if faster.get("seconds") is not None else ""
+        lines.append(line)
     elif "next_faster" in plan.details:
         lines.append("next faster plan: none, more memory would gain nothing")
     if plan.details.get("largest_microbatch") is not None:
@@ -292,7 +292,7 @@ def _show_levers(levers: list[dict], console) -> None:
     console.print(table)
 
 
-_RATES = {  # how sure a time is: the mark of `details.time.rates`, in words
+_RATES = {  # how certain a time is: `details.time.rates` in words
     "measured": "measured rates",
     "assumed": "assumed rates",
     "bound": "peak rates: a bound, it cannot be faster",
@@ -300,31 +300,31 @@ _RATES = {  # how sure a time is: the mark of `details.time.rates`, in words
 
 
 def time_lines(plan: Plan) -> list[str]:
-    """Steps, tokens, FLOPs and time of the run. An unknown time names the command that would tell."""
+    """Steps, tokens, FLOPs and time of the run. If the time is unknown, the line names the command that measures it."""
     if "time" not in plan.details:
         return []
     time = plan.details["time"] or {}
-    told = {
+    sizes = {
         "steps": f"{time.get('steps') or 0:,} steps",
         "tokens": f"{count(time.get('tokens'))} tokens",
         "flops": f"{count(time.get('flops'))}FLOP",
     }
-    run = [text for name, text in told.items() if time.get(name) is not None]
+    run = [text for name, text in sizes.items() if time.get(name) is not None]
     lines = [f"run: {', '.join(run)}"] if run else []
     if time.get("seconds") is None and time.get("step_seconds") is None:
         return [*lines, "time: unknown, run `aurora doctor --calibrate`"]
-    told = []
+    durations = []
     if time.get("seconds") is not None:
-        told.append(duration(time["seconds"]))
+        durations.append(duration(time["seconds"]))
     if time.get("step_seconds") is not None:
-        told.append(f"{duration(time['step_seconds'])} a step")
+        durations.append(f"{duration(time['step_seconds'])} a step")
     mark = _RATES.get(time.get("rates"), time.get("rates") or "rates of unknown origin")
     source = f": {time['source']}" if time.get("source") else ""
     least = "at least " if time.get("rates") == "bound" else ""
-    lines.append(f"time: {least}{', '.join(told)} ({mark}{source})")
+    lines.append(f"time: {least}{', '.join(durations)} ({mark}{source})")
     if plan.platform == "gpu":
         much = ", which is most of a step this short" if (time.get("step_seconds") or 1) < _SHORT_STEP_S else ""
-        lines.append(f"not in it: the time to start each kernel{much}; saves and evaluations")
+        lines.append(f"not included: the time to launch each kernel{much}; saves and evaluations")
     return lines
 
 
@@ -332,28 +332,28 @@ def _disk(plan: Plan) -> list[str]:
     disk = plan.details.get("checkpoint") or {}
     if disk.get("bytes") is None:
         return []
-    told = f"disk: {amount(disk['bytes'])} a checkpoint"
+    line = f"disk: {amount(disk['bytes'])} a checkpoint"
     if disk.get("kept") is not None:
-        told += f", {disk['kept']} kept"
+        line += f", {disk['kept']} kept"
     if disk.get("frozen_bytes"):
-        told += f", {amount(disk['frozen_bytes'])} that is not trained, once"
-    return [told + (f", {amount(disk['disk_bytes'])} in all" if disk.get("disk_bytes") is not None else "")]
+        line += f", {amount(disk['frozen_bytes'])} of frozen parameters, stored once"
+    return [line + (f", {amount(disk['disk_bytes'])} in all" if disk.get("disk_bytes") is not None else "")]
 
 
 def _made(plan: Plan) -> list[str]:
-    """How the plan came about."""
-    details, told = plan.details, []
+    """How the plan was made: the attention kernel, the planning time, the number of compilations."""
+    details, parts = plan.details, []
     if details.get("attention"):
-        told.append(f"attention: {details['attention']}")
+        parts.append(f"attention: {details['attention']}")
     if details.get("planning_seconds") is not None:
-        told.append(f"planned in {duration(details['planning_seconds'])}")
+        parts.append(f"planned in {duration(details['planning_seconds'])}")
     if details.get("compiles") is not None:
-        told.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
-    return [", ".join(told)] if told else []
+        parts.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
+    return [", ".join(parts)] if parts else []
 
 
 def table_of(*columns: str, left: tuple[int, ...] = (0,)):
-    """An empty table in the style of the page; the columns `left` are set left, the others right."""
+    """An empty table in the style of the page. Columns in `left` are left-aligned, the others right-aligned."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -1,10 +1,10 @@
-"""What one unit of a stack keeps for its backward pass under any save-set, and what that makes it recompute.
+"""Computes what one unit of a stack keeps for its backward pass under any save-set, and what it has to recompute.
 
 One abstract trace gives a graph whose outputs are the residuals of the unit with everything kept. A save-set is then
-scored without JAX: walk back from the residuals, stop at values whose `checkpoint_name` is saved (those are kept) and
-at the unit's inputs; every equation met on the way is recomputed. `jax.checkpoint` with `save_only_these_names` comes
-to the same by partial evaluation, but needs a trace for each save-set. Names inside a `lax.scan` of the unit are not
-seen: its body is one equation here, kept or recomputed as a whole.
+scored without JAX: walk back from the residuals and stop at values whose `checkpoint_name` is saved (those are kept)
+and at the unit's inputs; every equation on the way is recomputed. `jax.checkpoint` with `save_only_these_names` gives
+the same result by partial evaluation, but needs a trace for each save-set. Names inside a `lax.scan` of the unit are
+invisible: its body is one equation here, kept or recomputed as a whole.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from aurora_train.nn import fp8, lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
 from aurora_train.nn.stack import Stack
 
-MOST_MOVED = 10  # of the largest tensors: every choice of these is tried
-SETS_AT_ONCE = 4096  # save-sets walked together: bounds the memory of `points`
+MOST_MOVED = 10  # every subset of this many of the largest tensors is tried
+SETS_AT_ONCE = 4096  # save-sets scored in one walk, which bounds the memory of `points`
 
 INLINED = frozenset(
     ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 )
-# Neither fused into what precedes them nor into what follows: they read and write memory.
+# XLA fuses these neither with what precedes them nor with what follows: they read and write memory.
 UNFUSED = frozenset(
     ("sort", "top_k", "cumsum", "cumprod", "cummax", "cumlogsumexp", "argmax", "argmin", "dynamic_update_slice")
     + ("reduce_window_sum", "reduce_window_max")
 )
-SELECTING = frozenset(("gather", "dynamic_slice"))  # read no more of their operand than they give
+SELECTING = frozenset(("gather", "dynamic_slice"))  # these read only as much of their operand as they return
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Score:
 
     `flops` is what the backward pass recomputes: 2 M N K for a product, one for each element of anything else;
     `dot_flops` is the products' part. `moved_bytes`: what the recomputed products, reductions, gathers and loops read
-    and write, plus values they or the backward pass want in memory. `used`: the saved names that matter, in forward
-    order; the others are shadowed by them or needed by nobody. `save` None: no checkpoint, every residual is kept.
+    and write, plus values they or the backward pass need in memory. `used`: the saved names that have an effect, in
+    forward order; the others are shadowed by them or not needed. `save` None: no checkpoint, every residual is kept.
     `offload`: names kept in the processor's memory, of `offloaded_bytes`, which are not in `saved_bytes`.
     """
 
@@ -76,8 +76,8 @@ class UnitGraph:
     def __init__(self, equations, residuals: dict[int, int], carried: dict[int, int], common: set[int]):
         """`residuals` and `carried`: bytes by value; inputs other than the carried x are in neither.
 
-        `common`: values that are the same for all units. `shared_bytes` is what of them no checkpoint at all keeps,
-        once for the whole stack (attention masks, rotary tables reshaped): a scan takes them out of its loop.
+        `common`: values that are the same for all units. `shared_bytes` counts those that are kept without a
+        checkpoint, once for the whole stack (attention masks, reshaped rotary tables): a scan hoists them.
         """
         self._equations, self._residuals, self._carried = equations, residuals, carried
         self.tags = tuple(dict.fromkeys(e.name for e in equations if e.name is not None))
@@ -86,9 +86,9 @@ class UnitGraph:
         self._all_bytes = sum(residuals.values()) - self.shared_bytes
 
     def score(self, save: Iterable[str] | None) -> Score:
-        """Of one save-set; None is no checkpoint at all. A name that the unit lacks saves nothing, as in JAX.
+        """The score of one save-set; None means no checkpoint. A name that the unit lacks saves nothing, as in JAX.
 
-        Takes about a millisecond. Where many are wanted, `points` takes microseconds for each.
+        Takes about a millisecond. To score many, `points` takes microseconds for each.
         """
         if save is None:
             return Score(self._all_bytes, 0, 0, ())
@@ -96,14 +96,14 @@ class UnitGraph:
         return replace(self._scores([frozenset(save)])[0], save=save)
 
     def offloads(self, score: Score) -> list[Score]:
-        """The score itself, and with each choice of what it keeps moved to the processor's memory."""
+        """The score itself, and one score for each subset of its kept tensors moved to the processor's memory."""
         sizes = self.kept_by_name(score.save)
         movable = sorted((tag for tag in sizes if can_offload(tag)), key=sizes.get, reverse=True)
         choices = _subsets(movable[:MOST_MOVED])
         return [offloaded(score, tuple(tag for tag in sizes if tag in chosen), sizes) for chosen in choices]
 
     def kept_by_name(self, save: tuple[str, ...]) -> dict[str, int]:
-        """What a save-set keeps, in bytes by tag; what is carried from unit to unit has a name of its own."""
+        """What a save-set keeps, in bytes by tag; the activation carried between units is under `unit_input`."""
         wanted, kept = set(self._residuals), dict.fromkeys(save, 0)
         for equation in reversed(self._equations):
             if wanted.isdisjoint(equation.outputs):
@@ -116,30 +116,30 @@ class UnitGraph:
         return {tag: size for tag, size in kept.items() if size}
 
     def points(self, max_tags: int = 14) -> list[Score]:
-        """Every save-set that differs in what it keeps, scored once: `save` holds no name that does not matter.
+        """Every save-set that differs in what it keeps, scored once: `save` holds only names that have an effect.
 
-        Of more than `max_tags` tags, the first `max_tags` by recomputation saved for each byte are enumerated; each
-        further tag is then tried on top of the frontier so far, so that some worse points are never looked at.
+        If there are more than `max_tags` tags, all subsets of the `max_tags` that save most recomputation per byte are
+        enumerated; each further tag is then added to the frontier so far, which skips some inferior points.
         """
         alone = [score for score in self._scores([frozenset((tag,)) for tag in self.tags]) if score.used]
         nothing = self.score(())
         gain = {s.used[0]: (nothing.flops - s.flops) / max(s.saved_bytes, 1) for s in alone}
         tags = sorted(gain, key=gain.get, reverse=True)
-        found = self._distinct(_subsets(tags[:max_tags]))
+        scores = self._distinct(_subsets(tags[:max_tags]))
         for tag in tags[max_tags:]:
-            best = frontier(found.values())
-            found |= self._distinct([frozenset((*score.save, tag)) for score in best])
-        return list(found.values())
+            best = frontier(scores.values())
+            scores |= self._distinct([frozenset((*score.save, tag)) for score in best])
+        return list(scores.values())
 
     def _distinct(self, saves: list[frozenset[str]]) -> dict[tuple[str, ...], Score]:
-        found: dict[tuple[str, ...], Score] = {}
+        distinct: dict[tuple[str, ...], Score] = {}
         for start in range(0, len(saves), SETS_AT_ONCE):
             for score in self._scores(saves[start : start + SETS_AT_ONCE]):
-                found.setdefault(score.used, score)
-        return found
+                distinct.setdefault(score.used, score)
+        return distinct
 
     def _scores(self, saves) -> list[Score]:
-        """All save-sets in one walk: each value has a flag per save-set, whether the backward pass must have it."""
+        """All save-sets in one walk: each value has a flag per save-set for whether the backward pass needs it."""
         saved = {tag: np.array([tag in save for save in saves]) for tag in self.tags}
         every = np.ones(len(saves), bool)
         wanted = dict.fromkeys(self._residuals, every)
@@ -168,7 +168,7 @@ class UnitGraph:
 
 
 def offloaded(score: Score, tags: tuple[str, ...], sizes: dict[str, int]) -> Score:
-    """A score with what it keeps under these tags moved to the processor's memory. `sizes`: `kept_by_name` of it."""
+    """The score with the tensors of these tags moved to the processor's memory. `sizes`: its `kept_by_name`."""
     moved = sum(sizes.get(tag, 0) for tag in tags)
     save = tuple(tag for tag in score.save if tag not in tags)
     return replace(score, saved_bytes=score.saved_bytes - moved, save=save, offload=tags, offloaded_bytes=moved)
@@ -180,7 +180,7 @@ def _subsets(names: list[str]) -> list[frozenset[str]]:
 
 
 def frontier(points: Iterable[Score]) -> list[Score]:
-    """Those that no other beats in both saved_bytes and flops: bytes rising, flops strictly falling."""
+    """The scores that no other beats in both saved_bytes and flops, by rising bytes and strictly falling flops."""
     best: list[Score] = []
     for point in sorted(points, key=lambda p: (p.saved_bytes, p.flops, len(p.used))):
         if not best or point.flops < best[-1].flops:
@@ -189,7 +189,7 @@ def frontier(points: Iterable[Score]) -> list[Score]:
 
 
 def trace_unit(fun: Callable, x: Any, weights: Any, *others: Any, shared: Sequence[int] = ()) -> UnitGraph:
-    """The graph of `fun(x, weights, *others)` -> pytree, differentiated in x and weights alone; nothing is computed.
+    """The graph of `fun(x, weights, *others)` -> pytree, differentiated in x and weights only; nothing is computed.
 
     `x` is the activation carried from unit to unit. `others` (index, context, keys) get no gradient, as in a training
     step; those at the positions `shared` are the same for all units. All are pytrees of arrays or ShapeDtypeStructs.
@@ -220,8 +220,8 @@ def trace_stack_unit(stack: Stack, x: Any, context: Any, keys: Any = None) -> Un
 def stack_unit(stack: Stack) -> tuple[Callable, nnx.State, tuple]:
     """(fun, weights, others) such that the Stack runs `fun(x, weights, *others, context, keys)` for each unit.
 
-    `stack` may be abstract and may be cut. Of a stack with adapters only these are `weights`; what is frozen is among
-    the others, as is the unit's index.
+    `stack` may be abstract and may be cut. If a stack has adapters, only these are `weights`; its frozen parameters
+    and the unit's index are among the others.
     """
     graph, state = nnx.split(stack.segments[0])
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
@@ -243,7 +243,7 @@ def kept_bytes(closed) -> int:
 
 
 def num_bytes(aval) -> int:
-    """Of an abstract value; PRNG keys count their own size."""
+    """Bytes of an abstract value; PRNG keys count their own size."""
     return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
@@ -255,7 +255,7 @@ def _is_fused(equation) -> bool:
 
 
 class _Flattened:
-    """The equations of a jaxpr with called jaxprs written in place; `ids` numbers the values of the outermost."""
+    """The equations of a jaxpr with called jaxprs inlined; `ids` numbers the values of the outermost one."""
 
     def __init__(self, jaxpr):
         self._next = itertools.count()
@@ -272,7 +272,7 @@ class _Flattened:
             body = next(jaxprs_in_params(equation.params), None)
             if equation.primitive.name in INLINED and body is not None:
                 inner = {v: next(self._next) for v in body.constvars}
-                # A literal argument is a value that nothing makes: it costs and keeps nothing.
+                # No equation produces a literal argument, so it costs and keeps nothing.
                 inner |= {v: next(self._next) if i is None else i for v, i in zip(body.invars, inputs, strict=True)}
                 self._inline(body, inner)
                 made = [next(self._next) if isinstance(v, core.Literal) else inner[v] for v in body.outvars]
@@ -283,7 +283,7 @@ class _Flattened:
 
 
 def _needed(equations, wanted) -> list:
-    """Those on the way to the `wanted` values, in forward order."""
+    """The equations that the `wanted` values depend on, in forward order."""
     wanted, kept = set(wanted), []
     for equation, inputs, outputs in reversed(equations):
         if not wanted.isdisjoint(outputs):
@@ -293,7 +293,7 @@ def _needed(equations, wanted) -> list:
 
 
 def _independent(equations, values: set[int]) -> set[int]:
-    """What is computed without any of `values`."""
+    """The values that do not depend on any of `values`."""
     dependent, independent = set(values), set()
     for _, inputs, outputs in equations:
         (independent if dependent.isdisjoint(inputs) else dependent).update(outputs)
@@ -301,7 +301,8 @@ def _independent(equations, values: set[int]) -> set[int]:
 
 
 def _costed(equations, residuals) -> list[_Equation]:
-    """A fused chain moves what it leaves for the backward pass or for an unfused equation, and reads as much."""
+    """The equations with their costs. A fused chain writes only what the backward pass or an unfused equation needs,
+    and is taken to read as much."""
     stored = set(residuals).union(*(inputs for equation, inputs, _ in equations if not _is_fused(equation)))
     costed = []
     for equation, inputs, outputs in equations:

@@ -1,11 +1,11 @@
-"""The cheapest plan that fits, by an additive model: a base for each microbatch, plus what every unit keeps.
+"""Enumerates plans by an additive model: a base for each microbatch, plus what every unit keeps.
 
     peak(m, cuts) = rest(m) + all that units keep + all their gradients
 
-`rest(m)` is of `memory/estimate.py`. Upgrades of the save-set are taken in the order of
-seconds saved per byte along the convex hull of each stack, and the last one for as many units as still fit, or
-instead a save-set that lies between for all units; so a stack ends with at most two segments, and the richer one
-comes last, because its residuals are freed first.
+`rest(m)` comes from `memory/estimate.py`. Upgrades of the save-set are taken in the order of seconds saved per byte
+along the convex hull of each stack. The last upgrade is applied to as many units as still fit, or replaced by an
+intermediate save-set for all units. So a stack has at most two segments, and the one that keeps more comes last,
+because its residuals are freed first.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import NamedTuple
 from aurora_train.memory.residuals import Score
 from aurora_train.nn.stack import Segment
 
-SHORTEST = 2  # units of a segment: a loop of one turn is inlined, which may change bits
+SHORTEST = 2  # least units in a segment: a loop of one iteration is inlined, which may change bits
 
 
 class Costs(NamedTuple):
-    """Seconds per unit of work. With nothing known of the machine they are relative and only rank plans."""
+    """Seconds per unit of work. For an unknown machine they are relative and only rank plans."""
 
     per_flop: float
     per_byte: float
     per_microbatch: float
-    per_offloaded: float = 0.0  # a byte moved to the processor's memory and back, as though nothing ran meanwhile
+    per_offloaded: float = 0.0  # a byte moved to the processor's memory and back, while nothing else runs
 
 
 @dataclass
@@ -38,7 +38,7 @@ class StackCosts:
     gradient: int
 
     def front(self, costs: Costs) -> list[Score]:
-        """The save-sets than which no other is both smaller and faster, bytes rising."""
+        """The save-sets that no other beats in both size and speed, by rising bytes."""
         out: list[Score] = []
         for point in sorted(self.scores, key=lambda s: (s.saved_bytes, seconds_of(s, costs))):
             if not out or seconds_of(point, costs) < seconds_of(out[-1], costs):
@@ -46,7 +46,7 @@ class StackCosts:
         return out
 
     def hull(self, costs: Costs) -> list[Score]:
-        """The lower convex hull of (bytes, seconds), bytes rising."""
+        """The lower convex hull of (bytes, seconds), by rising bytes."""
         hull: list[Score] = []
         for point in self.front(costs):
             while len(hull) >= 2 and _slope(hull[-2], point, costs) <= _slope(hull[-2], hull[-1], costs):
@@ -56,7 +56,7 @@ class StackCosts:
 
 
 def seconds_of(score: Score, costs: Costs) -> float:
-    """Of recomputing one unit for one example, and of moving what is offloaded."""
+    """Seconds to recompute one unit for one example and to move what it offloads."""
     again = score.flops * costs.per_flop + score.moved_bytes * costs.per_byte
     return again + score.offloaded_bytes * costs.per_offloaded
 
@@ -129,7 +129,7 @@ class Space:
         return Candidate(microbatch, accumulation, cuts, self.peak(microbatch, cuts), seconds, flops, host)
 
     def steps(self, microbatch: int, accumulation: int):
-        """Candidates of one microbatch, from the least memory to the most, each a whole upgrade or a part of one."""
+        """Candidates of one microbatch, from the least memory to the most, each a whole or a partial upgrade."""
         cuts = {stack.path: [(0, stack.units, self.hulls[stack.path][0])] for stack in self.stacks}
         yield self.candidate(microbatch, accumulation, dict(cuts))
         upgrades = sorted(
@@ -153,7 +153,7 @@ class Space:
             yield self.candidate(microbatch, accumulation, dict(cuts))
 
     def _between(self, stack: StackCosts, low: Score, high: Score) -> list[Score]:
-        """Save-sets off the hull: a whole stack of one may fit where no cut between its neighbours does."""
+        """Save-sets off the hull: a whole stack of one may fit although no cut between its neighbours does."""
         front = stack.front(self.costs)
         return [s for s in front if low.saved_bytes < s.saved_bytes < high.saved_bytes]
 
@@ -163,17 +163,17 @@ class Space:
 
 
 def cheapest(candidates: list[Candidate], budget: float, corrected) -> Candidate | None:
-    """The most preferable of those whose corrected bytes are within the budget."""
+    """The best candidate, by `preference`, whose corrected bytes are within the budget; None if there is none."""
     fitting = [c for c in candidates if corrected(c) <= budget]
     return min(fitting, key=preference, default=None)
 
 
 def preference(candidate: Candidate) -> tuple:
-    """To sort by: the fastest first; of equals, the one with larger microbatches, then the smaller."""
+    """Sort key: the fastest first; among equals, the one with larger microbatches, then the one of fewer bytes."""
     return candidate.seconds, -candidate.microbatch, candidate.bytes
 
 
 def next_faster(candidates: list[Candidate], chosen: Candidate, corrected) -> Candidate | None:
-    """The plan of fewest bytes among those that are faster than the chosen one."""
+    """The smallest of the plans that are faster than the chosen one; None if there is none."""
     faster = [c for c in candidates if c.seconds < chosen.seconds * (1 - 1e-9) and corrected(c) > corrected(chosen)]
     return min(faster, key=lambda c: (corrected(c), c.seconds), default=None)

@@ -1,7 +1,7 @@
-"""The plan of a step that the planner cannot read: all is recomputed, and the compiler says whether it fits.
+"""Plans a step that the planner cannot read: everything is recomputed, and the compiler decides whether it fits.
 
-The planner counts what the backward pass keeps from a jaxpr, and a model may hold an equation that it has no rule for,
-or jax may describe one in another way from one release to the next. That costs speed, never a run.
+The planner reads from a jaxpr what the backward pass keeps. A model may contain an equation that it has no rule for,
+or a new release of jax may describe one differently. Such a run is slower, but it runs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from aurora_train.memory.plan import Plan
 
 
 def plan_unread(planner, pairs: list[tuple[int, int]], error: Exception) -> Plan:
-    """The plan of largest microbatches that fits, once compiled; the smallest where nothing is to be compiled.
+    """The plan with the largest microbatches that fits when compiled; the smallest if nothing may be compiled.
 
     Args:
         pairs: (microbatch, accumulation), largest first.
-        error: what ended the search. One that the model itself raises comes up here again, as it is.
+        error: what ended the search. An error that the model itself raises is raised here again, unchanged.
 
     Raises:
-        UserError: not even the smallest fits.
+        UserError: not even the smallest plan fits.
     """
     program, asked = planner.program, planner.program.asked_plan()
     cuts = asked.stacks if planner.is_fixed else {path: _recomputed(cut) for path, cut in asked.stacks.items()}
@@ -45,7 +45,7 @@ def _recomputed(cut) -> list:
 
 
 def _compiled(planner, plans: list[Plan]) -> tuple[Plan, int]:
-    """(the plan, its bytes): at most three are compiled, the last of them the smallest."""
+    """(the plan, its bytes): compiles at most three, the last of which is the smallest."""
     held = sum(account.arguments(planner.program, planner.program.blueprint(plans[-1])).values())
     place = 0
     for turn in range(3):
@@ -53,7 +53,7 @@ def _compiled(planner, plans: list[Plan]) -> tuple[Plan, int]:
         needed = planner.compile(plan)
         if needed <= planner.budget:
             return plan, needed
-        # What is not an argument shrinks about as the microbatch does.
+        # Everything but the arguments shrinks roughly in proportion to the microbatch.
         room = max(planner.budget - held, 0) / max(needed - held, 1) * plan.microbatch
         smaller = [i for i, p in enumerate(plans) if i > place and p.microbatch <= room]
         place = smaller[0] if smaller and turn == 0 else len(plans) - 1

@@ -1,7 +1,7 @@
-"""Compile the real step and read the compiler's own account of its memory; for a GPU that is not here too.
+"""Compiles the real step, also for an absent GPU, and reads the compiler's own account of its memory.
 
-XLA's GPU compiler needs no GPU, only a description of one. Autotuning does not run there, so a matrix product may be
-given another kernel than on the device; and cuDNN's own workspace is chosen on the device.
+XLA's GPU compiler needs no GPU, only a description of one. It does not autotune then, so a matrix product may get a
+different kernel than on the device; and cuDNN chooses its workspace on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from aurora_train.errors import MissingExtra
 
-CUDNN_VERSION = 91000  # what a target is taken to have: no library is needed to compile for it
+CUDNN_VERSION = 91000  # the version that a target is assumed to have: compiling for it needs no library here
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def can_compile_for_gpu() -> bool:
 
 
 def target_devices(target, count: int = 1) -> list:
-    """Compile-only devices of a target. MissingExtra without the extra `[plan]`."""
+    """Compile-only devices of a target. MissingExtra if the extra `[plan]` is not installed."""
     if not can_compile_for_gpu():
         raise MissingExtra("jax-cuda12-plugin", "plan", "compiling for a GPU that is not here")
     from jax.experimental import topologies
@@ -68,10 +68,10 @@ def target_devices(target, count: int = 1) -> list:
 
 @contextlib.contextmanager
 def pretend_cudnn():
-    """Within, cuDNN attention is traced as for a machine that has cuDNN: jax asks the library here for its version.
+    """In this context cuDNN attention is traced as on a machine with cuDNN; jax would ask the local library's version.
 
-    The one place that reaches into jax: the version decides which forms are allowed, and nothing else; the bytes
-    compiled with the real library at hand are the same. Where jax has moved the function, cuDNN must be installed.
+    This is the only place that patches jax. The version decides only which forms are allowed; compiling with the real
+    library gives the same bytes. If a release of jax has moved the function, cuDNN has to be installed.
     """
     try:
         from jax._src.cudnn import fused_attention_stablehlo as attention
@@ -91,7 +91,7 @@ def pretend_cudnn():
 
 @contextlib.contextmanager
 def quiet():
-    """Without what XLA writes to the process's stderr about drivers that are not there, and none are wanted."""
+    """Suppress stderr: XLA warns there about missing drivers, which compiling for a target does not need."""
     saved = os.dup(2)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)

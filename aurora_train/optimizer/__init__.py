@@ -1,4 +1,4 @@
-"""The update rule of a run: direction, length of the step, and the format of what it remembers."""
+"""The update rule of a run: the direction and length of a step, and the format of the moments."""
 
 from aurora_train.optimizer.schedule import make_schedule
 from aurora_train.optimizer.stacks import global_norm, join, norm_of, partition, segments_of, squared

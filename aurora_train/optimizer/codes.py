@@ -1,15 +1,16 @@
-"""Eight bits for a moment: a dynamic code in blocks, each with its own largest magnitude.
+"""Stores a moment in eight bits: a dynamic code in blocks, each scaled by its own largest magnitude.
 
 Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", sections 2.1 and 2.2. Code k > 0 has its leading
-bit at i and stands for the decade (10^(i-top-1), 10^(i-top)], which the bits below cut evenly: large values are fine,
-and small ones still have seven decades. It differs from the paper's table in one thing: values lie at the upper ends
-of their intervals instead of in the middle, so that the largest of a block comes back as it was. Then code and value
-are piecewise linear functions of each other, the code concave and the value convex, so that neither a table nor a
-logarithm is needed: the code is the least of its lines and the value the greatest.
+bit at i and stands for the decade (10^(i-top-1), 10^(i-top)], which the bits below divide evenly: large values are
+finely resolved, and small ones still have seven decades. It differs from the paper's table in one respect: values lie
+at the upper ends of their intervals instead of in the middle, so that the largest of a block is restored exactly. Code
+and value are then piecewise linear functions of each other, the code concave and the value convex, so that neither a
+table nor a logarithm is needed: the code is the minimum of its lines and the value the maximum.
 
 Measured on a small language model (AdamW, 200 steps, loss near 4.2): linear codes of the second moment diverge, while
-ones of its root do as well as these, which reach two decades further. Rounding is stochastic because the nearest code
-freezes a slow moment: at beta2 0.999 one that should have fallen to 0.30 of a block's largest stayed at 0.78.
+linear codes of its root do as well as these, which reach two decades further. Rounding is stochastic because rounding
+to the nearest code freezes a slow moment: at beta2 0.999 one that should have fallen to 0.30 of a block's largest
+stayed at 0.78.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from aurora_train.optimizer.rounding import uniform
 
-BLOCK = 256  # elements with one scale, along the last axis: a cut along any other axis cuts no block
+BLOCK = 256  # elements with one scale, along the last axis: a cut along any other axis never cuts a block
 _TINY = float(np.finfo(np.float32).tiny)  # a block below this is zero: its scale has no inverse
 
 
@@ -32,15 +33,16 @@ def measure(x):
 def pack(x, scales, dtype, noise):
     """float32[..., n] and the `measure` of it -> codes of `dtype` [..., n].
 
-    int8 codes have a sign. uint8 ones are for what is never negative, and no positive value becomes zero: Adam divides
-    by its root. `noise` (uint32[..., n]) rounds with a mean error of zero; None rounds to the nearest code.
+    int8 codes have a sign. uint8 codes are for values that are never negative, and no positive value becomes zero,
+    because Adam divides by its root. `noise` (uint32[..., n]) rounds with a mean error of zero; None rounds to the
+    nearest code.
     """
     divisor = _per_element(jnp.where(scales > 0, scales, jnp.inf), x.shape[-1])
     share = jnp.minimum(jnp.abs(x) / divisor, 1)
     code = jnp.floor(_least(share, dtype) + (0.5 if noise is None else uniform(noise)))
     code = jnp.minimum(code, jnp.iinfo(dtype).max)
     if dtype == jnp.uint8:
-        # Not `share > 0`: XLA:GPU keeps the zeros it compares with in memory, as many as there are parameters.
+        # `share > 0` would make XLA:GPU keep the zeros of the comparison in memory, as many as there are parameters.
         return jnp.maximum(code, jnp.ceil(share)).astype(dtype)
     return (jnp.sign(x) * code).astype(dtype)
 

@@ -1,4 +1,4 @@
-"""Config -> the direction of a step, by optax."""
+"""Builds the direction of a step from the config, with optax."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import optax
 
 
 def make_direction(config) -> Callable[[Any], optax.GradientTransformation]:
-    """A function of a (per-layer) parameter tree, because Muon has to know which leaves are hidden matrices."""
+    """A function from a (per-layer) parameter tree to a transformation: Muon depends on which leaves are matrices."""
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim >= 2, p))
     adam = optax.chain(optax.scale_by_adam(config.beta1, config.beta2, config.eps), decay)
     if config.name == "adamw":
@@ -25,7 +25,7 @@ def make_direction(config) -> Callable[[Any], optax.GradientTransformation]:
         )
         return lambda params: factored
     # Muon (Jordan et al. 2024) scaled to AdamW's update RMS of 0.2 (Liu et al. 2025, Moonlight, eq. 4), so that one
-    # learning rate serves hidden matrices and, by Adam, all that is not one: embeddings, heads, norms, biases.
+    # learning rate serves hidden matrices and all other parameters (embeddings, heads, norms, biases), which use Adam.
     orthogonal = optax.contrib.scale_by_muon(
         beta=config.momentum,
         weight_dimension_numbers=lambda p: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), p),

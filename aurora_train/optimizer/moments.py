@@ -1,8 +1,7 @@
-"""How an optimizer's moments are stored between steps: what optax calls `mu` and `nu`, and nothing else of its state.
+"""The formats in which an optimizer's moments (optax's `mu` and `nu`) are stored between steps.
 
-A stored state is optax's own with each moment's tree in its format, so that each array still lies under its
-parameter's name and, scales apart, has its shape: what shards a parameter shards its moments, and what cuts a stack
-cuts them.
+A stored state is optax's own with each moment's tree in its format. Each array, apart from the scales, keeps its
+parameter's name and shape, so that moments are sharded and cut exactly as their parameters are.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import jax.numpy as jnp
 
 from aurora_train.optimizer import codes, rounding
 
-SMALLEST = 4096  # elements of a unit's leaf worth coding in 8 bits; bitsandbytes' `min_8bit_size`
-NARROWEST = 64  # last axis below which the scales would weigh more than they save
+SMALLEST = 4096  # fewest elements of a unit's leaf that are coded in 8 bits; bitsandbytes' `min_8bit_size`
+NARROWEST = 64  # shortest last axis that is coded: below it the scales would take more than the codes save
 TABLES = {"embedding", "positions"}  # looked up by row: 32 bits, as in Dettmers et al. 2022, section 2.3
 
 CODES = {"mu": jnp.int8, "nu": jnp.uint8}  # the first moment has a sign
 
 
 class Coded(NamedTuple):
-    """A moment in 8 bits. `values`: codes, or float32 where a leaf is not coded; `scales`: None there."""
+    """A moment in 8 bits. `values`: codes, or float32 for a leaf that is not coded, whose `scales` are None."""
 
     values: Any
     scales: Any
@@ -50,7 +49,7 @@ def make_format(name: str) -> Format:
 
 
 def is_coded(path, leaf) -> bool:
-    """Whether the moment of this parameter (of one unit) takes 8 bits. Tables, vectors and small ones stay float32."""
+    """Whether the moment of this parameter (of one unit) takes 8 bits. Tables, vectors, small leaves stay float32."""
     names = {entry_name(entry) for entry in path}
     big = leaf.ndim >= 2 and leaf.size >= SMALLEST and leaf.shape[-1] >= NARROWEST
     return big and not names & TABLES
@@ -83,9 +82,9 @@ def _has_moments(node) -> bool:
 
 def _names(state) -> list[str]:
     """`field.path` of every leaf of every moment."""
-    found: list[str] = []
-    _moments(lambda field, tree: found.extend(_paths(field, tree)), state)
-    return found
+    names: list[str] = []
+    _moments(lambda field, tree: names.extend(_paths(field, tree)), state)
+    return names
 
 
 def _paths(field: str, tree) -> list[str]:
@@ -122,9 +121,9 @@ def _empty_coded(state):
 
 
 def _advance_coded(step, state, noise):
-    """The new moments are worked out twice, once for their scales and once for their codes, because one kernel cannot
-    do both: kept in between, the float32 moments of a whole stack would lie in memory. The barrier keeps the compiler
-    from seeing that the two are one. It is also the faster way: reading codes again beats writing float32."""
+    """Computes the new moments twice, once for their scales and once for their codes, because one kernel cannot do
+    both: if they were kept in between, the float32 moments of a whole stack would be in memory. The barrier keeps the
+    compiler from merging the two computations. This is also faster: reading codes again beats writing float32."""
     scales = _moments(_measure, step(_moments(_read_coded, state))[1])
     state, scales = jax.lax.optimization_barrier((state, scales))
     updates, new = step(_moments(_read_coded, state))
@@ -137,8 +136,8 @@ def _advance_coded(step, state, noise):
                 return a
             return codes.pack(a, scale, CODES[field], rounding.bits(words[f"{field}.{dotted(path)}"], a.shape))
 
-        found = next(scales)
-        return Coded(jax.tree_util.tree_map_with_path(one, tree, found, is_leaf=_is_none), found)
+        own = next(scales)
+        return Coded(jax.tree_util.tree_map_with_path(one, tree, own, is_leaf=_is_none), own)
 
     return updates, _moments(write, new)
 
@@ -155,9 +154,9 @@ def _measure(_, tree):
 
 
 def _each_moment(state) -> list:
-    found: list = []
-    _moments(lambda _, tree: found.append(tree), state)
-    return found
+    trees: list = []
+    _moments(lambda _, tree: trees.append(tree), state)
+    return trees
 
 
 def _is_none(leaf) -> bool:

@@ -1,7 +1,7 @@
-"""Rounding whose error is zero on average, from random bits that are a function of where and when, not a state.
+"""Rounding with a mean error of zero, from random bits that are a function of place and step, not a state.
 
-A key is folded from (seed, stack, step, absolute layer, leaf), and each element then hashes its own index with it. So
-nothing is saved, and no cut of a stack, plan or device moves a bit.
+A key is folded from (seed, stack, step, absolute layer, leaf), and each element hashes its own index with it. So
+nothing is saved, and no cut of a stack, plan or device changes a bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 def words(key, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Two key words, uint32[2], for each name. A name enters through sha256: adding a leaf never moves another."""
+    """Two key words, uint32[2], for each name. Names enter through sha256: adding a leaf never changes another's."""
     salts = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") for name in names]
     draw = jax.vmap(lambda salt: jax.random.bits(jax.random.fold_in(key, salt), (2,), jnp.uint32))
     return dict(zip(names, draw(jnp.asarray(salts, jnp.uint32)), strict=True))
@@ -36,7 +36,7 @@ def bits(word, shape: tuple[int, ...]):
 def to_bfloat16(x, noise):
     """float32 -> bfloat16, up or down with the probability that keeps the mean (Gupta et al. 2015).
 
-    `noise` is uint32 of the same shape; its low 16 bits decide. What is not finite stays what it is.
+    `noise` is uint32 of the same shape; its low 16 bits decide. Non-finite values are unchanged.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise & jnp.uint32(0xFFFF))
     rounded = jax.lax.bitcast_convert_type(raw & jnp.uint32(0xFFFF0000), jnp.float32)

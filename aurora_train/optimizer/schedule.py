@@ -1,4 +1,4 @@
-"""The learning rate as the step asks for it."""
+"""The learning rate as a function that a compiled step can call."""
 
 from __future__ import annotations
 

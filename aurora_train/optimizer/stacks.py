@@ -1,4 +1,4 @@
-"""A parameter tree as what it is: leaves outside stacks, and stacks whose units are looked at one by one."""
+"""Splits a parameter tree into leaves outside stacks and stacks, whose units are handled one by one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def partition(params: dict) -> tuple[dict, dict]:
         if is_stack(node):
             stacks[str(key)] = node
         elif isinstance(node, dict):
-            inner, found = partition(node)
+            inner, inner_stacks = partition(node)
             rest[key] = inner
-            stacks.update({f"{key}.{name}": stack for name, stack in found.items()})
+            stacks.update({f"{key}.{name}": stack for name, stack in inner_stacks.items()})
         else:
             rest[key] = node
     return rest, stacks
 
 
 def join(rest: dict, stacks: dict) -> dict:
-    """Put the stacks back where `partition` found them."""
+    """Put the stacks back where `partition` took them from."""
     out = dict(rest)
     for name, stack in stacks.items():
         head, _, tail = name.partition(".")
@@ -62,7 +62,7 @@ def norm_of(rest, squares: dict[str, list]) -> Any:
     """The norm of a tree from the squared norms of what is outside stacks and, by stack and segment, of each unit."""
     total = rest
     for _, segments in sorted(squares.items()):
-        # Fused with what made its parts, the sum would be vectorised otherwise for another cut.
+        # Without the barrier, XLA would fuse the sum with its parts and vectorise it differently for another cut.
         total = total + jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(segments)))
     return jnp.sqrt(total)
 

@@ -1,8 +1,8 @@
-"""Config -> one optimizer: an optax transformation for the direction, a schedule for the length of the step.
+"""Builds one optimizer from the config: an optax transformation for the direction, a schedule for the step's length.
 
-Everything works on one layer at a time with its own index: the stacked parameters of a stack are vmapped over, and
-the global norm is summed per layer in layer order. Stacked as one leaf, Adafactor's factors, Muon's orthogonal
-update and an `ndim` mask would each be wrong, and the norm would change bits with the cut of the stack.
+Everything works on one layer at a time with its own index: the stacked parameters of a stack are vmapped over, and the
+global norm is summed per layer in layer order. If a stack were treated as one leaf, Adafactor's factors, Muon's
+orthogonal update and an `ndim` mask would each be wrong, and the norm would change bits with the cut of the stack.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from aurora_train.random import stream
 class Optimizer(NamedTuple):
     """`init(params) -> state`; `update(grads, state, params, step, good=None) -> (params, state, info)`.
 
-    `info` has `grad_norm` (before clipping) and `lr`, float32 scalars. With `good` (bool scalar) an update whose
-    `good` is false, or whose norm is not finite, leaves parameters and state as they were. A guard inside the update
-    costs nothing; one around it keeps the old state alive beside the new one where units are updated in turn.
+    `info` has `grad_norm` (before clipping) and `lr`, float32 scalars. If `good` (bool scalar) is given and false, or
+    is given and the norm is not finite, parameters and state stay as they were. A guard inside the update costs
+    nothing; one around it would keep the old state alive beside the new one if units are updated in turn.
     """
 
     init: Callable[[Any], Any]
@@ -42,7 +42,7 @@ class Optimizer(NamedTuple):
 def build(config, total_steps: int, seed: int = 0) -> Optimizer:
     """The optimizer of `config.optimizer` for a run of `total_steps` updates. `seed` moves stochastic rounding only.
 
-    Raises UserError for moments in a format that the rule has no use for.
+    Raises UserError for a format of moments that the rule cannot use.
     """
     _refuse_nonsense(config)
     schedule = make_schedule(config.lr, config.schedule, total_steps)
@@ -52,7 +52,7 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
     def start(params):
         return stored_as.empty(direction(params).init(_wide(params)))
 
-    @jax.jit  # so that what is read for its shape alone is never allocated
+    @jax.jit  # so that arrays of which only the shape is read are never allocated
     def init(params):
         rest, stacks = partition(params)
         return {
@@ -68,7 +68,7 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
         lr = schedule(step)
 
         def noise(index):
-            """Key words by leaf name for one unit; traced only by what rounds with them."""
+            """Key words by leaf name for one unit; traced only if something is rounded with them."""
             key = jax.random.fold_in(stream(seed, f"rounding.{stack}"), step)
             return lambda names: rounding.words(jax.random.fold_in(key, index), names)
 
@@ -133,9 +133,9 @@ def _numbered(stack: dict):
 
 
 def _in_turn(apply):
-    """Like `jax.vmap(apply)`, but one unit after another and in place: a stack's worth of Newton-Schulz iterates is
-    larger than its moments. A scan would write its results beside the stack that it reads. The barrier ends a unit's
-    kernels where its loop would, whatever the number of its turns.
+    """Like `jax.vmap(apply)`, but one unit after another and in place: the Newton-Schulz iterates of a whole stack are
+    larger than its moments. A scan would write its results beside the stack that it reads. The barrier separates a
+    unit's kernels as a loop would, whatever the number of iterations.
     """
 
     def run(grads, state, params, indices):

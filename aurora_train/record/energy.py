@@ -1,6 +1,6 @@
-"""Joules that were measured, never estimated: the counters of NVIDIA GPUs and of the processor package.
+"""Measured energy in joules, from the counters of NVIDIA GPUs and of the processor package. Nothing is estimated.
 
-A machine without a readable counter is "not measured". Counters count everything on the device, this run or not.
+A machine without a readable counter is "not measured". A counter includes everything on the device, not only this run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Joules since the meter was made, by source.
+    """Joules since the meter was created, by source.
 
     Sources: "gpu" (NVML's total energy, summed over devices; needs the package `pynvml`) and "processor" (RAPL
     package domains, which Linux lets only root read on most machines). Call `read` at least every few minutes:
@@ -24,7 +24,7 @@ class EnergyMeter:
         self._joules: dict[str, float] = {counter.source: 0.0 for counter in self._counters}
 
     def read(self) -> dict[str, float] | None:
-        """{"gpu": joules, "processor": joules}, or None where nothing can be measured."""
+        """{"gpu": joules, "processor": joules}, or None if nothing can be measured."""
         for index, counter in enumerate(self._counters):
             now = counter.read()
             spent = now - self._last[index]
@@ -33,7 +33,7 @@ class EnergyMeter:
         return dict(self._joules) or None
 
     def total_joules(self) -> float | None:
-        """All sources together; None where nothing can be measured."""
+        """Joules of all sources together; None if nothing can be measured."""
         spent = self.read()
         return None if spent is None else sum(spent.values())
 
@@ -68,8 +68,8 @@ class _Nvml:
 
 
 def _rapl_counters(powercap: Path) -> list[_Rapl]:
-    """Package domains ("intel-rapl:0", the name that AMD's driver uses too); their parts would be counted twice."""
-    found = []
+    """Package domains ("intel-rapl:0", also on AMD) without their subdomains, which would be counted twice."""
+    counters = []
     for folder in sorted(powercap.glob("intel-rapl:[0-9]*")):
         if folder.name.count(":") != 1:
             continue
@@ -78,8 +78,8 @@ def _rapl_counters(powercap: Path) -> list[_Rapl]:
             counter.read()
         except OSError:  # no permission: this domain is not measured, and `describe` does not claim it
             continue
-        found.append(counter)
-    return found
+        counters.append(counter)
+    return counters
 
 
 def _gpu_counters() -> list[_Nvml]:
@@ -92,10 +92,10 @@ def _gpu_counters() -> list[_Nvml]:
         devices = range(pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError:
         return []
-    found = []
+    counters = []
     for index in devices:
         try:
-            found.append(_Nvml(pynvml, index))
+            counters.append(_Nvml(pynvml, index))
         except pynvml.NVMLError:  # "not supported" on some unified-memory machines with older drivers
             continue
-    return found
+    return counters

@@ -1,9 +1,9 @@
-"""The run's two logs, `metrics.jsonl` and `events.jsonl`: append-only, one JSON object a line, every bit kept.
+"""The run's two logs, `metrics.jsonl` and `events.jsonl`: append-only, one JSON object per line, every bit kept.
 
-A line that ends in a newline is a record; anything after the last newline was torn by a crash and is not, and a power
-cut may leave unreadable lines at the end. Floats
-are written with `repr`, which round-trips float64 exactly; NaN and the infinities, which JSON lacks, are written
-as the strings "NaN", "Infinity" and "-Infinity" and come back as floats from `read`.
+A line that ends in a newline is a record. Anything after the last newline was torn by a crash and does not count, and a
+power cut may leave unreadable lines at the end. Floats are written with `repr`, which round-trips float64 exactly; NaN
+and the infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and "-Infinity", and `read` returns
+them as floats.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _to_json(value: Any) -> Any:
-    """JSON-able twin of a record: numpy and jax scalars become Python's, non-finite floats become strings."""
+    """A JSON-able copy of a record: numpy and jax scalars become Python's, non-finite floats become strings."""
     if isinstance(value, dict):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -58,7 +58,7 @@ def encode(record: dict) -> bytes:
 
 
 def decode(line: bytes) -> dict:
-    """The inverse of `encode`. Raises ValueError for a line that is no JSON object."""
+    """The inverse of `encode`. Raises ValueError for a line that is not a JSON object."""
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
@@ -66,7 +66,7 @@ def decode(line: bytes) -> dict:
 
 
 class Sink(Protocol):
-    """A second place for records to go. The JSONL file stays the truth; a sink may be lost without harm."""
+    """A second destination for records. The JSONL file is authoritative; a sink may be lost without harm."""
 
     def write(self, record: dict) -> None: ...
 
@@ -74,13 +74,13 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """Append-only writer. A record has reached the operating system when `write` returns: kill -9 keeps it.
+    """Append-only writer. When `write` returns, the record has reached the operating system and survives kill -9.
 
-    A power failure keeps what `sync` covered. Opening drops what was torn at the end, so that no record follows it.
-    Where the disk is full, read-only or failing, records wait in memory, in order, and `sync` raises UserError: what is
-    in memory is worth more than the log of it. After an fsync that failed the kernel may take for clean what it never
-    wrote, and the next fsync succeed: so what was not yet synced is kept here, and written over itself before the next.
-    Raises UserError where the file cannot be opened.
+    Records up to the last `sync` survive a power failure. Opening the file drops a torn record at its end, so that none
+    follows it. If the disk is full, read-only or failing, records wait in memory, in order, and only `sync` raises
+    UserError: training is worth more than its log. After a failed fsync the kernel may consider pages clean that it
+    never wrote, so that the next fsync succeeds. Therefore unsynced records are kept here and rewritten in place before
+    the next sync. Raises UserError if the file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike, sinks: Iterable[Sink] = ()):
@@ -92,19 +92,19 @@ class JsonLines:
             self._end = os.fstat(self._file).st_size
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self._waiting = bytearray()  # what the disk did not take
-        self._unsynced = bytearray()  # what it took since the last sync
+        self._waiting = bytearray()  # bytes that the disk did not accept
+        self._unsynced = bytearray()  # bytes accepted since the last sync
         self._in_doubt = False
 
     def write(self, record: dict) -> None:
         self._waiting += encode(record)
-        with contextlib.suppress(OSError):  # the next save says so
+        with contextlib.suppress(OSError):  # the next save reports it
             self._drain()
         for sink in self.sinks:
             sink.write(record)
 
     def sync(self) -> None:
-        """Put everything written so far on the disk itself. Called before a checkpoint of that step is committed."""
+        """Force everything written so far to the disk. Called before a checkpoint of that step is committed."""
         try:
             self._drain()
             if self._in_doubt:
@@ -124,8 +124,8 @@ class JsonLines:
             del self._waiting[:taken]
 
     def _write_again(self) -> None:
-        """The same bytes in the same place, so that a kill at any instant finds the log whole."""
-        again = os.open(self.path, os.O_WRONLY)  # one that appends would write at the end
+        """Rewrite the same bytes in the same place, so that a kill at any instant leaves the log intact."""
+        again = os.open(self.path, os.O_WRONLY)  # a descriptor with O_APPEND would write at the end
         try:
             done = 0
             while done < len(self._unsynced):
@@ -135,7 +135,7 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(UserError):  # what cannot be written now is of steps that no checkpoint has
+            with contextlib.suppress(UserError):  # records lost here are of steps without a checkpoint
                 self.sync()
             os.close(self._file)
             self._file = None
@@ -150,14 +150,14 @@ class JsonLines:
 
 
 class MetricsLog(JsonLines):
-    """`metrics.jsonl`: one record a training step, and one an evaluation ({"step": n, "evaluation": {...}})."""
+    """`metrics.jsonl`: one record per training step and one per evaluation ({"step": n, "evaluation": {...}})."""
 
 
 class EventLog(JsonLines):
     """`events.jsonl`: what happened to the run. Each record carries its wall-clock time (ISO 8601, UTC)."""
 
     def event(self, name: str, step: int | None = None, **details: Any) -> dict:
-        """Write {"event": name, "step": step, "time": now, **details}, put it on disk if it can be, and return it."""
+        """Write {"event": name, "step": step, "time": now, **details}, sync it if possible, and return it."""
         record = {"event": name, "step": step, "time": now(), **details}
         self.write(record)
         if not self._waiting:
@@ -174,7 +174,7 @@ def now() -> str:
 def read(path: str | os.PathLike) -> list[dict]:
     """All records of a log; [] for a file that does not exist. A torn last line is left out.
 
-    Raises UserError naming the line for a record that cannot be read anywhere else in the file.
+    Raises UserError with the line number for an unreadable record anywhere else in the file.
     """
     lines = _lines(Path(path))
     records = []
@@ -189,9 +189,9 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def newest(path: str | os.PathLike, key: str, value: Any = None) -> dict | None:
-    """The last record that has `key` (with this value, where one is given), read from the file's end: logs grow long.
+    """The last record that has `key` (with this value, if one is given). Reads from the end, because logs grow long.
 
-    None where there is none, or no such file. A torn or unreadable line is passed over.
+    None if there is no such record or file. Torn or unreadable lines are skipped.
     """
     word = json.dumps(key if value is None else value).encode()
     try:
@@ -212,11 +212,11 @@ def newest(path: str | os.PathLike, key: str, value: Any = None) -> dict | None:
 def set_aside(path: str | os.PathLike, after_step: int, aside_path: str | os.PathLike) -> int:
     """Move the records later than `after_step` to `aside_path`; return how many lines were moved.
 
-    At resume the run goes back to a saved step, and the records of the steps that are done again must not stand
-    twice in the log. Killed at any instant, the log is either the old one or the new one, and doing it again gives
-    the same result: the moved lines are on disk before the log is replaced, and are not added twice. A torn last
-    line is dropped; unreadable lines after the last kept record, which a power failure leaves, are moved as they
-    are. Records without a step stay. Raises UserError for an unreadable line before a record that is kept.
+    At resume the run goes back to a saved step, and the records of the repeated steps must not be in the log twice. If
+    the process is killed at any instant, the log is either the old or the new one, and a repetition gives the same
+    result: the moved lines are on disk before the log is replaced, and are not added twice. A torn last line is
+    dropped; unreadable lines after the last kept record, which a power failure leaves, are moved unchanged. Records
+    without a step stay. Raises UserError for an unreadable line before a record that is kept.
     """
     path, aside_path = Path(path), Path(aside_path)
     kept, moved, unreadable = [], [], None
@@ -258,9 +258,9 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _cut_torn_tail(path: Path) -> None:
-    """Cut from the end what is no record, looking at the file's end only: a log may hold millions of records.
+    """Cut off what is not a record at the end of the file. Reads only the end: a log may hold millions of records.
 
-    A kill leaves part of a line. A power cut may leave its end alone, with zeros in place of its beginning.
+    A kill leaves part of a line. A power cut may leave only its end, with zeros in place of its beginning.
     """
     if not path.exists():
         return
@@ -316,14 +316,14 @@ def _damaged(path, number: int) -> UserError:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard in `folder`. What an earlier life logged after `after_step` is purged from its view."""
+    """Scalars for TensorBoard in `folder`. Records of earlier processes after `after_step` are purged."""
 
     def __init__(self, folder: str | os.PathLike, after_step: int = 0):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise MissingExtra("tensorboardX", "tensorboard", "`log.sinks: [tensorboard]`") from error
-        # Its files are named by the second: without a suffix, a second life within it would replace the first.
+        # Its file names hold the time in seconds: without a suffix, two processes within a second would share a file.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(os.fspath(folder), purge_step=after_step + 1, filename_suffix=suffix)
 
@@ -336,9 +336,9 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases. Offline unless `online`: nothing leaves the machine, `wandb sync` can send it later.
+    """Weights & Biases. Offline unless `online`: nothing leaves the machine, and `wandb sync` can send it later.
 
-    Every life of a run goes on with one wandb run, whose id is kept in the file `identity`.
+    All processes of a run, one after another, continue one wandb run, whose id is stored in the file `identity`.
     """
 
     def __init__(self, folder: Path, identity: Path, name: str, config: dict, online: bool = False):
@@ -361,7 +361,7 @@ class WandbSink:
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """The numbers of a record by slash-joined name, `step` left out: {"evaluation": {"loss": 2}} -> evaluation/loss."""
+    """The numbers of a record by slash-joined name, without `step`: {"evaluation": {"loss": 2}} -> evaluation/loss."""
     flat = {}
     for name, value in record.items():
         if isinstance(value, dict):

@@ -20,22 +20,22 @@ from aurora_train.units import count, duration, percent, size
 
 _BAR_CELLS = 16
 _REFRESH_PER_SECOND = 4
-_WORTH_SHOWING = 1_000_000_000  # bytes: less is Python and its libraries
+_WORTH_SHOWING = 1_000_000_000  # bytes; below this it is mostly Python and its libraries
 
 
 class _OutlivedConsole(Console):
     def on_broken_pipe(self) -> None:
-        # rich would close stdout and exit; here the display learns of it, and goes quiet.
+        # rich would close stdout and exit; instead the display catches this error and becomes quiet.
         raise BrokenPipeError
 
 
 def stderr_console() -> Console:
-    """The console that progress is shown on unless another is given."""
+    """The default console for progress."""
     return _OutlivedConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Display:
-    """One line that changes on a terminal, plain lines elsewhere. Subclasses say what the line is."""
+    """One changing line on a terminal, plain lines elsewhere. Subclasses provide the line."""
 
     def __init__(self, console: Console | None, quiet: bool, plain_every_s: float):
         self.console = console or stderr_console()
@@ -62,7 +62,7 @@ class _Display:
         return Text(self.line(), no_wrap=True, overflow="ellipsis")
 
     def event(self, text: str) -> None:
-        """A line that stays: "saved step 100"."""
+        """Print a permanent line, such as "saved step 100"."""
         if not self.quiet:
             self._print(text)
 
@@ -75,7 +75,7 @@ class _Display:
 
     @contextmanager
     def _outliving_its_watcher(self):
-        """The terminal or the pipe may go away; a run of days must not end with it. From then on, say nothing."""
+        """If the terminal or pipe is closed, become quiet: a run of days must not end because of it."""
         try:
             yield
         except OSError:
@@ -95,7 +95,7 @@ class _Display:
         return self._cells[0] * filled + self._cells[1] * (_BAR_CELLS - filled)
 
     def close(self) -> None:
-        """Take the live line away; the last state stays as a plain line."""
+        """Remove the live line and print the last state as a plain line."""
         if self._live is not None:
             with self._outliving_its_watcher():
                 self._live.stop()
@@ -115,10 +115,10 @@ class Progress(_Display):
 
     Args:
         total_steps: the step at which the run ends.
-        console: where to; stderr unless given.
-        quiet: show nothing but what `error`-like callers print themselves.
-        unit: what targets are called in the rate ("tok", "bins"); see `Recipe.unit`.
-        plain_every_s: off a terminal, seconds between lines (log steps may come every fifth of it).
+        console: the output; stderr by default.
+        quiet: show nothing; callers still print errors themselves.
+        unit: the name of targets in the rate ("tok", "bins"); see `Recipe.unit`.
+        plain_every_s: off a terminal, seconds between lines (a fifth of that for log steps).
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Progress(_Display):
         super().__init__(console, quiet, plain_every_s)
 
     def status(self, what: str, seconds: float | None = None) -> None:
-        """Say what is going on instead of a step ("compiling"); with `seconds`, that it is done and how long it took.
+        """Show an activity other than a step ("compiling"); with `seconds`, that it has ended and how long it took.
 
-        The status is shown, with its seconds running, until the next `step` or `status`.
+        The status is shown, with a running count of seconds, until the next `step` or `status`.
         """
         if seconds is None:
             self._doing = (what, time.monotonic())
@@ -151,7 +151,7 @@ class Progress(_Display):
             self.event(f"{what}: {duration(seconds)}")
 
     def step(self, record: dict) -> None:
-        """Take a record of metrics.jsonl. Fields that only log steps carry keep their last value until the next."""
+        """Show a record of metrics.jsonl. Fields that only log steps have keep their last value until the next one."""
         self._doing = None
         self._record = {**self._record, **record}
         if "step" not in record:
@@ -163,11 +163,11 @@ class Progress(_Display):
             self._print_plain(self._plain_every_s / 5 if "tokens_per_s" in record else self._plain_every_s)
 
     def alarm(self, text: str | None) -> None:
-        """Show this in every line from now on; None takes it back."""
+        """Show this text in every line from now on; None removes it."""
         self._alarm = text
 
     def skip(self) -> None:
-        """The time since the last step went into something else; it does not count for the time left."""
+        """Exclude the time since the last step, spent on something else, from the estimate of the time left."""
         self._left.skip()
 
     def seconds_left(self) -> float | None:
@@ -233,8 +233,8 @@ class _Preparation(_Display):
 def preparation(console: Console | None = None, *, quiet: bool = False, plain_every_s: float = 5.0):
     """`with preparation() as progress: recipe.prepare(progress)`: yields `progress(done, total | None, what)`.
 
-    The callback may be called as often as liked; off a terminal it prints when a new `what` begins, every
-    `plain_every_s` seconds, and when the total is reached.
+    The callback may be called at any rate; off a terminal it prints when a new `what` begins, every `plain_every_s`
+    seconds, and when the total is reached.
     """
     display = _Preparation(console, quiet, plain_every_s)
     try:
@@ -244,7 +244,7 @@ def preparation(console: Console | None = None, *, quiet: bool = False, plain_ev
 
 
 def silent(done: int, total: int | None, what: str) -> None:
-    """The progress callback that shows nothing."""
+    """A progress callback that shows nothing."""
 
 
 ProgressCallback = Callable[[int, int | None, str], None]

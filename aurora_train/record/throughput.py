@@ -1,8 +1,7 @@
-"""Rates that are true: counted between two moments at which the device had really finished.
+"""True rates: measured between two moments at which the device had finished its work.
 
-A step that was dispatched is not a step that was done. So the clock is read only at log points, after the caller
-has brought a value of that step to the host, and the first interval starts after the first step, so that it
-holds no compilation.
+A dispatched step is not a finished step. Therefore the clock is read only at log points, after the caller has copied a
+value of that step to the host, and the first interval starts after the first step, so that it includes no compilation.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ class Throughput:
     """Tokens per second, MFU, HFU and share of time waiting for data, between log points.
 
     Args:
-        flops_per_token: training FLOPs (forward and backward) for one real target, or None where unknown.
-        peak_flops: dense FLOP/s of all devices together for `train.precision`, or None where unknown.
-        step_flops: FLOPs of the products of one step as it is run, recomputation included, or None where unknown.
+        flops_per_token: training FLOPs (forward and backward) for one real target, or None if unknown.
+        peak_flops: dense FLOP/s of all devices together for `train.precision`, or None if unknown.
+        step_flops: FLOPs of the products that one step executes, recomputation included, or None if unknown.
         clock: seconds, monotonic.
     """
 
@@ -36,25 +35,26 @@ class Throughput:
         self._waited = 0.0
 
     def begin(self) -> None:
-        """The first step of this process is done (its loss is on the host): time counts from here."""
+        """Start the clock. Call it when the first step of this process is done (its loss is on the host)."""
         self._start = self._last = self._clock()
         self._tokens, self._steps, self._waited = 0, 0, 0.0
 
     def count(self, tokens: float) -> None:
-        """`tokens` real targets of one step done since `begin`."""
+        """Count one finished step with `tokens` real targets."""
         self._tokens += tokens
         self._steps += 1
 
     def waited(self, seconds: float) -> None:
-        """The device stood still for up to `seconds` because no batch was ready."""
+        """Count up to `seconds` in which the device was idle because no batch was ready."""
         self._waited += seconds
 
     def excluding(self) -> _Excluded:
-        """Context manager around what is not training (a save that blocks, an evaluation): its time is left out."""
+        """Context manager that excludes the time of what is not training (a save that blocks, an evaluation)."""
         return _Excluded(self)
 
     def measure(self) -> dict:
-        """At a log point, with the last counted step's values on the host: the interval's rates; starts a new one.
+        """The rates of the interval since the last call; starts a new one. The last counted step's values must be on
+        the host.
 
         Returns {"tokens_per_s", "mfu", "hfu", "data_wait", "seconds"}; a rate that is not known yet is None.
         """
@@ -90,10 +90,10 @@ class _Excluded:
 
 
 class TimeLeft:
-    """Seconds left from an exponential average of the seconds each unit of work took.
+    """Estimates the seconds left from an exponential average of the seconds per unit of work.
 
-    The average forgets with a time constant of `memory_s` seconds, whatever the spacing of the updates, so that a
-    burst of fast updates does not erase what was learnt before.
+    The average has a time constant of `memory_s` seconds, independent of the spacing of updates, so that a burst of
+    fast updates does not erase earlier measurements.
     """
 
     def __init__(self, total: float | None, memory_s: float = 60.0, clock: Callable[[], float] = time.perf_counter):
@@ -117,12 +117,12 @@ class TimeLeft:
         self._done, self._time = done, now
 
     def skip(self) -> None:
-        """What has passed since the last update was not work of this kind (an evaluation): leave it out."""
+        """Exclude the time since the last update, which was spent on something else (an evaluation)."""
         if self._time is not None:
             self._time = self._clock()
 
     def seconds(self) -> float | None:
-        """None until two updates have been seen, or where the total is not known."""
+        """The seconds left; None before two updates, or if the total is unknown."""
         if self._seconds_per_unit is None or self.total is None:
             return None
         return max(self.total - self._done, 0) * self._seconds_per_unit

@@ -1,4 +1,4 @@
-"""How fast a device really is: the probes behind `aurora doctor --calibrate`."""
+"""Measures the speed of a device: the probes behind `aurora doctor --calibrate`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SMALL_OPS = 32  # about the kernels of one block's forward pass
 
 
 def measure(device) -> Rates:
-    """Probe one jax device, which should have nothing else to do: about 6 s on two processor cores, less on a GPU.
+    """Probe one jax device, which should be idle. Takes about 6 s on two processor cores, less on a GPU.
 
-    Each figure is the best of repeated timings; other work on the device makes all of them too low.
+    Each figure is the best of repeated timings; other work on the device makes all rates too low.
     """
     import jax
 
     on_cpu = device.platform == "cpu"
-    # Powers of two alone would hit cache-set conflicts or a kernel's favourite tile: a size between them is tried too.
+    # Powers of two may suffer from cache-set conflicts or suit a kernel's tiles, so a size between them is tried too.
     widths, megabytes = ((1024, 1536), 128) if on_cpu else ((4096, 6144, 8192), 512)
     with jax.default_device(device):
         matmul = {dtype: max(_matmul_rate(width, dtype, for_s=0.8) for width in widths) for dtype in DTYPES}
@@ -39,7 +39,7 @@ def measure(device) -> Rates:
 
 
 def best_seconds(work: Callable[[], object], for_s: float) -> float:
-    """The shortest of repeated calls within `for_s` seconds, at least two, after one that is not counted."""
+    """The time of the fastest of at least two calls within `for_s` seconds, after one that does not count."""
     work()
     best, until = float("inf"), time.perf_counter() + for_s
     for number in range(10**6):
@@ -56,7 +56,7 @@ def matmul_seconds(width: int, dtype: str, for_s: float) -> float:
     import jax
     import jax.numpy as jnp
 
-    # bfloat16 products accumulate and return float32: XLA:CPU has its fast kernel for that form only.
+    # bfloat16 products accumulate in and return float32: XLA:CPU has a fast kernel only for that form.
     multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     a = jax.random.normal(jax.random.key(0), (width, width), dtype)
     return best_seconds(lambda: multiply(a, a).block_until_ready(), for_s)
@@ -72,7 +72,7 @@ def _triad_rate(megabytes: int, for_s: float) -> float:
     import jax.numpy as jnp
 
     number = megabytes * 10**6 // 4
-    # Donated, so that it writes where it read: a fresh array's first touch costs the kernel far more than the triad.
+    # Donated, so that it writes where it reads: page faults on a fresh array would cost far more than the triad.
     triad = jax.jit(lambda a, c: c + 0.5 * a, donate_argnums=0)
     held, c = [jnp.ones(number)], jnp.ones(number)
 
@@ -84,7 +84,7 @@ def _triad_rate(megabytes: int, for_s: float) -> float:
 
 
 def _link_rate(device, megabytes: int, for_s: float) -> float:
-    """Bytes/s between a device and pinned memory of its processor: one way, as a copy there and back takes twice."""
+    """Bytes/s one way between a device and pinned memory of its processor, from copies there and back."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def _loop_seconds(for_s: float) -> float:
 
     def body(_, x):
         for _ in range(_SMALL_OPS):
-            x = jnp.tanh(x @ small)  # a product is never fused away, and each waits for the one before
+            x = jnp.tanh(x @ small)  # a product is never fused away, and each depends on the previous one
         return x
 
     def seconds(iterations: int) -> float:

@@ -1,6 +1,6 @@
-"""What sizes of model a machine trains, at which context: the planner asked about a ladder of published shapes.
+"""Finds the largest model that a machine trains at each context, from a ladder of published shapes.
 
-Every cell is the real step of the bundled language model, traced and estimated (or, where asked, compiled) for the
+Every cell is the real step of the bundled language model, traced and estimated (or compiled, on request) for the
 machine, one example at a time with everything recomputed.
 """
 
@@ -28,12 +28,12 @@ from aurora_train.units import percent
 
 CONTEXTS = (2048, 4096, 8192, 32768, 65536, 131072)
 QWEN3 = "Yang et al. 2025, table 1; widths: the model's published config.json"
-HEDGE = 0.1  # beyond the budget by estimate, and still worth compiling
+HEDGE = 0.1  # an estimate that exceeds the budget by up to this share is still worth compiling
 
 
 @dataclass(frozen=True)
 class Size:
-    """One rung of the ladder: `model` is that section of a config, `vocab` the number of tokens."""
+    """One rung of the ladder: `model` is the section of a config, `vocab` the number of tokens."""
 
     name: str
     model: dict
@@ -43,10 +43,10 @@ class Size:
 
 @dataclass(frozen=True)
 class State:
-    """What is kept of a parameter besides activations: a nested dict of config sections.
+    """The formats of parameters and optimizer state: a nested dict of config sections.
 
-    `short`: a little more than the largest share of itself by which the estimated peak of such a step was seen to fall
-    short of the compiled one (docs/capacity.md), never less than 3 %. It is kept free where nothing is compiled.
+    `short`: a share of the estimated peak, a little more than the largest observed shortfall against the compiled one
+    (docs/capacity.md) and at least 3 %. It is kept free when nothing is compiled.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _named(size: str) -> dict:
 _GPT = {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": "all", "tied": True}
 _QWEN = {"kv_heads": 8, "head_dim": 128, "qk_norm": True}
 
-LADDER = (  # by number of parameters; the walk relies on it
+LADDER = (  # in order of the number of parameters, which `climb` relies on
     Size("0.3B", _named("350m") | _GPT, 50257, f"GPT-3 Medium: {GPT3}"),
     Size("1B", _named("1b") | {"tied": True}, 128256, f"Llama 3.2 1B: {LLAMA3}"),
     Size("3B", _named("3b") | {"tied": True}, 128256, f"Llama 3.2 3B: {LLAMA3}"),
@@ -96,22 +96,22 @@ def capacity(
 
     Args:
         machine: a name of `machine.targets`, or None for this machine's own accelerator.
-        verify: compile what the estimate proposes, and go by the compiler's bytes.
+        verify: compile what the estimate proposes, and use the compiler's bytes.
 
     Returns:
         `cells`, one record for each state and context: `size`, `parameters`, `peak_bytes`, `share` of the budget and
-        `left_bytes` are None where not even the smallest fits; `how` is "estimated" or "compiled"; `next_size` and
-        `next_bytes` are of the smallest that does not. Beside them the budget, `trainings` and `sizes`.
+        `left_bytes` are None if not even the smallest size fits; `how` is "estimated" or "compiled"; `next_size` and
+        `next_bytes` describe the smallest size that does not fit. Also the budget, `trainings` and `sizes`.
 
     Raises:
-        UserError: the machine is not known, or it is this one and has no accelerator; MissingExtra where `verify`
-            needs the extra `[plan]`.
+        UserError: the machine is unknown, or it is this one and has no accelerator; MissingExtra if `verify` needs the
+            extra `[plan]`.
     """
     box = _box(machine, verify)
     total, cells = len(states) * len(contexts), []
     what = f"{'compiling' if verify else 'estimating'} training steps for {box.name}"
     for state in states:
-        # What the state before it reached is a good first guess, and so is the shorter context before.
+        # The result of the previous state is a good first guess, and so is that of the previous, shorter context.
         rung = next((c["rung"] for c in reversed(cells) if c["context"] == contexts[0]), len(ladder) // 2)
         for context in contexts:
             if progress:
@@ -158,14 +158,14 @@ def _box(machine: str | None, verify: bool) -> _Box:
     if machine is not None:
         target = find_machine(machine)
         if verify and not can_compile_for_gpu():
-            target_devices(target)  # says what to install
+            target_devices(target)  # raises MissingExtra, which names the package
         return _Box(target.slug, target.budget_bytes, target.budget_reason, target)
     here = this_machine()
     if here.platform == "cpu":
         raise UserError(
-            "the table of capacities is about an accelerator, and this machine has none",
+            "the table of capacities describes an accelerator, and this machine has none",
             where="--capacity",
-            why="on a CPU the memory would hold models that it cannot train in any reasonable time",
+            why="a CPU's memory holds models that it cannot train in any reasonable time",
             hint=f"--machine NAME, one of {', '.join(machine_names())}; or plan one run: aurora plan CONFIG",
         )
     return _Box(here.device_kind, *budget_bytes("auto", here), None)
@@ -194,7 +194,7 @@ def step_config(state: State, size: Size, context: int):
 
 @dataclass
 class _Step:
-    """One step under full recomputation. `bytes` are the estimated peak."""
+    """One step under full recomputation. `bytes` is the estimated peak."""
 
     planner: Planner
     plan: Plan
@@ -203,7 +203,7 @@ class _Step:
 
     @property
     def known(self) -> int:
-        """The compiled peak where there is one."""
+        """The compiled peak if there is one, otherwise the estimated one."""
         return next(iter(self.planner.compiled.values()), self.bytes)
 
 
@@ -244,7 +244,7 @@ def _cell(box: _Box, state: State, context: int, ladder, start: int, verify: boo
 
 
 def climb(fits, start: int, count: int) -> int:
-    """The last of `count` rungs for which `fits(rung)` holds, or -1; whatever fits, all below it does too."""
+    """The last of `count` rungs for which `fits(rung)` holds, or -1. If a rung fits, all below it fit too."""
     if fits(start):
         return next((rung - 1 for rung in range(start + 1, count) if not fits(rung)), count - 1)
     return next((rung for rung in reversed(range(start)) if fits(rung)), -1)
@@ -263,11 +263,11 @@ def _step(box: _Box, state: State, size: Size, context: int) -> _Step:
 
 def _how(verify: bool, states) -> str:
     if verify:
-        return "compiled for the machine, not measured on it: what cuDNN and cuBLAS take on the device is not in it"
+        return "compiled for the machine, not measured on it: workspaces of cuDNN and cuBLAS are not included"
     most = percent(max(state.short for state in states))
     return (
-        f"estimated, not measured: of compiled steps the estimate was seen to fall short by up to {most}, by kind of "
-        "training; a size counts only where that much more would fit; --compile goes by the compiler's own bytes"
+        f"estimated, not measured: estimates were up to {most} below the compiled peak, depending on the kind of "
+        "training; a size counts only if that much more would fit; --compile uses the compiler's own bytes"
     )
 
 

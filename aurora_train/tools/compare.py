@@ -1,7 +1,7 @@
-"""`aurora compare`: what several runs were asked for and what came of it, side by side: text, JSON, or one HTML page.
+"""`aurora compare`: the configs and results of several runs side by side, as text, JSON, or one HTML page.
 
-Read from the files of the run folders alone, like the report. Runs of different recipes stand on one page, but never
-in one figure: their losses measure different things.
+Like the report, it reads only the files of the run folders. Runs of different recipes may share a page, but never a
+figure: their losses measure different things.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOT_COMPARED = ("failed start", "unreadable")
 
 @dataclass(frozen=True)
 class Compared:
-    """One run: its row, its settings by key, its step records, its evaluations, its scores, and its data's hash."""
+    """One run: its row, settings by key, step records, evaluations, scores, and the hash of its data."""
 
     row: Row
     settings: dict[str, Any]
@@ -40,7 +40,7 @@ class Compared:
         return self.row.name
 
     def measures(self) -> dict[str, Any]:
-        """What is said of a run in one line of a table, the recipe's headline first."""
+        """The figures of a run in one row of a table, the recipe's headline first."""
         losses = [one["loss"] for one in self.evaluations if one.get("loss") is not None]
         recent = recent_loss(self.steps)
         return {
@@ -57,7 +57,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`differences`: key -> {run: value}, of keys that differ between runs; `remarks`: what a reader should know."""
+    """`differences`: key -> {run: value} of keys that differ between runs; `remarks`: notes for the reader."""
 
     runs: list[Compared]
     differences: dict[str, dict[str, Any]]
@@ -65,25 +65,24 @@ class Comparison:
 
 
 def compare(folders: list[Path]) -> Comparison:
-    """Compare runs, or all the runs of a folder of them. UserError for fewer than two that have taken a step."""
-    found = {}
+    """Compare runs, or all the runs in a folder. UserError for fewer than two that have taken a step."""
+    named = {}
     for folder in folders:
         inside = find(folder)
         if not inside:
             raise UserError("no run, and no folder of runs", where=str(folder), hint="aurora runs [DIR] lists them")
-        found |= {path.resolve(): (path, name) for path, name in inside}
-    names = [name for _, name in found.values()]
+        named |= {path.resolve(): (path, name) for path, name in inside}
+    names = [name for _, name in named.values()]
     runs, remarks = [], []
-    for path, name in found.values():
+    for path, name in named.values():
         row, known = described(path, name if names.count(name) == 1 else str(path))
         if row.state in _NOT_COMPARED:
             remarks.append(f"{row.name} is left out: {row.state}{f', {row.why}' if row.why else ''}")
         else:
             runs.append(_read(row, known))
     if len(runs) < 2:
-        said = "; ".join(remarks)
         raise UserError(
-            f"{len(runs) or 'no'} run to compare", where=" ".join(map(str, folders)), why=said or None,
+            f"{len(runs) or 'no'} run to compare", where=" ".join(map(str, folders)), why="; ".join(remarks) or None,
             hint="name two or more, or a folder of runs: aurora compare runs/A runs/B",
         )  # fmt: skip
     apart = differences({run.name: run.settings for run in runs})
@@ -107,12 +106,12 @@ def _remarks(runs: list[Compared]) -> list[str]:
     remarks = []
     recipes = _by_recipe(runs)
     if len(recipes) > 1:
-        remarks.append(f"runs of {len(recipes)} recipes ({', '.join(recipes)}): their losses and scores do not compare")
+        remarks.append(f"runs of {len(recipes)} recipes ({', '.join(recipes)}): losses and scores are not comparable")
     for recipe, alike in recipes.items():
         if len({run.data for run in alike}) > 1:
             remarks.append(
-                f"the runs of {recipe} did not have the same data (fingerprints in provenance.json): a loss or a score "
-                "compares only where the held-out part, and what it is counted in, is the same"
+                f"the runs of {recipe} did not have the same data (fingerprints in provenance.json): losses and scores "
+                "are comparable only if the held-out data and the unit of the score are the same"
             )
     unfinished = [f"{run.name} ({run.row.step} of {run.row.steps})" for run in runs if run.row.state != "finished"]
     if unfinished:
@@ -130,18 +129,18 @@ def _by_recipe(runs: list[Compared]) -> dict[str, list[Compared]]:
 # ---- what is shown
 
 
-def document(found: Comparison) -> dict:
+def document(comparison: Comparison) -> dict:
     """What `aurora compare --json` prints."""
     runs = [
         {"run": run.name, "folder": run.row.folder, "state": run.row.state, "recipe": run.row.recipe,
          **run.measures(), "scores": run.scores}
-        for run in found.runs
+        for run in comparison.runs
     ]  # fmt: skip
-    return {"runs": runs, "differences": found.differences, "remarks": found.remarks}
+    return {"runs": runs, "differences": comparison.differences, "remarks": comparison.remarks}
 
 
 def _summary(runs: list[Compared]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, one row a run); a column that no run has a value for is left out."""
+    """(columns, one row per run); a column without any value is left out."""
     measured = [run.measures() for run in runs]
     scores = dict.fromkeys(run.headline for run in runs if run.headline)
     names = [*scores, *(name for name in measured[0] if name not in (*scores, "steps"))]
@@ -159,43 +158,46 @@ def _cell(name: str, measures: dict) -> Any:
     return count(value) if name == "targets" else duration(value) if name == "seconds" else value
 
 
-def _settings_table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
-    names = [run.name for run in found.runs]
-    rows = [[key, *(number(of[name]) if name in of else "" for name in names)] for key, of in found.differences.items()]
+def _settings_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
+    names = [run.name for run in comparison.runs]
+    rows = [
+        [key, *(number(values[name]) if name in values else "" for name in names)]
+        for key, values in comparison.differences.items()
+    ]
     return ["key", *names], rows
 
 
-def show(found: Comparison, console) -> None:
+def show(comparison: Comparison, console) -> None:
     """Print the tables and remarks of `aurora compare`."""
     from rich import box
     from rich.table import Table
 
-    for columns, rows in (_summary(found.runs), _settings_table(found)):
+    for columns, rows in (_summary(comparison.runs), _settings_table(comparison)):
         shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for position, name in enumerate(columns):
             shown.add_column(name, justify="right" if position else "left", overflow="fold")
         for row in rows:
             shown.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
         console.print(shown if rows else "the configs are the same")
-    for remark in found.remarks:
+    for remark in comparison.remarks:
         console.print(remark, soft_wrap=True)
 
 
-def write_page(found: Comparison, path: Path) -> Path:
+def write_page(comparison: Comparison, path: Path) -> Path:
     """Write the page: one self-contained HTML file. Returns its path."""
-    names = [run.name for run in found.runs]
-    columns, rows = _summary(found.runs)
-    parts = [f"<h1>{len(names)} runs compared</h1>\n", "".join(f"<p>{escape(one)}</p>\n" for one in found.remarks)]
-    parts += [_figures(recipe, alike) for recipe, alike in _by_recipe(found.runs).items()]
+    runs, names = comparison.runs, [run.name for run in comparison.runs]
+    columns, rows = _summary(runs)
+    parts = [f"<h1>{len(names)} runs compared</h1>\n", "".join(f"<p>{escape(one)}</p>\n" for one in comparison.remarks)]
+    parts += [_figures(recipe, alike) for recipe, alike in _by_recipe(runs).items()]
     parts.append(section("Results", table(columns, rows)))
-    settings = table(*_settings_table(found)) if found.differences else "<p>The configs are the same.</p>\n"
+    settings = table(*_settings_table(comparison)) if comparison.differences else "<p>The configs are the same.</p>\n"
     parts.append(section("Config, where it differs", settings))
-    measured = dict.fromkeys(name for run in found.runs for name in run.scores)
+    measured = dict.fromkeys(name for run in runs for name in run.scores)
     if measured:
-        scores = [[words(name), *(number(run.scores[name]) if name in run.scores else "" for run in found.runs)]
+        scores = [[words(name), *(number(run.scores[name]) if name in run.scores else "" for run in runs)]
                   for name in measured]  # fmt: skip
         parts.append(section("Scores", table(["", *names], scores)))
-    folders = table(["run", "folder"], [[run.name, run.row.folder] for run in found.runs])
+    folders = table(["run", "folder"], [[run.name, run.row.folder] for run in runs])
     parts.append(section("Folders", folders))
     parts.append("<footer>Drawn by <code>aurora compare</code> from the files of these run folders.</footer>")
     write_atomically(path, page(f"{len(names)} runs compared", "".join(parts)))

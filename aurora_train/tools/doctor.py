@@ -1,4 +1,4 @@
-"""The checks of `aurora doctor`: each measures something real and ends in ok, warn or fail with the command that helps.
+"""The checks of `aurora doctor`. Each measures something and gives ok, warn or fail, with the command that helps.
 
 Only "fail" means that training cannot work here. A measurement is never replaced by a table's figure.
 """
@@ -37,10 +37,10 @@ _CORE = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "pyarrow", "pydantic", "ruamel.yaml",
     "typer", "rich", "tokenizers", "safetensors", "xxhash", "matplotlib", "psutil", "numpy",
 )  # fmt: skip
-_EXTRAS = {  # extra -> the modules any one of which will do, what it is for
+_EXTRAS = {  # extra -> (modules, any one of which suffices; its purpose)
     "neural": (("h5py",), "neural recordings (NWB, HDF5)"),
     "vision": (("sklearn",), "the handwritten digits of scikit-learn"),
-    "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an NVIDIA GPU that is not here"),
+    "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an absent NVIDIA GPU"),
     "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
     "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
 }
@@ -51,9 +51,9 @@ _CUDA13_DRIVER = 580  # the first that runs CUDA 13 (NVIDIA, CUDA Toolkit releas
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `status` is "ok", "warn", "fail", or "--" for an extra that is absent.
+    """One result. `status` is "ok", "warn", "fail", or "--" for an extra that is not installed.
 
-    `fix` is the command or act that fixes it.
+    `finding` is the result in words; `fix` is the command or action that helps.
     """
 
     name: str
@@ -71,16 +71,16 @@ class Check:
 
 
 def examine(run_folder: Path, calibrate: bool = False) -> list[Check]:
-    """All checks, in the order they are shown. Takes a few seconds, most of it jax starting and multiplying.
+    """All checks, in the order in which they are shown. Takes a few seconds, mostly for starting jax and multiplying.
 
-    `calibrate`: measure the rates that the planner's times come from, and keep them for this kind of device.
+    `calibrate`: measure the rates behind the planner's times, and store them for this kind of device.
     """
     checks = [check_python(), check_packages(), *check_extras()]
     if any(check.fatal for check in checks):
         return checks
     try:
         machine = this_machine()
-    except RuntimeError as error:  # what jax raises when a plug-in or a driver does not start
+    except RuntimeError as error:  # jax raises it if a plug-in or a driver does not start
         text = str(error).splitlines()[0]
         return [*checks, Check("devices", "fail", f"jax finds no device: {text}", "JAX_PLATFORMS=cpu aurora doctor")]
     checks += [*check_cuda(machine), check_devices(machine), *check_memory(machine)]
@@ -103,13 +103,13 @@ def show(checks: list[Check]) -> None:
 
 
 def check_python() -> Check:
-    """Python 3.11 to 3.13, and a C library that the wheels of x86-64 and aarch64 are made for."""
+    """Checks for Python 3.11 to 3.13, and a C library for which the wheels of x86-64 and aarch64 are built."""
     libc, version = platform.libc_ver()
     finding = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {libc or '?'} {version}"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Check("python", "fail", finding, "use Python 3.11, 3.12 or 3.13: python3.12 -m venv .venv")
     if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < _GLIBC:
-        fix = "wheels want glibc 2.28 or newer, as Debian 12 or Ubuntu 24.04 have it, also in a container"
+        fix = "wheels need glibc 2.28 or newer, as in Debian 12 or Ubuntu 24.04, also in a container"
         return Check("python", "warn", finding, fix)
     return Check("python", "ok", finding)
 
@@ -129,7 +129,7 @@ def check_packages() -> Check:
 
 
 def check_extras() -> list[Check]:
-    """What optional packages are absent."""
+    """One line for each optional package that is not installed."""
     checks = []
     for extra, (modules, purpose) in _EXTRAS.items():
         if not any(importlib.util.find_spec(module) for module in modules):
@@ -140,7 +140,7 @@ def check_extras() -> list[Check]:
 
 
 def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
-    """Nothing, or that there is an NVIDIA GPU which jax does not use, and the command that lets it."""
+    """A warning if there is an NVIDIA GPU that jax does not use, with the command that enables it."""
     gpus = installed_gpus(root)
     if not gpus or machine.platform != "cpu":
         return []
@@ -148,8 +148,8 @@ def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
     extra = "cuda12" if driver and int(driver.partition(".")[0]) < _CUDA13_DRIVER else "cuda13"
     why, fix = "this jax only uses the processor", f"pip install 'aurora_train[{extra}]'"
     if plugin_without_driver():
-        why = "libcuda.so.1, the library of its driver, is not here"
-        fix = "in a container: docker run --gpus all; else install the driver again"
+        why = "libcuda.so.1, the library of its driver, is missing"
+        fix = "in a container: docker run --gpus all; otherwise install the driver again"
     elif os.environ.get("JAX_PLATFORMS") == "cpu":
         why, fix = "JAX_PLATFORMS=cpu is set", "unset JAX_PLATFORMS"
     elif any(importlib.util.find_spec(module) for module in _EXTRAS["plan"][0]):
@@ -162,7 +162,7 @@ def check_cuda(machine: Machine, root: Path = Path("/")) -> list[Check]:
 
 
 def check_devices(machine: Machine) -> Check:
-    """What jax will train on, and whether its peak is known."""
+    """The devices that jax will train on, and whether their peak is known."""
     finding = f"{machine.device_count} x {machine.device_kind} ({machine.platform}), {machine.cpu_cores} cores"
     if machine.left_out:
         finding += f"; left out: {', '.join(machine.left_out)}"
@@ -202,7 +202,7 @@ def check_memory(machine: Machine) -> list[Check]:
 
 
 def check_matmul(machine: Machine, dtype: str) -> Check:
-    """A square matrix product, timed for about half a second, beside the table's peak."""
+    """The rate of a square matrix product, timed for about half a second, compared with the table's peak."""
     width = 1024 if machine.platform == "cpu" else 8192
     seconds = matmul_seconds(width, dtype, for_s=0.5)
     rate = 2 * width**3 / seconds
@@ -219,7 +219,7 @@ def check_matmul(machine: Machine, dtype: str) -> Check:
 
 
 def check_rates(machine: Machine, calibrate: bool = False) -> Check:
-    """The rates behind the planner's times: measured now, measured before, assumed from the table, or none."""
+    """The rates behind the planner's times: measured now, measured earlier, assumed from the table, or unknown."""
     if calibrate:
         import jax
 
@@ -240,22 +240,22 @@ def check_rates(machine: Machine, calibrate: bool = False) -> Check:
 
 def check_disk(folder: Path) -> Check:
     """Write, fsync and remove 64 MiB in the run folder (or its nearest existing parent); free space."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    # First whether it can be written at all: /proc, for one, says that none of its no bytes are free.
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    # Whether it is writable comes first: /proc, for instance, reports that zero bytes are free.
     try:
-        tempfile.TemporaryFile(dir=there).close()
-        free = shutil.disk_usage(there).free
-        rate = None if free < 2 * _WRITE_BYTES else _write_rate(there)
+        tempfile.TemporaryFile(dir=nearest).close()
+        free = shutil.disk_usage(nearest).free
+        rate = None if free < 2 * _WRITE_BYTES else _write_rate(nearest)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             fix = "aurora doctor --run-folder DIR, with a folder you can write"
-            return Check("run folder", "fail", f"cannot write {there}: {error.strerror}", fix)
-        free, rate = shutil.disk_usage(there).free, None
+            return Check("run folder", "fail", f"cannot write {nearest}: {error.strerror}", fix)
+        free, rate = shutil.disk_usage(nearest).free, None
     if rate is None:
-        fix = f"free some space: du -xh {there} | sort -h | tail"
-        return Check("run folder", "fail", f"only {size(free)} free at {there}", fix, {"free_bytes": free})
+        fix = f"free some space: du -xh {nearest} | sort -h | tail"
+        return Check("run folder", "fail", f"only {size(free)} free at {nearest}", fix, {"free_bytes": free})
     values = {"free_bytes": free, "write_bytes_per_s": rate}
-    finding = f"{size(rate)}/s written and synced, {size(free)} free at {there}"
+    finding = f"{size(rate)}/s written and synced, {size(free)} free at {nearest}"
     if free < 10e9:
         return Check("run folder", "warn", finding, "free some space before a long run: checkpoints need it", values)
     if rate < 50e6:
@@ -265,7 +265,7 @@ def check_disk(folder: Path) -> Check:
 
 
 def _write_rate(folder: Path) -> float:
-    """Bytes/s of 64 MiB written and synced."""
+    """Bytes/s when 64 MiB are written and synced."""
     block = os.urandom(2**20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".aurora-doctor-") as file:
         start = time.perf_counter()
@@ -277,17 +277,17 @@ def _write_rate(folder: Path) -> float:
 
 
 def check_cache() -> Check:
-    """How large the cache of prepared data and compiled programs has grown."""
+    """The size of the cache of prepared data and compiled programs."""
     folder = cache_folder()
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Check("cache", "ok", f"{size(held)} at {folder} (safe to delete)", values={"bytes": held})
 
 
 def check_shared_memory() -> Check:
-    """/dev/shm, which data workers and NCCL use; containers often leave it at 64 MB."""
+    """Free space in /dev/shm, which data workers and NCCL use; containers often limit it to 64 MB."""
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        return Check("/dev/shm", "warn", "absent", "mount -t tmpfs tmpfs /dev/shm")
+        return Check("/dev/shm", "warn", "missing", "mount -t tmpfs tmpfs /dev/shm")
     free = shutil.disk_usage(shm).free
     if free < 512e6:
         return Check("/dev/shm", "warn", f"{size(free)} free", "start the container with --shm-size=8g")
@@ -295,7 +295,7 @@ def check_shared_memory() -> Check:
 
 
 def check_file_limit() -> Check:
-    """Open files: Orbax holds one or more a parameter while it saves."""
+    """The limit of open files: Orbax opens one or more per parameter while it saves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
         return Check("open files", "warn", f"at most {soft} (hard limit {hard})", f"ulimit -n {min(hard, 65536)}")
@@ -303,10 +303,10 @@ def check_file_limit() -> Check:
 
 
 def check_clock() -> Check:
-    """The wall clock is past this package's release and moves with the monotonic one."""
+    """Whether the wall clock is later than this package's release and runs at the rate of the monotonic clock."""
     if time.time() < 1_750_000_000:
         when = time.strftime("%Y-%m-%d")
-        return Check("clock", "warn", f"says {when}; event times will be wrong", "timedatectl set-ntp true")
+        return Check("clock", "warn", f"shows {when}; event times will be wrong", "timedatectl set-ntp true")
     wall, steady = time.time(), time.monotonic()
     time.sleep(0.05)
     drift = abs((time.time() - wall) - (time.monotonic() - steady))

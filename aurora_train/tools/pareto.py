@@ -1,7 +1,4 @@
-"""What less memory would cost in recomputation, as a picture: drawn from `Plan.details` alone.
-
-Bytes are per device.
-"""
+"""Draws what less memory would cost in recomputation, from `Plan.details` alone. Bytes are per device."""
 
 from __future__ import annotations
 
@@ -17,19 +14,19 @@ from aurora_train.units import count
 if TYPE_CHECKING:
     from aurora_train.memory.plan import Plan
 
-# Paul Tol's bright scheme with orange: told apart by colour-blind readers, and on light and dark paper.
+# Paul Tol's bright scheme with orange: colour-blind readers can distinguish it, on light and dark backgrounds.
 _LINES = (MAIN, "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#bbbbbb")
-_FAR = 2.5  # a budget beyond this multiple of the peak is told in words: drawn, it would flatten the bars
+_FAR = 2.5  # a budget beyond this multiple of the peak is given in words: as a line it would compress the curves
 
 
 def pareto_svg(plan: Plan, path: str | Path) -> Path:
-    """Draw memory against recomputation, a curve for each microbatch; UserError where nothing was compared."""
+    """Draw memory against recomputation, one curve per microbatch. UserError if the plan has no alternatives."""
     figure = pareto_figure(plan.details, plan.budget_bytes, plan.machine)
     if figure is None:
         raise UserError(
             "this plan has nothing to draw as memory against recomputation",
             where="--pareto",
-            why="it holds what the config asked for, or its model has no stack of layers to choose for",
+            why="it follows from the config without a search, or its model has no stack of layers",
         )
     path = Path(path)
     write_atomically(path, svg_file(figure, "pareto", "memory against recomputation"))
@@ -37,7 +34,7 @@ def pareto_svg(plan: Plan, path: str | Path) -> Path:
 
 
 def pareto_figure(details: dict, budget_bytes: int | None, machine: str = ""):
-    """A matplotlib Figure: bytes over seconds a step where known, else over recomputed FLOPs; None without points."""
+    """A matplotlib Figure: bytes over seconds per step if known, else over recomputed FLOPs; None without points."""
     points = [p for p in details.get("pareto") or [] if p.get("bytes") is not None]
     known = "seconds" if all(p.get("seconds") is not None for p in points) else "recompute_flops"
     points = [p for p in points if p.get(known) is not None]
@@ -70,19 +67,19 @@ def pareto_figure(details: dict, budget_bytes: int | None, machine: str = ""):
 
 
 def _budget(axes, budget_bytes: int | None, highest: float, machine: str) -> None:
-    """The budget as a line with its figure; the vertical axis from zero to a little above what is drawn."""
+    """Draw the budget as a labelled line, and scale the vertical axis from zero to a little above the highest point."""
     on = f" on {machine_name(machine)}" if machine else ""
     if budget_bytes and budget_bytes <= _FAR * highest:
         axes.axhline(budget_bytes, color=SECOND, linewidth=1.4, linestyle="--", label=f"budget {amount(budget_bytes)}")
         highest = max(highest, budget_bytes)
     elif budget_bytes:
         on += f"; the budget, {amount(budget_bytes)}, lies far above"
-    axes.set_title("What could be had" + on, loc="left", color=INK, fontsize=10)
+    axes.set_title("Possible plans" + on, loc="left", color=INK, fontsize=10)
     axes.set_ylim(0, 1.1 * highest)
 
 
 def _round_amount(value: float) -> str:
-    """20e9 -> "20 GB": a tick of few figures needs none after the point."""
+    """20e9 -> "20 GB", for the labels of an axis, without trailing zeros."""
     for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= divisor:
             return f"{value / divisor:.4g} {unit}"

@@ -1,4 +1,4 @@
-"""`aurora profile`: a few real steps of a config, traced. Nothing of a run is touched: it has a folder of its own."""
+"""`aurora profile`: traces a few real steps of a config in a folder of its own. No run folder is changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from aurora_train.train.feed import open_feed
 from aurora_train.train.session import open_session
 
 HOST = ("data", "dispatch", "wait")
-_WARM = 3  # steps before the trace: the first pays for what the compiler left to it
+_WARM = 3  # steps before the trace: the first one includes work that the compiler deferred
 
 
 class Profile(NamedTuple):
-    """What `profile` found. Seconds; `save`: how long a save of the state holds up the steps; `plan`: one line;
-    `trace`: the file for Perfetto; `product_flops`: of the products of a step as it is run, recomputation included."""
+    """The result of `profile`. Times in seconds; `save`: how long a save of the state blocks training; `plan`: one
+    line; `trace`: the file for Perfetto; `product_flops`: FLOPs of one step's products, recomputation included."""
 
     timeline: Timeline
     steps: int
@@ -41,7 +41,8 @@ def profile(config, folder: Path, *, steps: int, progress) -> Profile:
 
 
 def _measured(config, folder: Path, steps: int, progress) -> Profile:
-    # It may hold this program under an older version's names. First of all: jax asks once a process whether to use it.
+    # The compilation cache may hold this program with names of an older version. This line must come first, because
+    # jax decides once per process whether to use the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     session = open_session(config, Run(folder / "run"), progress)
     progress(0, 1, "compiling")
@@ -53,15 +54,15 @@ def _measured(config, folder: Path, steps: int, progress) -> Profile:
             state, metrics = compiled(state, feed(number, state))
             jax.block_until_ready(metrics)
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # it would be most of what is traced, and slow the host
+        options.python_tracer_level = 0  # Python events would dominate the trace and slow the host
         with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
             state = _traced(compiled, state, metrics, feed, steps, progress)
     progress(0, 1, "a save")
     blocked = _blocked_by_a_save(session.store, state)
     text = session.program.compile(session.plan).as_text()
-    found = timeline(read_events(folder), text, steps, HOST)
+    line = timeline(read_events(folder), text, steps, HOST)
     flops = session.program.product_flops(session.plan)
-    return Profile(found, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder), flops)
+    return Profile(line, steps, seconds, blocked, one_line(session.plan), perfetto_file(folder), flops)
 
 
 def _blocked_by_a_save(store, state) -> float:
@@ -76,7 +77,7 @@ def _blocked_by_a_save(store, state) -> float:
 
 
 def _traced(compiled, state, before, feed, steps: int, progress):
-    """As the loop does it: a step is dispatched, then the numbers of the one before are waited for."""
+    """Run steps as the training loop does: dispatch a step, then wait for the results of the previous one."""
     for number in range(steps):
         progress(number, steps, "steps traced")
         with jax.profiler.TraceAnnotation("step"):

@@ -1,7 +1,7 @@
-"""`report.html`: one file that shows what a run did, drawn only from what the run folder has saved.
+"""`report.html`: one file that shows what a run did, made only from the files in the run folder.
 
 It opens without a network and without scripts, and the same saved files give the same bytes. A part whose file is
-missing says "not recorded", but for samples, which many recipes make none of; nothing is guessed.
+missing says "not recorded", except samples, which many recipes do not make; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
 
 
 def write_report(run_folder) -> Path:
-    """Draw `report.html` of a run folder, finished or not; return its path. UserError where it is no run folder."""
+    """Write `report.html` of a run folder, finished or not; return its path. UserError if it is not a run folder."""
     run = Run.existing(run_folder)
     config_text = run.config.read_text()
     config = _yaml(config_text)
@@ -65,10 +65,10 @@ def write_report(run_folder) -> Path:
 
 
 def report_ending(outcome) -> None:
-    """Draw the report of a run that `train.start.train` has just left, finished or stopped (its `Outcome`).
+    """Write the report of a run that has just finished or stopped. `outcome`: the result of `train.start.train`.
 
-    Nothing is drawn where the run stopped for lack of memory, which drawing takes a hundred megabytes of, or where
-    another process writes the run's record. Raises UserError where the folder cannot be written.
+    No report is written if the run stopped for lack of memory, because drawing takes a hundred megabytes, or if
+    another process writes the run's record. Raises UserError if the folder cannot be written.
     """
     from aurora_train.train.guard import EXIT_LOW_MEMORY
     from aurora_train.train.saving import EXIT_UNSAVED
@@ -77,9 +77,9 @@ def report_ending(outcome) -> None:
     run = outcome.run
     if run.follows or outcome.status == EXIT_LOW_MEMORY or not run.config.is_file():
         return
-    # A disk that took no checkpoint may take no report either: then the exit status alone reports it.
-    refused = contextlib.suppress(UserError) if outcome.status == EXIT_UNSAVED else contextlib.nullcontext()
-    with refused, StopRequest():  # a signal that comes now has nothing left to stop
+    # A disk that accepted no checkpoint may refuse the report too; then only the exit status reports the failure.
+    unless_full = contextlib.suppress(UserError) if outcome.status == EXIT_UNSAVED else contextlib.nullcontext()
+    with unless_full, StopRequest():  # a signal that arrives now has nothing left to stop
         write_report(run.folder)
 
 
@@ -98,7 +98,7 @@ def _json(path: Path):
         raise UserError("this file is not JSON", where=str(path), why=str(error)) from error
 
 
-# ---- what happened, at a glance
+# ---- summary
 
 
 def _head(run: Run, config: dict, steps, evaluations, events, scores) -> str:
@@ -150,15 +150,15 @@ def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
 
 
 def recent_loss(steps: list[dict]) -> tuple[float, int] | None:
-    """(mean, number of steps) of the finite losses of the last twentieth of the steps, ten at least: one is noise."""
+    """(mean, number) of the finite losses in the last twentieth of the steps, at least ten: a single one is noise."""
     last = [record["loss"] for record in steps[-max(len(steps) // 20, 10) :] if np.isfinite(record["loss"])]
     return (float(np.mean(last)), len(last)) if last else None
 
 
 def training_seconds(steps) -> float | None:
-    """Seconds that a run's steps took, as far as they are on record.
+    """Seconds that a run's recorded steps took, or None if none is recorded.
 
-    `seconds` counts from the first step of a process: add up the last of each life."""
+    `seconds` counts from the first step of each process, so the last values of all processes are added up."""
     total, before = 0.0, 0.0
     known = [record["seconds"] for record in steps if record.get("seconds") is not None]
     for seconds in known:
@@ -205,7 +205,7 @@ def _score(scores) -> str:
 
 
 def _plots(plots) -> str:
-    """What the recipe's score has drawn (`Recipe.score`, "plots")."""
+    """The figures of the recipe's score (`Recipe.score`, "plots")."""
     drawn = []
     for index, plot in enumerate(plots or []):
         lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
@@ -216,7 +216,7 @@ def _plots(plots) -> str:
 
 
 def _rival(value, headline: str):
-    """A baseline's number in the headline measure: {"xz": 1.6} or {"xz": {"bits_per_byte": 1.6}}; else None."""
+    """A baseline's number in the headline measure, from {"xz": 1.6} or {"xz": {"bits_per_byte": 1.6}}; else None."""
     if isinstance(value, dict):
         value = value.get(headline)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -226,7 +226,7 @@ def _rival(value, headline: str):
 
 
 def series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values), float64[N] each, of the records that have a number of this name."""
+    """(steps, values), float64[N] each, from the records that have a number of this name."""
     pairs = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
     array = np.array(pairs, dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]

@@ -1,4 +1,4 @@
-"""What a machine can hold, as a person reads it: the pages of `aurora plan --capacity`. Bytes are decimal."""
+"""Prints the tables of `aurora plan --capacity`: which models fit on a machine. Bytes are decimal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def show_capacity(found: dict, console: Console | None = None) -> None:
-    """Print `tools.capacity.capacity`: plain values as lines, `cells` as a table of trainings by contexts, and every
-    other list of records as a table of its own.
+def show_capacity(figures: dict, console: Console | None = None) -> None:
+    """Print the result of `tools.capacity.capacity`: plain values as lines, `cells` as a table of trainings by
+    contexts, and every other list of records as a table of its own.
 
-    A key that ends in `_bytes` is shown as bytes, one in `_share` as a percentage; nothing else is known of those
-    records, so that they may grow.
+    A key that ends in `_bytes` is shown as bytes, one in `_share` as a percentage. Nothing else is assumed about the
+    records, so that new keys need no change here.
     """
     console = console or plain_console()
-    tables = {name: value for name, value in found.items() if _is_records(value)}
-    for name, value in found.items():
+    tables = {name: value for name, value in figures.items() if _is_records(value)}
+    for name, value in figures.items():
         if name not in tables and value not in (None, [], {}):
             console.print(f"{_title(name)}: {_cell(name, value)}", soft_wrap=True)
     _show_cells(tables.pop("cells", []), console)
@@ -36,7 +36,7 @@ def show_capacity(found: dict, console: Console | None = None) -> None:
 
 
 def _show_cells(cells: list[dict], console) -> None:
-    """One row for each training, one column for each context; in each cell the largest size, and what it leaves."""
+    """One row per training, one column per context; each cell has the largest size and the bytes it leaves free."""
     if not cells:
         return
     contexts = list(dict.fromkeys(cell["context"] for cell in cells))
@@ -50,7 +50,7 @@ def _show_cells(cells: list[dict], console) -> None:
 
 
 def _largest(cell: dict) -> str:
-    """Lines: the size, its peak and share of the budget, what is left, and what the next size would take."""
+    """Lines: the size, its peak and share of the budget, the bytes left, and the bytes of the next size."""
     after = f"{cell['next_size']} would take {amount(cell['next_bytes'])}" if cell.get("next_size") else ""
     if cell["size"] is None:
         return f"none\n{after}\n"
@@ -62,7 +62,7 @@ def _largest(cell: dict) -> str:
 
 
 def _binary(tokens: int) -> str:
-    """A context as people name it: 4096 -> "4k"."""
+    """The usual name of a context: 4096 -> "4k"."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 

@@ -1,4 +1,4 @@
-"""The report's Memory section: what was predicted, compiled and measured, and what holds it."""
+"""The report's Memory section: predicted, compiled and measured bytes, and their causes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from aurora_train.tools.report_page import escape, facts, folded, section, table
 
 
 def memory_section(pinned: dict | None, steps: list[dict]) -> str:
-    """From plan.json ({"plan", "mesh", "device"}) and the step records; "" where no plan with details was made.
+    """The section from plan.json ({"plan", "mesh", "device"}) and the step records; "" if the plan has no details.
 
-    What was measured is the plan's own figure after the run, else the highest `memory_bytes` of the records.
+    The measured figure is the plan's own after the run, otherwise the highest `memory_bytes` of the records.
     """
     plan = (pinned or {}).get("plan") or {}
     details = plan.get("details")
@@ -23,7 +23,7 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
     rest = {name: value for name, value in plan.items() if name not in ("details", "stacks", "reason")}
     forms = {name: one["form"] for name, one in (details.get("operations") or {}).items()}
     rest |= {"mesh": pinned.get("mesh"), "attention": details.get("attention"), "operations": forms}
-    parts.append(folded("the plan as it is pinned", facts(rest)))
+    parts.append(folded("the pinned plan", facts(rest)))
     return section("Memory", *parts)
 
 
@@ -35,21 +35,21 @@ def _figures(plan: dict, steps: list[dict]) -> str:
     measured = plan.get("measured_bytes") or max(recorded, default=None)
     rows = [["predicted", amount(predicted), ""]]
     if plan.get("platform") == "cpu" and (measured or 0) < WORTH_TELLING:
-        measured = None  # Python and its libraries, mostly
+        measured = None  # this is mostly Python and its libraries
     for name, held in (("compiled", plan.get("compiled_bytes")), ("measured", measured)):
         if held is None and name == "measured":
             continue
         rows.append([name, amount(held), difference(held, predicted)])
     if plan.get("budget_bytes"):
         rows.append(["budget", amount(plan["budget_bytes"]), ""])
-    return table(["per device", "peak", "beside the prediction"], rows)
+    return table(["per device", "peak", "difference from the prediction"], rows)
 
 
 def _causes(bytes_of: dict[str, int]) -> list[str]:
     from aurora_train.memory.report import amount, by_cause
 
     rows = [[name, amount(held)] for _, name, held in by_cause(bytes_of)]
-    return [table(["what holds it, as predicted", "bytes"], rows)] if rows else []
+    return [table(["predicted cause", "bytes"], rows)] if rows else []
 
 
 def _stacks(stacks: dict) -> list[str]:

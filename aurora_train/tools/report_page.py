@@ -1,4 +1,4 @@
-"""HTML pieces of the report. Every text that came from outside passes through `escape`: a sample may contain markup."""
+"""HTML parts of the report. All outside text passes through `escape`, because a sample may contain markup."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def cards(facts: list[tuple[str, str]]) -> str:
-    """(what, value) pairs; the first is set off as the headline."""
+    """Cards from (what, value) pairs; the first is highlighted as the headline."""
     cells = (
         f'<div class="card{" first" if i == 0 else ""}"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
         for i, (what, value) in enumerate(facts)
@@ -83,7 +83,7 @@ def cards(facts: list[tuple[str, str]]) -> str:
 
 
 def table(columns: list, rows: list[list], ours: int | None = None) -> str:
-    """A table; numbers are set right. `ours` is the index of the row to set off."""
+    """A table; numbers are right-aligned. `ours` is the index of the row to highlight."""
     numeric = [bool(rows) and all(_is_number(row[i : i + 1]) for row in rows) for i in range(len(columns))]
     kinds = [' class="number"' if flag else "" for flag in numeric]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
@@ -102,7 +102,7 @@ def _is_number(cell: list) -> bool:
 
 
 def _column(rows: list[list], index: int):
-    """How to show the cells of a numeric column: fractions of like size with the same number of decimals."""
+    """The format of a numeric column: fractions of similar size get the same number of decimals."""
     values = [row[index] for row in rows]
     if not any(isinstance(value, float) for value in values) or not all(1e-3 < abs(v) < 1e6 for v in values if v):
         return number
@@ -128,7 +128,7 @@ def flatten(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def number(value: Any) -> str:
-    """A cell: numbers to four or five figures, large whole ones with their magnitude, the rest as text."""
+    """A cell as text: numbers with four or five digits, large whole numbers with their magnitude as well."""
     if value is None:
         return "n/a"
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
 """The report's figures: matplotlib drawings as inline SVG that take their colours from the page, light or dark.
 
-Drawn with stand-in colours that are replaced by CSS variables afterwards, so one drawing serves both themes.
+They are drawn in placeholder colours, which CSS variables then replace, so that one drawing serves both themes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def curve(
     wide: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """Lines over steps: `series` of (label, steps, values). `smooth` draws the first faintly under its own average."""
+    """Lines over steps: `series` has (label, steps, values). `smooth` draws the first one faintly under its average."""
     figure, axes = drawing(10.0, 3.6) if wide else drawing(5.6, 2.8)
     for index, (label, steps, values) in enumerate(series):
         steps, values = thin(steps, values)
@@ -52,7 +52,7 @@ def curve(
 
 
 def bars(name: str, rows: list[tuple[str, float, bool]], label: str) -> str:
-    """Horizontal bars of (name, value, whether it is this run's), top to bottom, with their values written out."""
+    """Horizontal bars for (name, value, whether it is this run's), top to bottom, labelled with their values."""
     figure, axes = drawing(5.6, 0.6 + 0.36 * len(rows))
     values = [value for _, value, _ in rows]
     places, digits = range(len(rows)), decimals(values)
@@ -133,7 +133,7 @@ def drawing(width: float, height: float):
 
 
 def inline_svg(figure, name: str, description: str) -> str:
-    """The figure as an <svg> element of a page: ids made unique to `name`, metadata and fixed size dropped."""
+    """The figure as an <svg> element of a page: ids are prefixed with `name`, metadata and fixed size removed."""
     svg = _drawn(figure, name, description)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
@@ -146,7 +146,7 @@ def inline_svg(figure, name: str, description: str) -> str:
 
 
 def svg_file(figure, name: str, description: str) -> str:
-    """The figure as a file of its own, dark on white: most viewers know neither a page's variables nor its theme."""
+    """The figure as a separate file, dark on white: most viewers support neither CSS variables nor themes."""
     figure.set_facecolor("white")
     svg = _drawn(figure, name, description, transparent=False)
     for stand_in, colour in _ON_PAPER.items():

@@ -1,6 +1,6 @@
-"""`aurora runs`: what lies in a folder of runs, one row a run, from the small files and the ends of the logs.
+"""`aurora runs`: lists a folder of runs, one row per run, from the small files and the ends of the logs.
 
-Neither jax nor a recipe is imported and no log is read whole, so forty runs of days are listed at once.
+Neither jax nor a recipe is imported and no log is read completely, so that forty long runs are listed at once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from aurora_train.units import duration, size
 
 DEFAULT = Path("runs")
 _KEYS_SHOWN = 6
-# A line as `config.yaml.write` writes it: a plain scalar, text in quotes without escapes, or a list or mapping.
+# The lines that `config.yaml.write` writes: a plain scalar, quoted text without escapes, or a list or mapping.
 _VALUE = r'[A-Za-z0-9_./+-]+(?: [A-Za-z0-9_./+-]+)*|"[^"\\]*"|\[.*\]|\{.*\}'
 _LINE = re.compile(rf"((?:  )*)([A-Za-z0-9_.-]+):(?: ({_VALUE}))?\Z")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `name` is its path below the folder that was listed; `written` is in seconds since 1970.
+    """One run. `name` is its path below the listed folder; `written` is in seconds since 1970.
 
     `state`: "training" (a process holds it now), "finished", "stopped" (it can be resumed), "failed start" (no step
     was taken) or "unreadable", with the reason in `why`. `score` is {"name", "value", "better"} of the headline;
-    `differs` has the keys of the config that are not the same in all the runs of one recipe that were listed.
+    `differs` has the config keys whose values differ among the listed runs of the same recipe.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Row:
 
 
 def listing(folder: Path | None = None) -> list[Row]:
-    """The runs of a folder (None: `runs`), the one written last first; a folder that is a run is the only row.
+    """The runs of a folder (None: `runs`), the most recently written first; a folder that is a run is the only row.
 
-    Sweeps lie one level deeper, and are listed too. Raises UserError where a folder that was named is not there.
+    The runs of sweeps, one level deeper, are listed too. Raises UserError if a named folder does not exist.
     """
     rows, known = [], {}
     for path, name in find(folder):
@@ -65,7 +65,7 @@ def listing(folder: Path | None = None) -> list[Row]:
 
 
 def find(folder: Path | None = None) -> list[tuple[Path, str]]:
-    """(folder, name) of every run in a folder, or of the folder itself where it is one."""
+    """(folder, name) of every run in a folder, or of the folder itself if it is a run."""
     top = Path(folder or DEFAULT)
     if not top.is_dir():
         if folder is None:
@@ -73,17 +73,17 @@ def find(folder: Path | None = None) -> list[tuple[Path, str]]:
         raise UserError("there is no such folder", where=str(folder), hint="aurora runs [DIR]; without DIR: runs/")
     if is_run(top):
         return [(top, top.absolute().name)]
-    found = []
+    runs = []
     for child in _folders(top):
         if is_run(child):
-            found.append((child, child.name))
+            runs.append((child, child.name))
         else:
-            found += [(below, f"{child.name}/{below.name}") for below in _folders(child) if is_run(below)]
-    return found
+            runs += [(below, f"{child.name}/{below.name}") for below in _folders(child) if is_run(below)]
+    return runs
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was started there; a folder with a config.yaml of the user's own is none."""
+    """Whether a run was started in a folder; a user's own config.yaml alone does not make it one."""
     run = Run(folder)
     return (folder / ".lock").exists() or (run.config.is_file() and (run.events.exists() or run.provenance.exists()))
 
@@ -96,7 +96,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def described(folder: Path, name: str) -> tuple[Row, dict]:
-    """One run's row, without what sets it apart from others, and its settings by key."""
+    """(one run's row, still without `differs`; its settings by key)."""
     run = Run(folder)
     row = Row(name, str(run.folder), "failed start", bytes=_bytes(folder), written=_written(run))
     try:
@@ -120,7 +120,7 @@ def _looked_at(run: Run, row: Row, known: dict) -> Row:
     if finish is not None and finish["step"] == steps:
         return replace(row, state="finished", step=steps)
     if not (recorded or saved):
-        return replace(row, why="it took no step: start it again, or delete the folder")
+        return replace(row, why="it took no step; start it again, or delete the folder")
     stop = newest(run.events, "event", "stop")
     return replace(row, state="stopped", step=saved, why=f"by {stop['by']}" if stop and stop["step"] >= saved else "")
 
@@ -133,19 +133,19 @@ def _headline(scores: dict | None) -> dict | None:
 
 
 def _written(run: Run) -> float:
-    """When a run was last written, in seconds since 1970: its logs, else the folder."""
+    """When a run was last written, in seconds since 1970, by its logs and config, or else its folder."""
     times = [path.stat().st_mtime for path in (run.metrics, run.events, run.config) if path.exists()]
     return max(times, default=run.folder.stat().st_mtime)
 
 
 def _bytes(folder: Path) -> int:
-    """Of all the files below a folder; one with several names counts once."""
+    """Total size of the files below a folder; a file with several hard links counts once."""
     total, seen = 0, set()
     for place, _, names in os.walk(folder):
         for name in names:
             try:
                 about = os.lstat(os.path.join(place, name))
-            except OSError:  # a checkpoint that was just given up
+            except OSError:  # a checkpoint that has just been deleted
                 continue
             if about.st_nlink == 1 or (about.st_dev, about.st_ino) not in seen:
                 seen.add((about.st_dev, about.st_ino))
@@ -159,10 +159,10 @@ def _bytes(folder: Path) -> int:
 def settings(config: Path) -> dict[str, Any]:
     """`key.path` -> value of a run's config.yaml: a plain value, or a list as its text.
 
-    Our own writing is read line by line; a file that was edited by hand is read as any YAML, which takes ten times as
-    long.
+    A file in our own format is read line by line. A file that was edited by hand is parsed as YAML, which takes ten
+    times as long.
     """
-    text, found, above = config.read_text(), {}, []
+    text, values, above = config.read_text(), {}, []
     for line in text.splitlines():
         match = _LINE.match(line)
         depth = len(match[1]) // 2 if match else 0
@@ -171,8 +171,8 @@ def settings(config: Path) -> dict[str, Any]:
         above = [*above[:depth], match[2]]
         value = match[3]
         if value is not None:
-            found[".".join(above)] = value.strip('"') if value[0] in '"[{' else plain_scalar(value)
-    return found
+            values[".".join(above)] = value.strip('"') if value[0] in '"[{' else plain_scalar(value)
+    return values
 
 
 def _as_yaml(text: str, where: str) -> dict[str, Any]:
@@ -183,9 +183,9 @@ def _as_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def differences(known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each run, by name, the keys whose values are not the same in all the runs of its recipe.
+    """For each run, by name, the keys whose values differ among the runs of its recipe.
 
-    `name` is left out: it is that of the folder.
+    `name` is left out, because it only names the folder.
     """
     apart: dict[str, dict[str, Any]] = {name: {} for name in known}
     for recipe in {one.get("recipe") for one in known.values()}:
@@ -224,14 +224,14 @@ def show(rows: list[Row], console) -> None:
 
 
 def scored(row: Row) -> str:
-    """The headline score with its name, else the last validation loss, else nothing."""
+    """The headline score with its name, otherwise the last validation loss, otherwise ""."""
     if row.score and isinstance(row.score["value"], (int, float)):
         return f"{row.score['name']} {row.score['value']:.4f}"
     return f"validation loss {row.validation_loss:.4f}" if row.validation_loss is not None else ""
 
 
 def shown_differences(differs: dict[str, Any] | None) -> str:
-    """`key=value` of the first few keys, and how many more there are."""
+    """`key=value` for the first few keys, and the number of the others."""
     items = list((differs or {}).items())
     shown = [f"{key}={value if isinstance(value, str) else write_scalar(value)}" for key, value in items[:_KEYS_SHOWN]]
     return " ".join(shown) + (f" and {len(items) - _KEYS_SHOWN} more" if len(items) > _KEYS_SHOWN else "")

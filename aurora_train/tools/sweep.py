@@ -1,9 +1,9 @@
-"""`aurora sweep`: the same training for every combination of some values, one after another, each a run of its own.
+"""`aurora sweep`: trains every combination of some values, one after another, each as a run of its own.
 
-Every run is `aurora train` in a process of its own, so that nothing of one is left for the next, and so that what is
-known of a killed run holds for a killed sweep: the same command goes on where it stopped, and passes over what is
-finished. A sweep that is killed outright (kill -9) leaves the training of that moment, which goes on to its end; the
-next start waits for it. This process imports no jax.
+Every run is `aurora train` in a process of its own, so that runs cannot affect each other and a killed sweep resumes
+like a killed run: the same command continues where it stopped and skips finished runs. If a sweep is killed outright
+(kill -9), the run that it was training continues to its end, and the next start waits for it. This process does not
+import jax.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from aurora_train.tools.runs import Row, described, is_run, scored
 
 STOPPED = 75  # as `train.signals.EXIT_STOPPED`
 _OPENING, _CLOSING = "[{(", "]})"
-_LAST_WORDS = 40  # lines of a child's standard error that are kept to find its reason in
+_LAST_WORDS = 40  # last lines of a child's standard error, in which the reason for its end is looked up
 _NAME_LENGTH = 80
 
 
 @dataclass(frozen=True)
 class Member:
-    """One combination: `values` of the swept keys as they were written, all `overrides` of the run, and its config."""
+    """One combination: `values` of the swept keys as written, all `overrides` of the run, and its config."""
 
     values: dict[str, str]
     overrides: list[str]
@@ -43,7 +43,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Result:
-    """How a member ended: its row as `aurora runs` has it, and the reason where it did not finish."""
+    """How a member ended: its row of `aurora runs`, and the reason if it did not finish."""
 
     member: Member
     row: Row
@@ -51,7 +51,7 @@ class Result:
 
 
 def split_values(text: str) -> list[str]:
-    """The parts of `a,b,c` between commas that stand in no bracket and no quotes: "[1,2],[3]" -> ["[1,2]", "[3]"]."""
+    """The parts of `a,b,c`, split at commas outside brackets and quotes: "[1,2],[3]" -> ["[1,2]", "[3]"]."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -68,13 +68,13 @@ def split_values(text: str) -> list[str]:
 
 
 def members(config: str, overrides: list[str], folder: str | None = None) -> list[Member]:
-    """Every combination, the last key changing fastest, its config read and checked.
+    """Every combination with its checked config; the last key changes fastest.
 
-    Raises UserError before anything starts: for what is wrong with any combination, for a key without values, and
-    for two combinations that are one config.
+    Raises UserError, before anything starts, for an error in any combination, for a key without values, and for two
+    combinations that give the same config.
     """
     swept, fixed = _sorted_out(overrides)
-    found, faults = [], {}
+    combinations, faults = [], {}
     for combination in itertools.product(*swept.values()):
         values = dict(zip(swept, combination, strict=True))
         given = [*fixed, *(f"{key}={value}" for key, value in values.items())]
@@ -83,13 +83,13 @@ def members(config: str, overrides: list[str], folder: str | None = None) -> lis
         except UserError as fault:
             faults.setdefault(str(fault), []).append(_written(values))
             continue
-        found.append((values, given, loaded))
+        combinations.append((values, given, loaded))
     if faults:
-        raise _faulty(faults, len(found) + sum(map(len, faults.values())))
-    top = Path(folder) if folder else Path("runs") / f"{found[0][2].name}-sweep"
+        raise _faulty(faults, len(combinations) + sum(map(len, faults.values())))
+    top = Path(folder) if folder else Path("runs") / f"{combinations[0][2].name}-sweep"
     if is_run(top):
         raise UserError("this is a run", where=str(top), hint="name a folder for the runs of the sweep with --run")
-    made = [Member(v, g, c, top / f"{_folder_name(v)}-{config_hash(c)[:8]}") for v, g, c in found]
+    made = [Member(v, g, c, top / f"{_folder_name(v)}-{config_hash(c)[:8]}") for v, g, c in combinations]
     _refuse_twins(made)
     return made
 
@@ -101,13 +101,13 @@ def _sorted_out(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         key, equals, value = text.partition("=")
         key = key.strip()
         if key in named:
-            raise UserError("named twice", where=key, hint=f"one of them, with all the values: {key}=a,b,c")
+            raise UserError("this key is given twice", where=key, hint=f"give it once, with all values: {key}=a,b,c")
         named.add(key)
         values = split_values(value)
         if not equals or len(values) == 1:
             fixed.append(text)
         elif "" in values:
-            raise UserError(f"an empty value in `{text}`", where=key, hint="null is how nothing is written")
+            raise UserError(f"there is an empty value in `{text}`", where=key, hint="write null for no value")
         else:
             swept[key] = values
     if not swept:
@@ -137,7 +137,7 @@ def _refuse_twins(made: list[Member]) -> None:
 
 
 def _folder_name(values: dict[str, str]) -> str:
-    """`lr=1e-3,batch=8`: the last part of each key, or all of it where two end alike."""
+    """`lr=1e-3,batch=8`: the last part of each key, or whole keys if two have the same last part."""
     last = [key.rpartition(".")[2] for key in values]
     names = last if len(set(last)) == len(last) else list(values)
     written = ",".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
@@ -161,7 +161,7 @@ class Sweep:
         self._child: subprocess.Popen | None = None
 
     def run(self) -> list[Result]:
-        """Train what is not finished; the results of all members, those that were not reached among them."""
+        """Train all unfinished members. Returns the results of all, including those that were not reached."""
         asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._stop) for number in asking}
         try:
@@ -171,7 +171,7 @@ class Sweep:
                 signal.signal(number, handler)
 
     def _stop(self, number, _frame) -> None:
-        """A signal is the child's: it saves and ends. It is in a process group of its own, so it got none itself."""
+        """Pass a signal to the child, which saves and ends. The child has its own process group and received none."""
         self.stopped = self.stopped or signal.Signals(number).name
         if self._child is not None:
             self._child.send_signal(number)
@@ -179,41 +179,41 @@ class Sweep:
     def _result(self, number: int, member: Member) -> Result:
         head, run = f"[{number}/{len(self._members)}] {_written(member.values)}", Run(member.folder)
         if run.finished_at(member.config) is not None:
-            self._tell(f"{head}: finished before")
+            self._tell(f"{head}: already finished")
             return Result(member, self._row(member))
         if not self.stopped:
             self._tell(f"{head}: {run.folder}")
             self._await(run)
         if self.stopped:
-            return Result(member, self._row(member), "not gone on with" if run.has_begun() else "not started")
+            return Result(member, self._row(member), "not continued" if run.has_begun() else "not started")
         status, words = self._train(member)
         row = self._row(member)
         return Result(member, row, "" if status == 0 else _reason(status, words, row))
 
     def _await(self, run: Run) -> None:
-        """Another sweep may be at it, or the training of one that was killed, which goes on to its end by itself."""
+        """Wait while another process trains the run: another sweep, or what a killed sweep has left running."""
         if run.is_held():
-            self._tell(f"  {run.holder()} is training it: waiting for that to end")
+            self._tell(f"  {run.holder()} is training it; waiting for that to end")
         while run.is_held() and not self.stopped:
             time.sleep(0.2)
 
     def _train(self, member: Member) -> tuple[int, list[str]]:
         """(exit status, last lines of its standard error) of the member's `aurora train`."""
         if config_hash(load(self._config, member.overrides)) != config_hash(member.config):
-            return 2, [f"{self._config} or its recipe has changed since the sweep began: give the same command again"]
-        # -P: what lies in the current folder is not to stand in for a module.
+            return 2, [f"{self._config} or its recipe has changed since the sweep began: run the same command again"]
+        # -P: files in the current folder must not shadow modules.
         command = [sys.executable, "-P", "-m", "aurora_train", "train", self._config, *member.overrides]
         command += ["--run", str(member.folder), *self._options]
         child = self._child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace", process_group=0,
         )  # fmt: skip
-        if self.stopped:  # by a signal that came while the child was made
+        if self.stopped:  # a signal arrived while the child was being created
             child.send_signal(signal.SIGTERM)
         words: deque[str] = deque(maxlen=_LAST_WORDS)
         for line in child.stderr:
             words.append(line.rstrip("\n"))
-            with contextlib.suppress(OSError):  # whoever watched has gone; the sweep goes on
+            with contextlib.suppress(OSError):  # the reader has closed the pipe; the sweep continues
                 print(line, end="", file=sys.stderr, flush=True)
         status, self._child = child.wait(), None
         return status, list(words)
@@ -228,9 +228,9 @@ def _reason(status: int, words: list[str], row: Row) -> str:
     """Why a run did not finish, in one line."""
     if status == STOPPED:
         return f"stopped {row.why}".strip()
-    said = [line for line in words if line.startswith("error: ")]
-    if said:
-        return said[-1].removeprefix("error: ")
+    errors = [line for line in words if line.startswith("error: ")]
+    if errors:
+        return errors[-1].removeprefix("error: ")
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return next((line.strip() for line in reversed(words) if line.strip()), f"exit status {status}")
@@ -240,10 +240,9 @@ def _reason(status: int, words: list[str], row: Row) -> str:
 
 
 def ranked(results: list[Result]) -> tuple[list[Result], str]:
-    """The results from the best to the worst, those without a score last, and by what, in words.
+    """(results from the best to the worst, those without a score last; the measure they are sorted by, in words).
 
-    By the score where the recipe says whether more or less of it is better (`Recipe.metric`), else by the validation
-    loss.
+    The measure is the score if the recipe declares its direction (`Recipe.metric`), otherwise the validation loss.
     """
     scores = [result.row.score for result in results if result.row.score]
     measures = {(score["name"], score["better"]) for score in scores}
@@ -293,12 +292,12 @@ def show(results: list[Result], console) -> None:
 
 
 def status(results: list[Result], stopped: str | None) -> int:
-    """The exit status of a sweep: 0 where all is finished, 75 where it was stopped, 1 where a run failed."""
+    """The exit status of a sweep: 0 if all runs finished, 75 if it was stopped, 1 if a run failed."""
     if stopped:
         return STOPPED
     return 0 if all(result.row.state == "finished" for result in results) else 1
 
 
 def same_again(arguments: list[str]) -> str:
-    """The command line that goes on with a sweep, to be pasted into a shell."""
+    """The command line that continues a sweep, ready to be pasted into a shell."""
     return shlex.join(["aurora", *arguments])

@@ -1,7 +1,7 @@
-"""What a trace of training steps says: what the device did, by part of the model and kind of work.
+"""Reads a trace of training steps: the device's time by part of the model and kind of work.
 
-The trace is the one jax's profiler writes; which operation belongs where is read from the compiled program, whose
-instructions carry the names of the scopes (`jax.named_scope`) that they were traced in.
+The trace is written by jax's profiler. The part to which an operation belongs is read from the compiled program, whose
+instructions carry the names of the scopes (`jax.named_scope`) in which they were traced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SCOPE = re.compile(rf"(?<!\w)({'|'.join(PARTS)})(?!\w)")
-_CONTAINERS = ("while", "conditional", "call")  # their time is that of the operations within
+_CONTAINERS = ("while", "conditional", "call")  # their time is the time of the operations inside them
 _MOVES = {
     "copy", "transpose", "slice", "concatenate", "bitcast", "pad", "dynamic-slice", "dynamic-update-slice", "parameter",
     "constant", "reshape", "reverse", "iota", "tuple", "get-tuple-element", "convert", "copy-start", "copy-done",
@@ -30,7 +30,7 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 
 
 class Row(NamedTuple):
-    """Time of one kind of work in one part of the model. `seconds` a step, summed over what ran at the same time."""
+    """Time of one kind of work in one part of the model. `seconds` per step; concurrent operations are added up."""
 
     part: str
     kind: str
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """Seconds a step, means over the traced steps. `busy`: at least one operation ran. `host`: by annotation."""
+    """Seconds per step, as means over the traced steps. `busy`: at least one operation ran. `host`: by annotation."""
 
     step: float
     busy: float
@@ -49,7 +49,7 @@ class Timeline(NamedTuple):
 
 
 def read_events(folder: Path) -> list[dict]:
-    """The complete events of the newest trace below `folder`. FileNotFoundError where there is none."""
+    """The complete events of the newest trace below `folder`. FileNotFoundError if there is none."""
     files = sorted(Path(folder).glob("plugins/profile/*/*.trace.json.gz"))
     if not files:
         raise FileNotFoundError(f"no trace under {folder}")
@@ -58,14 +58,14 @@ def read_events(folder: Path) -> list[dict]:
 
 
 def perfetto_file(folder: Path) -> Path:
-    """The newest trace below `folder` in the form that Perfetto opens."""
+    """The newest trace below `folder` in Perfetto's format."""
     return sorted(Path(folder).glob("plugins/profile/*/perfetto_trace.json.gz"))[-1]
 
 
 def instructions(program: str) -> dict[str, tuple[str, str] | None]:
-    """(part, kind) of every instruction of a compiled program's text, by its name; None for what holds others."""
+    """(part, kind) of every instruction in a compiled program's text, by name; None for one that contains others."""
     bodies = dict(_COMPUTATION.findall(program))
-    found = {}
+    known = {}
     for line in program.splitlines():
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -73,12 +73,12 @@ def instructions(program: str) -> dict[str, tuple[str, str] | None]:
         name, operation = match.groups()
         called = _CALLED.search(line)
         body = bodies.get(called[1], "") if called and operation == "fusion" else ""
-        found[name] = None if operation in _CONTAINERS else (_part(line + body), _kind(operation, line, body))
-    return found
+        known[name] = None if operation in _CONTAINERS else (_part(line + body), _kind(operation, line, body))
+    return known
 
 
 def _part(text: str) -> str:
-    """The innermost scope of the instruction itself; of those it fuses, where it has none of its own."""
+    """The innermost scope of the instruction itself, or of one that it fuses if it has none of its own."""
     for name in _OP_NAME.findall(text):
         scopes = _SCOPE.findall(name)
         if scopes:
@@ -106,10 +106,10 @@ def timeline(events: list[dict], program: str, steps: int, annotations: tuple[st
     """The mean step of a trace.
 
     Args:
-        events: of `read_events`.
+        events: from `read_events`.
         program: the compiled step's text.
-        steps: how many were traced, each in an annotation "step".
-        annotations: names of what the host did, summed by name.
+        steps: the number of traced steps, each in an annotation "step".
+        annotations: names of host activities, whose times are added up by name.
     """
     known, seconds, counts = instructions(program), defaultdict(float), defaultdict(int)
     intervals, host, whole = [], dict.fromkeys(annotations, 0.0), 0.0
@@ -132,7 +132,7 @@ def timeline(events: list[dict], program: str, steps: int, annotations: tuple[st
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union."""
+    """The length of the union of intervals."""
     covered, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         covered += max(0.0, stop - max(start, end))

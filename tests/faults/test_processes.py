@@ -134,7 +134,7 @@ def test_what_the_leader_refuses_ends_all(tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     results = ended(aurora.team(2, "train", config, "mesh.fsdp=2", "--run", "uneven"))
     assert [status for status, _, _ in results] == [2, 2]
-    assert "does not lie evenly in 2 processes" in results[0][2] and not any("Traceback" in r[2] for r in results)
+    assert "does not divide evenly over 2 processes" in results[0][2] and not any("Traceback" in r[2] for r in results)
     results = ended(aurora.team(2, "train", config, "--run", "/proc/nobody/writes/here"))
     assert [status for status, _, _ in results] == [2, 2] and "cannot write the run folder" in results[1][2]
     aurora.good("train", config, "train.steps=10", "--run", "lost", "--quiet")
@@ -235,7 +235,7 @@ def test_the_environment_says_which_process_this_is(environ, found):
     [
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set"),
         (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2"),
-        (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two' is no whole number"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two' is not a whole number"),
         ({"JAX_COORDINATOR_ADDRESS": "box", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "has no port"),
     ],
 )

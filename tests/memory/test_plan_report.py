@@ -166,7 +166,7 @@ def test_predicted_compiled_and_measured_stand_side_by_side():
         "memory: predicted 80.0 GB, compiled 84.0 GB (+5.0 %), measured 78.0 GB (-2.5 %)"
     )
     on_a_cpu = report.side_by_side(replace(known, platform="cpu", measured_bytes=90 * GB))
-    assert on_a_cpu.endswith("90.0 GB (+12.5 %), on a CPU with whatever saves, evaluations and compiling took")
+    assert on_a_cpu.endswith("90.0 GB (+12.5 %), which on a CPU includes saves, evaluations and compiling")
     assert report.side_by_side(BARE) == "memory: not predicted, not compiled, not measured"
 
 

@@ -63,7 +63,7 @@ def test_M6_a_width_on_the_command_line_wins_over_the_size_beside_it(here, order
     assert (config.model.width, config.model.layers, config.model.heads) == (96, 2, 1)
     assert config.overruled == [
         "size d2 replaces model.layers = 1 (tiny.yaml:2:28), model.heads = 2 (tiny.yaml:2:38)",
-        "model.width = 96 of the command line overrules size d2, which has 128",
+        "model.width = 96 on the command line overrules size d2, which has 128",
     ]
 
 

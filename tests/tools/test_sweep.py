@@ -50,7 +50,7 @@ def test_every_combination_has_a_folder_that_names_it(here):
     (["optimizer.lr=1e-3"], "nothing to sweep"),
     (["optimizer.lr=1e-3,"], "an empty value"),
     (["optimizer.lr=1e-3,0.001"], "are the same config"),
-    (["optimizer.lr=1,2", "optimizer.lr=3"], "named twice"),
+    (["optimizer.lr=1,2", "optimizer.lr=3"], "given twice"),
     (["optimizer.lr=1e-3,x", "train.batch=8,7"], "3 of 4 combinations cannot start; none was started"),
     (["optimizer.rl=1e-3,1e-2"], "2 of 2 combinations cannot start"),
 ])  # fmt: skip
@@ -114,7 +114,7 @@ def test_M10_a_sweep_that_is_interrupted_and_killed_goes_on_to_what_it_would_hav
 
     ended_by.after = 0
     sweep, said = ended_by(signal.SIGINT)
-    assert sweep.returncode == 75 and "stopped by SIGINT; go on with the same command: aurora sweep toy.yaml" in said
+    assert sweep.returncode == 75 and "stopped by SIGINT; continue with the same command: aurora sweep toy.yaml" in said
     first, second = sorted((here / "S").glob("*")), sorted((here / "whole").glob("*"))
     assert len(first) == 1 and [event["by"] for event in events(first[0], "stop")] == ["SIGINT"]
     sweep, _ = ended_by(signal.SIGKILL)

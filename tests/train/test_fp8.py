@@ -67,7 +67,7 @@ def test_scores_are_those_of_bfloat16(small, capsys):
 
 
 @pytest.mark.parametrize("wishes,key,why", [
-    (["train.bf16_ends=1"], "train.bf16_ends", "only in fp8"),
+    (["train.bf16_ends=1"], "train.bf16_ends", "train.bf16_ends applies to fp8 only"),
     ([FP8, "train.bf16_ends=1"], "train.bf16_ends", "nothing is left for fp8: 1 at either end of 2 layers"),
     ([FP8, "model.width=64", "model.lora.base=nf4"], "train.precision", "4-bit codes"),
     (["train.precision=fp4"], "train.precision", "fp8"),
@@ -88,8 +88,8 @@ def test_a_check_sees_what_a_config_alone_tells(small, capsys):
 def test_a_plan_says_what_it_does_not_know_of_fp8(small, machine, pays, capsys):
     assert main(["plan", str(small), FP8, "--machine", machine, "--no-compile"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "products in fp8 are reckoned as fast as in bfloat16" in said
-    assert ("this GPU has no products of 8 bits" in said) != pays
+    assert "products in fp8 are assumed to be as fast as in bfloat16" in said
+    assert ("this GPU has no 8-bit products" in said) != pays
 
 
 def test_a_config_keeps_its_ends_in_bfloat16(small, capsys):
