@@ -47,7 +47,7 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x, context = self._enter(tokens, positions, segments)
         x = dropout(x, self.config.dropout, keys, EMBEDDING_SITE)
-        x, _ = self.stack(x, context, keys)
+        x, _, _ = self.stack(x, context, keys)
         return self.final_norm(x)
 
     def extend(self, tokens, positions, caches):
@@ -56,7 +56,7 @@ class Decoder(nnx.Module):
         Returns (hidden, caches).
         """
         x, context = self._enter(tokens, positions, None)
-        x, caches = self.stack(x, context, caches=caches)
+        x, caches, _ = self.stack(x, context, caches=caches)
         return self.final_norm(x), caches
 
     def empty_caches(self, batch: int, length: int):

@@ -41,12 +41,12 @@ class _Sequence(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         x = dropout(self._enter(inputs), self.rate, keys, ENTRY_SITE)
-        x, _ = self.stack(x, self._context(positions, segments), keys)
+        x, _, _ = self.stack(x, self._context(positions, segments), keys)
         return self._leave(x)
 
     def extend(self, inputs, positions, caches):
         """Further bins [B, T, F] at `positions` int32[B, T], after what `caches` have seen; (outputs, caches)."""
-        x, caches = self.stack(self._enter(inputs), self._context(positions, None), caches=caches)
+        x, caches, _ = self.stack(self._enter(inputs), self._context(positions, None), caches=caches)
         return self._leave(x), caches
 
     def _enter(self, inputs):
