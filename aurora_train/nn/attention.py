@@ -19,11 +19,15 @@ from aurora_train.nn.positions import rotate
 
 
 class Context(NamedTuple):
-    """What all layers share. With a cache, `positions` are also the cache slots and `segments` is unused."""
+    """What all layers share.
+
+    With a cache, `positions` are also the cache slots, `segments` is unused, and `prefix` is of the slots, bool[B, S].
+    """
 
     positions: jax.Array  # int32[B, T]
     segments: jax.Array | None = None  # int32[B, T]
     rope: Any = None  # cosines and sines, float32[B, T, head_dim / 2] each
+    prefix: jax.Array | None = None  # bool[B, T]: tokens that all of their document see
 
 
 class Choice(NamedTuple):
@@ -33,8 +37,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
-    """The kernel for this platform and shape. Raises UserError where an explicit wish cannot be met."""
+def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") -> Choice:
+    """The kernel for this platform, shape and mask. Raises UserError where an explicit wish cannot be met."""
     wish, target = config.attention, platform()
     if wish == "xla" and config.attention_softcap is not None:
         raise UserError(
@@ -43,7 +47,7 @@ def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
             why="model.attention_softcap is set",
             hint="model.attention=blocked or reference supports it",
         )
-    obstacle = _cudnn_obstacle(config, dtype, target)
+    obstacle = _cudnn_obstacle(config, dtype, target, mask)
     if wish == "cudnn":
         if obstacle:
             hint = "model.attention=auto takes the fastest that serves"
@@ -61,7 +65,7 @@ def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
     return Choice("xla", f"no cuDNN ({obstacle})")
 
 
-def _cudnn_obstacle(config, dtype, target) -> str | None:
+def _cudnn_obstacle(config, dtype, target, mask) -> str | None:
     """Why cuDNN cannot serve; None where it can."""
     dim = config.dim_per_head
     if target not in ("gpu", "cuda"):
@@ -72,18 +76,19 @@ def _cudnn_obstacle(config, dtype, target) -> str | None:
         return "it has no soft-cap"
     if dim % 8 or dim > 128:
         return f"it needs a head size of at most 128 in steps of 8, not {dim}"
-    return None if is_remote() else _probe_cudnn(config, dtype)
+    return None if is_remote() else _probe_cudnn(config, dtype, mask)
 
 
-def _probe_cudnn(config, dtype) -> str | None:
+def _probe_cudnn(config, dtype, mask) -> str | None:
     """Compile and run the smallest case, gradient included: support differs by chip and cuDNN release."""
     query = jnp.ones((1, 128, config.heads, config.dim_per_head), dtype)
     key = jnp.ones((1, 128, config.num_kv_heads, config.dim_per_head), dtype)
     segments = jnp.ones((1, 128), jnp.int32)
-    rule = Rule(1.0, config.window)
+    prefix = jnp.zeros((1, 128), bool) if mask == "prefix" else None
+    rule = Rule(1.0, config.window, mask=mask)
 
     def total(q):
-        return BACKENDS["cudnn"](q, key, key, rule, segments).astype(jnp.float32).sum()
+        return BACKENDS["cudnn"](q, key, key, rule, segments, prefix=prefix).astype(jnp.float32).sum()
 
     try:
         jax.jit(jax.grad(total))(query).block_until_ready()
@@ -93,14 +98,14 @@ def _probe_cudnn(config, dtype) -> str | None:
 
 
 class Attention(nnx.Module):
-    """[B, T, width] -> [B, T, width]. Kernels `query`, `key`, `value`, `out`; causal, optionally in a window."""
+    """[B, T, width] -> [B, T, width]. Kernels `query`, `key`, `value`, `out`; under a `mask` as `Rule` has it."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, backend: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, window: int | None, backend: str, rngs: nnx.Rngs, mask="causal"):
         width, dim = config.width, config.dim_per_head
         self.heads, self.kv_heads, self.dim = config.heads, config.num_kv_heads, dim
         self.backend = backend
         scale = config.attention_scale if config.attention_scale is not None else dim**-0.5
-        self.rule = Rule(scale, window, config.attention_softcap)
+        self.rule = Rule(scale, window, config.attention_softcap, mask)
         self.rotary = config.positions == "rope"
         self.query = param.kernel(rngs, (width, self.heads * dim), ("embed", "heads"))
         self.key = param.kernel(rngs, (width, self.kv_heads * dim), ("embed", "kv_heads"))
@@ -131,11 +136,11 @@ class Attention(nnx.Module):
             query, key = rotate(query, context.rope), rotate(key, context.rope)
         query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
         if cache is None:
-            out = BACKENDS[self.backend](query, key, value, self.rule, context.segments)
+            out = BACKENDS[self.backend](query, key, value, self.rule, context.segments, prefix=context.prefix)
         else:
             cache = _write(cache, key, value, context.positions)
             slots = jnp.arange(cache["key"].shape[1])[None]
-            mask = visible(context.positions, slots, self.rule.window)
+            mask = visible(context.positions, slots, self.rule, prefix=context.prefix)
             out = masked_attention(query, cache["key"], cache["value"], self.rule, mask)
         flat = out.reshape(*x.shape[:-1], self.heads * self.dim)
         return lora.project(self, "out", flat, self.out_bias[...] if self.out_biased else None), cache
