@@ -13,13 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.nn import param
 from aurora_train.nn.attention import choose_attention
-from aurora_train.nn.block import unit_maker
-from aurora_train.nn.decoder import make_context
+from aurora_train.nn.block import empty_caches, unit_maker
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.linear import linear
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.stack import Stack
+from aurora_train.nn.transformer import make_context
 
 ENTRY_SITE = 0xE
 GRU_SITE = 0
@@ -80,8 +80,7 @@ class CausalTransformer(_Sequence):
 
     def empty_caches(self, batch: int, length: int):
         """Keys and values for `length` positions of every layer."""
-        shape = (self.stack.num_units, batch, length, self.config.num_kv_heads, self.config.dim_per_head)
-        return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+        return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
 
     def _context(self, positions, segments):
         return make_context(self.config, positions, segments)

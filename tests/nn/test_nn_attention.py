@@ -14,8 +14,8 @@ from aurora_train.errors import UserError
 from aurora_train.memory.verify import pretend_cudnn
 from aurora_train.nn.attention import Attention, Context, choose_attention
 from aurora_train.nn.attention_kernels import BACKENDS, Rule, even_lengths, masked_attention
-from aurora_train.nn.block import Block
-from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.nn.block import Block, tags
+from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 
@@ -205,10 +205,10 @@ def count_dots(jaxpr):
 def dots_with(save):
     """Products in the gradient of one block whose checkpoint keeps the names `save` (None: no checkpoint)."""
     config = DecoderConfig(width=16, heads=2, layers=1)
-    graph, state = nnx.split(Block(config, None, "blocked", nnx.Rngs(params=0)))
+    graph, state = nnx.split(Block(config, Layer(), nnx.Rngs(params=0), backend="blocked"))
     x = jnp.ones((1, 32, 16))
     angles = jnp.ones((1, 32, 4))
-    context = Context(jnp.arange(32)[None], jnp.ones((1, 32), jnp.int32), (jnp.cos(angles), jnp.sin(angles)))
+    context = Context(jnp.arange(32)[None], jnp.ones((1, 32), jnp.int32), ((jnp.cos(angles), jnp.sin(angles)),))
 
     def run(state, x):
         return nnx.merge(graph, state)(x, context, 0)[0]
@@ -219,13 +219,13 @@ def dots_with(save):
 
 
 def test_a_checkpointed_block_recomputes_only_the_attention_it_did_not_keep():
-    tags = Block(DecoderConfig(width=16, heads=2, layers=1), None, "blocked", nnx.Rngs(params=0)).tags
+    names = tags(DecoderConfig(width=16, heads=2, layers=1), Layer(), "blocked")
     without = dots_with(None)
-    everything = dots_with(tags)
+    everything = dots_with(names)
     assert everything - without <= 0
     keep = functools.partial(filter, lambda name: name != "attn_probs")
-    assert dots_with(tuple(keep(tags))) == everything + 1  # the scores again
-    fewer = tuple(name for name in tags if name not in ("attn_probs", "attn_stats", "attn_out"))
+    assert dots_with(tuple(keep(names))) == everything + 1  # the scores again
+    fewer = tuple(name for name in names if name not in ("attn_probs", "attn_stats", "attn_out"))
     assert dots_with(fewer) == everything + 2  # the attention again
     assert dots_with(()) >= everything + 7
 
@@ -235,7 +235,7 @@ def test_the_attention_layer_equals_float64(kv_heads, bias, qk_norm):
     config = DecoderConfig(
         width=24, heads=4, head_dim=8, kv_heads=kv_heads, layers=1, bias=bias, qk_norm=qk_norm, positions="none"
     )
-    graph, state = nnx.split(Attention(config, None, "blocked", nnx.Rngs(params=0)))
+    graph, state = nnx.split(Attention(config, Layer(), nnx.Rngs(params=0), backend="blocked"))
     w = jax.tree.map(lambda p: RNG.standard_normal(p.shape) * 0.4, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), w))
     x = RNG.standard_normal((2, 12, 24))
