@@ -1,4 +1,4 @@
-"""docs/extend.md works as written: its two files, in a folder of their own, train, are killed, and come back."""
+"""docs/extend.md works as written: its files, in a folder of their own, train, are killed, and come back."""
 
 import json
 import os
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import records
+
+from aurora_train.cli.main import main
 
 DOC = Path(__file__).parents[1] / "docs" / "extend.md"
 AURORA = [sys.executable, "-m", "aurora_train.cli.main"]
@@ -40,9 +43,20 @@ def steps(run):
     return [record["step"] for record in records if "loss" in record]
 
 
-def test_the_documents_recipe_is_a_single_short_file(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["forecast.py", "forecast.yaml"]
-    assert len((folder / "forecast.py").read_text().splitlines()) < 110
+def test_the_documents_recipes_are_single_short_files(folder):
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["counting.py", "counting.yaml", "forecast.py", "forecast.yaml"]
+    assert all(len(file.read_text().splitlines()) < 110 for file in folder.glob("*.py"))
+
+
+def test_a_layer_kind_of_a_users_own_trains_and_what_it_reports_is_on_record(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("AURORA_CACHE", str(folder / "cache"))
+    short = ["train.steps=60", "evaluate.every=null", "optimizer.lr=1e-2", "memory.save=[decay_kept]"]
+    assert main(["train", "counting.yaml", *short, "--run", "run", "--quiet"]) == 0
+    kept = [record["kept"] for record in records(folder / "run") if "kept" in record]
+    assert kept[0] == pytest.approx(0.5, abs=0.1) and kept[-1] != kept[0]  # a gate that learns
+    assert json.loads((folder / "run" / "scores.json").read_text())["score"]["right"] > 0.5
 
 
 def test_a_users_own_recipe_passes_check_and_its_typos_are_found_by_line(folder):
