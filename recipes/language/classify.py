@@ -147,7 +147,6 @@ class Classify(Base):
 
             def __init__(self, config, vocabulary, classes, dtype, rngs):
                 self.encoder = Transformer(config, vocabulary, dtype, rngs, mask="bidirectional")
-                self.attention = self.encoder.attention
                 self.head = param.kernel(rngs, (config.width, classes), ("embed", "outputs"))
                 self.head_bias = param.zeros(classes, "outputs")
 

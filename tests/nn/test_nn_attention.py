@@ -258,7 +258,7 @@ def test_the_attention_layer_equals_float64(kv_heads, bias, qk_norm):
 
 def test_the_choice_says_what_was_taken_and_why():
     config = DecoderConfig()
-    assert choose_attention(config, "float32") == ("blocked", "block-causal form for CPU")
+    assert choose_attention(config, "float32") == ("blocked", "by blocks of queries, a form for CPU")
     with target_platform("gpu"):
         assert choose_attention(config, "bfloat16").name == "cudnn"
         name, reason = choose_attention(config, "float32")

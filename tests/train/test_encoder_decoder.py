@@ -183,6 +183,7 @@ def test_it_is_planned_for_a_machine_that_is_not_here(here, monkeypatch):
     assert set(roomy.stacks) == {"encoder.stack", "decoder.stack"}
     assert tight.predicted_bytes <= 0.5 * roomy.predicted_bytes
     assert tight.work != roomy.work
+    assert roomy.details["attention"].startswith("cudnn (")  # what both parts take, and why
 
 
 def gradients(here, plan):
