@@ -81,6 +81,11 @@ class Recipe(Base):
                 where="model.max_length",
                 hint=f"model.max_length={config.data.sequence}, or model.positions=rope",
             )
+        if any(row.kind == "cross" for row in config.model.rows):
+            raise UserError(
+                "a language model has no encoder that a layer of kind cross could read", where="model.layer_table",
+                hint="kind: full; an encoder beside a decoder takes a recipe of your own: docs/extend.md",
+            )  # fmt: skip
         room, samples = config.model.max_length - 1, config.samples
         if config.model.positions == "learned" and samples.count and samples.max_tokens > room:
             raise UserError(
@@ -158,9 +163,10 @@ class Recipe(Base):
 
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
-        model = self.config.model
-        span = min(self.config.data.sequence, model.window or self.config.data.sequence)
-        return 6.0 * (num_parameters - self.looked_up()) + 6.0 * model.layers * span * model.heads * model.dim_per_head
+        model, sequence = self.config.model, self.config.data.sequence
+        spans = [min(sequence, row.window or sequence) for row in model.rows]
+        pairs = 6.0 * model.layers * sum(spans) / len(spans) * model.heads * model.dim_per_head
+        return 6.0 * (num_parameters - self.looked_up()) + pairs
 
     def looked_up(self) -> int:
         model = self.config.model

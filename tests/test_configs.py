@@ -20,6 +20,8 @@ SMALL = {
     "neural_decoding": ["model.width=8", "model.heads=2", "model.layers=1", "data.simulated_trials=20",
                         "data.simulated_units=5"],
     "vision/digits": ["model.channels=4"],
+    "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
+                          "data.tokenizer={kind: byte}"],
 }
 KITS = {"language_model": {"language"}, "neural_decoding": {"neural"}, "vision/digits": set()}
 CONFIGS = bundled.configs()

@@ -1,4 +1,4 @@
-"""docs/extend.md works as written: its two files, in a folder of their own, train, are killed, and come back."""
+"""docs/extend.md works as written: its files, in a folder of their own, train, are killed, and come back."""
 
 import json
 import os
@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import write_documented
+from harness import records, write_documented
+
+from aurora_train.cli.main import main
 
 DOC = Path(__file__).parents[1] / "docs" / "extend.md"
 AURORA = [sys.executable, "-m", "aurora_train.cli.main"]
@@ -41,6 +43,16 @@ def steps(run):
 def test_the_documents_recipe_is_a_single_short_file(folder):
     assert {"forecast.py", "forecast.yaml"} <= {path.name for path in folder.iterdir()}
     assert len((folder / "forecast.py").read_text().splitlines()) < 110
+
+
+def test_a_layer_kind_of_a_users_own_trains_and_what_it_reports_is_on_record(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("AURORA_CACHE", str(folder / "cache"))
+    short = ["train.steps=60", "evaluate.every=null", "optimizer.lr=1e-2", "memory.save=[decay_kept]"]
+    assert main(["train", "counting.yaml", *short, "--run", "run", "--quiet"]) == 0
+    kept = [record["kept"] for record in records(folder / "run") if "kept" in record]
+    assert kept[0] == pytest.approx(0.5, abs=0.1) and kept[-1] != kept[0]  # a gate that learns
+    assert json.loads((folder / "run" / "scores.json").read_text())["score"]["right"] > 0.5
 
 
 def test_a_users_own_recipe_passes_check_and_its_typos_are_found_by_line(folder):

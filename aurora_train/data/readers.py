@@ -36,12 +36,14 @@ class LeftOut(str):
 class Mistake:
     """A row without the wanted text. The user's to mend where every row of a table is one.
 
-    `holds`: the type of what is there instead, None where there is nothing; `texts`: the columns that do hold text.
+    `holds`: the type of what is there instead, None where there is nothing; `texts`: the columns that do hold text;
+    `value`: the number or truth value that is there.
     """
 
     fields: list[str]
     holds: str | None = None
     texts: tuple[str, ...] = ()
+    value: bool | int | float | None = None
 
 
 def cells(path: Path, kind: str, field: str) -> Iterator[bytes | LeftOut | Mistake]:
@@ -111,7 +113,8 @@ def _json_cell(row, field: str) -> bytes | LeftOut | Mistake:
     if value is None:
         return b""
     texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))
-    return Mistake(list(row), None if value is row else _TYPES[type(value)], tuple(texts))
+    scalar = value if isinstance(value, bool | float) else None
+    return Mistake(list(row), None if value is row else _TYPES[type(value)], tuple(texts), scalar)
 
 
 def _json_rows(path: Path) -> Iterator[object]:
@@ -325,7 +328,7 @@ def arrow_cells(batch, field: str) -> Iterator[bytes | Mistake]:
             if value is None or isinstance(value, bytes):
                 yield value or b""
             else:
-                yield Mistake(names, type(value).__name__)
+                yield Mistake(names, type(value).__name__, (), value if isinstance(value, bool | int | float) else None)
 
 
 def _no_column(schema) -> Mistake:

@@ -72,7 +72,7 @@ def documents(name: str, path: Path, field: str, key: str) -> Iterator[tuple[str
     `key` is the section of the config that names the table. Raises UserError for a file that cannot be read, and for
     one of which no row has text in `field`.
     """
-    yield from numbered(name, _cells(path, field, key), str(path), field, key)
+    yield from numbered(name, column(path, field, key), str(path), field, key)
 
 
 def numbered(name: str, cells: Iterable, where: str, field: str, key: str) -> Iterator[tuple[str, bytes | LeftOut]]:
@@ -99,7 +99,7 @@ def is_table(name: str, path: Path, field: str) -> bool | None:
     if suffix(name) not in PERHAPS:
         return kind(name) is not None
     try:
-        cells = list(itertools.islice(_cells(path, field, ""), _TELLING))
+        cells = list(itertools.islice(column(path, field, ""), _TELLING))
     except UserError:
         return False
     return any(not isinstance(cell, LeftOut | Mistake) for cell in cells) if cells else None
@@ -108,7 +108,7 @@ def is_table(name: str, path: Path, field: str) -> bool | None:
 def peek(path: Path, field: str, key: str) -> None:
     """Raise the UserError that reading this table would end in, as far as its first rows show it."""
     first = None
-    for cell in itertools.islice(_cells(path, field, key), _GIVEN_UP_AFTER):
+    for cell in itertools.islice(column(path, field, key), _GIVEN_UP_AFTER):
         if isinstance(cell, Mistake):
             first = first or cell
         elif not isinstance(cell, LeftOut):
@@ -117,7 +117,8 @@ def peek(path: Path, field: str, key: str) -> None:
         raise _no_text(first, str(path), field, key)
 
 
-def _cells(path: Path, field: str, key: str) -> Iterator[bytes | LeftOut | Mistake]:
+def column(path: Path, field: str, key: str) -> Iterator[bytes | LeftOut | Mistake]:
+    """One cell a row of a table. UserError for a file that cannot be read."""
     ending = suffix(path.name)
     try:
         yield from readers.cells(path, KINDS[ending], field)

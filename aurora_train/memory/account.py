@@ -8,6 +8,7 @@ from flax import nnx
 from aurora_train.memory.search import Candidate
 from aurora_train.memory.verify import can_compile_for_gpu
 from aurora_train.nn import fp8, ops
+from aurora_train.nn.attention import Choice
 from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
@@ -152,10 +153,10 @@ def _with_speed(lever: dict, rates) -> dict:
 
 
 def _attention(model) -> str | None:
-    """Which kernel the model's attention uses, and why; None for a model that does not use our attention."""
-    chosen = getattr(model, "attention", None)
-    name, reason = getattr(chosen, "name", None), getattr(chosen, "reason", None)
-    return f"{name} ({reason})" if name and reason else name
+    """Which attention kernel each part of the model uses, and why; None for a model that does not use our attention."""
+    parts = [getattr(module, "attention", None) for _, module in nnx.iter_modules(model)]
+    chosen = dict.fromkeys(f"{one.name} ({one.reason})" for one in parts if isinstance(one, Choice))
+    return "; ".join(chosen) or None
 
 
 def details(planner, space, shortlist, chosen: Candidate, faster) -> dict:

@@ -12,18 +12,24 @@ from jax.ad_checkpoint import checkpoint_name
 from aurora_train.errors import UserError
 from aurora_train.nn import lora, ops, param
 from aurora_train.nn.attention_kernels import BACKENDS, Rule, masked_attention, visible
-from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.platform import is_remote, platform
 from aurora_train.nn.positions import rotate
 
 
 class Context(NamedTuple):
-    """What all layers share. With a cache, `positions` are also the cache slots and `segments` is unused."""
+    """What all layers share.
+
+    With a cache, `positions` are also the cache slots, `segments` is unused, and `prefix` is of the slots, bool[B, S].
+    """
 
     positions: jax.Array  # int32[B, T]
     segments: jax.Array | None = None  # int32[B, T]
-    rope: Any = None  # cosines and sines, float32[B, T, head_dim / 2] each
+    rope: Any = ()  # of each of `DecoderConfig.ropes`: cosines and sines, float32[B, T, dims / 2] each
+    prefix: jax.Array | None = None  # bool[B, T]: tokens that all of their document see
+    memory: jax.Array | None = None  # [B, S, memory_width]: an encoder's output, for cross-attention
+    memory_segments: jax.Array | None = None  # int32[B, S]: seen by tokens of the same `segments` alone
 
 
 class Choice(NamedTuple):
@@ -33,8 +39,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
-    """The kernel for this platform and shape. Raises UserError where an explicit wish cannot be met."""
+def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") -> Choice:
+    """The kernel for this platform, shape and mask. Raises UserError where an explicit wish cannot be met."""
     wish, target = config.attention, platform()
     if wish == "xla" and config.attention_softcap is not None:
         raise UserError(
@@ -43,7 +49,7 @@ def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
             why="model.attention_softcap is set",
             hint="model.attention=blocked or reference supports it",
         )
-    obstacle = _cudnn_obstacle(config, dtype, target)
+    obstacle = _cudnn_obstacle(config, dtype, target, mask)
     if wish == "cudnn":
         if obstacle:
             hint = "model.attention=auto takes the fastest that serves"
@@ -61,7 +67,7 @@ def choose_attention(config: DecoderConfig, dtype: str) -> Choice:
     return Choice("xla", f"no cuDNN ({obstacle})")
 
 
-def _cudnn_obstacle(config, dtype, target) -> str | None:
+def _cudnn_obstacle(config, dtype, target, mask) -> str | None:
     """Why cuDNN cannot serve; None where it can."""
     dim = config.dim_per_head
     if target not in ("gpu", "cuda"):
@@ -72,39 +78,49 @@ def _cudnn_obstacle(config, dtype, target) -> str | None:
         return "it has no soft-cap"
     if dim % 8 or dim > 128:
         return f"it needs a head size of at most 128 in steps of 8, not {dim}"
-    return None if is_remote() else _probe_cudnn(config, dtype)
+    return None if is_remote() else _probe_cudnn(config, dtype, mask)
 
 
-def _probe_cudnn(config, dtype) -> str | None:
-    """Compile and run the smallest case, gradient included: support differs by chip and cuDNN release."""
+def _probe_cudnn(config, dtype, mask) -> str | None:
+    """Compile and run the smallest cases, gradient included: support differs by chip and cuDNN release."""
     query = jnp.ones((1, 128, config.heads, config.dim_per_head), dtype)
     key = jnp.ones((1, 128, config.num_kv_heads, config.dim_per_head), dtype)
     segments = jnp.ones((1, 128), jnp.int32)
-    rule = Rule(1.0, config.window)
-
-    def total(q):
-        return BACKENDS["cudnn"](q, key, key, rule, segments).astype(jnp.float32).sum()
-
+    prefix = jnp.zeros((1, 128), bool) if mask == "prefix" else None
     try:
-        jax.jit(jax.grad(total))(query).block_until_ready()
+        for rule in dict.fromkeys(rule_of(config, row, mask) for row in config.rows):
+
+            def total(q, rule=rule):
+                return BACKENDS["cudnn"](q, key, key, rule, segments, prefix=prefix).astype(jnp.float32).sum()
+
+            jax.jit(jax.grad(total))(query).block_until_ready()
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
         return f"a probe failed: {str(error).splitlines()[0][:160]}"
     return None
 
 
-class Attention(nnx.Module):
-    """[B, T, width] -> [B, T, width]. Kernels `query`, `key`, `value`, `out`; causal, optionally in a window."""
+def rule_of(config: DecoderConfig, row: Layer, mask: str) -> Rule:
+    """How a layer of a model with this mask attends. What cross-attention reads has no order beside the queries."""
+    scale = config.attention_scale if config.attention_scale is not None else config.dim_per_head**-0.5
+    return Rule(scale, row.window, config.attention_softcap, "bidirectional" if row.kind == "cross" else mask)
 
-    def __init__(self, config: DecoderConfig, window: int | None, backend: str, rngs: nnx.Rngs):
+
+class Attention(nnx.Module):
+    """[B, T, width] -> [B, T, width]. Kernels `query`, `key`, `value`, `out`; of kind full, window or cross.
+
+    A cross layer takes keys and values from `Context.memory`; a token that may see none of it is given zeros.
+    """
+
+    def __init__(self, config: DecoderConfig, row: Layer, rngs: nnx.Rngs, *, backend: str, mask: str = "causal"):
         width, dim = config.width, config.dim_per_head
         self.heads, self.kv_heads, self.dim = config.heads, config.num_kv_heads, dim
-        self.backend = backend
-        scale = config.attention_scale if config.attention_scale is not None else dim**-0.5
-        self.rule = Rule(scale, window, config.attention_softcap)
-        self.rotary = config.positions == "rope"
+        self.backend, self.rule, self.is_cross = backend, rule_of(config, row, mask), row.kind == "cross"
+        rope = config.rope(row)
+        self.rope = None if rope is None else config.ropes.index(rope)
+        source = (config.memory_width or width) if self.is_cross else width
         self.query = param.kernel(rngs, (width, self.heads * dim), ("embed", "heads"))
-        self.key = param.kernel(rngs, (width, self.kv_heads * dim), ("embed", "kv_heads"))
-        self.value = param.kernel(rngs, (width, self.kv_heads * dim), ("embed", "kv_heads"))
+        self.key = param.kernel(rngs, (source, self.kv_heads * dim), ("embed", "kv_heads"))
+        self.value = param.kernel(rngs, (source, self.kv_heads * dim), ("embed", "kv_heads"))
         self.out = param.kernel(rngs, (self.heads * dim, width), ("heads", "embed"), gain=(2 * config.layers) ** -0.5)
         self.qkv_biased, self.out_biased = config.bias != "none", config.bias == "all"
         if self.qkv_biased:
@@ -113,36 +129,75 @@ class Attention(nnx.Module):
             self.value_bias = param.zeros(self.kv_heads * dim, "kv_heads")
         if self.out_biased:
             self.out_bias = param.zeros(width, "embed")
-        self.qk_norm = config.qk_norm
+        self.qk_norm = "head" if config.qk_norm is True else config.qk_norm
         if self.qk_norm:
-            self.query_norm = Norm(dim, "rmsnorm", config.norm_eps, config.norm_offset)
-            self.key_norm = Norm(dim, "rmsnorm", config.norm_eps, config.norm_offset)
+            sizes = (dim, dim) if self.qk_norm == "head" else (self.heads * dim, self.kv_heads * dim)
+            self.query_norm = Norm(sizes[0], "rmsnorm", config.norm_eps, config.norm_offset)
+            self.key_norm = Norm(sizes[1], "rmsnorm", config.norm_eps, config.norm_offset)
         lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs)
+
+    @staticmethod
+    def tags(backend: str) -> tuple[str, ...]:
+        """Every name that a plan may keep, in the order they are made."""
+        names = ["query", "key", "value"]
+        names += ["attn_stats", "attn_probs"] if backend == "blocked" else []
+        # cuDNN's kernel holds residuals of its own that no name reaches: nn/saving.py names them by the kernel.
+        return (*names, "attn_flash" if backend == "cudnn" else "attn_out")
+
+    @staticmethod
+    def empty_cache(config: DecoderConfig, row: Layer, batch: int, length: int, dtype: str):
+        """Keys and values for `length` positions, zero; those of an encoder's output are made anew."""
+        shape = (batch, length, config.num_kv_heads, config.dim_per_head)
+        return {} if row.kind == "cross" else {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
 
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, context: Context, cache=None):
         """Returns (output, cache). `cache`: {"key", "value"} of [B, S, kv_heads, head_dim], slot = position."""
+        source = _memory(context) if self.is_cross else x
         query = self._project(x, "query", self.heads)
-        key = self._project(x, "key", self.kv_heads)
-        value = checkpoint_name(self._project(x, "value", self.kv_heads), "value")
-        if self.qk_norm:
+        key = self._project(source, "key", self.kv_heads)
+        value = checkpoint_name(self._project(source, "value", self.kv_heads), "value")
+        if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary:
-            query, key = rotate(query, context.rope), rotate(key, context.rope)
+        if self.rope is not None:
+            query, key = rotate(query, context.rope[self.rope]), rotate(key, context.rope[self.rope])
         query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
-        if cache is None:
-            out = BACKENDS[self.backend](query, key, value, self.rule, context.segments)
+        if self.is_cross:
+            out = self._crossed(query, key, value, context)
+        elif cache is None:
+            out = BACKENDS[self.backend](query, key, value, self.rule, context.segments, prefix=context.prefix)
         else:
             cache = _write(cache, key, value, context.positions)
             slots = jnp.arange(cache["key"].shape[1])[None]
-            mask = visible(context.positions, slots, self.rule.window)
+            mask = visible(context.positions, slots, self.rule, prefix=context.prefix)
             out = masked_attention(query, cache["key"], cache["value"], self.rule, mask)
         flat = out.reshape(*x.shape[:-1], self.heads * self.dim)
         return lora.project(self, "out", flat, self.out_bias[...] if self.out_biased else None), cache
 
+    def _crossed(self, query, key, value, context: Context):
+        kernel, theirs = BACKENDS[self.backend], context.memory_segments
+        if theirs is None:
+            return kernel(query, key, value, self.rule)
+        ours = jnp.ones(query.shape[:2], jnp.int32) if context.segments is None else context.segments
+        out = kernel(query, key, value, self.rule, ours, theirs)
+        sees = (ours[:, :, None] == theirs[:, None, :]).any(-1)
+        return jnp.where(sees[:, :, None, None], out, 0)
+
     def _project(self, x, name, heads):
         bias = getattr(self, f"{name}_bias")[...] if self.qkv_biased else None
-        return lora.project(self, name, x, bias).reshape(*x.shape[:-1], heads, self.dim)
+        y = lora.project(self, name, x, bias)
+        if self.qk_norm == "projection" and name != "value":
+            y = getattr(self, f"{name}_norm")(y)
+        return y.reshape(*x.shape[:-1], heads, self.dim)
+
+
+def _memory(context: Context) -> jax.Array:
+    if context.memory is None:
+        raise UserError(
+            "a layer of kind cross reads an encoder's output, and the model is called without one",
+            where="model.layer_table", hint="model(tokens, ..., memory=encoder(inputs)), or kind: full",
+        )  # fmt: skip
+    return context.memory
 
 
 def _write(cache, key, value, positions):

@@ -1,13 +1,20 @@
-"""Causal attention kernels that compute one and the same thing; `reference` is the plain form the others are held to.
+"""Attention kernels that compute one and the same thing; `reference` is the plain form the others are held to.
 
-All take query[B, T, H, D], key and value[B, S, K, D] with H a multiple of K, and a Rule; all return [B, T, H, D] in the
-dtype of query with softmax in float32. `segments` int32[B, T] numbers the documents of a packed row: no attention
-crosses from one to another.
+All take query[B, T, H, D], key and value[B, S, K, D] with H a multiple of K, a Rule, and what marks their tokens; all
+return [B, T, H, D] in the dtype of query with softmax in float32. The marks, each of which may be None:
+
+- `segments` int32[B, T] numbers the documents of a packed row: no attention crosses from one to another.
+- `key_segments` int32[B, S], of keys that are other tokens than the queries (cross-attention): needs `segments`, too.
+- `prefix` bool[B, S]: keys that every query of their document sees, those before them too (Raffel et al. 2020, prefix
+  LM); the rule is then "prefix".
+
+A query that sees no key at all (padding, in cross-attention) gets some finite mean of values: nothing may depend on it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -22,93 +29,135 @@ MASKED = -1e30  # finite, so that no row of a mask can make a NaN
 
 
 class Rule(NamedTuple):
-    """What a query may see and how its scores are formed. `window` counts the token itself; None is unlimited."""
+    """What a query may see and how its scores are formed.
+
+    `mask`: "causal", "prefix" (causal, but that the prefix is seen by all) or "bidirectional", which cross-attention
+    is, too. `window` counts the token itself, and bounds both directions where both are seen; None is unlimited.
+    """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    mask: str = "causal"
 
 
-def visible(query_index, key_index, window, query_segments=None, key_segments=None):
-    """bool[..., T, S]: causal, within the window, and of the same document."""
+def visible(query_index, key_index, rule: Rule, query_segments=None, key_segments=None, prefix=None):
+    """bool[..., T, S]: allowed by the rule, within its window, and of the same document."""
     distance = query_index[..., :, None] - key_index[..., None, :]
-    mask = distance >= 0
-    if window is not None:
-        mask = mask & (distance < window)
+    mask = jnp.full(distance.shape, True) if rule.mask == "bidirectional" else distance >= 0
+    if rule.mask == "prefix" and prefix is not None:
+        mask = mask | prefix[..., None, :]
+    if rule.window is not None:
+        mask = mask & (distance < rule.window)
+        mask = mask if rule.mask == "causal" else mask & (distance > -rule.window)
     if query_segments is not None:
         mask = mask & (query_segments[..., :, None] == key_segments[..., None, :])
     return mask
 
 
-def causal_mask(rule: Rule, length: int, segments) -> jax.Array:
-    """bool[B or 1, T, T] of a whole row."""
-    index = jnp.arange(length)[None]
-    return visible(index, index, rule.window, segments, segments)
+def whole_mask(rule: Rule, query, key, segments, key_segments=None, prefix=None) -> jax.Array | None:
+    """bool[B or 1, T, S] of whole rows; None where every query sees every key."""
+    if rule.mask == "bidirectional" and rule.window is None and segments is None:
+        return None
+    query_index, key_index = (jnp.arange(x.shape[1])[None] for x in (query, key))
+    return visible(query_index, key_index, rule, segments, _or_same(key_segments, segments), prefix)
+
+
+def _or_same(key_segments, segments):
+    """The documents of the keys: those of the queries, unless they are other tokens."""
+    return segments if key_segments is None else key_segments
 
 
 def masked_attention(query, key, value, rule: Rule, mask) -> jax.Array:
-    """Plain attention under any mask, bool[B or 1, T, S]. Holds all scores: for checking, and for decoding."""
+    """Plain attention under any mask, bool[B or 1, T, S] or None. Holds all scores: for checking, and for decoding."""
     batch, length, heads, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, MASKED)
     shares = jax.nn.softmax(scores, -1).astype(value.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", shares, value, preferred_element_type=jnp.float32)
     return out.reshape(batch, length, heads, dim).astype(query.dtype)
 
 
-def reference(query, key, value, rule: Rule, segments) -> jax.Array:
-    out = masked_attention(query, key, value, rule, causal_mask(rule, query.shape[1], segments))
-    return checkpoint_name(out, "attn_out")
+def reference(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=None) -> jax.Array:
+    mask = whole_mask(rule, query, key, segments, key_segments, prefix)
+    return checkpoint_name(masked_attention(query, key, value, rule, mask), "attn_out")
 
 
-def xla(query, key, value, rule: Rule, segments) -> jax.Array:
+def xla(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=None) -> jax.Array:
     """`jax.nn.dot_product_attention` in plain XLA. No soft-cap."""
-    mask = causal_mask(rule, query.shape[1], segments)[:, None]
+    mask = whole_mask(rule, query, key, segments, key_segments, prefix)
+    mask = None if mask is None else mask[:, None]
     out = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=rule.scale, implementation="xla")
     return checkpoint_name(out, "attn_out")
 
 
-def cudnn(query, key, value, rule: Rule, segments) -> jax.Array:
-    """cuDNN's flash attention. bfloat16 or float16, no soft-cap; document masks enter as a bias of [B, 1, T, T]."""
-    mask = None
-    if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-    window = None if rule.window is None else (rule.window - 1, 0)
+def cudnn(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=None) -> jax.Array:
+    """cuDNN's flash attention. bfloat16 or float16, no soft-cap.
+
+    It knows the causal mask and its window; documents, and all of another rule, enter as a bias of [B, 1, T, S].
+    """
+    causal, window, mask = rule.mask == "causal", None, None
+    if not causal:
+        mask = whole_mask(rule, query, key, segments, key_segments, prefix)
+    elif segments is not None:
+        mask = segments[:, :, None] == segments[:, None, :]
+    if causal and rule.window is not None:
+        window = (rule.window - 1, 0)
+    length = query.shape[1]
+    if mask is not None:
+        query, key, value, mask = even_lengths(query, key, value, mask)
     out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, scale=rule.scale, is_causal=True, local_window_size=window, implementation="cudnn"
+        query, key, value, mask=mask, scale=rule.scale, is_causal=causal, local_window_size=window,
+        implementation="cudnn",
+    )  # fmt: skip
+    return out if out.shape[1] == length else out[:, :length]  # a plan keeps it, and its log-sum-exp, as "attn_flash"
+
+
+def even_lengths(query, key, value, mask):
+    """The same attention over one query and one key more where their number is odd: cuDNN's gradient under a bias
+    needs even ones. The key is seen by no query but the new one, whose output is to be cut off. mask: [B, 1, T, S]."""
+    odd = [(0, x.shape[1] % 2) for x in (query, key)]
+    mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
+    query, key, value = (
+        jnp.pad(x, [(0, 0), more, (0, 0), (0, 0)]) if more[1] else x
+        for x, more in ((query, odd[0]), (key, odd[1]), (value, odd[1]))
     )
-    return out  # a plan keeps it, and its log-sum-exp, as "attn_flash"
+    mask = jnp.pad(mask, [(0, 0), *odd]) if any(more for _, more in odd) else mask
+    return query, key, value, mask[:, None]
 
 
-def blocked(query, key, value, rule: Rule, segments) -> jax.Array:
-    """Block-causal attention: a block of queries meets only the keys it can see, about half of the products.
+def blocked(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=None) -> jax.Array:
+    """Attention by blocks of queries, each of which meets only the keys it can see: about half of the products where
+    the rule is causal.
 
     Residuals are named inside the forward rule, so a plan chooses: `attn_probs` kept recomputes nothing, `attn_stats`
     and `attn_out` kept recompute one product, none kept recompute the attention.
     """
     if segments is None:
         segments = jnp.ones(query.shape[:2], jnp.int32)
+        key_segments = None if query.shape[1] == key.shape[1] else jnp.ones(key.shape[:2], jnp.int32)
     forms = ops.form("linear"), ops.form("activation")  # of its gradients' products, of what they make anew
-    return _blocked(forms, rule, query, key, value, segments)
+    return _blocked(forms, rule, query, key, value, (segments, key_segments, prefix))
 
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "blocked": blocked}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(forms, rule, query, key, value, segments):
-    return _blocked_forward(forms, rule, query, key, value, segments)[0]
+def _blocked(forms, rule, query, key, value, marks):
+    return _blocked_forward(forms, rule, query, key, value, marks)[0]
 
 
-def _blocked_forward(forms, rule, query, key, value, segments):
+def _blocked_forward(forms, rule, query, key, value, marks):
     batch, length, heads, dim = query.shape
     rows, keys, values = _by_kv_head(query, key.shape[2]), _heads_first(key), _heads_first(value)
     outs, shares = [], []
-    for block in _blocks(length, rule.window):
-        scores = _scores(rule, block, rows, keys, segments)
+    for block in _blocks(rule, length, key.shape[1]):
+        scores = _scores(rule, block, rows, keys, marks)
         # The maximum has no tag: one between it and the exponential changes which exponential XLA:CPU takes, and bits.
         grown = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = checkpoint_name(grown.sum(-1, keepdims=True), "attn_stats")
@@ -128,7 +177,7 @@ def _blocked_backward(forms, rule, residuals, g):
     rows, keys, values = _by_kv_head(query, kv_heads), _turned(key), _turned(value)
     g_rows = _by_kv_head(g.astype(rows.dtype), kv_heads)
     delta = _by_kv_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
-    blocks = _blocks(g.shape[1], rule.window)
+    blocks = _blocks(rule, g.shape[1], key.shape[1])
     d_query, d_keys, d_values = [], [], []
     for block, share in zip(blocks, shares, strict=True):
         g_block = _block_rows(g_rows, block)
@@ -158,15 +207,23 @@ class Block(NamedTuple):
     seen: slice  # keys that any of them can see
 
 
-def _blocks(length: int, window: int | None) -> list[Block]:
+def _blocks(rule: Rule, length: int, key_length: int) -> list[Block]:
     """Up to eight equal blocks of at least 128 queries; one where the length does not divide.
 
     Blocks of 64 save products, yet take no less time, and a fifth more to compile (docs/log.md, 2026-11-27).
     """
+    assert rule.mask != "causal" and rule.window is None or length == key_length, (rule, length, key_length)
     count = next(n for n in (8, 4, 2, 1) if n == 1 or (length % n == 0 and length // n >= 128))
     size = length // count
-    first_seen = [0 if window is None else max(0, (i * size - window + 1) // size * size) for i in range(count)]
-    return [Block(slice(i * size, (i + 1) * size), slice(first_seen[i], (i + 1) * size)) for i in range(count)]
+
+    def seen(i: int) -> slice:
+        start, stop = 0, key_length
+        if rule.window is not None:
+            start = max(0, (i * size - rule.window + 1) // size * size)
+            stop = min(key_length, -(-((i + 1) * size + rule.window - 1) // size) * size)
+        return slice(start, (i + 1) * size if rule.mask == "causal" else stop)
+
+    return [Block(slice(i * size, (i + 1) * size), seen(i)) for i in range(count)]
 
 
 def _heads_first(x):
@@ -202,13 +259,17 @@ def _from_blocks(parts, like, kv_heads):
     return whole.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
 
 
-def _scores(rule, block, rows, keys, segments):
+def _scores(rule, block, rows, keys, marks):
     """float32[B K, G c, n], capped and masked."""
     scores = _batched_dot(_block_rows(rows, block), keys[:, block.seen], 2, 2) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     query_index, key_index = (jnp.arange(part.start, part.stop) for part in block)
-    mask = visible(query_index, key_index, rule.window, segments[:, block.rows], segments[:, block.seen])
+    segments, key_segments, prefix = marks
+    mask = visible(
+        query_index, key_index, rule, segments[:, block.rows], _or_same(key_segments, segments)[:, block.seen],
+        None if prefix is None else prefix[:, block.seen],
+    )  # fmt: skip
     batch = segments.shape[0]
     shaped = scores.reshape(batch, rows.shape[0] // batch, rows.shape[1], *mask.shape[-2:])
     return jnp.where(mask[:, None, None], shaped, MASKED).reshape(scores.shape)
@@ -216,9 +277,8 @@ def _scores(rule, block, rows, keys, segments):
 
 def _gather_seen(parts, blocks, heads_split):
     """Sum each block's gradient of the keys it saw, [B K, D, n], into [B, S, K, D], without a scatter."""
-    pieces = []
-    for column in blocks:
-        start, stop = column.rows.start, column.rows.stop
+    pieces, edges = [], sorted({edge for block in blocks for edge in (block.seen.start, block.seen.stop)})
+    for start, stop in itertools.pairwise(edges):
         seeing = [(p, b) for p, b in zip(parts, blocks, strict=True) if b.seen.start <= start and b.seen.stop >= stop]
         pieces.append(sum(p[:, :, start - b.seen.start : stop - b.seen.start] for p, b in seeing))
     whole = jnp.concatenate(pieces, axis=2)

@@ -1,13 +1,18 @@
-"""One transformer block, and the unit the Stack repeats: a block, or a period of blocks with unlike windows."""
+"""One transformer block, and the unit the Stack repeats: a block, or a period of blocks as the rows of the table say.
+
+A block mixes tokens (attention, or a layer kind of a recipe's own) and then feeds each through an MLP. What mixes is
+called as `out, cache = mixer(x, context, cache)`, and returns its sums as a third value where it reports any.
+"""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.nn.attention import Attention, Context
-from aurora_train.nn.decoder_config import GATED, DecoderConfig
+from aurora_train.nn.decoder_config import GATED, KINDS, DecoderConfig, Layer
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.mlp import Mlp
 from aurora_train.nn.norms import Norm
@@ -16,71 +21,95 @@ ATTENTION_SITE, MLP_SITE = 0, 1  # what tells apart the dropout masks of one lay
 
 
 class Block(nnx.Module):
-    """x[B, T, width] -> x plus attention plus MLP: in turn or in parallel, with sandwich norms if asked."""
+    """x[B, T, width] -> x plus attention plus MLP: in turn or in parallel, with norms before, after or both."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, backend: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, row: Layer, rngs: nnx.Rngs, *, backend: str, mask: str = "causal"):
         def norm():
             return Norm(config.width, config.norm, config.norm_eps, config.norm_offset)
 
-        self.parallel, self.post_norm, self.rate = config.parallel, config.post_norm, config.dropout
-        self.tags = tags(config, backend)
-        self.attn_norm = norm()
-        self.attention = Attention(config, window, backend, rngs)
-        self.mlp = Mlp(config, rngs)
-        if not self.parallel:
-            self.mlp_norm = norm()
+        self.parallel, self.rate, self.has_mlp = config.parallel, config.dropout, row.mlp
+        self.pre_norm, self.post_norm = config.norms
+        self.tags = tags(config, row, backend)
+        self.mixer = "attention" if row.kind in KINDS else row.kind  # the name its parameters go by
+        if self.pre_norm:
+            self.attn_norm = norm()
+        setattr(self, self.mixer, mixer_of(config, row)(config, row, rngs, backend=backend, mask=mask))
         if self.post_norm:
             self.attn_post_norm = norm()
+        if not self.has_mlp:
+            return
+        self.mlp = Mlp(config, rngs)
+        if self.pre_norm and not self.parallel:
+            self.mlp_norm = norm()
+        if self.post_norm:
             self.mlp_post_norm = norm()
 
     def __call__(self, x: jax.Array, context: Context, index, keys=None, cache=None):
-        """`index` is unused: `keys` are already folded with it. Returns (x, cache)."""
-        normed = checkpoint_name(self.attn_norm(x), "attn_norm")
-        attended, cache = self.attention(normed, context, cache)
+        """`index` is unused: `keys` are already folded with it. Returns (x, cache), and sums where the mixer does."""
+        normed = checkpoint_name(self.attn_norm(x), "attn_norm") if self.pre_norm else x
+        attended, cache, *sums = getattr(self, self.mixer)(normed, context, cache)
         attended = checkpoint_name(attended, "attn_proj")
         if self.post_norm:
             attended = self.attn_post_norm(attended)
         attended = dropout(attended, self.rate, keys, ATTENTION_SITE)
+        if not self.has_mlp:
+            return x + attended, cache, *sums
         if not self.parallel:
             x = x + attended
-            normed = checkpoint_name(self.mlp_norm(x), "mlp_norm")
+            normed = checkpoint_name(self.mlp_norm(x), "mlp_norm") if self.pre_norm else x
         fed = checkpoint_name(self.mlp(normed), "mlp_out")
         if self.post_norm:
             fed = self.mlp_post_norm(fed)
         fed = dropout(fed, self.rate, keys, MLP_SITE)
-        return (x + attended + fed if self.parallel else x + fed), cache
+        return (x + attended + fed if self.parallel else x + fed), cache, *sums
 
 
 class Period(nnx.Module):
-    """Blocks that differ only in their window, repeated as one unit (Gemma 2: local, global)."""
+    """Blocks of unlike rows, repeated as one unit (Gemma 2: local, global)."""
 
-    def __init__(self, config: DecoderConfig, backend: str, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, window, backend, rngs) for window in config.layer_windows])
-        self.tags = tags(config, backend)
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, backend: str, mask: str):
+        self.blocks = nnx.List([Block(config, row, rngs, backend=backend, mask=mask) for row in config.rows])
+        self.tags = tuple(dict.fromkeys(tag for block in self.blocks for tag in block.tags))
 
     def __call__(self, x, context, index, keys=None, cache=None):
-        caches = []
+        caches, sums = [], {}
         for j, block in enumerate(self.blocks):
             block_keys = None if keys is None else jax.vmap(lambda key, j=j: jax.random.fold_in(key, j))(keys)
-            x, out = block(x, context, index, block_keys, None if cache is None else cache[j])
+            x, out, *reported = block(x, context, index, block_keys, None if cache is None else cache[j])
             caches.append(out)
-        return x, None if cache is None else caches
+            for name, value in (reported[0] if reported else {}).items():
+                sums[name] = sums[name] + value if name in sums else value
+        return x, None if cache is None else caches, sums
 
 
-def unit_maker(config: DecoderConfig, backend: str):
-    """(make_unit, number of units) for a Stack."""
-    windows = config.layer_windows
-    if len(set(windows)) == 1:
-        return (lambda rngs: Block(config, windows[0], backend, rngs)), config.layers
-    return (lambda rngs: Period(config, backend, rngs)), config.layers // len(windows)
+def mixer_of(config: DecoderConfig, row: Layer):
+    """What mixes the tokens of a layer: attention, or the class that the config has for its kind."""
+    return Attention if row.kind in KINDS else config.mixers[row.kind]
 
 
-def tags(config: DecoderConfig, backend: str) -> tuple[str, ...]:
+def unit_maker(config: DecoderConfig, backend: str, mask: str = "causal"):
+    """(make_unit, number of units) for a Stack whose tokens see what `mask` says (`attention_kernels.Rule`)."""
+    rows = config.rows
+    if all(row == rows[0] for row in rows):
+        return (lambda rngs: Block(config, rows[0], rngs, backend=backend, mask=mask)), config.layers
+    return (lambda rngs: Period(config, rngs, backend=backend, mask=mask)), config.layers // len(rows)
+
+
+def empty_caches(config: DecoderConfig, num_units: int, batch: int, length: int, dtype: str):
+    """What every unit of the Stack of `unit_maker` keeps of `length` positions, before the first."""
+    rows = config.rows[: config.layers // num_units]
+    caches = [mixer_of(config, row).empty_cache(config, row, batch, length, dtype) for row in rows]
+    return jax.tree.map(lambda a: jnp.tile(a, (num_units, *[1] * a.ndim)), caches if len(rows) > 1 else caches[0])
+
+
+def tags(config: DecoderConfig, row: Layer, backend: str) -> tuple[str, ...]:
     """Every name a plan may keep, in the order a block makes them."""
-    names = ["attn_norm", "query", "key", "value"]
-    names += ["attn_stats", "attn_probs"] if backend == "blocked" else []
-    # cuDNN's kernel holds residuals of its own that no name reaches: nn/saving.py names them by the kernel.
-    names += ["attn_flash" if backend == "cudnn" else "attn_out", "attn_proj"]
-    names += [] if config.parallel else ["mlp_norm"]
+    mixer = mixer_of(config, row)
+    inside = mixer.tags(backend) if row.kind in KINDS else getattr(mixer, "tags", ())
+    names = ["attn_norm"] if config.norms[0] else []
+    names += [*inside, "attn_proj"]
+    if not row.mlp:
+        return tuple(names)
+    names += ["mlp_norm"] if config.norms[0] and not config.parallel else []
     names += ["mlp_gate"] if config.activation in GATED else []
     return (*names, "mlp_up", "mlp_act", "mlp_out")

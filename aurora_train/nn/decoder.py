@@ -1,4 +1,4 @@
-"""`Decoder`: a causal language model whose config covers GPT-2, Llama, Mistral, Qwen and Gemma 2 shapes.
+"""`Decoder`: a language model whose config covers GPT-2, Llama, Mistral, Qwen and Gemma 2 shapes.
 
 Calling it gives the final hidden states; logits are formed by `nll` and `token_nll` a chunk at a time, and only
 `logits` holds them all.
@@ -7,65 +7,38 @@ Calling it gives the final hidden states; logits are formed by `nll` and `token_
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from aurora_train.errors import UserError
 from aurora_train.nn import losses, param
-from aurora_train.nn.attention import Context, choose_attention
-from aurora_train.nn.block import unit_maker
+from aurora_train.nn.block import empty_caches
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.dropout import dropout
-from aurora_train.nn.norms import Norm
-from aurora_train.nn.positions import rope_frequencies, rope_table
-from aurora_train.nn.stack import Stack
-
-EMBEDDING_SITE = 0xE
+from aurora_train.nn.transformer import Transformer, make_context
 
 
-class Decoder(nnx.Module):
-    """tokens int32[B, T] -> hidden[B, T, width] in `dtype` ("float32" or "bfloat16"); parameters are float32.
+class Decoder(Transformer):
+    """A `Transformer`, causal unless told otherwise, with a vocabulary at its end: `head` [D, V], unless it is tied."""
 
-    `attention` says which kernel was chosen and why. Parameters: `embedding` [V, D], `head` [D, V] unless tied,
-    `positions` [max_length, D] if learned, `stack`, `final_norm`.
-    """
-
-    def __init__(self, config: DecoderConfig, vocab_size: int, dtype: str, rngs: nnx.Rngs):
-        self.config, self.vocab_size, self.dtype = config, vocab_size, dtype
-        self.attention = choose_attention(config, dtype)
-        self.embedding = param.table(rngs, (vocab_size, config.width), ("vocab", "embed"))
-        if config.positions == "learned":
-            self.positions = param.table(rngs, (config.max_length, config.width), ("positions", "embed"))
-        make_unit, num_units = unit_maker(config, self.attention.name)
-        self.stack = Stack(make_unit, num_units, rngs)
-        self.final_norm = Norm(config.width, config.norm, config.norm_eps, config.norm_offset)
+    def __init__(self, config: DecoderConfig, vocab_size: int, dtype: str, rngs: nnx.Rngs, mask: str = "causal"):
+        super().__init__(config, vocab_size, dtype, rngs, mask)
         if not config.tied:
             self.head = param.kernel(rngs, (config.width, vocab_size), ("embed", "vocab"))
 
-    def __call__(self, tokens, segments=None, positions=None, keys=None):
-        """Final hidden states. `segments`, `positions` int32[B, T] default to one document a row; `keys`: key[B]."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, context = self._enter(tokens, positions, segments)
-        x = dropout(x, self.config.dropout, keys, EMBEDDING_SITE)
-        x, _ = self.stack(x, context, keys)
-        return self.final_norm(x)
-
-    def extend(self, tokens, positions, caches):
+    def extend(self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None):
         """The same with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier ones of their row.
 
-        Returns (hidden, caches).
+        `prefix`: bool[B, S] of the cache's slots. Returns (hidden, caches). UserError of a bidirectional model.
         """
-        x, context = self._enter(tokens, positions, None)
-        x, caches = self.stack(x, context, caches=caches)
+        if self.mask == "bidirectional":
+            raise UserError("a bidirectional model reads a text at once and continues none", where="model")
+        x, context = self._embedded(tokens, positions), make_context(self.config, positions, None)
+        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
+        x, caches, _ = self.stack(x, context, caches=caches)
         return self.final_norm(x), caches
 
     def empty_caches(self, batch: int, length: int):
         """Keys and values for `length` positions of every layer, zero."""
-        config = self.config
-        shape = (self.stack.num_units, batch, length, config.num_kv_heads, config.dim_per_head)
-        period = config.layers // self.stack.num_units
-        layers = [{name: jnp.zeros(shape, self.dtype) for name in ("key", "value")} for _ in range(period)]
-        return layers if period > 1 else layers[0]
+        return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
 
     def logits(self, hidden):
         """float32[..., vocab]."""
@@ -91,22 +64,3 @@ class Decoder(nnx.Module):
 
     def _head(self):
         return (self.embedding[...], True) if self.config.tied else (self.head[...], False)
-
-    @jax.named_scope("embedding")
-    def _enter(self, tokens, positions, segments):
-        config = self.config
-        x = self.embedding[...][tokens].astype(self.dtype)
-        if config.embed_scale:
-            x = x * jnp.asarray(config.width**0.5, self.dtype)
-        if config.positions == "learned":
-            x = x + self.positions[...][positions].astype(self.dtype)
-        return x, make_context(config, positions, segments)
-
-
-def make_context(config: DecoderConfig, positions: jax.Array, segments) -> Context:
-    """What all layers share, for any model built of these blocks."""
-    rope = None
-    if config.positions == "rope":
-        frequencies = rope_frequencies(config.dim_per_head, config.rope_theta, config.rope_scaling)
-        rope = rope_table(positions, frequencies)
-    return Context(positions, segments, rope)

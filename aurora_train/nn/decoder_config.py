@@ -1,12 +1,14 @@
-"""The shape of a decoder transformer as a config section; free of jax so that `aurora check` stays fast.
+"""The shape of a transformer as a config section; free of jax so that `aurora check` stays fast.
 
-The vocabulary size is not here: it follows from the tokenizer. The fields cover GPT-2, Llama 2 and 3, Mistral,
+The vocabulary size is not here: it follows from the tokenizer. Nor is what a token sees, which follows from the
+objective: a recipe gives it to the model. The layers are the rows of a table (`layer_table`, or what `window` and
+`window_pattern` say in short), repeated as one period. The fields cover GPT-2, Llama 2 and 3, Mistral,
 Qwen 2 and 3 and Gemma 2; `tests/parity` holds each of them against its published implementation.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import model_validator
 
@@ -14,6 +16,7 @@ from aurora_train.config import Section, setting
 
 GATED = ("swiglu", "geglu")
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
+KINDS = ("full", "window", "cross")  # of layers that are built in
 NF4_BLOCK = 64  # inputs of a kernel that share a scale, where it is stored in 4 bits
 
 
@@ -32,6 +35,35 @@ class RopeScaling(Section):
             raise ValueError(
                 f"high_freq_factor ({self.high_freq_factor:g}) must exceed low_freq_factor ({self.low_freq_factor:g})"
             )
+        return self
+
+
+class Rope(NamedTuple):
+    """Rotary positions as a layer has them: base of the wavelengths, how many of a head's entries turn, stretching."""
+
+    theta: float
+    dims: int
+    scaling: RopeScaling
+
+
+class Layer(Section):
+    """One row of the table of layers. `None` means: as the fields of the model say."""
+
+    kind: str = setting(
+        "full", resume="frozen", help="attention without bounds (full), in a window, or to an encoder's output (cross)"
+    )
+    window: int | None = setting(None, resume="frozen", ge=1, help="kind window: tokens seen, itself included")
+    theta: float | None = setting(None, resume="frozen", gt=0, help="base of the rotary wavelengths; none: rope_theta")
+    rotary: float = setting(1.0, resume="frozen", ge=0, le=1, help="share of each head that is turned; 0: NoPE")
+    scaling: RopeScaling | None = setting(None, resume="frozen", help="stretching of frequencies; none: rope_scaling")
+    mlp: bool = setting(True, resume="frozen", help="whether an MLP follows; false: the next row comes at once")
+
+    @model_validator(mode="after")
+    def _window_where_it_is_used(self):
+        if self.kind == "window" and self.window is None:
+            raise ValueError("a layer of kind window needs its window, such as window: 512")
+        if self.kind in ("full", "cross") and self.window is not None:
+            raise ValueError(f"a layer of kind {self.kind} has no window; kind: window has")
         return self
 
 
@@ -54,7 +86,12 @@ class Lora(Section):
 
 
 class DecoderConfig(Section):
-    """A causal transformer. `None` means: follows from the other fields, as the help says."""
+    """A transformer. `None` means: follows from the other fields, as the help says.
+
+    `mixers`: layer kinds of a recipe's own, by the name that `kind` has for them; a subclass sets it (docs/extend.md).
+    """
+
+    mixers: ClassVar[dict[str, Any]] = {}
 
     size: str | None = setting(None, resume="frozen", help="one dial: d6, d12, ... or 125m, 350m, 1b, 3b, 8b")
     width: int = setting(384, resume="frozen", ge=1, help="size of the residual stream")
@@ -71,8 +108,14 @@ class DecoderConfig(Section):
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", resume="frozen", help="normalisation")
     norm_eps: float = setting(1e-5, resume="frozen", gt=0, help="added to the variance")
     norm_offset: bool = setting(False, resume="frozen", help="multiply by 1 + scale (Gemma) and not by scale")
-    qk_norm: bool = setting(False, resume="frozen", help="RMSNorm on each query and key head (Qwen 3)")
-    post_norm: bool = setting(False, resume="frozen", help="normalise each block's output too (Gemma 2)")
+    qk_norm: bool | Literal["head", "projection"] = setting(
+        False, resume="frozen",
+        help="RMSNorm on each query and key head (true, head: Qwen 3) or on all heads as one (projection: OLMo 2)",
+    )
+    norm_place: Literal["before", "after", "both"] = setting(
+        "before", resume="frozen", help="normalise what attention and MLP read, what they give (OLMo 2), or both"
+    )
+    post_norm: bool = setting(False, resume="frozen", help="as norm_place: both (Gemma 2)")
     parallel: bool = setting(False, resume="frozen", help="attention and MLP read the same normed input (GPT-J)")
     bias: Literal["none", "qkv", "all"] = setting(
         "none", resume="frozen", help="none (Llama), qkv (Qwen 2) or all linear layers (GPT-2)"
@@ -88,6 +131,13 @@ class DecoderConfig(Section):
         min_length=1,
         strict=False,
         help="period of layers: local ones use the window ([local, global]: Gemma 2)",
+    )
+    layer_table: tuple[Layer, ...] | None = setting(
+        None, resume="frozen", strict=False,
+        help="period of layers, a row each ([{kind: window, window: 512}, {rotary: 0}]); none: as window_pattern says",
+    )
+    memory_width: int | None = setting(
+        None, resume="frozen", ge=1, help="size of the encoder's output that cross layers read; none: width"
     )
     attention_scale: float | None = setting(
         None, resume="frozen", gt=0, help="factor on query x key; none: head_dim ** -0.5"
@@ -116,6 +166,10 @@ class DecoderConfig(Section):
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads}); kv_heads: {near} would")
         if self.positions == "rope" and self.dim_per_head % 2:
             raise ValueError(f"rope turns pairs, so head_dim ({self.dim_per_head}) must be even")
+        if self.norm_place == "after" and self.post_norm:
+            raise ValueError("post_norm is norm_place: both, and norm_place is after; leave post_norm out")
+        if self.layer_table is not None:
+            self._check_table(self.layer_table)
         if self.layers % len(self.window_pattern):
             raise ValueError(
                 f"layers ({self.layers}) must be a multiple of the {len(self.window_pattern)} entries of window_pattern"
@@ -139,6 +193,57 @@ class DecoderConfig(Section):
             raise ValueError(f"loss_chunk is a number of tokens, 0 for all, or auto; got {self.loss_chunk}")
         return self
 
+    def _check_table(self, table: tuple[Layer, ...]) -> None:
+        if self.window is not None or self.window_pattern != ("local",):
+            raise ValueError("layer_table has the windows of its rows: leave window and window_pattern out")
+        if not table:
+            raise ValueError("layer_table has no row; [{kind: full}] is every layer alike")
+        if self.layers % len(table):
+            raise ValueError(f"layers ({self.layers}) must be a multiple of the {len(table)} rows of layer_table")
+        for number, row in enumerate(table):
+            if row.kind not in (*KINDS, *self.mixers):
+                known = ", ".join((*KINDS, *self.mixers))
+                raise ValueError(f"row {number} of layer_table is of kind {row.kind!r}; there are {known}")
+            if self.positions != "rope" and (row.theta or row.scaling or row.rotary != 1.0):
+                raise ValueError(f"row {number} of layer_table has rotary positions, and positions is {self.positions}")
+            if self.positions == "rope" and self.rotary_dims(row) % 2:
+                near = 2 * round(self.rotary_dims(row) / 2) / self.dim_per_head
+                raise ValueError(
+                    f"row {number} of layer_table turns {self.rotary_dims(row)} of a head's {self.dim_per_head} "
+                    f"entries, and rope turns pairs: rotary: {near:g} would"
+                )
+
+    @property
+    def rows(self) -> tuple[Layer, ...]:
+        """One period of layers."""
+        if self.layer_table is not None:
+            return self.layer_table
+        windows = (self.window if name == "local" else None for name in self.window_pattern)
+        return tuple(Layer(kind="window", window=w) if w is not None else Layer() for w in windows)
+
+    def rotary_dims(self, row: Layer) -> int:
+        """How many entries of each head a layer turns."""
+        return int(self.dim_per_head * row.rotary) if self.positions == "rope" and row.kind != "cross" else 0
+
+    def rope(self, row: Layer) -> Rope | None:
+        """The rotary positions of a layer; None where it has none."""
+        theta, scaling = row.theta or self.rope_theta, row.scaling or self.rope_scaling
+        return Rope(theta, self.rotary_dims(row), scaling) if self.rotary_dims(row) else None
+
+    @property
+    def ropes(self) -> list[Rope]:
+        """All that are unlike, in the order of the rows."""
+        found = []
+        for row in self.rows:
+            if (rope := self.rope(row)) is not None and rope not in found:
+                found.append(rope)
+        return found
+
+    @property
+    def norms(self) -> tuple[bool, bool]:
+        """Whether there is a norm before attention and MLP, and one after."""
+        return self.norm_place != "after", self.post_norm or self.norm_place != "before"
+
     @property
     def dim_per_head(self) -> int:
         return self.head_dim if self.head_dim is not None else self.width // self.heads
@@ -154,24 +259,30 @@ class DecoderConfig(Section):
             return self.mlp_width
         return -(-8 * self.width // 192) * 64 if self.activation in GATED else 4 * self.width
 
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """The window of each layer of one period; None is unlimited."""
-        return tuple(self.window if kind == "local" else None for kind in self.window_pattern)
-
     def num_parameters(self, vocab_size: int) -> int:
-        """Exact count of parameters, for budgets and tables; adapters (`lora`) are not counted."""
-        query, shared = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
+        """Exact count of parameters, for budgets and tables; adapters (`lora`) and layers of a recipe's own kind are
+        not counted."""
         norm = self.width * (2 if self.norm == "layernorm" else 1)
-        gates = 2 if self.activation in GATED else 1
-        layer = self.width * (2 * query + 2 * shared) + (gates + 1) * self.width * self.hidden_width
-        layer += norm * (1 if self.parallel else 2) + (2 * norm if self.post_norm else 0)
-        layer += 2 * self.dim_per_head if self.qk_norm else 0
-        layer += query + 2 * shared if self.bias != "none" else 0
-        layer += 2 * self.width + gates * self.hidden_width if self.bias == "all" else 0
+        period = sum(self._in_row(row, norm) for row in self.rows if row.kind in KINDS)
         tables = vocab_size * self.width * (1 if self.tied else 2)
         tables += self.max_length * self.width if self.positions == "learned" else 0
-        return self.layers * layer + tables + norm
+        return self.layers * period // len(self.rows) + tables + norm
+
+    def _in_row(self, row: Layer, norm: int) -> int:
+        query, shared = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
+        source = (self.memory_width or self.width) if row.kind == "cross" else self.width
+        gates = 2 if self.activation in GATED else 1
+        before, after = self.norms
+        count = self.width * 2 * query + source * 2 * shared
+        count += {"projection": query + shared, False: 0}.get(self.qk_norm, 2 * self.dim_per_head)
+        count += query + 2 * shared if self.bias != "none" else 0
+        count += self.width if self.bias == "all" else 0
+        count += norm * (before + after)
+        if row.mlp:
+            count += (gates + 1) * self.width * self.hidden_width
+            count += self.width + gates * self.hidden_width if self.bias == "all" else 0
+            count += norm * ((before and not self.parallel) + after)
+        return count
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

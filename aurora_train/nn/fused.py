@@ -90,12 +90,16 @@ def undisguised(tree, like):
 
 
 def run(unit, update: Update, segment: int, indices, module, x, context):
-    """x through the units of one segment of a stack. `unit(state, index, x, context) -> x`.
+    """x through the units of one segment of a stack, with what they report.
+
+    `unit(state, index, x, context) -> (x, sums)`.
 
     Args:
         segment: its number in `update`.
         indices: int32[units], absolute.
         module: the segment's stacked parameters, an nnx.State.
+
+    Returns (x, sums), the latter with a leading axis of units.
     """
     floats, rest = _split_floats(context)
     call = _Call(unit, update.rule, update.dtypes[segment], indices, rest, _updates.get().made)
@@ -103,17 +107,17 @@ def run(unit, update: Update, segment: int, indices, module, x, context):
     @jax.custom_vjp
     def through(module, state, norms, x, floats):
         def body(x, inputs):
-            return unit(*inputs, x, _join_floats(floats, rest)), None
+            return unit(*inputs, x, _join_floats(floats, rest))
 
-        return jax.lax.scan(body, x, (module, indices))[0], jnp.float32(0)
+        return *jax.lax.scan(body, x, (module, indices)), jnp.float32(0)
 
     through.defvjp(
         lambda module, state, norms, x, floats: call.forward(module, state, x, floats),
         lambda residuals, cotangents: call.backward(*residuals, *cotangents),
     )
-    x, tap = through(module, update.state[segment], update.norms[segment], x, floats)
+    x, sums, tap = through(module, update.state[segment], update.norms[segment], x, floats)
     _updates.get().taps.append(tap)
-    return x
+    return x, sums
 
 
 class _Call:
@@ -128,21 +132,21 @@ class _Call:
         self._classify(*first, x, floats)
 
         def body(x, inputs):
-            y, leaves = self._differentiated(*inputs, x, floats)
-            return y, [leaves[k] for k in self.kept]
+            (y, sums), leaves = self._differentiated(*inputs, x, floats)
+            return y, (sums, [leaves[k] for k in self.kept])
 
-        y, kept = jax.lax.scan(body, x, (module, self.indices))
-        return (y, jnp.float32(0)), (kept, module, state, floats)
+        y, (sums, kept) = jax.lax.scan(body, x, (module, self.indices))
+        return (y, sums, jnp.float32(0)), (kept, module, state, floats)
 
-    def backward(self, kept, module, state, floats, dy, weight):
+    def backward(self, kept, module, state, floats, dy, dsums, weight):
         def body(carry, inputs):
             module, state, dx, dfloats = carry
-            kept, index, i = inputs
+            kept, index, i, dsum = inputs
             unit_module, unit_state = jax.tree.map(
                 lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (module, state)
             )
             back = self._refilled(kept, (unit_module, index, floats))
-            grads, dx, more = back(dx)
+            grads, dx, more = back((dx, dsum))
             square, new_module, new_state = self._updated(grads, weight, unit_state, unit_module, index)
             module, state = jax.tree.map(
                 lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0),
@@ -153,7 +157,8 @@ class _Call:
         state = undisguised(state, self.dtypes)
         start = (module, state, dy, jax.tree.map(jnp.zeros_like, floats))
         number = jnp.arange(self.indices.shape[0])
-        (module, state, dx, dfloats), squares = jax.lax.scan(body, start, (kept, self.indices, number), reverse=True)
+        given = (kept, self.indices, number, dsums)
+        (module, state, dx, dfloats), squares = jax.lax.scan(body, start, given, reverse=True)
         self.made.update(map(id, jax.tree.leaves(module)))
         self.alive = module  # so that no id is given twice
         return module, disguised(state), squares, dx, dfloats

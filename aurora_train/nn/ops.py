@@ -34,7 +34,7 @@ OPERATIONS = {
     "attention": Operation({
         "reference": "all scores at once, the form the others are held to",
         "xla": "jax.nn.dot_product_attention in XLA",
-        "blocked": "block-causal form for CPU",
+        "blocked": "by blocks of queries, a form for CPU",
         "cudnn": "cuDNN flash attention",
     }, {"cpu": "blocked", "gpu": "cudnn"}, otherwise="xla"),
     "cross_entropy": Operation({

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aurora_train.nn.decoder_config import RopeScaling
+from aurora_train.nn.decoder_config import Rope
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """float32[head_dim / 2], radians per position."""
-    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    if scaling.kind == "llama3":
-        frequency = _llama3(frequency, scaling)
+def rope_frequencies(rope: Rope) -> np.ndarray:
+    """float32[dims / 2], radians per position."""
+    frequency = rope.theta ** (-np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims)
+    if rope.scaling.kind == "linear":
+        frequency = frequency / rope.scaling.factor
+    if rope.scaling.kind == "llama3":
+        frequency = _llama3(frequency, rope.scaling)
     return frequency.astype(np.float32)
 
 
@@ -30,13 +30,19 @@ def _llama3(frequency, scaling):
 
 
 def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """int32[B, T] -> cosines and sines, float32[B, T, head_dim / 2] each; made once for all layers."""
+    """int32[B, T] -> cosines and sines, float32[B, T, dims / 2] each; made once for all layers."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x[B, T, heads, head_dim] turned by its position, in float32, returned in the dtype of x."""
+    """x[B, T, heads, head_dim] turned by its position, in float32, returned in the dtype of x.
+
+    Where the table is of fewer entries, the first ones of each head turn and the others stay (GPT-NeoX).
+    """
+    dims = 2 * rope[0].shape[-1]
+    if dims < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :dims], rope), x[..., dims:]], -1)
     cosine, sine = (part[:, :, None, :] for part in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1).astype(x.dtype)

@@ -13,13 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.nn import param
 from aurora_train.nn.attention import choose_attention
-from aurora_train.nn.block import unit_maker
-from aurora_train.nn.decoder import make_context
+from aurora_train.nn.block import empty_caches, unit_maker
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.linear import linear
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.stack import Stack
+from aurora_train.nn.transformer import make_context
 
 ENTRY_SITE = 0xE
 GRU_SITE = 0
@@ -41,12 +41,12 @@ class _Sequence(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         x = dropout(self._enter(inputs), self.rate, keys, ENTRY_SITE)
-        x, _ = self.stack(x, self._context(positions, segments), keys)
+        x, _, _ = self.stack(x, self._context(positions, segments), keys)
         return self._leave(x)
 
     def extend(self, inputs, positions, caches):
         """Further bins [B, T, F] at `positions` int32[B, T], after what `caches` have seen; (outputs, caches)."""
-        x, caches = self.stack(self._enter(inputs), self._context(positions, None), caches=caches)
+        x, caches, _ = self.stack(self._enter(inputs), self._context(positions, None), caches=caches)
         return self._leave(x), caches
 
     def _enter(self, inputs):
@@ -80,8 +80,7 @@ class CausalTransformer(_Sequence):
 
     def empty_caches(self, batch: int, length: int):
         """Keys and values for `length` positions of every layer."""
-        shape = (self.stack.num_units, batch, length, self.config.num_kv_heads, self.config.dim_per_head)
-        return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+        return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
 
     def _context(self, positions, segments):
         return make_context(self.config, positions, segments)

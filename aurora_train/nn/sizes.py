@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from aurora_train.errors import UserError
-from aurora_train.nn.decoder_config import DecoderConfig, nearest_divisor
+from aurora_train.nn.decoder_config import DecoderConfig, Layer, nearest_divisor
 from aurora_train.recipe import Derived
 
 GPT3 = "Brown et al. 2020, table 2.1"
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 _PLAIN = {
     "head_dim": None, "norm_eps": 1e-5, "norm_offset": False, "qk_norm": False, "post_norm": False, "parallel": False,
     "window": None, "window_pattern": ["local"], "attention_scale": None, "attention_softcap": None,
-    "logit_softcap": None, "embed_scale": False,
+    "logit_softcap": None, "embed_scale": False, "norm_place": "before", "layer_table": None,
 }  # fmt: skip
 # Without the banded layers that GPT-3 has between dense ones: the width of their bands is not published.
 _GPT = {
@@ -162,6 +162,8 @@ def _rate_by_name(size, model, given, tokens, sequence, vocab_size):
 
 def _parameters(model: dict, vocab_size: int) -> int:
     fields = {name: value for name, value in model.items() if name in DecoderConfig.model_fields}
+    if fields.get("layer_table"):
+        fields["layer_table"] = tuple(Layer.model_validate(row) for row in fields["layer_table"])
     return DecoderConfig.model_construct(**fields).num_parameters(vocab_size)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from aurora_train.errors import UserError
 from aurora_train.nn import fp8, fused, ops
 from aurora_train.nn.saving import UNIT_INPUT, policy
 
@@ -44,6 +45,10 @@ class Stack(nnx.Module):
 
     Every unit is called as `x, cache = unit(x, context, index, keys, cache)`; `index` is its absolute number (int32
     scalar, traced where scanned). Parameters of unit i come from `fold_in(key, i)`: no cut moves an initial value.
+
+    A unit that has something to report returns a third value, its sums: float32 arrays by name, each either one number
+    per sequence ([B, ...]) or a count over all sequences. Both add up over units, microbatches and devices; a mean or
+    a maximum does not, and has no place there.
     """
 
     def __init__(self, make_unit, num_units: int, rngs: nnx.Rngs):
@@ -79,49 +84,55 @@ class Stack(nnx.Module):
     def __call__(self, x, context, keys=None, caches=None):
         """x through all units. `keys`: key[B] or None. `caches`: pytree with a leading units axis, or None.
 
-        Returns (x, caches).
+        Returns (x, caches, sums). `sums`: what the units report, added over all of them, with gradients; {} where they
+        report nothing. UserError for sums that are not float32.
         """
         calls = _calls.get()
         if calls is not None and caches is None:
             calls.append((self, x, context, keys))
         seen = _probe.get()
         if seen is not None and caches is None:
-            return self._probed(seen, x, context, keys), None
+            return self._probed(seen, x, context, keys)
         update = None if caches is not None else fused.update_of(self)
         if update is not None:
-            return self._updated(update, x, context, keys), None
-        outs = []
+            return self._updated(update, x, context, keys)
+        outs, reports = [], []
         for segment, unit in self._parts():
             part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
-            x, out = _run(segment, unit, x, context, keys, part, self._is_quantized(segment))
+            x, (out, report) = _run(segment, unit, x, context, keys, part, self._is_quantized(segment))
             outs.append(out)
-        if caches is None:
-            return x, None
-        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+            reports.append(report)
+        if caches is not None:
+            caches = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+        return x, caches, _added(reports)
 
     def _probed(self, seen: list, x, context, keys):
+        reports = []
         for segment, module in self._parts():
             graph, state = nnx.split(module)
             body = _unit(segment._replace(save=None, offload=()), graph, context, keys, self._is_quantized(segment))
             for index in range(segment.start, segment.stop):
                 unit = jax.tree.map(lambda a, j=index - segment.start: a[j], state)
-                x, _ = body(x, (unit, jnp.int32(index), None))
+                x, (_, report) = body(x, (unit, jnp.int32(index), None))
+                reports.append(jax.tree.map(lambda a: a[None], report))
                 finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(x))
                 seen.append((id(self), index, finite))
-        return x
+        return x, None, _added(reports)
 
     def _updated(self, update: fused.Update, x, context, keys):
+        reports = []
         for i, (segment, module) in enumerate(self._parts()):
             graph, state = nnx.split(module)
             segment, quantized = segment._replace(unroll=False), self._is_quantized(segment)
 
             def unit(state, index, x, context, segment=segment, graph=graph, quantized=quantized):
-                return _unit(segment, graph, context, keys, quantized)(x, (state, index, None))[0]
+                x, (_, report) = _unit(segment, graph, context, keys, quantized)(x, (state, index, None))
+                return x, report
 
             indices = jnp.arange(segment.start, segment.stop)
-            x = fused.run(unit, update, i, indices, state, x, context)
-        return x
-
+            x, report = fused.run(unit, update, i, indices, state, x, context)
+            reports.append(report)
+        return x, None, _added(reports)
 
     def _parts(self):
         return zip(self.plan, self.segments, strict=True)
@@ -158,7 +169,7 @@ def _noted(variable):
 
 
 def _unit(segment: Segment, graph, context, keys, quantized: bool):
-    """One unit as a function of (x, (state, index, cache)) that keeps what its segment asks for.
+    """One unit as a function (x, (state, index, cache)) -> (x, (cache, sums)) that keeps what its segment asks for.
 
     `quantized`: whether it multiplies in 8 bits.
     """
@@ -170,12 +181,34 @@ def _unit(segment: Segment, graph, context, keys, quantized: bool):
         if UNIT_INPUT in segment.offload:
             x = jax.tree.map(lambda a: checkpoint_name(a, UNIT_INPUT), x)
         with fp8.unit(quantized):
-            return nnx.merge(graph, state)(x, context, index, unit_keys, cache)
+            x, cache, *reported = nnx.merge(graph, state)(x, context, index, unit_keys, cache)
+        return x, (cache, _checked(reported[0]) if reported else {})
 
     if segment.save is None:
         assert not segment.offload, segment
         return body
     return jax.checkpoint(body, policy=policy(segment.save, segment.offload), prevent_cse=segment.unroll)
+
+
+def _checked(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The sums that a unit reports. UserError for those that are not float32."""
+    for name, value in sums.items():
+        if value.dtype != jnp.float32:
+            raise UserError(
+                f"the units of a Stack report the sum `{name}` in {value.dtype}", where="model",
+                why="sums are added over units, microbatches and devices: fewer bits would lose them, and whole "
+                "numbers have no gradient",
+                hint=f"jnp.float32({name})",
+            )  # fmt: skip
+    return sums
+
+
+def _added(reports: list[dict]) -> dict[str, jax.Array]:
+    """The sums over all units of what segments report, by name [units, ...].
+
+    They are put side by side before they are added, so that no cut changes the order of the additions.
+    """
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *reports)
 
 
 def _cut_at(segment: Segment, places: tuple[int, ...]) -> list[Segment]:

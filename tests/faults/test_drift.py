@@ -18,8 +18,8 @@ GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden" / "0.1"
 OTHER = [
     "true", "false", "1", "2", "3", "8", "16", "64", "5000", "0.25", "0.5", "0.05", "1e-3", "float32", "bfloat16",
     "other", "own", "byte", "lion", "muon", "adamw", "layernorm", "rmsnorm", "gelu", "swiglu", "learned", "rope", "{}",
-    "bpe", "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[local, global]", str(GOLDEN),
-    "{other: {source: python-stdlib}}", "{policy: runs/other}",
+    "bpe", "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[{kind: full}]", "after",
+    "[local, global]", str(GOLDEN), "{other: {source: python-stdlib}}", "{policy: runs/other}",
 ]  # fmt: skip
 # What must be set too.
 BESIDE = {"model.window_pattern": "model.window=64", "train.bf16_ends": "train.precision=fp8"}

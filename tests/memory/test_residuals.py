@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from aurora_train.memory.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_stack_unit, trace_unit
-from aurora_train.nn.decoder import Decoder, make_context
+from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
 from aurora_train.nn.lean import lean
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment
+from aurora_train.nn.transformer import make_context
 
 benchmark = load_benchmark("residuals")
 DECODERS = [{**benchmark.SHAPE, **shape} for shape in benchmark.DECODERS.values()]

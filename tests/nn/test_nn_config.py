@@ -37,7 +37,6 @@ def test_sizes_follow_from_the_width_where_they_are_not_set():
     assert (config.dim_per_head, config.num_kv_heads, config.hidden_width) == (64, 6, 1024)
     assert DecoderConfig(activation="gelu").hidden_width == 4 * 384
     assert DecoderConfig(mlp_width=100).hidden_width == 100
-    assert DecoderConfig(layers=6, window=8, window_pattern=["local", "global"]).layer_windows == (8, None)
 
 
 def test_the_shapes_of_published_models_have_their_published_counts():

@@ -1,4 +1,4 @@
-"""Seven families as tiny models: their transformers config, ours, and where each of their weights stands in ours.
+"""Eleven families as tiny models: their transformers config, ours, and where each of their weights stands in ours.
 
 Weights are not stored anywhere: both sides draw them from `RandomState`, whose stream numpy has frozen. This file
 needs neither torch nor jax.
@@ -79,6 +79,50 @@ FAMILIES = {
             attention_softcap=5.0, logit_softcap=4.0,
         ),
     ),
+    # Unlike rotary bases, one of them stretched, and norms on each head.
+    "gemma3": (
+        "Gemma3Text",
+        _LLAMA | dict(
+            num_hidden_layers=4, num_key_value_heads=KV_HEADS, head_dim=12, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            pad_token_id=None, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=16, sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_parameters={
+                "sliding_attention": _ROPE,
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            },
+        ),
+        _OURS | dict(
+            layers=4, kv_heads=KV_HEADS, head_dim=12, norm_eps=1e-6, tied=True, activation="geglu", norm_place="both",
+            norm_offset=True, embed_scale=True, attention_scale=0.25, qk_norm="head",
+            layer_table=[
+                dict(kind="window", window=8),
+                dict(theta=1000000.0, scaling=dict(kind="linear", factor=8.0)),
+            ],
+        ),
+    ),
+    # Norms after attention and MLP alone, and over all heads as one.
+    "olmo2": (
+        "Olmo2",
+        _LLAMA | dict(num_key_value_heads=KV_HEADS, pad_token_id=None, rope_parameters=_ROPE),
+        _OURS | dict(kv_heads=KV_HEADS, norm_place="after", qk_norm="projection"),
+    ),
+    # Layers without positions between those with them.
+    "smollm3": (
+        "SmolLM3",
+        _LLAMA | dict(
+            num_key_value_heads=KV_HEADS, no_rope_layers=[1, 0], pad_token_id=None, rope_parameters=_ROPE,
+        ),
+        _OURS | dict(kv_heads=KV_HEADS, layer_table=[dict(), dict(rotary=0.0)]),
+    ),
+    # A quarter of each head is turned.
+    "stablelm": (
+        "StableLm",
+        _LLAMA | dict(
+            num_key_value_heads=KV_HEADS, layer_norm_eps=1e-5, use_qkv_bias=True,
+            rope_parameters=_ROPE | {"partial_rotary_factor": 0.25}, hidden_dropout=0.0,
+        ),
+        _OURS | dict(kv_heads=KV_HEADS, norm="layernorm", bias="qkv", layer_table=[dict(rotary=0.25)]),
+    ),
 }  # fmt: skip
 
 
@@ -93,7 +137,7 @@ def draw_weights(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, n
     for number, name in enumerate(sorted(shapes)):
         noise = np.random.RandomState(1000 + number).standard_normal(shapes[name])
         is_scale = len(shapes[name]) == 1 and name.endswith("weight")
-        centre = 1.0 if is_scale and family != "gemma2" else 0.0
+        centre = 1.0 if is_scale and not family.startswith("gemma") else 0.0
         weights[name] = (centre + 0.2 * noise).astype(np.float32)
     return weights
 
@@ -103,7 +147,7 @@ def to_ours(family: str, hf: dict[str, np.ndarray]) -> dict:
     layer_of = _gpt2_layer if family == "gpt2" else _llama_layer
     count = FAMILIES[family][2]["layers"]
     layers = [layer_of(hf, i) for i in range(count)]
-    period = 2 if family == "gemma2" else 1
+    period = 2 if family in ("gemma2", "gemma3", "smollm3") else 1
     stacked = [_stack(layers[j::period]) for j in range(period)]
     unit = {"blocks": dict(enumerate(stacked))} if period > 1 else stacked[0]
     if family == "gpt2":
@@ -113,7 +157,7 @@ def to_ours(family: str, hf: dict[str, np.ndarray]) -> dict:
             "final_norm": {"scale": hf["transformer.ln_f.weight"], "bias": hf["transformer.ln_f.bias"]},
         }
     else:
-        tree = {"embedding": hf["model.embed_tokens.weight"], "final_norm": {"scale": hf["model.norm.weight"]}}
+        tree = {"embedding": hf["model.embed_tokens.weight"], "final_norm": _norm(hf, "model.norm")}
     if not FAMILIES[family][2]["tied"]:
         tree["head"] = hf["lm_head.weight"].T
     return tree | {"stack": {"segments": {0: unit}}}
@@ -140,16 +184,13 @@ def _gpt2_layer(hf, i):
 
 def _llama_layer(hf, i):
     at = f"model.layers.{i}."
-    sandwich = at + "pre_feedforward_layernorm.weight" in hf
+    before, after = (f"{at}{place}_feedforward_layernorm.weight" in hf for place in ("pre", "post"))
     norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if sandwich:
-        norms = {
-            "attn_norm": "input_layernorm",
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
-    layer = {ours: {"scale": hf[f"{at}{theirs}.weight"]} for ours, theirs in norms.items()}
+    if after:
+        norms = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+    if before:
+        norms |= {"attn_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
+    layer = {ours: _norm(hf, at + theirs) for ours, theirs in norms.items()}
     attention = {}
     for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}.items():
         attention[ours] = hf[f"{at}self_attn.{theirs}.weight"].T
@@ -160,6 +201,11 @@ def _llama_layer(hf, i):
             attention[ours] = {"scale": hf[f"{at}self_attn.{theirs}.weight"]}
     mlp = {name: hf[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up", "down")}
     return layer | {"attention": attention, "mlp": mlp}
+
+
+def _norm(hf, name):
+    bias = {"bias": hf[f"{name}.bias"]} if f"{name}.bias" in hf else {}
+    return {"scale": hf[f"{name}.weight"]} | bias
 
 
 def _stack(layers):

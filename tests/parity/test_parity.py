@@ -1,4 +1,4 @@
-"""Tiny models of seven published families give the logits and gradients of transformers on torch.
+"""Tiny models of eleven published families give the logits and gradients of transformers on torch.
 
 The stored references need no torch; with torch installed the slow tier makes them afresh and compares again.
 """

@@ -1,0 +1,178 @@
+"""Texts with a label each: read from a table or from the interpreter's own library, and split class by class.
+
+Free of jax. A row counts from 1, the header aside. What a user has to repair (a label that is missing or unknown) is
+refused by file and row; a row without text, or with the text of an earlier one, is left out and counted.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from aurora_train.data import find, tables
+from aurora_train.data.readers import LeftOut, Mistake
+from aurora_train.errors import UserError
+
+STDLIB = "python-stdlib"
+# Packages of every Python that is supported; those that this one lacks are left out.
+PACKAGES = ("asyncio", "email", "encodings", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib",
+            "xml")  # fmt: skip
+_SHORTEST = 100  # characters of a function: a shorter one says too little
+SPLITS = ("train", "test", "validation")
+
+
+class Labelled(NamedTuple):
+    text: str
+    label: str
+    place: str  # "row 12 of reviews.csv", for messages
+
+
+def read(
+    source: str, text_field: str, label_field: str, classes: list[str], *, one_will_do: bool = False
+) -> tuple[list[Labelled], Counter]:
+    """(the rows in order, how many were left out by reason). `classes`: the labels there may be; [] allows all.
+
+    Raises UserError for a source that is no table, for a row whose label is missing or not among `classes`, and where
+    all rows are of one class, unless `one_will_do`.
+    """
+    found = _functions() if source == STDLIB else _of_tables(source, text_field, label_field)
+    rows, seen, left_out = [], set(), Counter()
+    for row in found:
+        if isinstance(row, LeftOut):
+            left_out[str(row)] += 1
+        elif row.text in seen:
+            left_out["repeats an earlier text"] += 1
+        else:
+            seen.add(row.text)
+            rows.append(row)
+            _check_class(row, classes)
+    if not rows:
+        raise UserError(f"{source} holds no row with a text and a label", where="data.source")
+    if len({row.label for row in rows}) == 1 and not one_will_do:
+        raise UserError(
+            f"all {len(rows):,} rows of {source} are labelled `{rows[0].label}`, from {rows[0].place} on",
+            where="data.label_field", why="there is nothing to tell apart",
+            hint="data.label_field=COLUMN names another",
+        )  # fmt: skip
+    return rows, left_out
+
+
+def split(rows: list[Labelled], test: float, validation: float) -> dict[str, list[int]]:
+    """Indices of the rows by split. Of every class the same share is held out, and one row at least.
+
+    Within a class the hash of the text decides, so that the order of the rows does not. UserError for a class that is
+    too small.
+    """
+    by_class: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_class.setdefault(row.label, []).append(number)
+    chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for label, numbers in by_class.items():
+        tests, validations = (max(1, round(share * len(numbers))) for share in (test, validation))
+        if len(numbers) < tests + validations + 1:
+            raise UserError(
+                f"the class `{label}` has {len(numbers)} row{'' if len(numbers) == 1 else 's'}, the first of them "
+                f"{rows[numbers[0]].place}", where="data.source",
+                why="each class is in the training, the validation and the test rows",
+                hint="add rows of it, or leave it out of the table",
+            )  # fmt: skip
+        numbers = sorted(numbers, key=lambda n: hashlib.sha256(rows[n].text.encode()).digest())
+        chosen["test"] += numbers[:tests]
+        chosen["validation"] += numbers[tests : tests + validations]
+        chosen["train"] += numbers[tests + validations :]
+    return {name: sorted(numbers) for name, numbers in chosen.items()}
+
+
+def _check_class(row: Labelled, classes: list[str]) -> None:
+    if classes and row.label not in classes:
+        near = difflib.get_close_matches(row.label, classes, 1)
+        raise UserError(
+            f"{row.place} is labelled `{row.label}`, which is none of the {len(classes)} classes",
+            where="data.label_field", why=f"they are {', '.join(classes)}",
+            hint=f"did you mean `{near[0]}`?" if near else None,
+        )  # fmt: skip
+
+
+# ---- tables
+
+
+def tables_of(source: str) -> list[tuple[str, Path]]:
+    """(name, path) of the tables of a source: a file, a folder or a glob. UserError where there is none."""
+    path = Path(source).expanduser()
+    if not path.exists() and not any(mark in source for mark in "*?["):
+        why = f"looked for {path.absolute()}"
+        raise UserError(f"there is no file or folder {source}", where="data.source", why=why)
+    _, files = find.find(path, "**/*", [])
+    files = [(name, file) for name, file in files if tables.kind(name)]
+    if not files:
+        raise UserError(
+            f"{source} holds no table", where="data.source",
+            why=f"labels stand in a column; read are {' '.join(tables.KINDS)}, also compressed",
+        )  # fmt: skip
+    return files
+
+
+def _of_tables(source: str, text_field: str, label_field: str) -> Iterator[Labelled | LeftOut]:
+    for name, file in tables_of(source):
+        labels = tables.column(file, label_field, "data")
+        texts = tables.documents(name, file, text_field, "data")
+        for number, ((_, text), label) in enumerate(zip(texts, labels, strict=True), 1):
+            place, text = f"row {number} of {name}", _text(text)
+            if isinstance(text, LeftOut) or isinstance(label, LeftOut):
+                yield text if isinstance(text, LeftOut) else label
+            else:
+                yield Labelled(text, _label(label, place, label_field), place)
+
+
+def _text(cell: bytes | LeftOut) -> str | LeftOut:
+    if isinstance(cell, LeftOut):
+        return cell
+    try:
+        return cell.decode() if cell.strip() else LeftOut("no text")
+    except UnicodeDecodeError:
+        return LeftOut("not UTF-8")
+
+
+def _label(cell: bytes | Mistake, place: str, field: str) -> str:
+    """The label in a cell: text, or a number or truth value as JSON writes it."""
+    if isinstance(cell, bytes):
+        label = cell.decode(errors="replace").strip()
+        if label:
+            return label
+        raise UserError(f"{place} has no label", where=f"data.label_field ({field})",
+                        hint="give it one, or take the row out")  # fmt: skip
+    if isinstance(cell.value, bool):
+        return str(cell.value).lower()
+    if isinstance(cell.value, int | float):
+        return str(int(cell.value)) if cell.value == int(cell.value) else str(cell.value)
+    if cell.holds is not None:
+        raise UserError(f"the label of {place} is {cell.holds}", where=f"data.label_field ({field})",
+                        hint="a label is text, a number, true or false")  # fmt: skip
+    near = difflib.get_close_matches(field, cell.fields, 1)
+    raise UserError(
+        f"{place} has no field `{field}`", where="data.label_field", why=f"its fields are {', '.join(cell.fields)}",
+        hint=f"data.label_field={near[0]}" if near else None,
+    )  # fmt: skip
+
+
+# ---- the interpreter's own library
+
+
+def _functions() -> Iterator[Labelled]:
+    """The functions of some packages as they are written, each labelled by its package."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for package in PACKAGES:
+        for name, path in find.below(root / package, "**/*.py", skip=("__pycache__", "test", "tests")):
+            source = path.read_text(encoding="utf-8", errors="replace")
+            lines = source.splitlines()
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                    if len(text) >= _SHORTEST:
+                        yield Labelled(text, package, f"line {node.lineno} of {package}/{name}")

@@ -1,0 +1,249 @@
+"""Text classification: an encoder that reads a text both ways and names its class; accuracy, macro F1, confusion.
+
+The texts and labels are two columns of a table (CSV, Parquet, Arrow, JSON lines). Of every class the same share is held
+out. Bundled is a task that is on every machine: functions of the interpreter's own library, to be assigned to the
+package that they come from, beside naive Bayes on the same words.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import numpy as np
+
+from aurora_train.config import Section, setting
+from aurora_train.data.config import TokenizerConfig
+from aurora_train.data.labelled import STDLIB
+from aurora_train.errors import UserError
+from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.recipe import Loss, few
+from aurora_train.recipe import Recipe as Base
+
+SHOWN_MISTAKES, SHOWN_CHARACTERS = 20, 100
+
+
+class DataConfig(Section):
+    """Which table, and how its rows are used."""
+
+    source: str = setting(STDLIB, resume="located", path_unless=(STDLIB,),
+                          help="python-stdlib, or a table, a folder or a glob of tables")  # fmt: skip
+    text_field: str = setting("text", help="column that holds the text")
+    label_field: str = setting("label", help="column that holds its class")
+    labels: list[str] = setting([], help="the classes there may be; none: those that occur")
+    tokenizer: TokenizerConfig = setting(TokenizerConfig())
+    sequence: int = setting(128, ge=2, help="tokens of a text that are read; a longer one is cut at its end")
+    test: float = setting(0.2, gt=0, lt=0.5, help="share of the rows of each class held out for the score")
+    validation: float = setting(0.1, gt=0, lt=0.5, help="the same for evaluation while training")
+
+
+class Config(Section):
+    model: DecoderConfig = setting(DecoderConfig())
+    data: DataConfig = setting(DataConfig())
+
+
+class Texts:
+    """A `Source`: tokens and segments int32[B, T] (segment 1 is the text, 0 what fills it up), label int32[B]."""
+
+    def __init__(self, arrays: dict, split: str, source: str):
+        self.arrays, self.split, self.source = arrays, split, source
+        content = b"".join(arrays[name].tobytes() for name in sorted(arrays))
+        self.fingerprint = hashlib.sha256(f"classify 1 {split} ".encode() + content).hexdigest()
+
+    def __len__(self):
+        return len(self.arrays["label"])
+
+    def take(self, indices):
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+    def describe(self):
+        return {"source": self.source, "split": self.split, "texts": len(self)}
+
+
+class Classify(Base):
+    Config = Config
+    unit, metric = "texts", ("accuracy", "max")
+    is_test_alone = False  # as `on` makes it: all rows are to be scored
+
+    @classmethod
+    def check(cls, config) -> None:
+        from aurora_train.data.labelled import tables_of
+
+        data, model = config.data, config.model
+        if data.source != STDLIB:
+            tables_of(data.source)
+        if any(row.kind == "cross" for row in model.rows):
+            raise UserError("there is no second text that a layer of kind cross could read", where="model.layer_table")
+        if model.positions == "learned" and model.max_length < data.sequence:
+            raise UserError(
+                f"texts of {data.sequence} tokens need as many learned positions", where="model.max_length",
+                hint=f"model.max_length={data.sequence}, or model.positions=rope",
+            )  # fmt: skip
+
+    def prepare(self, progress) -> None:
+        from aurora_train.data import labelled
+        from aurora_train.data.tokenizers import Tokenizer, known_tokenizer, train_bpe
+
+        data = self.config.data
+        progress(0, 2, "reading texts and labels")
+        classes = self.known["labels"] if self.is_test_alone else data.labels
+        fields = data.text_field, data.label_field
+        self.rows, self.left_out = labelled.read(data.source, *fields, classes, one_will_do=self.is_test_alone)
+        if self.is_test_alone:
+            self.split = {"train": [], "validation": [], "test": list(range(len(self.rows)))}
+            return
+        self.split = labelled.split(self.rows, data.test, data.validation)
+        progress(1, 2, "preparing the tokenizer")
+        inherited = Tokenizer.of_files(self.inherited) if "tokenizer.json" in self.inherited else None
+        known = known_tokenizer(data.tokenizer, None, inherited)
+        training = [self.rows[i].text for i in self.split["train"]]
+        self.prepared = known or train_bpe([training], data.tokenizer.vocab)
+        progress(2, 2, f"{len(self.rows):,} texts")
+
+    def facts(self) -> dict:
+        labels = self.config.data.labels or sorted({row.label for row in self.rows})
+        return {**self.prepared.files(), "vocabulary": self.prepared.vocab_size, "labels": labels}
+
+    @functools.cached_property
+    def tokenizer(self):
+        """Of the texts that the model was trained on, wherever it is used."""
+        from aurora_train.data.tokenizers import Tokenizer
+
+        return Tokenizer.of_files(self.known)
+
+    def on(self, path: str):
+        """All rows of another table, whose labels are those that the model knows."""
+        data = self.config.data.model_copy(update={"source": path})
+        other = type(self)(self.config.model_copy(update={"data": data}), self.cache)
+        other.is_test_alone = True
+        return other.use(self.known)
+
+    def encode(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """The batch of some texts, as `predict` takes it: each begins with the separator."""
+        length = self.config.data.sequence
+        tokens, segments = (np.zeros((len(texts), length), np.int32) for _ in range(2))
+        for row, ids in enumerate(self.tokenizer.encode_batch(texts)):
+            ids = [self.tokenizer.eos_id, *ids[: length - 1]]
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        return {"tokens": tokens, "segments": segments}
+
+    @functools.cache  # noqa: B019 - a recipe lives as long as its run
+    def data(self, split: str):
+        rows = [self.rows[i] for i in self.split[split]]
+        number = {label: i for i, label in enumerate(self.known["labels"])}
+        labels = np.array([number[row.label] for row in rows], np.int32)
+        return Texts(self.encode([row.text for row in rows]) | {"label": labels}, split, self.config.data.source)
+
+    def model(self, rngs):
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from aurora_train.nn import param
+        from aurora_train.nn.linear import linear
+        from aurora_train.nn.transformer import Transformer
+
+        class Classifier(nnx.Module):
+            """tokens, segments int32[B, T] -> scores of the classes, float32[B, C], from the mean over the text."""
+
+            def __init__(self, config, vocabulary, classes, dtype, rngs):
+                self.encoder = Transformer(config, vocabulary, dtype, rngs, mask="bidirectional")
+                self.head = param.kernel(rngs, (config.width, classes), ("embed", "outputs"))
+                self.head_bias = param.zeros(classes, "outputs")
+
+            def __call__(self, tokens, segments, keys=None):
+                hidden = self.encoder(tokens, segments, keys=keys).astype(jnp.float32)
+                text = (segments == 1).astype(jnp.float32)[..., None]
+                mean = (hidden * text).sum(1) / text.sum(1)
+                return linear(mean, self.head[...], self.head_bias[...])
+
+        known = self.known
+        return Classifier(self.config.model, known["vocabulary"], len(known["labels"]), self.config.train.dtype, rngs)
+
+    def loss(self, model, batch, key) -> Loss:
+        """Cross-entropy, summed over the texts."""
+        import jax.numpy as jnp
+        import optax
+
+        scores, labels = model(batch["tokens"], batch["segments"], key), batch["label"]
+        errors = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+        count, right = jnp.float32(len(labels)), (scores.argmax(-1) == labels).sum().astype(jnp.float32)
+        return Loss(errors.sum(), count, {"accuracy": (right, count)})
+
+    def predict(self, model, batch):
+        """The share of each class, in the order of the fact `labels`: float32[B, C]."""
+        import jax
+
+        return jax.nn.softmax(model(batch["tokens"], batch["segments"]))
+
+    def flops_per_target(self, num_parameters: int) -> float:
+        """6 N for each of the tokens, and attention over all pairs (Chowdhery et al. 2022, B)."""
+        model, length = self.config.model, self.config.data.sequence
+        pairs = 12.0 * model.layers * length * model.heads * model.dim_per_head
+        return length * (6.0 * (num_parameters - self.looked_up()) + pairs)
+
+    def looked_up(self) -> int:
+        return self.known["vocabulary"] * self.config.model.width
+
+    def score(self, predict, split, key, workdir, progress) -> dict:
+        from aurora_train.data import class_scores as scores
+
+        source, labels = self.data(split), self.known["labels"]
+        shares, size = [], 64
+        for start in range(0, len(source), size):
+            progress(start, len(source), "reading held-out texts")
+            # The last batch is filled up with its last text, so that one shape is compiled.
+            batch = source.take(np.minimum(np.arange(start, start + size), len(source) - 1))
+            shares.append(np.asarray(predict({name: batch[name] for name in ("tokens", "segments")})))
+        shares, truth = np.concatenate(shares)[: len(source)], source.arrays["label"]
+        counts = scores.confusion(truth, shares.argmax(-1), len(labels))
+        wrong = np.flatnonzero(shares.argmax(-1) != truth)
+        wrong = wrong[np.argsort(-shares[wrong].max(-1), kind="stable")][:SHOWN_MISTAKES]
+        texts = [self.rows[i] for i in self.split[split]]
+        mistakes = [[texts[i].place, texts[i].text[:SHOWN_CHARACTERS], labels[truth[i]], labels[shares[i].argmax()],
+                     round(float(shares[i].max()), 3)] for i in wrong]  # fmt: skip
+        left_out = [f"{number:,} rows left out: {why}" for why, number in sorted(self.left_out.items())]
+        return {
+            "accuracy": scores.accuracy(counts),
+            "macro_f1": scores.macro_f1(counts),
+            "texts": len(source),
+            "tables": [
+                {"title": "How often each class was read as which", "columns": ["class", *labels, "F1"],
+                 "rows": [[label, *row, round(float(one), 3)]
+                          for label, row, one in zip(labels, counts.tolist(), scores.f1(counts), strict=True)]},
+                {"title": "The mistakes it was surest of", "columns": ["where", "text", "is", "read as", "share"],
+                 "rows": mistakes},
+            ],
+            "remarks": few(len(source), "text", "more rows" if self.is_test_alone else "raise data.test"),
+            "notes": [f"{len(source):,} held-out texts, of each class the same share; the first "
+                      f"{self.config.data.sequence} tokens of each are read", *left_out],
+        }  # fmt: skip
+
+    def baselines(self, workdir, progress) -> dict:
+        """Accuracy of the commonest class, and of naive Bayes on words."""
+        from aurora_train.data.class_scores import naive_bayes
+
+        if not self.split["train"]:
+            return {}
+        known, truth = (self.data(split).arrays["label"] for split in ("train", "test"))
+        texts, others = ([self.rows[i].text for i in self.split[split]] for split in ("train", "test"))
+        read = naive_bayes(texts, known, others, len(self.known["labels"]))
+        return {
+            "naive_bayes": float((read == truth).mean()),
+            "commonest_class": float((np.bincount(known).argmax() == truth).mean()),
+            "notes": [f"naive Bayes was fitted to the same {len(texts):,} training texts, whole"],
+        }
+
+    def samples(self, model, key) -> list[dict]:
+        rows = [self.rows[i] for i in self.split["test"][:8]]
+        read = np.asarray(self.predict(model, self.encode([row.text for row in rows]))).argmax(-1)
+        return [{"prompt": row.text, "text": self.known["labels"][i], "right": self.known["labels"][i] == row.label}
+                for row, i in zip(rows, read, strict=True)]  # fmt: skip
+
+    def generate(self, model, prompt: str, options: dict, on_text) -> str:
+        """The classes of a text, the likeliest first, a line each with its share."""
+        if not prompt.strip():
+            raise UserError("there is no text to classify", where="prompt", hint="--prompt 'TEXT'")
+        shares = np.asarray(self.predict(model, self.encode([prompt])))[0]
+        text = "\n".join(f"{self.known['labels'][i]} {shares[i]:.3f}" for i in np.argsort(-shares, kind="stable"))
+        on_text(f"\n{text}")
+        return text

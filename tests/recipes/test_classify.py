@@ -1,0 +1,190 @@
+"""Text classification: what of a table is refused and where, how it is split, its scores, and a run from end to end."""
+
+import gzip
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import aurora_train
+from aurora_train.cli.main import main
+from aurora_train.data import class_scores, labelled
+from aurora_train.errors import UserError
+
+RNG = np.random.default_rng(0)
+SUBJECTS = ("the pump", "our valve", "a motor", "that fan", "one belt", "this gear")
+STATES = {"fine": ("runs well", "is quiet", "turns freely"), "worn": ("grinds a lot", "squeaks badly", "slips often"),
+          "hot": ("burns hands", "smells of smoke", "glows red")}  # fmt: skip
+ROWS = [(f"{who} {what} {when}", state) for state, words in STATES.items() for who in SUBJECTS for what in words
+        for when in ("today", "at night", "again")]  # fmt: skip
+
+
+def write(path, rows, names=("text", "label")):
+    """A table of (text, label) rows, of the kind that its name says."""
+    dicts = [dict(zip(names, row, strict=True)) for row in rows]
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(dicts), path)
+    elif path.suffix == ".csv":
+        quoted = [",".join('"' + str(value).replace('"', '""') + '"' for value in row) for row in (names, *rows)]
+        path.write_text("\n".join(quoted) + "\n")
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in dicts).encode()
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return str(path)
+
+
+def read(source, **settings):
+    return labelled.read(source, **{"text_field": "text", "label_field": "label", "classes": []} | settings)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_every_kind_of_table_gives_the_same_rows(name, tmp_path):
+    rows, left_out = read(write(tmp_path / name, [*ROWS, ROWS[0], ("", "fine")]))
+    assert [(row.text, row.label) for row in rows] == ROWS
+    assert rows[2].place == f"row 3 of {name}"
+    assert left_out == {"repeats an earlier text": 1, "no text": 1}
+
+
+@pytest.mark.parametrize("name,values,labels", [
+    ("a.jsonl", (1, 0), ("1", "0")), ("a.parquet", (1, 0), ("1", "0")), ("a.jsonl", (True, 0.5), ("true", "0.5")),
+    ("a.csv", (1, " 0 "), ("1", "0")),
+])  # fmt: skip
+def test_a_label_may_be_a_number_or_a_truth_value(name, values, labels, tmp_path):
+    rows, _ = read(write(tmp_path / name, [(f"text {i}", value) for i, value in enumerate(values)]))
+    assert tuple(row.label for row in rows) == labels
+
+
+REFUSED = {
+    "no label": ([*ROWS[:4], ("more", "")], {}, "row 5 of a.jsonl has no label"),
+    "null": ([*ROWS[:4], ("more", None)], {}, "row 5 of a.jsonl has no label"),
+    "a list": ([*ROWS[:4], ("more", ["fine"])], {}, "the label of row 5 of a.jsonl is list"),
+    "unknown": ([*ROWS[:2], ("more", "fien")], {"classes": ["fine", "hot"]},
+                "row 3 of a.jsonl is labelled `fien`, which is none of the 2 classes"),
+    "one class": (ROWS[:5], {}, "all 5 rows of .*a.jsonl are labelled `fine`, from row 1 of a.jsonl on"),
+    "no column": (ROWS, {"label_field": "lable"}, "row 1 of a.jsonl has no field `lable`"),
+    "no text column": (ROWS, {"text_field": "txt"}, "has no field `txt`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_with_a_label_is_refused_by_file_and_row(case, tmp_path):
+    rows, settings, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as caught:
+        read(write(tmp_path / "a.jsonl", rows), **settings)
+    assert caught.value.where.startswith("data.")
+    if case in ("unknown", "no column"):
+        assert {"unknown": "`fine`", "no column": "data.label_field=label"}[case] in caught.value.hint
+
+
+def test_a_class_that_is_too_small_to_be_in_every_split_is_refused_by_row(tmp_path):
+    rows, _ = read(write(tmp_path / "a.csv", [*ROWS, ("alone", "rare"), ("alone, too", "rare")]))
+    with pytest.raises(UserError, match=f"`rare` has 2 rows, the first of them row {len(ROWS) + 1} of a.csv"):
+        labelled.split(rows, 0.2, 0.1)
+
+
+def test_every_class_keeps_its_share_in_every_split_whatever_the_order(tmp_path):
+    rows = [labelled.Labelled(f"text {i}", label, "") for label, n in (("a", 400), ("b", 100), ("c", 20))
+            for i in range(n * 1000, n * 1001)]  # fmt: skip
+    chosen = labelled.split(rows, 0.2, 0.1)
+    counts = {name: Counter(rows[i].label for i in numbers) for name, numbers in chosen.items()}
+    assert counts["test"] == {"a": 80, "b": 20, "c": 4} and counts["validation"] == {"a": 40, "b": 10, "c": 2}
+    assert sorted(i for numbers in chosen.values() for i in numbers) == list(range(len(rows)))
+    order = RNG.permutation(len(rows))
+    again = labelled.split([rows[i] for i in order], 0.2, 0.1)
+    for name, numbers in chosen.items():
+        assert {rows[i] for i in numbers} == {rows[order[i]] for i in again[name]}
+
+
+def test_the_scores_are_their_definitions():
+    counts = class_scores.confusion(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0]), 4)
+    assert counts.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert class_scores.accuracy(counts) == pytest.approx(4 / 6)
+    # Precision and recall of the classes: (2/3, 2/3), (2/3, 1), none read rightly; the last does not occur.
+    np.testing.assert_allclose(class_scores.f1(counts), [2 / 3, 4 / 5, 0, 0])
+    assert class_scores.macro_f1(counts) == pytest.approx((2 / 3 + 4 / 5 + 0) / 3)
+
+
+def test_naive_bayes_counts_words():
+    texts, labels = ["red red hot", "cold blue", "blue ice"], np.array([0, 1, 1])
+    assert class_scores.naive_bayes(texts, labels, ["red", "ice blue", "unheard"], 2).tolist() == [0, 1, 1]
+    # p(hot | class) by hand: (1 + 1) / (3 + 5) against (0 + 1) / (4 + 5), beside priors of 1 + 1 and 2 + 1.
+    assert class_scores.naive_bayes(texts, labels, ["hot"], 2).tolist() == [int(2 * 2 / 8 < 3 * 1 / 9)]
+
+
+def test_the_bundled_task_has_several_packages_of_enough_functions():
+    rows, _ = read("python-stdlib")
+    counts = Counter(row.label for row in rows)
+    assert len(counts) >= 8 and min(counts.values()) >= 100
+    assert all(row.text.lstrip().startswith(("def ", "async def ")) for row in rows)
+
+
+CONFIG = """
+recipe: language/classify
+model: {width: 32, layers: 1, heads: 2}
+data: {source: machines.csv, text_field: report, label_field: state, sequence: 40}
+train: {steps: 60, batch: 16}
+optimizer: {lr: 1e-2, schedule: {warmup: 5}}
+evaluate: {every: 30, examples: 12}
+checkpoint: {every: 30}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, the run in it) of a small table in words that tell the classes apart."""
+    folder = tmp_path_factory.mktemp("classify")
+    write(folder / "machines.csv", ROWS, ("report", "state"))
+    (folder / "machines.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("AURORA_CACHE", str(folder / "cache"))
+        assert main(["train", "machines.yaml", "--run", "run", "--quiet"]) == 0
+        yield folder, folder / "run"
+
+
+def test_a_run_is_scored_beside_its_rivals_and_shows_its_mistakes(trained):
+    scores = json.loads((trained[1] / "scores.json").read_text())
+    assert scores["headline"] == "accuracy" and scores["score"]["texts"] == 33
+    assert scores["score"]["accuracy"] > 0.9 > 0.5 > scores["baselines"]["commonest_class"]
+    assert scores["score"]["macro_f1"] > 0.9 and scores["baselines"]["naive_bayes"] > 0.9
+    table, mistakes = scores["tables"]
+    assert table["columns"] == ["class", "fine", "hot", "worn", "F1"]
+    counts = np.array([row[1:-1] for row in table["rows"]])
+    assert counts.sum(1).tolist() == [11, 11, 11]  # the same share of every class
+    assert len(mistakes["rows"]) == counts.sum() - np.trace(counts)
+    assert "How often each class was read as which" in (trained[1] / "report.html").read_text()
+
+
+def test_new_texts_are_classified_where_the_table_is_not(trained, capsys):
+    folder, run = trained
+    (folder / "machines.csv").rename(folder / "gone.csv")
+    try:
+        loaded = aurora_train.load(run)
+        batch = loaded.recipe.encode(["the motor burns hands again", "the belt is quiet"])
+        shares = loaded.predict(batch)
+        assert [loaded.recipe.known["labels"][i] for i in shares.argmax(1)] == ["hot", "fine"]
+        np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
+        capsys.readouterr()
+        assert main(["generate", str(run), "--prompt", "a gear squeaks badly"]) == 0
+        assert capsys.readouterr().out.startswith("a gear squeaks badly\nworn ")
+        assert main(["generate", str(run)]) == 2
+        assert "--prompt: there is no text to classify" in capsys.readouterr().err
+    finally:
+        (folder / "gone.csv").rename(folder / "machines.csv")
+
+
+def test_another_table_is_scored_and_a_label_it_does_not_know_is_refused_by_row(trained, capsys):
+    folder, run = trained
+    other = [("one fan glows red", "hot"), ("a pump smells of smoke", "hot"), ("this motor glows red", "hto")]
+    write(folder / "other.jsonl", other, ("report", "state"))
+    assert main(["evaluate", str(run), "--on", "other.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "row 3 of other.jsonl is labelled `hto`" in said and "did you mean `hot`?" in said
+    assert "Traceback" not in said
+    write(folder / "other.jsonl", other[:2], ("report", "state"))
+    assert main(["evaluate", str(run), "--on", "other.jsonl"]) == 0
+    (scores,) = (json.loads(path.read_text()) for path in (run / "scores-on").glob("*.json"))
+    assert scores["score"]["accuracy"] == 1.0 and scores["score"]["texts"] == 2
