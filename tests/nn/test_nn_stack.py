@@ -167,9 +167,12 @@ def test_recomputing_them_at_all_changes_them_by_rounding_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
-@pytest.mark.parametrize("how", [{"accumulation": 2}, {"accumulation": 4, "cuts": [Segment(0, 2, ()), Segment(2, 4)]},
-                                 {"fuse": True}, {"cuts": [Segment(0, 4, (), True)]}],
-                         ids=["2 microbatches", "4, and 2 scans", "fused", "unrolled"])  # fmt: skip
+@pytest.mark.parametrize("how", [
+    pytest.param({"accumulation": 4, "cuts": [Segment(0, 2, ()), Segment(2, 4)]}, id="4 microbatches, 2 scans"),
+    pytest.param({"fuse": True}, id="fused"),
+    pytest.param({"accumulation": 2}, id="2 microbatches", marks=pytest.mark.slow),
+    pytest.param({"cuts": [Segment(0, 4, (), True)]}, id="unrolled", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_microbatches_a_fused_update_and_unrolling_change_them_by_rounding_alone(how):
     (expected, known), (found, metrics) = at_once(), taken_step(**how)
     for name, value in known.items():
