@@ -24,6 +24,7 @@ from aurora_train.nn import param
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.stack import Segment, Stack, probed
 from aurora_train.recipe import Loss
+from aurora_train.train.hooks import features
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
 
@@ -89,8 +90,9 @@ def taken_step(cuts=None, accumulation=1, fuse=False):
     """(the parameters of all units after one step, its metrics)"""
     optimizer = optimizers.build(OptimizerConfig(name="adamw", lr=1e-2, clip=None, schedule={"warmup": 0}), 10)
     plan = Plan(BATCH // accumulation, accumulation, {"stack": cuts or RECOMPUTED})
-    blueprint = draw(Regression(), plan, optimizer, meshes.make_mesh(1, 1), seed=0, ema=False)
-    step = make_step(Regression(), blueprint, optimizer, seed=0, accumulation=accumulation, ema=None, fuse=fuse)
+    own = features(fused=fuse)
+    blueprint = draw(Regression(), plan, optimizer, meshes.make_mesh(1, 1), seed=0, features=own)
+    step = make_step(Regression(), blueprint, optimizer, own, seed=0, accumulation=accumulation, fused=fuse)
     state, metrics = QUICK_JIT(step)(blueprint.initialise(), batch_of())
     return in_order(state.params), {name: float(value) for name, value in metrics.items()}
 
@@ -167,9 +169,12 @@ def test_recomputing_them_at_all_changes_them_by_rounding_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
-@pytest.mark.parametrize("how", [{"accumulation": 2}, {"accumulation": 4, "cuts": [Segment(0, 2, ()), Segment(2, 4)]},
-                                 {"fuse": True}, {"cuts": [Segment(0, 4, (), True)]}],
-                         ids=["2 microbatches", "4, and 2 scans", "fused", "unrolled"])  # fmt: skip
+@pytest.mark.parametrize("how", [
+    pytest.param({"accumulation": 4, "cuts": [Segment(0, 2, ()), Segment(2, 4)]}, id="4 microbatches, 2 scans"),
+    pytest.param({"fuse": True}, id="fused"),
+    pytest.param({"accumulation": 2}, id="2 microbatches", marks=pytest.mark.slow),
+    pytest.param({"cuts": [Segment(0, 4, (), True)]}, id="unrolled", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_microbatches_a_fused_update_and_unrolling_change_them_by_rounding_alone(how):
     (expected, known), (found, metrics) = at_once(), taken_step(**how)
     for name, value in known.items():

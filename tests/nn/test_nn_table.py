@@ -19,6 +19,7 @@ from aurora_train.nn.transformer import Transformer
 
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SLOW = pytest.mark.slow
 VOCAB, SHAPE = 31, {"width": 32, "layers": 2, "heads": 4}
 RNG = np.random.default_rng(5)
 TOKENS = jnp.asarray(RNG.integers(0, VOCAB, (2, 12)), jnp.int32)
@@ -48,8 +49,8 @@ def run(model, *inputs, **beside):
 
 
 @pytest.mark.parametrize("short,table", [
-    ({}, [{}]),
-    ({"window": 5}, [{"kind": "window", "window": 5}]),
+    pytest.param({}, [{}], marks=SLOW),
+    pytest.param({"window": 5}, [{"kind": "window", "window": 5}], marks=SLOW),
     ({"window": 5, "window_pattern": ["local", "global"], "post_norm": True}, [{"kind": "window", "window": 5}, {}]),
 ])  # fmt: skip
 def test_a_table_is_to_the_bit_what_the_short_fields_say(short, table):
@@ -68,7 +69,7 @@ def test_the_config_counts_the_parameters_of_a_table(shape):
     assert sum(leaf.size for leaf in leaves) == model.config.num_parameters(VOCAB)
 
 
-@pytest.mark.parametrize("shape", ["a window and NoPE", "shares and bases", "encoder read"])
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=() if s == "encoder read" else SLOW) for s in SHAPES])
 def test_a_cache_gives_what_the_whole_text_gives(shape):
     model = decoder(**SHAPES[shape])
     beside = {"memory": jnp.asarray(RNG.standard_normal((2, 7, 24)), jnp.float32)} if shape == "encoder read" else {}
@@ -114,6 +115,14 @@ def test_a_prefix_is_seen_from_before_it_and_the_rest_is_not():
     prefix = jnp.arange(12)[None] < jnp.asarray([[5], [5]])
     assert seen_by(model, 1, 4, prefix=prefix) and not seen_by(model, 1, 5, prefix=prefix)
     assert seen_by(model, 7, 6, prefix=prefix) and not seen_by(model, 6, 7, prefix=prefix)
+    graph, state = nnx.split(model)
+    slots, parts, caches = jnp.pad(prefix, [(0, 0), (0, 4)]), [], model.empty_caches(2, 16)
+    extend = quick_jit(lambda state, given: nnx.merge(graph, state).extend(*given, prefix=slots))
+    for start, stop in ((0, 5), (5, 12)):  # the prefix is read at once, for its tokens see each other
+        given = TOKENS[:, start:stop], jnp.tile(jnp.arange(start, stop), (2, 1)), caches
+        part, caches = extend(state, given)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), run(model, TOKENS, prefix=prefix), atol=1e-4)
     with pytest.raises(UserError, match="needs the prefix"):
         model(TOKENS)
     with pytest.raises(UserError, match="has no prefix"):

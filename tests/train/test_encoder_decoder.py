@@ -208,6 +208,7 @@ def gradients(here, plan):
     return float(loss), found
 
 
+@pytest.mark.slow
 def test_save_sets_and_cuts_change_its_gradients_by_rounding_alone(here):
     """A cut of the decoder adds the encoder's gradient up by segments: the same terms in another order."""
     loss, expected = gradients(here, {})
