@@ -166,7 +166,7 @@ def test_L8_a_resume_of_a_finished_run_says_that_nothing_is_left_to_do(run, caps
     before = (run / "events.jsonl").read_bytes()
     assert main(["resume", "run", "optimizer.lr=1e-3", "log.every=5"]) == 0
     err = capsys.readouterr().err
-    assert "nothing is left to do, so these keys were not changed: optimizer.lr, log.every" in err
+    assert "this run is finished, so these keys were not changed: optimizer.lr, log.every" in err
     assert "changes the run from here on" not in err and "train.steps=N" in err
     assert (run / "events.jsonl").read_bytes() == before
 
