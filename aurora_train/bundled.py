@@ -15,10 +15,16 @@ def _home() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """`name` or `domain/name` -> file of every bundled recipe. Packages are kits that recipes import."""
+    """`name` or `domain/name` -> file of every bundled recipe; the other files beside them are the kits they import."""
     folder = _home() / "recipes"
-    files = [path for path in sorted(folder.rglob("*.py")) if not (path.parent / "__init__.py").is_file()]
+    files = [path for path in sorted(folder.rglob("*.py")) if _is_recipe(path)]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a file imports the contract's class, which a recipe subclasses."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return any(line.startswith("from aurora_train.recipe import") and "Recipe" in line for line in lines)
 
 
 def configs() -> dict[str, Path]:

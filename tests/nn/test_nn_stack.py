@@ -5,6 +5,7 @@ equation 4, over the tokens of a sequence) and how many tokens each expert was g
 """
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -23,7 +24,7 @@ from aurora_train.memory.residuals import trace_stack_unit
 from aurora_train.nn import param
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.stack import Segment, Stack, probed
-from aurora_train.recipe import Loss
+from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.hooks import features
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step
@@ -64,10 +65,11 @@ class Model(nnx.Module):
         return x, sums
 
 
-class Regression:
-    """A recipe: squared error and, weighted, the balance of every unit, both summed over the sequences."""
+class Regression(Recipe):
+    """Squared error and, weighted, the balance of every unit, both summed over the sequences."""
 
-    couples, config = "example", SimpleNamespace(train=SimpleNamespace(dtype="float32"))
+    def __init__(self):
+        super().__init__(SimpleNamespace(train=SimpleNamespace(dtype="float32")), Path())
 
     def model(self, rngs):
         return Model(rngs)
