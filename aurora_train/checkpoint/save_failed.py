@@ -1,4 +1,4 @@
-"""What a save that could not be written raises, and how a system error is recognised among those of the writers."""
+"""The error of a save that could not be written, and the recognition of system errors in the writers' exceptions."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has closed the pipe; the interpreter's own flush at exit must not report that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1  # as typer does for a pipe that breaks inside a verb
+        return 1  # the status that typer gives a pipe that breaks inside a verb
 
 
 def _verb(arguments: list[str]) -> str | None:

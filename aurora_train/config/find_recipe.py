@@ -25,7 +25,7 @@ from aurora_train.recipe import Recipe
 
 @dataclass(frozen=True)
 class FoundRecipe:
-    """A recipe's class, where it came from, and the hash of its code. `beside`: modules it imports from its folder."""
+    """A recipe's class, its file, and the hash of its code. `beside`: the modules it imports from its own folder."""
 
     cls: type[Recipe]
     file: Path

@@ -34,7 +34,7 @@ _KEY = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\Z")
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a Config knows about its own origin."""
+    """The origin of a Config: its file, its recipe, derived values and remarks on dials."""
 
     source: Path
     recipe: FoundRecipe

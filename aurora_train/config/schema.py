@@ -147,7 +147,7 @@ class Memory(Section):
         help="update each layer within the backward pass, so that gradients are never all kept at once",
     )
     on_oom: Literal["replan", "stop"] = setting(
-        "replan", resume="free", help="out of memory while training: go on with the next smaller plan, or stop"
+        "replan", resume="free", help="out of memory while training: continue with the next smaller plan, or stop"
     )
     guard: Literal["auto", "on", "off"] = setting(
         "auto", resume="free",

@@ -1,1 +1,1 @@
-"""Text from a trained decoder: a prompt is read once, then each token is made from cached keys and values."""
+"""Generates text from a trained decoder: a prompt is read once, then each token uses cached keys and values."""

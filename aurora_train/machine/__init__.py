@@ -1,1 +1,1 @@
-"""What this box is: devices, memory that can really be used, peak rates, and the environment JAX wants here."""
+"""Describes this machine: its devices, usable memory, peak rates, and the environment variables for JAX."""

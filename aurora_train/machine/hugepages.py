@@ -15,7 +15,7 @@ from pathlib import Path
 
 _TUNABLE = "glibc.malloc.hugetlb"
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_SINCE = (2, 35)  # of glibc
+_SINCE = (2, 35)  # first version of glibc with this tunable
 
 
 def tunables(now: str | None, kernel: str, libc: tuple[str, str]) -> str | None:

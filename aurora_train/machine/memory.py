@@ -110,7 +110,7 @@ def _cgroup_folders(root: Path):
 
 
 def _memberships(root: Path):
-    """(where the hierarchy is mounted, this process's path in it, its files): v2, and v1 where memory is in it."""
+    """(mount point of a hierarchy, this process's path in it, its files), for v2 and for v1's memory controller."""
     membership = root / "proc/self/cgroup"
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)

@@ -116,8 +116,8 @@ def _read(path: Path) -> Rates | None:
 # ---- assumed
 
 _GUESS = Figure(value=0.7, source="a guess: nothing was measured")  # share of the peak
-_BANDWIDTH_SHARE = 0.85  # what streaming copies usually reach; not measured on these devices
-_LINK_SHARE = 0.8  # of the link's rate, by large copies from pinned memory; not measured on these devices
+_BANDWIDTH_SHARE = 0.85  # share that streaming copies usually reach; not measured on these devices
+_LINK_SHARE = 0.8  # share of the link's rate that large copies from pinned memory reach; not measured here
 _LOOP_SECONDS = 2e-4  # 32 kernels at about 5 us each, and the loop's own synchronisation; not measured
 
 

@@ -1,1 +1,1 @@
-"""What a step keeps in memory: the plan, and how it is applied to a model."""
+"""The memory plan of a step: estimating, choosing, verifying and showing it, and applying it to a model."""

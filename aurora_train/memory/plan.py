@@ -26,7 +26,7 @@ class Plan:
     platform: str = ""  # "cpu" or "gpu"
     budget_bytes: int | None = None
     predicted_bytes: int | None = None  # the analytic peak, before anything was compiled
-    compiled_bytes: int | None = None  # the compiler's own peak; None where nothing was compiled
+    compiled_bytes: int | None = None  # the compiler's own peak; None if nothing was compiled
     measured_bytes: int | None = None  # after the run
     details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see memory/report.py
 

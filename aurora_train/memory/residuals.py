@@ -65,8 +65,8 @@ class Score:
 class _Equation(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    name: str | None  # of a checkpoint_name
-    kept_bytes: int  # what saving that name keeps
+    name: str | None  # the tag, if the equation is a checkpoint_name
+    kept_bytes: int  # bytes kept if that tag is saved
     cost: np.ndarray  # int64[3]: flops, dot_flops, moved_bytes
 
 

@@ -82,21 +82,21 @@ class Candidate:
 
     @property
     def segments(self) -> int:
-        """Of all stacks together: how far the additive model is off depends on it."""
+        """Number of segments in all stacks together, which affects the error of the additive model."""
         return sum(len(cut) for cut in self.cuts.values())
 
     def stacks(self) -> dict[str, list[Segment]]:
-        """As a Plan wants them."""
+        """The cuts as a Plan stores them."""
         return as_segments(self.cuts)
 
     @property
     def key(self) -> tuple:
-        """What tells a candidate from every other."""
+        """A key that identifies the candidate."""
         return self.microbatch, tuple((path, tuple(cut)) for path, cut in self.stacks().items())
 
 
 def as_segments(cuts) -> dict[str, list[Segment]]:
-    """Cuts of (start, stop, Score) as a Plan wants them."""
+    """Cuts of (start, stop, Score) as a Plan stores them."""
     return {path: [Segment(a, b, s.save, offload=s.offload) for a, b, s in cut] for path, cut in cuts.items()}
 
 

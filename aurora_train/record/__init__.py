@@ -1,1 +1,1 @@
-"""What a run writes down while it trains: metrics, events, rates, energy; and the progress that a person sees."""
+"""Records of a run while it trains (metrics, events, rates, energy), and the progress shown to a person."""

@@ -1,4 +1,4 @@
-"""What a person watching the terminal sees: one live line on a terminal, plain lines in a log file, nothing if quiet.
+"""Shows progress: one live line on a terminal, plain lines in a log file, nothing if quiet.
 
 Training calls `step` with every record it logs; `step` only remembers it. The live line is drawn a few times a
 second by rich's own thread, and a plain line is printed at most every few seconds, so watching costs no speed.

@@ -25,7 +25,7 @@ from aurora_train.errors import UserError
 from aurora_train.run import Run
 from aurora_train.tools.runs import Row, described, is_run, scored
 
-STOPPED = 75  # as `train.signals.EXIT_STOPPED`
+STOPPED = 75  # equals `train.signals.EXIT_STOPPED`
 _OPENING, _CLOSING = "[{(", "]})"
 _LAST_WORDS = 40  # last lines of a child's standard error, in which the reason for its end is looked up
 _NAME_LENGTH = 80
