@@ -1,8 +1,8 @@
 """Real-size cases for the planner's accuracy, fixed before anything was fitted to them.
 
-DEVELOPMENT and FIRST_HELD_OUT may be looked at while the simulation is written; HELD_OUT only after it is finished.
+DEVELOPMENT and FIRST_HELD_OUT may be looked at while the estimate is written; HELD_OUT only after it is finished.
 FIRST_HELD_OUT was held out until 2026-11-23 and has been fitted to since; HELD_OUT took its place on 2026-11-25, with
-shapes that neither list has, before the simulation was changed again. Each case is a language-model config and the
+shapes that neither list has, before it was changed again. Each case is a language-model config and the
 plan to compile: its save-set is given, so that the model is tested off its own choices.
 """
 

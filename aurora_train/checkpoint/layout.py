@@ -61,11 +61,11 @@ def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[st
 
 
 def _copied(leaf) -> np.ndarray:
-    """Exactly one copy of a leaf on the host, in memory of its own.
+    """A leaf on the host, in memory of its own.
 
     `device_get` of a sharded array (jax 0.10) keeps a second copy inside the array for as long as the array lives, so
     its shards are copied one by one. On a CPU a shard and its numpy view share a buffer, which the next step
-    overwrites; a numpy array made from a GPU's shard is already a copy.
+    overwrites; a numpy array made from a GPU's shard is already a copy, which the shard keeps, too, while it lives.
     """
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)

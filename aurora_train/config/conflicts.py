@@ -74,6 +74,16 @@ def refuse_uneven(config) -> None:
     )  # fmt: skip
 
 
+def refuse_idle_patience(config) -> None:
+    """UserError if a config asks to stop for want of a better evaluation, and evaluates only at the end."""
+    wish = config.evaluate
+    if wish.patience is not None and wish.every is None and wish.score_every is None:
+        raise UserError(
+            "it counts evaluations, and there is none before the last step", where="evaluate.patience",
+            hint="evaluate.every=N, evaluate.score_every=N, or evaluate.patience=null",
+        )  # fmt: skip
+
+
 def refuse_fp8(config) -> None:
     """UserError if a config asks for fp8 where it does not apply, or sets `train.bf16_ends` without fp8."""
     lora = getattr(getattr(config, "model", None), "lora", None)

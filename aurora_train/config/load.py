@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from aurora_train import bundled
 from aurora_train.config import messages
-from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_offload, refuse_uneven
+from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_idle_patience, refuse_offload, refuse_uneven
 from aurora_train.config.deriving import derives, fill, unset_nulls
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core, Init
@@ -193,6 +193,11 @@ def _write_out_parts(tree: Tree) -> None:
         return
     own = [field.alias or name for name, field in Init.model_fields.items()]
     for key in [key for key in section if isinstance(key, str) and not difflib.get_close_matches(key, own, 1, 0.7)]:
+        if tree.has(("init", "parts", key)):
+            raise UserError(
+                f"init.{key} and init.parts.{key} both name a source", where=str(tree.mark(("init", "parts", key))),
+                why="one is short for the other", hint=f"init.{key}=RUN overrides the short form",
+            )  # fmt: skip
         value, marks = section[key], (tree.keys, tree.values)
         short, long = ("init", key), ("init", "parts", key) if key else ("init", "from")
         moved = [{(*long, *at[2:]): mark for at, mark in known.items() if at[:2] == short} for known in marks]
@@ -243,7 +248,8 @@ def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> 
 def _check(config: Core, tree: Tree) -> None:
     """Check what concerns several keys, and report all mistakes at once."""
     faults = []
-    for check in (refuse_fused, refuse_offload, refuse_fp8, refuse_uneven, config.recipe_class.check):
+    settings = (refuse_fused, refuse_offload, refuse_fp8, refuse_uneven, refuse_idle_patience)
+    for check in (*settings, config.recipe_class.check):
         try:
             with _placed(tree):
                 check(config)

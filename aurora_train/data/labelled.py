@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import math
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -149,7 +150,7 @@ def _label(cell: bytes | Mistake, place: str, field: str) -> str:
                         hint="give it one, or take the row out")  # fmt: skip
     if isinstance(cell.value, bool):
         return str(cell.value).lower()
-    if isinstance(cell.value, int | float):
+    if isinstance(cell.value, int | float) and math.isfinite(cell.value):
         return str(int(cell.value)) if cell.value == int(cell.value) else str(cell.value)
     if cell.holds is not None:
         raise UserError(f"the label of {place} is {cell.holds}", where=f"data.label_field ({field})",

@@ -96,10 +96,15 @@ def opened(path: Path) -> io.BufferedIOBase:
 # ---- JSON: lines, an array, or objects one after the other
 
 
-_decoder = json.JSONDecoder(parse_int=float)  # int() refuses thousands of digits, which another column may have
+def _number(text: str) -> int | float:
+    """An integer with all its digits; int() refuses thousands of them, which another column may have."""
+    return int(text) if len(text) < 40 else float(text)
+
+
+_decoder = json.JSONDecoder(parse_int=_number)
 _BLANK = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
-_TYPES = {float: "a number", bool: "true or false", list: "list", dict: "object"}
+_TYPES = {int: "a number", float: "a number", bool: "true or false", list: "list", dict: "object"}
 
 
 def _json_cell(row, field: str) -> bytes | LeftOut | Mistake:
@@ -113,7 +118,7 @@ def _json_cell(row, field: str) -> bytes | LeftOut | Mistake:
     if value is None:
         return b""
     texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))
-    scalar = value if isinstance(value, bool | float) else None
+    scalar = value if isinstance(value, bool | int | float) else None
     return Mistake(list(row), None if value is row else _TYPES[type(value)], tuple(texts), scalar)
 
 

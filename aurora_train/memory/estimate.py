@@ -11,6 +11,8 @@ per cent (docs/planner_accuracy.md); the planner compiles what it chooses and co
 
 from __future__ import annotations
 
+import functools
+
 from aurora_train.memory import account
 from aurora_train.memory.residuals import trace_stack_unit
 
@@ -30,32 +32,33 @@ class Estimate:
         }
         inside = sum(self.gradient[path] * stack.num_units for path, stack in program.stacks().items())
         self.outer_gradients = max(trained - inside, 0)
-        self._graphs, self._outside = {}, None
 
     def local(self, microbatch: int) -> int:
         """Examples on each device."""
         return max(microbatch // self.devices, 1)
 
-    @property
+    @functools.cached_property
     def graphs(self) -> dict:
-        """The `UnitGraph` of every stack that the loss calls, by path."""
-        if not self._graphs:
-            with self.program.here():
-                calls = self.program.stack_calls()
-                self._graphs = {path: trace_stack_unit(*call) for path, call in calls.items()}
-        return self._graphs
+        """The `UnitGraph` of every stack by path that the loss calls and that has a backward pass.
+
+        A stack in which nothing is trained has one only where something before it is. Whether it has is seen in what
+        the loss keeps: less than all stacks would.
+        """
+        with self.program.here():
+            graphs = {path: trace_stack_unit(*call) for path, call in self.program.stack_calls().items()}
+        differentiated = {path: graph for path, graph in graphs.items() if self.gradient[path]}
+        each = self.program.loss_residuals(2) - self.program.loss_residuals(1)
+        return graphs if each >= self._inputs(graphs) else differentiated
+
+    def _inputs(self, graphs: dict) -> int:
+        """Bytes that recomputed units keep for each example."""
+        units = {path: self.program.stacks()[path].num_units for path in graphs}
+        return sum(units[path] * graph.score(()).saved_bytes for path, graph in graphs.items())
 
     def outside(self, local: int) -> int:
         """Residuals of the loss that lie outside the stacks: linear in the examples, from traces of one and of two."""
-        if self._outside is None:
-            one, two = map(self.program.loss_residuals, (1, 2))
-            kept = sum(
-                self.program.stacks()[path].num_units * graph.score(()).saved_bytes
-                for path, graph in self.graphs.items()
-            )
-            self._outside = max(2 * one - two, 0), max(two - one - kept, 0)
-        constant, each = self._outside
-        return constant + each * local
+        one, two = map(self.program.loss_residuals, (1, 2))
+        return max(2 * one - two, 0) + max(two - one - self._inputs(self.graphs), 0) * local
 
     def working_set(self, local: int) -> int:
         """Bytes needed by the backward pass of one unit, or by the loss, whichever is larger."""

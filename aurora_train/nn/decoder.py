@@ -31,6 +31,8 @@ class Decoder(Transformer):
         """
         if self.mask == "bidirectional":
             raise UserError("a bidirectional model reads a text at once and continues none", where="model")
+        if self.mask == "prefix" and prefix is None:
+            raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
         x, context = self._embedded(tokens, positions), make_context(self.config, positions, None)
         context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
         x, caches, _ = self.stack(x, context, caches=caches)

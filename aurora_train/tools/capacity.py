@@ -263,7 +263,7 @@ def _step(box: _Box, state: State, size: Size, context: int) -> _Step:
     whole = program.simplest_plan()
     plan = Plan(1, 1, {path: [Segment(0, cut[-1].stop, ())] for path, cut in whole.stacks.items()})
     planner = Planner(program, box.budget, box.reason, box.name)
-    save = program.copied_by_a_save()
+    save = program.taken_by_a_save()
     needed = planner.estimated(plan).bytes + save
     return _Step(planner, plan, needed, program.config.model.num_parameters(size.vocab), save)
 

@@ -17,8 +17,6 @@ import numpy as np
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.machine.memory import budget_bytes
-from aurora_train.machine.profile import this_machine
 from aurora_train.mesh import make_mesh
 from aurora_train.nn import carried
 from aurora_train.nn.ops import asking
@@ -27,6 +25,7 @@ from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss, Recipe, makes_experience
 from aurora_train.train.beginning import Beginning, source_of, taken
 from aurora_train.train.blame import place_of, recipe_code
+from aurora_train.train.planning import budget_here
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import batch_shapes, make_recipe, rehearse_here
 from aurora_train.train.shown import checked_result, checked_samples
@@ -61,7 +60,7 @@ def _refuse_no_room(config, program) -> None:
     """The state alone must fit, whatever is planned around it."""
     state = program.blueprint(program.simplest_plan()).state
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
-    limit, reason = budget_bytes(config.memory.budget, this_machine())
+    limit, reason = budget_here(config, program)
     if held > limit:
         raise UserError(
             f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",
@@ -75,6 +74,7 @@ def rehearse_recipe(config, recipe, program, source) -> list[str]:
     examples = min(config.train.batch, len(source))
     batch = _same_batch_twice(recipe, source, np.arange(examples, dtype=np.int64) * len(source) // examples)
     _model_of_facts_alone(config, recipe, program)
+    _validation_arrays(recipe)
     if makes_experience(recipe):  # asked for here it might ask something outside, for nothing
         batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.batch(examples))
     with program.here():
@@ -105,6 +105,19 @@ def _signatures(recipe) -> None:
 
 
 # ---- data
+
+
+def _validation_arrays(recipe) -> None:
+    """A validation batch must hold what the loss is trained on, also where `experience` makes the training batches."""
+    source = recipe.data("validation") if makes_experience(recipe) else None
+    if source is None or len(source) == 0:
+        return
+    missing = sorted(recipe.shapes().keys() - source.take(np.zeros(1, np.int64)).keys())
+    if missing:
+        raise UserError(
+            f"the validation split lacks `{missing[0]}`, which `shapes` announces and `loss` is given in training",
+            where=place_of(type(recipe).data), hint="return None for \"validation\", or batches with the same arrays",
+        )  # fmt: skip
 
 
 def _same_batch_twice(recipe, source, indices) -> dict:

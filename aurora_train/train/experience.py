@@ -85,7 +85,7 @@ class Journal:
 
     def find(self, step: int, number: int, name: str, question: str) -> dict | None:
         """The record of the `number`-th question of a data step; None where it was not asked."""
-        known = self._known.get((step, number))
+        known = self._known.pop((step, number), None)  # it is asked for once
         if known is None:
             return None
         if (known["name"], known["question"]) == (name, question):
@@ -105,8 +105,7 @@ class Journal:
         record = {"step": step, "number": number, "name": name, "question": question, "answer": answer}
         self._file.write(record)
         self._file.sync()
-        self._known[step, number] = logs.decode(logs.encode(record))
-        return self._known[step, number]
+        return logs.decode(logs.encode(record))
 
     def close(self) -> None:
         """Let go of the file."""

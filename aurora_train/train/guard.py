@@ -32,7 +32,7 @@ from aurora_train.machine.memory import (
     processes_limited_with,
 )
 from aurora_train.machine.profile import this_machine
-from aurora_train.memory.account import sharded_bytes, tree_bytes
+from aurora_train.memory.account import SAVE_COPIES, copied_by_a_save, sharded_bytes
 from aurora_train.units import size
 
 EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command goes on
@@ -43,7 +43,7 @@ _LOOKS_BACK = 20  # over which it is seen what other programs take
 _SETTLED_STEPS = 3  # after so many steps a run holds what it is going to hold
 # What a save takes, in times of the state's bytes (measured: docs/always-on.md). Where shards lie on several GPUs, jax
 # keeps a copy of each beside the array that they are put together in.
-_ONE_COPY, _TWO_COPIES = 1.2, 2.2
+_ONE_COPY, _TWO_COPIES = SAVE_COPIES, 1 + SAVE_COPIES
 # How long one takes, until one was seen: meanwhile others go on growing. What they grow by counts up to a share of
 # memory, for most of what grows fast is soon done.
 _SAVE_SECONDS, _SAVED_PER_SECOND, _GROWTH_SHARE = 2.0, 250e6, 1 / 4
@@ -251,9 +251,7 @@ def _wanted(session) -> bool:
 def _save(session) -> tuple[int, float]:
     """Of a save by this process: the bytes that it copies, and how many times it takes them."""
     state, run = session.blueprint.state, session.run
-    copied = tree_bytes(state) - tree_bytes(state.frozen)
-    if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
-        copied = max(copied, tree_bytes(state.frozen))  # written by the first save, before the rest is copied
+    copied = copied_by_a_save(state, frozen=not durable.is_sealed(run.checkpoints / frozen.FOLDER))
     once = jax.default_backend() == "cpu" or session.mesh.devices.size == 1
     return 0 if run.follows else copied, _ONE_COPY if once else _TWO_COPIES
 

@@ -78,6 +78,12 @@ def features(*, ema: float | None = None, spike: float | None = None, fused: boo
         gates.append(Gate("spike", lambda state, info: ~outliers.is_outlier(state.extra[RECENT], info, spike)))
         hooks.append(Hook(RECENT, _remember, lambda params: outliers.empty()))
     if recipe is not None:
+        if fused and recipe.gates():
+            raise UserError(
+                "an update fused into the backward pass is applied before a gate can refuse it",
+                where="memory.fuse_update", why=f"{type(recipe).__name__} has a gate of its own",
+                hint="memory.fuse_update=false",
+            )  # fmt: skip
         gates += recipe.gates()
         hooks += recipe.hooks()
     _refuse_twins([hook.name for hook in hooks], type(recipe).__name__)

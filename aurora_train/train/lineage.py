@@ -77,6 +77,7 @@ class Parent:
             ours, theirs = kept_facts.shown(facts[name]), kept_facts.shown(self.facts[name])
             what = "another tokenizer" if name.startswith("tokenizer") else f"another `{name}`"
             inherit = "leave out `data.tokenizer` to use the run's own; or " if name.startswith("tokenizer") else ""
+            inherit = f"init.facts={self.prefix} uses those of that part; or " if self.prefix else inherit
             raise UserError(
                 f"{self.path} was trained with {what}", where=init_key(self.prefix),
                 why=f"it had {theirs}; this config makes {ours}",

@@ -284,6 +284,9 @@ class Loop:
             if self._early is not None:
                 self._early.result()  # what went wrong there is raised here, after the save
             result = self._evaluator.loss(self.state, self._validation_batches())
+            if self._config.evaluate.score_every and self.session.recipe.metric:
+                # What the loss reports by the metric's name, of a few examples, is not what a score says of them all.
+                result.pop(self.session.recipe.metric[0], None)
             if self._score_due(step):
                 result |= processes.agreed(self._score)
             self._stop.heed()

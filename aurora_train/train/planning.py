@@ -7,6 +7,7 @@ import functools
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.config import dump, parse_bytes
+from aurora_train.errors import UserError
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.rates import rates_for
@@ -58,10 +59,15 @@ def planner_here(
     """The planner for this machine's own devices."""
     program = program or rehearse(config, recipe, progress=progress)
     machine = this_machine()
-    limit, reason = _limit(config, budget, program, lambda wish: budget_bytes(wish, machine))
+    limit, reason = budget_here(config, program, budget)
     return Planner(
         program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later
     )
+
+
+def budget_here(config, program: Rehearsal, budget: int | None = None) -> tuple[int, str]:
+    """(bytes that a step may take on one device of this machine, why). UserError where a save alone takes them."""
+    return _limit(config, budget, program, lambda wish: budget_bytes(wish, this_machine()))
 
 
 def _budget_of(target, wish: str) -> tuple[int, str]:
@@ -79,10 +85,16 @@ def _limit(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[in
     if budget is not None:
         return budget, f"--budget {size(budget)}"
     limit, reason = limit_of(config.memory.budget)
-    copied = program.copied_by_a_save()
+    copied = program.taken_by_a_save()
     if config.memory.budget != "auto" or not copied:
         return limit, reason
-    return max(limit - copied, 0), f"{reason}, less {size(copied)} for the copy that a save makes"
+    if copied >= limit:
+        raise UserError(
+            f"the copy of the state that a save makes takes {size(copied)} of the {size(limit)} that a device may use",
+            where="memory.budget", why=reason,
+            hint="optimizer.moments=int8, optimizer.master=bfloat16, model.lora.rank=16, or a smaller model",
+        )  # fmt: skip
+    return limit - copied, f"{reason}, less {size(copied)} for the copy that a save makes"
 
 
 def pinned_plan(run, config, mesh) -> Plan | None:

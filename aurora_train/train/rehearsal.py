@@ -22,7 +22,7 @@ from aurora_train import optimizer as optimizers
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
-from aurora_train.memory.account import sharded_bytes
+from aurora_train.memory.account import SAVE_COPIES, copied_by_a_save
 from aurora_train.memory.flops import product_flops
 from aurora_train.memory.plan import Plan, make_plan
 from aurora_train.memory.residuals import kept_bytes
@@ -173,13 +173,12 @@ class Rehearsal:
         optimizer = optimizers.build(section, self.config.train.steps, seed=self.config.train.seed)
         return jax.eval_shape(optimizer.init, self.blueprint(self.simplest_plan()).state.params)
 
-    def copied_by_a_save(self) -> int:
+    def taken_by_a_save(self) -> int:
         """Bytes for each device that a save takes of the device's own memory: 0 where that is not the processor's."""
         if self.apart:
             return 0
-        blueprint = self.blueprint(self.simplest_plan())
-        state, places = (tree._replace(frozen={}) for tree in (blueprint.state, blueprint.shardings))
-        return sharded_bytes(state, places)
+        state = self.blueprint(self.simplest_plan()).state
+        return int(SAVE_COPIES * copied_by_a_save(state)) // self.mesh.devices.size
 
     def asked_plan(self) -> Plan:
         """What the config asks for, before anything is searched for or the batch is cut to fit."""

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 from flax import nnx
 
 from aurora_train import facts as kept_facts
@@ -111,7 +112,8 @@ class Session:
         state = state._replace(frozen={})  # let go of them first: they may be most of the model
         params, frozen = parameters_from(self.parents, here, drawn)
         rest = state_from(self.parents, here, state.rest)
-        extra = self.program.features.begin(params)
+        # Compiled, what a hook keeps of the parameters has buffers of its own: the step donates both.
+        extra = jax.jit(self.program.features.begin, out_shardings=here.shardings.extra)(params)
         state = state._replace(params=params, frozen=frozen, rest=rest, extra=extra)
         return meshes.shared_view(state, shardings)
 

@@ -52,6 +52,11 @@ CASES = {
     "a batch that microbatches do not divide": (
         {"b.yaml": OK + "train: {batch: 7}\nmemory: {accumulation: 2}\n"}, ["b.yaml"],
         ["b.yaml:3:16: train.batch", "7 does not divide into 2", "train.batch=6 or train.batch=8", "accumulation=1"]),
+    "patience without an evaluation": ({"b.yaml": OK + "evaluate: {every: null, patience: 3}\n"}, ["b.yaml"],
+                                       ["b.yaml:3:35: evaluate.patience", "none before the last step",
+                                        "evaluate.every=N"]),
+    "a source named twice": ({"b.yaml": OK + "init: {teacher: a, parts: {teacher: b}}\n"}, ["b.yaml"],
+                             ["init.teacher and init.parts.teacher both name a source", "init.teacher=RUN"]),
     "a batch of fewer than its microbatches": ({"b.yaml": OK + "train: {batch: 3}\nmemory: {accumulation: 8}\n"},
                                                ["b.yaml"], ["the nearest: train.batch=8; or memory.accumulation=3"]),
     "budget without a unit": ({"b.yaml": OK + "memory: {budget: 96}\n"}, ["b.yaml"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aurora_train.nn.decoder_config import DecoderConfig, RopeScaling
+from aurora_train.nn.decoder_config import DecoderConfig, Rope, RopeScaling
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.linear import linear, outer
 from aurora_train.nn.mlp import Mlp, activate
@@ -134,7 +134,7 @@ def test_the_mlp_equals_float64(activation, bias):
 
 
 def test_rope_turns_each_pair_by_its_position():
-    frequencies = rope_frequencies(8, 10_000.0, RopeScaling())
+    frequencies = rope_frequencies(Rope(10_000.0, 8, RopeScaling()))
     np.testing.assert_allclose(frequencies, [1, 0.1, 0.01, 0.001], rtol=1e-6)
     x, positions = normal(1, 5, 2, 8), np.array([[0, 1, 2, 0, 1]])
 
@@ -147,13 +147,13 @@ def test_rope_turns_each_pair_by_its_position():
 
 
 def test_linear_rope_scaling_is_a_slower_clock():
-    scaled = rope_frequencies(16, 500.0, RopeScaling(kind="linear", factor=4.0))
-    np.testing.assert_allclose(scaled * 4, rope_frequencies(16, 500.0, RopeScaling()), rtol=1e-6)
+    scaled = rope_frequencies(Rope(500.0, 16, RopeScaling(kind="linear", factor=4.0)))
+    np.testing.assert_allclose(scaled * 4, rope_frequencies(Rope(500.0, 16, RopeScaling())), rtol=1e-6)
 
 
 def test_llama3_rope_scaling_keeps_short_waves_and_stretches_long_ones():
     scaling = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
-    plain = rope_frequencies(128, 500_000.0, RopeScaling()).astype(np.float64)
+    plain = rope_frequencies(Rope(500_000.0, 128, RopeScaling())).astype(np.float64)
     expected = []
     for f in plain:  # as the reference code of Llama 3.1 writes it, by wavelength
         wavelength = 2 * math.pi / f
@@ -165,7 +165,7 @@ def test_llama3_rope_scaling_keeps_short_waves_and_stretches_long_ones():
             smooth = (8192 / wavelength - 1) / (4 - 1)
             expected.append((1 - smooth) * f / 8 + smooth * f)
     assert expected[0] == plain[0] and expected[-1] == plain[-1] / 8
-    np.testing.assert_allclose(rope_frequencies(128, 500_000.0, scaling), expected, rtol=1e-6)
+    np.testing.assert_allclose(rope_frequencies(Rope(500_000.0, 128, scaling)), expected, rtol=1e-6)
 
 
 def test_a_dropout_mask_belongs_to_the_example_and_the_site_whatever_the_batch():

@@ -51,6 +51,7 @@ def test_every_kind_of_table_gives_the_same_rows(name, tmp_path):
 @pytest.mark.parametrize("name,values,labels", [
     ("a.jsonl", (1, 0), ("1", "0")), ("a.parquet", (1, 0), ("1", "0")), ("a.jsonl", (True, 0.5), ("true", "0.5")),
     ("a.csv", (1, " 0 "), ("1", "0")),
+    ("a.jsonl", (1234567890123456789, 1234567890123456790), ("1234567890123456789", "1234567890123456790")),
 ])  # fmt: skip
 def test_a_label_may_be_a_number_or_a_truth_value(name, values, labels, tmp_path):
     rows, _ = read(write(tmp_path / name, [(f"text {i}", value) for i, value in enumerate(values)]))
@@ -60,6 +61,7 @@ def test_a_label_may_be_a_number_or_a_truth_value(name, values, labels, tmp_path
 REFUSED = {
     "no label": ([*ROWS[:4], ("more", "")], {}, "row 5 of a.jsonl has no label"),
     "null": ([*ROWS[:4], ("more", None)], {}, "row 5 of a.jsonl has no label"),
+    "not a number": ([*ROWS[:4], ("more", float("nan"))], {}, "the label of row 5 of a.jsonl is a number"),
     "a list": ([*ROWS[:4], ("more", ["fine"])], {}, "the label of row 5 of a.jsonl is list"),
     "unknown": ([*ROWS[:2], ("more", "fien")], {"classes": ["fine", "hot"]},
                 "row 3 of a.jsonl is labelled `fien`, which is none of the 2 classes"),

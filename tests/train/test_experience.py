@@ -103,6 +103,14 @@ def test_the_documents_game_is_learned_in_one_short_file(here):
     assert scores.argmax(-1).tolist() == [0, 1, 2]  # of so few, all of them
 
 
+def test_a_validation_split_of_other_arrays_is_refused_before_any_step(here, capsys):
+    text = (here / "nim.py").read_text()
+    (here / "nim.py").write_text(text.replace('return Games() if split == "train" else None', "return Games()"))
+    assert main(["train", "nim.yaml", "--run", "run", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert "the validation split lacks `reward`" in err and "nim.py:" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("old, new, said", [
     ("jnp.float32}", "jnp.int16}", "`experience` returned `reward` of float32[64, 9]"),
     ('"reward": jnp.float32}', '"rewards": jnp.float32}', "`experience` returned no `rewards`"),

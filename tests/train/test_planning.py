@@ -11,6 +11,7 @@ from aurora_train.cli.main import main
 from aurora_train.config import load
 from aurora_train.errors import UserError
 from aurora_train.machine.targets import find_machine
+from aurora_train.memory.account import SAVE_COPIES
 from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
 from aurora_train.run import Run
@@ -146,8 +147,11 @@ def test_where_memory_is_shared_a_plan_leaves_room_for_the_copy_that_a_save_make
     box = find_machine("dgx-spark")
     plan = plan_config(*language_model(), machine="dgx-spark")
     state = sum(plan.details["by_cause"][cause] for cause in ("parameters", "optimizer", "average"))
-    assert box.budget_bytes - plan.budget_bytes == pytest.approx(state, rel=1e-3)
+    assert box.budget_bytes - plan.budget_bytes == pytest.approx(SAVE_COPIES * state, rel=1e-3)
     assert "for the copy that a save makes" in plan.reason
+    adapters = plan_config(*language_model(model={"lora": {"rank": 2}}), machine="dgx-spark")
+    frozen = adapters.details["by_cause"]["frozen"]  # more than what is trained, and written by the first save
+    assert box.budget_bytes - adapters.budget_bytes == pytest.approx(SAVE_COPIES * frozen, rel=1e-2)
 
 
 def test_a_machine_nobody_knows_is_refused(language_model):

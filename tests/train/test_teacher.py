@@ -14,6 +14,7 @@ from aurora_train.checkpoint import layout
 from aurora_train.cli.main import main
 from aurora_train.config import load
 from aurora_train.memory import account
+from aurora_train.memory.estimate import Estimate
 from aurora_train.nn.stack import named_stacks
 from aurora_train.run import Run
 from aurora_train.train.session import open_session
@@ -82,6 +83,7 @@ def test_a_frozen_teacher_costs_no_gradient_and_no_moments_and_the_plan_knows(pa
     stacks = named_stacks(program.model())
     assert account.unit_gradient_bytes(stacks["teacher.stack"], session.mesh) == 0
     assert account.unit_gradient_bytes(stacks["student.stack"], session.mesh) == 4 * (24 * 48 * 2 + 48 + 24 * 2)
+    assert list(Estimate(program).graphs) == ["student.stack"], "nothing of the teacher is kept for a backward pass"
     jaxpr = program.trace(session.plan)[0].jaxpr.jaxpr
     # 32 is the teacher's hidden width and 48 the student's: two products forward, and none or four backward.
     assert products(jaxpr, 32) == 2 and products(jaxpr, 48) >= 6
