@@ -13,7 +13,7 @@ from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
 
-SAVE_COPIES = 1.2  # what a save takes, in times of the bytes that it copies (measured: docs/always-on.md)
+SAVE_COPIES = 1.1  # what a save takes, in times of the bytes that it copies (measured: docs/always-on.md)
 ESTIMATE = "an estimate that has erred by up to 8 % (docs/planner_accuracy.md)"
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
