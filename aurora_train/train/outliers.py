@@ -13,7 +13,7 @@ import jax.numpy as jnp
 MEMORY = 64  # steps
 FEWEST = 16  # remembered steps that a judgement needs
 _NORMAL = 1.4826
-_LEAST = 0.01  # share of the median: the smallest deviation assumed, as in a quiet stretch any change would be an outlier
+_LEAST = 0.01  # smallest deviation, as a share of the median: else any change after a quiet stretch is an outlier
 
 
 def empty() -> dict[str, jax.Array]:
