@@ -80,8 +80,9 @@ def read_recording(
             description = _text(file["session_description"][()]) if "session_description" in file else ""
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error}", where="data.source", hint="if it is a copy, compare its size with the original's"
-        ) from error
+            f"{path} cannot be read: {error}", where="data.source",
+            hint="the copy may be cut short: compare its size with the original's",
+        ) from error  # fmt: skip
     return Recording(identifier, description, spike_times, unit_ids, trial_ids, start, stop, values, times, unit)
 
 

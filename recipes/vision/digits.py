@@ -124,7 +124,8 @@ class Digits(Recipe):
         batch = source.take(np.arange(len(source)))
         guessed, labels = np.asarray(predict({"image": batch["image"]})), batch["label"]
         rows = [[digit, *np.bincount(guessed[labels == digit], minlength=CLASSES).tolist()] for digit in range(CLASSES)]
-        table = {"title": "How often each digit was taken for which", "columns": ["digit", *range(CLASSES)], "rows": rows}
+        title = "How often each digit was taken for which"
+        table = {"title": title, "columns": ["digit", *range(CLASSES)], "rows": rows}
         return {"accuracy": float((guessed == labels).mean()), "images": len(labels), "tables": [table]}
 
     def baselines(self, workdir, progress) -> dict:
