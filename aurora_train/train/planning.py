@@ -58,16 +58,16 @@ def planner_here(
     """The planner for this machine's own devices."""
     program = program or rehearse(config, recipe, progress=progress)
     machine = this_machine()
-    limit, reason = _limit(config, budget, program, lambda wish: budget_bytes(wish, machine))
+    limit, reason = _limit(config, budget, program, lambda setting: budget_bytes(setting, machine))
     return Planner(
         program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later
     )
 
 
-def _budget_of(target, wish: str) -> tuple[int, str]:
-    if wish == "auto":
+def _budget_of(target, setting: str) -> tuple[int, str]:
+    if setting == "auto":
         return target.budget_bytes, target.budget_reason
-    return parse_bytes(wish), f"memory.budget: {wish}"
+    return parse_bytes(setting), f"memory.budget: {setting}"
 
 
 def _limit(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[int, str]:
