@@ -84,7 +84,7 @@ class Beginning:
         changed = [name for name in {**self.kept, **known} if self.kept.get(name) != known.get(name)]
         if changed:
             raise UserError(
-                f"the data now give another `{changed[0]}` than this run began with", where=str(self.run.facts),
+                f"the data now have another `{changed[0]}` than this run began with", where=str(self.run.facts),
                 hint="restore the recipe and the versions that it began with, or start a new run",
             )  # fmt: skip
 

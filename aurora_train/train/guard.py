@@ -278,7 +278,7 @@ class _Holders:
     """What holds memory after a step (None: before the first one), in bytes.
 
     `left` is available; `processes` is private memory by (id, name); `shared` belongs to several processes;
-    `elsewhere` is swap and the like, which does not reduce what is available.
+    `elsewhere` is the page cache and swap in use, which do not reduce what is available.
     """
 
     step: int | None

@@ -72,7 +72,7 @@ def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, 
     """(params, frozen) of a checkpoint of this very model; the moving average if one was kept."""
     tree, places = _parameters(blueprint)
     flat = _poured(_from_store(store, step), tree, places, where, _Part("", ()), None)
-    # Load in the saved dtype: the moving average of a trained run has more bits than bfloat16 masters.
+    # Keep the saved dtype: the moving average of a trained run has more bits than bfloat16 masters.
     tree["params"] = _in_dtypes_of(tree["params"], flat)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
