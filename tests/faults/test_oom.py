@@ -246,7 +246,7 @@ def test_what_the_user_set_is_kept_and_said(here, monkeypatch, capsys):
     monkeypatch.setattr(Session, "compile", refuse)
     assert main([*TRAIN, "memory.save=nothing"]) == 2
     said = capsys.readouterr().err
-    assert "what is set is kept" in said and "memory.save=auto memory.unroll=auto" in said
+    assert "a setting is never overridden" in said and "memory.save=auto memory.unroll=auto" in said
     assert not (here / "run").exists(), "a start that fails before its first step leaves nothing"
 
 
