@@ -1,4 +1,4 @@
-"""The contract between a recipe and the trainer: all that the trainer knows of an objective.
+"""The contract between a recipe and the trainer: everything that the trainer knows about an objective.
 
 A recipe is one Python file that defines one subclass of `Recipe`. The trainer calls the methods below and never
 asks which recipe it runs. A bundled recipe keeps this module's import list free of jax, so that `aurora check`
@@ -17,7 +17,7 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts, as_kept
 
-ADAPTERS = ("_lora_a", "_lora_b")  # what the names of low-rank adapters end in
+ADAPTERS = ("_lora_a", "_lora_b")  # suffixes of the names of low-rank adapters
 
 
 class Loss(NamedTuple):
@@ -43,7 +43,7 @@ class Source(Protocol):
         """int64[B] indices in [0, len) -> arrays of fixed shape and dtype with a leading axis B."""
 
     def describe(self) -> dict:
-        """What a reader of provenance wants: source, licence, counts, tokenizer hash. JSON-able."""
+        """The data's provenance: source, licence, counts, tokenizer hash. JSON-able."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Derived:
 
 
 def few(number: int, noun: str, hint: str, size: str = "") -> list[str]:
-    """A remark for `Recipe.score` on how little it rests on, or none: thirty are few enough for luck to show."""
+    """A remark for `Recipe.score` if it rests on fewer than thirty things, so that chance affects it; else none."""
     if number >= 30:
         return []
     of = f" of {size}" if size else ""
@@ -65,39 +65,39 @@ def few(number: int, noun: str, hint: str, size: str = "") -> list[str]:
 
 
 def makes_experience(recipe) -> bool:
-    """Whether a recipe, or a class of them, makes its training batches with the model (`Recipe.experience`)."""
+    """Whether a recipe (instance or class) makes its training batches with the model (`Recipe.experience`)."""
     own = recipe if isinstance(recipe, type) else type(recipe)
     return own.experience is not Recipe.experience
 
 
 class Recipe:
-    """Base class. `config` is the whole frozen config; `cache` is the folder that prepared data may live in."""
+    """Base class. `config` is the whole frozen config; `cache` is the folder for prepared data."""
 
     Config: type  # pydantic model whose fields are the config sections this recipe owns (`model`, `data`, ...)
     dials: tuple[str, ...] = ()  # keys from which `derive` fills others of their section ("model.size")
-    # What the loss of one example depends on: itself; its microbatch, as with BatchNorm, so that the number of
+    # What the loss of one example depends on: the example; its microbatch, as with BatchNorm, so that the number of
     # microbatches is part of the maths and no plan chooses it; or the whole batch, which is then never split.
     couples: Literal["example", "microbatch", "global"] = "example"
 
-    unit = "targets"  # what one unit of `Loss.weight` is called in a rate: "tok", "bins", "images"
-    # The headline of `score`, and which way is better. Where an evaluation has it, it decides which checkpoints are the
-    # best and when `evaluate.patience` runs out; otherwise the validation loss does.
+    unit = "targets"  # the name of one unit of `Loss.weight` in a rate: "tok", "bins", "images"
+    # The headline of `score`, and its better direction. If an evaluation has it, it decides which checkpoints are best
+    # and when `evaluate.patience` runs out; otherwise the validation loss does.
     metric: tuple[str, Literal["min", "max"]] | None = None
     adapted = False  # whether the model has low-rank adapters; set when it is built
 
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
-        self.known: Facts = {}  # what `facts` returned when the run began, wherever it is read; see `use`
-        self.inherited: Facts = {}  # the facts of this run so far, or of the run it starts from; for `prepare`
+        self.known: Facts = {}  # what `facts` returned when the run began, on any machine; see `use`
+        self.inherited: Facts = {}  # the facts of this run so far, or of its parent; for `prepare`
 
     def use(self, facts: Facts) -> Recipe:
-        """Take `facts` as known. The trainer calls this before it asks for data or a model."""
+        """Set `facts` as `known`. The trainer calls this before it asks for data or a model."""
         self.known = facts
         return self
 
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
-        """Values for keys the user left unset, from the raw tree of what was set. Never overrides the user."""
+        """Values for keys that the user left unset, from the raw tree of set keys. Never overrides the user."""
         return []
 
     @classmethod
@@ -105,48 +105,48 @@ class Recipe:
         """Cross-section checks without jax or data; raises UserError with `where` naming the key."""
 
     def shapes(self) -> dict | None:
-        """One example's arrays as `jax.ShapeDtypeStruct`s, and `model` callable, before any data is prepared.
+        """One example's arrays as `jax.ShapeDtypeStruct`s, before any data is prepared; `model` must work then, too.
 
-        It lets a config be planned without its data, and its step be compiled while that is prepared; None (the
-        default) has the data prepared first. A recipe with `experience` announces here what that returns.
+        It allows a config to be planned without its data, and its step to be compiled while they are prepared. With
+        None (the default) the data are prepared first. A recipe with `experience` announces here what that returns.
         """
         return None
 
     def prepare(self, progress: Callable) -> None:
         """Make the data ready on disk. Idempotent; an interrupted one continues or starts clean.
 
-        `progress(done, total, what)` may be called as often as liked.
+        `progress(done, total, what)` may be called any number of times.
         """
 
     def facts(self) -> Facts:
-        """What the model and its use need to know of the prepared data: a tokenizer, sizes, a scale.
+        """What the model and its users need of the prepared data: a tokenizer, sizes, a scale.
 
         Called once, after `prepare` and before `data`. A value is bytes (kept as a file of that name), an array or
         plain JSON. The run keeps them; `model`, `predict`, `samples` and `generate` read them from `self.known`, never
-        from the data, and so work where the data is not.
+        from the data, and so work on machines without the data.
         """
         return {}
 
     def ready(self, progress: Callable) -> Recipe:
-        """Prepare the data and take its facts as known: what the trainer calls before it asks for `data`."""
+        """Prepare the data and set their facts as known. The trainer calls this before it asks for `data`."""
         self.prepare(progress)
         return self.use(as_kept(self.facts(), where=f"{type(self).__name__}.facts"))
 
     def expected_facts(self) -> Facts | None:
-        """As much of `facts` as `model` needs, by expectation, for a plan made before there is data (see `shapes`).
+        """The expected values of those `facts` that `model` needs, for a plan made before the data (see `shapes`).
 
-        None (the default of a recipe with facts of its own) has the data prepared first.
+        With None (the default of a recipe that defines `facts`) the data are prepared first.
         """
         return {} if type(self).facts is Recipe.facts else None
 
     def data(self, split: str) -> Source | None:
-        """The prepared data of a split: "train" or "validation"; None for a validation split that was not asked for."""
+        """The prepared data of a split: "train" or "validation"; None if no validation split was asked for."""
         raise NotImplementedError
 
     def on(self, path: str) -> Recipe:
         """A recipe with this one's facts whose "test" split is all of `path`, for `evaluate --on`; not yet prepared."""
         raise UserError(f"the recipe {self.config.recipe!r} cannot be scored on other data", where="--on",
-                        hint="a recipe that can defines `on(path)`: docs/extend.md")  # fmt: skip
+                        hint="a recipe supports this by defining `on(path)`: docs/extend.md")  # fmt: skip
 
     def model(self, rngs):
         """Construct the nnx.Module from `self.config` and `self.known` alone: no data, no files, no globals."""
@@ -155,9 +155,9 @@ class Recipe:
     def trainable(self, path: str) -> bool:
         """Whether a parameter is trained, by its dotted path in the model: `student.stack.units.attention.query`.
 
-        The numbers of a Stack's units are left out: what is trained is so in all of them. What is not trained has no
-        gradient and no moments, its matrices are held in the compute dtype, and it lies on disk once for all
-        checkpoints. By default the adapters are trained where the model has any, else everything.
+        The path has no numbers of a Stack's units: a parameter is trained in all of them or in none. A frozen parameter
+        has no gradient and no moments, its matrices are in the compute dtype, and it is stored once for all
+        checkpoints. By default the adapters are trained if the model has any, else everything.
         """
         return path.endswith(ADAPTERS) or not self.adapted
 
@@ -166,25 +166,25 @@ class Recipe:
         raise NotImplementedError
 
     def experience(self, actor, indices: np.ndarray, key) -> dict:
-        """A training batch that the model makes itself, in place of `take`: optional, and then `shapes` is owed, too.
+        """A training batch that the model makes itself, instead of `take`. Optional; it requires `shapes` as well.
 
         Args:
-            actor: an `aurora_train.train.experience.Actor`. `actor.run(function, *arrays)` runs the model as it is
-                before this step; `actor.ask(name, function, *arguments)` asks something outside, once and on record.
-            indices: int64[B], the examples of `data("train")` whose turn it is.
+            actor: an `aurora_train.train.experience.Actor`. `actor.run(function, *arrays)` runs the model in its state
+                before this step; `actor.ask(name, function, *arguments)` asks something outside once and records it.
+            indices: int64[B], the current examples of `data("train")`.
             key: a key array of shape [B], one per example.
 
-        Returns arrays of shape [B, ...] by name, as `shapes` announced them. Must be a function of the model, the
-        arguments and the answers of `actor.ask` alone: a resumed run makes its batches again.
+        Returns arrays of shape [B, ...] by name, as announced by `shapes`. Must depend only on the model, the arguments
+        and the answers of `actor.ask`, because a resumed run makes its batches again.
         """
         raise NotImplementedError
 
     def gates(self) -> list:
-        """This recipe's own `aurora_train.train.hooks.Gate`s, after the built-in ones: which updates may count."""
+        """This recipe's own `aurora_train.train.hooks.Gate`s, which may refuse updates after the built-in ones."""
         return []
 
     def hooks(self) -> list:
-        """This recipe's own `aurora_train.train.hooks.Hook`s, after the built-in ones: what follows an update."""
+        """This recipe's own `aurora_train.train.hooks.Hook`s, which run on each update after the built-in ones."""
         return []
 
     def predict(self, model, batch: dict) -> Any:
@@ -192,22 +192,22 @@ class Recipe:
         raise NotImplementedError
 
     def score(self, predict: Callable[[dict], Any], split: str, key, workdir: Path, progress: Callable) -> dict:
-        """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays, returns numpy.
+        """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays and returns numpy.
 
-        `split` is "test" (the full answer, at the end), or "validation" while training, where `evaluate.score_every`
-        asks for that. The first key of the result is the headline number. These keys
-        are shown by the report: "tables", a list of {"title": str, "columns": [str], "rows": [[cell]]}; "plots", a list
-        of {"title", "x_label", "y_label", "series": {name: (x, y)}} with equally long lists of numbers; "notes" and
-        "remarks", lists of str: how it was measured, and what a reader should be warned of (printed, too).
+        `split` is "test" (the final score), or "validation" while training, if `evaluate.score_every` is set. The first
+        key of the result is the headline number. The report shows these keys: "tables", a list of {"title": str,
+        "columns": [str], "rows": [[cell]]}; "plots", a list of {"title", "x_label", "y_label", "series": {name: (x,
+        y)}} with equally long lists of numbers; "notes", a list of str on how it was measured; and "remarks", a list of
+        warnings for the reader, which are printed as well.
         """
         raise NotImplementedError
 
     def samples(self, model, key) -> list[dict]:
-        """A few things the model made, for the report ({"prompt": ..., "text": ...}); [] where it makes none."""
+        """A few outputs of the model for the report ({"prompt": ..., "text": ...}); [] if it makes none."""
         return []
 
     def generate(self, model, prompt: str, options: dict, on_text: Callable[[str], None]) -> str:
-        """Continue a prompt. `options`: max_tokens, temperature, top_k, top_p, seed. UserError where it makes none."""
+        """Continue a prompt. `options`: max_tokens, temperature, top_k, top_p, seed. UserError if unsupported."""
         raise UserError(f"the recipe {self.config.recipe!r} has nothing to generate", where="recipe")
 
     def logits(self, model, tokens):
@@ -215,22 +215,22 @@ class Recipe:
         raise UserError(f"the recipe {self.config.recipe!r} has no vocabulary to score", where="recipe")
 
     def baselines(self, workdir: Path, progress: Callable) -> dict:
-        """Scores of simple rivals on the same held-out data, by the rival's name; may hold "tables" and "notes"."""
+        """Scores of simple baselines on the same held-out data, by name; may hold "tables" and "notes"."""
         return {}
 
     def remarks(self, model) -> list[str]:
-        """What a user should know of the model as built: which attention was chosen and why. Lines for the log."""
+        """Lines for the log about the model as built, such as which attention was chosen and why."""
         return []
 
     def flops_per_target(self, num_parameters: int) -> float | None:
-        """Training FLOPs (forward and backward) for one real target; None where the recipe cannot say."""
+        """Training FLOPs (forward and backward) for one real target; None if unknown."""
         return None
 
     def looked_up(self) -> int:
-        """Parameters that are looked up and in no product: the embedding of a model with a head of its own."""
+        """The number of parameters that are only looked up, in no product: the embedding of an untied model."""
         return 0
 
     def flops(self, num_trained: int, num_frozen: int) -> float | None:
-        """`flops_per_target` of both, less what frozen weights do not cost: 2 FLOPs of 6, as they have no gradient."""
+        """`flops_per_target` of both, less 2 of 6 FLOPs for frozen weights, which have no gradient."""
         per_target = self.flops_per_target(num_trained + num_frozen)
         return per_target and per_target - 2.0 * max(num_frozen - self.looked_up(), 0)

@@ -1,4 +1,4 @@
-"""The run folder: the only place that knows its paths, its lock and what it says about where a run came from."""
+"""The run folder: its paths, its lock and its provenance. No other module knows their names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from aurora_train import facts
 from aurora_train.errors import UserError
 from aurora_train.files import make_folder, read_json, write_atomically, write_json
 
-_ATTEMPTS = 6  # to take a lock that somebody looks at
+_ATTEMPTS = 6  # to take the lock, which `is_held` of another process holds for an instant
 
 
 def default_folder(name: str, config_hash: str) -> Path:
-    """`runs/<name>-<8 hex>`: the same config finds its run again, an edited one starts beside it."""
+    """`runs/<name>-<8 hex>`: the same config always has the same folder, an edited one has another."""
     return Path("runs") / f"{name}-{config_hash[:8]}"
 
 
@@ -50,14 +50,14 @@ class Run:
     wandb_id = property(lambda self: self.folder / "wandb.id")
 
     def journal(self, process: int) -> Path:
-        """What one of the processes that train this run was answered from outside (`train/experience.py`)."""
+        """The file of answers from outside for one of the processes of this run (`train/experience.py`)."""
         return self.folder / "journal" / f"process-{process}.jsonl"
 
     follows = False  # whether another process writes this run's record
 
     @classmethod
     def existing(cls, folder) -> Run:
-        """A run that is there; UserError where it is not."""
+        """The run in an existing run folder; UserError if it is not one."""
         run = cls(folder)
         if not run.config.is_file():
             nearby = sorted(p.parent.name for p in run.folder.parent.glob("*/config.yaml"))[:5]
@@ -67,9 +67,9 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Make the folder and hold it for this process. The kernel drops the lock when the process dies.
+        """Create the folder and lock it for this process. The kernel releases the lock when the process dies.
 
-        A folder that was made here is removed again where what follows fails before the first step.
+        A folder created here is removed again if the run fails before its first step.
         """
         made = _missing(self.folder)
         try:
@@ -80,13 +80,13 @@ class Run:
                     if made and not self.has_begun() and not self._was_replanned():
                         shutil.rmtree(self.folder, ignore_errors=True)
                     raise
-                if made and os.listdir(self.folder) == [".lock"]:  # stopped before there was anything to keep
+                if made and os.listdir(self.folder) == [".lock"]:  # nothing was begun
                     (self.folder / ".lock").unlink()
         finally:
             _remove_empty(made)
 
     def _locked(self):
-        """The lock file, open, locked, and signed. UserError where another process holds it or it is not writable."""
+        """The lock file, open, locked and signed. UserError if another process holds it or it is not writable."""
         try:
             for attempt in range(_ATTEMPTS):
                 make_folder(self.folder)
@@ -97,7 +97,7 @@ class Run:
                         handle.truncate(0)
                         os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
                         return handle
-                except BlockingIOError:  # perhaps only by somebody who looks whether it is held (`is_held`)
+                except BlockingIOError:  # perhaps only by another process's check (`is_held`)
                     time.sleep(0.01 * attempt)
                 handle.close()
         except OSError as error:
@@ -115,7 +115,7 @@ class Run:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # never held, or not ours to read
+        except OSError:  # never held, or not readable by us
             return False
         return False
 
@@ -123,38 +123,38 @@ class Run:
         return UserError(
             f"cannot write the run folder: {error.strerror}",
             where=str(self.folder),
-            hint="mend its permissions or free some room, or name another folder with --run",
+            hint="fix its permissions or free some disk space, or name another folder with --run",
         )
 
     def holder(self) -> str:
-        """What the process that holds the lock wrote into it; "" where the folder was never held."""
+        """The lock holder's description of itself; "" if the folder was never locked."""
         lock = self.folder / ".lock"
         return lock.read_text() if lock.exists() else ""
 
     def step(self) -> int:
-        """The newest saved step, 0 where there is none. Reads names only."""
-        from aurora_train.checkpoint.audit import sealed_steps  # not the store: it imports jax, which is not set up yet
+        """The newest saved step, 0 if there is none. Reads names only."""
+        from aurora_train.checkpoint.audit import sealed_steps  # the store would import jax too early
 
         return max(sealed_steps(self.checkpoints), default=0)
 
     def holds_something_else(self) -> bool:
-        """Whether the folder is taken, and not by what a run leaves that was killed in its first moments."""
+        """Whether the folder holds anything other than the remains of a run that was killed in its first moments."""
         if not self.folder.is_dir():
             return self.folder.exists()
         return bool({path.name for path in self.folder.iterdir()} - {".lock", "code", "facts", "config.yaml.new"})
 
     def has_begun(self) -> bool:
-        """Whether a step was ever taken, as far as the disk knows."""
+        """Whether a step was ever taken, as far as the files show."""
         return _has_bytes(self.metrics) or self.checkpoints.is_dir() and self.step() > 0
 
     def _was_replanned(self) -> bool:
-        """Whether memory ran out before the first step: the next attempt goes on with the smaller plan."""
+        """Whether memory ran out before the first step: the next attempt continues with the smaller plan."""
         from aurora_train.record.metrics import read
 
         return any(event["event"] == "replan" for event in read(self.events))
 
     def forget(self) -> None:
-        """Remove what an attempt wrote that failed before its first step. The caller holds the lock."""
+        """Remove the files of an attempt that failed before its first step. The caller holds the lock."""
         for folder in (self.code, self.facts, self.trash, self.workdir, self.folder / "journal"):
             shutil.rmtree(folder, ignore_errors=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
@@ -163,7 +163,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def finished_at(self, config) -> int | None:
-        """The step at which the run ended by this config, and was scored: its last, or one where patience ran out."""
+        """The step at which the run ended under this config and was scored: the last, or where patience ran out."""
         from aurora_train.record.metrics import read
 
         for event in reversed(read(self.events)):
@@ -174,12 +174,12 @@ class Run:
         return None
 
     def move_aside(self) -> Path | None:
-        """Rename the folder out of the way (`--fresh`): nothing is lost. UserError while another process trains it."""
+        """Rename the folder out of the way (`--fresh`), so nothing is lost. UserError while it is being trained."""
         if not self.folder.exists():
             return None
         aside = f"{self.folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}"
         target, number = self.folder.with_name(aside), 1
-        while target.exists():  # the clock may stand where it stood before
+        while target.exists():  # the clock may have been set back
             number += 1
             target = self.folder.with_name(f"{aside}-{number}")
         with self.lock():
@@ -188,17 +188,17 @@ class Run:
 
 
 def early_end(config) -> dict:
-    """What the event of the end says of a run that ended before its last step: what would have to change to go on."""
+    """The fields of the final event of a run that ended before its last step: the settings that ended it."""
     return {"patience": config.evaluate.patience, "steps": config.train.steps}
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the innermost first."""
+    """The folder and its parents that do not exist, the innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, up to one that holds something."""
+    """Remove folders, the innermost first, up to one that is not empty."""
     with contextlib.suppress(OSError):
         for path in folders:
             if path.exists():
@@ -206,7 +206,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _is_same_file(handle, path: Path) -> bool:
-    """Whether a path still leads to an open file: whoever held it before may have removed it with its folder."""
+    """Whether a path still leads to an open file: its previous holder may have removed it with its folder."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     return False
@@ -217,10 +217,10 @@ def _has_bytes(path: Path) -> bool:
 
 
 class FollowedRun(Run):
-    """A run that another process leads: its checkpoints to read, and a copy of its record to write on and throw away.
+    """A run that another process leads: its checkpoints are shared, its record is a temporary copy.
 
-    A process that follows does all that the leader does, so that both come to the same steps; what it writes is the
-    same and wanted once.
+    A process that follows does everything that the leader does, so that both reach the same steps. It writes the same
+    record, which is needed only once.
     """
 
     follows = True
@@ -237,12 +237,12 @@ class FollowedRun(Run):
     checkpoints = property(lambda self: self._leaders.checkpoints)
 
     def journal(self, process: int) -> Path:
-        """In the leader's run folder: what this process was answered is on no other record."""
+        """The journal in the leader's run folder, because this process's answers are recorded nowhere else."""
         return self._leaders.journal(process)
 
 
 def provenance(config, session, machine: dict, parents: dict) -> dict:
-    """What made this run: code, data, facts, the runs it starts from, versions, machine, command."""
+    """The origin of this run: code, data, facts, the runs it starts from, versions, machine, command."""
     source = session.source
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -259,7 +259,7 @@ def provenance(config, session, machine: dict, parents: dict) -> dict:
 
 
 def record_allowed(run: Run, changes: list[tuple]) -> None:
-    """Put changes of frozen keys into the run's provenance: (key, old, new, class) each."""
+    """Add changes of frozen keys, each (key, old, new, class), to the run's provenance."""
     if not changes:
         return
     known, now = read_json(run.provenance, {}), datetime.now(UTC).isoformat(timespec="seconds")
@@ -274,13 +274,13 @@ CODE = "code"  # the key by which `--allow-change` names a recipe's code
 
 
 def changed_code(run: Run, config) -> tuple[str, str] | None:
-    """(recorded, present) sha256 of the recipe's code, where the run did not train with what it would be read with."""
+    """(recorded, present) sha256 of the recipe's code if they differ, else None."""
     recorded = read_json(run.provenance, {}).get("recipe", {}).get("sha256")
     return (recorded, config.recipe_sha256) if recorded not in (None, config.recipe_sha256) else None
 
 
 def say_changed_code(run: Run, config, by: str) -> None:
-    """Say on standard error, and record in events.jsonl, that a verb reads a run with other code than trained it."""
+    """Report on standard error and in events.jsonl that a verb reads a run with other code than trained it."""
     from aurora_train.record.metrics import EventLog, read
 
     changed = changed_code(run, config)
@@ -291,23 +291,23 @@ def say_changed_code(run: Run, config, by: str) -> None:
     print(f"{file} is not the code that this run was trained with (sha256 {was[:12]}, now {now[:12]})", file=sys.stderr)
     known = {(event.get("by"), event.get("after")) for event in read(run.events) if event["event"] == "other_code"}
     if (by, now) not in known:
-        with contextlib.suppress(UserError, OSError), EventLog(run.events) as events:  # a folder that can only be read
+        with contextlib.suppress(UserError, OSError), EventLog(run.events) as events:  # the folder may be read-only
             events.event("other_code", run.step(), by=by, before=was, after=now)
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that the numbers depend on."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of every package that affects the numbers."""
+    known = {"python": platform.python_version()}
     for name in ("aurora_train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            known[name] = metadata.version(name)
+    return known
 
 
 def code_hash() -> str:
-    """sha256 over the package's own Python files and tables: which code a checkpoint came from, without asking git.
+    """sha256 over the package's own Python files and tables, which identifies a checkpoint's code without git.
 
-    The same for a wheel and an editable install: only the wheel has the bundled recipes inside the package.
+    It is the same for a wheel and an editable install, although only the wheel has the bundled recipes in the package.
     """
     root, hasher = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*root.rglob("*.py"), *root.rglob("*.toml")]):
@@ -318,9 +318,9 @@ def code_hash() -> str:
 
 
 def copy_code(run: Run, code: dict[str, Path]) -> None:
-    """Keep a recipe's files in the run, so that a resume never depends on a file that moved or changed.
+    """Copy a recipe's files into the run, so that a resume never depends on a file that moved or changed.
 
-    In a folder without a config they are replaced: an attempt that was killed may have left those of another version.
+    In a folder without a config they are replaced, because a killed attempt may have left those of another version.
     """
     begun = run.config.is_file()
     for name, file in code.items():

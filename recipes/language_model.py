@@ -1,7 +1,7 @@
 """Language modelling: a decoder transformer trained on text, scored in bits per byte on whole held-out documents.
 
-Bits per byte do not depend on the tokenizer, so runs with different vocabularies compare, and so do file
-compressors: the score stands beside `xz` and `gzip` on the same documents, and beside an n-gram model.
+Bits per byte do not depend on the tokenizer, so runs with different vocabularies are comparable, and so are file
+compressors: the score is shown beside those of `xz`, `gzip` and an n-gram model on the same documents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Scoring(Section):
 
 
 class Samples(Section):
-    """What is written for the report after training."""
+    """The samples generated for the report after training."""
 
     count: int = setting(8, resume="free", ge=0, help="number of samples")
     max_tokens: int = setting(256, resume="free", ge=1, help="tokens per sample")
@@ -55,25 +55,25 @@ class Recipe(Base):
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
         model, data = given.get("model") or {}, given.get("data") or {}
-        tokenizer, size, found = data.get("tokenizer") or {}, model.get("size"), []
+        tokenizer, size, derived = data.get("tokenizer") or {}, model.get("size"), []
         if isinstance(size, str):
             vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "auto") not in ("auto", "byte") else 257
-            found = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
-        model = model | {one.key.removeprefix("model."): one.value for one in found}
+            derived = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
+        model = model | {one.key.removeprefix("model."): one.value for one in derived}
         table = model.get("max_length", DecoderConfig().max_length)
         if model.get("positions") == "learned" and isinstance(table, int) and 1 < table <= Samples().max_tokens:
-            formula = f"what follows the first token in a table of {table} positions"
-            found.append(Derived("samples.max_tokens", table - 1, formula, "model.positions: learned"))
-        return found
+            formula = f"{table} learned positions, less one for the first token"
+            derived.append(Derived("samples.max_tokens", table - 1, formula, "model.positions: learned"))
+        return derived
 
     @classmethod
     def check(cls, config) -> None:
         check_data(config.data)
         if config.evaluate.final and config.data.holdout_test == 0:
             raise UserError(
-                "there is no test document to score the run on",
+                "there is no test document on which to score the run",
                 where="data.holdout_test",
-                hint="data.holdout_test=0.02, or evaluate.final=false",
+                hint="set data.holdout_test=0.02 or evaluate.final=false",
             )
         if config.model.positions == "learned" and config.model.max_length < config.data.sequence:
             raise UserError(
@@ -84,13 +84,13 @@ class Recipe(Base):
         if any(row.kind == "cross" for row in config.model.rows):
             raise UserError(
                 "a language model has no encoder that a layer of kind cross could read", where="model.layer_table",
-                hint="kind: full; an encoder beside a decoder takes a recipe of your own: docs/extend.md",
+                hint="use kind: full; an encoder beside a decoder needs your own recipe: docs/extend.md",
             )  # fmt: skip
         room, samples = config.model.max_length - 1, config.samples
         if config.model.positions == "learned" and samples.count and samples.max_tokens > room:
             raise UserError(
                 f"samples of {samples.max_tokens} tokens do not fit into {room + 1} learned positions, the first of "
-                "which the start takes",
+                "which is taken by the separator",
                 where="samples.max_tokens",
                 hint=f"samples.max_tokens={room}, model.max_length={samples.max_tokens + 1}, or model.positions=rope",
             )
@@ -101,14 +101,14 @@ class Recipe(Base):
         return {**self.store.tokenizer.files(), "vocabulary": self.store.tokenizer.vocab_size}
 
     def expected_facts(self) -> dict:
-        """A small text may yield fewer entries than the config asks for."""
+        """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""
         from aurora_train.data.tokenizers import expected_vocabulary
 
         return {"vocabulary": expected_vocabulary(self.config.data.tokenizer)}
 
     @functools.cached_property
     def tokenizer(self):
-        """Of the text that the model was trained on, wherever it is used."""
+        """The tokenizer of the training text, on any machine."""
         from aurora_train.data.tokenizers import Tokenizer
 
         return Tokenizer.of_files(self.known)
@@ -128,7 +128,7 @@ class Recipe(Base):
         self.store = prepare(self.config.data, self.cache / "data", progress=progress, inherited=inherited)
 
     def on(self, path: str):
-        """All of a source, cut into tokens as the training text was."""
+        """A recipe whose test split is a whole source, tokenized like the training text."""
         whole = {
             "source": path, "mix": {}, "pattern": "**/*", "max_documents": None, "tokenizer": TokenizerConfig(),
             "holdout_test": ALL_HELD_OUT, "holdout_validation": 0.0,
@@ -202,12 +202,12 @@ class Recipe(Base):
             "remarks": few(len(documents), "document", "raise data.holdout_test", size(sizes.sum())),
             "notes": [
                 f"{len(documents)} {self.store.held_out}; windows of {sequence} tokens, "
-                f"{overlap} of them context seen before; each document is read from its start, knowing nothing else"
+                f"{overlap} of them context seen before; each document is read from its start without other context"
             ],
         }
 
     def _by_source(self, names: list[str], bits, sizes) -> dict[str, float]:
-        """Bits per byte of each source of a mixture that has a held-out document."""
+        """Bits per byte of each source of a mixture that has held-out documents."""
         of = np.array([name.partition("/")[0] for name in names])
         return {
             f"bits_per_byte_{name}": float(bits[of == name].sum() / sizes[of == name].sum())

@@ -1,8 +1,8 @@
-"""Neural decoding: the spikes of motor cortex in, the velocity of the hand out, bin by bin and causally.
+"""Neural decoding: predicts the velocity of the hand from the spikes of motor cortex, bin by bin and causally.
 
-The velocity of bin t is decoded from the spikes of bins up to t and no later, within `data.window` bins and within the
-trial, so the score is what a closed-loop decoder would get. Whole trials are held out by a hash of (recording, trial).
-Ridge regression and a Wiener filter are fitted to the same training trials in the same run and scored beside it.
+The velocity of bin t is decoded only from the spikes of bins up to t, within `data.window` bins and within the trial,
+so the score is what a closed-loop decoder would reach. Whole trials are held out by a hash of (recording, trial). Ridge
+regression and a Wiener filter are fitted to the same training trials in the same run and scored beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe, few
 
 SIMULATED = "simulated"
-INPUT_SITE = 0xD  # tells the mask of dropped spikes from the masks inside the model
+INPUT_SITE = 0xD  # distinguishes the mask of dropped spikes from the masks inside the model
 
 
 class ModelConfig(Section):
@@ -33,7 +33,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Which recording, and how it becomes bins."""
+    """The recording, and how it is binned."""
 
     source: str = setting(
         SIMULATED, resume="located", path_unless=(SIMULATED,), help="simulated, or the path of an NWB (HDF5) file"
@@ -46,7 +46,7 @@ class DataConfig(Section):
     held_out: float = setting(0.2, gt=0, lt=0.6, help="share of trials for the test; half as many for validation")
     simulated_trials: int = setting(300, ge=10, help="reaches in the simulated session")
     simulated_units: int = setting(96, ge=1, help="units in the simulated session")
-    simulated_seed: int = setting(0, ge=0, help="seed of the simulated session, apart from the run's")
+    simulated_seed: int = setting(0, ge=0, help="seed of the simulated session, separate from the run's")
 
 
 class Config(Section):
@@ -63,13 +63,13 @@ class NeuralDecoding(Recipe):
     @classmethod
     def check(cls, config) -> None:
         width, heads = config.model.width, config.model.heads
-        # Rotary positions turn pairs of a head's entries, so a head has an even size.
+        # Rotary positions turn pairs of a head's entries, so the size of a head must be even.
         if config.model.kind == "transformer" and width % (2 * heads):
             fitting = [str(n) for n in range(1, width + 1) if width % (2 * n) == 0]
             raise UserError(
                 f"{heads} heads do not divide width {width} into heads of an even size",
                 where="model.heads",
-                hint=f"heads that do: {', '.join(fitting)}" if fitting else "choose an even width",
+                hint=f"use one of these for heads: {', '.join(fitting)}" if fitting else "choose an even width",
             )
 
     # Data
@@ -102,7 +102,7 @@ class NeuralDecoding(Recipe):
         return bin_trials(recording, data.bin_ms / 1000, data.units)
 
     def facts(self) -> dict:
-        """How many units and axes there are, and the scale of each axis over the training trials."""
+        """The numbers of units and axes, and the scale of each axis over the training trials."""
         from neural.spikes import Standard
 
         velocity = self._trials.split("train", self.config.data.held_out).velocity
@@ -153,7 +153,7 @@ class NeuralDecoding(Recipe):
         return model(batch["spikes"])
 
     def flops_per_target(self, num_parameters: int) -> float:
-        """6 N a bin, forward and backward (Kaplan et al. 2020); attention over so few bins is left out."""
+        """6 N per bin, forward and backward (Kaplan et al. 2020); attention over so few bins is neglected."""
         return 6.0 * num_parameters
 
     # Score
@@ -170,7 +170,7 @@ class NeuralDecoding(Recipe):
             "Latency: one new bin given its history, batch 1, from counts on the host to velocity on the host.",
         ]
         if self.config.data.source == SIMULATED:
-            notes.append("The session is simulated; only a recording tells what a decoder is worth.")
+            notes.append("The session is simulated; only a real recording shows what a decoder is worth.")
         shown = {
             "notes": notes, "plots": velocity_plots(windows.trials, decoded),
             "remarks": few(facts["trials"], "trial", "raise data.held_out"),
@@ -178,7 +178,7 @@ class NeuralDecoding(Recipe):
         return scores(windows.trials.velocity, decoded) | latency(predict, windows, progress) | shown
 
     def baselines(self, workdir, progress) -> dict:
-        """R2 of ridge with the decoder's history, its penalty chosen on validation trials, and of a Wiener filter."""
+        """R2 of ridge regression over the decoder's history, its penalty chosen on validation, and a Wiener filter."""
         from neural.linear import linear_decoder
 
         window = self.config.data.window
@@ -196,14 +196,14 @@ class NeuralDecoding(Recipe):
 
 
 def decode(predict, windows, progress, batch: int = 256) -> np.ndarray:
-    """Velocity of every bin of the windows' trials in its own unit, float64[N, D], each from its last T bins.
+    """Velocity of every bin of the windows' trials in its unit, float64[N, D], each decoded from its last T bins.
 
-    A trial's first window gives its first T bins; every later bin is the last of the window that ends with it.
+    A trial's first window gives its first T bins; every later bin comes from the window that ends with it.
     """
     velocity = np.full(windows.trials.velocity.shape, np.nan)
     last = windows.window - 1
     for start in range(0, len(windows), batch):
-        # The last batch is filled up with its last window, so that one shape is compiled.
+        # The last batch is padded with its last window, so that only one shape is compiled.
         wanted = np.minimum(np.arange(start, start + batch), len(windows) - 1)
         decoded = windows.standard.undo(np.asarray(predict({"spikes": windows.take(wanted)["spikes"]}), np.float64))
         for index, values in zip(wanted, decoded, strict=True):

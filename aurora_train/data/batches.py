@@ -1,7 +1,7 @@
-"""Batches by number: Grain's threads read ahead, but what batch `data_step` holds is decided by `order` alone.
+"""Batches by number: Grain's threads read ahead, but only `order` decides what batch `data_step` holds.
 
-There is no iterator state to save: to continue at a step is to ask for batches from that step. Zero worker processes
-on purpose: with them Grain changes the data when their number changes, and a killed trainer leaves them behind.
+There is no iterator state to save: to continue at a step is to request batches from that step. There are deliberately
+no worker processes: Grain changes the data when their number changes, and a killed trainer leaves them behind.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class BatchFeed:
         except StopIteration:
             raise
         except BaseException:
-            self.close()  # Grain would go on with the batch after the failed one
+            self.close()  # Grain would continue with the batch after the failed one
             raise
 
     def close(self) -> None:
-        """End the threads; what they have read ahead is dropped."""
+        """End the threads and drop what they have read ahead."""
         self._iterator.close()
 
     def __enter__(self) -> BatchFeed:
@@ -59,7 +59,7 @@ def batches(
     Each is (data_step, `read_batch` of that step).
 
     Args:
-        source: the data; an error raised in `take` is raised by `next`, and the feed is then closed.
+        source: the data; an error in `take` is raised by `next`, and the feed is then closed.
         batch: examples of the global batch.
         rows: the part of the global batch that this process holds; all of it by default.
         prefetch: batches kept ready; 0 reads in the caller's thread.
@@ -69,7 +69,7 @@ def batches(
     def read(data_step: int) -> tuple[int, dict[str, np.ndarray]]:
         try:
             return int(data_step), read_batch(source, seed, batch, int(data_step), rows)
-        except SystemExit as error:  # it would end this process with the status of a success
+        except SystemExit as error:  # it would end this process with a successful status
             raise UserError(
                 f"reading the batch of data step {int(data_step)} ended its thread",
                 where=type(source).__name__,
@@ -86,7 +86,7 @@ def read_batch(
     """The batch of one step: `source.take` of its indices, plus `example`, uint32[B].
 
     `example` is the place in the endless stream of epochs, data_step * batch + i, modulo 2**32. Unlike an index it
-    differs between two visits of one example, also within a batch that spans epochs, so random keys made from it do.
+    differs between two visits of one example, even within a batch that spans epochs, and so do random keys made of it.
     """
     chosen = examples_at(source, seed, data_step, batch)[rows]
     return {**source.take(chosen), "example": places(data_step, batch)[rows]}

@@ -1,4 +1,4 @@
-"""What a classifier is scored by, and the rival that counts words. numpy alone."""
+"""Scores of a classifier, and a baseline that counts words. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WORD = re.compile(r"\w+")
 
 
 def confusion(truth, read, num_classes: int) -> np.ndarray:
-    """int64[C, C]: how often each class (row) was read as which (column)."""
+    """int64[C, C]: how often each class (row) was classified as each class (column)."""
     return np.bincount(truth * num_classes + read, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -20,19 +20,19 @@ def accuracy(counts) -> float:
 
 
 def f1(counts) -> np.ndarray:
-    """F1 of each class, float64[C]: 2 TP / (2 TP + FP + FN); 0 of a class that neither occurs nor is read."""
+    """F1 of each class, float64[C]: 2 TP / (2 TP + FP + FN); 0 for a class that is neither present nor predicted."""
     return 2 * np.diag(counts) / np.maximum(counts.sum(0) + counts.sum(1), 1)
 
 
 def macro_f1(counts) -> float:
-    """The mean F1 of the classes that occur, each counted alike however rare it is."""
+    """The mean F1 of the classes that occur, all weighted equally."""
     return float(f1(counts)[counts.sum(1) > 0].mean())
 
 
 def naive_bayes(texts: list[str], labels: np.ndarray, others: list[str], num_classes: int) -> np.ndarray:
     """The class of each of the `others`, int64[n], by the words of `texts`, whose classes are `labels` int[m].
 
-    Multinomial, with Laplace's smoothing (McCallum and Nigam 1998). A word that no text has says nothing.
+    Multinomial, with Laplace's smoothing (McCallum and Nigam 1998). Words that occur in no text are ignored.
     """
     words = [_WORD.findall(text) for text in texts]
     number = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}

@@ -12,21 +12,21 @@ from aurora_train.errors import UserError
 
 
 class TokenizerConfig(Section):
-    """How text becomes numbers. `byte` needs no training; `bpe` is trained on the train split alone."""
+    """How text becomes numbers. `byte` needs no training; `bpe` is trained only on the train split."""
 
     kind: Literal["auto", "byte", "bpe", "file"] = setting(
         "auto",
-        help="byte, bpe (trained here), file (a tokenizer.json), or auto: file where a path is given, else that of the "
-        "run which init.from names, else byte",
+        help="byte, bpe (trained here), file (a tokenizer.json), or auto: file if a path is given, else that of the "
+        "run that init.from names, else byte",
     )
     vocab: int = setting(4096, ge=257, le=1_000_000, help="entries of the trained bpe vocabulary")
     path: str | None = setting(None, resume="located", path_unless=(), help="a tokenizer.json")
-    separator: str | None = setting(None, help="for kind: file, the token between documents; found when unset")
+    separator: str | None = setting(None, help="for kind: file, the token between documents; detected when unset")
 
     @model_validator(mode="before")
     @classmethod
     def _path_means_file(cls, given):
-        """A path without a kind is one of a file. What else was asked for beside it would be passed over."""
+        """A path without a kind implies kind: file. ValueError for settings that it would make ineffective."""
         if not isinstance(given, dict) or given.get("path") is None or given.get("kind", "auto") != "auto":
             return given
         if "vocab" in given and "kind" not in given:
@@ -42,7 +42,7 @@ class MixedSourceConfig(Section):
         path_unless=("python-stdlib", "hub:"),
         help="python-stdlib, a folder, a file or glob, or hub:owner/name",
     )
-    weight: float = setting(1.0, gt=0, help="its share of the rows that are trained on, beside the others' weights")
+    weight: float = setting(1.0, gt=0, help="its share of the training rows, relative to the others' weights")
     pattern: str = setting("**/*", help="glob inside a folder")
     text_field: str = setting("text", help="column of a table that holds the text")
     max_documents: int | None = setting(None, ge=1, help="read only the first documents of the source, in its order")
@@ -57,7 +57,7 @@ class TextDataConfig(Section):
         path_unless=("python-stdlib", "hub:"),
         help="python-stdlib, a folder, a file or glob, or hub:owner/name",
     )
-    mix: dict[str, MixedSourceConfig] = setting({}, help="several named sources, {source, weight} each, and not one")
+    mix: dict[str, MixedSourceConfig] = setting({}, help="several named sources, {source, weight} each, instead of one")
     pattern: str = setting("**/*", help="glob inside a folder")
     text_field: str = setting("text", help="column of a table that holds the text")
     tokenizer: TokenizerConfig = setting(TokenizerConfig())
@@ -68,11 +68,11 @@ class TextDataConfig(Section):
     online: bool = setting(False, resume="free", help="allow a hub: source to use the network")
 
 
-ALL_HELD_OUT = 1.0  # of `holdout_test`: more than a config may say; no text is left to train on
+ALL_HELD_OUT = 1.0  # a `holdout_test` that a config may not set: no text is left to train on
 
 
 def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
-    """Raise UserError for what is wrong whatever the sources hold. `base` is the folder of the config file."""
+    """Raise UserError for settings that are wrong for any source. `base` is the folder of the config file."""
     if config.holdout_test != ALL_HELD_OUT and config.holdout_test + config.holdout_validation >= 1:
         raise UserError(
             "nothing would be left to train on",
@@ -90,14 +90,14 @@ def _check_mix(config: TextDataConfig) -> None:
     if config.source != default or config.pattern != "**/*" or config.max_documents is not None:
         raise UserError(
             "a mixture has its sources in data.mix alone", where="data.source",
-            why="data.source, data.pattern and data.max_documents are of a run with one source",
-            hint="move it in: data.mix.NAME.source=... data.mix.NAME.weight=1",
+            why="data.source, data.pattern and data.max_documents belong to a run with one source",
+            hint="move it into the mixture: data.mix.NAME.source=... data.mix.NAME.weight=1",
         )  # fmt: skip
     for name in config.mix:
         if not name or not all(character.isalnum() or character in "-_." for character in name):
             raise UserError(
                 f"a source of a mixture cannot be called {name!r}", where="data.mix",
-                why="its name begins the names of its documents", hint="letters, digits, - _ and . only",
+                why="its name begins the names of its documents", hint="use only letters, digits, - _ and .",
             )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _check_tokenizer(config: TokenizerConfig, base: Path | None) -> None:
         for name in ("path", "separator"):
             if getattr(config, name) is not None:
                 raise UserError(
-                    f"a {name} goes with a tokenizer.json, and the tokenizer is of kind: {config.kind}",
+                    f"a {name} goes with a tokenizer.json, but the tokenizer is of kind: {config.kind}",
                     where=f"data.tokenizer.{name}",
                     hint=f"data.tokenizer.kind=file, or leave {name} out",
                 )

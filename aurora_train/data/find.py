@@ -1,8 +1,8 @@
-"""Which files a source has: those below a folder that match a pattern, those of a glob, or one file.
+"""Finds the files of a source: those below a folder that match a pattern, those of a glob, or one file.
 
-A file's name is its path below the source's root, so the names do not depend on where the root lies. Linked folders
-are followed; each real folder is read once, under its own path where it has one below the root, so that a link back
-up makes no loop.
+A file's name is its path below the source's root, so the names do not depend on where the root is. Linked folders are
+followed; each real folder is read once, under its own path if that is below the root, so that a link back up makes no
+loop.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _SKIPPED = ("__pycache__",)
 def find(path: Path, pattern: str, lost: list[str], limit: int | None = None) -> tuple[Path, list[tuple[str, Path]]]:
     """(root, (name, path) of every file, sorted by name) of a folder, a file, or a glob.
 
-    `lost` receives the names of folders that cannot be read and of links that lead nowhere. With `limit`, the walk
-    through a folder stops after so many files.
+    `lost` receives the names of unreadable folders and broken links. With `limit`, the walk through a folder stops
+    after so many files.
     """
     if path.is_dir():
         return path, below(path, pattern, _SKIPPED, lost, limit)
@@ -34,24 +34,24 @@ def find(path: Path, pattern: str, lost: list[str], limit: int | None = None) ->
 def below(
     root: Path, pattern: str, skip: tuple[str, ...], lost: list[str] | None = None, limit: int | None = None
 ) -> list[tuple[str, Path]]:
-    """Files below `root` that match, sorted by their path in it, without hidden ones and folders named in `skip`.
+    """Matching files below `root`, sorted by their path in it, without hidden ones and folders named in `skip`.
 
-    Without `lost`, links to folders are not followed.
+    If `lost` is None, links to folders are not followed.
     """
-    matches, found = _matcher(pattern), []
+    matches, names = _matcher(pattern), []
     for name, entry in _walk(str(root), skip, lost):
         if matches(name):
             if os.path.isfile(entry.path):
-                found.append(name)
+                names.append(name)
             elif lost is not None and entry.is_symlink():
                 lost.append(name)
-        if len(found) == limit:
+        if len(names) == limit:
             break
-    return [(name, root / name) for name in sorted(found)]
+    return [(name, root / name) for name in sorted(names)]
 
 
 def _walk(root: str, skip: tuple[str, ...], lost: list[str] | None) -> Iterator[tuple[str, os.DirEntry]]:
-    """(name, entry) of everything but folders. A linked folder comes after all that is reached without it."""
+    """(name, entry) of everything but folders. A linked folder comes after everything that is reachable without it."""
     seen: set[tuple[int, int]] = set()
     waiting, linked = [(root, "")], []
     while waiting or linked:
@@ -79,7 +79,7 @@ def _walk(root: str, skip: tuple[str, ...], lost: list[str] | None) -> Iterator[
 
 
 def _once(matches: list[Path]) -> list[Path]:
-    """Without files that are matched again through a linked folder; the path without a link is kept, or the first."""
+    """Drop files matched again through a linked folder; keep the path without a link, else the first."""
     if not matches:
         return []
     base = Path(os.path.commonpath([match.parent for match in matches]))
@@ -95,7 +95,7 @@ def _once(matches: list[Path]) -> list[Path]:
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    """A glob over relative posix paths, where `**/` is any number of folders, also none."""
+    """A glob over relative posix paths, where `**/` is any number of folders, including none."""
     expression, position = "", 0
     while position < len(pattern):
         if pattern.startswith("**/", position):

@@ -1,4 +1,4 @@
-"""What a batch really holds: facts about its rows as plain data, and their text with document boundaries shown."""
+"""Inspects a batch: facts about its rows as plain data, and their text with document boundaries."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 def inspect_batch(source: Source | None, split: str, seed: int, batch: int, data_step: int, rows: int) -> dict:
     """JSON-able facts about the batch that training reads at `data_step`.
 
-    Always: shape, dtype and range of every array, and the example indices. For text also token counts, share of
-    padding, documents and bytes per token of the split, and, for the first `rows` rows, documents and segments with
-    their text. UserError where the split has no data.
+    They always include the shape, dtype and range of every array, and the example indices; for text also token counts,
+    the share of padding, documents and bytes per token of the split, and, for the first `rows` rows, documents and
+    segments with their text. UserError if the split has no data.
     """
     if source is None:
         raise UserError(f"the {split} split is empty", where=f"data.holdout_{split}", hint=f"data.holdout_{split}=0.01")
@@ -45,7 +45,7 @@ def inspect_batch(source: Source | None, split: str, seed: int, batch: int, data
 
 
 def _mixed(source, chosen: np.ndarray, position: int) -> dict[str, dict]:
-    """Of each source of a mixture: its share, its rows, how often all were seen before, rows in this batch."""
+    """For each source of a mixture: its share, its rows, its number of passes so far, its rows in this batch."""
     shares = slots(source.mixture) / slots(source.mixture).sum()
     return {
         name: {
@@ -57,13 +57,13 @@ def _mixed(source, chosen: np.ndarray, position: int) -> dict[str, dict]:
 
 
 def not_finite(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, list[int]]:
-    """The examples, among those `chosen`, whose arrays hold NaN or an infinity: by name, those that have any."""
-    found = {}
+    """The examples among `chosen` whose arrays hold NaN or an infinity, by array name; only names that have any."""
+    bad_examples = {}
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.floating):
             bad = ~np.isfinite(array.reshape(len(array), -1)).all(1)
-            found |= {name: chosen[bad].tolist()} if bad.any() else {}
-    return found
+            bad_examples |= {name: chosen[bad].tolist()} if bad.any() else {}
+    return bad_examples
 
 
 def _text_facts(source: TokenSource, arrays: dict[str, np.ndarray]) -> dict:
@@ -98,7 +98,7 @@ def _row(source: TokenSource, index: int, arrays: dict[str, np.ndarray], i: int)
 
 
 def show(facts: dict, console) -> None:
-    """Print `inspect_batch`'s facts on a rich console; each document of a row has its own colour and a rule above."""
+    """Print `inspect_batch`'s facts on a rich console; each document has its own colour, each row a rule above."""
     from rich.table import Table
     from rich.text import Text
 

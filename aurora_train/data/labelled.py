@@ -1,7 +1,7 @@
-"""Texts with a label each: read from a table or from the interpreter's own library, and split class by class.
+"""Labelled texts: read from a table or from the interpreter's own library, and split class by class.
 
-Free of jax. A row counts from 1, the header aside. What a user has to repair (a label that is missing or unknown) is
-refused by file and row; a row without text, or with the text of an earlier one, is left out and counted.
+Free of jax. Rows count from 1, without the header. What a user has to fix (a missing or unknown label) is refused with
+file and row; a row without text, or with the text of an earlier one, is left out and counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STDLIB = "python-stdlib"
 # Packages of every Python that is supported; those that this one lacks are left out.
 PACKAGES = ("asyncio", "email", "encodings", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib",
             "xml")  # fmt: skip
-_SHORTEST = 100  # characters of a function: a shorter one says too little
+_SHORTEST = 100  # characters of a function; shorter ones are skipped
 SPLITS = ("train", "test", "validation")
 
 
@@ -37,14 +37,14 @@ class Labelled(NamedTuple):
 def read(
     source: str, text_field: str, label_field: str, classes: list[str], *, one_will_do: bool = False
 ) -> tuple[list[Labelled], Counter]:
-    """(the rows in order, how many were left out by reason). `classes`: the labels there may be; [] allows all.
+    """(the rows in order, the number left out by reason). `classes`: the permitted labels; [] allows all.
 
-    Raises UserError for a source that is no table, for a row whose label is missing or not among `classes`, and where
+    Raises UserError for a source that is not a table, for a row whose label is missing or not among `classes`, and if
     all rows are of one class, unless `one_will_do`.
     """
-    found = _functions() if source == STDLIB else _of_tables(source, text_field, label_field)
+    source_rows = _functions() if source == STDLIB else _of_tables(source, text_field, label_field)
     rows, seen, left_out = [], set(), Counter()
-    for row in found:
+    for row in source_rows:
         if isinstance(row, LeftOut):
             left_out[str(row)] += 1
         elif row.text in seen:
@@ -58,17 +58,16 @@ def read(
     if len({row.label for row in rows}) == 1 and not one_will_do:
         raise UserError(
             f"all {len(rows):,} rows of {source} are labelled `{rows[0].label}`, from {rows[0].place} on",
-            where="data.label_field", why="there is nothing to tell apart",
-            hint="data.label_field=COLUMN names another",
+            where="data.label_field", why="there is nothing to distinguish",
+            hint="data.label_field=COLUMN selects another column",
         )  # fmt: skip
     return rows, left_out
 
 
 def split(rows: list[Labelled], test: float, validation: float) -> dict[str, list[int]]:
-    """Indices of the rows by split. Of every class the same share is held out, and one row at least.
+    """Indices of the rows by split. The same share of every class is held out, and at least one row.
 
-    Within a class the hash of the text decides, so that the order of the rows does not. UserError for a class that is
-    too small.
+    Within a class the hash of the text decides, not the order of the rows. UserError for a class that is too small.
     """
     by_class: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -80,8 +79,8 @@ def split(rows: list[Labelled], test: float, validation: float) -> dict[str, lis
             raise UserError(
                 f"the class `{label}` has {len(numbers)} row{'' if len(numbers) == 1 else 's'}, the first of them "
                 f"{rows[numbers[0]].place}", where="data.source",
-                why="each class is in the training, the validation and the test rows",
-                hint="add rows of it, or leave it out of the table",
+                why="each class must be in the training, the validation and the test rows",
+                hint="add rows of this class, or remove it from the table",
             )  # fmt: skip
         numbers = sorted(numbers, key=lambda n: hashlib.sha256(rows[n].text.encode()).digest())
         chosen["test"] += numbers[:tests]
@@ -104,7 +103,7 @@ def _check_class(row: Labelled, classes: list[str]) -> None:
 
 
 def tables_of(source: str) -> list[tuple[str, Path]]:
-    """(name, path) of the tables of a source: a file, a folder or a glob. UserError where there is none."""
+    """(name, path) of the tables of a source: a file, a folder or a glob. UserError if there is none."""
     path = Path(source).expanduser()
     if not path.exists() and not any(mark in source for mark in "*?["):
         why = f"looked for {path.absolute()}"
@@ -114,7 +113,7 @@ def tables_of(source: str) -> list[tuple[str, Path]]:
     if not files:
         raise UserError(
             f"{source} holds no table", where="data.source",
-            why=f"labels stand in a column; read are {' '.join(tables.KINDS)}, also compressed",
+            why=f"labels are a column of a table; supported are {' '.join(tables.KINDS)}, also compressed",
         )  # fmt: skip
     return files
 
@@ -147,7 +146,7 @@ def _label(cell: bytes | Mistake, place: str, field: str) -> str:
         if label:
             return label
         raise UserError(f"{place} has no label", where=f"data.label_field ({field})",
-                        hint="give it one, or take the row out")  # fmt: skip
+                        hint="add a label, or remove the row")  # fmt: skip
     if isinstance(cell.value, bool):
         return str(cell.value).lower()
     if isinstance(cell.value, int | float) and math.isfinite(cell.value):
@@ -166,7 +165,7 @@ def _label(cell: bytes | Mistake, place: str, field: str) -> str:
 
 
 def _functions() -> Iterator[Labelled]:
-    """The functions of some packages as they are written, each labelled by its package."""
+    """The source text of functions of some packages, each labelled by its package."""
     root = Path(sysconfig.get_path("stdlib"))
     for package in PACKAGES:
         for name, path in find.below(root / package, "**/*.py", skip=("__pycache__", "test", "tests")):

@@ -1,11 +1,11 @@
-"""Which example comes when: a pure function of (seed, data_step), never a stored permutation or an iterator.
+"""The order of examples: a pure function of (seed, data_step), never a stored permutation or an iterator.
 
 The stream of examples is one epoch after another, each in its own order; position p is epoch p // n, place p % n.
 Nothing is dropped: a batch may hold the end of one epoch and the start of the next. Within an epoch the order is a
 keyed bijection of [0, n), a Feistel network over the next power of two with cycle walking (Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains"): O(batch) work for any n, and 64-bit integer arithmetic alone, hence equal on
-every machine and version. Grain's own shuffle is index-based as well, but costs 15 us an item in Python and its
-order is not promised across versions; a golden test pins this one.
+"Ciphers with arbitrary finite domains"): O(batch) work for any n, and only 64-bit integer arithmetic, hence equal on
+every machine and version. Grain's own shuffle is index-based as well, but costs 15 us per item in Python, and its
+order is not guaranteed across versions; a golden test pins this one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 _ROUNDS = 8
 _BLOCK = 4096  # places permuted at a time
-_SLOTS = 1 << 16  # of a mixture's stream, the stretch in which every part has exactly its share
-_MINIMUM_BITS = 4  # smaller networks are poor shuffles; cycle walking makes up for the difference
+_SLOTS = 1 << 16  # examples of a mixture's stream in which every part has exactly its share
+_MINIMUM_BITS = 4  # smaller networks are poor shuffles; cycle walking skips the surplus
 
 
 def indices(seed: int, data_step: int, batch: int, num_examples: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def indices(seed: int, data_step: int, batch: int, num_examples: int) -> np.ndar
 
 
 class Part(NamedTuple):
-    """One source of a mixture: its weight, and where its examples lie, `first` to `first + count`."""
+    """One source of a mixture: its weight and its examples, `first` to `first + count`."""
 
     weight: float
     first: int
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def examples_at(source, seed: int, data_step: int, batch: int) -> np.ndarray:
-    """int64[batch] indices into a source: by `indices`, or by the shares of its `mixture` where it has one."""
+    """int64[batch] indices into a source: by `indices`, or by the shares of its `mixture` if it has one."""
     parts = getattr(source, "mixture", None)
     return indices(seed, data_step, batch, len(source)) if parts is None else mixed(seed, data_step, batch, parts)
 
@@ -50,9 +50,9 @@ def examples_at(source, seed: int, data_step: int, batch: int) -> np.ndarray:
 def mixed(seed: int, data_step: int, batch: int, parts: tuple[Part, ...]) -> np.ndarray:
     """int64[batch] example indices of the global batch at `data_step`, drawn from `parts` by their weights.
 
-    Of every 65,536 examples of the stream each part has the same number, its share to the nearest, in an order that
-    belongs to (seed, that stretch). Each part gives its own examples in epochs of its own, every one once before any
-    comes again, however much sooner it is through than the others.
+    In every stretch of 65,536 examples each part has the same number, its rounded share, in an order determined by
+    (seed, stretch). Each part's examples come in its own epochs: every example once before any is repeated, however
+    much sooner a part is exhausted than the others.
     """
     position, end, chosen = data_step * batch, (data_step + 1) * batch, []
     while position < end:
@@ -63,7 +63,7 @@ def mixed(seed: int, data_step: int, batch: int, parts: tuple[Part, ...]) -> np.
 
 
 def slots(parts: tuple[Part, ...]) -> np.ndarray:
-    """int64[parts] of 65,536, by largest remainder; at least one each."""
+    """int64[parts], the shares of 65,536 by largest remainder; at least one each."""
     exact = _SLOTS * np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
     counts = np.maximum(exact.astype(np.int64), 1)
     while (short := _SLOTS - int(counts.sum())) != 0:
@@ -75,13 +75,13 @@ def slots(parts: tuple[Part, ...]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _mixed_block(seed: int, parts: tuple[Part, ...], number: int) -> np.ndarray:
-    """Of the stream of a mixture, the examples of one block of positions."""
+    """The examples at one block of positions in a mixture's stream."""
     stretch, place = divmod(number * _BLOCK, _SLOTS)
     places = np.arange(place, place + _BLOCK, dtype=np.int64)
     slot, counts = permute(places, f"{seed} mixture", stretch, _SLOTS), slots(parts)
     starts = np.cumsum(counts) - counts
     of = np.searchsorted(starts, slot, side="right") - 1
-    turn = stretch * counts[of] + slot - starts[of]  # which of its part's own stream
+    turn = stretch * counts[of] + slot - starts[of]  # the place in its part's own stream
     chosen = np.empty(_BLOCK, np.int64)
     for number_of, part in enumerate(parts):
         for epoch in np.unique(turn[of == number_of] // part.count):
@@ -93,12 +93,12 @@ def _mixed_block(seed: int, parts: tuple[Part, ...], number: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _block(seed: int, epoch: int, n: int, number: int) -> np.ndarray:
-    """Of an epoch's order, the places of one block: numpy's calls cost more than the arithmetic of a small batch."""
+    """One block of an epoch's order: for a small batch, numpy's calls would cost more than the arithmetic."""
     return permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, n), dtype=np.int64), seed, epoch, n)
 
 
 def permute(places: np.ndarray, seed: int | str, epoch: int, n: int) -> np.ndarray:
-    """Image of int64 `places` in [0, n) under the permutation of [0, n) that belongs to (seed, epoch)."""
+    """Image of int64 `places` in [0, n) under the permutation of [0, n) determined by (seed, epoch)."""
     digest = hashlib.sha256(f"aurora order {seed} {epoch}".encode()).digest()
     digest += hashlib.sha256(digest).digest()
     keys = np.frombuffer(digest, "<u8", _ROUNDS).astype(np.uint64)

@@ -1,8 +1,8 @@
-"""From a source to a prepared store: `prepare(config, cache)` is the only way in, and may be called at every start.
+"""Turns a source into a prepared store. `prepare(config, cache)` is the only entry, and may be called at every start.
 
-When the store for this source, tokenizer and split is there it is opened and nothing is read but file times; else it
-is written into a temporary folder, synced and renamed. A preparation that was killed leaves a temporary folder that
-the next one removes; two processes that want the same store wait for each other on a file lock.
+If the store for this source, tokenizer and split exists, it is opened and only file times are read; otherwise it is
+written into a temporary folder, synced and renamed. A killed preparation leaves a temporary folder that the next one
+removes; two processes that need the same store wait for each other on a file lock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _BATCH_BYTES = 1 << 22
 
 
 def _bpe_training_bytes(vocab: int) -> int:
-    """Enough text for a vocabulary: on Python at 2048 entries, 31 MB gave 0.4 % more bytes a token than this 16 MB."""
+    """Bytes of text that suffice for a vocabulary: for Python at 2048 entries, 31 MB gave only 0.4 % more bytes per
+    token than this 16 MB."""
     return max(1 << 24, 4096 * vocab)
 
 
@@ -41,10 +42,10 @@ def prepare(
     config: TextDataConfig, cache: Path, base: Path | None = None, progress: Callable = lambda done, total, what: None,
     *, inherited: tokenizers.Tokenizer | None = None,
 ) -> Store:  # fmt: skip
-    """Make the store for `config` below the folder `cache`, or open the one that is there.
+    """Make the store for `config` below the folder `cache`, or open the existing one.
 
-    `base` is the folder that relative paths start at (the config file's); `inherited` the tokenizer of the run that a
-    new one starts from. Raises UserError for every fault of the source, and for a `cache` that cannot be written.
+    `base` is the folder for relative paths (the config file's); `inherited` is the tokenizer of the run from which a
+    new one starts. Raises UserError for every fault of the source, and for a `cache` that cannot be written.
     """
     corpus = open_corpus(config, base)
     known = tokenizers.known_tokenizer(config.tokenizer, base, inherited)
@@ -79,7 +80,7 @@ def _opened_or_made(corpus, config: TextDataConfig, known, cache: Path, key: str
 
 
 def _said(manifest: dict, config: TextDataConfig) -> Iterator[str]:
-    """Lines on what the store does not hold as the source has it, and on settings that do not count."""
+    """Lines on how the store differs from the source, and on settings without effect."""
     num_cut = manifest.get("cut_documents", 0)
     kept = num_cut or sum(split["documents"] for split in manifest["splits"].values())
     yield from filter(None, [left_out(manifest["skipped"], kept)])
@@ -99,12 +100,12 @@ def _said(manifest: dict, config: TextDataConfig) -> Iterator[str]:
 
 
 def _kind(known: tokenizers.Tokenizer | None) -> str:
-    """Of a tokenizer, as a store names it."""
+    """The kind of a tokenizer, as recorded in a store."""
     return "bpe" if known is None else "byte" if known.backend is None else "file"
 
 
 def _key(config: TextDataConfig, known, listing: list, newly_read: list[str]) -> str:
-    """sha256 hex over all that decides a store's contents. Sequence and batch do not: they are index arithmetic."""
+    """sha256 hex over all that decides a store's contents. Not sequence and batch, which are index arithmetic."""
     tokenizer = {"kind": _kind(known)}
     if known is None:
         vocab = config.tokenizer.vocab
@@ -121,14 +122,14 @@ def _key(config: TextDataConfig, known, listing: list, newly_read: list[str]) ->
     }
     if newly_read:
         decisive["newly_read"] = newly_read
-    if config.mix:  # not the weights: they are index arithmetic too
+    if config.mix:  # not the weights, which are index arithmetic too
         decisive["mix"] = {name: [part.text_field, part.max_documents] for name, part in config.mix.items()}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def _lock(path: Path, progress: Callable) -> Iterator[None]:
-    """An exclusive lock that the kernel drops when its holder dies, however it dies."""
+    """An exclusive lock, which the kernel releases however its holder dies."""
     with _writing(path.parent):
         file = path.open("w")
     with file:
@@ -142,7 +143,7 @@ def _lock(path: Path, progress: Callable) -> Iterator[None]:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A full disk or a missing permission is the user's to mend."""
+    """In this context, a full disk or a missing permission becomes a UserError, because the user has to fix it."""
     try:
         yield
     except OSError as error:
@@ -201,12 +202,12 @@ def _write(corpus: Corpus | Mixture, config: TextDataConfig, known, key: str, fo
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
             _publish(temporary, folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk should not stay full of half a store
+        shutil.rmtree(temporary, ignore_errors=True)  # half a store should not keep a full disk full
         raise
 
 
 def _trained(config, screening: Screening, progress: Callable) -> tokenizers.Tokenizer:
-    """On a deterministic sample, by hash of the id, where there is more training text than a vocabulary needs."""
+    """Train a tokenizer; if there is more training text than needed, on a deterministic sample by hash of the id."""
     chosen = np.zeros(len(screening.split), bool)
     shuffled = np.argsort(screening.draw, kind="stable")
     shuffled = shuffled[screening.split[shuffled] == SPLITS.index("train")]
@@ -245,7 +246,7 @@ class _SplitWriter:
         self.folder, self.split = folder, split
         self.separator = np.array([tokenizer.eos_id], tokenizer.dtype)
         self.lengths, self.num_bytes = [], []
-        self.parts: dict[str, int] = {}  # documents by the first part of their name: the source, in a mixture
+        self.parts: dict[str, int] = {}  # documents by the first part of their name, in a mixture the source
         self.tokens = (folder / f"tokens-{split}.bin").open("wb")
         self.names = (folder / f"names-{split}.jsonl").open("w")
         self.text = None if split == "train" else (folder / f"text-{split}.bin").open("wb")
@@ -274,7 +275,8 @@ class _SplitWriter:
 def _write_splits(tokenizer, screening: Screening, folder: Path, progress: Callable) -> tuple[dict, dict, int]:
     """Tokenize every kept document into its split's files.
 
-    (counts per split, documents per split and source of a mixture, held-out documents not given back).
+    Returns (counts per split, documents per split and source of a mixture, number of held-out documents that do not
+    survive encoding and decoding).
     """
     with _writing(folder.parent):
         writers = [_SplitWriter(folder, split, tokenizer) for split in SPLITS]
@@ -291,7 +293,7 @@ def _write_splits(tokenizer, screening: Screening, folder: Path, progress: Calla
                 num_lossy += writer.split != "train" and tokenizer.decode(ids) != text
     if num_lossy:
         log.warning(
-            "the tokenizer does not give back %d held-out documents as they were: bits per byte are not comparable",
+            "the tokenizer does not reproduce %d held-out documents exactly: bits per byte are not comparable",
             num_lossy,
         )
     with _writing(folder.parent):
@@ -301,14 +303,14 @@ def _write_splits(tokenizer, screening: Screening, folder: Path, progress: Calla
 
 def _spelled(name: str, tokenizer: tokenizers.Tokenizer) -> UserError:
     return UserError(
-        f"{name} holds `{tokenizer.separator}`, and this tokenizer makes of it the token that ends a document",
+        f"{name} holds `{tokenizer.separator}`, which this tokenizer turns into the token that ends a document",
         where="data.tokenizer.separator",
-        hint="name another of its tokens as data.tokenizer.separator, or leave the document out with data.pattern",
+        hint="choose another of its tokens as data.tokenizer.separator, or exclude the document with data.pattern",
     )
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Make the files durable, then visible: after a power cut the store is whole or absent."""
+    """Make the files durable, then visible: after a power cut the store is complete or absent."""
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     temporary.rename(folder)

@@ -1,9 +1,9 @@
-"""How the rows of JSON, CSV, Parquet and Arrow files are read, compressed or not: one cell a row.
+"""Reads the rows of JSON, CSV, Parquet and Arrow files, compressed or not: one cell per row.
 
-A cell is the bytes of the wanted column's text, or says why there are none. Only that column is looked at, so what
-the others hold, and whether its type changes, never matters; text is text whatever it looks like. JSON and CSV are
-read by the standard library for that reason: readers that infer types take dates for timestamps and refuse a file
-whose columns change. All stream. Compression is told by a file's first bytes, not by its name.
+A cell is the bytes of the wanted column's text, or the reason why there are none. Only that column is read, so the
+contents of the others and changes of their type never matter; text is text whatever it looks like. Therefore JSON and
+CSV are read with the standard library: readers that infer types take dates for timestamps and refuse a file whose
+columns change. All readers stream. Compression is detected by a file's first bytes, not by its name.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pathlib import Path
 
 _BLOCK = 1 << 20
 _ROWS_PER_BATCH = 1024
-_LONGEST_FIELD = 1 << 28  # of a CSV file, in characters: a quote that never closes would read the rest into memory
-_LONGEST_VALUE = 1 << 30  # of a JSON array, in characters, for the same reason
+_LONGEST_FIELD = 1 << 28  # characters of a CSV field: an unclosed quote would read the rest of the file into memory
+_LONGEST_VALUE = 1 << 30  # characters of a value in a JSON array, for the same reason
 
 
 class LeftOut(str):
-    """In place of a document's bytes: why it has none."""
+    """Stands in place of a document's bytes: the reason why it has none."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A row without the wanted text. The user's to mend where every row of a table is one.
+    """A row without the wanted text. If every row of a table is one, the user has to fix the table or the config.
 
-    `holds`: the type of what is there instead, None where there is nothing; `texts`: the columns that do hold text;
-    `value`: the number or truth value that is there.
+    `holds`: the type found instead, None if there is nothing; `texts`: the columns that do hold text; `value`: the
+    number or truth value found instead.
     """
 
     fields: list[str]
@@ -47,7 +47,7 @@ class Mistake:
 
 
 def cells(path: Path, kind: str, field: str) -> Iterator[bytes | LeftOut | Mistake]:
-    """One cell a row of a file of this kind: json, csv, tsv, parquet or arrow. Raises what `faults` names."""
+    """One cell per row of a file of this kind: json, csv, tsv, parquet or arrow. Raises the types in `faults`."""
     if path.stat().st_size == 0:
         return iter(())
     match kind:
@@ -65,8 +65,8 @@ def cells(path: Path, kind: str, field: str) -> Iterator[bytes | LeftOut | Mista
 
 
 def faults() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
-    pyarrow = sys.modules.get("pyarrow")  # only what has been used can have failed
+    """The exceptions that reading a damaged file may raise."""
+    pyarrow = sys.modules.get("pyarrow")  # only a module in use can have failed
     arrow = (pyarrow.ArrowException,) if pyarrow else ()
     return (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, *arrow)
 
@@ -84,12 +84,12 @@ def opened(path: Path) -> io.BufferedIOBase:
         return lzma.open(path)
     if magic.startswith(b"BZh"):
         return bz2.open(path)
-    if magic[:4] == b"\x28\xb5\x2f\xfd" or magic[1:4] == b"\x2a\x4d\x18":  # a frame, or one to be skipped
+    if magic[:4] == b"\x28\xb5\x2f\xfd" or magic[1:4] == b"\x2a\x4d\x18":  # a frame, or a skippable one
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), _BLOCK)
     if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("it is in UTF-16: write it as UTF-8")
+        raise ValueError("it is in UTF-16: convert it to UTF-8")
     return path.open("rb")
 
 
@@ -114,7 +114,7 @@ def _json_cell(row, field: str) -> bytes | LeftOut | Mistake:
         return Mistake([])
     value = row.get(field, row)
     if isinstance(value, str):
-        return value.encode(errors="surrogatepass")  # half of a pair is not UTF-8, and is found so
+        return value.encode(errors="surrogatepass")  # half of a surrogate pair is not UTF-8 and is rejected later
     if value is None:
         return b""
     texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))
@@ -137,7 +137,7 @@ def _json_rows(path: Path) -> Iterator[object]:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether one of the first two lines is a value of its own; else a value goes over several."""
+    """Whether one of the first two lines is a complete value; otherwise values span several lines."""
     with opened(path) as stream:
         lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in stream)
         first = list(itertools.islice((line for line in lines if line), 2))
@@ -145,7 +145,7 @@ def _is_lines(path: Path) -> bool:
 
 
 def _json_line(line: bytes) -> list:
-    """The values of a line: one, as a rule."""
+    """The values of a line, usually one."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -161,7 +161,7 @@ def _json_line(line: bytes) -> list:
 
 
 def _json_values(path: Path, array: bool) -> Iterator[object]:
-    """The elements of an array, or values one after the other: in memory are one of them and a block."""
+    """The elements of an array, or consecutive values. Memory holds one of them and a block."""
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape") as file:
         buffer, want, ended, between = file.read(_BLOCK).lstrip(), _BLOCK, False, _BLANK
         position = 1 if array else 0
@@ -173,7 +173,7 @@ def _json_values(path: Path, array: bool) -> Iterator[object]:
                     raise ValueError("something follows the array")
                 return
             value, end = _decoded(buffer, position)
-            if end is not None and (end < len(buffer) or ended):  # at the end of what is read a number may go on
+            if end is not None and (end < len(buffer) or ended):  # a number at the end of the buffer may continue
                 yield value
                 position, want, between = end, _BLOCK, _BETWEEN if array else _BLANK
             elif not ended:
@@ -186,7 +186,7 @@ def _json_values(path: Path, array: bool) -> Iterator[object]:
 
 
 def _decoded(buffer: str, position: int) -> tuple[object, int | None]:
-    """(value, its end), or (None, None) where the buffer may hold a part of it. ValueError where more cannot help."""
+    """(value, its end), or (None, None) if the buffer may hold only part of it. ValueError if more cannot help."""
     try:
         return _decoder.raw_decode(buffer, position)
     except json.JSONDecodeError as error:
@@ -200,7 +200,7 @@ def _decoded(buffer: str, position: int) -> tuple[object, int | None]:
 
 
 class _Lines:
-    """Lines of a file. `taken` has those since it was last emptied; all but the first of them can be given back."""
+    """Lines of a file. `taken` holds those since it was last emptied; all but the first of them can be given back."""
 
     def __init__(self, file: Iterable[str]):
         self._file, self._back, self.taken = iter(file), [], []
@@ -234,7 +234,7 @@ def _csv_cells(path: Path, field: str, delimiters: str) -> Iterator[bytes | Left
 
 
 def _split(line: str, delimiter: str) -> list[str]:
-    """The fields of a line; a line that is no CSV is one field."""
+    """The fields of a line; a line that is not CSV is one field."""
     try:
         return next(csv.reader([line], delimiter=delimiter, strict=True), [])
     except csv.Error:
@@ -242,7 +242,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 
 def _csv_rows(lines: _Lines, delimiter: str, width: int) -> Iterator[list[str] | LeftOut]:
-    """Rows of as many fields as the header."""
+    """Rows with as many fields as the header."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     for number in itertools.count():
         lines.taken = []
@@ -259,9 +259,9 @@ def _csv_rows(lines: _Lines, delimiter: str, width: int) -> Iterator[list[str] |
 
 
 def _not_csv(lines: _Lines, delimiter: str, width: int) -> list[str] | LeftOut | None:
-    """What to take for a row whose quotes are wrong; None where it cannot be told where that row ends.
+    """The fields to use for a row with wrong quotes; None if the end of that row is unknown.
 
-    A quote that does not close runs on into the rows behind it, and those are given back.
+    An unclosed quote extends into the following rows, which are given back.
     """
     first, *others = lines.taken
     row = first.rstrip("\r\n").split(delimiter)
@@ -304,7 +304,7 @@ def _arrow_cells(path: Path, field: str) -> Iterator[bytes | Mistake]:
 
 
 def _seekable(path: Path):
-    """A file that can be read at any place: in memory where it is compressed."""
+    """A seekable file; in memory if it is compressed."""
     import pyarrow
 
     with opened(path) as stream:
@@ -313,7 +313,7 @@ def _seekable(path: Path):
 
 
 def arrow_cells(batch, field: str) -> Iterator[bytes | Mistake]:
-    """Of a pyarrow RecordBatch or Table, a few rows at a time."""
+    """The cells of a pyarrow RecordBatch or Table, a few rows at a time."""
     import pyarrow
 
     names = batch.schema.names
@@ -323,7 +323,7 @@ def arrow_cells(batch, field: str) -> Iterator[bytes | Mistake]:
     column = batch.column(names.index(field))
     for start in range(0, len(column), _ROWS_PER_BATCH):
         rows = column.slice(start, _ROWS_PER_BATCH)
-        try:  # the bytes as they are, UTF-8 or not
+        try:  # the raw bytes, UTF-8 or not
             values = rows.cast(pyarrow.large_binary()).to_pylist()
         except pyarrow.ArrowException:
             values = rows.to_pylist()

@@ -3,8 +3,8 @@
 Row r reads `sequence + 1` tokens from position r * sequence of its split's stream: inputs and, one further, targets,
 so that every token but the first is a target exactly once. Everything else is index arithmetic on the documents'
 offsets. A row may hold several documents: each is its own segment, attention never crosses, and the separator that
-ends a document is a target predicted from that document alone. The last row is filled up with separators of weight 0
-and segment 0; nothing is dropped.
+ends a document is a target predicted from that document alone. The last row is padded with separators of weight 0 and
+segment 0; nothing is dropped.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from aurora_train.data.order import Part
 from aurora_train.data.store import Store
 from aurora_train.errors import UserError
 
-_LAYOUT = 1  # part of the fingerprint: raise it when `take` gives other arrays for the same store
+_LAYOUT = 1  # part of the fingerprint: raise it when `take` returns other arrays for the same store
 
 
 class TokenSource:
     """Rows of one split. `take` is a pure function of the indices and reads only the tokens it returns."""
 
     def __init__(self, store: Store, split: str, sequence: int, weights: dict[str, float] | None = None):
-        """`weights`: of the sources of a mixture, by name; None where there is one source."""
+        """`weights`: the weights of a mixture's sources by name; None for a single source."""
         self.store, self.split, self.sequence = store, split, sequence
         self.tokenizer = store.tokenizer
         self._tokens, self._offsets = store.tokens(split), np.asarray(store.offsets(split))
@@ -38,7 +38,7 @@ class TokenSource:
                 f"a row of {sequence} tokens is longer than the whole training text",
                 where="data.sequence",
                 why=f"it has {self.num_targets} tokens in {store.num_documents(split)} documents",
-                hint=f"data.sequence={max(2, self.num_targets // 4)}, or more text",
+                hint=f"use data.sequence={max(2, self.num_targets // 4)}, or more text",
             )
         self.weights = None if weights is None else dict(sorted(weights.items()))
         self.mixture = None if weights is None else self._parts(self.weights)
@@ -47,16 +47,16 @@ class TokenSource:
         self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
 
     def _parts(self, weights: dict[str, float]) -> tuple[Part, ...]:
-        """Where the rows of each source lie. A row that holds the end of one and the start of the next is the one's."""
-        parts, document, found = [], 0, self.store.manifest["mix"][self.split]
+        """The rows of each source. A row with the end of one source and the start of the next belongs to the first."""
+        parts, document, counts = [], 0, self.store.manifest["mix"][self.split]
         for name in weights:  # sorted, as in the stream
-            documents = found.get(name, 0)
+            documents = counts.get(name, 0)
             ends = int(self._offsets[document]), int(self._offsets[document + documents])
             first, last = (-(-end // self.sequence) for end in ends)
             if ends[1] - ends[0] < self.sequence:
                 raise UserError(
                     f"the source {name} has less than one row of {self.sequence} tokens", where=f"data.mix.{name}",
-                    hint="more text, a smaller data.sequence, or leave it out",
+                    hint="use more text or a smaller data.sequence, or leave the source out",
                 )  # fmt: skip
             parts.append(Part(weights[name], first, last - first))
             document += documents
@@ -87,7 +87,7 @@ class TokenSource:
         }
 
     def documents_of(self, index: int) -> list[str]:
-        """Names of the documents that row `index` holds a part of, in order."""
+        """Names of the documents of which row `index` holds a part, in order."""
         first = index * self.sequence
         last = min(first + self.sequence, self.num_targets) - 1
         low, high = np.searchsorted(self._offsets, [first, last], side="right") - 1

@@ -1,9 +1,9 @@
 """The first reading of a source: which documents are kept, and which split each belongs to.
 
 A document's split follows from sha256 of its id, so it does not move when others come or go. The first `holdout_test`
-of the unit interval is the test split, the next `holdout_validation` the validation split. Where a small corpus leaves
-one of them empty, the document nearest above takes its place. Where there are too few documents to hold whole ones
-out, the end of each is held out instead.
+of the unit interval is the test split, the next `holdout_validation` the validation split. If a small corpus leaves one
+of them empty, the document with the next larger number fills it. If there are too few documents to hold out whole ones,
+the end of each is held out instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aurora_train.errors import UserError
 _NAMES_KEPT = 20
 _NAMES_SHOWN = 3
 _PROGRESS_EVERY = 256
-_WORTH_CUTTING = 1000  # bytes of the shortest document of which an end is held out
+_WORTH_CUTTING = 1000  # bytes of the shortest document whose end is held out
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Screening:
     """Decisions per document, in the order of the source.
 
     Attributes:
-        split: int8[documents], an index of SPLITS, or -1 where the document is left out.
-        draw: float64[documents] in [0, 1) from the id, independent of the number that splits.
+        split: int8[documents], an index of SPLITS, or -1 if the document is left out.
+        draw: float64[documents] in [0, 1) from the id, independent of the number that decides the split.
         num_bytes: int64[documents], of the raw text.
         skipped: reason -> {"count", "names" (the first twenty)}.
-        documents: reads again what was decided on: the documents of the corpus, or pieces of them.
-        num_cut: how many documents those are pieces of; 0 where they are whole.
+        documents: reads the screened documents again, or the pieces into which they were cut.
+        num_cut: the number of documents that were cut into pieces; 0 if they are whole.
     """
 
     split: np.ndarray
@@ -51,8 +51,8 @@ class Screening:
 def screen(corpus: Corpus, config: TextDataConfig, progress: Callable) -> Screening:
     """Read every document once; leave out empty ones, those that are not UTF-8 and exact repeats; split the rest.
 
-    A repeat is left out whatever its name, so that no held-out document is in the training text word for word.
-    Raises UserError when too few documents are left to fill every split, and they are too short to be cut.
+    A repeat is left out whatever its name, so that no held-out document is in the training text word for word. Raises
+    UserError if too few documents are left to fill every split, and they are too short to be cut.
     """
     uniforms, draws, sizes, kept, seen = [], [], [], [], set()
     skipped: dict[str, dict] = {}
@@ -103,7 +103,7 @@ def _fault(data: bytes | LeftOut, seen: set[bytes]) -> str | None:
 
 
 def left_out(skipped: dict[str, dict], num_kept: int) -> str | None:
-    """One line on a manifest's `skipped`: how many documents of how many were left out, why, and which first."""
+    """One line on a manifest's `skipped`: how many of how many documents were left out, why, and the first names."""
     if not skipped:
         return None
     reasons = []
@@ -128,7 +128,7 @@ def _no_text(skipped: dict, corpus: Corpus | Mixture, config: TextDataConfig) ->
 
 
 def _cut(corpus: Corpus | Mixture, kept: np.ndarray, skipped: dict, config: TextDataConfig) -> Screening:
-    """Of each document that was kept: its last part is test, what is before that validation, the rest train."""
+    """Cut each kept document: its last part is for test, the part before that for validation, the rest for training."""
 
     def pieces() -> Iterator[tuple[str, str, bytes]]:
         for keep, (name, data) in zip(kept, corpus.documents(), strict=False):
@@ -157,13 +157,13 @@ def _cut(corpus: Corpus | Mixture, kept: np.ndarray, skipped: dict, config: Text
 
 
 def _shares(config: TextDataConfig) -> dict[str, float]:
-    """Of the splits that are asked for, in the order in which they end a document, the last first."""
+    """The shares of the held-out splits in use, in the order in which they end a document, the last first."""
     shares = {"test": config.holdout_test, "validation": config.holdout_validation}
     return {name: share for name, share in shares.items() if share > 0}
 
 
 def _pieces(name: str, data: bytes, config: TextDataConfig) -> Iterator[tuple[str, str, bytes]]:
-    """(split, name, bytes) of a document's parts, in its order."""
+    """(split, name, bytes) of a document's parts, in order."""
     end, stop, held = len(data.rstrip()), len(data), []
     if end >= _WORTH_CUTTING:
         for split, share in _shares(config).items():
@@ -176,11 +176,11 @@ def _pieces(name: str, data: bytes, config: TextDataConfig) -> Iterator[tuple[st
 
 
 def _boundary(data: bytes, at: int, low: int) -> int:
-    """The last start of a line in `low`..`at`; where there is none of a word; where there is none of a character."""
+    """The last start of a line in `low`..`at`; if there is none, of a word; if there is none, of a character."""
     for mark in (b"\n", b" "):
-        found = data.rfind(mark, low - 1, at)
-        if found >= 0:
-            return found + 1
+        place = data.rfind(mark, low - 1, at)
+        if place >= 0:
+            return place + 1
     while data[at] & 0xC0 == 0x80:
         at -= 1
     return at

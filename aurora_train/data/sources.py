@@ -1,8 +1,8 @@
 """Where documents come from: `open_corpus` finds the files, `Corpus.documents` yields (id, bytes) in a fixed order.
 
-Every source is a list of files below one root, and a document's id is its path below that root (`#row` is added in
-a table), so the ids, the order and therefore the split do not depend on where the root lies. A folder that holds
-tables is read as tables only; otherwise each file is one document.
+Every source is a list of files below one root, and a document's id is its path below that root (plus `#row` in a
+table), so the ids, the order and therefore the split do not depend on where the root is. A folder that holds tables is
+read as tables only; otherwise each file is one document.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from aurora_train.errors import UserError
 
 log = logging.getLogger("aurora_train")
 
-_RACY_NS = 2_000_000_000  # a file changed this shortly before it was hashed may have changed again unseen
+_RACY_NS = 2_000_000_000  # a file changed this shortly before it was hashed may have changed again unnoticed
 _ALWAYS_READ = (".jsonl", ".parquet", ".arrow")  # as tables, by every version
-_ENOUGH = 1000  # files of a folder that `check_data` looks at
+_ENOUGH = 1000  # files of a folder that `check_data` checks
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a source, found but not yet read.
+    """The files of a source, listed but not yet read.
 
     `files` are (id, path) pairs sorted by id; a hub source has none and reads through `datasets`. `key` is the section
     of the config that names the source.
@@ -48,9 +48,9 @@ class Corpus:
     key: str = "data"
 
     def documents(self) -> Iterator[tuple[str, bytes | LeftOut]]:
-        """(id, raw bytes) of every document, or why it has none; a null text is empty bytes.
+        """(id, raw bytes or the reason why there are none) of every document; a null text is empty bytes.
 
-        Raises UserError for a file that cannot be read, and for a table of which no row has text in the text field.
+        Raises UserError for a file that cannot be read, and for a table without any text in the text field.
         """
         if self.hub:
             batches = _hub_dataset(self.hub).with_format("arrow").iter(batch_size=1024)
@@ -63,12 +63,12 @@ class Corpus:
                 yield name, _read(path)
 
     def newly_read(self) -> list[str]:
-        """Suffixes of files that earlier versions read as plain text: a store of that time is of other documents."""
+        """Suffixes of files that earlier versions read as plain text, so that their stores hold other documents."""
         names = (name for name, _ in self.files if tables.is_compressed(name) or self.tables)
         return sorted({os.path.splitext(name)[1] for name in names}.difference(_ALWAYS_READ))
 
     def listing(self, cache: Path, progress: Callable) -> list[tuple[str, int, str]]:
-        """(id, bytes, sha256) of every file: what the source is, wherever it lies.
+        """(id, bytes, sha256) of every file: the identity of the source, independent of its path.
 
         Hashes are remembered in `cache` under (path, size, mtime, ctime, inode); a file that was touched within two
         seconds of being hashed is hashed again, since its clock may not show a second change.
@@ -78,7 +78,7 @@ class Corpus:
         first = hashlib.sha256(os.fsencode(self.files[0][1])).hexdigest()[:16]
         memory = cache / f"hashes-{first}.json"
         known = _load_hashes(memory)
-        hashed, found, changed = {}, [], False
+        hashed, listing, changed = {}, [], False
         for done, (name, path) in enumerate(self.files):
             try:
                 status = path.stat()
@@ -91,10 +91,10 @@ class Corpus:
                 entry = [*(stamp if settled else [-1] * 4), _hash_file(path)]
                 progress(done, len(self.files), "hashing the source")
             hashed[str(path)] = entry
-            found.append((name, status.st_size, entry[4]))
+            listing.append((name, status.st_size, entry[4]))
         if changed:
             _write_atomically(memory, json.dumps(hashed))
-        return found
+        return listing
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,19 @@ class Mixture:
     parts: dict[str, Corpus]
     limits: dict[str, int | None]
     hub = None
-    tables = True  # as far as anybody asks: how many documents there are is not known before they are read
+    tables = True  # true for callers' purposes: the number of documents is unknown before they are read
 
     name = property(lambda self: " + ".join(f"{name} ({part.name})" for name, part in self.parts.items()))
     licence = property(lambda self: "; ".join(f"{name}: {part.licence}" for name, part in self.parts.items()))
 
     def documents(self) -> Iterator[tuple[str, bytes | LeftOut]]:
-        """As Corpus has it, one source after the other."""
+        """As in Corpus, one source after the other."""
         for name, part in self.parts.items():
             for document, data in itertools.islice(part.documents(), self.limits[name]):
                 yield f"{name}/{document}", data
 
     def listing(self, cache: Path, progress: Callable) -> list[tuple[str, int, str]]:
-        """As Corpus has it."""
+        """As in Corpus."""
         return [
             (f"{name}/{document}", size, digest)
             for name, part in self.parts.items()
@@ -124,12 +124,12 @@ class Mixture:
         ]
 
     def newly_read(self) -> list[str]:
-        """As Corpus has it."""
+        """As in Corpus."""
         return [f"{name}/{suffix}" for name, part in self.parts.items() for suffix in part.newly_read()]
 
 
 def open_corpus(config: TextDataConfig, base: Path | None = None) -> Corpus | Mixture:
-    """Find the files that the config names; relative paths start at `base`, the config file's folder.
+    """List the files that the config names; relative paths start at `base`, the config file's folder.
 
     Raises UserError for a missing path, a hub source without `online`, and a source without files.
     """
@@ -144,7 +144,7 @@ def open_corpus(config: TextDataConfig, base: Path | None = None) -> Corpus | Mi
 
 
 def check_data(config: TextDataConfig, base: Path | None = None) -> None:
-    """Raise UserError for what can be known without reading the source whole: the first rows of a table are read."""
+    """Raise UserError for mistakes that show without reading the whole source; reads the first rows of tables."""
     check_settings(config, base)
     if config.tokenizer.kind == "file":
         from aurora_train.data.tokenizers import open_file
@@ -162,14 +162,14 @@ def _key(part: str) -> str:
 
 
 def _parts(config: TextDataConfig) -> dict[str, TextDataConfig]:
-    """A config of its own for each source of a mixture, by name and sorted; the whole as "" where there is one."""
+    """A separate config for each source of a mixture, sorted by name; for a single source, the config itself as ""."""
     if not config.mix:
         return {"": config}
     return {
         name: config.model_copy(update={
             "source": part.source, "pattern": part.pattern, "text_field": part.text_field, "mix": {},
         })
-        for name, part in sorted(config.mix.items())  # the order in which they are written says nothing
+        for name, part in sorted(config.mix.items())  # the order in the config has no meaning
     }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _open_one(
             hint="hidden files are left out; data.pattern is a glob such as '**/*.txt'",
         )
     if lost:
-        remarks.append(f"{config.source}: {_listed(lost)} cannot be read: a link that leads nowhere, or no permission")
+        remarks.append(f"{config.source}: {_listed(lost)} cannot be read: a broken link, or no permission")
     chosen, is_table = _chosen(config, key, files, remarks)
     return Corpus(config.source, _licence(root), config.text_field, chosen, is_table, key=key)
 
@@ -216,21 +216,21 @@ def _require_online(config: TextDataConfig, key: str) -> None:
 
 
 def _chosen(config: TextDataConfig, key: str, files: list, remarks: list[str]) -> tuple[list, bool]:
-    """(the files to be read, whether they are tables); `remarks` receives what becomes of the others."""
+    """(the files to be read, whether they are tables); `remarks` receives lines on the other files."""
     if all(tables.suffix(name) in tables.UNREADABLE for name, _ in files):
         raise UserError(
-            f"{files[0][0]} is of a kind that is not read",
+            f"{files[0][0]} is of an unsupported kind",
             where=f"{key}.source",
-            why=f"read are plain text and {' '.join(tables.KINDS)}, also compressed: {' '.join(tables.COMPRESSED)}",
+            why=f"supported: plain text, {' '.join(tables.KINDS)}, also compressed: {' '.join(tables.COMPRESSED)}",
             hint="unpack it" if tables.suffix(files[0][0]) in tables.ARCHIVES else "convert it to one of these",
         )
     packed = [name for name, _ in files if tables.suffix(name) in tables.ARCHIVES]
     if packed:
-        remarks.append(f"{config.source}: archives are not unpacked, and not read: {_listed(packed)}")
+        remarks.append(f"{config.source}: archives are not read: {_listed(packed)}")
         files = [(name, path) for name, path in files if tables.suffix(name) not in tables.ARCHIVES]
     verdicts = {name: tables.is_table(name, path, config.text_field) for name, path in files}
     if all(tables.kind(name) for name in verdicts) and not any(verdicts.values()):
-        return files, True  # reading says what is there instead of the column
+        return files, True  # the reader reports what is there instead of the column
     if any(verdicts.values()):
         held = [(name, path) for name, path in files if verdicts[name] is not False]
         others = [name for name in verdicts if verdicts[name] is False]
@@ -244,7 +244,7 @@ def _chosen(config: TextDataConfig, key: str, files: list, remarks: list[str]) -
     if as_text:
         remarks.append(
             f"{config.source}: {len(as_text)} files without a field `{config.text_field}` are read as plain text, "
-            f"as those beside them are: {_listed(as_text)}"
+            f"like those beside them: {_listed(as_text)}"
         )
     return files, False
 
@@ -254,7 +254,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _licence(root: Path) -> str:
-    """The name of a licence file at the root of a user's folder: we record it, we do not judge it."""
+    """The name of a licence file at the root of a user's folder, which is recorded and not interpreted."""
     names = sorted(path.name for path in root.iterdir() if path.stem.upper() in ("LICENSE", "LICENCE", "COPYING"))
     return f"see {names[0]}" if names else "not stated"
 
@@ -287,14 +287,14 @@ def _hub_dataset(name: str):
 
 
 def _import_datasets():
-    """`datasets`, with the network that it is asked for and without telemetry."""
+    """The package `datasets`, with the network allowed and without telemetry."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"
     import datasets
 
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises, and we say that once
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it then raises, and we report them once
     return datasets
 
 

@@ -1,8 +1,8 @@
-"""The prepared store: tokens of every split on disk, memory-mapped, with a manifest that vouches for each file.
+"""The prepared store: tokens of every split on disk, memory-mapped, with a manifest of each file's size and hash.
 
-A split is one stream of tokens. Each document is the separator followed by its tokens, and one more separator ends
-the stream, so document i is `tokens[offsets[i] : offsets[i + 1] + 1]`, separators included on both sides: the one
-that ends a document is the one that begins the next. A store is whole or absent: `prepare` renames it into place.
+A split is one stream of tokens. Each document is the separator followed by its tokens, and one more separator ends the
+stream. So document i is `tokens[offsets[i] : offsets[i + 1] + 1]`, including the separators on both sides: the one that
+ends a document also begins the next. A store is complete or absent: `prepare` renames it into place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _verified: set[tuple[str, str]] = set()
 
 
 class DamagedStore(UserError):
-    """A store whose files are not those that its manifest describes."""
+    """Raised if a store's files differ from those in its manifest."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Document:
 
 
 class Store:
-    """An open store. Arrays are read from disk as they are touched; nothing here is ever written.
+    """An open, read-only store. Arrays are read from disk as they are accessed.
 
     Attributes:
         manifest: source, licence, counts per split, skipped documents, tokenizer, files; JSON-able.
@@ -61,9 +61,9 @@ class Store:
         self._arrays: dict[str, np.ndarray] = {}
 
     def verify(self, full: bool = False) -> None:
-        """Compare every file with the manifest: sizes always, hashes once per process or when `full`.
+        """Compare every file with the manifest: sizes always, hashes once per process or if `full`.
 
-        Raises DamagedStore naming the first file that differs.
+        Raises DamagedStore, which names the first file that differs.
         """
         seen = (str(self.folder), self.fingerprint)
         for name, recorded in self.manifest["files"].items():
@@ -88,7 +88,7 @@ class Store:
 
     @property
     def held_out(self) -> str:
-        """What the documents of the test and validation splits are."""
+        """A description of the documents in the test and validation splits."""
         is_cut = self.manifest.get("cut_documents")
         return "ends of documents held out" if is_cut else "whole documents held out by a hash of their path"
 
@@ -134,7 +134,7 @@ class Store:
     def text(self, split: str, i: int) -> bytes:
         """The raw bytes of document `i`.
 
-        Held-out text is kept verbatim, so a compressor sees the very bytes of the file. Training text is decoded
+        Held-out text is kept verbatim, so a compressor sees the exact bytes of the file. Training text is decoded
         from its tokens: equal to the file for byte and bpe tokenizers, not always for a user's tokenizer.json.
         """
         if split == "train":
@@ -151,13 +151,13 @@ class Store:
 
 
 def fingerprint_of(manifest: dict) -> str:
-    """sha256 hex over the key and the files' sizes and hashes: what decides every number that comes out."""
+    """sha256 hex over the key and the files' sizes and hashes, which decide every array read from the store."""
     decisive = {name: manifest.get(name) for name in ("format", "key", "files")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-64 hex of a file: finds accidents, not malice."""
+    """xxh3-64 hex of a file: detects accidents, not malice."""
     hasher = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

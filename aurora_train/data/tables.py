@@ -1,6 +1,6 @@
-"""Which files are tables, and the documents in them: one a row, the text of the wanted column.
+"""Recognises tables and reads their documents: one per row, the text of the wanted column.
 
-A row without such text is left out with its reason; a table of which no row has any is the user's to mend.
+A row without such text is left out with a reason; a table without any such row is a UserError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv",
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
 }  # fmt: skip
-PERHAPS = (".json", ".csv", ".tsv")  # lie beside texts and code, too: a table only where it has the column
+PERHAPS = (".json", ".csv", ".tsv")  # also found among texts and code: a table only if it has the column
 COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
 ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
 UNREADABLE = (
@@ -27,38 +27,38 @@ UNREADABLE = (
     ".sqlite3", ".duckdb", ".msgpack", ".tfrecord",
 )  # fmt: skip
 
-_TELLING = 100  # rows
-_GIVEN_UP_AFTER = 10_000  # rows at the start of a table of which none has the column
+_TELLING = 100  # first rows that decide whether a file is a table
+_GIVEN_UP_AFTER = 10_000  # rows at the start of a table without the column, after which it is refused
 _CHAT = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue", "chat")
 _FLATTEN = (
-    "chat data is not read yet (templates and a loss on the answers alone are to come); "
+    "chat data is not supported yet (templates and a loss on the answers alone are planned); "
     "until then write each conversation as one text: "
     """jq -c '{text: ([.messages[] | .role + ": " + .content] | join("\\n"))}' chat.jsonl > flat.jsonl"""
 )
 
 
 def suffix(name: str) -> str:
-    """The last suffix of a file's name in lower case, without that of a compression."""
+    """The last suffix of a file's name in lower case, not counting that of a compression."""
     parts = name.lower().rpartition("/")[2].split(".")[1:]
     parts = parts[:-1] if parts and f".{parts[-1]}" in COMPRESSED else parts
     return f".{parts[-1]}" if parts else ""
 
 
 def kind(name: str) -> str | None:
-    """The reader of a table of this name; None where it is no table's."""
+    """The reader for a table of this name; None if it is not a table's name."""
     return KINDS.get(suffix(name))
 
 
 def is_compressed(name: str) -> bool:
-    """Whether the name says that the file is compressed by one of the ways that are read."""
+    """Whether the name has the suffix of a supported compression."""
     return name.lower().endswith(COMPRESSED)
 
 
 def read_text(path: Path) -> bytes | LeftOut:
-    """The bytes of a text file, decompressed where its name says so. Raises OSError where it cannot be opened."""
+    """The bytes of a text file, decompressed if its name says so. Raises OSError if it cannot be opened."""
     if not is_compressed(path.name):
         return path.read_bytes()
-    path.open("rb").close()  # what cannot be opened is another fault than what cannot be decompressed
+    path.open("rb").close()  # tells a file that cannot be opened from one that cannot be decompressed
     try:
         with readers.opened(path) as stream:
             return stream.read()
@@ -67,16 +67,16 @@ def read_text(path: Path) -> bytes | LeftOut:
 
 
 def documents(name: str, path: Path, field: str, key: str) -> Iterator[tuple[str, bytes | LeftOut]]:
-    """(`name#row`, text) of every row of a table. A null is empty; bytes that are not UTF-8 come as they are.
+    """(`name#row`, text) of every row of a table. A null is empty; bytes that are not UTF-8 are passed on unchanged.
 
     `key` is the section of the config that names the table. Raises UserError for a file that cannot be read, and for
-    one of which no row has text in `field`.
+    one without any text in `field`.
     """
     yield from numbered(name, column(path, field, key), str(path), field, key)
 
 
 def numbered(name: str, cells: Iterable, where: str, field: str, key: str) -> Iterator[tuple[str, bytes | LeftOut]]:
-    """`documents` of cells that are there already, from a table called `where` in messages."""
+    """`documents` for cells that are already read, from a table called `where` in messages."""
     good, first = False, None
     for row, cell in enumerate(cells):
         if isinstance(cell, Mistake):
@@ -92,7 +92,7 @@ def numbered(name: str, cells: Iterable, where: str, field: str, key: str) -> It
 
 
 def is_table(name: str, path: Path, field: str) -> bool | None:
-    """Whether a file is a table; one whose suffix leaves it open is where one of its first rows has the column.
+    """Whether a file is a table. If the suffix leaves it open, one of the first rows must have the column.
 
     None for such a file without rows.
     """
@@ -106,7 +106,7 @@ def is_table(name: str, path: Path, field: str) -> bool | None:
 
 
 def peek(path: Path, field: str, key: str) -> None:
-    """Raise the UserError that reading this table would end in, as far as its first rows show it."""
+    """Raise the UserError that reading this table would raise, as far as its first rows show."""
     first = None
     for cell in itertools.islice(column(path, field, key), _GIVEN_UP_AFTER):
         if isinstance(cell, Mistake):
@@ -118,7 +118,7 @@ def peek(path: Path, field: str, key: str) -> None:
 
 
 def column(path: Path, field: str, key: str) -> Iterator[bytes | LeftOut | Mistake]:
-    """One cell a row of a table. UserError for a file that cannot be read."""
+    """One cell per row of a table. UserError for a file that cannot be read."""
     ending = suffix(path.name)
     try:
         yield from readers.cells(path, KINDS[ending], field)
@@ -127,8 +127,8 @@ def column(path: Path, field: str, key: str) -> Iterator[bytes | LeftOut | Mista
         raise UserError(
             f"cannot read {path} as {ending[1:]}",
             where=f"{key}.source",
-            why=f"{type(error).__name__}: {words[0] if words else 'no more is known'}",
-            hint="the file may be cut short or be of another kind; data.pattern can leave it out",
+            why=f"{type(error).__name__}: {words[0] if words else 'the error has no message'}",
+            hint="the file may be cut short or of another kind; data.pattern can exclude it",
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Text to numbers and back. Every document begins with one separator, `<|endoftext|>`, which text cannot produce.
 
-Both the byte tokenizer and the BPE trained here are lossless: `decode(encode(text)) == text` for any text. A
-tokenizer.json of the user's may not be; preparation measures that and says so.
+Both the byte tokenizer and the BPE trained here are lossless: `decode(encode(text)) == text` for any text. A user's own
+tokenizer.json may not be; preparation measures that and reports it.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ SEPARATOR = "<|endoftext|>"
 BYTE_SEPARATOR_ID = 256
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
-# Where BPE may not merge across. GPT-4's pattern, except that a line break takes the indentation behind it and the
-# punctuation before it ("):\n        " can be one token), which suits code: 6 % more bytes a token on Python at 4096.
+# BPE does not merge across these pieces. GPT-4's pattern, except that a line break takes the indentation after it and
+# the punctuation before it ("):\n        " can be one token), which suits code: 6 % more bytes per token on Python at
+# 4096 entries.
 SPLIT = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+"
 )
-_ANY_TEXT = "Aa zq 09 ,;\n\t\x00 \u00e9\u0142 \u4e2d\u6587 \U0001f642"  # what a vocabulary may lack
+_ANY_TEXT = "Aa zq 09 ,;\n\t\x00 \u00e9\u0142 \u4e2d\u6587 \U0001f642"  # characters that a vocabulary may lack
 _KNOWN_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]")
 
 
 def expected_vocabulary(config) -> int:
-    """Entries of the vocabulary that `data.tokenizer` asks for, without reading any text. bpe may end with fewer."""
+    """Entries of the vocabulary that `data.tokenizer` asks for, without reading any text. bpe may result in fewer."""
     known = known_tokenizer(config, None)
     return config.vocab if known is None else known.vocab_size
 
 
 def known_tokenizer(config, base: Path | None, inherited: Tokenizer | None = None) -> Tokenizer | None:
-    """The tokenizer that `data.tokenizer` asks for; None for one that is yet to be trained.
+    """The tokenizer that `data.tokenizer` asks for; None if it must still be trained.
 
-    `inherited`: that of the run which a new one starts from, for kind: auto.
+    `inherited`: that of the run from which a new one starts, for kind: auto.
     """
     if config.kind == "bpe":
         return None
@@ -80,7 +81,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, on all cores. UserError where a user's tokenizer has none for one of them."""
+        """Ids of each text, on all cores. UserError if a user's tokenizer cannot encode one of them."""
         if self.backend is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
         try:
@@ -88,7 +89,7 @@ class Tokenizer:
         except Exception as error:  # the Rust library raises plain Exception
             raise UserError(
                 "the tokenizer cannot encode every text", where="data.tokenizer.path", why=str(error),
-                hint="give its model an unknown token that is in its vocabulary, or train one here: kind: bpe",
+                hint="give its model an unknown token that is in its vocabulary, or train a tokenizer here: kind: bpe",
             ) from error  # fmt: skip
         return [np.array(each.ids, self.dtype) for each in encoded]
 
@@ -102,7 +103,7 @@ class Tokenizer:
         return self.separator.join(texts)
 
     def files(self) -> dict[str, bytes]:
-        """All there is to know of it, by file name: `tokenizer.json` and `tokenizer_config.json` (the separator)."""
+        """Its complete definition by file name: `tokenizer.json` and `tokenizer_config.json` (the separator)."""
         return {FILE: self._definition.encode(), CONFIG: json.dumps({"eos_token": self.separator}).encode()}
 
     def save(self, folder: Path) -> None:
@@ -117,7 +118,7 @@ class Tokenizer:
 
     @classmethod
     def of_files(cls, files: dict[str, bytes]) -> Tokenizer:
-        """The inverse of `files`. Needs the package `tokenizers` only where it is not the byte tokenizer."""
+        """The inverse of `files`. Needs the package `tokenizers` unless it is the byte tokenizer."""
         definition, separator = files[FILE].decode(), json.loads(files[CONFIG])["eos_token"]
         if json.loads(definition).get("kind") == "byte":
             return cls(separator=separator)
@@ -129,8 +130,8 @@ class Tokenizer:
 def train_bpe(texts: Iterable[list[str]], vocab: int) -> Tokenizer:
     """Train a byte-level BPE of `vocab` entries on batches of texts. The same texts give the same file.
 
-    Id 0 is the separator, 1..256 are the bytes, so that any text can be written. A small corpus may give fewer
-    entries than asked for.
+    Id 0 is the separator and 1..256 are the bytes, so that any text can be encoded. A small corpus may give fewer
+    entries than requested.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
@@ -154,7 +155,7 @@ def train_bpe(texts: Iterable[list[str]], vocab: int) -> Tokenizer:
 
 
 def open_file(config: TokenizerConfig, base: Path | None) -> Tokenizer:
-    """The user's own tokenizer.json. UserError when it cannot be read or has no token to stand between documents."""
+    """The user's own tokenizer.json. UserError if it cannot be read or has no token to separate documents."""
     import tokenizers
 
     path = resolve(config.path, base)
@@ -179,10 +180,10 @@ def open_file(config: TokenizerConfig, base: Path | None) -> Tokenizer:
 
 
 def _without_separators(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, or one that differs only in that text which spells the separator does not become it.
+    """The tokenizer, or a copy in which text that spells the separator is not encoded as the separator.
 
-    An added token that is not special is found in text. One that the model itself makes of text cannot be helped here:
-    `prepare` looks for it in every document. UserError for a tokenizer that cannot encode every text.
+    This corrects added tokens that are not special, which are matched in text. If the model itself makes the separator
+    of text, `prepare` looks for it in every document. UserError for a tokenizer that cannot encode every text.
     """
     tokenizer.encode(_ANY_TEXT)
     if tokenizer.eos_id not in tokenizer.encode(f"a {tokenizer.separator} b"):
@@ -194,10 +195,10 @@ def _without_separators(tokenizer: Tokenizer) -> Tokenizer:
 
 
 class Continuation:
-    """What a model writes after a prompt, as text: `start` are the ids to begin with, `add` takes what it writes.
+    """A model's continuation of a prompt as text: `start` holds the ids of the prompt, `add` takes the new ids.
 
-    Prompt and new ids are decoded together, and what comes after the prompt is shown: a decoder may treat the first
-    token of a text differently (Llama's strips its space).
+    Prompt and new ids are decoded together, and the text after the prompt is returned, because a decoder may treat the
+    first token of a text differently (Llama's strips its space).
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str):
@@ -207,12 +208,12 @@ class Continuation:
 
     @property
     def text(self) -> str:
-        """All that was added."""
+        """The whole continuation."""
         whole = self._tokenizer.decode(self._ids)
         return whole[len(os.path.commonprefix([self._before, whole])) :]
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete: "" while the last character is half there."""
+        """The text that these ids complete; "" while the last character is incomplete."""
         self._ids += [int(i) for i in ids]
         text = self.text
         if text.endswith("\ufffd"):

@@ -1,8 +1,8 @@
 """Whole documents as sliding windows, packed into batches of one shape, so that a score counts every token once.
 
-A document's first token is given (the separator); each later one is a target exactly once. The first window scores
-all of its targets, a later one only those after the `overlap` that it shares with the one before, which are its
-context. The one thing to know: windows are packed several to a row, longest first, each a segment of its own.
+A document's first token (the separator) is given; each later one is a target exactly once. The first window scores all
+of its targets; a later one scores only those after the `overlap` that it shares with the previous window as context.
+Note that several windows are packed into a row, longest first, each as its own segment.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _NO_DOCUMENT = -1
 
 
 def windows(documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int) -> Windows:
-    """Batches that score `documents`: an iterable that may be iterated again; its `len` is the number of batches.
+    """Batches that score `documents`: an iterable that may be iterated repeatedly; its `len` is the number of batches.
 
     Args:
         documents: integer arrays of tokens, each beginning with a token that is given and not scored.
         sequence: T, tokens per row. A window holds at most T inputs.
-        overlap: inputs at the start of a later window whose targets the one before has scored, 0 <= overlap < T.
-        batch: B, rows per batch. The last batch is filled up with rows of weight 0.
+        overlap: inputs at the start of a later window whose targets the previous one scores, 0 <= overlap < T.
+        batch: B, rows per batch. The last batch is padded with rows of weight 0.
 
     Yields dicts of [B, T] arrays: int32 `tokens`, `targets`, `segments` (from 1; 0 is padding), `positions` (from 0
     in each window), float32 `weights` (1 for a target scored here, else 0), and int32 `document`, the index of the
@@ -33,7 +33,7 @@ def windows(documents: Sequence[np.ndarray], sequence: int, overlap: int, batch:
 
 
 class Windows:
-    """What `windows` returns. `num_targets` is the number of tokens scored."""
+    """The batches of `windows`. `num_targets` is the number of scored tokens."""
 
     def __init__(self, documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int):
         assert 0 <= overlap < sequence, f"windows of {sequence} tokens cannot overlap by {overlap}"
@@ -97,21 +97,21 @@ class Windows:
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Place pieces of 1..`capacity` tokens in rows: (int64 row, int64 first column of each, number of rows).
 
-    Best fit, longest first: each piece goes to the row with the least room that still holds it, the longest waiting
-    of equals. At most 11/9 of the fewest rows possible, plus one (Johnson 1974), and the same on every machine.
+    Best fit, longest first: each piece goes to the row with the least room that still holds it, and among equals to the
+    oldest. Uses at most 11/9 of the fewest rows possible, plus one (Johnson 1974), and is the same on every machine.
     """
     row, column = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
-    rows_with: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # open rows by the room left in them
+    rows_with: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # open rows by their remaining room
     rooms: list[int] = []  # ascending: those r for which rows_with[r] is not empty
     num_rows = 0
     for piece in np.argsort(-lengths, kind="stable"):
         length = int(lengths[piece])
-        found = bisect_left(rooms, length)
-        if found < len(rooms):
-            room = rooms[found]
+        smallest = bisect_left(rooms, length)
+        if smallest < len(rooms):
+            room = rooms[smallest]
             row[piece] = rows_with[room].popleft()
             if not rows_with[room]:
-                rooms.pop(found)
+                rooms.pop(smallest)
         else:
             room, row[piece] = capacity, num_rows
             num_rows += 1
@@ -126,7 +126,7 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, in
 def bits_per_document(scored: Iterable[tuple[dict, np.ndarray]], num_documents: int) -> np.ndarray:
     """float64[num_documents] bits from (batch, nll) pairs: nll is float[B, T], -log p(target) in nats.
 
-    Only entries whose `document` is not -1 count, so padding and context may hold anything, also nan.
+    Only entries whose `document` is not -1 count, so padding and context may hold anything, even nan.
     """
     nats = np.zeros(num_documents)
     for batch, nll in scored:

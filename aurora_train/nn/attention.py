@@ -1,4 +1,4 @@
-"""Attention with grouped keys (Ainslie et al. 2023), and the choice of its kernel, made once and said aloud."""
+"""Attention with grouped keys (Ainslie et al. 2023), and the choice of its kernel, which is made once and reported."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from aurora_train.nn.positions import rotate
 
 
 class Context(NamedTuple):
-    """What all layers share.
+    """Inputs that all layers share.
 
-    With a cache, `positions` are also the cache slots, `segments` is unused, and `prefix` is of the slots, bool[B, S].
+    With a cache, `positions` are also the cache slots, `segments` is unused, and `prefix` is bool[B, S] over the slots.
     """
 
     positions: jax.Array  # int32[B, T]
     segments: jax.Array | None = None  # int32[B, T]
-    rope: Any = ()  # of each of `DecoderConfig.ropes`: cosines and sines, float32[B, T, dims / 2] each
-    prefix: jax.Array | None = None  # bool[B, T]: tokens that all of their document see
+    rope: Any = ()  # for each of `DecoderConfig.ropes`: cosines and sines, float32[B, T, dims / 2] each
+    prefix: jax.Array | None = None  # bool[B, T]: tokens that every token of their document sees
     memory: jax.Array | None = None  # [B, S, memory_width]: an encoder's output, for cross-attention
-    memory_segments: jax.Array | None = None  # int32[B, S]: seen by tokens of the same `segments` alone
+    memory_segments: jax.Array | None = None  # int32[B, S]: seen only by tokens with the same segment
 
 
 class Choice(NamedTuple):
@@ -40,9 +40,9 @@ class Choice(NamedTuple):
 
 
 def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") -> Choice:
-    """The kernel for this platform, shape and mask. Raises UserError where an explicit wish cannot be met."""
-    wish, target = config.attention, platform()
-    if wish == "xla" and config.attention_softcap is not None:
+    """The kernel for this platform, shape and mask. Raises UserError if the config asks for one that cannot run."""
+    setting, target = config.attention, platform()
+    if setting == "xla" and config.attention_softcap is not None:
         raise UserError(
             "the xla attention has no soft-cap",
             where="model.attention",
@@ -50,13 +50,13 @@ def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") ->
             hint="model.attention=blocked or reference supports it",
         )
     obstacle = _cudnn_obstacle(config, dtype, target, mask)
-    if wish == "cudnn":
+    if setting == "cudnn":
         if obstacle:
-            hint = "model.attention=auto takes the fastest that serves"
+            hint = "model.attention=auto takes the fastest that works"
             raise UserError("cuDNN attention cannot run here", where="model.attention", why=obstacle, hint=hint)
         return Choice("cudnn", "asked for by the config")
-    if wish != "auto":
-        return Choice(wish, "asked for by the config")
+    if setting != "auto":
+        return Choice(setting, "asked for by the config")
     how = ops.OPERATIONS["attention"].forms
     if ops.form("attention") == "blocked":
         return Choice("blocked", how["blocked"])
@@ -68,12 +68,12 @@ def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") ->
 
 
 def _cudnn_obstacle(config, dtype, target, mask) -> str | None:
-    """Why cuDNN cannot serve; None where it can."""
+    """Why cuDNN cannot run this attention; None if it can."""
     dim = config.dim_per_head
     if target not in ("gpu", "cuda"):
         return f"the platform is {target}"
     if dtype == "float32":
-        return "it needs bfloat16, the compute dtype is float32"
+        return "it needs bfloat16, and the compute dtype is float32"
     if config.attention_softcap is not None:
         return "it has no soft-cap"
     if dim % 8 or dim > 128:
@@ -82,7 +82,7 @@ def _cudnn_obstacle(config, dtype, target, mask) -> str | None:
 
 
 def _probe_cudnn(config, dtype, mask) -> str | None:
-    """Compile and run the smallest cases, gradient included: support differs by chip and cuDNN release."""
+    """Compile and run the smallest cases with their gradient, because support depends on chip and cuDNN release."""
     query = jnp.ones((1, 128, config.heads, config.dim_per_head), dtype)
     key = jnp.ones((1, 128, config.num_kv_heads, config.dim_per_head), dtype)
     segments = jnp.ones((1, 128), jnp.int32)
@@ -100,7 +100,7 @@ def _probe_cudnn(config, dtype, mask) -> str | None:
 
 
 def rule_of(config: DecoderConfig, row: Layer, mask: str) -> Rule:
-    """How a layer of a model with this mask attends. What cross-attention reads has no order beside the queries."""
+    """The rule of a layer in a model with this mask. Cross-attention is bidirectional: keys are another sequence."""
     scale = config.attention_scale if config.attention_scale is not None else config.dim_per_head**-0.5
     return Rule(scale, row.window, config.attention_softcap, "bidirectional" if row.kind == "cross" else mask)
 
@@ -108,7 +108,7 @@ def rule_of(config: DecoderConfig, row: Layer, mask: str) -> Rule:
 class Attention(nnx.Module):
     """[B, T, width] -> [B, T, width]. Kernels `query`, `key`, `value`, `out`; of kind full, window or cross.
 
-    A cross layer takes keys and values from `Context.memory`; a token that may see none of it is given zeros.
+    A cross layer takes keys and values from `Context.memory`; a token that may see none of it gets zeros.
     """
 
     def __init__(self, config: DecoderConfig, row: Layer, rngs: nnx.Rngs, *, backend: str, mask: str = "causal"):
@@ -138,15 +138,15 @@ class Attention(nnx.Module):
 
     @staticmethod
     def tags(backend: str) -> tuple[str, ...]:
-        """Every name that a plan may keep, in the order they are made."""
+        """Every name that a plan may keep, in the order in which a layer makes them."""
         names = ["query", "key", "value"]
         names += ["attn_stats", "attn_probs"] if backend == "blocked" else []
-        # cuDNN's kernel holds residuals of its own that no name reaches: nn/saving.py names them by the kernel.
+        # cuDNN's kernel holds residuals that no tag can reach: nn/saving.py names them by the kernel's primitive.
         return (*names, "attn_flash" if backend == "cudnn" else "attn_out")
 
     @staticmethod
     def empty_cache(config: DecoderConfig, row: Layer, batch: int, length: int, dtype: str):
-        """Keys and values for `length` positions, zero; those of an encoder's output are made anew."""
+        """Zero keys and values for `length` positions; those of an encoder's output are not cached."""
         shape = (batch, length, config.num_kv_heads, config.dim_per_head)
         return {} if row.kind == "cross" else {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
 
@@ -194,14 +194,14 @@ class Attention(nnx.Module):
 def _memory(context: Context) -> jax.Array:
     if context.memory is None:
         raise UserError(
-            "a layer of kind cross reads an encoder's output, and the model is called without one",
+            "a layer of kind cross reads an encoder's output, but the model was called without one",
             where="model.layer_table", hint="model(tokens, ..., memory=encoder(inputs)), or kind: full",
         )  # fmt: skip
     return context.memory
 
 
 def _write(cache, key, value, positions):
-    """Put the new keys and values in the slots of their positions; each row of the batch has its own."""
+    """Write the new keys and values to the slots of their positions, which differ between rows of the batch."""
     rows = jnp.arange(positions.shape[0])[:, None]
     return {
         "key": cache["key"].at[rows, positions].set(key.astype(cache["key"].dtype)),

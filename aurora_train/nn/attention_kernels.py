@@ -1,14 +1,14 @@
-"""Attention kernels that compute one and the same thing; `reference` is the plain form the others are held to.
+"""Attention kernels that all compute the same function; `reference` is the plain form against which others are tested.
 
-All take query[B, T, H, D], key and value[B, S, K, D] with H a multiple of K, a Rule, and what marks their tokens; all
-return [B, T, H, D] in the dtype of query with softmax in float32. The marks, each of which may be None:
+All take query[B, T, H, D], key and value[B, S, K, D] with H a multiple of K, a Rule, and marks of the tokens; all
+return [B, T, H, D] in the dtype of query, with softmax in float32. The marks, each of which may be None:
 
-- `segments` int32[B, T] numbers the documents of a packed row: no attention crosses from one to another.
-- `key_segments` int32[B, S], of keys that are other tokens than the queries (cross-attention): needs `segments`, too.
-- `prefix` bool[B, S]: keys that every query of their document sees, those before them too (Raffel et al. 2020, prefix
-  LM); the rule is then "prefix".
+- `segments` int32[B, T] numbers the documents of a packed row: attention never crosses from one to another.
+- `key_segments` int32[B, S], if keys are other tokens than the queries (cross-attention); needs `segments` too.
+- `prefix` bool[B, S]: keys that every query of their document sees, even earlier queries (Raffel et al. 2020, prefix
+  LM); the rule's mask is then "prefix".
 
-A query that sees no key at all (padding, in cross-attention) gets some finite mean of values: nothing may depend on it.
+A query that sees no key (padding in cross-attention) gets some finite mean of values, on which nothing may depend.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MASKED = -1e30  # finite, so that no row of a mask can make a NaN
 
 
 class Rule(NamedTuple):
-    """What a query may see and how its scores are formed.
+    """Which keys a query may see, and how scores are computed.
 
-    `mask`: "causal", "prefix" (causal, but that the prefix is seen by all) or "bidirectional", which cross-attention
-    is, too. `window` counts the token itself, and bounds both directions where both are seen; None is unlimited.
+    `mask`: "causal", "prefix" (causal, except that all queries see the prefix) or "bidirectional", as in
+    cross-attention. `window` includes the token itself, and bounds both directions if both are seen; None is unlimited.
     """
 
     scale: float
@@ -56,7 +56,7 @@ def visible(query_index, key_index, rule: Rule, query_segments=None, key_segment
 
 
 def whole_mask(rule: Rule, query, key, segments, key_segments=None, prefix=None) -> jax.Array | None:
-    """bool[B or 1, T, S] of whole rows; None where every query sees every key."""
+    """The mask of whole rows, bool[B or 1, T, S]; None if every query sees every key."""
     if rule.mask == "bidirectional" and rule.window is None and segments is None:
         return None
     query_index, key_index = (jnp.arange(x.shape[1])[None] for x in (query, key))
@@ -64,12 +64,12 @@ def whole_mask(rule: Rule, query, key, segments, key_segments=None, prefix=None)
 
 
 def _or_same(key_segments, segments):
-    """The documents of the keys: those of the queries, unless they are other tokens."""
+    """The documents of the keys: those of the queries, unless the keys are other tokens."""
     return segments if key_segments is None else key_segments
 
 
 def masked_attention(query, key, value, rule: Rule, mask) -> jax.Array:
-    """Plain attention under any mask, bool[B or 1, T, S] or None. Holds all scores: for checking, and for decoding."""
+    """Plain attention under any mask, bool[B or 1, T, S] or None. Holds all scores: for tests and for decoding."""
     batch, length, heads, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * rule.scale
@@ -98,7 +98,7 @@ def xla(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=
 def cudnn(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=None) -> jax.Array:
     """cuDNN's flash attention. bfloat16 or float16, no soft-cap.
 
-    It knows the causal mask and its window; documents, and all of another rule, enter as a bias of [B, 1, T, S].
+    It supports the causal mask and its window; documents and other rules enter as a bias of [B, 1, T, S].
     """
     causal, window, mask = rule.mask == "causal", None, None
     if not causal:
@@ -118,8 +118,8 @@ def cudnn(query, key, value, rule: Rule, segments=None, key_segments=None, prefi
 
 
 def even_lengths(query, key, value, mask):
-    """The same attention over one query and one key more where their number is odd: cuDNN's gradient under a bias
-    needs even ones. The key is seen by no query but the new one, whose output is to be cut off. mask: [B, 1, T, S]."""
+    """Pad odd lengths with one query and one key, since cuDNN's gradient under a bias needs even lengths. Only the new
+    query sees the new key, and the caller drops its output. mask: [B, 1, T, S]."""
     odd = [(0, x.shape[1] % 2) for x in (query, key)]
     mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
     query, key, value = (
@@ -131,16 +131,16 @@ def even_lengths(query, key, value, mask):
 
 
 def blocked(query, key, value, rule: Rule, segments=None, key_segments=None, prefix=None) -> jax.Array:
-    """Attention by blocks of queries, each of which meets only the keys it can see: about half of the products where
-    the rule is causal.
+    """Attention by blocks of queries, each computed only with the keys it can see: about half of the products for a
+    causal rule.
 
-    Residuals are named inside the forward rule, so a plan chooses: `attn_probs` kept recomputes nothing, `attn_stats`
-    and `attn_out` kept recompute one product, none kept recompute the attention.
+    Residuals are named inside the forward rule, so a plan chooses: with `attn_probs` kept nothing is recomputed, with
+    `attn_stats` and `attn_out` one product is, and with none the whole attention is.
     """
     if segments is None:
         segments = jnp.ones(query.shape[:2], jnp.int32)
         key_segments = None if query.shape[1] == key.shape[1] else jnp.ones(key.shape[:2], jnp.int32)
-    forms = ops.form("linear"), ops.form("activation")  # of its gradients' products, of what they make anew
+    forms = ops.form("linear"), ops.form("activation")  # for its gradients' products, and for what they recompute
     return _blocked(forms, rule, query, key, value, (segments, key_segments, prefix))
 
 
@@ -158,7 +158,7 @@ def _blocked_forward(forms, rule, query, key, value, marks):
     outs, shares = [], []
     for block in _blocks(rule, length, key.shape[1]):
         scores = _scores(rule, block, rows, keys, marks)
-        # The maximum has no tag: one between it and the exponential changes which exponential XLA:CPU takes, and bits.
+        # The maximum has no tag: with one, XLA:CPU computes the exponential in another way, with other bits.
         grown = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = checkpoint_name(grown.sum(-1, keepdims=True), "attn_stats")
         share = checkpoint_name((grown / total).astype(query.dtype), "attn_probs")
@@ -208,9 +208,9 @@ class Block(NamedTuple):
 
 
 def _blocks(rule: Rule, length: int, key_length: int) -> list[Block]:
-    """Up to eight equal blocks of at least 128 queries; one where the length does not divide.
+    """Up to eight equal blocks of at least 128 queries; one block if the length is not divisible.
 
-    Blocks of 64 save products, yet take no less time, and a fifth more to compile (docs/log.md, 2026-11-27).
+    Blocks of 64 save products, but no time, and take a fifth longer to compile (docs/log.md, 2026-11-27).
     """
     assert rule.mask != "causal" and rule.window is None or length == key_length, (rule, length, key_length)
     count = next(n for n in (8, 4, 2, 1) if n == 1 or (length % n == 0 and length // n >= 128))
@@ -239,7 +239,7 @@ def _turned(x):
 
 
 def _by_kv_head(x, kv_heads):
-    """[B, T, H, D] -> [B K, G, T, D]: the G = H / K query heads that share a key head stand together."""
+    """[B, T, H, D] -> [B K, G, T, D]: the G = H / K query heads that share a key head are adjacent."""
     batch, length, heads, dim = x.shape
     grouped = x.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     return grouped.reshape(batch * kv_heads, heads // kv_heads, length, dim)

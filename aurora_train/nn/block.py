@@ -1,7 +1,7 @@
-"""One transformer block, and the unit the Stack repeats: a block, or a period of blocks as the rows of the table say.
+"""One transformer block, and the unit that the Stack repeats: a block, or a period of blocks, one per row of the table.
 
-A block mixes tokens (attention, or a layer kind of a recipe's own) and then feeds each through an MLP. What mixes is
-called as `out, cache = mixer(x, context, cache)`, and returns its sums as a third value where it reports any.
+A block mixes tokens (by attention or a recipe's own layer kind) and then feeds each through an MLP. The mixer is called
+as `out, cache = mixer(x, context, cache)`, and returns its sums as a third value if it reports any.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from aurora_train.nn.dropout import dropout
 from aurora_train.nn.mlp import Mlp
 from aurora_train.nn.norms import Norm
 
-ATTENTION_SITE, MLP_SITE = 0, 1  # what tells apart the dropout masks of one layer
+ATTENTION_SITE, MLP_SITE = 0, 1  # distinguish the dropout masks of one layer
 
 
 class Block(nnx.Module):
-    """x[B, T, width] -> x plus attention plus MLP: in turn or in parallel, with norms before, after or both."""
+    """x[B, T, width] -> x plus attention plus MLP, in sequence or in parallel, with norms before, after or both."""
 
     def __init__(self, config: DecoderConfig, row: Layer, rngs: nnx.Rngs, *, backend: str, mask: str = "causal"):
         def norm():
@@ -30,7 +30,7 @@ class Block(nnx.Module):
         self.parallel, self.rate, self.has_mlp = config.parallel, config.dropout, row.mlp
         self.pre_norm, self.post_norm = config.norms
         self.tags = tags(config, row, backend)
-        self.mixer = "attention" if row.kind in KINDS else row.kind  # the name its parameters go by
+        self.mixer = "attention" if row.kind in KINDS else row.kind  # the name of its parameters
         if self.pre_norm:
             self.attn_norm = norm()
         setattr(self, self.mixer, mixer_of(config, row)(config, row, rngs, backend=backend, mask=mask))
@@ -45,7 +45,7 @@ class Block(nnx.Module):
             self.mlp_post_norm = norm()
 
     def __call__(self, x: jax.Array, context: Context, index, keys=None, cache=None):
-        """`index` is unused: `keys` are already folded with it. Returns (x, cache), and sums where the mixer does."""
+        """`index` is unused: `keys` are already folded with it. Returns (x, cache), and sums if the mixer does."""
         normed = checkpoint_name(self.attn_norm(x), "attn_norm") if self.pre_norm else x
         attended, cache, *sums = getattr(self, self.mixer)(normed, context, cache)
         attended = checkpoint_name(attended, "attn_proj")
@@ -65,7 +65,7 @@ class Block(nnx.Module):
 
 
 class Period(nnx.Module):
-    """Blocks of unlike rows, repeated as one unit (Gemma 2: local, global)."""
+    """Blocks with different rows, repeated as one unit (Gemma 2: local, global)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, backend: str, mask: str):
         self.blocks = nnx.List([Block(config, row, rngs, backend=backend, mask=mask) for row in config.rows])
@@ -83,12 +83,12 @@ class Period(nnx.Module):
 
 
 def mixer_of(config: DecoderConfig, row: Layer):
-    """What mixes the tokens of a layer: attention, or the class that the config has for its kind."""
+    """The class that mixes a layer's tokens: attention, or the config's class for its kind."""
     return Attention if row.kind in KINDS else config.mixers[row.kind]
 
 
 def unit_maker(config: DecoderConfig, backend: str, mask: str = "causal"):
-    """(make_unit, number of units) for a Stack whose tokens see what `mask` says (`attention_kernels.Rule`)."""
+    """(make_unit, number of units) for a Stack with this mask (`attention_kernels.Rule`)."""
     rows = config.rows
     if all(row == rows[0] for row in rows):
         return (lambda rngs: Block(config, rows[0], rngs, backend=backend, mask=mask)), config.layers
@@ -96,14 +96,14 @@ def unit_maker(config: DecoderConfig, backend: str, mask: str = "causal"):
 
 
 def empty_caches(config: DecoderConfig, num_units: int, batch: int, length: int, dtype: str):
-    """What every unit of the Stack of `unit_maker` keeps of `length` positions, before the first."""
+    """The initial caches, for `length` positions, of every unit of the Stack of `unit_maker`."""
     rows = config.rows[: config.layers // num_units]
     caches = [mixer_of(config, row).empty_cache(config, row, batch, length, dtype) for row in rows]
     return jax.tree.map(lambda a: jnp.tile(a, (num_units, *[1] * a.ndim)), caches if len(rows) > 1 else caches[0])
 
 
 def tags(config: DecoderConfig, row: Layer, backend: str) -> tuple[str, ...]:
-    """Every name a plan may keep, in the order a block makes them."""
+    """Every name that a plan may keep, in the order in which a block makes them."""
     mixer = mixer_of(config, row)
     inside = mixer.tags(backend) if row.kind in KINDS else getattr(mixer, "tags", ())
     names = ["attn_norm"] if config.norms[0] else []

@@ -1,7 +1,7 @@
-"""What a module holds beside its parameters, and how it takes part in a run: carried state, dropout, the two modes.
+"""A module's state beside its parameters, and its part in a run: carried state, dropout, the two modes.
 
 State that is not a parameter (the statistics of `nnx.BatchNorm`, a counter, any `nnx.Variable`) is an input and an
-output of the step. Random state is not carried: a run has none, its keys are functions of (seed, step, example).
+output of the step. Random state is not carried: a run has none, because keys are functions of (seed, step, example).
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _COUPLED = 'couples = "microbatch" in the recipe: its batch is then split only a
 
 
 class KeyedDropout(nnx.Dropout):
-    """`nnx.Dropout` whose mask of a row depends on the key of its example, on its place in the model and on which call.
+    """`nnx.Dropout` whose mask for a row depends on its example's key, its place in the model and the call's number.
 
-    So a mask moves with no microbatch, plan or number of devices, and there is no random state to save. Inputs have the
-    examples as their leading axis; UserError otherwise.
+    So a mask does not depend on microbatch, plan or number of devices, and there is no random state to save. The
+    leading axis of inputs must be the examples; UserError otherwise.
     """
 
     def __call__(self, inputs, *, deterministic=None, rngs=None):
-        """As nnx has it; `rngs` given in the call is used as nnx would."""
+        """As in nnx; `rngs` passed to the call is used as nnx does."""
         deterministic = self.deterministic if deterministic is None else deterministic
         if rngs is not None or deterministic or self.rate == 0.0:
             return super().__call__(inputs, deterministic=bool(deterministic), rngs=rngs)
-        found = _keys.get()
-        if found is None:
-            return inputs  # no keys: as in evaluation
-        keys, calls = found
+        keys_and_calls = _keys.get()
+        if keys_and_calls is None:
+            return inputs  # no keys: evaluation
+        keys, calls = keys_and_calls
         if inputs.ndim == 0 or inputs.shape[0] != keys.shape[0]:
             raise UserError(
-                f"the dropout at `{self.place}` is given an array of shape {list(inputs.shape)}, and the batch has "
+                f"the dropout at `{self.place}` is given an array of shape {list(inputs.shape)}, but the batch has "
                 f"{keys.shape[0]} examples", where=f"model.{self.place}",
-                why="a mask is drawn for each example, so the leading axis has to be the examples",
+                why="a mask is drawn for each example, so the leading axis must be the examples",
                 hint="move the axis of the batch to the front, or use aurora_train.nn.dropout.dropout",
             )  # fmt: skip
         site = (zlib.crc32(self.place.encode()) + calls[self.place]) % 2**32
@@ -61,18 +61,18 @@ _keys: contextvars.ContextVar = contextvars.ContextVar("keys of dropout", defaul
 
 
 def build(recipe, seed: int):
-    """The recipe's model as a run has it: drawn from the seed, each `nnx.Dropout` keyed by example, what is trained
-    marked.
+    """The recipe's model as a run uses it: drawn from the seed, each `nnx.Dropout` keyed by example, and parameters
+    marked as trained or frozen.
 
-    UserError, by module path, for what cannot be carried through a run.
+    UserError, with the module's path, for state that cannot be carried through a run.
     """
     model = recipe.model(nnx.Rngs(stream(seed, "model"), params=stream(seed, "init")))
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Dropout) and SEGMENTS in map(str, path):
             raise UserError(
                 f"the units of a Stack hold a dropout of nnx (`{'.'.join(map(str, path))}`)", where="model",
-                why="units are scanned, so that all of a segment would drop the same entries, as the plan cuts them",
-                hint="aurora_train.nn.dropout.dropout(x, rate, keys, site) with the `keys` that a unit is called with",
+                why="units are scanned, so all units of a segment would drop the same entries, depending on the plan",
+                hint="use aurora_train.nn.dropout.dropout(x, rate, keys, site) with the `keys` passed to the unit",
             )  # fmt: skip
         if type(module) is nnx.Dropout:
             _key_by_example(module, ".".join(map(str, path)))
@@ -87,8 +87,8 @@ def _key_by_example(module: nnx.Dropout, place: str) -> None:
     if ndim_free:
         raise UserError(
             f"the dropout at `{place}` shares its mask along axis {ndim_free[0]}", where=f"model.{place}",
-            why="the leading axis is the examples, each of which has a mask of its own",
-            hint="broadcast_dims counted from the front, without 0",
+            why="the leading axis is the examples, each of which has its own mask",
+            hint="count broadcast_dims from the front, without 0",
         )  # fmt: skip
     module.__class__ = KeyedDropout
     module.rngs, module.place, module.shared = nnx.data(None), place, tuple(module.broadcast_dims)
@@ -104,13 +104,13 @@ def _refuse_uncarried(model) -> None:
             raise UserError(
                 f"`{owner}` holds random state ({kind}), which a run does not carry", where=f"model.{place}",
                 why="a resumed run must draw what the undisturbed one draws: keys come with the batch",
-                hint="nnx.Dropout(rate, rngs=rngs) as a module of its own; or keys from the `key` of `loss`",
+                hint="use nnx.Dropout(rate, rngs=rngs) as a separate module, or keys from the `key` of `loss`",
             )  # fmt: skip
         if SEGMENTS in map(str, path):
             raise UserError(
                 f"the units of a Stack hold `{place}` ({kind}), which is not a parameter", where=f"model.{place}",
-                why="units are scanned and computed again, so that what they change would be lost",
-                hint="an nnx.List of modules in place of the Stack",
+                why="units are scanned and recomputed, so changes of their state would be lost",
+                hint="use an nnx.List of modules instead of the Stack",
             )  # fmt: skip
 
 
@@ -125,10 +125,10 @@ def training_loss(recipe, model, batch: dict, keys) -> Loss:
 
 
 def changed_state(recipe, model, before: dict) -> dict:
-    """The state beside the parameters after a call of `training_loss`, in the shape of `before`, a nested dict.
+    """The state beside the parameters after a call of `training_loss`, structured like `before`, a nested dict.
 
-    UserError for state whose shape or dtype changed, and for state that changed at all where the recipe says that
-    examples are independent of each other.
+    UserError for state whose shape or dtype changed, and for any change of state if the recipe declares its examples
+    independent of each other.
     """
     nnx.pop(model, nnx.Intermediate)
     _, _, others = nnx.split(model, nnx.Param, ...)
@@ -141,17 +141,17 @@ def changed_state(recipe, model, before: dict) -> dict:
             had = "was not there before" if was is None else f"was {_described(was)} and is {_described(leaf)}"
             raise UserError(
                 f"the loss changes what kind of state the model holds: `{place}` {had}", where=f"model.{place}",
-                hint="make it in __init__, and keep its shape and dtype",
+                hint="create it in __init__, and keep its shape and dtype",
             )  # fmt: skip
         if recipe.couples == "example":
             raise UserError(
                 f"the loss changes `{place}` of the model, which then depends on all examples of a microbatch",
-                where=f"model.{place}", why="how a batch is split would change the result", hint=f"say {_COUPLED}",
+                where=f"model.{place}", why="the result would depend on how a batch is split", hint=f"set {_COUPLED}",
             )  # fmt: skip
     if known:
         raise UserError(
             f"the loss removes `{next(iter(known))}` from the model", where=f"model.{next(iter(known))}",
-            hint="what a model holds is made in __init__ and stays",
+            hint="create a model's state in __init__ and keep it",
         )  # fmt: skip
     return after
 

@@ -1,7 +1,7 @@
 """`Decoder`: a language model whose config covers GPT-2, Llama, Mistral, Qwen and Gemma 2 shapes.
 
-Calling it gives the final hidden states; logits are formed by `nll` and `token_nll` a chunk at a time, and only
-`logits` holds them all.
+A call returns the final hidden states; `nll` and `token_nll` compute logits a chunk at a time, and only `logits` holds
+all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aurora_train.nn.transformer import Transformer, make_context
 
 
 class Decoder(Transformer):
-    """A `Transformer`, causal unless told otherwise, with a vocabulary at its end: `head` [D, V], unless it is tied."""
+    """A `Transformer`, causal by default, with an output head over a vocabulary: `head` [D, V], unless it is tied."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int, dtype: str, rngs: nnx.Rngs, mask: str = "causal"):
         super().__init__(config, vocab_size, dtype, rngs, mask)
@@ -25,12 +25,12 @@ class Decoder(Transformer):
             self.head = param.kernel(rngs, (config.width, vocab_size), ("embed", "vocab"))
 
     def extend(self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None):
-        """The same with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier ones of their row.
+        """A call with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier tokens of their row.
 
-        `prefix`: bool[B, S] of the cache's slots. Returns (hidden, caches). UserError of a bidirectional model.
+        `prefix`: bool[B, S] over the cache's slots. Returns (hidden, caches). UserError for a bidirectional model.
         """
         if self.mask == "bidirectional":
-            raise UserError("a bidirectional model reads a text at once and continues none", where="model")
+            raise UserError("a bidirectional model reads a whole text at once and cannot continue one", where="model")
         if self.mask == "prefix" and prefix is None:
             raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
         x, context = self._embedded(tokens, positions), make_context(self.config, positions, None)
@@ -39,7 +39,7 @@ class Decoder(Transformer):
         return self.final_norm(x), caches
 
     def empty_caches(self, batch: int, length: int):
-        """Keys and values for `length` positions of every layer, zero."""
+        """Zero keys and values for `length` positions of every layer."""
         return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
 
     def logits(self, hidden):

@@ -1,9 +1,9 @@
 """The shape of a transformer as a config section; free of jax so that `aurora check` stays fast.
 
-The vocabulary size is not here: it follows from the tokenizer. Nor is what a token sees, which follows from the
-objective: a recipe gives it to the model. The layers are the rows of a table (`layer_table`, or what `window` and
-`window_pattern` say in short), repeated as one period. The fields cover GPT-2, Llama 2 and 3, Mistral,
-Qwen 2 and 3 and Gemma 2; `tests/parity` holds each of them against its published implementation.
+The vocabulary size is not here, because it follows from the tokenizer; nor is the mask, which follows from the
+objective and is set by the recipe. The layers are the rows of a table (`layer_table`, or `window` and `window_pattern`
+as shorthand), repeated as one period. The fields cover GPT-2, Llama 2 and 3, Mistral, Qwen 2 and 3 and Gemma 2;
+`tests/parity` compares each of them with its published implementation.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from aurora_train.config import Section, setting
 
 GATED = ("swiglu", "geglu")
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
-KINDS = ("full", "window", "cross")  # of layers that are built in
-NF4_BLOCK = 64  # inputs of a kernel that share a scale, where it is stored in 4 bits
+KINDS = ("full", "window", "cross")  # the built-in kinds of layers
+NF4_BLOCK = 64  # inputs of a kernel that share a scale in 4-bit storage
 
 
 class RopeScaling(Section):
@@ -39,7 +39,7 @@ class RopeScaling(Section):
 
 
 class Rope(NamedTuple):
-    """Rotary positions as a layer has them: base of the wavelengths, how many of a head's entries turn, stretching."""
+    """The rotary positions of a layer: base of the wavelengths, how many of a head's entries turn, stretching."""
 
     theta: float
     dims: int
@@ -47,7 +47,7 @@ class Rope(NamedTuple):
 
 
 class Layer(Section):
-    """One row of the table of layers. `None` means: as the fields of the model say."""
+    """One row of the table of layers. `None` means the model's own field."""
 
     kind: str = setting(
         "full", resume="frozen", help="attention without bounds (full), in a window, or to an encoder's output (cross)"
@@ -86,9 +86,9 @@ class Lora(Section):
 
 
 class DecoderConfig(Section):
-    """A transformer. `None` means: follows from the other fields, as the help says.
+    """A transformer. `None` means that a value follows from the other fields, as the help says.
 
-    `mixers`: layer kinds of a recipe's own, by the name that `kind` has for them; a subclass sets it (docs/extend.md).
+    `mixers`: a recipe's own layer kinds by their name in `kind`; a subclass sets it (docs/extend.md).
     """
 
     mixers: ClassVar[dict[str, Any]] = {}
@@ -113,14 +113,14 @@ class DecoderConfig(Section):
         help="RMSNorm on each query and key head (true, head: Qwen 3) or on all heads as one (projection: OLMo 2)",
     )
     norm_place: Literal["before", "after", "both"] = setting(
-        "before", resume="frozen", help="normalise what attention and MLP read, what they give (OLMo 2), or both"
+        "before", resume="frozen", help="normalise the input of attention and MLP, their output (OLMo 2), or both"
     )
     post_norm: bool = setting(False, resume="frozen", help="as norm_place: both (Gemma 2)")
     parallel: bool = setting(False, resume="frozen", help="attention and MLP read the same normed input (GPT-J)")
     bias: Literal["none", "qkv", "all"] = setting(
         "none", resume="frozen", help="none (Llama), qkv (Qwen 2) or all linear layers (GPT-2)"
     )
-    positions: Literal["rope", "learned", "none"] = setting("rope", resume="frozen", help="how order is told")
+    positions: Literal["rope", "learned", "none"] = setting("rope", resume="frozen", help="how positions are encoded")
     max_length: int = setting(1024, resume="frozen", ge=1, help="rows of the table of learned positions")
     rope_theta: float = setting(10_000.0, resume="frozen", gt=0, help="base of the rotary wavelengths")
     rope_scaling: RopeScaling = setting(RopeScaling(), resume="frozen", help="stretching of rotary frequencies")
@@ -149,7 +149,7 @@ class DecoderConfig(Section):
     dropout: float = setting(0.0, resume="frozen", ge=0, lt=1, help="rate on embeddings and on each block's output")
     lora: Lora | None = setting(None, resume="frozen", help="train low-rank adapters and nothing else")
     attention: Literal["auto", "cudnn", "xla", "blocked", "reference"] = setting(
-        "auto", resume="elastic", help="kernel; auto takes the fastest that serves and says which"
+        "auto", resume="elastic", help="kernel; auto takes the fastest that works and reports it"
     )
     loss_chunk: Literal["auto"] | int = setting(
         "auto", resume="elastic", help="tokens whose logits are held at a time; 0 holds all"
@@ -167,7 +167,7 @@ class DecoderConfig(Section):
         if self.positions == "rope" and self.dim_per_head % 2:
             raise ValueError(f"rope turns pairs, so head_dim ({self.dim_per_head}) must be even")
         if self.norm_place == "after" and self.post_norm:
-            raise ValueError("post_norm is norm_place: both, and norm_place is after; leave post_norm out")
+            raise ValueError("post_norm means norm_place: both, but norm_place is after; leave post_norm out")
         if self.layer_table is not None:
             self._check_table(self.layer_table)
         if self.layers % len(self.window_pattern):
@@ -177,7 +177,7 @@ class DecoderConfig(Section):
         if self.window is None and len(set(self.window_pattern)) > 1:
             raise ValueError("window_pattern alternates, but window is not set")
         if self.norm_offset and self.norm == "layernorm":
-            raise ValueError("norm_offset belongs to rmsnorm (Gemma); norm is layernorm")
+            raise ValueError("norm_offset belongs to rmsnorm (Gemma), but norm is layernorm")
         if self.lora is not None and set(self.lora.targets) == {"gate"} and self.activation not in GATED:
             raise ValueError(f"lora.targets names only the gate, and {self.activation} has none")
         if self.lora is not None and self.lora.base == "nf4":
@@ -195,9 +195,9 @@ class DecoderConfig(Section):
 
     def _check_table(self, table: tuple[Layer, ...]) -> None:
         if self.window is not None or self.window_pattern != ("local",):
-            raise ValueError("layer_table has the windows of its rows: leave window and window_pattern out")
+            raise ValueError("the rows of layer_table have their own windows: leave window and window_pattern out")
         if not table:
-            raise ValueError("layer_table has no row; [{kind: full}] is every layer alike")
+            raise ValueError("layer_table has no row; [{kind: full}] makes every layer alike")
         if self.layers % len(table):
             raise ValueError(f"layers ({self.layers}) must be a multiple of the {len(table)} rows of layer_table")
         for number, row in enumerate(table):
@@ -205,17 +205,17 @@ class DecoderConfig(Section):
                 known = ", ".join((*KINDS, *self.mixers))
                 raise ValueError(f"row {number} of layer_table is of kind {row.kind!r}; there are {known}")
             if self.positions != "rope" and (row.theta or row.scaling or row.rotary != 1.0):
-                raise ValueError(f"row {number} of layer_table has rotary positions, and positions is {self.positions}")
+                raise ValueError(f"row {number} of layer_table has rotary positions, but positions is {self.positions}")
             if self.positions == "rope" and self.rotary_dims(row) % 2:
                 near = 2 * round(self.rotary_dims(row) / 2) / self.dim_per_head
                 raise ValueError(
                     f"row {number} of layer_table turns {self.rotary_dims(row)} of a head's {self.dim_per_head} "
-                    f"entries, and rope turns pairs: rotary: {near:g} would"
+                    f"entries, but rope turns pairs: rotary: {near:g} would"
                 )
 
     @property
     def rows(self) -> tuple[Layer, ...]:
-        """One period of layers."""
+        """The rows of one period of layers."""
         if self.layer_table is not None:
             return self.layer_table
         windows = (self.window if name == "local" else None for name in self.window_pattern)
@@ -226,22 +226,22 @@ class DecoderConfig(Section):
         return int(self.dim_per_head * row.rotary) if self.positions == "rope" and row.kind != "cross" else 0
 
     def rope(self, row: Layer) -> Rope | None:
-        """The rotary positions of a layer; None where it has none."""
+        """The rotary positions of a layer; None if it has none."""
         theta, scaling = row.theta or self.rope_theta, row.scaling or self.rope_scaling
         return Rope(theta, self.rotary_dims(row), scaling) if self.rotary_dims(row) else None
 
     @property
     def ropes(self) -> list[Rope]:
-        """All that are unlike, in the order of the rows."""
-        found = []
+        """The distinct rotary positions, in the order of the rows."""
+        ropes = []
         for row in self.rows:
-            if (rope := self.rope(row)) is not None and rope not in found:
-                found.append(rope)
-        return found
+            if (rope := self.rope(row)) is not None and rope not in ropes:
+                ropes.append(rope)
+        return ropes
 
     @property
     def norms(self) -> tuple[bool, bool]:
-        """Whether there is a norm before attention and MLP, and one after."""
+        """(whether there is a norm before attention and MLP, whether there is one after)."""
         return self.norm_place != "after", self.post_norm or self.norm_place != "before"
 
     @property
@@ -254,14 +254,14 @@ class DecoderConfig(Section):
 
     @property
     def hidden_width(self) -> int:
-        """Width inside the MLP. Gated: 8/3 width (Shazeer 2020, equal parameters), up to a multiple of 64."""
+        """Width inside the MLP. Gated: 8/3 width (Shazeer 2020, equal parameters), rounded up to a multiple of 64."""
         if self.mlp_width is not None:
             return self.mlp_width
         return -(-8 * self.width // 192) * 64 if self.activation in GATED else 4 * self.width
 
     def num_parameters(self, vocab_size: int) -> int:
-        """Exact count of parameters, for budgets and tables; adapters (`lora`) and layers of a recipe's own kind are
-        not counted."""
+        """Exact count of parameters, for budgets and tables. Adapters (`lora`) and a recipe's own layer kinds are not
+        counted."""
         norm = self.width * (2 if self.norm == "layernorm" else 1)
         period = sum(self._in_row(row, norm) for row in self.rows if row.kind in KINDS)
         tables = vocab_size * self.width * (1 if self.tied else 2)
@@ -286,6 +286,6 @@ class DecoderConfig(Section):
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`; the larger of two equally near."""
+    """The divisor of `number` nearest to `wanted`; the larger of two that are equally near."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: (abs(d - wanted), -d))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
-    """x[B, ...] with each entry kept with chance 1 - rate and scaled up; `keys`: key[B], None is deterministic.
+    """x[B, ...] with each entry kept with probability 1 - rate and scaled up; `keys`: key[B], None is deterministic.
 
-    `site` tells apart the uses within one layer.
+    `site` distinguishes the uses within one layer.
     """
     if keys is None or rate == 0.0:
         return x

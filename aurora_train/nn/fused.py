@@ -1,13 +1,13 @@
-"""A stack whose units are updated as the backward pass reaches them: no gradient of the whole stack ever exists.
+"""Updates the units of a stack as the backward pass reaches them, so that no gradient of the whole stack ever exists.
 
-The reverse scan carries the stacked parameters and their optimizer state, and writes unit i's new ones over the old
-once its gradient is known (LOMO, Lv et al. 2023, for any optimizer that works unit by unit). To automatic
-differentiation this is a custom backward rule that returns the *new* values where cotangents are expected: nothing may
-add to them on the way, so a stack must be called exactly once, and its parameters used nowhere else. Whoever
-differentiates has to look (`Updating.called` and `made`).
+The reverse scan carries the stacked parameters and their optimizer state, and overwrites those of unit i once its
+gradient is known (LOMO, Lv et al. 2023, for any optimizer that works unit by unit). To automatic differentiation this
+is a custom backward rule that returns the *new* values where cotangents are expected. Nothing may be added to them on
+the way, so a stack must be called exactly once and its parameters used nowhere else; the caller that differentiates
+must check this (`Updating.called` and `made`).
 
-`jax.vjp` inside a scan returns its residuals; those that are the unit's own inputs (its weights, above all) are not
-stacked but taken from the carry again.
+`jax.vjp` inside a scan returns its residuals; those that are the unit's own inputs (mainly its weights) are not stacked
+but taken from the carry again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _updates = contextvars.ContextVar("stack_updates", default=None)
 
 
 class Update(NamedTuple):
-    """What is done to each unit of one stack.
+    """The update of each unit of one stack.
 
-    `state`: the optimizer's, by segment, `disguised`; `dtypes`: the same as it was, for its dtypes alone.
+    `state`: the optimizer's state by segment, `disguised`; `dtypes`: the undisguised state, only for its dtypes.
     `norms`: float32[units] by segment, any values; each unit's squared gradient norm comes back as its cotangent.
     `rule(grads, weight, state, params, index) -> (params, state, squared norm)` works on nested dicts of one unit.
     """
@@ -43,8 +43,8 @@ class Update(NamedTuple):
 
 
 class Updating:
-    """What was called within `updating`. `taps`: a float32 zero for each segment, to be an output of what is
-    differentiated: its cotangent is the `weight` that the rule is given. `made`: ids of the arrays that rules made."""
+    """Records what `updating` called. `taps`: a float32 zero for each segment, which must be an output of the
+    differentiated function: its cotangent is the `weight` passed to the rule. `made`: ids of arrays made by rules."""
 
     def __init__(self, updates: dict[int, Update]):
         self.updates, self.called, self.taps, self.made = updates, [], [], set()
@@ -53,17 +53,17 @@ class Updating:
 
 @contextlib.contextmanager
 def updating(updates: dict[int, Update]):
-    """Within, a Stack whose `id` is a key is updated in its backward pass. Yields an `Updating`."""
-    found = Updating(updates)
-    token = _updates.set(found)
+    """In this context, a Stack whose `id` is a key is updated in its backward pass. Yields an `Updating`."""
+    record = Updating(updates)
+    token = _updates.set(record)
     try:
-        yield found
+        yield record
     finally:
         _updates.reset(token)
 
 
 def update_of(stack) -> Update | None:
-    """The update that is due to a stack, which counts as called from here on. UserError inside a transformation."""
+    """The update of a stack, or None; records the stack as called. UserError inside a transformation."""
     now = _updates.get()
     if now is None or id(stack) not in now.updates:
         return None
@@ -78,24 +78,24 @@ def update_of(stack) -> Update | None:
 
 
 def disguised(tree):
-    """Integers as floats of the same bits: only floats have cotangents, and these pass through untouched."""
+    """Integers as floats with the same bits, because only floats have cotangents. They are never computed with."""
     return jax.tree.map(lambda a: a if _is_float(a) else jax.lax.bitcast_convert_type(a, _DISGUISES[a.itemsize]), tree)
 
 
 def undisguised(tree, like):
-    """The inverse of `disguised`; `like` has the dtypes."""
+    """The inverse of `disguised`; `like` gives the dtypes."""
     return jax.tree.map(
         lambda a, b: a if a.dtype == b.dtype else jax.lax.bitcast_convert_type(a, b.dtype), tree, like
     )
 
 
 def run(unit, update: Update, segment: int, indices, module, x, context):
-    """x through the units of one segment of a stack, with what they report.
+    """Run x through the units of one segment of a stack, with the sums they report.
 
     `unit(state, index, x, context) -> (x, sums)`.
 
     Args:
-        segment: its number in `update`.
+        segment: the segment's number in `update`.
         indices: int32[units], absolute.
         module: the segment's stacked parameters, an nnx.State.
 
@@ -121,7 +121,7 @@ def run(unit, update: Update, segment: int, indices, module, x, context):
 
 
 class _Call:
-    """One call of `run`: what its forward rule has to tell its backward rule beside arrays."""
+    """One call of `run`: what its forward rule passes to its backward rule besides arrays."""
 
     def __init__(self, unit, rule, dtypes, indices, rest, made):
         self.unit, self.rule, self.dtypes, self.indices, self.rest = unit, rule, dtypes, indices, rest
@@ -160,11 +160,11 @@ class _Call:
         given = (kept, self.indices, number, dsums)
         (module, state, dx, dfloats), squares = jax.lax.scan(body, start, given, reverse=True)
         self.made.update(map(id, jax.tree.leaves(module)))
-        self.alive = module  # so that no id is given twice
+        self.alive = module  # kept alive so that no id is reused
         return module, disguised(state), squares, dx, dfloats
 
     def _updated(self, grads, weight, state, module, index):
-        # The barrier ends the backward pass of a unit where its update begins, as the step does without fusion.
+        # The barrier separates a unit's backward pass from its update, as in the step without fusion.
         plain = jax.lax.optimization_barrier(nnx.to_pure_dict(grads))
         params, state, square = self.rule(plain, weight, state, nnx.to_pure_dict(module), index)
         new = jax.tree.map(lambda leaf: leaf, module)
@@ -180,7 +180,7 @@ class _Call:
         return y, leaves
 
     def _classify(self, *inputs):
-        """Which residuals are stacked (`kept`), and which are inputs of the unit (`given`: residual -> input)."""
+        """Determine which residuals are stacked (`kept`) and which are unit inputs (`given`: residual -> input)."""
         closed = jax.make_jaxpr(lambda *inputs: self._differentiated(*inputs)[1])(*inputs)
         jaxpr = open_jaxpr(closed)
         before = len(jax.tree.leaves(inputs[:2]))
@@ -198,9 +198,9 @@ class _Call:
 
     def _refilled(self, kept, inputs):
         flat = jax.tree.leaves(inputs)
-        found = dict(zip(self.kept, kept, strict=True)) | self.constant
-        found |= {k: flat[place] for k, place in self.given.items()}
-        return jax.tree.unflatten(self.tree, [found[k] for k in range(len(found))])
+        residuals = dict(zip(self.kept, kept, strict=True)) | self.constant
+        residuals |= {k: flat[place] for k, place in self.given.items()}
+        return jax.tree.unflatten(self.tree, [residuals[k] for k in range(len(residuals))])
 
 
 def _is_float(a) -> bool:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def lean(function, form: str):
-    """`function` of arrays, to one float array, whose backward pass recomputes from its inputs: nothing else stays.
+    """`function` of arrays, returning one float array, with a backward pass that keeps only the inputs and recomputes.
 
-    `form`: of the operation "activation".
+    `form`: that of the operation "activation".
     """
 
     @jax.custom_vjp
@@ -25,11 +25,11 @@ def lean(function, form: str):
 
 
 def after(form: str, tree, g: jax.Array):
-    """The arrays of `tree`, bit for bit, but as "cpu" not before `g`, bfloat16 or float32, is there.
+    """Return `tree` bit for bit; in the form "cpu", only once `g` (bfloat16 or float32) exists.
 
-    What a backward pass makes anew from what was kept for it (a slice, a transpose, an activation) XLA:CPU would
-    otherwise make early and keep; it drops optimization barriers before it schedules. So the arrays are made to
-    depend on a test of `g` that is never true, which LLVM, and nothing before it, sees through.
+    XLA:CPU would otherwise compute early, and keep, what a backward pass recomputes (a slice, a transpose, an
+    activation), because it drops optimization barriers before scheduling. So the arrays are made to depend on a test of
+    `g` that is never true, which only LLVM recognises and removes.
     """
     if form != "cpu" or g.size == 0:
         return tree
@@ -39,7 +39,7 @@ def after(form: str, tree, g: jax.Array):
 
 
 def row_mean(form: str, x: jax.Array) -> jax.Array:
-    """float32[..., n] -> float32[..., 1]. "cpu": a product with ones; XLA:CPU's reductions do not use all lanes."""
+    """float32[..., n] -> float32[..., 1]. "cpu": a product with ones, as XLA:CPU's reductions do not use all lanes."""
     size = x.shape[-1]
     if form != "cpu":
         return jnp.mean(x, -1, keepdims=True)

@@ -1,10 +1,10 @@
 """Matrix products: float32 masters cast to the activations' dtype at use, weight gradients summed in float32.
 
-XLA:CPU has fast bfloat16 kernels only for bf16 x bf16 -> f32 dots whose left operand is stored row by row; all else
-it upcasts, two to four times slower. Hence the form "cpu" (`nn.ops`). Where the left operand is needed transposed, the
-axis that is summed is written as two: XLA then copies it row by row, where a transpose, behind a barrier or not, would
-be folded back into the dot and upcast. A transpose of a 2-D bf16 dot's result stands behind a barrier (`losses.py`),
-for folded into the dot it crashes at run time.
+XLA:CPU has fast bfloat16 kernels only for bf16 x bf16 -> f32 dots whose left operand is stored row by row; it upcasts
+everything else, which is two to four times slower. Hence the form "cpu" (`nn.ops`). If the left operand is needed
+transposed, the summed axis is written as two axes, so that XLA copies it row by row; a transpose, even behind a
+barrier, would be folded back into the dot and upcast. A transpose of a 2-D bf16 dot's result stands behind a barrier
+(`losses.py`), because folded into the dot it crashes at run time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ barrier = jax.lax.optimization_barrier
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, wide: bool = False) -> jax.Array:
     """x[..., in] times weight[in, out] plus bias[out], in the dtype of x.
 
-    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to them, unless `wide`.
+    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to 8 bits, unless `wide`.
     """
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype == jnp.float32:
@@ -43,14 +43,14 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, out_dtype=jnp.float32) -> jax.Array:
     """Contract one axis of each 2-D array."""
-    # As flax's fp8_ops has it: a GPU may sum 8-bit products in fewer bits than float32, and gradients may not be.
+    # As in flax's fp8_ops: a GPU may sum 8-bit products in fewer bits than float32, but not those of gradients.
     precision = jax.lax.Precision.HIGHEST if fp8.GRADIENT in (a.dtype, b.dtype) else None
     dims = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=out_dtype)
 
 
 def times(form: str, x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
-    """x[n, in] times low[in, out], both of one dtype and so the result, unless `out_dtype` says otherwise."""
+    """x[n, in] times low[in, out] of the same dtype, which is also that of the result unless `out_dtype` is given."""
     out_dtype = out_dtype or x.dtype
     if form == "cpu" and x.dtype != jnp.float32:
         return dot(barrier(x), low, 1, 0).astype(out_dtype)
@@ -58,7 +58,7 @@ def times(form: str, x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
 
 
 def times_transposed(form: str, g: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
-    """g[n, out] times the transpose of low[in, out]: the gradient of what was multiplied by it."""
+    """g[n, out] times the transpose of low[in, out]: the gradient of the other operand."""
     out_dtype = out_dtype or g.dtype
     if form == "cpu" and g.dtype != jnp.float32:
         return dot(g, low, 1, 1).astype(out_dtype)
@@ -75,7 +75,7 @@ def outer(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def batched_outer(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a[N, n, k], b[N, n, m] -> float32[N, k, m], likewise."""
+    """a[N, n, k], b[N, n, m] -> float32[N, k, m]: `outer` for a batch."""
     if form != "cpu" or a.dtype == jnp.float32:
         dims = (((1,), (1,)), ((0,), (0,)))
     else:
@@ -84,7 +84,7 @@ def batched_outer(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _two_axes(x, axis):
-    """x with one axis cut in two, filled up with zeros where it is odd."""
+    """x with one axis split into two, padded with zeros if it is odd."""
     length = x.shape[axis]
     parts = next((n for n in (8, 4, 2) if length % n == 0), None)
     if parts is None:
@@ -101,7 +101,7 @@ def column_sum(form: str, x: jax.Array) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     if form != "cpu":
         return rows.astype(jnp.float32).sum(0)
-    # The bfloat16 kernels are made for several rows at a time.
+    # The bfloat16 kernels work on several rows at a time.
     height = 1 if x.dtype == jnp.float32 else 8
     return dot(jnp.ones((height, rows.shape[0]), x.dtype), rows, 1, 0)[0]
 
@@ -142,12 +142,12 @@ def _quantized(form: str, x, weight):
 def _quantized_forward(form, x, weight):
     x, low = fp8.quantize(x, fp8.FORWARD), fp8.quantize(weight, fp8.FORWARD)
     y = times(form, fp8.operand(form, x), fp8.operand(form, low, pinned=True), fp8.DTYPE)
-    return fp8.scaled(y, x, low), (x, weight)  # x in its 8 bits: half of what bfloat16 would keep
+    return fp8.scaled(y, x, low), (x, weight)  # x in 8 bits: half of what bfloat16 would keep
 
 
 def _quantized_backward(form, residuals, g):
     x, weight = residuals
-    # Made again rather than kept: kept, it would be one more copy of all weights.
+    # Recomputed, because keeping it would be one more copy of all weights.
     low, g = fp8.quantize(weight, fp8.FORWARD), fp8.quantize(g, fp8.GRADIENT)
     rows, columns = fp8.operand(form, g), fp8.operand(form, x)
     dx = times_transposed(form, rows, fp8.operand(form, low, pinned=True), fp8.DTYPE)

@@ -1,11 +1,11 @@
-"""Low-rank adapters (Hu et al. 2021, section 4.1): y = x W + (alpha / rank) (x A) B, with W as it was given.
+"""Low-rank adapters (Hu et al. 2021, section 4.1): y = x W + (alpha / rank) (x A) B, with W unchanged.
 
 The frozen kernels of the blocks may be stored in 4 bits (`nn.nf4`): QLoRA.
 
 An adapted kernel `query` [in, out] stands beside `query_lora_a` [in, rank], normal, and `query_lora_b` [rank, out],
-zero: before the first step they add exactly nothing. Both are `nnx.LoRAParam`. A model that has one trains
-these alone, and all its other parameters are frozen, unless its recipe says otherwise (`Recipe.trainable`): `mark`
-writes down which are trained, and `split` is the only place that reads it.
+zero: before the first step they add exactly nothing. Both are `nnx.LoRAParam`. A model that has adapters trains only
+these, and all its other parameters are frozen, unless its recipe says otherwise (`Recipe.trainable`): `mark` marks the
+trained parameters, and only `split` reads the marks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from aurora_train.nn.linear import add_bias, linear
 from aurora_train.nn.param import named
 from aurora_train.recipe import ADAPTERS
 
-_STREAM = 0x4C6F5241  # "LoRA": far from the counts that the kernels' own keys are folded with
+_STREAM = 0x4C6F5241  # "LoRA": far from the counts with which the kernels' own keys are folded
 
 
 def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) -> None:
-    """Give the targeted kernels among `names` of a module their adapters, and code all of them where `base` says so.
+    """Add adapters to the targeted kernels among `names` of a module, and encode all of them if `base` is nf4.
 
     `config`: a `Lora` section, or None.
 
-    The keys are folded beside the stream and take nothing from it: kernels are drawn as they are without adapters.
+    The keys are folded separately and take nothing from the stream, so kernels are drawn as without adapters.
     """
     module.lora_scale = None if config is None else config.alpha / config.rank
     module.coded = () if config is None or config.base != "nf4" else names
@@ -53,7 +53,7 @@ def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) ->
 
 
 def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x[..., in] times the kernel `name` of a module, plus bias[out], plus what its adapter adds; dtype of x."""
+    """x[..., in] times the kernel `name` of a module, plus bias[out], plus its adapter's output; dtype of x."""
     if name in module.coded:
         _refuse_both()
         y = nf4.linear(x, *(getattr(module, name + suffix)[...] for suffix in (nf4.CODES, nf4.SCALES)))
@@ -62,7 +62,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
         y = linear(x, getattr(module, name)[...], bias)
     if name not in module.adapted:
         return y
-    # Of a low rank: there is nothing to be gained in 8 bits.
+    # At a low rank, 8 bits would gain nothing.
     low = linear(x, getattr(module, f"{name}_lora_a")[...], wide=True) * jnp.asarray(module.lora_scale, x.dtype)
     return y + linear(low, getattr(module, f"{name}_lora_b")[...], wide=True)
 
@@ -70,16 +70,16 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
 def _refuse_both() -> None:
     if fp8.in_unit():
         raise UserError(
-            "a base of 4-bit codes is not multiplied in fp8", where="train.precision",
+            "a base of 4-bit codes cannot be multiplied in fp8", where="train.precision",
             why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=compute",
         )  # fmt: skip
 
 
 def mark(model: nnx.Module, trainable: Callable[[str], bool]) -> None:
-    """Write on every parameter of a model whether it is trained, by its dotted path (`Recipe.trainable`).
+    """Mark every parameter of a model as trained or not, by its dotted path (`Recipe.trainable`).
 
-    The mark stays with a parameter when its stack is cut and when its unit is taken out of the stack, so that whoever
-    holds a part of the model splits it as the whole is split.
+    The mark stays with a parameter when its stack is cut and when its unit is taken out of the stack, so that a part of
+    the model is split like the whole.
     """
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
@@ -92,7 +92,7 @@ def has_adapters(model: nnx.Module) -> bool:
 
 
 def split(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """(trained, frozen) parameters, as they were marked. Without marks: the adapters and the rest, or all and none."""
+    """(trained, frozen) parameters, as marked. Without marks: the adapters and the rest, or all and none."""
     kept = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     if any("trained" in variable.get_metadata() for variable in kept):
         return nnx.split_state(variables, lambda path, variable: variable.get_metadata()["trained"], ...)

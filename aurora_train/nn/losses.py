@@ -1,8 +1,8 @@
 """Cross-entropy over a vocabulary without ever holding all logits.
 
-The time axis is cut into chunks and scanned. `chunked_nll`, which trains, forms the gradients of hidden states and
-head while it has each chunk's logits, so the backward pass only scales them: three products a chunk, not four. The
-batch axis is never cut, so that it stays spread over devices.
+The time axis is cut into chunks and scanned. `chunked_nll`, used for training, computes the gradients of hidden states
+and head while it has each chunk's logits, so the backward pass only scales them: three products per chunk instead of
+four. The batch axis is never cut, so that it stays sharded over devices.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _nll(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
 def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
     low = head.astype(hidden.dtype)
     wide = low.shape[0] if vocab_first else low.shape[1]
-    # The head's gradient is summed in the layout its product comes in, and turned once at the end.
+    # The head's gradient is summed in the layout of its product, and transposed once at the end.
     turned = vocab_first and form == "cpu" and hidden.dtype != jnp.float32
 
     def add(carry, inputs):
@@ -112,11 +112,11 @@ def _chunks(chunk, *arrays):
 
 
 def _cut(x, chunk):
-    """[B, T, ...] -> [chunks, B, t, ...]; the last chunk is filled with zeros, whose weight is zero."""
+    """[B, T, ...] -> [chunks, B, t, ...]; the last chunk is padded with zeros, whose weight is zero."""
     batch, length = x.shape[:2]
     size = length if chunk == 0 else min(length, max(1, chunk // batch))
     count = -(-length // size)
-    count = next((n for n in range(count, 2 * count + 1) if length % n == 0), count)  # rather whole than filled
+    count = next((n for n in range(count, 2 * count + 1) if length % n == 0), count)  # prefer a divisor to padding
     size = -(-length // count)
     x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)

@@ -13,7 +13,7 @@ from aurora_train.nn.lean import lean
 
 
 def gelu(x):
-    """x Phi(x), exact, through erf: XLA vectorises it, and not erfc."""
+    """x Phi(x), exact, through erf, because XLA vectorises erf but not erfc."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -36,7 +36,7 @@ GATES = {"swiglu": silu, "geglu": gelu_tanh}
 
 
 def activate(name: str, *inputs: jax.Array) -> jax.Array:
-    """`inputs`: (up,) for a plain activation, (gate, up) for a gated one. float32 inside, keeps only its inputs."""
+    """`inputs`: (up,) for a plain activation, (gate, up) for a gated one. float32 inside; keeps only its inputs."""
 
     def function(*inputs):
         wide = [x.astype(jnp.float32) for x in inputs]

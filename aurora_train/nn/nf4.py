@@ -1,9 +1,9 @@
-"""4-bit storage of kernels that are not trained: NormalFloat4 (Dettmers et al. 2023, QLoRA, section 3 and appendix E).
+"""4-bit storage of frozen kernels: NormalFloat4 (Dettmers et al. 2023, QLoRA, section 3 and appendix E).
 
-A kernel [in, out] is cut into blocks of 64 inputs of one output. A block keeps its largest magnitude, rounded to
-bfloat16, and of each weight the nearest of 16 levels, the quantiles of a normal distribution: 4.25 bits a weight.
-Double quantisation, the paper's other half, would save another 0.12. Kernels are read back where they are used, and
-again in the backward pass, so that one at a time exists in the compute dtype.
+A kernel [in, out] is cut into blocks of 64 inputs of one output. A block stores its largest magnitude, rounded to
+bfloat16, and for each weight the nearest of 16 levels, the quantiles of a normal distribution: 4.25 bits per weight.
+Double quantisation, the paper's other half, would save another 0.12. Kernels are decoded where they are used, and again
+in the backward pass, so that only one at a time exists in the compute dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aurora_train.nn import ops
 from aurora_train.nn.decoder_config import NF4_BLOCK as BLOCK
 from aurora_train.nn.linear import barrier, times, times_transposed
 
-CODES, SCALES = "_nf4", "_nf4_scale"  # after the name of a kernel
+CODES, SCALES = "_nf4", "_nf4_scale"  # suffixes of a kernel's name
 
 # Appendix E: quantiles of N(0, 1), eight below zero and eight from zero on, divided by the largest.
 LEVELS = np.array(
@@ -33,7 +33,7 @@ _MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 def encode(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[..., in, out] -> (uint8[..., in / 2, out], bfloat16[..., in / 64, out]); `in` must be a multiple of 64.
 
-    Two inputs lie in a byte, the even one in its lower half. A block of zeros has the scale 0 and reads as zeros.
+    A byte holds two inputs, the even one in its lower half. A block of zeros has the scale 0 and decodes to zeros.
     """
     *lead, inputs, outputs = kernel.shape
     assert inputs % BLOCK == 0, kernel.shape
@@ -47,7 +47,7 @@ def encode(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(codes: jax.Array, scales: jax.Array, dtype) -> jax.Array:
-    """What `encode` gave, as the kernel [..., in, out] of a dtype."""
+    """The inverse of `encode`, up to rounding: the kernel [..., in, out] in `dtype`."""
     *lead, half, outputs = codes.shape
     halves = jnp.array([0, 4], jnp.uint8)[:, None]
     levels = jnp.take(LEVELS, (codes[..., None, :] >> halves) & 15, mode="clip")
@@ -76,7 +76,7 @@ def _product_forward(form, x, codes, scales):
 
 
 def _product_backward(form, residuals, g):
-    # Behind the barrier the kernel is read anew: the compiler cannot keep the one of the forward pass for it.
+    # The barrier makes the compiler decode the kernel again instead of keeping the forward pass's copy.
     codes, scales, g = barrier((*residuals, g))
     return times_transposed(form, g, decode(codes, scales, g.dtype)), None, None
 

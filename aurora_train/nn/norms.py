@@ -32,7 +32,7 @@ class Norm(nnx.Module):
 
 
 def normalise(eps: float, centred: bool, x, scale, bias):
-    """x over its last axis to unit mean square (and, centred, zero mean), then scaled and shifted."""
+    """Normalise the last axis of x to unit mean square (and zero mean if `centred`), then scale and shift."""
     return _normalise(ops.form("norm"), eps, centred, x, scale, bias)
 
 

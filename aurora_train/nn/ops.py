@@ -1,9 +1,9 @@
-"""The operations where a step's time goes: the forms each can be written in, and which platform takes which.
+"""The operations that dominate a step's time: the forms in which each can be written, and the form of each platform.
 
-A layer asks `form("linear")` as it is traced and hands the answer on to its own backward rule; models, plans and
-recipes see neither forms nor platforms. "plain" is the formula as XLA takes it, for any platform; "cpu" is written for
-XLA:CPU, and runs anywhere. All forms of an operation compute the same but for the order and the rounding of sums, and
-tag the same tensors. An embedding has one form, a gather, and is not here.
+A layer calls `form("linear")` as it is traced and passes the result to its own backward rule; models, plans and recipes
+know neither forms nor platforms. "plain" is the formula as XLA compiles it, for any platform; "cpu" is written for
+XLA:CPU, and runs anywhere. All forms of an operation compute the same, up to the order and the rounding of sums, and
+tag the same tensors. An embedding has only one form, a gather, and is not here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aurora_train.nn.platform import platform
 
 
 class Operation(NamedTuple):
-    """`forms`: how each is written, in a few words. `takes`: the form by platform; all others take `otherwise`."""
+    """`forms`: a short description of each form. `takes`: the form by platform; all others take `otherwise`."""
 
     forms: dict[str, str]
     takes: dict[str, str]
@@ -30,7 +30,7 @@ OPERATIONS = {
         "plain": "one product each; sums over rows as reductions",
         "cpu": "bfloat16 operands row by row and the sum over rows in two axes: XLA:CPU upcasts all else",
     }, _ON_CPU),
-    # What a shape or a dtype rules out, and `model.attention`, which overrides: `attention.choose_attention`.
+    # Limits of shape and dtype, and the override `model.attention`, are handled in `attention.choose_attention`.
     "attention": Operation({
         "reference": "all scores at once, the form the others are held to",
         "xla": "jax.nn.dot_product_attention in XLA",
@@ -59,24 +59,24 @@ OPERATIONS = {
     }, _ON_CPU),
 }  # fmt: skip
 
-# (operation, form) pairs that a config asks for. jax knows of it: what was traced under others is not taken again.
+# (operation, form) pairs that a config asks for. Part of jax's cache key: traces under other forms are not reused.
 _asked = jax.make_user_context(())
 
 
 def asking(forms: dict[str, str]):
-    """Within, these operations take these forms whatever the platform (`config.train.forms.asked`)."""
-    for name, wish in forms.items():
-        assert wish in OPERATIONS[name].forms, (name, wish)
+    """In this context, these operations take these forms on any platform (`config.train.forms.asked`)."""
+    for name, asked_form in forms.items():
+        assert asked_form in OPERATIONS[name].forms, (name, asked_form)
     return _asked(tuple(sorted(forms.items())))
 
 
 def form(name: str) -> str:
-    """The form in which to write an operation, for the platform that is traced for."""
+    """The form in which to write an operation for the platform of the current trace."""
     operation, asked = OPERATIONS[name], dict(_asked.value)
     return asked.get(name) or operation.takes.get(platform(), operation.otherwise)
 
 
 def chosen() -> dict[str, dict]:
-    """{"form", "how", "asked"} of every operation but attention, whose kernel its shape decides too."""
-    asked, found = dict(_asked.value), {name: form(name) for name in OPERATIONS if name != "attention"}
-    return {n: {"form": f, "how": OPERATIONS[n].forms[f], "asked": n in asked} for n, f in found.items()}
+    """{"form", "how", "asked"} of every operation except attention, whose kernel depends on its shape too."""
+    asked, forms = dict(_asked.value), {name: form(name) for name in OPERATIONS if name != "attention"}
+    return {n: {"form": f, "how": OPERATIONS[n].forms[f], "asked": n in asked} for n, f in forms.items()}

@@ -1,7 +1,7 @@
 """Trained arrays and their logical axis names.
 
-Every kernel is stored 2-D as (in, out) in float32 and named by what its axes mean ("embed", "mlp", "heads", ...).
-`mesh.py` alone knows which device axis a name lies on; a layer never does.
+Every kernel is stored 2-D as (in, out) in float32, with names for the meaning of its axes ("embed", "mlp", "heads",
+...). Only `mesh.py` knows which device axis a name is sharded over; a layer never does.
 """
 
 import jax
@@ -30,7 +30,7 @@ def ones(size: int, name: str) -> nnx.Param:
 
 
 def parameter_count(tree) -> int:
-    """Scalars that a nested dict of parameters stands for: two to a byte of codes, none in their scales."""
+    """The number of scalars in a nested dict of parameters: two per byte of 4-bit codes, none for their scales."""
     count = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = str(getattr(path[-1], "key", path[-1]))
@@ -39,6 +39,6 @@ def parameter_count(tree) -> int:
 
 
 def named(value: jax.Array, names: tuple[str, ...]) -> nnx.Param:
-    """`eager_sharding=False`: the names are logical, so flax must not look for a mesh that has them."""
+    """`eager_sharding=False`: the names are logical, so flax must not look them up in a mesh."""
     assert value.ndim == len(names), (value.shape, names)
     return nnx.Param(value, out_sharding=names, eager_sharding=False)

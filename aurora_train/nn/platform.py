@@ -1,4 +1,4 @@
-"""The platform a model is being traced for. A plan for another machine is traced on this one, so it can be set."""
+"""The platform for which a model is traced. It can be set, because plans for other machines are traced on this one."""
 
 import contextlib
 import contextvars
@@ -10,7 +10,7 @@ _target = contextvars.ContextVar("target_platform", default=None)
 
 @contextlib.contextmanager
 def target_platform(name: str):
-    """Within, layers choose their forms for `name` ("cpu", "gpu", "tpu") and no device is probed."""
+    """In this context, layers choose their forms for `name` ("cpu", "gpu", "tpu"), and no device is probed."""
     token = _target.set(name)
     try:
         yield
@@ -19,10 +19,10 @@ def target_platform(name: str):
 
 
 def platform() -> str:
-    """The platform layers are to be written for: "cpu", "gpu" or "tpu"."""
+    """The platform for which layers are written: "cpu", "gpu" or "tpu"."""
     return _target.get() or jax.default_backend()
 
 
 def is_remote() -> bool:
-    """Whether the target was set by `target_platform`, so that this machine's devices say nothing about it."""
+    """Whether `target_platform` set the platform, so that this machine's devices are irrelevant."""
     return _target.get() is not None

@@ -22,7 +22,7 @@ def rope_frequencies(rope: Rope) -> np.ndarray:
 
 
 def _llama3(frequency, scaling):
-    """Long waves are stretched by `factor`, short ones stay, those between are blended (Llama 3.1 reference code)."""
+    """Stretch long waves by `factor`, keep short ones, and blend those between (Llama 3.1 reference code)."""
     turns = scaling.original_length * frequency / (2 * math.pi)  # turns of each wave within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -36,9 +36,9 @@ def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x[B, T, heads, head_dim] turned by its position, in float32, returned in the dtype of x.
+    """x[B, T, heads, head_dim] rotated by its position, in float32, returned in the dtype of x.
 
-    Where the table is of fewer entries, the first ones of each head turn and the others stay (GPT-NeoX).
+    If the table has fewer entries than a head, only the first entries of each head turn (GPT-NeoX).
     """
     dims = 2 * rope[0].shape[-1]
     if dims < x.shape[-1]:

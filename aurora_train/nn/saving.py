@@ -1,15 +1,15 @@
-"""What a plan may name: the tags that layers give with `checkpoint_name`, and the outputs of kernels that take none.
+"""The names that a plan may use: tags set by layers with `checkpoint_name`, and outputs of kernels that take no tag.
 
-A library kernel with a backward pass of its own holds residuals that no tag can reach (the log-sum-exp of cuDNN's
+A library kernel with its own backward pass holds residuals that no tag can reach (the log-sum-exp of cuDNN's
 attention). They are named by their primitive, so that a plan can keep them instead of running the kernel again.
 """
 
 from __future__ import annotations
 
-# Primitive -> the tag its outputs go by.
+# Primitive -> the tag of its outputs.
 KERNELS = {"dot_product_attention_fwd_wrapper": "attn_flash"}
 
-# What a unit is given by the one before. Always kept, so it can only be offloaded; a Stack names it, no model does.
+# A unit's input from the previous unit. It is always kept, so it can only be offloaded; the Stack itself tags it.
 UNIT_INPUT = "unit_input"
 
 
@@ -21,16 +21,16 @@ def tag_of(primitive: str, params: dict) -> str | None:
 
 
 def can_offload(tag: str) -> bool:
-    """Whether jax can move what a tag names: a kernel's outputs it cannot."""
+    """Whether jax can offload what a tag names; it cannot offload a kernel's outputs."""
     return tag not in KERNELS.values()
 
 
 def policy(save: tuple[str, ...], offload: tuple[str, ...] = ()):
-    """A policy for `jax.checkpoint` that keeps the tags in `save`, those in `offload` in the processor's memory.
+    """A policy for `jax.checkpoint` that keeps the tags in `save`; those in `offload` in the processor's memory.
 
-    All else is computed again. What is offloaded is copied out in the forward pass and back before it is read.
+    All else is recomputed. Offloaded arrays are copied out in the forward pass and back before they are read.
     """
-    import jax  # here, since what reports a plan needs the names alone
+    import jax  # here, because code that only reports a plan needs just the names
 
     kept, moved = frozenset(save) - frozenset(offload), frozenset(offload)
     to_host = jax.checkpoint_policies.save_and_offload_only_these_names(

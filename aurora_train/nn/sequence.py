@@ -1,7 +1,7 @@
 """Causal models over continuous inputs, [B, T, features] -> [B, T, outputs], for objectives other than text.
 
 They reuse Block and Stack, so plans, meshes and dropout keys apply unchanged. Both also run one bin at a time with
-`extend`, which gives what the whole sequence gives.
+`extend`, with the same result as for the whole sequence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Sequence(nnx.Module):
         return self._leave(x)
 
     def extend(self, inputs, positions, caches):
-        """Further bins [B, T, F] at `positions` int32[B, T], after what `caches` have seen; (outputs, caches)."""
+        """Run further bins [B, T, F] at `positions` int32[B, T] on the caches so far. Returns (outputs, caches)."""
         x, caches, _ = self.stack(self._enter(inputs), self._context(positions, None), caches=caches)
         return self._leave(x), caches
 
@@ -57,7 +57,7 @@ class _Sequence(nnx.Module):
 
 
 class CausalTransformer(_Sequence):
-    """Rotary, SwiGLU, pre-norm transformer; `window` bounds how many bins back a layer sees."""
+    """A rotary, SwiGLU, pre-norm transformer; `window` bounds how many bins back a layer sees."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class CausalGRU(_Sequence):
         self.stack = Stack(lambda rngs: GRULayer(width, dropout, rngs), layers, rngs)
 
     def empty_caches(self, batch: int, length: int = 0):
-        """The state of every layer; `length` is not needed, a state does not grow."""
+        """The initial state of every layer. `length` is unused, because a state does not grow."""
         return jnp.zeros((self.stack.num_units, batch, self.width), jnp.float32)
 
     def _context(self, positions, segments):
@@ -113,7 +113,7 @@ class CausalGRU(_Sequence):
 
 
 class GRULayer(nnx.Module):
-    """x + GRU(norm(x)), with the reset gate after the recurrent product, as cuDNN and torch have it."""
+    """x + GRU(norm(x)), with the reset gate after the recurrent product, as in cuDNN and torch."""
 
     tags = ("gru_norm", "gru_gates")
 

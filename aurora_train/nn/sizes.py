@@ -1,8 +1,8 @@
 """One dial for a whole run: `model.size` decides shape, tokens, batch and learning rate, each with its source.
 
-Free of jax. `d<depth>` follows nanochat (width 64 x depth) in its shape and leaves the rest to the config; a named size
-is the published model whole, but for its vocabulary, which is the tokenizer's. Whatever the user set stays as set and
-enters the formulas of what remains.
+Free of jax. `d<depth>` takes its shape from nanochat (width 64 x depth) and leaves the rest to the config; a named size
+is the whole published model, except for its vocabulary, which is the tokenizer's. Values set by the user are kept and
+enter the formulas of the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     layers: int
     heads: int
     kv_heads: int
-    mlp_width: int | None  # None: by the rule of the activation
+    mlp_width: int | None  # None: follows from the activation
     family: dict  # the other fields of the published model
     batch_tokens: int
     lr: float
@@ -40,13 +40,13 @@ class Shape(NamedTuple):
     training_source: str
 
 
-# What neither family has, so that a named size is the published model whatever it is laid over.
+# Fields that neither family uses are reset, so that a named size is the published model whatever the base config is.
 _PLAIN = {
     "head_dim": None, "norm_eps": 1e-5, "norm_offset": False, "qk_norm": False, "post_norm": False, "parallel": False,
     "window": None, "window_pattern": ["local"], "attention_scale": None, "attention_softcap": None,
     "logit_softcap": None, "embed_scale": False, "norm_place": "before", "layer_table": None,
 }  # fmt: skip
-# Without the banded layers that GPT-3 has between dense ones: the width of their bands is not published.
+# Without GPT-3's banded layers between dense ones, because the width of their bands is not published.
 _GPT = {
     "activation": "gelu_tanh", "norm": "layernorm", "bias": "all", "positions": "learned", "max_length": 2048,
     "tied": True,
@@ -71,9 +71,9 @@ REFERENCE_DEPTH = 12  # nanochat tunes batch and rates at d12 and extrapolates
 
 
 def derive_from_size(size: str, given: dict, vocab_size: int = 32768, sequence: int = 2048) -> list[Derived]:
-    """What follows from `size`, less the keys in `given` (the raw tree of what the user set).
+    """The values that follow from `size`, without the keys in `given` (the raw tree of the user's settings).
 
-    `vocab_size` and `sequence` (tokens a row) enter the count of parameters and the batch. Raises UserError for a
+    `vocab_size` and `sequence` (tokens per row) enter the count of parameters and the batch. Raises UserError for a
     size that is neither `d<depth>` nor a named shape.
     """
     depth = re.fullmatch(r"d([1-9][0-9]{0,2})", size)
@@ -81,7 +81,7 @@ def derive_from_size(size: str, given: dict, vocab_size: int = 32768, sequence: 
         raise UserError(
             f"{size!r} is not a size",
             where="model.size",
-            hint=f"d6, d12, d20, ... (the number of layers) or one of {', '.join(NAMED)}",
+            hint=f"use d6, d12, d20, ... (the number of layers) or one of {', '.join(NAMED)}",
         )
     model = given.get("model") or {}
     if not _sound(model, whole=False):
@@ -168,7 +168,7 @@ def _parameters(model: dict, vocab_size: int) -> int:
 
 
 def _sound(model: dict, whole: bool) -> bool:
-    """Whether what was set can enter a formula. Where it cannot, the config's own check says why, with the line."""
+    """Whether the user's values can enter a formula. If not, the config's own check reports why, with the line."""
     if not all(isinstance(model.get(name), int | None) for name in ("width", "heads")):
         return False
     try:
@@ -180,7 +180,7 @@ def _sound(model: dict, whole: bool) -> bool:
 
 
 def _chosen(model: dict, shape: list[Derived]) -> dict:
-    """The section with what was derived for it."""
+    """The section with its derived values."""
     chosen = copy.deepcopy(model)
     for one in shape:
         *above, last = one.key.split(".")[1:]
@@ -192,7 +192,7 @@ def _chosen(model: dict, shape: list[Derived]) -> dict:
 
 
 def _within(given: dict, key: str) -> bool:
-    """Whether the user wrote a key, be it as null, or something else than a section above it."""
+    """Whether the user wrote a key (null included), or wrote something other than a section above it."""
     node = given
     for step in key.split("."):
         if not isinstance(node, dict):
@@ -204,6 +204,6 @@ def _within(given: dict, key: str) -> bool:
 
 
 def _set(given: dict, section: str, name: str):
-    """What the user set, or None."""
+    """The user's value, or None."""
     values = given.get(section)
     return values.get(name) if isinstance(values, dict) else None

@@ -1,9 +1,9 @@
-"""`Stack`: n identical units, their parameters stacked, and the only place that knows how they are kept in memory.
+"""`Stack`: n identical units with stacked parameters. Only this module knows how they are kept in memory.
 
-A unit may be a period of unlike layers (Gemma 2: local, then global). A plan cuts the stack into segments, stored
-apart because slicing one stored stack would copy it; each segment is scanned or unrolled, and keeps, names or
+A unit may be a period of different layers (Gemma 2: local, then global). A plan cuts the stack into segments, stored
+separately because slicing one stored stack would copy it; each segment is scanned or unrolled, and keeps, offloads or
 recomputes its activations. Nothing outside sees segments: the optimizer vmaps over them, and `checkpoint/layout.py`
-names what is in them by the absolute index of its unit.
+names their contents by the absolute index of the unit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from aurora_train.errors import UserError
 from aurora_train.nn import fp8, fused, ops
 from aurora_train.nn.saving import UNIT_INPUT, policy
 
-SEGMENTS = "segments"  # the key by which a nested dict of parameters is recognised as a stack
-UNITS = "units"  # its canonical counterpart: one entry per unit
+SEGMENTS = "segments"  # the key that marks a nested dict of parameters as a stack
+UNITS = "units"  # its canonical counterpart, with one entry per unit
 
 
 class Segment(NamedTuple):
@@ -46,9 +46,9 @@ class Stack(nnx.Module):
     Every unit is called as `x, cache = unit(x, context, index, keys, cache)`; `index` is its absolute number (int32
     scalar, traced where scanned). Parameters of unit i come from `fold_in(key, i)`: no cut moves an initial value.
 
-    A unit that has something to report returns a third value, its sums: float32 arrays by name, each either one number
-    per sequence ([B, ...]) or a count over all sequences. Both add up over units, microbatches and devices; a mean or
-    a maximum does not, and has no place there.
+    A unit may return a third value, its sums: float32 arrays by name, each either one number per sequence ([B, ...]) or
+    a count over all sequences. Both add up over units, microbatches and devices; a mean or a maximum does not, and must
+    not be reported there.
     """
 
     def __init__(self, make_unit, num_units: int, rngs: nnx.Rngs):
@@ -56,9 +56,9 @@ class Stack(nnx.Module):
         key = rngs.params()
         unit_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_units))
         unit = nnx.eval_shape(lambda: make_unit(nnx.Rngs(params=jax.random.key(0))))
-        self.tags = tuple(getattr(unit, "tags", ()))  # what a plan may name; JAX itself checks no name
+        self.tags = tuple(getattr(unit, "tags", ()))  # the names that a plan may use; JAX itself does not check names
         graph, abstract = nnx.split(unit)
-        # What is coded as it is drawn is drawn one unit at a time: a whole stack of it as drawn may not fit.
+        # Units that are encoded when drawn are drawn one at a time: a whole unencoded stack may not fit.
         coded = any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(abstract))
         each = (lambda draw: functools.partial(jax.lax.map, draw)) if coded else jax.vmap
         arrays = each(lambda k: nnx.to_pure_dict(nnx.split(make_unit(nnx.Rngs(params=k)))[1]))(unit_keys)
@@ -68,7 +68,7 @@ class Stack(nnx.Module):
     def cut(self, plan: tuple[Segment, ...], ends: int = 0) -> None:
         """Apply a plan, before the model is split and its optimizer is made. Raises AssertionError on a gap.
 
-        `ends`: units at either end that are segments of their own, to stay in bfloat16 beside others in 8 bits
+        `ends`: units at either end that become separate segments, to stay in bfloat16 while others use 8 bits
         (`nn.fp8`).
         """
         assert [s.start for s in plan] == [0, *(s.stop for s in plan[:-1])] and plan[-1].stop == self.num_units, plan
@@ -82,10 +82,10 @@ class Stack(nnx.Module):
         self.plan = plan
 
     def __call__(self, x, context, keys=None, caches=None):
-        """x through all units. `keys`: key[B] or None. `caches`: pytree with a leading units axis, or None.
+        """Run x through all units. `keys`: key[B] or None. `caches`: pytree with a leading units axis, or None.
 
-        Returns (x, caches, sums). `sums`: what the units report, added over all of them, with gradients; {} where they
-        report nothing. UserError for sums that are not float32.
+        Returns (x, caches, sums). `sums`: the units' reports, added over all units, with gradients; {} if there are
+        none. UserError for sums that are not float32.
         """
         calls = _calls.get()
         if calls is not None and caches is None:
@@ -138,7 +138,7 @@ class Stack(nnx.Module):
         return zip(self.plan, self.segments, strict=True)
 
     def _is_quantized(self, segment: Segment) -> bool:
-        """Whether its units multiply in 8 bits."""
+        """Whether a segment's units multiply in 8 bits."""
         first, last = fp8.quantized_units(self.num_units)
         outside = segment.stop <= first or last <= segment.start
         assert outside or first <= segment.start < segment.stop <= last, "cut() was not called"
@@ -150,12 +150,12 @@ _probe = contextvars.ContextVar("stack_probe", default=None)
 
 
 def watched():
-    """Within, every call of a Stack without caches is noted: a list of (stack, x, context, keys), traced values."""
+    """In this context, Stack calls without caches are recorded in a list of (stack, x, context, keys), as traced."""
     return _noted(_calls)
 
 
 def probed():
-    """Within, and outside jit, a Stack runs unit by unit: a list of (id of the stack, unit, whether all is finite)."""
+    """In this context (outside jit), a Stack runs unit by unit and records (its id, unit, whether all is finite)."""
     return _noted(_probe)
 
 
@@ -169,9 +169,9 @@ def _noted(variable):
 
 
 def _unit(segment: Segment, graph, context, keys, quantized: bool):
-    """One unit as a function (x, (state, index, cache)) -> (x, (cache, sums)) that keeps what its segment asks for.
+    """One unit as a function (x, (state, index, cache)) -> (x, (cache, sums)) that keeps what its segment specifies.
 
-    `quantized`: whether it multiplies in 8 bits.
+    `quantized`: whether the unit multiplies in 8 bits.
     """
 
     def body(x, unit_inputs):
@@ -191,28 +191,28 @@ def _unit(segment: Segment, graph, context, keys, quantized: bool):
 
 
 def _checked(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The sums that a unit reports. UserError for those that are not float32."""
+    """The sums that a unit reports. UserError if one is not float32."""
     for name, value in sums.items():
         if value.dtype != jnp.float32:
             raise UserError(
                 f"the units of a Stack report the sum `{name}` in {value.dtype}", where="model",
-                why="sums are added over units, microbatches and devices: fewer bits would lose them, and whole "
-                "numbers have no gradient",
+                why="sums are added over units, microbatches and devices: fewer bits would lose precision, and "
+                "integers have no gradient",
                 hint=f"jnp.float32({name})",
             )  # fmt: skip
     return sums
 
 
 def _added(reports: list[dict]) -> dict[str, jax.Array]:
-    """The sums over all units of what segments report, by name [units, ...].
+    """The sums over all units of the segments' reports, each by name [units, ...].
 
-    They are put side by side before they are added, so that no cut changes the order of the additions.
+    They are concatenated before they are added, so that no cut changes the order of the additions.
     """
     return jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *reports)
 
 
 def _cut_at(segment: Segment, places: tuple[int, ...]) -> list[Segment]:
-    """A segment as those it falls into at some units."""
+    """The segments into which a segment is cut at some units."""
     edges = [segment.start, *sorted({p for p in places if segment.start < p < segment.stop}), segment.stop]
     return [segment._replace(start=a, stop=b) for a, b in itertools.pairwise(edges)]
 
@@ -223,7 +223,7 @@ def _run(segment: Segment, module, x, context, keys, caches, quantized):
     indices = jnp.arange(segment.start, segment.stop)
     if not segment.unroll:
         return jax.lax.scan(body, x, (state, indices, caches))
-    body = jax.jit(body)  # traced for the first unit, and not again for those like it
+    body = jax.jit(body)  # traced once for all identical units
     outs, count = [], segment.stop - segment.start
     states = _apart(state, count) if ops.form("units") == "cpu" else [_at(state, j) for j in range(count)]
     for j, unit_state in enumerate(states):
@@ -237,15 +237,15 @@ def _at(tree, j: int):
 
 
 def _apart(tree, count: int) -> list:
-    """The `count` units of a stack. Leaf by leaf, so that what is frozen is not differentiated with the rest."""
+    """The `count` units of a stack, taken leaf by leaf, so that frozen leaves are not differentiated."""
     leaves, structure = jax.tree.flatten(tree)
     return [structure.unflatten(unit) for unit in zip(*(_slices(leaf, count) for leaf in leaves), strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _slices(x, count: int):
-    """x[0], x[1], ..., whose gradients are stacked once: a slice's own is a whole stack of zeros and it, and XLA:CPU
-    writes each of them."""
+    """x[0], x[1], ..., whose gradients are stacked once. The gradient of a plain slice is a whole stack of zeros around
+    it, and XLA:CPU writes each of these."""
     return tuple(_at(x, j) for j in range(count))
 
 
@@ -256,8 +256,8 @@ _slices.defvjp(lambda x, count: (_slices(x, count), None), lambda count, _, part
 def summed(x):
     """x, whose cotangent is summed over all its uses before it is added to an accumulator.
 
-    It keeps the order of additions that of plain gradients, and keeps slices of x away from the accumulator: jax
-    0.10 cannot transpose a slice into one.
+    This keeps the order of additions of plain gradients, and keeps slices of x away from the accumulator: jax 0.10
+    cannot transpose a slice into one.
     """
     return x
 
@@ -272,7 +272,7 @@ def _merge(graph, like, arrays):
 
 
 def _named_over_layers(state):
-    """The abstract state of one unit with the logical axis `layers` put before each parameter's own names."""
+    """The abstract state of one unit with the logical axis `layers` before each parameter's own names."""
 
     def prefixed(variable):
         names = variable.get_metadata().get("out_sharding")
@@ -287,7 +287,7 @@ def stacks(model) -> dict[tuple, Stack]:
 
 
 def named_stacks(model) -> dict[str, Stack]:
-    """Every Stack in a model by its dotted path, as plans and parameter trees call it."""
+    """Every Stack in a model by its dotted path, as in plans and parameter trees."""
     return {".".join(map(str, path)): stack for path, stack in stacks(model).items()}
 
 

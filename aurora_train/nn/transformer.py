@@ -1,4 +1,4 @@
-"""`Transformer`: tokens to hidden states, causal or not; an encoder as it is, and what `Decoder` builds on."""
+"""`Transformer`: tokens to hidden states, causal or not. It is an encoder by itself and the base of `Decoder`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ EMBEDDING_SITE = 0xE
 class Transformer(nnx.Module):
     """tokens int32[B, T] -> hidden[B, T, width] in `dtype` ("float32" or "bfloat16"); parameters are float32.
 
-    `mask`: what a token sees of its document: "causal", "prefix" or "bidirectional". `attention` says which kernel was
-    chosen and why. Parameters: `embedding` [V, D], `positions` [max_length, D] if learned, `stack`, `final_norm`.
+    `mask`: which tokens of its document a token sees: "causal", "prefix" or "bidirectional". `attention`: the chosen
+    kernel and why. Parameters: `embedding` [V, D], `positions` [max_length, D] if learned, `stack`, `final_norm`.
     """
 
     def __init__(self, config: DecoderConfig, vocab_size: int, dtype: str, rngs: nnx.Rngs, mask: str = "causal"):
@@ -41,10 +41,10 @@ class Transformer(nnx.Module):
         return self.run(tokens, segments, positions, keys, **beside)[0]
 
     def run(self, tokens, segments=None, positions=None, keys=None, *, prefix=None, memory=None, memory_segments=None):
-        """(final hidden states, what the layers report: sums by name, as `Stack` has them).
+        """Run the model. Returns (final hidden states, the layers' sums by name, as in `Stack`).
 
         Args:
-            segments, positions: int32[B, T]; default to one document a row.
+            segments, positions: int32[B, T]; default to one document per row.
             keys: key[B], or None without dropout.
             prefix: bool[B, T], for mask "prefix": tokens that every token of their document sees.
             memory: [B, S, memory_width], an encoder's output, for layers of kind cross.
@@ -73,5 +73,5 @@ class Transformer(nnx.Module):
 
 
 def make_context(config: DecoderConfig, positions: jax.Array, segments) -> Context:
-    """What all layers share, for any model built of these blocks."""
+    """The inputs that all layers share, for any model built of these blocks."""
     return Context(positions, segments, tuple(rope_table(positions, rope_frequencies(rope)) for rope in config.ropes))

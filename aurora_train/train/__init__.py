@@ -1,1 +1,1 @@
-"""Running a recipe: from a config to a finished run."""
+"""Trains a recipe: from a config to a finished run."""

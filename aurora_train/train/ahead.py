@@ -1,10 +1,9 @@
-"""A step that is planned and compiled while the data is still being prepared.
+"""Plans and compiles the step while the data is still being prepared.
 
-A recipe that can name its arrays before it has them (`Recipe.shapes`) is planned without its data anyway; where that
-data takes long to prepare, the step is compiled meanwhile. All that comes of it is an entry in JAX's compile cache:
-with the data there everything is traced and planned anew, with the memory that is free then, and the step is found in
-the cache by all that it is compiled from, or it is compiled. Two cores are kept busy by tokenizing alone
-(docs/log.md, 2026-11-27), so it takes more.
+A recipe that can name its arrays before it has them (`Recipe.shapes`) is planned without its data anyway. If the data
+takes long to prepare, the step is compiled meanwhile. The only result is an entry in JAX's compile cache: once the data
+is ready, everything is traced and planned again with the memory that is free then, and the step is either loaded from
+the cache or compiled. Tokenizing alone keeps two cores busy (docs/log.md, 2026-11-27), so this needs more cores.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from aurora_train.train.rehearsal import expected_shapes, make_recipe, rehearse_
 
 log = logging.getLogger("aurora_train")
 
-_LONG = 0.5  # seconds of preparing after which there is likely more to come
-_CORES = 3  # at least
+_LONG = 0.5  # seconds of preparation after which it is likely to take longer
+_CORES = 3  # fewest cores with which this saves time
 
 
 class Ahead:
-    """A progress callback that begins to plan and compile when a preparation proves to be long.
+    """A progress callback that begins to plan and compile when a preparation takes long.
 
-    It makes a recipe of its own, that knows its facts by expectation or has `inherited` them: what the other knows
-    changes as its data come. `begin` False: a callback and nothing more.
+    It makes its own recipe with expected or `inherited` facts, because those of the other recipe change while its data
+    are prepared. With `begin` False it is only a callback.
     """
 
     def __init__(self, config, inherited: Facts, progress: Callable, *, begin: bool):
@@ -50,11 +49,11 @@ class Ahead:
 
     @property
     def began(self) -> bool:
-        """Whether anything is or was under way."""
+        """Whether compiling has begun."""
         return self._made is not None
 
     def wait(self) -> None:
-        """Until what is under way is in the cache. A UserError there comes again where it can be told."""
+        """Wait until the compiled step is in the cache. A UserError is ignored here: planning raises it again."""
         if self._made is not None:
             self._progress(0, None, "compiling")
             error = self._made.exception()

@@ -1,7 +1,7 @@
-"""What a run says before its first step and after its last, and the events that go with it: each line for a person.
+"""The lines that a run prints before its first step and after its last, and their events. Every line is for the user.
 
-What only the trainer's authors would read (which form an operation takes, which kernel of attention) is in the plan:
-`aurora plan`, plan.json and the report show it.
+Details for the trainer's authors (the form of each operation, the attention kernel) are in the plan: `aurora plan`,
+plan.json and the report show them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aurora_train.train.remarks import remarks_on_config, remarks_on_data
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
 from aurora_train.units import size
 
-_SMALL_BYTES = 1 << 20  # of state: less says nothing
+_SMALL_BYTES = 1 << 20  # a smaller state is not mentioned
 
 
 def say_damage(damaged, start: int, events, progress) -> None:
@@ -34,7 +34,7 @@ def say_damage(damaged, start: int, events, progress) -> None:
 
 
 def say_replan(session: Session, start: int, events, progress) -> None:
-    """Record that a plan was given up, and why, and pin the run to the new one before it is tried."""
+    """Record that a plan was abandoned, and why, and pin the run to the new one before it is tried."""
     if session.given_up is None:
         return
     before, fault = session.given_up, session.fault
@@ -50,7 +50,7 @@ def say_replan(session: Session, start: int, events, progress) -> None:
 
 
 def say_measured(session: Session, finished_steps: int, peak_bytes: int | None, progress) -> None:
-    """Write down what the run took beside what the plan said."""
+    """Record the measured memory beside the plan's estimate."""
     if finished_steps == 0:
         return
     session.plan = replace(session.plan, measured_bytes=peak_bytes)
@@ -95,14 +95,14 @@ def announce(session: Session, state, start, num_recorded: int, events, progress
 
 
 def _from_here(session: Session) -> str:
-    """What a run is, compared to the undisturbed one, once its sums are taken in another order."""
+    """How a run compares to the undisturbed one once its sums are computed in another order."""
     if makes_experience(session.recipe):
-        return "WARNING: the model makes other data from here, so this is not the undisturbed run, not even nearly"
+        return "WARNING: from here the model makes different data, so the run departs from the undisturbed one"
     return "equal to tolerance from here, no longer to the bit"
 
 
 def data_line(session: Session) -> str:
-    """How many examples there are, how often they come round, and what is held out."""
+    """The number of examples, the number of epochs, and what is held out."""
     train, examples = session.config.train, len(session.source)
     epochs = _times(train.steps * train.batch / examples)
     return (
@@ -116,7 +116,7 @@ def _times(epochs: float) -> str:
 
 
 def _held_out(session: Session) -> str:
-    """Documents and bytes by split where the source's record has them, else examples for validation."""
+    """Documents and bytes by split if the source's record has them, else the number of validation examples."""
     splits = session.source.describe().get("splits")
     splits = splits if isinstance(splits, dict) else {}
     held_out = {name: splits[name] for name in ("validation", "test") if isinstance(splits.get(name), dict)}
@@ -138,7 +138,7 @@ def _in_processes() -> str:
 
 
 def remarks(session: Session) -> list[str]:
-    """What would otherwise happen in silence."""
+    """Notices about the machine and the plan: idle devices, unsharded weights, kernels."""
     mesh, lines = session.mesh, []
     idle = jax.device_count() - mesh.devices.size
     if idle:

@@ -1,9 +1,9 @@
-"""Numbers that stay bad: back to the newest checkpoint, past the data they came with, and at last a report.
+"""If numbers stay bad, the run returns to its newest checkpoint, skips the data, and finally stops with a report.
 
-A step whose loss or gradient is not finite, or an outlier (`train.spike`), changes nothing but the step number. One
-such step is a bad batch; several in a row are a bad stretch of data or a state that has gone bad. The run then goes on
-from its newest checkpoint, which is of before them because nothing is saved meanwhile, with the batch after the last
-bad one. That choice is an event, so that a run which is killed after it makes it again to the bit.
+A step whose loss or gradient is not finite, or is an outlier (`train.spike`), changes nothing but the step number. One
+such step is a bad batch; several in a row are a bad stretch of data or a bad state. The run then continues from its
+newest checkpoint, which is older than the bad steps because nothing is saved meanwhile, with the batch after the last
+bad one. That choice is recorded as an event, so that a run killed after it makes the same choice to the bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAMED = 6  # documents in a message
 
 @dataclass(frozen=True)
 class Window:
-    """Steps first to last, both included, that were skipped in a row; `data_first` is the data step of the first."""
+    """Steps `first` to `last` (inclusive), all skipped; `data_first` is the data step of the first."""
 
     first: int
     last: int
@@ -42,7 +42,7 @@ class Window:
 
 
 class BadNumbers(Exception):
-    """As many steps were skipped in a row as the config allows. `fault`: where it begins, in words."""
+    """Too many steps in a row were skipped. `fault`: a description of the first value that is not finite."""
 
     def __init__(self, window: Window):
         super().__init__(f"steps {window.first} to {window.last} were skipped")
@@ -50,13 +50,13 @@ class BadNumbers(Exception):
 
 
 class Streak:
-    """Skipped steps in a row. `limit` None is no limit; `lag`: data step less the number of steps done before it."""
+    """Counts skipped steps in a row. `limit` None is no limit; `lag`: data step minus the number of steps before it."""
 
     def __init__(self, limit: int | None, lag: int):
         self._limit, self._lag, self.length = limit, lag, 0
 
     def count(self, step: int, skipped: bool) -> None:
-        """Take note of a step. Raises BadNumbers at the limit."""
+        """Count a step. Raises BadNumbers at the limit."""
         self.length = self.length + 1 if skipped else 0
         if self.length and self.length == self._limit:
             first = step - self.length + 1
@@ -64,13 +64,13 @@ class Streak:
 
 
 def data_step_of(events, restored: int) -> int | None:
-    """The data step to go on with after a return to the checkpoint of step `restored`; None for its own."""
+    """The data step to continue with after a return to the checkpoint of step `restored`; None for its own."""
     steps = [e["data_step"] for e in events if e["event"] == "rewind" and e["step"] == restored]
     return max(steps, default=None)
 
 
 def data_step_of_step(step: int, metrics, events, where: str) -> int:
-    """The data step that a step of a run was made from; UserError for a step that the run has not made."""
+    """The data step that a step of a run used; UserError for a step that the run has not taken."""
     for record in reversed(metrics):
         if record["step"] == step and "loss" in record:
             return record.get("data_step", step - 1)
@@ -78,11 +78,11 @@ def data_step_of_step(step: int, metrics, events, where: str) -> int:
         if event["event"] == "rewind" and event["first"] <= step <= event["last"]:
             return event["data_first"] + step - event["first"]
     done = max((record["step"] for record in metrics), default=0)
-    raise UserError(f"this run has made no step {step}", where=where, hint=f"it is at step {done}")
+    raise UserError(f"this run has not taken step {step}", where=where, hint=f"it is at step {done}")
 
 
 def go_back(session, error: BadNumbers, events) -> str:
-    """Record that the run goes back, and say so in words. UserError where it has gone back too often already."""
+    """Record that the run goes back, and return a message. UserError if it has gone back too often already."""
     config, run, window = session.config, session.run, error.window
     restored = agreed(lambda: max(session.store.steps(), default=0))
     before = [e for e in logs.read(run.events) if e["event"] == "rewind" and e["step"] == restored]
@@ -96,16 +96,16 @@ def go_back(session, error: BadNumbers, events) -> str:
             f"{steps} {verb} skipped, after {len(before)} returns to step {restored}",
             where=str(run.folder),
             why="\n  ".join([f"it begins with {error.fault}", f"batches: {batches}", *documents]),
-            hint=f"{command} shows the first of them. Data that is bad has to be mended; for a state that goes bad, "
-            f"a gentler rate: aurora resume {run.folder} optimizer.lr={config.optimizer.lr / 3:.1g}",
+            hint=f"{command} shows the first of them. Fix the data if they are bad; if the state becomes bad, "
+            f"lower the learning rate: aurora resume {run.folder} optimizer.lr={config.optimizer.lr / 3:.1g}",
         )  # fmt: skip
     events.event(
         "rewind", restored, first=window.first, last=window.last, data_first=window.data_first,
         data_step=window.data_after, fault=error.fault, documents=documents,
     )  # fmt: skip
     return (
-        f"{steps} {verb} skipped; it begins with {error.fault}. Going back to step {restored}, and on with the data "
-        f"after that ({batches} {verb} left out)"
+        f"{steps} {verb} skipped; it begins with {error.fault}. Going back to step {restored} and continuing after "
+        f"that data ({batches} {verb} left out)"
     )
 
 
@@ -114,7 +114,7 @@ def _span(what: str, first: int, last: int) -> str:
 
 
 def _documents(session, window: Window) -> list[str]:
-    """The source documents of the first batch of a window, where the data has such."""
+    """The source documents of the first batch of a window, or its example indices if the data has no documents."""
     config = session.config.train
     facts = inspect_batch(session.source, "train", config.seed, config.batch, window.data_first, config.batch)
     names = dict.fromkeys(s["document"] for row in facts.get("rows", ()) for s in row["segments"])
@@ -125,9 +125,9 @@ def _documents(session, window: Window) -> list[str]:
 
 
 def where_it_begins(session, state, window: Window) -> str:
-    """The first thing that is not finite in the first step of a window, under the parameters of now, in words.
+    """A description of what first is not finite in the first step of a window, under the current parameters.
 
-    In order: the batch, the parameters, the output of each unit of each stack, the loss; else it is the gradient.
+    Checked in order: the batch, the parameters, the output of each unit of each stack, the loss; else the gradient.
     """
     config = session.config.train
     batch, chosen = batch_at(session, window.data_first, state)

@@ -1,4 +1,4 @@
-"""A recipe with its data prepared and its facts known: where training, `check` and `inspect` begin."""
+"""Prepares a recipe's data and facts: the common beginning of training, `check` and `inspect`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OWED = {
 
 @dataclass
 class Beginning:
-    """`parents`: what a run without a step of its own starts from. `kept`: the facts of a run that has begun."""
+    """`parents`: sources of the first parameters of a run without a step. `kept`: the facts of a run that has begun."""
 
     config: Any
     recipe: Recipe
@@ -39,7 +39,7 @@ class Beginning:
 
     @classmethod
     def of(cls, config, run: runs.Run | None = None) -> Beginning:
-        """Of a config alone, or of a run that may have begun. UserError where `init` names nothing of the kind."""
+        """The beginning of a config alone or of a run. UserError if `init` does not name a valid source."""
         begun = run is not None and run.config.is_file()
         recorded = recorded_parents(files.read_json(run.provenance, {})) if begun else {}
         parents = parents_of(config, recorded) if run is None or run.step() == 0 else ()
@@ -49,7 +49,7 @@ class Beginning:
         return cls(config, recipe, run, parents, kept)
 
     def ready(self, progress):
-        """Prepare the data and take its facts as known; the training data. UserError for what does not fit together."""
+        """Prepare the data and set the recipe's facts; returns the training data. UserError if they do not match."""
         with recipe_code(self.recipe, "prepare"):
             self.recipe.ready(progress)
         source = source_of(self.recipe, "train")
@@ -66,12 +66,12 @@ class Beginning:
                 parent.refuse_other_tokenizer(source)
         marker = _marker(self.config)
         if not self._needs_nothing and not marker.exists() and (self.run is None or not self.run.follows):
-            with contextlib.suppress(UserError):  # it is only a hint, and another process may write it now
+            with contextlib.suppress(UserError):  # it only saves time later, and another process may be writing it
                 files.write_json(marker, {"recipe": self.config.recipe})
         return source
 
     def is_prepared(self) -> bool:
-        """Whether the data were prepared before on this machine, or need no preparing."""
+        """Whether the data have been prepared on this machine or need no preparation."""
         return self._needs_nothing or _marker(self.config).exists()
 
     @property
@@ -79,25 +79,25 @@ class Beginning:
         return type(self.recipe).prepare is Recipe.prepare
 
     def _refuse_other_facts(self) -> None:
-        """The facts of the data must be those that the run keeps, though another version of a recipe made them."""
+        """UserError if the data's facts differ from those that the run keeps (made by another version of a recipe)."""
         known = self.recipe.known
         changed = [name for name in {**self.kept, **known} if self.kept.get(name) != known.get(name)]
         if changed:
             raise UserError(
-                f"the data now give another `{changed[0]}` than this run began with", where=str(self.run.facts),
-                hint="bring back the recipe and the versions that it began with, or start a run of its own",
+                f"the data now have another `{changed[0]}` than this run began with", where=str(self.run.facts),
+                hint="restore the recipe and the versions that it began with, or start a new run",
             )  # fmt: skip
 
 
 def _marker(config):
-    """A file that says that the data of these sections were prepared: what they were is decided by `prepare` itself."""
+    """A file that marks the data of these sections as prepared; `prepare` itself decides whether they are current."""
     own = {name: section for name, section in tree_of(config).items() if name not in Config.model_fields}
     decisive = json.dumps([config.recipe, config.recipe_sha256, own], sort_keys=True)
     return files.cache_folder() / "prepared" / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.json"
 
 
 def source_of(recipe, split: str):
-    """`recipe.data(split)`, held to what a Source owes; None for a validation split that there is not."""
+    """`recipe.data(split)`, checked to be a Source; None if there is no validation split."""
     with recipe_code(recipe, "data"):
         source = recipe.data(split)
     lacking = [name for name in _OWED if not hasattr(source, name)]
@@ -110,7 +110,7 @@ def source_of(recipe, split: str):
 
 
 def taken(recipe, source, indices) -> dict[str, np.ndarray]:
-    """`source.take(indices)`, held to its format: NumPy arrays by name, the examples in front."""
+    """`source.take(indices)`, checked: NumPy arrays by name, with examples as the leading axis."""
     with recipe_code(recipe, "take"):
         batch = source.take(indices)
     where = place_of(source.take)
@@ -129,7 +129,7 @@ def taken(recipe, source, indices) -> dict[str, np.ndarray]:
 
 
 def refuse_other_data(run: runs.Run, source) -> None:
-    """A resumed run must read the bytes it started on."""
+    """UserError unless a resumed run reads the data that it started with."""
     known = files.read_json(run.provenance)
     if known is None:
         return
@@ -139,6 +139,6 @@ def refuse_other_data(run: runs.Run, source) -> None:
             "the training data is not what this run started on",
             where=str(run.folder),
             why=f"its fingerprint was {started_on[:16]}, it is now {source.fingerprint[:16]}",
-            hint="bring the old data back, or start a run of its own: `aurora train CONFIG --fresh`; "
-            "`aurora generate RUN` and `aurora evaluate RUN --on FILE` do without it",
+            hint="restore the old data, or start a new run: `aurora train CONFIG --fresh`; "
+            "`aurora generate RUN` and `aurora evaluate RUN --on FILE` do not need it",
         )

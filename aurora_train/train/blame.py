@@ -1,4 +1,4 @@
-"""An error in a user's own recipe, as one message that names its line. In a bundled recipe it is our own, and stays."""
+"""Turns an error in a user's own recipe into one message that names its line. Bundled recipes keep their traceback."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from aurora_train.errors import UserError
 from aurora_train.train.signals import Stopped
 
 _HINTS = {
-    "TracerBoolConversionError": "a value of the batch cannot choose a branch while the step is compiled: jnp.where",
-    "ConcretizationTypeError": "a value of the batch is not known while the step is compiled: jax.numpy throughout",
-    "TracerArrayConversionError": "NumPy cannot take a value that is being compiled: jax.numpy in place of numpy",
-    "TracerIntegerConversionError": "a value of the batch cannot be an index of Python's while the step is compiled",
+    "TracerBoolConversionError": "a value of the batch cannot choose a branch while the step compiles: use jnp.where",
+    "ConcretizationTypeError": "a value of the batch is not known while the step is compiled: use jax.numpy throughout",
+    "TracerArrayConversionError": "NumPy cannot take a value that is being compiled: use jax.numpy instead of numpy",
+    "TracerIntegerConversionError": "a value of the batch cannot be a Python index while the step is compiled",
 }
 _OF_THE_MACHINE = (UserError, Stopped, MemoryError, OSError, jax.errors.JaxRuntimeError)
-_OF_A_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # as the recipe wrote it
+_OF_A_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # of a path in the recipe
 
 
 @contextlib.contextmanager
 def recipe_code(recipe, method: str, given: dict | None = None):
-    """Within, an error of the user's code becomes a UserError at its line. `given`: the batch, for a hint."""
+    """In this context, an error of the user's code becomes a UserError at its line. `given`: the batch, for a hint."""
     try:
         yield
     except Exception as error:
@@ -38,10 +38,10 @@ def recipe_code(recipe, method: str, given: dict | None = None):
 
 
 def blamed(recipe, method: str, error: Exception, given: dict | None = None) -> UserError:
-    """The message for an error that `method` of a recipe raised: file, line, the line's text, and what to do."""
+    """The UserError for an exception from a recipe's `method`: file, line, the line's text, and what to do."""
     files = {str(path.resolve()) for path in recipe.config.recipe_code.values()}
     own = [at for at in traceback.extract_tb(error.__traceback__) if at.filename in files]
-    lines = str(error).strip().splitlines() or ["no more is known"]
+    lines = str(error).strip().splitlines() or ["the error has no message"]
     what = f"`{method}` fails: {type(error).__name__}: {lines[0]}"
     if isinstance(error, NotImplementedError) and not own:
         return UserError(f"{type(recipe).__name__} defines no `{method}`", where=place_of(type(recipe)),

@@ -1,7 +1,7 @@
-"""What a recipe will be asked for, asked of it once before the first step: a mistake ends as one line, in seconds.
+"""Calls everything that a recipe defines once before the first step, so that a mistake ends as one line in seconds.
 
-It matters because a mistake in `score` or `samples` would show after the last step, one in a batch's shape after the
-compiler's minutes, and one in the weights or in `take` never: then accumulation and resume are void without a word.
+Otherwise a mistake in `score` or `samples` would appear after the last step, one in a batch's shape after minutes of
+compiling, and one in the weights or in `take` never, although accumulation and resume would silently be wrong.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from aurora_train.units import size
 
 _SMALL = 20_000_000  # parameters of a model that is drawn here, to run its score and its samples
 _SCORE_SECONDS = 5.0
-class _LongEnough(BaseException):  # which no `except Exception` of a recipe holds up
-    """The score was watched for as long as a start may take."""
+class _LongEnough(BaseException):  # not an Exception, so that a recipe's `except Exception` does not catch it
+    """Raised to leave a score that has run for as long as a start may take."""
 
 
 def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
-    """Ask the recipe of a config for everything, on this machine, where its data are prepared or may be.
+    """Call everything in the recipe of a config, on this machine, if its data are prepared or may be prepared.
 
-    Returns what was not rehearsed, and why. UserError for what a run would be refused for, or would fail of.
+    Returns what was not rehearsed, and why. UserError for anything that would refuse a run or make it fail.
     """
     config = settled(config)
     beginning = Beginning.of(config)
@@ -57,40 +57,40 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
 
 
 def _refuse_no_room(config, program) -> None:
-    """The state alone must fit, whatever is planned around it."""
+    """UserError if the state alone does not fit: no plan can help."""
     state = program.blueprint(program.simplest_plan()).state
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
     limit, reason = budget_here(config, program)
     if held > limit:
         raise UserError(
             f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",
-            where="memory.budget", why=reason, hint="`aurora plan CONFIG` shows what would make it less",
+            where="memory.budget", why=reason, hint="`aurora plan CONFIG` shows what would reduce it",
         )  # fmt: skip
 
 
 def rehearse_recipe(config, recipe, program, source) -> list[str]:
-    """Ask a prepared recipe for everything once. Returns what was not rehearsed, and why; UserError for a mistake."""
+    """Call everything in a prepared recipe once. Returns what was not rehearsed, and why; UserError for a mistake."""
     _signatures(recipe)
     examples = min(config.train.batch, len(source))
     batch = _same_batch_twice(recipe, source, np.arange(examples, dtype=np.int64) * len(source) // examples)
     _model_of_facts_alone(config, recipe, program)
     _validation_arrays(recipe)
-    if makes_experience(recipe):  # asked for here it might ask something outside, for nothing
+    if makes_experience(recipe):  # called here, it might ask something outside in vain
         batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.batch(examples))
     with program.here():
         _losses(recipe, program, batch)
-        if config.evaluate.final and not makes_experience(recipe):  # whose `predict` may take other batches
+        if config.evaluate.final and not makes_experience(recipe):  # its `predict` may take other batches
             _predictions(recipe, program, batch)
     count = parameter_count(nnx.to_pure_dict(nnx.state(program.model(), nnx.Param)))
     if not config.evaluate.final:
         return []
     if count > _SMALL:
-        return [f"not rehearsed: score and samples, which take the model itself ({count:,} parameters)"]
+        return [f"not rehearsed: score and samples, which need the whole model ({count:,} parameters)"]
     return _score_and_samples(config, recipe)
 
 
 def _signatures(recipe) -> None:
-    """Each method that the recipe defines must take what the trainer gives it."""
+    """UserError if a method of the recipe does not accept the trainer's arguments."""
     for name, base in inspect.getmembers(Recipe, inspect.isfunction):
         own = getattr(type(recipe), name)
         if own is base or name.startswith("_"):
@@ -123,7 +123,7 @@ def _validation_arrays(recipe) -> None:
 def _same_batch_twice(recipe, source, indices) -> dict:
     once, again, backwards = (taken(recipe, source, chosen) for chosen in (indices, indices, indices[::-1]))
     if not once.keys() == again.keys() == backwards.keys():
-        raise UserError("`take` returned other names a second time", where=place_of(source.take))
+        raise UserError("`take` returned other names when it was called again", where=place_of(source.take))
     for name in once:
         same = np.array_equal(once[name], again[name], equal_nan=once[name].dtype.kind == "f")
         if not same or not np.array_equal(once[name], backwards[name][::-1], equal_nan=once[name].dtype.kind == "f"):
@@ -131,8 +131,9 @@ def _same_batch_twice(recipe, source, indices) -> dict:
             raise UserError(
                 f"`take` returned another `{name}` when the same examples were asked for {when}",
                 where=place_of(source.take),
-                why="a resumed run asks for its batches again, and has to get the same ones",
-                hint="what is random in an example: a generator seeded by its index, or the `key` of `loss`",
+                why="a resumed run asks for its batches again and must get the same ones",
+                hint="draw what is random in an example from a generator seeded by its index, or from the `key` of "
+                "`loss`",
             )  # fmt: skip
     return once | {"example": indices.astype(np.uint32)}
 
@@ -141,22 +142,22 @@ def _same_batch_twice(recipe, source, indices) -> dict:
 
 
 def _model_of_facts_alone(config, recipe, program) -> None:
-    """The model of a recipe that has seen no data must be the one that is trained: a run is read without them."""
+    """UserError unless a recipe without data builds the model that is trained: a run is read without its data."""
     alone = make_recipe(config).use(recipe.known)
     with recipe_code(recipe, "model"):
         wanted = _shapes(program.model())
         try:
-            found = _shapes(nnx.eval_shape(lambda: carried.build(alone, config.train.seed)))
+            built = _shapes(nnx.eval_shape(lambda: carried.build(alone, config.train.seed)))
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(
                 f"`model` needs more than the config and its facts: {type(error).__name__}: {error}",
-                where=place_of(type(recipe).model), why="a run is read, sampled and served where its data is not",
-                hint="return what it needs of the data from `facts()`, and read it from self.known",
+                where=place_of(type(recipe).model), why="a run is read, sampled and served where its data is missing",
+                hint="return from `facts()` what it needs of the data, and read it from self.known",
             ) from error  # fmt: skip
-    if found != wanted:
+    if built != wanted:
         raise UserError(
-            "`model` is another one where the data is not prepared", where=place_of(type(recipe).model),
-            hint="return what it needs of the data from `facts()`, and read it from self.known",
+            "`model` returns another model if the data is not prepared", where=place_of(type(recipe).model),
+            hint="return from `facts()` what it needs of the data, and read it from self.known",
         )  # fmt: skip
 
 
@@ -176,14 +177,14 @@ def _losses(recipe, program, batch) -> None:
         with recipe_code(recipe, "loss", batch):
             if training:
                 keys = example_keys(key, jnp.int32(0), batch["example"])
-                found = _sound_loss(recipe, carried.training_loss(recipe, model, batch, keys))
+                result = _sound_loss(recipe, carried.training_loss(recipe, model, batch, keys))
                 carried.changed_state(recipe, model, state.rest)
-                return found
+                return result
             model.eval()
             return _sound_loss(recipe, recipe.loss(model, batch, None))
 
     jax.eval_shape(lambda batch: loss(batch, True), batch)
-    weight = jax.jit(lambda batch: loss(batch, False).weight)  # the compiler drops the model, which it does not need
+    weight = jax.jit(lambda batch: loss(batch, False).weight)  # it does not need the model, so the compiler drops it
     whole = float(weight(batch))
     if not half or recipe.couples == "global":
         return
@@ -192,7 +193,7 @@ def _losses(recipe, program, batch) -> None:
     if not np.isclose(whole, summed, rtol=1e-4):
         raise UserError(
             f"the loss of a batch weighs {whole:g}, and its halves weigh {summed:g} together",
-            where=place_of(type(recipe).loss), why="a loss is a sum and its weight: parts of a batch add up to it",
+            where=place_of(type(recipe).loss), why="a loss is a sum and its weight: the parts of a batch must add up",
             hint="Loss(total=errors.sum(), weight=number of targets), never a mean",
         )  # fmt: skip
 
@@ -228,8 +229,8 @@ def _predictions(recipe, program, batch) -> None:
         with recipe_code(recipe, "predict", batch):
             return recipe.predict(model, batch)
 
-    found, examples = jax.eval_shape(outputs, blueprint.state, batch), len(batch["example"])
-    for leaf in jax.tree.leaves(found):
+    outputs_shape, examples = jax.eval_shape(outputs, blueprint.state, batch), len(batch["example"])
+    for leaf in jax.tree.leaves(outputs_shape):
         if leaf.shape[:1] != (examples,):
             raise UserError(
                 f"`predict` returned {_named(leaf)} for {examples} examples", where=place_of(type(recipe).predict),
@@ -241,7 +242,7 @@ def _predictions(recipe, program, batch) -> None:
 
 
 def _score_and_samples(config, recipe) -> list[str]:
-    """Run `score` and `samples` with the model as it is drawn. The score is left where it takes longer than seconds."""
+    """Run `score` and `samples` with the model as drawn. A score that takes more than a few seconds is abandoned."""
     model, skipped = carried.build(recipe, config.train.seed), []
     model.eval()
     graph, arrays = nnx.split(model)
@@ -267,7 +268,7 @@ def _score_and_samples(config, recipe) -> list[str]:
                     where=place_of(type(recipe).score), hint="`metric` names the first key of the score",
                 )  # fmt: skip
         except _LongEnough:
-            skipped = [f"not rehearsed to its end: score, which takes longer than {_SCORE_SECONDS:.0f} s"]
+            skipped = [f"not rehearsed to its end: score, which takes more than {_SCORE_SECONDS:.0f} s"]
         with recipe_code(recipe, "samples"):
             samples = recipe.samples(model, stream(config.train.seed, "samples"))
         checked_samples(recipe, samples)

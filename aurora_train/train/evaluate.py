@@ -1,4 +1,4 @@
-"""Running a model without changing it: the validation loss while training, and the recipe's score at the end."""
+"""Evaluates a model: the validation loss while training, and the recipe's predictions for its score."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Evaluator:
         return model
 
     def compile(self, weights, batch: dict) -> None:
-        """Compile the loss of batches like this one. `weights`: as `weights_of` gives them, abstract."""
+        """Compile the loss of batches like this one. `weights`: what `weights_of` returns, abstract."""
         arrays = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self._batch) for k, v in batch.items()}
         self._compiled[_shapes(batch)] = self._sums.lower(weights, arrays).compile()
 
@@ -54,7 +54,7 @@ class Evaluator:
         return {"loss": float(total / max(weight, 1e-9)), **named}
 
     def predictor(self, state) -> Callable[[dict], object]:
-        """`predict(batch of numpy) -> numpy pytree`. A batch that the devices do not divide is padded and cut back."""
+        """`predict(batch of numpy) -> numpy pytree`. A batch not divisible by the devices is padded and cut back."""
         weights = weights_of(state)
 
         def predict(batch: dict):
@@ -68,7 +68,7 @@ class Evaluator:
         return predict
 
     def model(self, state):
-        """The nnx module with the weights to judge the run by, in evaluation mode."""
+        """The nnx module with the weights by which the run is judged, in evaluation mode."""
         return self._judged(weights_of(state))
 
     def _put(self, batch):
@@ -76,22 +76,22 @@ class Evaluator:
 
 
 class Judged(NamedTuple):
-    """The number that an evaluation is compared to others by: what it is, and which way is better."""
+    """The number by which evaluations are compared: its name, its value, and which direction is better."""
 
     name: str
     value: float
     lower_is_better: bool
 
     def is_better(self, other: Judged) -> bool:
-        """Whether it beats another one; of equal ones neither does, and what is not finite never does."""
+        """Whether it is strictly better than another one. A number that is not finite never is."""
         sign = 1 if self.lower_is_better else -1
         return math.isfinite(self.value) and not sign * self.value >= sign * other.value
 
 
 def judged(config, recipe, result: dict[str, float]) -> Judged | None:
-    """What decides whether an evaluation is the best: the recipe's `metric` where the result has it, else the loss.
+    """The number that decides whether an evaluation is the best: the recipe's `metric` if present, else the loss.
 
-    None for an evaluation between two scores (`evaluate.score_every`), where the metric is that of the score.
+    None for an evaluation between two scores (`evaluate.score_every`), if only the score has the metric.
     """
     name, better = recipe.metric or ("loss", "min")
     if name in result:
@@ -100,7 +100,7 @@ def judged(config, recipe, result: dict[str, float]) -> Judged | None:
 
 
 def evaluations_without_a_better(results: list[Judged]) -> int:
-    """How many of the newest results in a row, in the order of their steps, are not better than all before them."""
+    """How many results in a row at the end of the list, which is in the order of steps, brought no new best."""
     since, best = 0, None
     for one in results:
         if best is None or one.name != best.name or one.is_better(best):
@@ -115,15 +115,15 @@ def _shapes(batch: dict) -> tuple:
 
 
 def weights_of(state):
-    """(params, rest, frozen) to judge a run by: the moving average of its parameters where one is kept."""
+    """(params, rest, frozen) by which a run is judged: with the moving average of its parameters if there is one."""
     return state.extra.get("ema", state.params), state.rest, state.frozen
 
 
 def validation_batches(source, batch: int, examples: int, num_devices: int, microbatch: int | None = None):
-    """The same `examples` every time, spread evenly over a source, in batches that the devices divide.
+    """The same `examples` every time, spread evenly over a source, in batches that are divisible by the devices.
 
-    As many as fill whole batches; where a split is smaller than one, some examples come twice. Which they are does
-    not depend on `microbatch`, the most that are given at a time: a plan decides that, and plans change.
+    Only whole batches are used; if a split is smaller than one batch, some examples are repeated. The choice does not
+    depend on `microbatch`, the largest batch to yield, because a plan decides that and plans change.
     """
     count = min(examples, len(source))
     size = max(min(batch, count) // num_devices, 1) * num_devices

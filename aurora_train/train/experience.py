@@ -1,9 +1,9 @@
-"""Data that a model makes itself: what `Recipe.experience` is called with, and the record of what came from outside.
+"""Data that a model makes itself: the actor that `Recipe.experience` receives, and the journal of outside answers.
 
-Such a batch is a function of (state, seed, data step), so a resumed run makes it again and nothing of it is saved. What
-comes from outside of that (a reward function, a simulator, a person) need not answer twice alike. So an answer is
-appended to the run's journal and synced before it is returned, and therefore before the update that uses it; a
-resumed run reads it there and does not ask again.
+Such a batch is a function of (state, seed, data step), so a resumed run makes it again and nothing of it is saved. An
+outside source (a reward function, a simulator, a person) need not give the same answer twice. Therefore an answer is
+appended to the run's journal and synced before it is returned, and so before the update that uses it; a resumed run
+reads it there and does not ask again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("aurora_train")
 
 
 class Programs:
-    """The compiled programs of a recipe's acting: one for each function that it runs the model with."""
+    """The compiled programs of a recipe's `experience`: one for each function with which it runs the model."""
 
     def __init__(self, session):
         self._blueprint, self._here, self._jitted = session.blueprint, session.program.here, {}
@@ -44,7 +44,7 @@ class Programs:
 
 
 class Actor:
-    """The model as it is before data step `step`, and the way to what is outside. Made for one batch."""
+    """Gives access to the model before data step `step` and to outside sources. Made for one batch."""
 
     def __init__(self, programs: Programs, state, step: int, journal: Journal):
         self._programs, self._journal, self.step = programs, journal, step
@@ -52,18 +52,18 @@ class Actor:
         self._asked = 0
 
     def run(self, function: Callable, *arguments) -> Any:
-        """`function(model, *arguments)` compiled, with the model in evaluation mode; its arrays as NumPy arrays.
+        """Run `function(model, *arguments)` compiled, with the model in evaluation mode. Returns NumPy arrays.
 
-        `arguments` are pytrees of arrays. The program is kept by the function: give a method or a function of the
-        module, not a new lambda each time.
+        `arguments` are pytrees of arrays. The program is cached by the function: pass a method or a module-level
+        function, not a new lambda each time.
         """
         return self._programs(function, self._weights, arguments)
 
     def ask(self, name: str, function: Callable, *arguments) -> Any:
-        """What `function(*arguments)` returns, from the journal where this run has asked for it before.
+        """The result of `function(*arguments)`, read from the journal if this run has asked for it before.
 
-        Arguments and answer are arrays or plain JSON: numbers, text, lists and dicts of them. `name` is for the
-        journal's reader.
+        Arguments and answer are arrays or plain JSON: numbers, text, lists and dicts of them. `name` describes the
+        question to a reader of the journal.
         """
         number, self._asked = self._asked, self._asked + 1
         question = _digest(name, arguments)
@@ -74,9 +74,9 @@ class Actor:
 
 
 class Journal:
-    """Answers from outside, one line each, in a file of the run. `start`: the first data step still to be made.
+    """Answers from outside, one per line, in a file of the run. `start`: the first data step that is still to come.
 
-    UserError where the file cannot be written: an answer that could be lost is not used.
+    UserError if the file cannot be written: an answer that might be lost is not used.
     """
 
     def __init__(self, path: Path, start: int):
@@ -84,7 +84,7 @@ class Journal:
         self._known = {(one["step"], one["number"]): one for one in logs.read(path) if one["step"] >= start}
 
     def find(self, step: int, number: int, name: str, question: str) -> dict | None:
-        """The record of the `number`-th question of a data step; None where it was not asked."""
+        """The record of the `number`-th question of a data step; None if it was not asked."""
         known = self._known.pop((step, number), None)  # it is asked for once
         if known is None:
             return None
@@ -93,13 +93,13 @@ class Journal:
         if not self._warned:
             self._warned = True
             log.warning(
-                "data step %d now asks `%s` something else than the journal has an answer for, so it is asked anew: "
+                "the question of data step %d to `%s` differs from the one in the journal, so it is asked again: "
                 "the plan, the mesh or a version has changed", step, name,
             )  # fmt: skip
         return None
 
     def keep(self, step: int, number: int, name: str, question: str, answer: Any) -> dict:
-        """Append an answer and put it on the disk itself; its record, as it would be read back."""
+        """Append an answer and sync it to disk. Returns its record as it would be read back."""
         if self._file is None:
             self._file = logs.JsonLines(self._path)
         record = {"step": step, "number": number, "name": name, "question": question, "answer": answer}
@@ -108,7 +108,7 @@ class Journal:
         return logs.decode(logs.encode(record))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -118,7 +118,7 @@ def _digest(name: str, arguments: tuple) -> str:
 
 
 def _packed(name: str, value: Any) -> Any:
-    """As JSON, with the dtype and the shape of each array beside its numbers."""
+    """The value as JSON, with the dtype and the shape of each array beside its numbers."""
 
     def plain(value):
         if hasattr(value, "tolist"):
@@ -130,8 +130,8 @@ def _packed(name: str, value: Any) -> Any:
         return json.loads(json.dumps(value, default=plain))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"what is asked of or answered by `{name}` cannot be written to the journal: {error}", where="Actor.ask",
-            hint="arrays, numbers, text, and lists and dicts of them",
+            f"a question to `{name}` or its answer cannot be written to the journal: {error}", where="Actor.ask",
+            hint="use arrays, numbers, text, and lists and dicts of them",
         ) from error  # fmt: skip
 
 

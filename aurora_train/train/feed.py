@@ -1,8 +1,8 @@
-"""Where the batches of a run come from: `feed(step, state) -> batch`, the same call for every kind of data.
+"""The batches of a run: `feed(step, state) -> batch`, the same call for every kind of data.
 
-Stored data is read ahead by threads and ignores the state. Experience (`Recipe.experience`) is made from the state when
-it is asked for. Several processes make or read the rows of their own devices and nothing else; the batch that the step
-is given is one global array, whoever brought its rows.
+Stored data is read ahead by threads and ignores the state. Experience (`Recipe.experience`) is made from the state on
+demand. Each of several processes makes or reads only the rows of its own devices; the step always receives global
+arrays.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StoredFeed:
         self._ahead = batches(session.source, train.seed, train.batch, start, stop, rows=self._rows)
 
     def __call__(self, step: int, state) -> dict[str, jax.Array]:
-        """The batch of data step `step`, which counts up from `start` by one; arrays [B, ...] over all devices."""
+        """The batch of data step `step`, which increases by one from `start`; arrays [B, ...] over all devices."""
         number, rows = next(self._ahead)
         assert number == step, (number, step)
         return put_rows(rows, self._mesh, self._batch, self._rows)
@@ -54,12 +54,12 @@ class ExperienceFeed:
         self._stream = stream(session.config.train.seed, "experience")
 
     def __call__(self, step: int, state) -> dict[str, jax.Array]:
-        """The batch of data step `step`, made with the model as it is in `state`; arrays [B, ...] over all devices."""
+        """The batch of data step `step`, made with the model in `state`; arrays [B, ...] over all devices."""
         batch, _ = self.made(step, state)
         return put_rows(batch, self._session.mesh, self._session.config.train.batch, self._rows)
 
     def made(self, step: int, state) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """This process's rows of a batch on the host, and the indices that they were made for."""
+        """This process's rows of a batch on the host, and the indices for which they were made."""
         train, recipe = self._session.config.train, self._session.recipe
         indices = examples_at(self._session.source, train.seed, step, train.batch)[self._rows]
         example = places(step, train.batch)[self._rows]
@@ -83,7 +83,7 @@ def open_feed(session, start: int, stop: int) -> StoredFeed | ExperienceFeed:
 
 
 def batch_at(session, step: int, state) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """One batch on the host and the indices of its examples, for a look at it: all rows, or of experience one's own."""
+    """One batch on the host for inspection, and its examples' indices: all rows, or for experience this process's."""
     train = session.config.train
     if makes_experience(session.recipe):
         with ExperienceFeed(session, step) as feed:
@@ -93,7 +93,7 @@ def batch_at(session, step: int, state) -> tuple[dict[str, np.ndarray], np.ndarr
 
 
 def _refuse_other_shapes(recipe, batch: dict, shapes: dict, examples: int) -> None:
-    """UserError where a batch is not what `Recipe.shapes` announced, for which the step was compiled."""
+    """UserError if a batch differs from what `Recipe.shapes` announced: the step was compiled for that."""
     where = place_of(type(recipe).experience)
     made = {name: (array.shape, str(array.dtype)) for name, array in batch.items()}
     for name, shape in shapes.items():
@@ -102,7 +102,7 @@ def _refuse_other_shapes(recipe, batch: dict, shapes: dict, examples: int) -> No
             known = f"`{name}` of {batch[name].dtype}{list(batch[name].shape)}" if name in batch else f"no `{name}`"
             raise UserError(
                 f"`experience` returned {known}", where=where, why=f"`shapes` announced {wanted[1]}{list(wanted[0])}",
-                hint="make both say the same; the leading axis is the examples",
+                hint="make both agree; the leading axis is the examples",
             )  # fmt: skip
     if made:
         raise UserError(
@@ -112,7 +112,7 @@ def _refuse_other_shapes(recipe, batch: dict, shapes: dict, examples: int) -> No
 
 
 def rows_here(mesh: Mesh, batch: int) -> slice:
-    """The rows of a global batch that lie on this process's devices: all of them where there is one process."""
+    """The rows of a global batch that lie on this process's devices: all of them if there is one process."""
     if processes.count() == 1:
         return slice(0, batch)
     held = meshes.batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()

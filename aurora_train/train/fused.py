@@ -1,8 +1,8 @@
 """The step in which each unit of a stack is updated as soon as its gradient is known (`memory.fuse_update`).
 
-What it cannot do follows from that: a norm of all gradients is known only when every unit has been updated, so there
-is no clipping by it, and no second look before the update. A loss that is not finite still changes nothing, because it
-is known before the first gradient; a gradient that is not finite leaves its own unit as it was.
+This limits what it can do: the norm of all gradients is known only after every unit has been updated, so it cannot be
+used to clip or to refuse an update. A loss that is not finite still changes nothing, because it is known before the
+first gradient; a gradient that is not finite leaves its own unit unchanged.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from aurora_train.optimizer import join, norm_of, partition, segments_of, square
 def make_fused(blueprint, optimizer, loss_of):
     """`(state, batch) -> (params, opt_state, aux, info)`; `loss_of(model, state, batch) -> (total, aux)`.
 
-    `aux` is the (Loss, state beside the parameters) of the step. UserError for a model of which a part is frozen.
+    `aux` is the (Loss, state beside the parameters) of the step. UserError for a model with frozen parameters.
     """
     if jax.tree.leaves(blueprint.state.frozen):
         raise UserError(
-            "an update fused into the backward pass trains every parameter, and some of this model are frozen",
+            "an update fused into the backward pass trains every parameter, but some of this model's are frozen",
             where="memory.fuse_update", hint="memory.fuse_update=false",
         )  # fmt: skip
 
@@ -46,7 +46,7 @@ def make_fused(blueprint, optimizer, loss_of):
         (total, taps), backward, (aux, now) = jax.vjp(total_of, rest, held, disguised(kept), norms, has_aux=True)
         weight = jnp.maximum(aux[0].weight, 1e-9)
         mean = total / weight
-        # Not a number where the loss is none: then every gradient is none, and no unit is updated.
+        # NaN if the loss is not finite: then every gradient is NaN, and no unit is updated.
         divisor = jnp.where(jnp.isfinite(mean), weight, jnp.nan).astype(jnp.float32)
         rest_grads, held, moved, squares = backward((jnp.ones_like(total), [divisor for _ in taps]))
         _refuse_other_uses(held, now.made)
@@ -85,7 +85,7 @@ def _refuse_strange_calls(by_name, called) -> None:
 
 
 def _refuse_other_uses(held, made: set[int]) -> None:
-    """Parameters that come back as anything but what the rules made were used outside their stack's call."""
+    """UserError if a returned parameter was not made by the rules: it was used outside its stack's call."""
     for name, stack in held.items():
         if any(id(leaf) not in made for leaf in jax.tree.leaves(stack)):
             raise UserError(

@@ -1,8 +1,8 @@
-"""The box does not wedge: where processor and device share their memory, a run that runs short of it saves and stops.
+"""Keeps the machine usable: if processor and device share memory and it runs short, the run saves and stops.
 
-A machine without memory refuses none: it stalls, for minutes, with everything on it, and in the end the kernel kills.
-So the run leaves while a save still fits. A thread reads what is left; the loop asks once a step, and waits for the
-steps under way only where a reading was low, because what counts is what is left between two steps.
+A machine that runs out of memory does not refuse allocations: it stalls for minutes with everything on it, until the
+kernel kills a process. So the run stops while a save still fits. A thread reads how much is left; the loop asks once
+per step, and waits for running steps only after a low reading, because what counts is the memory left between steps.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from aurora_train.machine.profile import this_machine
 from aurora_train.memory.account import SAVE_COPIES, copied_by_a_save, sharded_bytes
 from aurora_train.units import size
 
-EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command goes on
+EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command continues
 LOW_MEMORY = "low memory"  # the first line of the reason for such a stop
 
-_LOOK_SECONDS, _LOOK_SECONDS_NEAR = 0.5, 0.1  # between looks; near: less than twice what is needed is left
-_LOOKS_BACK = 20  # over which it is seen what other programs take
-_SETTLED_STEPS = 3  # after so many steps a run holds what it is going to hold
-# What a save takes, in times of the state's bytes (measured: docs/always-on.md). Where shards lie on several GPUs, jax
-# keeps a copy of each beside the array that they are put together in.
+_LOOK_SECONDS, _LOOK_SECONDS_NEAR = 0.5, 0.1  # between readings; near: less than twice what is needed is left
+_LOOKS_BACK = 20  # readings that show how fast other programs grow
+_SETTLED_STEPS = 3  # after so many steps a run's memory no longer grows
+# The memory of a save as a multiple of the state's bytes (measured: docs/always-on.md). If shards lie on several GPUs,
+# jax keeps a copy of each beside the array into which they are assembled.
 _ONE_COPY, _TWO_COPIES = SAVE_COPIES, 1 + SAVE_COPIES
-# How long one takes, until one was seen: meanwhile others go on growing. What they grow by counts up to a share of
-# memory, for most of what grows fast is soon done.
+# The assumed duration of a save until one is measured: meanwhile other programs keep growing. Their growth counts up to
+# a share of memory, because most programs that grow fast soon stop.
 _SAVE_SECONDS, _SAVED_PER_SECOND, _GROWTH_SHARE = 2.0, 250e6, 1 / 4
-_FLOOR_SHARE, _FLOOR_BYTES = 0.02, 128 * 2**20  # of memory: what has to be left beside a save
-# A box that swaps still has memory, and stalls. Percent of the last ten seconds; share of memory.
+_FLOOR_SHARE, _FLOOR_BYTES = 0.02, 128 * 2**20  # memory that must be left beside a save
+# A machine that swaps still has memory, but stalls. Percent of the last ten seconds; share of memory.
 _STALLED, _SCARCE = 25.0, 1 / 8
-_NOTHING_BYTES = 16 * 2**20  # growth that is not worth a word
+_NOTHING_BYTES = 16 * 2**20  # less growth is not reported
 
 
 class Guard:
-    """Context manager around the steps: inside it, `asked` says when and why to stop.
+    """Context manager around the steps: inside it, `asked` returns when and why to stop.
 
     Args:
-        state_bytes: what a save copies; 0 where another process saves.
-        copies: how many times that it takes at its peak.
+        state_bytes: what a save copies; 0 if another process saves.
+        copies: the peak memory of a save as a multiple of that.
         saving: whether a save is under way, so that its copy of the state is already there.
-        enabled: False never asks for a stop.
-        root: where /proc and /sys hang.
+        enabled: if False, never asks for a stop.
+        root: the folder that holds /proc and /sys.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class Guard:
         enabled: bool = True,
         root: Path = Path("/"),
     ):
-        self.why: str | None = None  # the stop, once it was asked for
+        self.why: str | None = None  # the reason for the stop, once it was requested
         self._enabled, self._root, self._saving, self._state_bytes = enabled, root, saving, state_bytes
         if not enabled:
             return
         memory = host_memory(root)
         self._floor, self._needed = _floor(memory), _needed(memory, state_bytes, copies)
         self._save_seconds, self._saving_since = _SAVE_SECONDS + state_bytes / _SAVED_PER_SECOND, None
-        self._lowest = math.inf  # bytes left at any moment since the last look between two steps
-        self._stalled = 0.0  # percent of the time, where the box swaps
-        self._near = False  # whether to look more often, and between two steps
-        self._given_back = False  # whether that was tried the last time
+        self._lowest = math.inf  # fewest bytes left since the last reading between two steps
+        self._stalled = 0.0  # percent of the time, if the machine swaps
+        self._near = False  # whether to read more often, and between two steps
+        self._given_back = False  # whether memory was returned to the system the last time
         self._lock = threading.Lock()
-        self._beside: deque = deque(maxlen=_LOOKS_BACK)  # (time, bytes that are there beside all other programs)
-        self._decided, self._asked = -math.inf, math.inf  # when that was last done, of time.monotonic()
+        self._beside: deque = deque(maxlen=_LOOKS_BACK)  # (time, bytes not held by other programs)
+        self._decided, self._asked = -math.inf, math.inf  # last times, in time.monotonic()
         self._step_seconds = 0.0
         self._first = self._step = None
         self._before = _Holders.now(root, None)
@@ -103,9 +103,9 @@ class Guard:
             self._ended.set()
 
     def asked(self, step: int, settle: Callable[[], None]) -> str | None:
-        """Between two steps: why the run has to stop, in lines of which the first is LOW_MEMORY; None to go on.
+        """Between two steps: why the run must stop, in lines of which the first is LOW_MEMORY; None to continue.
 
-        `settle` waits until every step that was handed over is done; it is called only where memory is scarce.
+        `settle` waits until every dispatched step is done; it is called only if memory is scarce.
         """
         if not self._enabled:
             return None
@@ -122,11 +122,11 @@ class Guard:
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS_NEAR if self._near else _LOOK_SECONDS):
-            with contextlib.suppress(OSError, psutil.Error):  # of what ended while it was read: there is a next look
+            with contextlib.suppress(OSError, psutil.Error):  # a process ended meanwhile
                 self.look()
 
     def look(self) -> None:
-        """Read what is left, and once, after the first steps, who holds the rest."""
+        """Read what is left and, once after the first steps, which processes hold the rest."""
         memory = host_memory(self._root)
         with self._lock:
             self._lowest = min(self._lowest, memory.usable)
@@ -145,11 +145,11 @@ class Guard:
         self._saving_since = (since or time.monotonic()) if saving else None
 
     def _grown_by(self, memory: HostMemory, seconds: float) -> float:
-        """Bytes that other programs will have taken by then, if they go on as in the last seconds."""
+        """Bytes by which other programs will have grown after `seconds`, at the rate of the last seconds."""
         return min(falling(list(self._beside)) * seconds, _GROWTH_SHARE * memory.size)
 
     def _stalls(self, memory: HostMemory) -> float:
-        """Percent of the time, where memory is scarce, swap fills, and processes wait for memory; else 0."""
+        """Percent of the time that processes wait for memory, if it is scarce and swap fills; else 0."""
         grown = memory.swap_used - self._before.elsewhere["swap in use"] > self._floor
         full = memory.swap_total > 0 and memory.swap_free < memory.swap_total / 10
         if memory.usable > _SCARCE * memory.size or not (grown or full):
@@ -167,7 +167,7 @@ class Guard:
         hurried = self._given_back or self._stalled or falling(list(self._beside)) > _NOTHING_BYTES
         self._given_back = short is not None and not hurried
         if self._given_back:
-            # Garbage may hold the copy of the save before, and glibc what was freed. To find it may take a second.
+            # Garbage may hold the copy of the previous save, and glibc freed memory. Collecting may take a second.
             give_back_freed()
             memory, _ = self._from_here_on()
             short = self._short(memory, math.inf)
@@ -177,21 +177,21 @@ class Guard:
             self.why = f"{LOW_MEMORY}\n  {short}\n  {grown}"
 
     def _from_here_on(self) -> tuple[HostMemory, float]:
-        """What is left now, and the least that was left since the last call."""
+        """(memory now, fewest bytes left since the last call)."""
         memory = host_memory(self._root)
         with self._lock:
             within, self._lowest = self._lowest, memory.usable
         return memory, within
 
     def _until_next(self) -> float:
-        """Seconds until there is nothing under way again: a step is handed over before the last one is waited for."""
+        """Seconds until no step is running again: a step is dispatched before the previous one has ended."""
         return max(2 * self._step_seconds, _LOOK_SECONDS)
 
     def _short(self, memory: HostMemory, within: float) -> str | None:
-        """What there is too little of, in words, or None. `within`: bytes left at the worst moment of the steps before.
+        """A description of the shortage, or None. `within`: bytes left at the worst moment of the previous steps.
 
-        What is left has to be enough for the floor within the next step, and for a save and the floor until that save
-        has ended, though the other programs go on growing as they do.
+        There must be enough left for the floor within the next step, and for a save and the floor until that save has
+        ended, while other programs continue to grow at their rate.
         """
         if self._stalled:
             swap = f"{size(memory.swap_used)} of {size(memory.swap_total)} swap in use"
@@ -199,8 +199,8 @@ class Guard:
         rate, until_next = falling(list(self._beside)), self._until_next()
         falls = f", falling by {size(rate)} a second" if rate > _NOTHING_BYTES else ""
         if within - self._grown_by(memory, until_next) < self._floor:
-            return f"{_of(within, memory)} left within a step{falls}, {size(self._floor)} have to be"
-        # The copy of a save that is under way is given back before another one is made.
+            return f"{_of(within, memory)} left within a step{falls}, but {size(self._floor)} are needed"
+        # The copy of a running save is freed before another one is made.
         left = memory.usable + (self._state_bytes if self._saving() else 0)
         if left - self._grown_by(memory, until_next + self._save_seconds) < self._needed:
             return f"{_of(memory.usable, memory)} left{falls}, a save needs {size(self._needed)}"
@@ -208,7 +208,7 @@ class Guard:
 
 
 def falling(readings: list[tuple[float, float]]) -> float:
-    """Bytes a second by which readings (seconds, bytes) fall, third by third: what was taken once does not count."""
+    """Bytes per second by which readings (seconds, bytes) fall, by thirds: a single drop does not count."""
     third = len(readings) // 3
     if third == 0:
         return 0.0
@@ -219,12 +219,12 @@ def falling(readings: list[tuple[float, float]]) -> float:
 
 
 def guard_of(session, saving: Callable[[], bool]) -> Guard:
-    """The guard of a session's run, as `memory.guard` wishes; `saving` as in Guard."""
+    """The guard of a session's run, as `memory.guard` sets it; `saving` as in Guard."""
     return Guard(*_save(session), saving=saving, enabled=_wanted(session))
 
 
 def refuse_full(session) -> None:
-    """UserError (status 77) where the state and a save of it do not fit in what is left: nothing is allocated then."""
+    """UserError (status 77) if the state and a save of it do not fit in what is left, before anything is allocated."""
     if not _wanted(session):
         return
     state, places, memory = session.blueprint.state, session.blueprint.shardings, host_memory()
@@ -233,9 +233,9 @@ def refuse_full(session) -> None:
         needed += sharded_bytes(state, places) * session.mesh.local_mesh.devices.size
     if memory.usable < needed:
         raise _Full(
-            f"too little memory is left to go on: {_of(memory.usable, memory)}",
+            f"too little memory is left to continue: {_of(memory.usable, memory)}",
             why=f"the state and a save of it take {size(needed)}; {_Holders.now(Path('/'), None).who_holds()}",
-            hint="close other programs, then run the same command again; memory.guard=off does not look",
+            hint="close other programs, then run the same command again; memory.guard=off disables this check",
         )
 
 
@@ -244,12 +244,12 @@ class _Full(UserError):
 
 
 def _wanted(session) -> bool:
-    wish = session.config.memory.guard
-    return wish == "on" or (wish == "auto" and this_machine().unified)
+    setting = session.config.memory.guard
+    return setting == "on" or (setting == "auto" and this_machine().unified)
 
 
 def _save(session) -> tuple[int, float]:
-    """Of a save by this process: the bytes that it copies, and how many times it takes them."""
+    """(bytes that a save by this process copies, its peak memory as a multiple of them)."""
     state, run = session.blueprint.state, session.run
     copied = copied_by_a_save(state, frozen=not durable.is_sealed(run.checkpoints / frozen.FOLDER))
     once = jax.default_backend() == "cpu" or session.mesh.devices.size == 1
@@ -273,10 +273,10 @@ def _of(left: float, memory: HostMemory) -> str:
 
 @dataclass(frozen=True)
 class _Holders:
-    """Who holds memory after a step (None: before the first one), in bytes.
+    """What holds memory after a step (None: before the first one), in bytes.
 
-    `left` is what nobody does; `processes` what each (id, name) has for itself; `shared` belongs to no process alone;
-    `elsewhere` is no memory that anybody lacks.
+    `left` is available; `processes` is private memory by (id, name); `shared` belongs to several processes;
+    `elsewhere` is the page cache and swap in use, which do not reduce what is available.
     """
 
     step: int | None
@@ -287,7 +287,7 @@ class _Holders:
 
     @classmethod
     def now(cls, root: Path, step: int | None) -> _Holders:
-        """Of the machine, or of the cgroup whose limit this process shares."""
+        """The holders on this machine, or in the cgroup whose limit this process shares."""
         among, processes = processes_limited_with(root), {}
         for process in psutil.process_iter(["name", "memory_info"]):
             held = process.info["memory_info"]
@@ -297,7 +297,7 @@ class _Holders:
         return cls(step, host_memory(root).usable, processes, beside.pop("tmpfs and shared memory"), beside)
 
     def what_grew(self, before: _Holders) -> str:
-        """In words, who took the memory since; where nobody did, who holds the most."""
+        """A description of what grew since `before`; if nothing did, of what holds the most."""
         since = "since the start" if before.step is None else f"since step {before.step}"
         by = {key: held - before.processes.get(key, 0) for key, held in self.processes.items()}
         mine = {key for key in by if key[0] == os.getpid()}
@@ -309,15 +309,15 @@ class _Holders:
         grown["tmpfs and shared memory"] = self.shared - before.shared
         unseen = before.left - self.left - sum(grown.values())
         grown["memory of no process here (a GPU's, another container's, the kernel's)"] = unseen
-        told = dict(sorted(grown.items(), key=lambda one: -one[1])[:3]) | {"this process": grown["this process"]}
-        told |= {who: held - before.elsewhere[who] for who, held in self.elsewhere.items()}
-        lines = [f"{who} by {size(bytes_)}" for who, bytes_ in told.items() if bytes_ > _NOTHING_BYTES]
+        shown = dict(sorted(grown.items(), key=lambda one: -one[1])[:3]) | {"this process": grown["this process"]}
+        shown |= {who: held - before.elsewhere[who] for who, held in self.elsewhere.items()}
+        lines = [f"{who} by {size(bytes_)}" for who, bytes_ in shown.items() if bytes_ > _NOTHING_BYTES]
         if lines:
             return f"{since} grew: {', '.join(lines)}"
-        return f"nothing grew {since}, there was too little; {self.who_holds()}"
+        return f"nothing grew {since}, so memory was short already; {self.who_holds()}"
 
     def who_holds(self) -> str:
-        """In words, what this process holds and the three others that hold the most."""
+        """A description of what this process and the three largest others hold."""
         others = sorted((key for key in self.processes if key[0] != os.getpid()), key=self.processes.get, reverse=True)
         mine = sum(held for key, held in self.processes.items() if key[0] == os.getpid())
         held = [f"{_named(key)} {size(self.processes[key])}" for key in others[:3]]

@@ -1,13 +1,13 @@
-"""What may refuse an update and what happens after one: gates and hooks, in one fixed order.
+"""Gates may refuse an update and hooks run after it, all in one fixed order.
 
-A gate looks at the state before the step and at the step's numbers, and says whether the update is good. A hook sees
-the state before and after, and returns the state to go on with. The step runs all gates, then all hooks in order, and
-asks for no feature by name: a moving average is a hook, a limit on outliers is a gate with a hook for its memory.
+A gate looks at the state before the step and at the step's numbers, and decides whether the update is good. A hook sees
+the state before and after, and returns the state to continue with. The step runs all gates, then all hooks in order,
+and knows no feature by name: a moving average is a hook, and a limit on outliers is a gate with a hook for its memory.
 
-What a hook remembers lies in `TrainState.extra` under its name, so it is saved and restored with everything else. The
-order decides bits, and so belongs to the run's hash: the built-in order is the one below and is only ever appended
-to (the settings that switch a feature on are hashed), and a recipe's own hooks follow in the order of its file, whose
-sha256 is in the hash.
+A hook's memory is in `TrainState.extra` under its name, so it is saved and restored with everything else. The order
+affects bits, so it is part of the run's hash: the built-in order is the one below and is only ever appended to (the
+settings that switch a feature on are hashed), and a recipe's own hooks follow in the order of its file, whose sha256 is
+in the hash.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ EMA, RECENT = "ema", "recent"  # names in checkpoints
 
 
 class Gate(NamedTuple):
-    """`passes(state, info) -> bool[]`: whether the update may count. `info`: float32 scalars `loss`, `grad_norm`, `lr`.
+    """`passes(state, info) -> bool[]`: whether the update is good. `info`: float32 scalars `loss`, `grad_norm`, `lr`.
 
-    `state` is the one before the step.
+    `state` is the state before the step.
     """
 
     name: str
@@ -35,10 +35,10 @@ class Gate(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """`after(old, new, info, good) -> new`: the state to go on with, in the shapes and dtypes of `new`.
+    """`after(old, new, info, good) -> new`: the state to continue with, in the shapes and dtypes of `new`.
 
-    `begin(params) -> pytree of arrays` makes what `extra[name]` holds at the start; None for a hook without memory. An
-    array there that is named and shaped like a parameter is sharded like it, any other lies whole on every device.
+    `begin(params) -> pytree of arrays` makes the initial `extra[name]`; None for a hook without memory. An array there
+    with the name and shape of a parameter is sharded like it; any other is replicated on every device.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Features(NamedTuple):
 
 
 def features(*, ema: float | None = None, spike: float | None = None, fused: bool = False, recipe=None) -> Features:
-    """The features that settings ask for, and after them a recipe's own.
+    """The features that the settings switch on, followed by a recipe's own.
 
-    `fused`: the update spared each unit whose gradient is not finite by itself (`train/fused.py`), so that parameters
-    are not set back as a whole. Raises UserError where two hooks have one name.
+    `fused`: the fused update itself leaves units unchanged whose gradient is not finite (`train/fused.py`), so no hook
+    sets back the parameters as a whole. Raises UserError if two hooks have the same name.
     """
     gates = [Gate("finite", _is_finite)]
     hooks = [set_back("rest") if fused else set_back("params", "opt_state", "rest")]
@@ -98,7 +98,7 @@ def features_of(config, recipe=None) -> Features:
 
 
 def set_back(*fields: str) -> Hook:
-    """After an update that is not good, the named fields of the state are what they were before it."""
+    """A hook that restores the named fields of the state after an update that is not good."""
 
     def after(old, new, info, good):
         kept = {name: _where(good, getattr(new, name), getattr(old, name)) for name in fields}
@@ -108,7 +108,7 @@ def set_back(*fields: str) -> Hook:
 
 
 def moving_average(decay: float) -> Hook:
-    """`decay * average + (1 - decay) * parameters` after every good update, in float32."""
+    """A hook that computes `decay * average + (1 - decay) * parameters` after every good update, in float32."""
 
     def after(old, new, info, good):
         average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, old.extra[EMA], new.params)
@@ -130,7 +130,7 @@ def _refuse_twins(names: list[str], recipe: str) -> None:
         if names.count(name) > 1:
             raise UserError(
                 f"two hooks are called `{name}`", where=f"{recipe}.hooks",
-                why="a checkpoint keeps what a hook remembers under its name", hint="rename the recipe's hook",
+                why="a checkpoint stores a hook's memory under its name", hint="rename the recipe's hook",
             )  # fmt: skip
 
 
@@ -138,4 +138,4 @@ def _where(good, new, old):
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
-BUILT_IN = features()  # without any setting: nothing is remembered
+BUILT_IN = features()  # those without any setting: they have no memory

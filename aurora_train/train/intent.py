@@ -1,4 +1,4 @@
-"""What a call of `train` or `resume` means for the run folder it meets: start, go on, or refuse with the difference."""
+"""Decides what `train` or `resume` does with a run folder: start, continue, or refuse and show the difference."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from aurora_train.train.remarks import rate_line
 _WHY = {
     "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",
     "warned": "changes the run from here on",
-    "allowed": "frozen, and changed at your word: from here on it is another run; on record in provenance.json",
-    "located": "the same bytes at another place, or the resume is refused",
-    "elastic": "the same maths in another order of floating-point sums: equal to tolerance, no longer to the bit",
+    "allowed": "frozen, overridden with --allow-change: a different run from here on; recorded in provenance.json",
+    "located": "must hold the same bytes in the new place, or the resume is refused",
+    "elastic": "the same maths with floating-point sums in another order: equal to tolerance, no longer to the bit",
 }
 
 
-# (key, old, new) where the default has been `auto` since 2026-11-29, and was before what `auto` comes to.
+# (key, old, new): since 2026-11-29 the default is `auto`; before that it was the value to which `auto` resolves.
 _SETTLED = {("data.tokenizer.kind", "byte", "auto")}
 
 
 def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
-    """The run that `aurora train CONFIG` starts or goes on with. UserError for a folder that holds another run."""
+    """The run that `aurora train CONFIG` starts or continues. UserError for a folder that holds another run."""
     run = runs.Run(Path(folder) if folder else runs.default_folder(config.name, config_hash(config)))
     if fresh:
         run.move_aside()
@@ -42,10 +42,10 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
     ]
     if changes and not run.has_begun():
         with run.lock():
-            run.forget()  # nothing was trained: a corrected config may have the folder
+            run.forget()  # nothing was trained, so a corrected config may use the folder
         return run
     if changes:
-        frozen = all(kind == "frozen" for *_, kind in changes)  # all of which a resume would refuse too
+        frozen = all(kind == "frozen" for *_, kind in changes)  # a resume would refuse these too
         raise UserError(
             "this folder holds a run of another config",
             where=str(run.folder),
@@ -57,9 +57,9 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
 
 
 def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = ()) -> tuple[object, runs.Run, list]:
-    """(config, run, changes) of `aurora resume RUN [key=value ...]`. UserError where a frozen key would change.
+    """(config, run, changes) of `aurora resume RUN [key=value ...]`. UserError if a frozen key would change.
 
-    `allowed`: frozen keys that may; such a change has the class "allowed".
+    `allowed`: frozen keys that may change; such a change has the class "allowed".
     """
     run = runs.Run.existing(folder)
     known = load_resolved(run.folder)
@@ -91,25 +91,25 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             else "these keys are frozen for a run that has begun",
             where=str(run.folder),
             why=f"{describe(frozen)}\n  {_WHY['frozen']}",
-            hint=("put back the file in its `code` folder" if keys == [runs.CODE]
-                  else "start a run of its own: aurora train CONFIG KEY=VALUE")
+            hint=("restore the file in its `code` folder" if keys == [runs.CODE]
+                  else "start a new run: aurora train CONFIG KEY=VALUE")
             + "; or, if you must: " + " ".join(f"--allow-change {key}" for key in keys),
         )  # fmt: skip
     return config, run, changes
 
 
 def _felt(kind: str, config) -> str:
-    """A model that makes its own data makes other data once a sum is taken in another order."""
+    """A change's class. A model that makes its own data makes different data if sums are in another order: "warned"."""
     return "warned" if kind == "elastic" and makes_experience(config.recipe_class) else kind
 
 
 def _cuts_what_is_coupled(key: str, config) -> bool:
-    """Whether a change of this key cuts the batch otherwise for a loss that depends on how it is cut."""
+    """Whether a change of this key splits the batch differently for a loss that depends on the split."""
     return key == "memory.accumulation" and config.recipe_class.couples != "example"
 
 
 def _refuse_idle(allowed, changes) -> None:
-    """A change that is allowed and is not there was expected to be: it went into another file, or has no effect."""
+    """UserError if an allowed key has not changed: the user's edit went into another file or has no effect."""
     for key in allowed:
         if not any(kind == "allowed" and _is_allowed(name, [key]) for name, _, _, kind in changes):
             raise UserError(
@@ -120,7 +120,7 @@ def _refuse_idle(allowed, changes) -> None:
 
 
 def _is_allowed(key: str, allowed) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)  # a section stands for all in it
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)  # a section includes all of its keys
 
 
 def _refuse_unknown(allowed, config) -> None:
@@ -138,13 +138,13 @@ def _refuse_unknown(allowed, config) -> None:
 
 
 def refuse_missing_start(config) -> None:
-    """UserError where `init` names nothing that a run could start from, by what lies there; nothing is read."""
+    """UserError if `init` names a path that is not a valid source, judged by its files; no weights are read."""
     for prefix, start in config.init.sources.items():
         _refuse_missing(start, init_key(prefix))
 
 
 def init_key(prefix: str) -> str:
-    """The key of the config that names what the parameters under a prefix start from."""
+    """The config key that names the source of the parameters under a prefix."""
     return f"init.{prefix}" if prefix else "init.from"
 
 
@@ -167,15 +167,15 @@ def _refuse_missing(start: str, key: str) -> None:
 
 
 def rate_after(run: runs.Run, config) -> str | None:
-    """What a resume does to the learning rate, in one line; None where it does nothing."""
+    """One line on how a resume changes the learning rate; None if it does not."""
     return rate_line(load_resolved(run.folder), config, run.step())
 
 
 def describe(changes) -> str:
-    """One line a change: key, old value, new value."""
+    """One line per change: key, old value, new value."""
     return "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new, _ in changes)
 
 
 def warnings(changes) -> list[str]:
-    """What a user should know of the changes that are allowed."""
+    """One line for each permitted change that the user should know about."""
     return [f"{key}: {old!r} -> {new!r} ({_WHY[kind]})" for key, old, new, kind in changes if kind in _WHY]

@@ -1,4 +1,4 @@
-"""Where a run's first parameters come from: another run at one step, or a file of weights; and what comes with them."""
+"""The origin of a run's first parameters: another run at one step, or a file of weights; and the facts of that run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aurora_train.train.intent import init_key, refuse_missing_start
 
 @dataclass(frozen=True)
 class Parent:
-    """What `init` names for the parameters under `prefix`, `""` for all that no other prefix covers.
+    """The source that `init` names for the parameters under `prefix`; `""` is for all that no other prefix covers.
 
     `step` is None for a file; `digest` is of the checkpoint's manifest, or of the file.
     """
@@ -44,12 +44,12 @@ class Parent:
         if recorded and recorded["from"] == named and recorded["digest"] != digest:
             raise UserError(
                 f"step {step} of {named} is not the checkpoint that this run began with", where=init_key(prefix),
-                hint="begin anew: `aurora train CONFIG --fresh`",
+                hint="start over: `aurora train CONFIG --fresh`",
             )  # fmt: skip
         return cls(named, step, digest, kept_facts.read(run.facts) or {}, prefix)
 
     def record(self) -> dict:
-        """For provenance.json and events.jsonl."""
+        """The parent as provenance.json and events.jsonl record it."""
         facts = {"facts_sha256": kept_facts.sha256(self.facts)} if self.facts else {}
         prefix = {"prefix": self.prefix} if self.prefix else {}
         return {**prefix, "from": self.path, "step": self.step, "digest": self.digest, **facts}
@@ -59,7 +59,7 @@ class Parent:
         return f"{self.path}{at} ({self.digest[:12]})"
 
     def refuse_other_tokenizer(self, source) -> None:
-        """Of a parent that keeps no facts, as runs of before there were any, the record of its data is compared."""
+        """UserError if a parent from before facts existed was trained with another tokenizer, by its data's record."""
         if self.facts or self.step is None:
             return
         known = files.read_json(runs.Run(self.path).provenance, {}).get("data", {})
@@ -68,11 +68,11 @@ class Parent:
             raise UserError(
                 f"{self.path} was trained with another tokenizer", where=init_key(self.prefix),
                 why=f"it had {theirs}; this config makes {ours}",
-                hint=f"`aurora resume {self.path}` once keeps its tokenizer with it; or init.facts=own",
+                hint=f"`aurora resume {self.path}` once stores its tokenizer in its folder; or set init.facts=own",
             )  # fmt: skip
 
     def refuse_other_facts(self, facts: Facts) -> None:
-        """Raise UserError where the new run's facts are not the parent's: its parameters mean something else there."""
+        """Raise UserError if the new run's facts differ from the parent's: its parameters depend on them."""
         for name in kept_facts.difference(facts, self.facts):
             ours, theirs = kept_facts.shown(facts[name]), kept_facts.shown(self.facts[name])
             what = "another tokenizer" if name.startswith("tokenizer") else f"another `{name}`"
@@ -81,16 +81,16 @@ class Parent:
             raise UserError(
                 f"{self.path} was trained with {what}", where=init_key(self.prefix),
                 why=f"it had {theirs}; this config makes {ours}",
-                hint=f"{inherit}init.facts=own, if you mean to train its weights under this one",
+                hint=f"{inherit}set init.facts=own to train its weights with this one",
             )  # fmt: skip
 
 
 def parents_of(config, recorded: dict[str, dict]) -> tuple[Parent, ...]:
-    """The parents that a config names, by prefix; none where all first parameters are random.
+    """The parents that a config names, by prefix; empty if all first parameters are random.
 
-    `recorded`: the parents' records in a run that has begun and has no step yet, by prefix: a parent may have more
-    steps by now. Raises UserError where there is nothing of the kind, where its bytes are not those that were saved,
-    where it is not what was recorded, and where the facts of two parents differ.
+    `recorded`: the parents' records, by prefix, of a run that has begun but has no step yet: a parent may have more
+    steps by now. Raises UserError if a source does not exist, if its bytes are not those that were saved, if it is not
+    what was recorded, or if the facts of two parents differ.
     """
     refuse_missing_start(config)
     parents = tuple(Parent.of(prefix, path, recorded.get(prefix)) for prefix, path in config.init.sources.items())
@@ -106,23 +106,23 @@ def _refuse_clash(one: Parent, other: Parent) -> None:
         raise UserError(
             f"{one.path} and {other.path} were trained with another `{name}` each", where=init_key(other.prefix),
             why=f"{one.path} had {ours}; {other.path} had {theirs}",
-            hint="start from runs that agree; or init.facts=own, if you mean to train them under this config's own",
+            hint="start from runs that agree, or set init.facts=own to train them with this config's facts",
         )  # fmt: skip
 
 
 def inherited_facts(config, parents: tuple[Parent, ...]) -> Facts:
-    """The facts that a new run takes over: those of the parent that `init.facts` names."""
+    """The facts that a new run inherits: those of the parent that `init.facts` names."""
     return next((parent.facts for parent in parents if parent.prefix == config.init.facts_from), {})
 
 
 def record_of(parents: tuple[Parent, ...]) -> dict:
-    """For provenance.json and events.jsonl: `parent` starts the whole model, `parents` are those of its parts."""
+    """The parents as recorded: `parent` is the source of the whole model, `parents` are those of its parts."""
     whole = [parent.record() for parent in parents if not parent.prefix]
     parts = [parent.record() for parent in parents if parent.prefix]
     return ({"parent": whole[0]} if whole else {}) | ({"parents": parts} if parts else {})
 
 
 def recorded_parents(provenance: dict) -> dict[str, dict]:
-    """The records in a run's provenance, by prefix."""
+    """The parents' records in a run's provenance, by prefix."""
     whole = {"": provenance["parent"]} if "parent" in provenance else {}
     return whole | {record["prefix"]: record for record in provenance.get("parents", [])}

@@ -1,11 +1,10 @@
-"""The loop, and the order of things that must never change.
+"""The training loop. The order of its actions must never change.
 
-1. The records of steps up to s are on disk before the checkpoint of s can count: a resume finds no hole.
+1. The records of steps up to s are on disk before the checkpoint of s counts: a resume meets no gap.
 2. The state is copied out before the next step is dispatched, because that step overwrites its buffers.
-3. The evaluation comes after the save: an evaluation that crashes costs no training. One that is among the best so far
-   saves its step, and is on record only then: a kill between the two finds the evaluation still to be made.
-4. Whatever is due at a step is decided by the step number and the records up to it, so a killed run and an undisturbed
-   one agree.
+3. The evaluation comes after the save: an evaluation that crashes costs no training. If it is among the best so far,
+   its step is saved before the evaluation is recorded: after a kill between the two, the evaluation is repeated.
+4. The step number and the records up to it decide what is due at a step, so a killed run and an undisturbed one agree.
 """
 
 from __future__ import annotations
@@ -47,16 +46,16 @@ from aurora_train.train.watchdog import Watchdog
 
 _EVALUATING = (
     "an evaluation takes as many examples at once as the plan's microbatch, and is not replanned: `aurora resume RUN "
-    "memory.accumulation=N` with a larger N makes it smaller; it goes on from the newest checkpoint"
+    "memory.accumulation=N` with a larger N makes it smaller, and continues from the newest checkpoint"
 )
 
 
-UNSAVED = "a disk that cannot be written"  # why a run ended that could not be saved
+UNSAVED = "a disk that cannot be written"  # why a run ended if it could not be saved
 _SAVED_AT_LAST = "a disk that could not be written until the end"  # several processes had agreed to stop
 
 
 class Loop:
-    """Trains a session's state from where it is to the last step. `run` returns the state and why it ended."""
+    """Trains a session's state from its step to the last one. `run` returns why it ended; `state` is the state."""
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class Loop:
             session.store, session.run.folder, facts=facts.sha256(session.recipe.known),
             metrics=metrics, events=events, progress=progress, watchdog=watchdog,
             patience=60 * session.config.checkpoint.patience_minutes,
-            last=self._step,  # 0 for a fresh run, which has nothing to lose
+            last=self._step,  # 0 for a fresh run: nothing is saved yet
         )  # fmt: skip
         self._guard = guard_of(session, saving=lambda: self._saver.under_way)
         lag = int(jax.device_get(state.data_step)) - self._step
@@ -93,9 +92,9 @@ class Loop:
         self._late: deque = deque()  # metrics of steps that may still be running
         self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
         self._validation = self._early = None
-        self._results: dict[int, dict[str, float]] = {}  # of the evaluations on record, by step
-        self._timed = False  # the first step of a process still pays for what the compiler left to it
-        self.deadline = deadline  # of time.monotonic(); None is never
+        self._results: dict[int, dict[str, float]] = {}  # recorded evaluations by step
+        self._timed = False  # the first step of a process includes work left by the compiler
+        self.deadline = deadline  # in time.monotonic(); None is never
         if deadline is None and self._config.train.stop_after_minutes is not None:
             self.deadline = time.monotonic() + 60 * self._config.train.stop_after_minutes
 
@@ -105,12 +104,12 @@ class Loop:
         return self._evaluator
 
     def run(self, evaluated: dict[int, dict[str, float]]) -> str | None:
-        """Go on to the last step. `evaluated`: step -> the result of each evaluation on record.
+        """Train to the last step. `evaluated`: step -> the result of each recorded evaluation.
 
-        Returns None at the run's end (the last step, or where `evaluate.patience` ran out), or the name of what asked
-        for a stop; the state is saved either way, unless the name is UNSAVED. Raises
-        OutOfMemory where a step was refused memory: the state is dead then, and all that is left to do is `release`;
-        BadNumbers where steps in a row were skipped.
+        Returns None at the run's end (the last step, or when `evaluate.patience` runs out), else the name of what
+        requested a stop; the state is saved either way, unless the name is UNSAVED. Raises OutOfMemory if a step was
+        refused memory (the state is lost then, and only `release` may be called), and BadNumbers if too many steps in a
+        row were skipped.
         """
         last, self._results = self._config.train.steps, dict(evaluated)
         if not self.session.evaluates:
@@ -124,15 +123,15 @@ class Loop:
                     return UNSAVED
                 if interrupted or self.has_ended() or self._asked():
                     break
-                # The stop was for a save that was overdue, and it has succeeded since: keep training.
+                # The stop was for an overdue save, which has succeeded since: keep training.
         self._await_compiler()
         asked = self._asked() if interrupted or not self.has_ended() else None
         return _SAVED_AT_LAST if asked == UNSAVED else asked
 
     def _train(self, last: int) -> bool:
-        """Train to the last step or until something asks for a stop; False where a signal interrupted an evaluation.
+        """Train to the last step or until a stop is requested; False if a signal interrupted an evaluation.
 
-        The order is a promise: the batch, the step, the records of the step before, the save, the evaluation.
+        The order is a promise: the batch, the step, the records of the previous step, the save, the evaluation.
         """
         try:
             self._evaluate_if_missed()
@@ -156,7 +155,7 @@ class Loop:
         except Stopped:
             return False
         except UserError:
-            self._saver.finish()  # so that what the error says of the newest checkpoint is true
+            self._saver.finish()  # so that the error names the newest checkpoint correctly
             raise
         return True
 
@@ -166,7 +165,7 @@ class Loop:
         return self._step
 
     def has_ended(self) -> bool:
-        """Whether the run is at its end. Decided by the step and by evaluations on record, so a resume agrees."""
+        """Whether the run is at its end. Decided by the step and the recorded evaluations, so a resume agrees."""
         patience = self._config.evaluate.patience
         if self._step == self._config.train.steps or patience is None:
             return self._step == self._config.train.steps
@@ -177,7 +176,7 @@ class Loop:
         return judged(self._config, self.session.recipe, result)
 
     def _timed_batch(self, feed):
-        """The next batch. The wait counts where every step before it is done: otherwise a running step hides it."""
+        """The next batch. The wait counts only if every earlier step is done; otherwise a running step hides it."""
         asked_at = time.perf_counter()
         batch = feed(self._step + self._lag, self.state)
         if self._idle():
@@ -185,17 +184,17 @@ class Loop:
         return batch
 
     def _failing(self) -> str:
-        # The refusal may come when a step is handed over or only with its numbers: the steps before it are good.
+        # The error may come when a step is dispatched or when its numbers are read: the steps before it are good.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._settle()
         return f"step {self._recorded + 1}"
 
     def finished_steps(self) -> int:
-        """How many steps this loop has brought to the log."""
+        """How many steps this loop has logged."""
         return self._recorded - self._first
 
     def release(self) -> None:
-        """Let go of every array, after an out-of-memory. A save that is still running is of a step before it."""
+        """Release every array after an out-of-memory error. A save that is still running is of an earlier step."""
         for leaf in jax.tree.leaves((self.state, [metrics for _, metrics in self._late])):
             if not leaf.is_deleted():
                 leaf.delete()
@@ -205,21 +204,21 @@ class Loop:
         self._saver.finish()
 
     def _idle(self) -> bool:
-        """Whether every step that was handed over is done."""
+        """Whether every dispatched step is done."""
         return all(array.is_ready() for _, metrics in self._late for array in metrics.values())
 
     def _save_if_due(self, step: int) -> None:
         due = self._save_due(step) or self._saver.retry_due()
         if due:
             self._settle()
-        # Among bad steps nothing is saved: the newest checkpoint is of before them.
+        # Nothing is saved among bad steps, so the newest checkpoint is older than they are.
         if due and (not self._streak.length or step == self._config.train.steps):
             self._aside(lambda at: self._saver.save(meshes.local_view(self.state), at), step)
         else:
             self._saver.finish(wait=False)
 
     def _aside(self, work, step: int) -> None:
-        """Do what is not training; its time is in no rate and in no time left."""
+        """Do work that is not training; its time does not count in rates or in the time left."""
         with self._throughput.excluding():
             work(step)
         self._progress.skip()
@@ -252,7 +251,7 @@ class Loop:
         self._streak.count(step, bool(record["skipped"]))
 
     def _settle(self) -> None:
-        """Bring every outstanding record to the log."""
+        """Log every outstanding record."""
         while self._late:
             with self._watchdog.during("a step"):
                 self._record(*self._late.popleft())
@@ -263,7 +262,7 @@ class Loop:
         return step == self._config.train.steps or step % self._config.checkpoint.every == 0
 
     def _evaluate_if_missed(self) -> None:
-        """A kill between a save and its evaluation leaves that evaluation to the next life of the run."""
+        """Make an evaluation that is missing because the run was killed between a save and its evaluation."""
         if self._step > 0 and self._evaluation_due(self._step) and self._step not in self._results:
             self._evaluate(self._step)
 
@@ -278,11 +277,11 @@ class Loop:
 
     def _evaluate(self, step: int) -> None:
         watched = self._watchdog.during("an evaluation")
-        # One of several processes must not leave what the others are waiting in.
+        # One of several processes must not leave a collective in which the others are waiting.
         allowed = self._stop.allowed() if processes.count() == 1 else contextlib.nullcontext()
         with refused(f"evaluating step {step}", _EVALUATING), allowed, watched:
             if self._early is not None:
-                self._early.result()  # what went wrong there is raised here, after the save
+                self._early.result()  # an error of the early compilation is raised here, after the save
             result = self._evaluator.loss(self.state, self._validation_batches())
             if self._config.evaluate.score_every and self.session.recipe.metric:
                 # What the loss reports by the metric's name, of a few examples, is not what a score says of them all.
@@ -290,7 +289,7 @@ class Loop:
             if self._score_due(step):
                 result |= processes.agreed(self._score)
             self._stop.heed()
-        # The record last: it says that there is nothing left to do for this step.
+        # The record comes last: it says that nothing is left to do for this step.
         judged = self._judged(result)
         if judged is not None and self._is_among_best(step, judged):
             self._saver.save(meshes.local_view(self.state), step)
@@ -302,7 +301,7 @@ class Loop:
         self._progress.event(f"step {step}: validation loss {result['loss']:.4f}{scored}")
 
     def _score(self) -> dict[str, float]:
-        """A score may do anything, so the leader alone does it, with what is in its own devices."""
+        """The validation score. It may run any code, so only the leader computes it, on its own devices."""
         session, evaluator = self.session, self._evaluator
         if processes.count() > 1:
             evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
@@ -310,7 +309,7 @@ class Loop:
         return validation_score(session.recipe, self._config, evaluator, state, lambda *_: self._stop.heed())
 
     def _is_among_best(self, step: int, judged: Judged) -> bool:
-        """Whether a step is to be kept for its evaluation and is not saved yet. Among bad steps nothing is."""
+        """Whether a step must be saved for its evaluation and is not saved yet. Never among bad steps."""
         if step == self._saver.last or self._streak.length:
             return False
         known = [one for one in map(self._judged, self._results.values()) if one and one.name == judged.name]
@@ -318,7 +317,7 @@ class Loop:
         return is_among_best(judged.value, [one.value for one in known], best, lower_is_better=lower)
 
     def _compile_evaluation_early(self) -> None:
-        """Read the validation examples and compile their loss while steps are taken, where that costs them nothing."""
+        """Read the validation examples and compile their loss beside the first steps, if that does not slow them."""
         if self._early is not None or not (compiles_early(self._config) and self.session.evaluates):
             return
         place = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
@@ -334,9 +333,9 @@ class Loop:
             self._progress.event(f"the next evaluation will fail: {words[0]}")
 
     def _await_compiler(self) -> None:
-        """Its thread would hold up the end of the process without a word, and plan and compile beside what follows."""
+        """Wait for the early compilation: its thread would delay the process's exit silently, and slow what follows."""
         if self._early is not None and not self._early.done():
-            self._progress.event("waiting for the evaluation to be compiled, which was begun")
+            self._progress.event("waiting for the compilation of the evaluation, which has begun")
             wait([self._early])
 
     def _validation_batches(self):
@@ -358,12 +357,12 @@ class Loop:
 
 
 def compiles_early(config) -> bool:
-    """Whether an evaluation is compiled beside the first steps: the processor has nothing else to do then on a GPU."""
+    """Whether an evaluation is compiled beside the first steps: true on a GPU, because the processor is idle then."""
     return config.evaluate.every is not None and jax.default_backend() != "cpu"
 
 
 def state_hash(state) -> str:
-    """sha256 hex over every leaf of a state by canonical name: equal hashes are equal bits."""
+    """sha256 hex over every leaf of a state by canonical name: equal hashes mean equal bits."""
     import hashlib
 
     hasher = hashlib.sha256()

@@ -1,8 +1,8 @@
-"""Out of memory while a run is under way: what was live beside the plan, and the plan to go on with.
+"""Handles an out-of-memory error in a run: what was live beside the plan, and a smaller plan to continue with.
 
-A step that is refused memory leaves no state: its buffers were given away before it failed, and where execution is
-asynchronous the refusal comes to light only when a later step's numbers are asked for. So nothing is mended in place:
-the state is let go of, and the run goes on from its newest checkpoint, as a resume does, under a plan for less.
+A step that is refused memory leaves no state: its buffers were donated before it failed, and with asynchronous
+execution the error appears only when a later step's numbers are read. So nothing is repaired in place: the state is
+released, and the run continues from its newest checkpoint, as a resume does, under a plan that needs less memory.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from aurora_train.memory.report import by_cause
 from aurora_train.train.planning import planner_here
 from aurora_train.units import size
 
-REPLANS = 3  # in a row without one finished step; then it is not the plan
-_SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")  # XLA's own status, and CUDA's where XLA passes it on
+REPLANS = 3  # in a row without a finished step; after that, the plan is not the cause
+_SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")  # XLA's own status, and CUDA's if XLA passes it on
 _SHOWN = 4  # causes in a message
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One out-of-memory as plain data: what was being done, the allocator's words, and bytes live at that moment.
+    """An out-of-memory error as plain data: the activity, the allocator's message, and the bytes live at that moment.
 
-    `live`: {"in_use", "peak", "limit"} of the fullest device, or {"anonymous"} of the process where devices keep no
-    account. `finished_steps`: steps that this life of the run had brought to the log.
+    `live`: {"in_use", "peak", "limit"} of the fullest device, or {"anonymous"} of the process if devices do not report
+    theirs. `finished_steps`: steps that this process had logged.
     """
 
     doing: str
@@ -41,7 +41,7 @@ class Fault:
 
 
 class OutOfMemory(Exception):
-    """Memory ran out where a smaller plan may help. Its traceback keeps the dead state alive: take `fault`, let go."""
+    """Memory ran out and a smaller plan may help. Keep only `fault`: the traceback keeps the lost state alive."""
 
     def __init__(self, fault: Fault):
         super().__init__(f"out of memory in {fault.doing}: {fault.cause}")
@@ -49,7 +49,7 @@ class OutOfMemory(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation was refused, on the host or on a device."""
+    """Whether an error reports a refused allocation, on the host or on a device."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -57,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def noticed(doing: Callable[[], str], finished_steps: Callable[[], int] = lambda: 0):
-    """Within, an out-of-memory becomes `OutOfMemory`; every other error passes."""
+    """In this context, an out-of-memory error becomes `OutOfMemory`; every other error passes."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -69,26 +69,26 @@ def noticed(doing: Callable[[], str], finished_steps: Callable[[], int] = lambda
 
 @contextlib.contextmanager
 def refused(doing: str, hint: str):
-    """Within, an out-of-memory ends the run with a UserError: no other plan would help there."""
+    """In this context, an out-of-memory error becomes a UserError, because no other plan would help."""
     try:
         with noticed(lambda: doing):
             yield
     except OutOfMemory as error:
         raise UserError(
-            f"out of memory while {doing}", where="memory", why="\n  ".join(told(error.fault, None)), hint=hint
+            f"out of memory while {doing}", where="memory", why="\n  ".join(fault_lines(error.fault, None)), hint=hint
         ) from None
 
 
 def live_bytes() -> dict[str, int]:
-    """What `Fault.live` says, now."""
+    """The current value for `Fault.live`."""
     accounts = [account for device in jax.local_devices() if (account := device_memory(device))]
     if accounts:
         return max(accounts, key=lambda account: account["in_use"])
     return {"anonymous": process_memory()["anonymous"]}
 
 
-def told(fault: Fault, plan: Plan | None) -> list[str]:
-    """What was live beside what the plan said, one fact a line."""
+def fault_lines(fault: Fault, plan: Plan | None) -> list[str]:
+    """What was live beside the plan's estimate, one fact per line."""
     lines = [fault.cause]
     if plan is not None:
         known = (("compiled", plan.compiled_bytes), ("predicted", plan.predicted_bytes), ("budget", plan.budget_bytes))
@@ -108,42 +108,42 @@ def _name(key: str) -> str:
     return key.replace("_", " ")
 
 
-# ---- going on
+# ---- the next attempt
 
 
 def replanned(session, fault: Fault, in_a_row: int, progress):
-    """The session to go on with: the same run, data and maths under a plan for clearly less.
+    """The session of the next attempt: the same run, data and maths under a plan that needs clearly less memory.
 
     Args:
-        in_a_row: out-of-memories without a finished step between them, this one included.
-        progress: an `record.progress.preparation`: told what happened, and of each compilation.
+        in_a_row: out-of-memory errors without a finished step between them, including this one.
+        progress: a `record.progress.preparation`, which reports the error and each compilation.
 
     Raises:
-        UserError: `memory.on_oom: stop`, three replans in a row were no help, or no smaller plan is left.
+        UserError: `memory.on_oom: stop`, three replans in a row did not help, or no smaller plan is left.
     """
     plan, memory, folder = session.plan, session.config.memory, session.run.folder
     if memory.on_oom == "stop":
-        hint = f"aurora resume {folder} memory.on_oom=replan goes on with a smaller plan"
+        hint = f"aurora resume {folder} memory.on_oom=replan continues with a smaller plan"
         raise _refusal(session, fault, "memory.on_oom is stop", f"{hint}{_or_levers(plan)}")
     if in_a_row > REPLANS:
-        hint = f"free the memory that others hold, then: aurora resume {folder} --replan{_or_levers(plan)}"
+        hint = f"free memory that other programs hold, then: aurora resume {folder} --replan{_or_levers(plan)}"
         raise _refusal(session, fault, f"{REPLANS} smaller plans in a row did not finish one step", hint)
     if memory.save != "auto" or memory.unroll != "auto":
         hint = f"aurora resume {folder} memory.save=auto memory.unroll=auto{_or_levers(plan)}"
-        raise _refusal(session, fault, "memory.save or memory.unroll is set, and what is set is kept", hint)
-    progress.event(f"out of memory in {fault.doing}\n  " + "\n  ".join(told(fault, plan)))
+        raise _refusal(session, fault, "memory.save or memory.unroll is set, and a setting is never overridden", hint)
+    progress.event(f"out of memory in {fault.doing}\n  " + "\n  ".join(fault_lines(fault, plan)))
     smaller = _smaller(session, progress)
     if smaller is None:
-        hint = f"free the memory that others hold, then: aurora resume {folder} --replan{_or_levers(plan)}"
+        hint = f"free memory that other programs hold, then: aurora resume {folder} --replan{_or_levers(plan)}"
         raise _refusal(session, fault, "no plan needs clearly less than this one", hint)
     return session.under(smaller, reason="out of memory", fault=fault)
 
 
 def _smaller(session, progress) -> Plan | None:
     plan = session.plan
-    session.program = replace(session.program)  # with nothing compiled: a program holds memory of its own
+    session.program = replace(session.program)  # without compiled programs, which hold memory themselves
     gc.collect()
-    hint = "free the memory that others hold, then run the same command again"
+    hint = "free memory that other programs hold, then run the same command again"
     with refused("a smaller plan was searched for", hint):
         planner = planner_here(session.config, session.recipe, program=session.program, progress=progress)
         if not (plan.compiled_bytes or plan.predicted_bytes):
@@ -152,25 +152,25 @@ def _smaller(session, progress) -> Plan | None:
 
 
 def _refusal(session, fault: Fault, rule: str, hint: str) -> UserError:
-    why = "\n  ".join([*told(fault, session.plan), rule])
+    why = "\n  ".join([*fault_lines(fault, session.plan), rule])
     return UserError(f"out of memory in {fault.doing}", where=str(session.run.folder), why=why, hint=hint)
 
 
 def _or_levers(plan: Plan) -> str:
-    """The settings that would save the most; they change what is trained, so they are for another run."""
+    """The settings that would save the most. They change what is trained, so they need another run."""
     levers = [f"{one['setting']} saves {size(one['saves_bytes'])}" for one in (plan.details.get("levers") or [])[:2]]
-    return f"\n  or start a run of its own that needs less: {'; '.join(levers)}" if levers else ""
+    return f"\n  or start a new run that needs less: {'; '.join(levers)}" if levers else ""
 
 
-# ---- what a run takes
+# ---- measuring a run's memory
 
 
 class Gauge:
     """The memory that training takes in this process, from just before its state is made. Call it for a reading.
 
-    A device keeps its own peak. A CPU does not: there it is the peak of the process's anonymous memory less what it
-    held at the start. The kernel's high-water mark tells it exactly once training has gone beyond whatever compiling
-    took; until then it is the highest reading.
+    A device records its own peak. On a CPU it is the peak of the process's anonymous memory minus what it held at the
+    start. The kernel's high-water mark is exact once training has used more than compiling did; until then it is the
+    highest reading.
     """
 
     def __init__(self):
@@ -180,13 +180,13 @@ class Gauge:
         self._highest = 0
 
     def __call__(self) -> int:
-        """`memory_bytes` of a record."""
+        """The `memory_bytes` of a record."""
         now = process_memory_bytes()
         self._highest = max(self._highest, now)
         return now
 
     def peak(self) -> int | None:
-        """Bytes; None where the device's peak is older than this gauge (of an earlier plan in the same process)."""
+        """Bytes; None if the device's peak is older than this gauge (from an earlier plan in the same process)."""
         self()
         if self._on_device:
             return self._highest if self._highest > self._before else None

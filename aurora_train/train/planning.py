@@ -1,4 +1,4 @@
-"""A config and a machine -> a plan: what `aurora plan` shows, and what a run is pinned to."""
+"""Makes a plan from a config and a machine. `aurora plan` shows it, and a run is pinned to it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from aurora_train.units import size
 def plan_config(
     config, recipe, *, machine: str | None = None, budget: int | None = None, verify: bool = True, progress=None
 ) -> Plan:
-    """The fastest plan that fits `machine` (a name of `machine.targets`), or this machine where None.
+    """The fastest plan that fits `machine` (a name of `machine.targets`), or this machine if None.
 
     Args:
-        budget: bytes on one device; else `memory.budget` of the config, else what the machine allows.
-        verify: compile what is chosen. For an absent GPU that needs the extra `[plan]`; without it the plan is
+        budget: bytes on one device; by default the config's `memory.budget`, else what the machine allows.
+        verify: compile the chosen plan. For an absent GPU that needs the extra `[plan]`; without it the plan is only
             estimated and says so.
 
     Raises:
@@ -70,17 +70,17 @@ def budget_here(config, program: Rehearsal, budget: int | None = None) -> tuple[
     return _limit(config, budget, program, lambda wish: budget_bytes(wish, this_machine()))
 
 
-def _budget_of(target, wish: str) -> tuple[int, str]:
-    if wish == "auto":
+def _budget_of(target, setting: str) -> tuple[int, str]:
+    if setting == "auto":
         return target.budget_bytes, target.budget_reason
-    return parse_bytes(wish), f"memory.budget: {wish}"
+    return parse_bytes(setting), f"memory.budget: {setting}"
 
 
 def _limit(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[int, str]:
-    """(bytes that a step may take on one device, why): what was asked for, else what the machine has beside a save.
+    """(bytes that a step may take on one device, why): the budget asked for, else the machine's memory beside a save.
 
-    A save copies the state to the processor's memory while training goes on; where that is the device's memory too,
-    the plan leaves room for it. An evaluation needs none: it runs between steps, and keeps nothing for a backward pass.
+    A save copies the state to the processor's memory while training continues; if that is also the device's memory, the
+    plan leaves room for it. An evaluation needs none: it runs between steps and keeps nothing for a backward pass.
     """
     if budget is not None:
         return budget, f"--budget {size(budget)}"
@@ -98,7 +98,7 @@ def _limit(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[in
 
 
 def pinned_plan(run, config, mesh) -> Plan | None:
-    """The plan that a run was pinned to; None for a new run, or where the device, mesh or `memory` section changed."""
+    """The plan to which a run was pinned; None for a new run, or if the device, mesh or `memory` section changed."""
     known = files.read_json(run.plan)
     if not known or known["mesh"] != dict(mesh.shape) or known["device"] != device_kind(mesh):
         return None
@@ -106,11 +106,11 @@ def pinned_plan(run, config, mesh) -> Plan | None:
 
 
 def asked(config) -> dict:
-    """What of a config decides the plan and may change within a run."""
+    """The keys of a config that decide the plan and may change within a run."""
     return config.memory.model_dump(mode="json", exclude={"on_oom", "guard"})
 
 
 def device_kind(mesh) -> str:
-    """What JAX calls the devices of a mesh."""
+    """JAX's name for the devices of a mesh."""
     return mesh.devices.flat[0].device_kind
 

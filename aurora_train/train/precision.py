@@ -1,7 +1,7 @@
-"""`train.precision: auto`: the number format a run computes in, settled once and written into the run's config.
+"""Resolves `train.precision: auto`, the number format of a run, once, and writes it into the run's config.
 
-Nothing past this module meets `auto`. A run that has begun keeps what it began with, on whatever device it goes on;
-else the device decides. The hash that names a run's folder is that of the config as given, so it does not move.
+No other module sees `auto`. A run that has begun keeps its precision on whatever device it continues; otherwise the
+device decides. The hash that names a run's folder is that of the config as given, so it does not change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aurora_train.machine.targets import find_machine
 def settled(config, run=None, *, machine: str | None = None):
     """A config without `auto`: as `run` began, else for `machine` (a name of `machine.targets`), else for this one.
 
-    Where nothing is auto it is the same object. Jax is asked for the device where neither `run` nor `machine` tells.
+    Returns the same object if nothing is auto. Jax is asked for the device if neither `run` nor `machine` decides.
     """
     if config.train.precision != "auto":
         return config
@@ -28,7 +28,7 @@ def settled(config, run=None, *, machine: str | None = None):
 
 
 def as_in(config, known):
-    """A config whose `auto` stands for what `known`, the config of a run, has settled on."""
+    """A config whose `auto` is replaced by the precision of `known`, the config of a run."""
     return in_precision(config, known.train.precision) if config.train.precision == "auto" else config
 
 
@@ -38,6 +38,6 @@ def in_precision(config, precision: str):
 
 
 def expected(config) -> str | None:
-    """One line on what `auto` will be here, without asking jax; None where it is not, or cannot be told."""
+    """One line on how `auto` will resolve here, without asking jax; None if it is not set or the result is unknown."""
     here = precision_expected() if config.train.precision == "auto" else None
     return here and f"train.precision: auto is {here} on this machine; a run settles it at its first start and keeps it"

@@ -1,4 +1,4 @@
-"""What is looked at before a run may start or go on: whether it can be written, whether a save has room, the clock."""
+"""Checks before a run starts or continues: whether it can be written, whether a save has room, and the clock."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CLOCK_GRACE = timedelta(seconds=1)
 
 
 def refuse_unwritable(run) -> None:
-    """UserError where a file cannot be made in the run folder or among its checkpoints: a save would fail hours later.
+    """UserError if no file can be created in the run folder or in its checkpoints: a save would fail hours later.
 
-    A full disk is no fault here: older checkpoints may make room.
+    A full disk is not refused here, because older checkpoints may make room.
     """
     for folder in (run.folder, run.checkpoints):
         if not folder.is_dir():
@@ -32,15 +32,15 @@ def refuse_unwritable(run) -> None:
             if error.errno not in NO_SPACE:
                 raise UserError(
                     f"cannot write the run folder: {error.strerror}", where=str(folder),
-                    hint="mend its permissions, or the mount's, then run the same command again",
+                    hint="fix its permissions or those of the mount, then run the same command again",
                 ) from error  # fmt: skip
 
 
 def refuse_no_room(session) -> None:
-    """UserError where not one checkpoint has room, not even when every spare one is given up for it."""
+    """UserError if the disk has no room for one checkpoint, even after deletion of all that may be deleted."""
     run, store, state = session.run, session.store, session.blueprint.state
     if run.step() >= session.config.train.steps or run.follows:
-        return  # all is saved, or somebody else saves
+        return  # everything is saved, or another process saves
     needed = tree_bytes(state) - tree_bytes(state.frozen) + MARGIN_BYTES
     if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
         needed += tree_bytes(state.frozen)
@@ -57,14 +57,14 @@ def refuse_no_room(session) -> None:
 
 
 def clock_behind(records: list[dict]) -> tuple[timedelta, datetime] | None:
-    """How far the clock is before the newest of a run's records, and when that was; None where it is not."""
+    """(how far the clock is behind the newest of a run's records, that record's time); None if it is not behind."""
     times = [time for record in records if (time := _when(record.get("time"))) is not None]
     behind = max(times, default=datetime.min.replace(tzinfo=UTC)) - datetime.now(UTC)
     return (behind, max(times)) if behind > _CLOCK_GRACE else None
 
 
 def _when(time) -> datetime | None:
-    """Of an event's ISO time, or of a log step's seconds since 1970."""
+    """The datetime of an event's ISO time or of a log step's seconds since 1970; None if it is neither."""
     try:
         return datetime.fromisoformat(time) if isinstance(time, str) else datetime.fromtimestamp(time, UTC)
     except (ValueError, TypeError, OverflowError, OSError):
@@ -72,12 +72,12 @@ def _when(time) -> datetime | None:
 
 
 def say_clock(behind, step: int, events, progress) -> None:
-    """Record that the clock was set back. No refusal: nothing of a run is ordered by the clock."""
+    """Record that the clock was set back. This is not refused, because nothing in a run is ordered by the clock."""
     if behind is None:
         return
     how_far, newest = behind
     events.event("clock", step, behind_seconds=round(how_far.total_seconds(), 3), newest=newest.isoformat())
     progress.event(
         f"the clock is {duration(how_far.total_seconds())} before this run's newest record ({newest:%Y-%m-%d %H:%M:%S} "
-        "UTC): times on record will not ascend; steps, saves and what is kept do not depend on it"
+        "UTC): recorded times will not be ascending; steps, saves and retention do not depend on it"
     )

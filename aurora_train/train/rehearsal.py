@@ -1,7 +1,7 @@
-"""A step that is built and compiled without being run: for this machine, or for one that is not here.
+"""Builds and compiles a step without running it: for this machine, or for one that is absent.
 
-The planner asks it what a plan costs; the session asks it for the step that it will run. There is one way from a
-config and a plan to a compiled step, so what was planned is what runs.
+The planner asks it what a plan costs; the session asks it for the step that it will run. There is only one way from a
+config and a plan to a compiled step, so the planned step is the one that runs.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from aurora_train.random import example_keys, stream
 from aurora_train.recipe import makes_experience
 from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.hooks import features_of
-from aurora_train.train.state import Blueprint, TrainState, apart, draw
+from aurora_train.train.state import Blueprint, TrainState, draw, frozen_as_argument
 from aurora_train.train.step import make_step
 
-# LLVM's level 1 draws what its own choice draws (up to jax 0.10 to the bit, from 0.11 to the last place), in half the
-# time to compile; a step gains 6 % of that time.
+# At LLVM's level 1 the initialiser draws the same values as at the default level (up to jax 0.10 to the bit, from 0.11
+# to the last place) and compiles in half the time, of which a step would gain only 6 %.
 _DRAWN_ONCE = {"xla_backend_optimization_level": 1}
 
 
 @dataclass
 class Rehearsal:
-    """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is not of this machine.
+    """`shapes`: one example's arrays (ShapeDtypeStruct, no batch axis). `remote`: the mesh is of another machine.
 
-    `apart`: whether a device has memory of its own. `capability`: of the GPU, as (major, minor), where it is known.
-    `host_bytes`: of the processor's memory that a device may fill beside it, where that is known.
+    `apart`: whether a device has its own memory. `capability`: that of the GPU as (major, minor), if known.
+    `host_bytes`: how much of the processor's memory a device may use for offloading, if known.
     """
 
     config: Any
@@ -70,7 +70,7 @@ class Rehearsal:
         self._model = self._calls = None
 
     def here(self):
-        """The context in which layers choose their forms: those the config asks for, else this machine's."""
+        """The context in which layers choose their forms: those of the config, else those of the platform."""
         stack = contextlib.ExitStack()
         train = self.config.train
         stack.enter_context(asking(train.forms.asked))
@@ -88,7 +88,7 @@ class Rehearsal:
         return self._model
 
     def batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of that many examples."""
+        """The arrays of a batch of so many examples, abstract."""
         arrays = {name: jax.ShapeDtypeStruct((examples, *s.shape), s.dtype) for name, s in self.shapes.items()}
         return arrays | {"example": jax.ShapeDtypeStruct((examples,), np.uint32)}
 
@@ -119,7 +119,7 @@ class Rehearsal:
             moving, rest = state._replace(frozen={}), places._replace(frozen={})
             with self.here():
                 jitted = jax.jit(
-                    apart(self.step(plan, blueprint)),
+                    frozen_as_argument(self.step(plan, blueprint)),
                     donate_argnums=0,
                     in_shardings=(rest, places.frozen, meshes.batch_sharding(self.mesh)),
                     out_shardings=(rest, meshes.replicated(self.mesh)),
@@ -139,71 +139,71 @@ class Rehearsal:
         return self._compiled[key]
 
     def initialiser(self, plan: Plan) -> Future:
-        """The compiled initialiser, () -> TrainState, under way in a thread of its own. One is kept: the last cut's."""
+        """The initialiser, () -> TrainState, compiled in its own thread. Only that of the last cut is kept."""
         key = repr(plan.stacks)
         if key not in self._initialisers:
             wait(self._initialisers.values())
-            self._initialisers.clear()  # of a cut that was not taken
+            self._initialisers.clear()  # those of cuts that were not chosen
             lowered = self.blueprint(plan).initialise.lower()
             options = _DRAWN_ONCE if self.platform == "cpu" else None
             thread = ThreadPoolExecutor(1, "initialiser")
             self._initialisers[key] = thread.submit(lowered.compile, options)
-            thread.shutdown(wait=False)  # it ends when that is done
+            thread.shutdown(wait=False)  # the thread ends when its task is done
         return self._initialisers[key]
 
     def begin_initialiser(self) -> None:
-        """Begin to compile it before there is a plan: on a CPU, where that cuts as asked. A GPU's is searched for."""
+        """Begin to compile the initialiser before there is a plan: only on a CPU, where the cut is known in advance."""
         if self.platform == "cpu":
-            with contextlib.suppress(UserError):  # the planner says it, and better
+            with contextlib.suppress(UserError):  # the planner raises a more specific error
                 self.initialiser(self.asked_plan())
 
     def await_initialisers(self) -> None:
-        """Until none is being compiled any more; one that failed raises what it failed with."""
+        """Wait for all compilations of initialisers, and re-raise the first failure."""
         for made in self._initialisers.values():
             made.result()
 
     def product_flops(self, plan: Plan) -> int | None:
-        """Of the products of one step as it is run under a plan, over all devices; None where they are not known."""
+        """FLOPs of the products of one step under a plan, over all devices; None if unknown."""
         traced, _ = self.trace(plan)
         return product_flops(traced.jaxpr)
 
     def optimizer_state(self, **changes):
-        """The optimizer's state, abstract, were its settings changed (`moments="int8"`)."""
+        """The optimizer's abstract state with changed settings (`moments="int8"`)."""
         section = self.config.optimizer.model_copy(update=changes)
         optimizer = optimizers.build(section, self.config.train.steps, seed=self.config.train.seed)
         return jax.eval_shape(optimizer.init, self.blueprint(self.simplest_plan()).state.params)
 
     def taken_by_a_save(self) -> int:
-        """Bytes for each device that a save takes of the device's own memory: 0 where that is not the processor's."""
+        """Bytes per device that a save takes of the device's memory: 0 unless that is also the processor's memory."""
         if self.apart:
             return 0
         state = self.blueprint(self.simplest_plan()).state
         return int(SAVE_COPIES * copied_by_a_save(state)) // self.mesh.devices.size
 
     def asked_plan(self) -> Plan:
-        """What the config asks for, before anything is searched for or the batch is cut to fit."""
+        """The plan that the config asks for, before any search and before the batch is split to fit."""
         return make_plan(
             self.config, self.model(), platform=self.platform, num_devices=self.mesh.devices.size, apart=self.apart
         )
 
     def simplest_plan(self) -> Plan:
-        """Everything at once, every stack whole: for what does not depend on the plan."""
+        """The whole batch at once and every stack whole: for what does not depend on the plan."""
         cuts = {path: [Segment(0, stack.num_units)] for path, stack in self.stacks().items()}
         return Plan(self.config.train.batch, 1, cuts)
 
     def stack_calls(self) -> dict[str, tuple]:
         """For each stack by path: (stack, x, context, keys), abstract, for one example.
 
-        Taken from a trace of the loss itself, so that every recipe's own use of its stacks is what is planned.
+        Taken from a trace of the loss itself, so that the plan follows each recipe's own use of its stacks.
         """
         if self._calls is None:
             self.loss_residuals(1)
         return self._calls
 
     def loss_residuals(self, examples: int) -> int:
-        """Bytes that the loss of so many examples leaves for its backward pass, with every unit recomputed.
+        """Bytes that the loss of so many examples keeps for its backward pass, with every unit recomputed.
 
-        What is an argument anyway (parameters, the batch) is not counted.
+        Arguments (parameters, the batch) are not counted.
         """
         if examples not in self._residuals:
             self._residuals[examples] = self._traced_residuals(examples)
@@ -235,7 +235,7 @@ class Rehearsal:
         return kept_bytes(made)
 
     def uncalled(self, called) -> dict[str, list[Segment]]:
-        """Stacks that the loss does not call, whole: they keep nothing."""
+        """The segments of stacks that the loss does not call: each stack whole, as it keeps nothing."""
         return {path: [Segment(0, s.num_units)] for path, s in self.stacks().items() if path not in called}
 
     def stacks(self) -> dict:
@@ -245,7 +245,7 @@ class Rehearsal:
 
 @contextlib.contextmanager
 def _alone():
-    """Compile for an absent device: without its complaints, and without a cache that could not be read back."""
+    """Compile for an absent device, without its warnings and without the cache, which could not be read back."""
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -257,7 +257,7 @@ def _alone():
 
 def _abstract(leaf):
     if not hasattr(leaf, "shape"):
-        return leaf  # a plain number: the layers know it while they are traced
+        return leaf  # a plain number, known to the layers while they are traced
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
@@ -267,7 +267,7 @@ def make_recipe(config):
 
 
 def expected_shapes(recipe) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """One example's arrays before there is data, with the facts expected of it as known; None where it takes data."""
+    """One example's arrays before there is data, under the expected facts; None if the recipe needs its data."""
     shapes, expected = recipe.shapes(), recipe.expected_facts()
     if shapes is None or expected is None:
         return None
@@ -276,9 +276,9 @@ def expected_shapes(recipe) -> dict[str, jax.ShapeDtypeStruct] | None:
 
 
 def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehearsal:
-    """A rehearsal on `mesh`, or for `target` (a `machine.targets.Target`), whose devices need not be here.
+    """A rehearsal on `mesh`, or for `target` (a `machine.targets.Target`), whose devices need not be present.
 
-    Where the recipe cannot name its arrays without its data, the data is prepared first.
+    If the recipe cannot name its arrays without its data, the data is prepared first.
     """
     shapes = recipe.shapes() if recipe.known else expected_shapes(recipe)
     if shapes is None:
@@ -287,7 +287,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
         mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         return rehearse_here(config, recipe, mesh, shapes)
     data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
-    # Tracing needs devices of no particular kind; only compiling needs the target's own.
+    # Tracing works with devices of any kind; only compiling needs the target's own.
     devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
     if len(devices) < data * fsdp:
         raise UserError(
@@ -314,15 +314,15 @@ def rehearse_here(config, recipe, mesh, shapes) -> Rehearsal:
 
 
 def _capability_here() -> tuple[int, int] | None:
-    """The compute capability of the GPU that jax has found; None of any other device."""
+    """The compute capability of jax's GPU; None for any other device."""
     known = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
     return tuple(map(int, known)) if jax.default_backend() == "gpu" and all(map(str.isdigit, known)) else None
 
 
 def batch_shapes(recipe, source) -> dict[str, jax.ShapeDtypeStruct]:
-    """One example's arrays of the batches that a prepared recipe trains on. UserError where it does not announce them.
+    """One example's arrays of a prepared recipe's training batches. UserError if it should announce them and does not.
 
-    What the model makes itself is not looked at here: that would take a model.
+    Experience is only announced, not checked here, because that would need a model.
     """
     if not makes_experience(recipe):
         return shapes_of(source)
@@ -330,7 +330,7 @@ def batch_shapes(recipe, source) -> dict[str, jax.ShapeDtypeStruct]:
     if shapes is None:
         raise UserError(
             f"{type(recipe).__name__} defines `experience` and no `shapes`", where=place_of(type(recipe).experience),
-            hint="def shapes(self): one example's arrays of what `experience` returns, as jax.ShapeDtypeStruct",
+            hint="def shapes(self): return one example's arrays of what `experience` returns, as jax.ShapeDtypeStruct",
         )  # fmt: skip
     return shapes
 

@@ -1,6 +1,6 @@
-"""What a user should know of a run before its first step and would otherwise learn from its result. Never an error.
+"""Remarks that a user should read before a run's first step instead of learning them from its result. Never errors.
 
-Free of jax: `aurora check` says what needs no data, `aurora train` all of it, before step 1.
+Free of jax: `aurora check` prints the remarks that need no data, `aurora train` prints all of them before step 1.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import numpy as np
 
 from aurora_train.learning_rate import rate
 
-EPOCHS = 10  # beyond, a model learns its training text by heart (Muennighoff et al. 2023: little is gained after 4)
-HELD_OUT = 30  # documents; a score of fewer says more of which they are than of the model
-_GRID = 10_000  # steps at which a schedule is looked at
+EPOCHS = 10  # beyond, a model memorises its training text (Muennighoff et al. 2023: little is gained after 4)
+HELD_OUT = 30  # documents; with fewer, the score depends more on their choice than on the model
+_GRID = 10_000  # steps at which a schedule is sampled
 
 
 def remarks_on_config(config) -> list[str]:
-    """One line for each thing that can be known without the data."""
+    """One line for each remark that needs no data."""
     schedule, steps = config.optimizer.schedule, config.train.steps
     at = np.unique(np.linspace(0, steps - 1, min(steps, _GRID)).astype(np.int64))
     at = np.union1d(at, [min(max(schedule.warmup, 1), steps) - 1])
@@ -25,7 +25,7 @@ def remarks_on_config(config) -> list[str]:
         decay = f" and a decay over the last {schedule.decay:.0%}" if schedule.name == "wsd" and schedule.decay else ""
         lines.append(
             f"the learning rate reaches {_share(peak)} of optimizer.lr: the warm-up is {schedule.warmup:,} steps long"
-            f"{decay}, the run {steps:,} steps"
+            f"{decay}, and the run {steps:,} steps"
         )
     if schedule.extend is not None and schedule.extend > steps:
         lines.append(
@@ -36,7 +36,7 @@ def remarks_on_config(config) -> list[str]:
 
 
 def remarks_on_data(config, source) -> list[str]:
-    """One line for each thing that the size of the training data shows; `source` is that of the training split."""
+    """One line for each remark on the size of the training data; `source` is that of the training split."""
     batch, steps, examples = config.train.batch, config.train.steps, len(source)
     lines, epochs = [], batch * steps / examples
     if batch > examples:
@@ -54,7 +54,7 @@ def remarks_on_data(config, source) -> list[str]:
 
 
 def _on_held_out(config, splits) -> list[str]:
-    """`splits`: for each split its "documents", as a text source counts them; None where a source counts otherwise."""
+    """`splits`: the "documents" of each split, as a text source counts them; None if a source does not count them."""
     if not isinstance(splits, dict) or not all(isinstance(one, dict) and "documents" in one for one in splits.values()):
         return []
     held = {name: splits[name]["documents"] for name in ("test", "validation") if name in splits}
@@ -70,8 +70,8 @@ def _on_held_out(config, splits) -> list[str]:
 
 
 def rate_line(old, new, step: int) -> str | None:
-    """The learning rate before and after a run at `step` goes on with config `new` where `old` was; None where neither
-    schedule nor length changed, or where there is no next step."""
+    """The learning rate before and after a run at `step` changes its config from `old` to `new`; None if neither the
+    schedule nor the length changed, or if there is no next step."""
     before, after = _rated(old), _rated(new)
     if before == after or step == 0 or step >= new.train.steps:
         return None
@@ -88,7 +88,7 @@ def _rated(config) -> tuple:
 
 
 def _rate(config, step: int) -> float:
-    """Of a step, from 1."""
+    """The rate of a step, counted from 1."""
     return float(rate(step - 1, config.optimizer.lr, config.optimizer.schedule, config.train.steps))
 
 

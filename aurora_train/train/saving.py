@@ -1,8 +1,8 @@
-"""When a run saves, and what it does where it cannot: it goes on, says so at every chance, and stops in the end.
+"""Saves a run. If a save fails, training continues with a warning, and stops if saving fails for too long.
 
-A disk that is full, read-only or failing is no reason to throw away hours of steps that are still in memory. On a full
-one older rolling checkpoints are given up for the new one; where that is not enough, or would not help, the save is
-tried again later, and training goes on meanwhile.
+A disk that is full, read-only or failing is no reason to discard hours of steps that are still in memory. On a full
+disk, older rolling checkpoints are deleted for the new one; if that is not enough or would not help, the save is
+retried later, and training continues meanwhile.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from aurora_train.errors import UserError
 from aurora_train.train.evaluate import Judged
 from aurora_train.train.oom import refused
 
-EXIT_UNSAVED = 74  # EX_IOERR: could not save for as long as the config allows; the newest checkpoint is whole
+EXIT_UNSAVED = 74  # EX_IOERR: saving failed for longer than the config allows; the newest checkpoint is intact
 _RETRY_SECONDS = 30.0
 _MEMORY = (
-    "a save copies the whole state to the host's memory, whatever the plan: free some, then run the same command "
-    "again; it goes on from the newest checkpoint"
+    "a save copies the whole state to the host's memory, whatever the plan: free some memory, then run the same "
+    "command again; it continues from the newest checkpoint"
 )
 
 
 class Saver:
-    """Saves of one loop. `facts`: the hash that every checkpoint names. `patience` is in seconds: how long the run goes
-    on without being able to save.
+    """The saves of one loop. `facts`: the hash that every checkpoint names. `patience`: seconds for which the run
+    continues without being able to save.
     """
 
     def __init__(self, store, folder, *, facts: str, metrics, events, progress, watchdog, patience: float, last: int):
         self._store, self._folder, self._facts = store, folder, facts
         self._metrics, self._events, self._progress, self._watchdog = metrics, events, progress, watchdog
         self._patience = patience
-        self.last = last  # the newest step that is saved or on its way
+        self.last = last  # the newest step that is saved or being saved
         self._committed = last
         self._failing_since: float | None = None
         self._tried_at = 0.0
@@ -57,14 +57,14 @@ class Saver:
         return self.failing and time.monotonic() - self._failing_since > self._patience
 
     def retry_due(self) -> bool:
-        """Whether a failed save should be tried again at the step in hand."""
+        """Whether a failed save should be retried at the current step."""
         return self.failing and time.monotonic() - self._tried_at > _RETRY_SECONDS
 
     def save(self, state, step: int) -> None:
-        """Copy the state out and write it in the background; the save before is finished first."""
+        """Copy the state out and write it in the background, after finishing the previous save."""
         self.finish()
         if step == self._committed:
-            return  # a save that was under way when it was asked for again
+            return  # this step was requested again while it was being saved
         self.last, self._tried_at = step, time.monotonic()
         saved = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"data_step": int(jax.device_get(state.data_step)), "saved": saved, "facts": self._facts}
@@ -81,7 +81,7 @@ class Saver:
                 return
 
     def finish(self, *, wait: bool = True) -> None:
-        """Note the end of the save in the background, waiting for it or not."""
+        """Record the end of the background save; with `wait`, wait for it."""
         try:
             with refused("writing a checkpoint", _MEMORY), self._watchdog.during("a save", learn=False):
                 step = self._store.wait() if wait else self._store.finished()
@@ -93,11 +93,11 @@ class Saver:
             return
         if step is None:
             return
-        # All of it, and not how long somebody waited: the last save of a run is waited for from its beginning.
+        # Record the duration of the whole save, not the time we blocked: only a run's last save blocks from its start.
         self._watchdog.budgets.took("a save", time.monotonic() - self._tried_at)
         self._attach()
         given_up = []
-        with contextlib.suppress(OSError, UserError):  # it is committed; what is too much is given up with the next one
+        with contextlib.suppress(OSError, UserError):  # it is committed; the next save deletes what is left over
             given_up = self._store.retain()
         self._events.event("save", step, given_up=given_up)
         again = " again" if self.failing else ""
@@ -106,9 +106,9 @@ class Saver:
         self._progress.alarm(None)
 
     def settle(self, state, step: int, asked) -> bool:
-        """At the end: the state of this step on disk, tried again until then. False where it cannot be.
+        """At the end of a run, save the state of this step, with retries. False if it cannot be saved.
 
-        `asked` says whether somebody asked the run to stop: then it does not wait for room.
+        `asked` returns whether a stop was requested: then it does not wait for room.
         """
         while True:
             if step != self.last or self.failing:
@@ -117,19 +117,19 @@ class Saver:
             if not self.failing:
                 return True
             if self._tried_at == 0.0:
-                continue  # room was made for another try
+                continue  # room was made for another attempt
             if self.overdue() or asked():
                 return False
             time.sleep(min(_RETRY_SECONDS, 1 + self._patience / 10))
 
     def attach_score(self, step: int, score: Judged) -> None:
-        """Remember the evaluation of a step that is saved, at once or when there is room."""
+        """Attach the evaluation of a saved step, at once or when there is room."""
         if step == self.last or step in self._store.steps():
             self._scores[step] = score
             self._attach()
 
     def _sync_records(self, step: int) -> None:
-        """The records of steps up to this one are on disk before its checkpoint can count."""
+        """Sync the records of steps up to this one, before its checkpoint counts."""
         try:
             self._metrics.sync()
             files.sync(self._folder)
@@ -144,7 +144,7 @@ class Saver:
                 score = self._scores[step]
                 self._store.attach_score(step, score.value, lower_is_better=score.lower_is_better)
             except UserError:
-                return  # it is tried again with the next save
+                return  # retried with the next save
             del self._scores[step]
 
     def _make_room(self, step: int, error: SaveFailed) -> bool:
@@ -162,4 +162,4 @@ class Saver:
         self._events.event("save_failed", step, why=str(error), newest=self._committed)
         self._progress.alarm(f"NOT SAVED since step {self._committed}: {error.reason}")
         if first:
-            self._progress.event(f"{error}\n  training goes on; the save is tried again")
+            self._progress.event(f"{error}\n  training continues; the save will be retried")

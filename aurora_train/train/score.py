@@ -1,4 +1,4 @@
-"""The number a user would quote: the recipe's score of a model, its baselines and its samples, kept in scores.json."""
+"""Computes the number a user would quote: the score of a model, its baselines and samples, kept in scores.json."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _SHOWN_APART = ("tables", "notes", "plots", "remarks")
 def score_run(
     recipe, config, run, evaluator, state, step: int, progress, *, baselines: bool | None = True
 ) -> dict:
-    """Score `state` on the test split beside the recipe's baselines; written to scores.json and returned.
+    """Score `state` on the test split beside the recipe's baselines; write the result to scores.json and return it.
 
-    What the score has drawn goes to plots.json, for the report.
+    The score's plots are written to plots.json, for the report.
 
-    `baselines` None: those that scores.json has are kept where nothing they depend on has changed (data, recipe,
-    config, step, this package, what the score left in the work folder), and made anew else.
+    With `baselines` None, those in scores.json are kept if nothing they depend on has changed (data, recipe, config,
+    step, this package, what the score left in the work folder), and computed again otherwise.
     """
     began = time.perf_counter()
 
@@ -59,10 +59,10 @@ def score_run(
 
 
 def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | None = None) -> dict:
-    """Score a run that was loaded on its own test split, as `score_run`, or on all of the data at the path `on`.
+    """Score a loaded run on its own test split, as `score_run` does, or on all of the data at the path `on`.
 
-    The score of other data is written to `scores-on/<its name>.json` in the run's folder. Raises UserError where the
-    run's data is not what it trained on.
+    The score of other data is written to `scores-on/<its name>.json` in the run's folder. Raises UserError if the run's
+    data has changed since training.
     """
     run, recipe = Run(trained.run), trained.recipe
     parts = trained.evaluator, trained.state
@@ -75,11 +75,11 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
         raise UserError(f"there is no file or folder {place}", where="--on")
     other = recipe.on(str(place))
     other.prepare(progress)
-    with tempfile.TemporaryDirectory() as folder:  # the run's own work folder belongs to its own score
+    with tempfile.TemporaryDirectory() as folder:  # the run's work folder belongs to the score of its own data
         workdir = Path(folder)
         rivals = dict if baselines is False else lambda: _made(other, workdir, progress)
         record = _measured(other, trained.config, workdir, *parts, progress, rivals)
-    record.pop("plots")  # of the run's own score, in plots.json
+    record.pop("plots")  # plots.json belongs to the score of the run's own data
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
     target = run.folder / "scores-on" / f"{place.name}.json"
     if (files.read_json(target) or record)["on"] != str(place):  # another of the same name
@@ -103,8 +103,8 @@ def _measured(recipe, config, workdir: Path, evaluator, state, progress, rivals:
 
 
 def validation_score(recipe, config, evaluator, state, progress) -> dict[str, float]:
-    """The numbers of the recipe's score of the validation split, while training."""
-    with tempfile.TemporaryDirectory() as folder:  # the run's own work folder belongs to its last score
+    """The numbers of the recipe's score on the validation split, while training."""
+    with tempfile.TemporaryDirectory() as folder:  # the run's work folder belongs to its final score
         return _numbers(_result(recipe, config, "validation", Path(folder), evaluator, state, progress))
 
 
@@ -132,7 +132,7 @@ def _made(recipe, workdir: Path, progress, key: str | None = None) -> dict:
 
 
 def _depends_on(recipe, config, run, step: int) -> str:
-    """sha256 hex over all that a recipe's baselines are made of."""
+    """sha256 hex over everything on which a recipe's baselines depend."""
     hasher = hashlib.sha256()
     facts = [recipe.data("train").fingerprint, config.recipe_sha256, runs.code_hash(), dump(config), step]
     hasher.update(json.dumps(facts).encode())
@@ -142,17 +142,17 @@ def _depends_on(recipe, config, run, step: int) -> str:
 
 
 def score_lines(record: dict) -> list[str]:
-    """A score as lines: its numbers, its baselines, since when those stand, and what to know of it."""
+    """A score as lines: its numbers, its baselines and their date, and its remarks."""
     numbers = {**record["score"], **record["baselines"]}
     lines = [f"{name} {value:{'.4f' if isinstance(value, float) else ''}}" for name, value in numbers.items()]
     made = record.get("baselines_made", {})
     if made.get("kept"):
         when = made["time"][:16].replace("T", " ")
-        lines.append(f"baselines: kept from {when} UTC, for nothing has changed since; --baselines makes them anew")
+        lines.append(f"baselines: kept from {when} UTC, as nothing has changed since; --baselines recomputes them")
     return lines + [f"note: {remark}" for remark in record["remarks"]]
 
 
 def shares(samples: list[dict]) -> dict[str, float]:
-    """The share of samples that pass each check a recipe made of them (its boolean fields)."""
+    """The share of samples that pass each of the recipe's checks (their boolean fields)."""
     checks = {name for sample in samples for name, value in sample.items() if isinstance(value, bool)}
     return {f"samples_{name}": sum(bool(s.get(name)) for s in samples) / len(samples) for name in sorted(checks)}

@@ -1,7 +1,7 @@
-"""Everything that stands before the first step, in the order in which it has to be: data, devices, plan, state.
+"""Everything that comes before the first step, in the required order: data, devices, plan, state.
 
-The order is a promise: what a user can have wrong is found before anything expensive is done, and nothing in the run
-folder changes before it is known that this run may go on.
+The order is a promise: a user's mistakes are reported before anything expensive is done, and nothing in the run folder
+changes before it is certain that this run may continue.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ log = logging.getLogger("aurora_train")
 
 @dataclass
 class Session:
-    """One process's hold of a run: what the loop needs, made by `open_session`."""
+    """A run opened by one process: what the loop needs, made by `open_session`."""
 
     config: Any
     recipe: Any
@@ -60,11 +60,11 @@ class Session:
     optimizer: Any
     source: Any
     store: CheckpointStore
-    parents: tuple[Parent, ...] = ()  # what a run starts from that has no step of its own yet
-    given_up: Plan | None = None  # the pinned plan that this one takes the place of, where somebody asked for another
-    reason: str = ""  # who did: "out of memory" or "--replan"
-    fault: Any = None  # the `oom.Fault`, where that was it
-    evaluates: bool = True  # False where nothing is held out for validation
+    parents: tuple[Parent, ...] = ()  # the sources of a run that has no step yet
+    given_up: Plan | None = None  # the pinned plan that this one replaces, if any
+    reason: str = ""  # why it does: "out of memory" or "--replan"
+    fault: Any = None  # the `oom.Fault`, if that is why
+    evaluates: bool = True  # False if nothing is held out for validation
 
     @property
     def mesh(self):
@@ -72,7 +72,7 @@ class Session:
         return self.program.mesh
 
     def compile(self, *, fresh: bool = False):
-        """The compiled step, and how long it and, where the start is `fresh`, the initialiser were waited for.
+        """(the compiled step, seconds spent waiting for it and, if `fresh`, for the initialiser).
 
         Nothing is allocated yet.
         """
@@ -81,7 +81,7 @@ class Session:
             self.program.initialiser(self.plan)
         try:
             compiled = self.program.compile(self.plan)
-        finally:  # an out-of-memory plans anew, and is not to compile beside this
+        finally:  # after an out-of-memory error, a new plan must not be compiled beside this
             self.program.await_initialisers()
         # A pinned plan may have been compiled for another precision or other forms.
         self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
@@ -95,13 +95,13 @@ class Session:
         )  # fmt: skip
 
     def restore(self, step: int) -> TrainState:
-        """The state saved at `step`, as donatable arrays where a fresh start would put them."""
+        """The state saved at `step`, as donatable arrays, placed like those of a fresh start."""
         shardings = self.blueprint.shardings
         refuse_facts_of_another(self.store, step, self.recipe.known)
         return meshes.shared_view(self.store.restore(step, self.blueprint.state, meshes.local(shardings)), shardings)
 
     def fresh(self) -> TrainState:
-        """The initial state: random, but for the parameters that `init` names a source for."""
+        """The initial state: random, except for the parameters for which `init` names a source."""
         state = self.program.initialiser(self.plan).result()()
         if not self.parents:
             return state
@@ -109,7 +109,7 @@ class Session:
         here = self.blueprint._replace(shardings=meshes.local(shardings))
         state = meshes.local_view(state)
         drawn = drawn_beside(self.parents, {"params": state.params, "frozen": state.frozen})
-        state = state._replace(frozen={})  # let go of them first: they may be most of the model
+        state = state._replace(frozen={})  # released first, because they may be most of the model
         params, frozen = parameters_from(self.parents, here, drawn)
         rest = state_from(self.parents, here, state.rest)
         # Compiled, what a hook keeps of the parameters has buffers of its own: the step donates both.
@@ -119,7 +119,7 @@ class Session:
 
 
 def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Session:
-    """Prepare the data, look at the devices, plan, and draw the state. UserError for all that does not fit.
+    """Prepare the data, inspect the devices, plan, and open the checkpoints. UserError for all that does not fit.
 
     `replan` drops the plan that the run is pinned to.
     """
@@ -128,7 +128,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     recipe, fresh = beginning.recipe, run.step() == 0 and not run.plan.exists()
     ahead = Ahead(config, recipe.inherited, progress, begin=fresh and count() == 1)
     source = beginning.ready(ahead)
-    evaluates = source_of(recipe, "validation") is not None  # an empty one is found now, not at the last step
+    evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
     refuse_unknown_prefix(config, program.model())
@@ -155,7 +155,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
 
 
 def make_store(config, run: runs.Run) -> CheckpointStore:
-    """The checkpoints of a run, with the config's rules of what to keep."""
+    """The checkpoints of a run, with the config's retention rules."""
     policy, kind = config.checkpoint, FollowedStore if run.follows else CheckpointStore
     return kind(
         run.checkpoints, run.trash, keep=policy.keep, keep_every=policy.keep_every, best=policy.best
@@ -165,7 +165,7 @@ def make_store(config, run: runs.Run) -> CheckpointStore:
 def open_for_reading(config, run: runs.Run, step: int | None, progress):
     """(recipe, blueprint, mesh, state, step) of a trained run; the state holds parameters only, on one device."""
     recipe, kept = make_recipe(config), kept_facts.read(run.facts)
-    if kept is None:  # a run of before facts were kept is read with its data
+    if kept is None:  # a run from before facts existed is read with its data
         refuse_other_data(run, recipe.ready(progress).data("train"))
     else:
         recipe.inherited = kept
@@ -196,23 +196,23 @@ def _pinned(session: Session) -> dict:
 
 
 def pin(session: Session) -> None:
-    """Write down the plan, the mesh and the device that the run goes on with."""
+    """Record the plan, the mesh and the device with which the run continues."""
     files.write_json(session.run.plan, _pinned(session))
 
 
 def pin_plan(session: Session) -> None:
-    """Write down the plan alone: whether mesh and device are what they were is still to be looked at (`moved`)."""
+    """Record the plan alone: `moved` must still compare the mesh and the device with the recorded ones."""
     known = files.read_json(session.run.plan) or _pinned(session)
     files.write_json(session.run.plan, {**known, "plan": session.plan.to_json()})
 
 
 def moved(session: Session) -> list[tuple[str, object, object]]:
-    """(what, before, after) of plan, mesh, device, code and versions that a resume does not find as they were."""
+    """(what, before, after) for each of plan, mesh, device, processes, code and versions that has changed."""
     now, before = _pinned(session), files.read_json(session.run.plan)
     changes = []
     if before:
         now["plan"], before["plan"] = session.plan.work, Plan.from_json(before["plan"]).work
-        before.setdefault("processes", 1)  # as in runs of the time when there was one
+        before.setdefault("processes", 1)  # as in runs from when there was only one
         moving = ("plan", "mesh", "device", "processes")
         changes = [(key, before[key], now[key]) for key in moving if before[key] != now[key]]
     known = files.read_json(session.run.provenance, {})
@@ -224,17 +224,17 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
 
 
 def whole_plan(config, recipe) -> Plan:
-    """Every stack whole: for reading, where nothing is kept for a backward pass."""
+    """A plan with every stack whole: for reading a run, where nothing is kept for a backward pass."""
     model = nnx.eval_shape(lambda: carried.build(recipe, config.train.seed))
     cuts = {name: [Segment(0, stack.num_units)] for name, stack in named_stacks(model).items()}
     return Plan(config.train.batch, 1, cuts, "reading")
 
 
 def refuse_facts_of_another(store: CheckpointStore, step: int, facts: kept_facts.Facts) -> None:
-    """A checkpoint must have been saved beside the facts that it is read with."""
+    """UserError if a checkpoint was saved with facts other than those with which it is read."""
     recorded = store.record(step).get("facts")
     if recorded is not None and recorded != kept_facts.sha256(facts):
         raise UserError(
-            f"the checkpoint of step {step} was saved with other facts than the run folder holds",
-            where=str(store.folder / str(step)), hint="bring back the `facts` folder that belongs to it",
+            f"the checkpoint of step {step} was saved with facts other than those in the run folder",
+            where=str(store.folder / str(step)), hint="restore the `facts` folder that belongs to it from a copy",
         )  # fmt: skip

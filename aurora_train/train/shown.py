@@ -1,4 +1,4 @@
-"""What a recipe returns for people to read, held to its format: scores, tables, notes, plots, samples."""
+"""Checks the format of what a recipe returns for people to read: scores, tables, notes, plots, samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE = ("title", "columns", "rows")
 
 
 def checked_result(recipe, result, method: str = "score") -> dict:
-    """What `score` or `baselines` returned, with numbers of Python's own; UserError for anything no reader can show.
+    """The result of `score` or `baselines` with plain Python numbers; UserError for anything that cannot be shown.
 
     The first key of a score is the headline, a number. "tables" is a list of {"title", "columns", "rows"}, "notes" and
     "remarks" are lists of text, "plots" a list of {"title", "x_label", "y_label", "series"}.
@@ -35,7 +35,7 @@ def checked_result(recipe, result, method: str = "score") -> dict:
 
 
 def checked_samples(recipe, samples) -> list[dict]:
-    """What `samples` returned; UserError where it is no list of {"prompt", "text"}."""
+    """The result of `samples`; UserError if it is not a list of {"prompt", "text"}."""
     wanted = 'a list of {"prompt": ..., "text": ...}, and any checks as True or False'
     _refuse(samples, place_of(type(recipe).samples), "what `samples` returned", wanted, _is_sample)
     return samples
@@ -83,7 +83,7 @@ def _refuse(value, where: str, what: str, wanted: str, sound) -> None:
 
 
 def _plain(value):
-    """NumPy's numbers and arrays as Python's: JSON would hold their text."""
+    """NumPy's numbers and arrays as Python's, because JSON would store their text."""
     if isinstance(value, np.generic) or (hasattr(value, "tolist") and getattr(value, "ndim", None) is not None):
         return value.tolist()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Asking a run to stop: the first signal ends it after the step in hand, a second one at once."""
+"""Stops a run on request: the first signal ends it after the current step, a second one at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """Raised where nothing is lost by leaving at once: while preparing, compiling, evaluating."""
+    """Raised when leaving at once loses nothing: while preparing, compiling, evaluating."""
 
 
 class StopRequest:
-    """Context manager that listens for SIGTERM, SIGINT and SIGHUP; `name` is the first one that came, or None."""
+    """Context manager that listens for SIGTERM, SIGINT and SIGHUP; `name` is the first one received, or None."""
 
     def __init__(self):
         self.name: str | None = None
@@ -34,13 +34,13 @@ class StopRequest:
         if self.name is not None:
             os._exit(128 + number)
         self.name = signal.Signals(number).name
-        # What is raised in jax's hook of the garbage collector is printed and dropped: then `heed` has to do it.
+        # An exception raised in jax's garbage-collector hook is printed and dropped: then `heed` has to raise it.
         if self._interruptible and frame.f_code.co_name != "_xla_gc_callback":
             raise Stopped(self.name)
 
     @contextlib.contextmanager
     def held(self):
-        """Within, a signal is only noted: the caller looks at `name` between steps."""
+        """In this context, a signal is only noted: the caller checks `name` between steps."""
         self._interruptible = False
         try:
             yield
@@ -49,7 +49,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def allowed(self):
-        """Inside `held`, a stretch (an evaluation) that a signal may leave at once by `Stopped`."""
+        """Inside `held`, a stretch (an evaluation) that a signal may leave at once by raising `Stopped`."""
         if self.name is not None:
             raise Stopped(self.name)
         self._interruptible = True
@@ -59,6 +59,6 @@ class StopRequest:
             self._interruptible = False
 
     def heed(self) -> None:
-        """Raise `Stopped` where a signal may and did not: an exception that a callback of C code raised is dropped."""
+        """Raise `Stopped` if a signal is allowed to but could not: C code drops the exceptions of its callbacks."""
         if self._interruptible and self.name is not None:
             raise Stopped(self.name)

@@ -1,4 +1,4 @@
-"""`train`: from a checked config to a finished run, or to one that can be resumed. A run's story, top to bottom."""
+"""`train`: takes a checked config to a finished run, or to one that can be resumed. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
 from aurora_train.train.watchdog import Watchdog
 
 _STATE = (
-    "parameters and optimizer take the same room under every plan: `aurora plan CONFIG` shows how much, and the "
-    "settings that would make it less"
+    "parameters and optimizer need the same memory under every plan: `aurora plan CONFIG` shows how much, and the "
+    "settings that would reduce it"
 )
 _SCORE = "every step is saved: run the same command again with more memory free, or with evaluate.final=false"
 
@@ -55,12 +55,12 @@ class Outcome:
     step: int
     stopped_by: str | None = None
     state_sha256: str | None = None
-    remarks: dict = field(default_factory=dict)  # what else the event of the end says
+    remarks: dict = field(default_factory=dict)  # further fields of the final event
 
 
 @dataclass
 class Process:
-    """What a process has whatever plan its run is on. `deadline`: of time.monotonic(), None is never."""
+    """What a process holds independently of the plan. `deadline`: in time.monotonic(); None is never."""
 
     run: runs.Run
     stop: StopRequest
@@ -74,14 +74,14 @@ class Process:
 def train(
     config, run: runs.Run, *, quiet: bool = False, changes: list | None = None, replan: bool = False
 ) -> Outcome:
-    """Start or resume a run and take it to its last step and its score.
+    """Start or resume a run, and train it to its last step and its score.
 
-    To follow it to a step: `train` opens the session, `_attempt` brings the state to where the run is, `Loop.run` and
-    `Loop._train` (`train/loop.py`) take the steps. An attempt that runs out of memory, or whose numbers stay bad, is
-    followed by another one: under a smaller plan, or past the bad data.
+    The way to a step: `train` opens the session, `_attempt` restores or draws the state, and `Loop.run` and
+    `Loop._train` (`train/loop.py`) take the steps. If an attempt runs out of memory or its numbers stay bad, another
+    one follows: under a smaller plan, or past the bad data.
 
-    `changes` are the (key, old, new, class) that a resume was asked for; they are recorded as an event. `replan`
-    drops the plan that the run is pinned to.
+    `changes` are the (key, old, new, class) requested for a resume; they are recorded as an event. `replan` drops the
+    plan that the run is pinned to.
     """
     console, energy = stderr_console(), EnergyMeter()
     with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog:
@@ -107,7 +107,7 @@ def train(
                     ooms_in_a_row = 1 if fault.finished_steps else ooms_in_a_row + 1
                     session = _smaller(session, fault, ooms_in_a_row, process)
         outcome = ended.outcome
-        if own.config.is_file() and not own.follows:  # otherwise it was stopped before there was anything to keep
+        if own.config.is_file() and not own.follows:  # without a config, nothing was begun
             with _unrecorded_if_unsaved(outcome.status):
                 _close(outcome, energy)
         return outcome
@@ -115,9 +115,9 @@ def train(
 
 @contextlib.contextmanager
 def _ends_noted(process: Process):
-    """Within, what ends a run from outside (a signal, another process that left) becomes its `outcome`.
+    """In this context, a signal or another process that leaves ends the run with an `outcome`.
 
-    A collective that lost another process becomes one message.
+    The error of a collective that lost another process becomes one message.
     """
     run, ended = process.run, SimpleNamespace(outcome=None)
     try:
@@ -139,7 +139,7 @@ def _ends_noted(process: Process):
 
 @contextlib.contextmanager
 def _own(run: runs.Run):
-    """The run as this process writes it: itself, or where another process leads, a copy to be thrown away."""
+    """The run that this process writes: the run itself, or a temporary copy if another process leads."""
     if processes.leads():
         yield run
         return
@@ -148,7 +148,7 @@ def _own(run: runs.Run):
 
 
 def _refuse_unlike(config, run: runs.Run, replan: bool) -> None:
-    """What processes that train together have to have alike, and the run folder, which has to be one and the same."""
+    """Refuse processes of one run that differ in config, code or versions, or that do not share the run folder."""
     if processes.count() == 1:
         return
     processes.refuse_unlike("config", dump(config))
@@ -160,19 +160,19 @@ def _refuse_unlike(config, run: runs.Run, replan: bool) -> None:
 
 
 def _watchdog(config, run: runs.Run) -> Watchdog:
-    """A process that follows has none: it may wait in a step for as long as the leader saves."""
-    wish = config.train.watchdog
-    fixed = 60 * wish if isinstance(wish, int | float) else None
-    return Watchdog(run.folder, run.events, fixed=fixed, enabled=wish != "off" and not run.follows)
+    """The watchdog, disabled in a process that follows: it may wait in a step for as long as the leader saves."""
+    setting = config.train.watchdog
+    fixed = 60 * setting if isinstance(setting, int | float) else None
+    return Watchdog(run.folder, run.events, fixed=fixed, enabled=setting != "off" and not run.follows)
 
 
 def _unrecorded_if_unsaved(status: int):
-    """A disk that takes no checkpoint may take no record of that either: then the exit status alone reports it."""
+    """A disk that rejects a checkpoint may reject its record too: then only the exit status reports the failure."""
     return contextlib.suppress(UserError) if status == EXIT_UNSAVED else contextlib.nullcontext()
 
 
 def _close(outcome: Outcome, energy: EnergyMeter) -> None:
-    """Say how it ended. The report is drawn by the caller: it is a tool, and what trains knows no tools."""
+    """Record how the run ended. The caller draws the report, because the trainer does not import tools."""
     with logs.EventLog(outcome.run.events) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
@@ -180,7 +180,7 @@ def _close(outcome: Outcome, energy: EnergyMeter) -> None:
 
 
 def _opened(config, process: Process, replan: bool) -> Session:
-    """Everything that may refuse the run, before anything of it is written."""
+    """Open the session. Everything that may refuse the run happens here, before any of its files is written."""
     with preparation(process.console, quiet=process.quiet) as prepared:
         preflight.refuse_unwritable(process.run)
         session = open_session(config, process.run, prepared, replan=replan)
@@ -196,13 +196,13 @@ def _record_changes(run: runs.Run, changes: list, events) -> None:
 
 
 def _rewind(session: Session, error: BadNumbers, process: Process, events) -> None:
-    """Record that the next attempt goes on past the data that the numbers were bad with."""
+    """Record that the next attempt continues after the data that gave bad numbers."""
     with preparation(process.console, quiet=process.quiet) as shown:
         shown.event(go_back(session, error, events))
 
 
 def _smaller(session: Session, fault, in_a_row: int, process: Process) -> Session:
-    """The session of the next attempt after an out-of-memory."""
+    """The session of the next attempt after running out of memory."""
     if process.stop.name is not None:
         raise Stopped(process.stop.name)
     session.store.close()
@@ -213,15 +213,15 @@ def _smaller(session: Session, fault, in_a_row: int, process: Process) -> Sessio
 def _no_replan(fault) -> UserError:
     return UserError(
         f"out of memory in {fault.doing}, in process {processes.index()}", why=fault.cause,
-        hint="several processes are not replanned by themselves: start all again with memory.budget or "
-        "memory.accumulation set for less",
+        hint="a run of several processes is not replanned automatically: start all of them again with a smaller "
+        "memory.budget or a larger memory.accumulation",
     )  # fmt: skip
 
 
 def _attempt(session: Session, process: Process, events) -> Outcome:
-    """From the newest checkpoint, or from the start where there is none, to the last step and the score."""
+    """Train from the newest checkpoint, or from the start if there is none, to the last step and the score."""
     config, run = session.config, session.run
-    damaged: list = []  # the leader's to report
+    damaged: list = []  # filled and reported by the leader
     start = processes.agreed(lambda: claim(session, damaged))
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
@@ -235,7 +235,7 @@ def _attempt(session: Session, process: Process, events) -> Outcome:
         say_replan(session, start or 0, events, progress)
         compiled = _compiled(session, progress, fresh=not start)
         process.stop.heed()
-        processes.meet()  # the first collective gives up after 30 s, and one may compile for longer than another
+        processes.meet()  # the first collective fails after 30 s, and compile times may differ by more
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
             state = _in_place(session, start)
@@ -268,7 +268,7 @@ def _status(stopped_by: str) -> int:
 
 
 def _in_place(session: Session, start: int | None):
-    """The state to go on with: the one saved at `start`, or the initial one; the same in every process."""
+    """The state to continue with: the one saved at `start`, or the initial one; the same in every process."""
     refuse_full(session)
     state = _past_bad_data(session.restore(start) if start else session.fresh(), session.run, start or 0)
     if processes.count() > 1:
@@ -287,7 +287,7 @@ def _compiled(session: Session, progress, *, fresh: bool):
 
 @contextlib.contextmanager
 def _released(loop: Loop):
-    """Let go of a loop's arrays where it fails in a way that another attempt may follow."""
+    """Release a loop's arrays if it fails in a way that allows another attempt."""
     try:
         yield
     except OutOfMemory:
@@ -300,7 +300,7 @@ def _released(loop: Loop):
 
 
 def _past_bad_data(state, run: runs.Run, step: int):
-    """The state of a checkpoint that the run went back to, with the data after what it went back for."""
+    """A restored state; if the run went back because of bad data, its data step is moved past that data."""
     data_step = processes.agreed(lambda: data_step_of(logs.read(run.events), step))
     if data_step is None:
         return state
@@ -312,7 +312,7 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
 
     def scored() -> str:
         state, evaluator = meshes.local_view(loop.state), loop.evaluator
-        if processes.count() > 1:  # a score may do anything, so the leader does it, with what is in its own devices
+        if processes.count() > 1:  # a score may run any code, so only the leader computes it, on its own devices
             evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
@@ -330,42 +330,42 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
 
 
 def _heeding(stop: StopRequest, progress):
-    """A progress callback that lets a signal through which came while nothing could be raised."""
+    """A progress callback that also raises for a signal that arrived while nothing could be raised."""
 
-    def told(*arguments):
+    def heed_and_show(*arguments):
         stop.heed()
         progress(*arguments)
 
-    return told
+    return heed_and_show
 
 
 def claim(session: Session, damaged: list) -> int | None:
-    """Clear what a crash left and find the newest intact checkpoint: its step or None; what was damaged is appended.
+    """Remove what a crash left; return the step of the newest intact checkpoint or None, append damage to `damaged`.
 
-    UserError where the log says that there were checkpoints, and there is none.
+    UserError if the log says that there were checkpoints, and there are none.
     """
     session.store.sweep()
-    start, found = session.store.newest_intact()
-    damaged += found
+    start, damages = session.store.newest_intact()
+    damaged += damages
     saved = [event["step"] for event in logs.read(session.run.events) if event["event"] == "save"]
     if start is None and saved:
         raise UserError(
             "every checkpoint of this run is gone",
             where=str(session.run.checkpoints),
             why=f"events.jsonl says that step {max(saved)} was saved",
-            hint="bring a copy of one back, or start over with `aurora train CONFIG --fresh` (this run is kept)",
+            hint="restore one from a copy, or start over with `aurora train CONFIG --fresh` (this run is kept)",
         )
     return start
 
 
 def _recorded(session: Session) -> Path:
-    """Write down where the run comes from, now that nothing refuses it; returns where its events go.
+    """Record the run's origin, now that nothing can refuse it. Returns the path of its events.
 
-    The recipe's code comes before the config, which makes a folder a run: a run without its code could not be read.
+    The config makes a folder a run, so the recipe's code is written before it: a run without code could not be read.
     """
     run, config = session.run, session.config
     runs.copy_code(run, config.recipe_code)
-    # A run of before there were facts, whose recipe names none, goes on being read with its data.
+    # A run from before facts existed, whose recipe declares none, is still read with its data.
     if not run.provenance.exists() or (session.recipe.known and facts.read(run.facts) is None):
         facts.write(run.facts, session.recipe.known)
     files.write_atomically(run.config, dump(config))
@@ -376,7 +376,7 @@ def _recorded(session: Session) -> Path:
 
 
 def sinks(config, run, after_step: int) -> list:
-    """The viewers that the config asks for besides metrics.jsonl; one process tells them."""
+    """The viewers that the config asks for besides metrics.jsonl; only one process writes to them."""
     made: list = []
     if run.follows:
         return made
@@ -389,7 +389,7 @@ def sinks(config, run, after_step: int) -> list:
 
 
 def throughput(session: Session, state) -> Throughput:
-    """Rates for this run: MFU where both the recipe's FLOPs and the machine's peak are known, HFU where the peak is."""
+    """Rates of this run: HFU if the machine's peak is known, and MFU if the recipe's FLOPs are known too."""
     peak = profile.peak_flops(profile.this_machine(), session.config.train.precision)
     per_target = session.recipe.flops(parameter_count(state.params), parameter_count(state.frozen))
     as_run = session.program.product_flops(session.plan)

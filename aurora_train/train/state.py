@@ -1,4 +1,4 @@
-"""What a run is, as one pytree of plain arrays. There is no random state in it: keys are functions of the step."""
+"""The state of a run as one pytree of plain arrays. It has no random state: keys are functions of the step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from aurora_train.train.blame import place_of
 class TrainState(NamedTuple):
     """`step`: updates attempted, int32. `data_step`: batches taken, int32. `params`: nested dict of float32 masters.
 
-    `frozen` holds the parameters that are not trained, a nested dict like `params`: neither differentiated, donated
-    nor saved again, its matrices in the compute dtype. `rest` holds the model's other variables; `extra` holds what
-    each hook remembers, by its name (`train/hooks.py`): the moving average of the parameters is `extra["ema"]`.
+    `frozen` holds the parameters that are not trained, a nested dict like `params`: neither differentiated nor donated
+    nor saved again, with matrices in the compute dtype. `rest` holds the model's other variables; `extra` holds the
+    memory of each hook by its name (`train/hooks.py`): the moving average of the parameters is `extra["ema"]`.
     """
 
     step: Any
@@ -39,7 +39,7 @@ class Blueprint(NamedTuple):
     """Everything about a model that is not an array: made once, before anything is allocated."""
 
     graph: Any
-    variables: Any  # the nnx State of parameters, abstract: the mould into which nested dicts are poured
+    variables: Any  # the abstract nnx State of parameters, whose structure nested dicts are given by `merge`
     rest: Any
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState
@@ -57,7 +57,7 @@ class Blueprint(NamedTuple):
 def draw(
     recipe, plan, optimizer, mesh, *, seed: int, features: hooks.Features = hooks.BUILT_IN, ends: int = 0
 ) -> Blueprint:
-    """Abstract model, state, shardings and the jitted initialiser, without allocating a parameter.
+    """The blueprint of a model: abstract state, shardings and the jitted initialiser, without allocating a parameter.
 
     `features`: the gates and hooks whose memory is part of the state. `ends`: the config's `train.bf16_ends`.
     """
@@ -105,11 +105,11 @@ def draw(
     return Blueprint(graph, variables, rest, state, shardings, jax.jit(initialise, out_shardings=shardings))
 
 
-def apart(step):
+def frozen_as_argument(step):
     """A step `(state, batch) -> (state, metrics)` as `(state, frozen, batch) -> (state, metrics)`.
 
-    Both states come without their frozen leaves, so that all of the first argument can be donated and none of the
-    second; where nothing is frozen it is the same program.
+    Both states lack their frozen leaves, so that all of the first argument can be donated and none of the second. If
+    nothing is frozen it is the same program.
     """
 
     def program(state: TrainState, frozen, batch):
@@ -120,7 +120,7 @@ def apart(step):
 
 
 def together(compiled):
-    """The compiled program of `apart` as the step it was made from: `(state, batch) -> (state, metrics)`."""
+    """The compiled program of `frozen_as_argument` as its step: `(state, batch) -> (state, metrics)`."""
 
     def step(state: TrainState, batch):
         new, metrics = compiled(state._replace(frozen={}), state.frozen, batch)
@@ -130,20 +130,20 @@ def together(compiled):
 
 
 def _at_rest(dtype: str, path, leaf):
-    """A frozen matrix in the dtype its products are formed in: every layer casts it there. Vectors stay float32."""
+    """A frozen leaf: matrices in the dtype of their products, to which every layer casts; vectors stay float32."""
     layered = any(_key(entry) == stacked.SEGMENTS for entry in path)
     matrix = leaf.ndim - layered >= 2 and not nf4.is_coded(_key(path[-1]))
     return leaf.astype(dtype) if matrix else leaf
 
 
 def _join(one: dict, other: dict) -> dict:
-    """Two nested dicts without a leaf in common as one."""
+    """Merge two nested dicts that have no leaf in common."""
     both = {**one, **other}
     return {k: _join(one[k], other[k]) if k in one and k in other else v for k, v in both.items()}
 
 
 def _like_parameters(tree, params, shardings, whole):
-    """Each leaf lies as its parameter does: matched by the end of its path and its shape. Others are replicated."""
+    """Shard each leaf like its parameter, matched by the end of its path and its shape. Others are replicated."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     known = {
         tuple(map(_key, path)): (leaf.shape, sharding)
@@ -162,7 +162,7 @@ def _like_parameters(tree, params, shardings, whole):
 
 
 def _optimizer_shardings(opt_state, params, shardings, whole):
-    """The moments of stacks are kept apart from the others: each part lies as the parameters of that part do."""
+    """Shard the moments like their parameters. Those of stacks and of the rest are separate parts of the state."""
     rest, stacks = optimizers.partition(params)
     rest_shardings, stack_shardings = optimizers.partition(shardings)
     out = {"rest": _like_parameters(opt_state["rest"], rest, rest_shardings, whole), "stacks": {}}

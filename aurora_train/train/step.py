@@ -20,12 +20,12 @@ def make_step(
 ):
     """The training step of a recipe. `metrics`: float32 scalars loss, tokens, grad_norm, lr, skipped, and the recipe's.
 
-    An update that a gate refuses is counted in `skipped`; what that leaves as it was, the hooks decide
-    (`train/hooks.py`). `fused`: each unit is updated within the backward pass (`train/fused.py`).
+    An update that a gate refuses is counted in `skipped`; hooks decide what it leaves unchanged (`train/hooks.py`).
+    `fused`: each unit is updated within the backward pass (`train/fused.py`).
     """
     loss_of = _loss_of(recipe, blueprint, seed)
     if fused:
-        assert accumulation == 1, "refused where the config is read"
+        assert accumulation == 1, "the config check refuses this"
         advance = make_fused(blueprint, optimizer, loss_of)
     else:
         advance = _make_update(blueprint, optimizer, loss_of, accumulation)
@@ -87,7 +87,7 @@ def _make_gradients(blueprint: Blueprint, loss_of, accumulation: int):
         return jax.grad(sums, has_aux=True)(state.params, state, batch)
 
     def in_parts(state: TrainState, batch):
-        # Added up in place, each layer's gradient as the reverse scan makes it: there is no second set.
+        # Each layer's gradient is added in place as the reverse scan makes it, so there is no second set.
         grads = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
         def add(rest, microbatch):

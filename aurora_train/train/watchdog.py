@@ -1,7 +1,7 @@
-"""A run that hangs ends by itself: every stack is written down, nothing suspect is saved, a supervisor may restart it.
+"""Ends a run that hangs: every stack is written to a file, nothing suspect is saved, and a supervisor may restart it.
 
-A driver that stops answering, a network disk that stalls and a loader whose thread is gone look alike from inside:
-nothing happens. How long nothing may happen is learned from the run: many times what that kind of work took before.
+A driver that stops answering, a network disk that stalls and a loader whose thread has died look alike from inside:
+nothing happens. The run itself shows how long that may last: a multiple of what that kind of work took before.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-EXIT_HUNG = 76  # no progress within the budget; nothing was saved; the same command goes on from the newest checkpoint
+EXIT_HUNG = 76  # no progress within the budget; nothing was saved; the same command resumes
 FLOOR_SECONDS = 300.0  # no budget is shorter: a disk may spin up, a laptop may swap
-FIRST_SECONDS = 3600.0  # of work that was not seen before
-TIMES = 30.0  # what took a while may take this many times as long
+FIRST_SECONDS = 3600.0  # budget of a kind of work that was not seen before
+TIMES = 30.0  # a budget as a multiple of the longest time so far
 _LOOK_EVERY_SECONDS = 1.0
 
 
 class Budgets:
-    """How long each kind of work may take: learned, or `fixed` seconds for every kind."""
+    """The time that each kind of work may take: learned, or `fixed` seconds for every kind."""
 
     def __init__(self, fixed: float | None = None):
         self.fixed = fixed
         self._longest: dict[str, float] = {}
 
     def took(self, kind: str, seconds: float) -> None:
-        """Work of a kind ended after so many seconds."""
+        """Record that work of a kind took so many seconds."""
         self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
     def of(self, kind: str) -> float:
@@ -46,7 +46,7 @@ class Watchdog:
     """Context manager: inside it, work within `during(kind)` that exceeds its budget ends the process.
 
     Args:
-        folder: of the run; `hang-<time>.txt` with all stacks goes there, and an event.
+        folder: the run's folder, in which `hang-<time>.txt` with all stacks is written.
         fixed: seconds for every kind of work instead of learned ones.
         enabled: False watches nothing.
     """
@@ -54,8 +54,8 @@ class Watchdog:
     def __init__(self, folder: Path, events: Path, *, fixed: float | None = None, enabled: bool = True):
         self.folder, self.events, self.enabled = folder, events, enabled
         self.budgets = Budgets(fixed)
-        self.step = 0  # the last one that is on record
-        self._work: tuple[str, float, float] | None = None  # (kind, began, deadline) of time.monotonic()
+        self.step = 0  # the last recorded step
+        self._work: tuple[str, float, float] | None = None  # (kind, began, deadline) in time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
@@ -70,10 +70,10 @@ class Watchdog:
 
     @contextlib.contextmanager
     def during(self, kind: str, *, learn: bool = True):
-        """Watch a stretch of work. Inside another one, that one's clock stands still and then starts anew.
+        """Watch a stretch of work. Inside another one, the outer clock stops and then starts anew.
 
-        `learn` is False where a short stretch says nothing of how long that kind of work may take: the caller tells
-        `budgets` what it took.
+        `learn` is False if the length of a stretch says nothing about how long that kind of work may take: the caller
+        then reports the time to `budgets` itself.
         """
         before, now = self._work, time.monotonic()
         self._work = (kind, now, now + self.budgets.of(kind))
@@ -95,7 +95,7 @@ class Watchdog:
             if work is None:
                 continue
             kind, began, deadline = work
-            if asleep > 2 * _LOOK_EVERY_SECONDS:  # the whole process was stopped (Ctrl-Z, a debugger, a starved box)
+            if asleep > 2 * _LOOK_EVERY_SECONDS:  # the whole process was stopped (by Ctrl-Z, a debugger, high load)
                 if self._work is work:
                     self._work = (kind, began, deadline + asleep)
             elif now > deadline:
@@ -113,7 +113,7 @@ class Watchdog:
                 "event": "hang", "step": self.step, "time": now.isoformat(timespec="milliseconds"), "doing": kind,
                 "seconds": round(seconds, 1), "stacks": stacks.name,
             }  # fmt: skip
-            # Not through the log's own handle: the thread that holds its lock may be the one that hangs.
+            # Written without the log's own handle, because the hanging thread may hold its lock.
             with open(self.events, "ab+") as handle:
                 torn = handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n"
                 handle.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
@@ -121,7 +121,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         message = (
             f"\nhang: {kind} made no progress for {seconds:.0f} s; nothing was saved since the newest checkpoint\n"
-            f"  every stack is in {stacks}\n  the same command goes on; train.watchdog=off does not watch\n"
+            f"  every stack is in {stacks}\n  the same command resumes; train.watchdog=off disables this check\n"
         )
         os.write(2, message.encode())
         os._exit(EXIT_HUNG)

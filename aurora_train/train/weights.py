@@ -1,8 +1,8 @@
-"""The parameters of a trained run or of a weights file, into the state of a model that may keep some of them frozen.
+"""Loads the parameters of a trained run or of a weights file into the state of a model, which may freeze some of them.
 
-A parameter has one name wherever it lies: what one run trained, another may freeze. So names are looked up without
-their first part: the moving average where one was kept, else the trained parameters, and the frozen ones. A part of a
-model may come from a run of that part alone, whose names then lack the part's prefix.
+What one run trained, another may freeze. So names are looked up without their first part: in the moving average if one
+was kept, else among the trained and the frozen parameters. A part of a model may come from a run of that part alone,
+whose names then lack the part's prefix.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
 
 
 def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: dict[str, Any]) -> tuple[dict, dict]:
-    """(params, frozen) from the checkpoints and files that start the parts of a model.
+    """(params, frozen) from the checkpoints and files that are the sources of a model's parts.
 
-    `drawn`: the initial parameters that no parent gives, by canonical name (`drawn_beside`); emptied. Where the model
-    has adapters and a source has none, they are among those, too.
+    `drawn`: the initial parameters that no parent provides, by canonical name (`drawn_beside`); emptied. If the model
+    has adapters and a source has none, they are among these.
     """
     tree, places = _parameters(blueprint)
     flat, own = drawn, set(drawn)
@@ -58,7 +58,7 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
 
 
 def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
-    """Of {"params", "frozen"} as drawn, by canonical name: adapters, and what lies under no prefix of the parents."""
+    """The drawn parameters that stay: adapters, and those under no parent's prefix, by canonical name."""
     kept = {}
     for names, stacked, leaf in layout.entries(state):
         for number, name in enumerate(names):
@@ -69,17 +69,17 @@ def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
 
 
 def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, where: str) -> tuple[dict, dict]:
-    """(params, frozen) of a checkpoint of this very model, averaged where an average was kept."""
+    """(params, frozen) of a checkpoint of this very model; the moving average if one was kept."""
     tree, places = _parameters(blueprint)
     flat = _poured(_from_store(store, step), tree, places, where, _Part("", ()), None)
-    # A trained run is judged by what it saved: an average has more bits than bfloat16 masters.
+    # Keep the saved dtype: the moving average of a trained run has more bits than bfloat16 masters.
     tree["params"] = _in_dtypes_of(tree["params"], flat)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
 
 
 def refuse_unknown_prefix(config, model) -> None:
-    """UserError where `init` names a prefix under which a model has no parameter."""
+    """UserError if `init` names a prefix under which a model has no parameter."""
     names = [entry.names[0] for entry in layout.entries(nnx.to_pure_dict(nnx.state(model, nnx.Param)))]
     parts = [name.split(".") for name in names]
     known = list(dict.fromkeys(".".join(one[:end]) for one in parts for end in range(1, len(one))))
@@ -94,7 +94,7 @@ def refuse_unknown_prefix(config, model) -> None:
 
 
 class _Part(NamedTuple):
-    """The parameters under `prefix` but under none of `others`, which have sources of their own."""
+    """The parameters under `prefix` but under none of `others`, which have their own sources."""
 
     prefix: str
     others: tuple[str, ...]
@@ -105,13 +105,13 @@ class _Part(NamedTuple):
         return cls(parent.prefix, tuple(inner))
 
     def has(self, bare: str) -> bool:
-        """Whether a parameter of the model is one of them, by its name without `params.` or `frozen.`."""
+        """Whether a parameter of the model belongs to this part, by its name without `params.` or `frozen.`."""
         return _is_under(bare, self.prefix) and not any(_is_under(bare, other) for other in self.others)
 
     def named(self, stored: dict) -> dict[str, str]:
         """The model's name -> the source's, for what a source has of this part.
 
-        A source that holds a part of this name itself gives that one; any other is the part.
+        If a source itself has a part of this name, that part is used; otherwise the whole source is the part.
         """
         itself = not self.prefix or any(_is_under(name, self.prefix) for name in stored)
         names = {name if itself else f"{self.prefix}.{name}": name for name in stored}
@@ -123,7 +123,7 @@ def _is_under(name: str, prefix: str) -> bool:
 
 
 def _owner(bare: str, parents: tuple[Parent, ...]) -> Parent | None:
-    """Whose prefix is the longest that a parameter lies under."""
+    """The parent with the longest prefix that a parameter is under."""
     under = [parent for parent in parents if _is_under(bare, parent.prefix)]
     return max(under, key=lambda parent: len(parent.prefix), default=None)
 
@@ -134,10 +134,10 @@ def _parameters(blueprint: Blueprint) -> tuple[dict, dict]:
 
 
 def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> dict[str, Any]:
-    """Arrays by canonical name of what a source has for a part of the model.
+    """The arrays that a source has for a part of the model, by canonical name.
 
-    `source`: the stored shapes by bare name, and a function that reads the wanted arrays. `own`: the names of
-    what was drawn; adapters among them stay as drawn where the source has none. None for a trained run that is read.
+    `source`: the stored shapes by bare name, and a function that reads the wanted arrays. `own`: the names of drawn
+    parameters; adapters among them stay as drawn if the source has none. None for a trained run that is read.
     """
     stored, read = source
     theirs = part.named(stored)
@@ -150,7 +150,7 @@ def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[
     wanted = {name: spec for name, spec in wanted.items() if _kernel_of(name) not in kernels} | kernels
     home = {_bare(name): name for name in wanted}
     known = {home.get(name, f"params.{name}"): spec for name, spec in stored.items()}
-    # Weights are read in the dtype that they have in their source, and cast once in place to that of the new run.
+    # Weights are read in the dtype of their source, and cast once in place to that of the new run.
     specs = {name: _as_stored(spec, known.get(name)) for name, spec in wanted.items()}
     layout.refuse_difference(known, specs, where=where)
 
@@ -159,7 +159,7 @@ def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[
         return {name: arrays[theirs[_bare(name)]] for name in names}
 
     flat = loaded([name for name in wanted if name not in kernels])
-    for name in kernels:  # one at a time: as it is in its source it may be eight times as large
+    for name in kernels:  # one at a time, because in its source it may be eight times as large
         (kernel,) = loaded([name]).values()
         flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
     return flat
@@ -171,7 +171,7 @@ def _bare(name: str) -> str:
 
 
 def state_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: dict) -> dict:
-    """What the parents held beside their parameters, such as the statistics of BatchNorm; as `drawn` elsewhere."""
+    """The parents' state beside their parameters, such as the statistics of BatchNorm; as `drawn` elsewhere."""
     if not jax.tree.leaves(drawn):
         return drawn
     flat, tree, places = _canonical({"rest": drawn}), {"rest": blueprint.state.rest}, {"rest": blueprint.shardings.rest}
@@ -179,7 +179,7 @@ def state_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: dict) -
     for parent in parents:
         wanted = {name: spec for name, spec in specs.items() if _owner(_bare(name), parents) is parent}
         if parent.step is None and wanted:
-            log.warning("%s holds parameters alone: other state (BatchNorm's statistics) starts anew", parent)
+            log.warning("%s holds only parameters: other state (BatchNorm's statistics) starts anew", parent)
         elif wanted:
             run = runs.Run.existing(parent.path)
             flat |= _rest_of(CheckpointStore(run.checkpoints, run.trash), parent, parents, wanted)
@@ -196,7 +196,7 @@ def _rest_of(store: CheckpointStore, parent: Parent, parents: tuple[Parent, ...]
 
 
 def load_state(store: CheckpointStore, step: int, blueprint: Blueprint) -> dict:
-    """What a checkpoint holds of the model beside its parameters. UserError where it is of another model."""
+    """The state that a checkpoint holds beside the model's parameters. UserError if it is of another model."""
     if not jax.tree.leaves(blueprint.state.rest):
         return blueprint.state.rest
     tree, places = {"rest": blueprint.state.rest}, {"rest": blueprint.shardings.rest}
@@ -207,27 +207,27 @@ _encode = jax.jit(nf4.encode)
 
 
 def _kernel_of(name: str) -> str | None:
-    """The kernel that a parameter holds the codes or the scales of."""
+    """The kernel whose codes or scales a parameter holds; None for any other parameter."""
     return name.removesuffix(nf4.SCALES).removesuffix(nf4.CODES) if nf4.is_coded(name) else None
 
 
 def _refuse_coded(wanted: dict, stored: dict, where: str) -> None:
-    """UserError where the source has a base of 4 bits and the model has none."""
+    """UserError if the source has a 4-bit base and the model has none."""
     if any(map(nf4.is_coded, stored)) and not any(map(nf4.is_coded, wanted)):
         raise UserError(
-            "its base is stored in 4 bits, and what was rounded away cannot be had back", where=where,
-            hint="model.lora.base=nf4 and the model.lora.rank it was trained with; or start from what it started from",
+            "its base is stored in 4 bits, from which full precision cannot be recovered", where=where,
+            hint="set model.lora.base=nf4 and the model.lora.rank it was trained with, or start from its own source",
         )  # fmt: skip
 
 
 def _uncoded(wanted: dict, stored: dict) -> dict:
-    """The kernels that are wanted in 4 bits and that the source does not have so, as they are before."""
-    found = {}
+    """The unencoded specs of kernels that are wanted in 4 bits but that the source does not store in 4 bits."""
+    kernels = {}
     for name, spec in wanted.items():
         if name.endswith(nf4.CODES) and name.split(".", 1)[1] not in stored:
             half, outputs = spec.shape
-            found[_kernel_of(name)] = jax.ShapeDtypeStruct((2 * half, outputs), "float32", sharding=spec.sharding)
-    return found
+            kernels[_kernel_of(name)] = jax.ShapeDtypeStruct((2 * half, outputs), "float32", sharding=spec.sharding)
+    return kernels
 
 
 def _canonical(drawn: dict) -> dict[str, Any]:
@@ -238,9 +238,9 @@ def _canonical(drawn: dict) -> dict[str, Any]:
     return flat
 
 
-def _as_stored(spec, found):
-    floats = found is not None and all(jax.numpy.issubdtype(one.dtype, jax.numpy.floating) for one in (spec, found))
-    return jax.ShapeDtypeStruct(spec.shape, found.dtype, sharding=spec.sharding) if floats else spec
+def _as_stored(spec, stored):
+    floats = stored is not None and all(jax.numpy.issubdtype(one.dtype, jax.numpy.floating) for one in (spec, stored))
+    return jax.ShapeDtypeStruct(spec.shape, stored.dtype, sharding=spec.sharding) if floats else spec
 
 
 def _in_dtypes_of(params, flat: dict):
@@ -263,7 +263,7 @@ def _from_store(store: CheckpointStore, step: int):
 
 
 def _from_safetensors(path: Path):
-    """Arrays are read when they are asked for: a file may be larger than memory."""
+    """(shapes, reader) of a file. Arrays are read on demand, because a file may be larger than memory."""
     from safetensors import SafetensorError, safe_open
 
     def asked(what):
@@ -274,7 +274,7 @@ def _from_safetensors(path: Path):
 
     handle = asked(lambda: safe_open(path, framework="numpy"))
     stored = {}
-    for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+    for name in handle.keys():  # noqa: SIM118 (a handle is not a dict)
         part = handle.get_slice(name)
         dtype = _SAFETENSORS.get(part.get_dtype())
         if dtype is None:

@@ -1,1 +1,1 @@
-"""The kit of language modelling: what a score is set beside, an n-gram model and general compressors."""
+"""The kit of language modelling: baselines of the score, which are an n-gram model and general compressors."""

@@ -1,4 +1,4 @@
-"""A language model's score beside its simple rivals': an n-gram model, and general compressors."""
+"""Baselines of a language model's score: an n-gram model and general compressors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from language.rivals import compressors
 
 
 def baselines(ours, names: list[str], texts: list[bytes], trained_on: list[bytes], progress) -> dict:
-    """What `Recipe.baselines` returns: bits per byte of each rival, and a table of documents.
+    """The result of `Recipe.baselines`: bits per byte of each baseline, and a table of documents.
 
     Args:
         ours: the model's bits of each document, float64[N].
         names, texts: of the held-out documents.
-        trained_on: the documents of the training split; empty where there are none, as for `evaluate --on`.
+        trained_on: the documents of the training split; empty if there are none, as for `evaluate --on`.
     """
     packed = compressors(texts, progress)
     sizes = packed["documents"]["bytes"]
@@ -36,7 +36,7 @@ def baselines(ours, names: list[str], texts: list[bytes], trained_on: list[bytes
         "tables": [{"title": "bits per byte of each held-out document",
                     "columns": ["document", "bytes", *columns], "rows": rows}],
         "notes": [
-            f"smaller than xz -9 on {better} of {len(texts)} documents; a compressor starts each document knowing "
-            f"nothing; xz_9_whole reads all of them as one file", *notes,
+            f"smaller than xz -9 on {better} of {len(texts)} documents; a compressor starts each document without "
+            f"context; xz_9_whole reads all of them as one file", *notes,
         ],
     }  # fmt: skip

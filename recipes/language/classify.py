@@ -1,8 +1,8 @@
-"""Text classification: an encoder that reads a text both ways and names its class; accuracy, macro F1, confusion.
+"""Text classification with a bidirectional encoder; scored by accuracy, macro F1 and a confusion table.
 
-The texts and labels are two columns of a table (CSV, Parquet, Arrow, JSON lines). Of every class the same share is held
-out. Bundled is a task that is on every machine: functions of the interpreter's own library, to be assigned to the
-package that they come from, beside naive Bayes on the same words.
+The texts and labels are two columns of a table (CSV, Parquet, Arrow, JSON lines). The same share of every class is held
+out. The bundled task is available on every machine: to assign functions of the interpreter's own library to their
+packages, with naive Bayes on the same words as baseline.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SHOWN_MISTAKES, SHOWN_CHARACTERS = 20, 100
 
 
 class DataConfig(Section):
-    """Which table, and how its rows are used."""
+    """The table, and how its rows are used."""
 
     source: str = setting(STDLIB, resume="located", path_unless=(STDLIB,),
                           help="python-stdlib, or a table, a folder or a glob of tables")  # fmt: skip
     text_field: str = setting("text", help="column that holds the text")
     label_field: str = setting("label", help="column that holds its class")
-    labels: list[str] = setting([], help="the classes there may be; none: those that occur")
+    labels: list[str] = setting([], help="the permitted classes; none: those that occur")
     tokenizer: TokenizerConfig = setting(TokenizerConfig())
-    sequence: int = setting(128, ge=2, help="tokens of a text that are read; a longer one is cut at its end")
+    sequence: int = setting(128, ge=2, help="tokens of a text that are read; a longer text is cut off")
     test: float = setting(0.2, gt=0, lt=0.5, help="share of the rows of each class held out for the score")
     validation: float = setting(0.1, gt=0, lt=0.5, help="the same for evaluation while training")
 
@@ -43,7 +43,7 @@ class Config(Section):
 
 
 class Texts:
-    """A `Source`: tokens and segments int32[B, T] (segment 1 is the text, 0 what fills it up), label int32[B]."""
+    """A `Source`: tokens and segments int32[B, T] (segment 1 is the text, 0 padding), label int32[B]."""
 
     def __init__(self, arrays: dict, split: str, source: str):
         self.arrays, self.split, self.source = arrays, split, source
@@ -63,7 +63,7 @@ class Texts:
 class Classify(Base):
     Config = Config
     unit, metric = "texts", ("accuracy", "max")
-    is_test_alone = False  # as `on` makes it: all rows are to be scored
+    is_test_alone = False  # set by `on`: all rows are in the test split
 
     @classmethod
     def check(cls, config) -> None:
@@ -106,20 +106,20 @@ class Classify(Base):
 
     @functools.cached_property
     def tokenizer(self):
-        """Of the texts that the model was trained on, wherever it is used."""
+        """The tokenizer of the training texts, on any machine."""
         from aurora_train.data.tokenizers import Tokenizer
 
         return Tokenizer.of_files(self.known)
 
     def on(self, path: str):
-        """All rows of another table, whose labels are those that the model knows."""
+        """A recipe that scores all rows of another table, whose labels must be known to the model."""
         data = self.config.data.model_copy(update={"source": path})
         other = type(self)(self.config.model_copy(update={"data": data}), self.cache)
         other.is_test_alone = True
         return other.use(self.known)
 
     def encode(self, texts: list[str]) -> dict[str, np.ndarray]:
-        """The batch of some texts, as `predict` takes it: each begins with the separator."""
+        """A batch of texts as input of `predict`; each begins with the separator."""
         length = self.config.data.sequence
         tokens, segments = (np.zeros((len(texts), length), np.int32) for _ in range(2))
         for row, ids in enumerate(self.tokenizer.encode_batch(texts)):
@@ -143,7 +143,7 @@ class Classify(Base):
         from aurora_train.nn.transformer import Transformer
 
         class Classifier(nnx.Module):
-            """tokens, segments int32[B, T] -> scores of the classes, float32[B, C], from the mean over the text."""
+            """tokens, segments int32[B, T] -> class scores float32[B, C], from the mean over the text."""
 
             def __init__(self, config, vocabulary, classes, dtype, rngs):
                 self.encoder = Transformer(config, vocabulary, dtype, rngs, mask="bidirectional")
@@ -170,7 +170,7 @@ class Classify(Base):
         return Loss(errors.sum(), count, {"accuracy": (right, count)})
 
     def predict(self, model, batch):
-        """The share of each class, in the order of the fact `labels`: float32[B, C]."""
+        """The probability of each class, in the order of the fact `labels`: float32[B, C]."""
         import jax
 
         return jax.nn.softmax(model(batch["tokens"], batch["segments"]))
@@ -191,7 +191,7 @@ class Classify(Base):
         shares, size = [], 64
         for start in range(0, len(source), size):
             progress(start, len(source), "reading held-out texts")
-            # The last batch is filled up with its last text, so that one shape is compiled.
+            # The last batch is padded with its last text, so that only one shape is compiled.
             batch = source.take(np.minimum(np.arange(start, start + size), len(source) - 1))
             shares.append(np.asarray(predict({name: batch[name] for name in ("tokens", "segments")})))
         shares, truth = np.concatenate(shares)[: len(source)], source.arrays["label"]
@@ -207,14 +207,14 @@ class Classify(Base):
             "macro_f1": scores.macro_f1(counts),
             "texts": len(source),
             "tables": [
-                {"title": "How often each class was read as which", "columns": ["class", *labels, "F1"],
+                {"title": "How often each class was taken for which", "columns": ["class", *labels, "F1"],
                  "rows": [[label, *row, round(float(one), 3)]
                           for label, row, one in zip(labels, counts.tolist(), scores.f1(counts), strict=True)]},
-                {"title": "The mistakes it was surest of", "columns": ["where", "text", "is", "read as", "share"],
+                {"title": "The most confident mistakes", "columns": ["where", "text", "is", "read as", "share"],
                  "rows": mistakes},
             ],
             "remarks": few(len(source), "text", "more rows" if self.is_test_alone else "raise data.test"),
-            "notes": [f"{len(source):,} held-out texts, of each class the same share; the first "
+            "notes": [f"{len(source):,} held-out texts, the same share of each class; the first "
                       f"{self.config.data.sequence} tokens of each are read", *left_out],
         }  # fmt: skip
 
@@ -240,7 +240,7 @@ class Classify(Base):
                 for row, i in zip(rows, read, strict=True)]  # fmt: skip
 
     def generate(self, model, prompt: str, options: dict, on_text) -> str:
-        """The classes of a text, the likeliest first, a line each with its share."""
+        """The classes of a text with their probabilities, one per line, the likeliest first."""
         if not prompt.strip():
             raise UserError("there is no text to classify", where="prompt", hint="--prompt 'TEXT'")
         shares = np.asarray(self.predict(model, self.encode([prompt])))[0]

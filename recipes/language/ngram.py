@@ -1,10 +1,9 @@
-"""A byte n-gram model, the simple rival of a neural one: interpolated modified Kneser-Ney, in numpy.
+"""A byte n-gram model as baseline for a neural one: interpolated modified Kneser-Ney, in numpy.
 
-Every byte is predicted from the `order - 1` bytes before it; before a document's first byte stand NUL bytes, which
-are context and never predicted. The one thing to know: a table is a sorted array of integer keys, 48 bits of hashed
-context above 8 bits of predicted byte, so that all that follows one context is one slice, found by `searchsorted`.
-Contexts whose hashes collide are counted as one (of 10 million contexts less than one pair is expected to), and the
-probabilities still add up to one.
+Every byte is predicted from the `order - 1` bytes before it; NUL bytes precede a document's first byte as context and
+are never predicted. A table is a sorted array of integer keys, 48 bits of hashed context above 8 bits of predicted
+byte, so that everything that follows one context is one slice, located by `searchsorted`. Contexts whose hashes collide
+are counted as one (among 10 million contexts, less than one pair is expected), and probabilities still add up to one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 ORDER = 12
 MAX_TRAINING_BYTES = 32 << 20
 _LOWEST_BYTE, _TWO_LOWEST_BYTES = np.uint64(0xFF), np.uint64(0xFFFF)
-# Where a corpus is too small or too even to estimate them: lmplz's fallback (Heafield et al. 2013, KenLM).
+# Used if a corpus is too small or too uniform to estimate them: lmplz's fallback (Heafield et al. 2013, KenLM).
 _FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 
@@ -33,8 +32,8 @@ class _Table:
     def count(cls, stream: _Stream, contexts: np.ndarray, length: int, longest: bool) -> _Table:
         """Count the n-grams of `length` bytes; `contexts` are the hashes of their first `length - 1`.
 
-        Only the longest are counted as often as they occur. A shorter one is asked for when the longer was not
-        seen, so what counts is after how many different bytes it stands (Kneser and Ney 1995).
+        Only the longest are counted as often as they occur. A shorter one is used when the longer was not seen, so its
+        count is the number of different bytes that precede it (Kneser and Ney 1995).
         """
         keys = contexts & ~_TWO_LOWEST_BYTES
         keys += stream.bytes.astype(np.uint16) << 8
@@ -69,7 +68,7 @@ class _Table:
 
 
 class NGram:
-    """A fitted model. `order` is the length of its longest n-grams, `trained_bytes` what it was fitted to."""
+    """A fitted model. `order` is the length of its longest n-grams, `trained_bytes` the size of its training text."""
 
     def __init__(self, order: int, trained_bytes: int, tables: list[_Table]):
         self.order, self.trained_bytes, self._tables = order, trained_bytes, tables
@@ -84,8 +83,8 @@ class NGram:
     ) -> NGram:
         """Count the n-grams of `texts`, of length 1 to `order`.
 
-        Of more than `max_bytes` of text it takes whole documents, evenly spread over the list, of about that size.
-        Counting holds some 20 bytes for each byte of text, and the tables about 10 for each distinct n-gram.
+        If there are more than `max_bytes` of text, it uses whole documents of about that total size, evenly spread over
+        the list. Counting takes about 20 bytes per byte of text, and the tables about 10 per distinct n-gram.
         """
         stream = _Stream(_spread(texts, max_bytes), order)
         tables = []
@@ -95,7 +94,7 @@ class NGram:
         return cls(order, stream.num_predicted, tables)
 
     def bits_per_document(self, texts: Sequence[bytes]) -> np.ndarray:
-        """-log2 of the probability of all bytes of each document: float64[documents]. Its length costs nothing."""
+        """-log2 of the probability of all bytes of each document: float64[documents]. Lengths are not encoded."""
         bits = -np.log2(self._probabilities(texts))
         ends = np.cumsum([0, *map(len, texts)])
         return np.diff(np.concatenate([[0.0], np.cumsum(bits)])[ends])
@@ -118,9 +117,9 @@ class NGram:
 
 
 class _Stream:
-    """Documents end to end, each after `order` NUL bytes. All arrays are uint8, bool or uint64 over `bytes`.
+    """Concatenated documents, each after `order` NUL bytes. All arrays are uint8, bool or uint64 over `bytes`.
 
-    `predicted` is True at the documents' own bytes. What is computed at padding is never used.
+    `predicted` is True at the documents' own bytes. Values computed at padding are never used.
     """
 
     def __init__(self, texts: Sequence[bytes], order: int):
@@ -138,7 +137,7 @@ class _Stream:
         for back in range(1, self.order):
             hashed[back:] += self.bytes[:-back]
             # Multiply and shift as in SplitMix64's finaliser (Steele, Lea and Flood 2014); one-to-one, so that
-            # contexts that differed stay different in 64 bits.
+            # different contexts remain different in 64 bits.
             hashed += np.uint64(0x9E3779B97F4A7C15)
             hashed *= np.uint64(0xBF58476D1CE4E5B9)
             hashed ^= hashed >> np.uint64(31)
@@ -146,7 +145,7 @@ class _Stream:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """float64[3]: D1, D2 and D3+ from how many n-grams were counted once to four times (Chen and Goodman, eq. 26)."""
+    """float64[3]: D1, D2 and D3+ from the numbers of n-grams with counts one to four (Chen and Goodman, eq. 26)."""
     n1, n2, n3, n4 = (int(np.count_nonzero(counts == n)) for n in (1, 2, 3, 4))
     if min(n1, n2, n3, n4) > 0:
         y = n1 / (n1 + 2 * n2)
@@ -157,7 +156,7 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
 
 
 def _run_starts(ordered: np.ndarray) -> np.ndarray:
-    """bool of the same length: True where a value is not the one before it."""
+    """bool of the same length: True where a value differs from the previous one."""
     return np.concatenate([np.ones(min(len(ordered), 1), bool), ordered[1:] != ordered[:-1]])
 
 

@@ -1,8 +1,8 @@
-"""What a language score is set beside: general compressors on the same held-out documents, and Python's own parser.
+"""Comparisons for a language model: general compressors on the same held-out documents, and Python's own parser.
 
-Sizes are whole files: container, header and checksum are counted, as `xz -9 FILE` and `gzip -9 < FILE` would write
-them. The one thing to know: a compressor begins every document knowing nothing, a trained model does not; the figure
-over the whole text in one piece is there to show how much of the difference that is.
+Sizes are whole files, including container, header and checksum, as `xz -9 FILE` and `gzip -9 < FILE` would write them.
+Note that a compressor begins every document without any knowledge, unlike a trained model; the figure over the whole
+text in one piece shows how much of the difference is due to that.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# `xz` writes its own format with a CRC64, as FORMAT_XZ does by default. xz 5.6 uses threads and then notes a block's
-# sizes in its header: up to 16 bytes more than here. `gzip` has its own deflate; a test holds zlib's within 1 % of it.
+# `xz` writes its own format with a CRC64, as FORMAT_XZ does by default. xz 5.6 uses threads and then records a block's
+# sizes in its header: up to 16 bytes more than here. `gzip` has its own deflate; a test keeps zlib's within 1 % of it.
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "xz_9": lambda text: lzma.compress(text, format=lzma.FORMAT_XZ, preset=9),
     "gzip_9": lambda text: gzip.compress(text, 9, mtime=0),
@@ -31,7 +31,7 @@ def compressors(texts: Sequence[bytes], progress: Callable = lambda done, total,
 
     Returns:
         `bits_per_byte`: name -> float, all compressed bits over all bytes of text: `xz_9`, `gzip_9`, `bzip2_9` with
-        each document by itself; `xz_9_whole` for the documents end to end, in order, as one file.
+        each document by itself; `xz_9_whole` for the concatenated documents, in order, as one file.
         `documents`: `bytes` int64[n], and for each of the three its compressed size in bits, int64[n].
     """
     num_bytes = np.array([len(text) for text in texts], np.int64)
@@ -48,10 +48,10 @@ def compressors(texts: Sequence[bytes], progress: Callable = lambda done, total,
 def python_parse_share(texts: Sequence[str]) -> float:
     """Share of samples that are the beginning of a Python module, as the running interpreter's parser sees it.
 
-    A sample counts when it parses as it stands, or when both parts of it pass: its last line goes (a token limit may
-    have cut it in the middle), and from the complete lines only the last top-level statement may be unfinished: what
-    is before it must parse, and it must be cut short, not wrong. In either case at least one complete top-level
-    statement must be there, so neither an open string that swallows all that follows nor an empty sample counts.
+    A sample counts if it parses unchanged. Otherwise its last line is dropped (a token limit may have cut it), and of
+    the complete lines only the last top-level statement may be unfinished: everything before it must parse, and it
+    must be incomplete, not wrong. In either case there must be at least one complete top-level statement, so neither
+    an open string that swallows the rest nor an empty sample counts.
     """
     return sum(map(_begins_a_module, texts)) / len(texts)
 
@@ -62,7 +62,7 @@ def _begins_a_module(text: str) -> bool:
     lines = text.split("\n")[:-1]
     if _statements("\n".join(lines)):
         return True
-    # Before an `else:` the text parses as well, and `else:` alone is wrong: so every place is tried, not the last.
+    # The text before an `else:` parses too, but `else:` alone is wrong: so every place is tried, not only the last.
     starts = [i for i, line in enumerate(lines) if i and line and line[0] not in " \t"]
     return any(
         _statements("\n".join(lines[:start])) and _is_cut_short("\n".join(lines[start:]) + "\n")
@@ -71,17 +71,17 @@ def _begins_a_module(text: str) -> bool:
 
 
 def _statements(text: str) -> int:
-    """How many top-level statements `text` holds; 0 when it does not parse."""
+    """The number of top-level statements in `text`; 0 if it does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return len(ast.parse(text).body)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # all four are documented of ast.parse
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # all four are documented for ast.parse
             return 0
 
 
 def _is_cut_short(text: str) -> bool:
-    """True when the only fault of `text` is that it ends too early: the question an interactive prompt asks."""
+    """Whether the only fault of `text` is that it ends too early, which an interactive prompt also checks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

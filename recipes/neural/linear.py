@@ -1,4 +1,4 @@
-"""Linear decoders, the simple rivals of a neural one: ridge regression on lagged counts, and a Wiener filter."""
+"""Linear decoders as baselines of a neural one: ridge regression on lagged counts, and a Wiener filter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def linear_decoder(data, lags: int, penalties) -> dict:
         design = design if measured.all() else design[measured]
         gram = gram + design.T @ design  # one array with its own transpose: BLAS does half the work
         moment = moment + design.T @ target[measured]
-    free = np.append(np.ones(len(gram) - 1), 0)  # the intercept bears no penalty
+    free = np.append(np.ones(len(gram) - 1), 0)  # the intercept is not penalised
     fits = [(penalty, ridge(gram, moment, penalty * free)) for penalty in penalties]
 
     def decoded(trials, weights):
@@ -41,7 +41,7 @@ def ridge(gram: np.ndarray, moment: np.ndarray, penalty: np.ndarray) -> np.ndarr
 
 
 def _designs(trials, lags, inputs, at_once: int = 64):
-    """(rows, lagged design and a column of ones) of a few trials at a time: a long recording's whole would not fit."""
+    """(rows, lagged design and a column of ones) of a few trials at a time: that of a long recording would not fit."""
     for k in range(0, len(trials.ids), at_once):
         offsets = trials.offsets[k : k + at_once + 1]
         rows = slice(offsets[0], offsets[-1])

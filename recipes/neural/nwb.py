@@ -1,8 +1,8 @@
 """Neural recordings in the NWB 2 layout (HDF5): spike times of units, a table of trials, one behavioural series.
 
-Read and written through h5py alone. NWB keeps a ragged column as two datasets: the values of all rows end to end,
-and an index whose entry k is one past the end of row k. Times are seconds on one clock for the whole file. Layout:
-NWB 2.x schema (nwb-schema.readthedocs.io) and hdmf-common's DynamicTable and VectorIndex.
+Read and written with h5py alone. NWB stores a ragged column as two datasets: the concatenated values of all rows, and
+an index whose entry k is one past the end of row k. Times are seconds on one clock for the whole file. Layout: NWB 2.x
+schema (nwb-schema.readthedocs.io) and hdmf-common's DynamicTable and VectorIndex.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Recording:
     """One session, as far as a decoder needs it.
 
     Attributes:
-        identifier: the file's own name for itself; it enters the hash that holds trials out.
+        identifier: the file's own identifier, which enters the hash that holds trials out.
         spike_times: one sorted float64 array of seconds per unit.
         unit_ids: int64[U].
         trial_ids: int64[K]; trial_start, trial_stop: float64[K] seconds.
         behavior: float64[T, D] in `behavior_unit`, already converted; behavior_times: float64[T] seconds, increasing.
-        trial_columns: further numeric columns of the trial table, each of length K (a writer's only).
+        trial_columns: further numeric columns of the trial table, each of length K (used only for writing).
     """
 
     identifier: str
@@ -58,7 +58,7 @@ def read_recording(
     """Read the units, the trials and one behavioural series; `behavior`, `units`, `trials` are paths in the file.
 
     The series is `data` [T, D] or [T] with `timestamps`, or `starting_time` and its `rate`; it is multiplied by its
-    `conversion` and moved by its `offset`, as NWB says. Raises UserError, naming what the file does hold.
+    `conversion` and shifted by its `offset`, as NWB specifies. Raises UserError, which names what the file holds.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,8 +80,9 @@ def read_recording(
             description = _text(file["session_description"][()]) if "session_description" in file else ""
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error}", where="data.source", hint="a copy that was cut short? compare its size"
-        ) from error
+            f"{path} cannot be read: {error}", where="data.source",
+            hint="the copy may be cut short: compare its size with the original's",
+        ) from error  # fmt: skip
     return Recording(identifier, description, spike_times, unit_ids, trial_ids, start, stop, values, times, unit)
 
 
@@ -95,7 +96,7 @@ def _read_units(file, path, where):
         raise UserError(
             f"/{where}/spike_times_index of {path} does not index its spike_times",
             where="data.source",
-            why=f"entries must not decrease and not pass {len(spikes)}, the number of spikes",
+            why=f"entries must not decrease or exceed {len(spikes)}, the number of spikes",
         )
     starts = np.concatenate([[0], ends[:-1]])
     ids = table["id"][()].astype(np.int64) if "id" in table else np.arange(len(ends))
@@ -118,12 +119,12 @@ def _read_trials(file, path, where):
 
 def _read_series(file, path, where):
     if not _is_series(file.get(where)):
-        found = series_paths(file)
+        paths = series_paths(file)
         raise UserError(
             f"{path} has no time series at `{where}`",
             where="data.behavior",
             why="a series is a group that holds `data` and either `timestamps` or `starting_time`",
-            hint="it has: " + ", ".join(found) if found else "it holds no time series at all",
+            hint="it has: " + ", ".join(paths) if paths else "it holds no time series at all",
         )
     series = file[where]
     data, attributes = series["data"], series["data"].attrs
@@ -143,7 +144,7 @@ def _read_series(file, path, where):
         times = float(first[()]) + np.arange(len(values)) / float(first.attrs["rate"])
     if len(times) != len(values) or np.any(~(np.diff(times) > 0)):
         raise UserError(
-            f"the timestamps of `{where}` in {path} do not go with its data",
+            f"the timestamps of `{where}` in {path} do not match its data",
             where="data.behavior",
             why=f"{len(values)} samples need as many increasing times; there are {len(times)}",
         )
@@ -169,9 +170,9 @@ def _is_series(node) -> bool:
 
 def series_paths(file) -> list[str]:
     """Every time series of an open file, as paths that `data.behavior` takes."""
-    found = []
-    file.visititems(lambda name, node: found.append(name) if _is_series(node) else None)
-    return found
+    paths = []
+    file.visititems(lambda name, node: paths.append(name) if _is_series(node) else None)
+    return paths
 
 
 def _nearby(path: Path) -> str | None:
@@ -187,7 +188,7 @@ def write_recording(path: str | Path, recording: Recording, *, behavior: str, ra
     """Write an NWB 2.7 file that pynwb opens; the same recording gives the same content, dates and ids included.
 
     `behavior` is `processing/<module>/<series>`. `rates`, if given, is (float32[T, U] in Hz, period in seconds): the
-    rates the spikes were drawn from, stored beside them. The file appears whole or not at all.
+    rates from which the spikes were drawn, stored beside them. The file appears complete or not at all.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -215,7 +216,7 @@ def _write(writer, recording, behavior, rates):
 
 
 class _Writer:
-    """Groups and datasets with the attributes by which NWB readers know them."""
+    """Writes groups and datasets with the attributes that NWB readers need."""
 
     def __init__(self, file, identifier):
         self.file, self.identifier = file, identifier

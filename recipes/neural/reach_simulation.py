@@ -1,11 +1,11 @@
 """A simulated motor-cortex session: delayed random-target reaches, a latent state, and units that spike from it.
 
-Every quantity is known, the firing rates included, and all of it is a function of the seed alone. The ingredients are
-the ones reported for primate M1/PMd: minimum-jerk reaches with corrective submovements (Flash & Hogan 1985; Novak et
+Every quantity is known, including the firing rates, and everything is a function of the seed alone. The ingredients are
+those reported for primate M1/PMd: minimum-jerk reaches with corrective submovements (Flash & Hogan 1985; Novak et
 al. 2002), activity that leads the hand by 100 ms, preparatory activity in its own dimensions, rotations and a large
 condition-independent signal at movement onset (Churchland et al. 2012; Kaufman et al. 2016), directional tuning that
 turns with posture (Caminiti et al. 1990), gain by speed (Moran & Schwartz 1999), saturation, a shared slow gain, and
-a refractory period. Their sizes are choices, made once; a real recording is what settles a decoder's worth.
+a refractory period. Their sizes are arbitrary choices; only a real recording shows what a decoder is worth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from neural.nwb import Recording, write_recording
 
-VERSION = 1  # part of the file's name: a change of the simulation must not meet a file of the older one
+VERSION = 1  # part of the file's name, so that a changed simulation does not read a file of an older one
 PERIOD_S = 0.01  # of kinematics, latents and rates
 LEAD_S = 0.10
 REFRACTORY_S = 0.002
@@ -26,14 +26,14 @@ BEHAVIOR = "processing/behavior/hand_vel"
 
 @dataclass(frozen=True)
 class Simulation:
-    """`rates` float32[T, U] in Hz at PERIOD_S from time 0: what the spikes of `recording` were drawn from."""
+    """`rates` float32[T, U] in Hz at PERIOD_S from time 0, from which the spikes of `recording` were drawn."""
 
     recording: Recording
     rates: np.ndarray
 
 
 def prepare_simulation(folder: Path, trials: int, units: int, seed: int) -> Path:
-    """The simulated session as an NWB file in `folder`, made if it is not there yet."""
+    """The simulated session as an NWB file in `folder`, written if it does not exist yet."""
     path = Path(folder) / f"reaches-v{VERSION}-{trials}x{units}-seed{seed}.nwb"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,9 +183,10 @@ def _rates(rng, latents, speed, gain, units: int) -> np.ndarray:
 
 
 def _spikes(rng, rate_hz) -> np.ndarray:
-    """Sorted spike times in seconds of a Poisson unit with a dead time, whose mean rate is `rate_hz` all the same.
+    """Sorted spike times in seconds of a Poisson unit with a dead time, whose mean rate is still `rate_hz`.
 
-    A dead time d lets through r / (1 + r d) of a Poisson process of rate r, so r is raised by 1 / (1 - rate d) first.
+    A dead time d lets through r / (1 + r d) of a Poisson process of rate r, so r is first multiplied by
+    1 / (1 - rate d).
     """
     hazard = rate_hz / (1 - rate_hz * REFRACTORY_S)
     counts = rng.poisson(hazard * PERIOD_S)
@@ -193,7 +194,7 @@ def _spikes(rng, rate_hz) -> np.ndarray:
     times = np.sort(times + rng.uniform(0, PERIOD_S, len(times)))
     while True:
         close = np.diff(times, prepend=-np.inf) < REFRACTORY_S
-        # Only the first of a run of close spikes goes each time: it may have been what its follower was close to.
+        # Each pass removes only the first of several close spikes, because its follower may have been close only to it.
         close[1:] &= ~close[:-1]
         if not close.any():
             return times

@@ -1,7 +1,7 @@
-"""Spikes and behaviour of a recording as bins, trials held out by hash, and windows of bins for a decoder.
+"""Bins of a recording's spikes and behaviour, trials held out by hash, and windows of bins for a decoder.
 
-Bins never cross a trial's edge, and neither do windows: no bin of a held-out trial is seen in training, not even as
-an input. Bin t of a trial covers start + [t, t + 1) * bin; its velocity is the mean within the same bin.
+Neither bins nor windows cross a trial's edge: no bin of a held-out trial is seen in training, not even as an input. Bin
+t of a trial covers start + [t, t + 1) * bin; its velocity is the mean within the same bin.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Trials:
-    """Binned trials end to end: rows offsets[k]:offsets[k + 1] are trial ids[k].
+    """Concatenated binned trials: rows offsets[k]:offsets[k + 1] are trial ids[k].
 
     Attributes:
         spikes: uint16[N, U] counts.
         velocity: float64[N, D] in `unit`; nan where the behaviour was not measured.
-        uncovered: trials dropped because the behaviour does not reach over them.
+        uncovered: trials dropped because the behaviour does not cover them.
     """
 
     spikes: np.ndarray
@@ -37,7 +37,7 @@ class Trials:
     uncovered: int = 0
 
     def split(self, name: str, held_out: float) -> Trials:
-        """The trials of one split, by a hash of (recording, trial): further trials never move one to another split.
+        """The trials of one split, by a hash of (recording, trial): more trials never move one to another split.
 
         `held_out` is the share of test trials; half as many are for validation.
         """
@@ -50,7 +50,7 @@ class Trials:
                 f"no trial of {self.identifier} falls into the {name} split",
                 where="data.held_out",
                 why=f"{len(self.ids)} trials are divided by a hash of their ids, {held_out:g} of them for test",
-                hint="more trials, or a larger share",
+                hint="use more trials or a larger share",
             )
         rows = np.concatenate([np.arange(self.offsets[k], self.offsets[k + 1]) for k in kept])
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
@@ -67,8 +67,8 @@ def _share(identifier: str, trial: int) -> float:
 def bin_trials(recording: Recording, bin_s: float, unit_ids: list[int] | None = None) -> Trials:
     """Count spikes and average the behaviour in bins of `bin_s` seconds, within trials.
 
-    `unit_ids` picks units by their id in the file; None takes all. Raises UserError for an unknown unit, and where
-    the behaviour covers fewer than half of the trials, which means two clocks.
+    `unit_ids` selects units by their id in the file; None takes all. Raises UserError for an unknown unit, and if the
+    behaviour covers fewer than half of the trials, which indicates two clocks.
     """
     columns = _columns(recording, unit_ids)
     times = recording.behavior_times
@@ -81,10 +81,10 @@ def bin_trials(recording: Recording, bin_s: float, unit_ids: list[int] | None = 
             where="data.behavior",
             why=f"it was measured from {times[0]:.3f} to {times[-1]:.3f} s; the trials reach from "
             f"{recording.trial_start.min(initial=np.inf):.3f} to {recording.trial_stop.max(initial=-np.inf):.3f} s",
-            hint="times are seconds on the file's one clock",
+            hint="all times in the file must be seconds on one clock",
         )
     edges = [recording.trial_start[k] + np.arange(bins[k] + 1) * bin_s for k in kept]
-    # Every trial's edges end to end: the difference across a seam is not a bin, so it is masked out.
+    # The edges of all trials are concatenated: the difference across a seam is not a bin, so it is masked out.
     flat = np.concatenate(edges)
     inside = np.concatenate([np.arange(len(e)) < len(e) - 1 for e in edges])
     spikes = np.empty((int(inside.sum()), len(columns)), np.uint16)
@@ -120,7 +120,7 @@ def _columns(recording: Recording, unit_ids):
 
 
 def _binned_behavior(recording: Recording, flat, inside, bin_s):
-    """Mean in each bin; behaviour sampled more coarsely than two to a bin is interpolated at the bin's centre."""
+    """The mean in each bin; behaviour with fewer than two samples per bin is interpolated at the bin's centre."""
     times, values = recording.behavior_times, recording.behavior
     period = float(np.median(np.diff(times)))
     if period <= bin_s / 2:
@@ -160,7 +160,7 @@ class Standard:
 class Windows:
     """A `Source` of windows of T consecutive bins, one for each place a window fits in a trial.
 
-    A trial shorter than T gives one window, filled up at its end with empty bins of weight 0. `take` returns
+    A trial shorter than T gives one window, padded at its end with empty bins of weight 0. `take` returns
     spikes uint16[B, T, U], velocity float32[B, T, D] (standardised, 0 where unmeasured), weights float32[B, T].
     """
 
@@ -208,7 +208,7 @@ class Windows:
 
 
 def velocity_plots(trials: Trials, decoded: np.ndarray, most_bins: int = 400) -> list[dict]:
-    """The true and the `decoded` velocity, float64[N, D], over the first trials of about `most_bins`, an axis a plot.
+    """The true and the `decoded` velocity, float64[N, D], over the first trials of about `most_bins`, by axis.
 
     For the "plots" of a recipe's score; unmeasured bins are None.
     """
@@ -230,7 +230,7 @@ def velocity_plots(trials: Trials, decoded: np.ndarray, most_bins: int = 400) ->
 def lagged(spikes: np.ndarray, offsets: np.ndarray, lags: int) -> np.ndarray:
     """Each bin's last `lags` bins of `spikes` float[N, U], newest first: float[N, lags * U]; 0 before a trial starts.
 
-    Given standardised spikes, 0 is the training mean, which is the neutral guess for a bin nobody saw.
+    For standardised spikes, 0 is the training mean, the neutral guess for an unseen bin.
     """
     bins, units = spikes.shape
     age = np.arange(bins) - np.repeat(offsets[:-1], np.diff(offsets))
@@ -242,10 +242,10 @@ def lagged(spikes: np.ndarray, offsets: np.ndarray, lags: int) -> np.ndarray:
 
 
 def r2(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, list[float]]:
-    """Coefficient of determination of [N, D] values: over all axes weighted by their variance, and for each axis.
+    """Coefficient of determination of [N, D] values: (over all axes weighted by their variance, for each axis).
 
-    1 - sum of squared errors / sum of squares about the mean, the sums over bins of all trials together; summing
-    over axes before dividing is the variance-weighted mean of the axes' own. Bins with a nan truth do not count.
+    1 - sum of squared errors / sum of squares about the mean, with sums over the bins of all trials; summing over axes
+    before dividing gives the variance-weighted mean of the axes' values. Bins with a nan truth do not count.
     """
     measured = np.isfinite(truth).all(axis=1)
     truth, predicted = truth[measured].astype(np.float64), predicted[measured].astype(np.float64)

@@ -1,7 +1,7 @@
-"""Handwritten digits: a small convolutional network with BatchNorm and Dropout, scored on images it has never seen.
+"""Handwritten digits: a small convolutional network with BatchNorm and Dropout, scored on held-out images.
 
-The second example of docs/extend.md: a model whose state is more than its parameters, an accuracy while training, and
-facts (the scale of the pixels) that the run keeps, so that it is read where the data is not.
+This is the second example of docs/extend.md: a model with state beside its parameters, an accuracy while training, and
+facts (the scale of the pixels) that the run keeps, so that it can be read on machines without the data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The 1,797 images of 8 x 8 pixels that scikit-learn brings along."""
+    """The 1,797 images of 8 x 8 pixels that come with scikit-learn."""
 
     test: float = setting(0.2, gt=0, lt=0.5, help="share of the images held out for the score, by hash of the image")
     validation: float = setting(0.1, gt=0, lt=0.5, help="share of the images held out for evaluation while training")
@@ -63,7 +63,7 @@ class Digits(Recipe):
 
     @functools.cache  # noqa: B019 - a recipe lives as long as its run
     def data(self, split):
-        """Images of one split: "train", "validation" or "test". An image's own hash decides which it belongs to."""
+        """Images of one split: "train", "validation" or "test". An image's own hash decides its split."""
         images, labels = _load()
         draws = np.array([hashlib.sha256(image.tobytes()).digest()[0] / 256 for image in images])
         test, validation = self.config.data.test, self.config.data.validation
@@ -102,7 +102,7 @@ class Digits(Recipe):
         return Network(config.channels, config.dropout, (self.known["mean"], self.known["deviation"]), rngs)
 
     def loss(self, model, batch, key) -> Loss:
-        """Cross-entropy, summed over the images; each is moved by a pixel or so in training."""
+        """Cross-entropy, summed over the images; each is shifted by up to `data.shift` pixels in training."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -124,11 +124,12 @@ class Digits(Recipe):
         batch = source.take(np.arange(len(source)))
         guessed, labels = np.asarray(predict({"image": batch["image"]})), batch["label"]
         rows = [[digit, *np.bincount(guessed[labels == digit], minlength=CLASSES).tolist()] for digit in range(CLASSES)]
-        table = {"title": "How often each digit was read as which", "columns": ["digit", *range(CLASSES)], "rows": rows}
+        title = "How often each digit was taken for which"
+        table = {"title": title, "columns": ["digit", *range(CLASSES)], "rows": rows}
         return {"accuracy": float((guessed == labels).mean()), "images": len(labels), "tables": [table]}
 
     def baselines(self, workdir, progress) -> dict:
-        """Of the same test images: the nearest mean of a class, and a vote of the three nearest training images."""
+        """Accuracy on the test images of the nearest class mean, and of a vote of the three nearest training images."""
         train, test = self.data("train"), self.data("test")
         x, y = train.images.reshape(len(train), -1), train.labels
         seen = test.images.reshape(len(test), -1)
@@ -154,12 +155,12 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtra("scikit-learn", "vision", "the recipe vision/digits") from error
-    found = load_digits()
-    return found.images[..., None].astype(np.float32), found.target.astype(np.int32)
+    digits = load_digits()
+    return digits.images[..., None].astype(np.float32), digits.target.astype(np.int32)
 
 
 def _moved(image, key, most: int):
-    """float32[8, 8, 1] moved by up to `most` pixels either way, zeros moved in."""
+    """float32[8, 8, 1] shifted by up to `most` pixels in each direction and filled with zeros."""
     import jax
     import jax.numpy as jnp
 

@@ -194,8 +194,8 @@ CUT = {
     "l.json": (b'{"version": 1, "texte": "x"}', "its fields are version, texte\n  data.text_field=texte"),
     "m.jsonl": (b'"a"\n"b"\n', "its rows are not objects with fields"),
     "p.csv": ("id\ttext\n1\tx\n".encode("utf-16"), "it is in UTF-16"),
-    "n.xlsx": (b"PK", "of a kind that is not read(?s:.*)convert it"),
-    "o.tar.gz": (b"\x1f\x8b", "of a kind that is not read(?s:.*)unpack it"),
+    "n.xlsx": (b"PK", "of an unsupported kind(?s:.*)convert it"),
+    "o.tar.gz": (b"\x1f\x8b", "of an unsupported kind(?s:.*)unpack it"),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_after_as_many_returns_as_allowed_it_stops_and_names_the_batch_and_the_e
     assert facts["data_step"] == last["data_step"] and facts["not_finite"] == {"y": [BAD_ROW]}
     assert BAD_ROW in facts["indices"]
     assert main(["inspect-batch", "run", "29"]) == 2
-    assert "has made no step 29" in capsys.readouterr().err
+    assert "has not taken step 29" in capsys.readouterr().err
 
 
 def test_a_single_bad_step_is_skipped_and_no_more_by_default(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_too_little_within_a_step_stops_though_there_is_enough_between_two(tmp_p
     box(root, 0.5)
     guard.look()
     box(root, 6)
-    assert "537 MB of 68.7 GB left within a step, 1.37 GB have to be" in guard.asked(3, lambda: None)
+    assert "537 MB of 68.7 GB left within a step, but 1.37 GB are needed" in guard.asked(3, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_a_run_is_not_started_into_a_full_box(lab, shared_box, tmp_path):
         ballast.kill()
         ballast.wait()
     assert (status, shared_box.killed()) == (EXIT_LOW_MEMORY, 0), err
-    assert "too little memory is left to go on" in err and "Traceback" not in err
+    assert "too little memory is left to continue" in err and "Traceback" not in err
     assert re.search(rf"python\S* \(process {ballast.pid}\) 8\d\d MB", err), err
 
 

@@ -246,7 +246,7 @@ def test_what_the_user_set_is_kept_and_said(here, monkeypatch, capsys):
     monkeypatch.setattr(Session, "compile", refuse)
     assert main([*TRAIN, "memory.save=nothing"]) == 2
     said = capsys.readouterr().err
-    assert "what is set is kept" in said and "memory.save=auto memory.unroll=auto" in said
+    assert "a setting is never overridden" in said and "memory.save=auto memory.unroll=auto" in said
     assert not (here / "run").exists(), "a start that fails before its first step leaves nothing"
 
 
@@ -311,7 +311,7 @@ def test_what_was_live_stands_beside_the_plan_with_its_biggest_causes_first():
     causes = {"parameters": 10, "saved": 400 * 10**6, "workspace": 50 * 10**6, "batch": 2, "frozen": 20, "average": 1}
     plan = Plan(4, 1, predicted_bytes=460 * 10**6, compiled_bytes=470 * 10**6, details={"by_cause": causes})
     live = {"in_use": 90 * 10**9, "peak": 95 * 10**9, "limit": 96 * 10**9}
-    lines = oom.told(oom.Fault("step 3", "RESOURCE_EXHAUSTED: no", live), plan)
+    lines = oom.fault_lines(oom.Fault("step 3", "RESOURCE_EXHAUSTED: no", live), plan)
     assert lines[0] == "RESOURCE_EXHAUSTED: no"
     assert "compiled 470 MB, predicted 460 MB" in lines[1]
     assert "in use 90" in lines[2] and "limit 96" in lines[2]

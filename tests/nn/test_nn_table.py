@@ -106,7 +106,7 @@ def test_an_encoder_sees_all_of_its_text_and_none_of_its_padding():
     segments = jnp.asarray([[1] * 9 + [0] * 3] * 2, jnp.int32)
     assert seen_by(model, 2, 8, segments=segments) and not seen_by(model, 2, 9, segments=segments)
     assert not hasattr(model, "nll")
-    with pytest.raises(UserError, match="continues none"):
+    with pytest.raises(UserError, match="cannot continue one"):
         decoder(mask="bidirectional").extend(TOKENS, TOKENS, None)
 
 

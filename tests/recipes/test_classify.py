@@ -157,7 +157,7 @@ def test_a_run_is_scored_beside_its_rivals_and_shows_its_mistakes(trained):
     counts = np.array([row[1:-1] for row in table["rows"]])
     assert counts.sum(1).tolist() == [11, 11, 11]  # the same share of every class
     assert len(mistakes["rows"]) == counts.sum() - np.trace(counts)
-    assert "How often each class was read as which" in (trained[1] / "report.html").read_text()
+    assert "How often each class was taken for which" in (trained[1] / "report.html").read_text()
 
 
 def test_new_texts_are_classified_where_the_table_is_not(trained, capsys):

@@ -202,7 +202,7 @@ def test_a_recording_named_in_the_config_is_read_as_the_simulated_one_is(recipe,
 
 
 def test_wrong_settings_are_told_before_anything_runs(cache):
-    with pytest.raises(UserError, match="heads that do: 1, 2, 4, 8"):
+    with pytest.raises(UserError, match="use one of these for heads: 1, 2, 4, 8"):
         load("neural/decoding", [*SMALL, "model.heads=3"])
     with pytest.raises(UserError, match="no recording"):
         make(cache, "data.source=nowhere.nwb")

@@ -70,4 +70,4 @@ def test_a_stop_waits_for_the_compiler_and_says_so(here, early, monkeypatch, cap
     monkeypatch.setattr(evaluate.Evaluator, "compile", lambda self, *_: time.sleep(2))
     monkeypatch.setattr(loop.Loop, "_asked", lambda self: "SIGTERM" if self._step else None)
     assert main([*RUN, "evaluate.every=99"]) == 75
-    assert "waiting for the evaluation to be compiled" in capsys.readouterr().err
+    assert "waiting for the compilation of the evaluation" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_self_play_that_is_killed_resumes_to_the_bit_and_asks_nobody_twice(recip
         assert main(["resume", "run", "train.steps=42", "memory.accumulation=2"]) == 0
         said = capsys.readouterr().err
         assert "memory.accumulation: 'auto' -> 2 (changes the run from here on)" in said
-        assert "the model makes other data from here" in said
+        assert "from here the model makes different data" in said
 
 
 def test_the_documents_game_is_learned_in_one_short_file(here):
