@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import logging
 import math
 import sysconfig
 from collections import Counter
@@ -21,6 +22,7 @@ from aurora_train.data.readers import LeftOut, Mistake
 from aurora_train.errors import UserError
 
 STDLIB = "python-stdlib"
+log = logging.getLogger("aurora_train")
 # Packages of every Python that is supported; those that this one lacks are left out.
 PACKAGES = ("asyncio", "email", "encodings", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib",
             "xml")  # fmt: skip
@@ -43,14 +45,15 @@ def read(
     all rows are of one class, unless `one_will_do`.
     """
     source_rows = _functions() if source == STDLIB else _of_tables(source, text_field, label_field)
-    rows, seen, left_out = [], set(), Counter()
+    rows, seen, left_out = [], {}, Counter()
     for row in source_rows:
         if isinstance(row, LeftOut):
             left_out[str(row)] += 1
         elif row.text in seen:
-            left_out["repeats an earlier text"] += 1
+            same = row.label == seen[row.text]
+            left_out["repeats an earlier text" + ("" if same else " under another label")] += 1
         else:
-            seen.add(row.text)
+            seen[row.text] = row.label
             rows.append(row)
             _check_class(row, classes)
     if not rows:
@@ -61,6 +64,9 @@ def read(
             where="data.label_field", why="there is nothing to distinguish",
             hint="data.label_field=COLUMN selects another column",
         )  # fmt: skip
+    if left_out:
+        reasons = "; ".join(f"{number:,} {why}" for why, number in sorted(left_out.items()))
+        log.warning("%d of %d rows left out: %s", left_out.total(), left_out.total() + len(rows), reasons)
     return rows, left_out
 
 

@@ -125,6 +125,11 @@ class Loop:
                     break
                 # The stop was for an overdue save, which has succeeded since: keep training.
         self._await_compiler()
+        if self.has_ended() and self._step < last:
+            self._progress.event(
+                f"ended at step {self._step} of {last}: {self._config.evaluate.patience} evaluations in a row "
+                "without a new best (evaluate.patience); the best one's checkpoint is kept"
+            )
         asked = self._asked() if interrupted or not self.has_ended() else None
         return _SAVED_AT_LAST if asked == UNSAVED else asked
 

@@ -72,6 +72,8 @@ class Classify(Base):
         data, model = config.data, config.model
         if data.source != STDLIB:
             tables_of(data.source)
+        if len(set(data.labels)) < len(data.labels):
+            raise UserError("a class is named twice", where="data.labels", hint="name each class once")
         if any(row.kind == "cross" for row in model.rows):
             raise UserError("there is no second text that a layer of kind cross could read", where="model.layer_table")
         if model.positions == "learned" and model.max_length < data.sequence:

@@ -41,11 +41,12 @@ def read(source, **settings):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "a.jsonl.gz"])
-def test_every_kind_of_table_gives_the_same_rows(name, tmp_path):
-    rows, left_out = read(write(tmp_path / name, [*ROWS, ROWS[0], ("", "fine")]))
+def test_every_kind_of_table_gives_the_same_rows(name, tmp_path, caplog):
+    rows, left_out = read(write(tmp_path / name, [*ROWS, ROWS[0], ("", "fine"), (ROWS[1][0], "another")]))
     assert [(row.text, row.label) for row in rows] == ROWS
     assert rows[2].place == f"row 3 of {name}"
-    assert left_out == {"repeats an earlier text": 1, "no text": 1}
+    assert left_out == {"repeats an earlier text": 1, "no text": 1, "repeats an earlier text under another label": 1}
+    assert "3 of " in caplog.text and "1 repeats an earlier text under another label" in caplog.text
 
 
 @pytest.mark.parametrize("name,values,labels", [

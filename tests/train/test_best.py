@@ -84,8 +84,10 @@ BY_METRIC = ["train", "toy.yaml", "recipe=rising.py", "--run", "run", "--quiet",
 
 def test_the_recipes_metric_decides_which_is_best_and_when_there_is_no_better_any_more(here, capsys):
     (here / "rising.py").write_text(RISING)
-    assert main([*BY_METRIC, "evaluate.patience=2"]) == 0
-    assert "finished at step 30" in capsys.readouterr().out
+    assert main([one for one in [*BY_METRIC, "evaluate.patience=2"] if one != "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert "finished at step 30" in shown.out
+    assert "ended at step 30 of 60: 2 evaluations in a row without a new best (evaluate.patience)" in shown.err
     results = evaluations(here / "run")
     assert [step for step, _ in results] == [10, 20, 30] and results[0][1] > max(results[1][1], results[2][1])
     steps, scores = kept(here / "run")
