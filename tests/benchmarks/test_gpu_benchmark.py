@@ -244,7 +244,7 @@ def test_the_compiled_peer_has_attention_without_a_mask():
         assert told.get("enable_gqa", False) is grouped
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_compiled_peer_recomputes_and_accumulates(shared_cache):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -258,7 +258,7 @@ def test_the_compiled_peer_recomputes_and_accumulates(shared_cache):
     side.close()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_whole_path_on_tiny_shapes(shared_cache, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -30,7 +30,7 @@ def test_the_truth_is_every_union_once_and_budgets_span_it(benchmark):
     assert benchmark.budgets(truth, 4) == [100, 300, 500, 700]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(not can_compile_for_gpu(), reason="needs the extra [plan]")
 def test_choices_at_toy_size_fit_and_are_nearly_the_cheapest(benchmark):
     tree = benchmark.toy_tree(layers=4, batch=2)
