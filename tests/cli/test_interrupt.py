@@ -6,7 +6,7 @@ import time
 
 def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(aurora, tiny, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # what was compiled before would be there at once
-    process = aurora.start("plan", tiny, "model.width=48", "model.layers=12")
+    process = aurora.start("plan", tiny, "model.width=48", "model.layers=40")
     told = ""
     while "compiling a plan" not in told:
         line = process.stderr.readline()
