@@ -13,7 +13,7 @@ from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
 from aurora_train.optimizer import partition
 
-SAVE_COPIES = 1.1  # what a save takes, in times of the bytes that it copies (measured: docs/always-on.md)
+SAVE_COPIES = 1.1  # the memory of a save as a multiple of what it copies (measured: docs/always-on.md)
 ESTIMATE = "an estimate that has erred by up to 8 % (docs/planner_accuracy.md)"
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
@@ -31,14 +31,14 @@ def _bytes(shape, dtype) -> int:
 
 
 def copied_by_a_save(state, *, frozen: bool = True) -> int:
-    """Bytes, whole, of what a save copies to the processor's memory at a time.
+    """The most bytes, over all devices, that a save holds as copies in the processor's memory at once.
 
-    `frozen`: the parameters that are not trained are still to be written; the first save does that before it copies
-    the rest.
+    `frozen`: whether the parameters that are not trained are still to be written. The first save writes them before
+    it copies the rest, so the larger of the two counts.
     """
-    still = tree_bytes(state.frozen)
-    trained = tree_bytes(state) - still
-    return max(trained, still) if frozen else trained
+    untrained = tree_bytes(state.frozen)
+    trained = tree_bytes(state) - untrained
+    return max(trained, untrained) if frozen else trained
 
 
 def sharded_bytes(tree, shardings) -> int:

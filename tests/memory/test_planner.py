@@ -16,7 +16,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine.rates import Rates
 from aurora_train.memory import account
 from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import COMPILES, ROOMY, Planner
+from aurora_train.memory.planner import COMPILES, Planner
 from aurora_train.nn import param
 from aurora_train.nn.stack import Segment, Stack
 from aurora_train.recipe import Loss, Recipe
@@ -298,38 +298,6 @@ def test_a_model_without_stacks_is_planned_by_its_microbatch_alone():
     plan = planner(made, 0.6 * whole.compiled_bytes).run()
     check(plan, 8, int(0.6 * whole.compiled_bytes), {})
     assert plan.accumulation > 1 and plan.details["tensors"] == {}
-
-
-# ---- a CPU with room, where a large batch is no faster than its parts
-
-
-def parts_of(batch, **more) -> tuple[int, int]:
-    sections = {"train": {"batch": batch}} | more.pop("sections", {})
-    plan = planner(program(**sections, **more), 2**37, compiled_later=True).run()
-    assert plan.microbatch * plan.accumulation == batch
-    assert all(segment.save is None for cut in plan.stacks.values() for segment in cut), "everything is kept"
-    whole = planner(program(train={"batch": batch}, memory={"accumulation": 1}), 2**37, compiled_later=True).run()
-    assert (plan.predicted_bytes < whole.predicted_bytes) == (plan.accumulation > 1)
-    return plan.accumulation, plan.predicted_bytes
-
-
-def test_a_cpu_takes_a_large_batch_in_parts_until_its_temporaries_are_small():
-    accumulation, needed = parts_of(16384)
-    assert accumulation > 1 and ROOMY / 4 < needed < 1.5 * ROOMY
-    assert parts_of(128)[0] == 1
-
-
-def test_no_part_is_so_small_that_adding_gradients_shows(monkeypatch):
-    monkeypatch.setattr("aurora_train.memory.planner.ROOMY", 1000)
-    accumulation, _ = parts_of(512)
-    assert 512 // accumulation * LENGTH >= 1000 > 512 // (4 * accumulation) * LENGTH  # tokens
-    assert parts_of(32)[0] == 1
-
-
-def test_a_cpu_leaves_a_batch_whole_where_that_was_asked_for_or_the_loss_needs_it():
-    assert parts_of(4096, sections={"memory": {"accumulation": 1}})[0] == 1
-    assert parts_of(4096, couples="microbatch")[0] == 1
-    assert parts_of(4096)[0] > 1
 
 
 # ---- what is asked for
