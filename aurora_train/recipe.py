@@ -45,6 +45,9 @@ class Source(Protocol):
     def describe(self) -> dict:
         """The data's provenance: source, licence, counts, tokenizer hash. JSON-able."""
 
+    # Optional: reading(arrays, indices, rows) -> JSON-able facts for `aurora inspect` about a batch: "summary", a list
+    # of lines, and "rows", for the first rows [{"index", "segments": [{"document", "tokens", "text"}]}].
+
 
 @dataclass(frozen=True)
 class Derived:

@@ -70,8 +70,8 @@ def measure(name: str, steps: int) -> dict[str, float]:
     import numpy as np
 
     from aurora_train import files
-    from aurora_train.memory.plan import make_plan
-    from aurora_train.memory.verify import compiled_bytes
+    from aurora_train.plan.plan import make_plan
+    from aurora_train.plan.verify import compiled_bytes
     from aurora_train.train.rehearsal import rehearse
     from aurora_train.train.state import together
 

@@ -14,12 +14,12 @@ from plan_cases import SHAPES
 from planning import rehearsal_of, shape_tree
 
 from aurora_train.machine.profile import cpu_model
-from aurora_train.memory.account import tree_bytes
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import Planner
-from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.stack import Segment
 from aurora_train.optimizer import partition
+from aurora_train.plan.account import tree_bytes
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import Planner
+from aurora_train.plan.verify import compiled_bytes
 
 CASES = (("llama-1b", "float32"), ("llama-1b", "int8"), ("llama-8b", "bfloat16"), ("llama-8b", "int8"))
 

@@ -13,12 +13,12 @@ from datetime import date
 from planning import rehearsal_of, shape_tree
 
 from aurora_train.machine.profile import cpu_model
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import Planner
-from aurora_train.memory.residuals import offloaded, trace_stack_unit
-from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn.saving import UNIT_INPUT
 from aurora_train.nn.stack import Segment
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import Planner
+from aurora_train.plan.residuals import offloaded, trace_stack_unit
+from aurora_train.plan.verify import compiled_bytes
 
 MODELS = ("llama-1b", "llama-3b", "llama-8b")
 CHOICES = (((), ()), ((), (UNIT_INPUT,)), (("attn_flash",), (UNIT_INPUT, "mlp_up", "mlp_gate")))

@@ -19,7 +19,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine.profile import cpu_model
 from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.planner import COMPILES, Planner
+from aurora_train.plan.planner import COMPILES, Planner
 
 GRID = [  # machine, model, sequence, batch, state
     *[("dgx-spark", "gpt2-350m", t, b, "f32") for t, b in ((1024, 64), (1024, 256), (4096, 64))],

@@ -20,7 +20,7 @@ from plan_cases import DEVELOPMENT, FIRST_HELD_OUT, HELD_OUT
 from planning import case_plan, case_rehearsal
 
 from aurora_train.machine.profile import cpu_model
-from aurora_train.memory.planner import Planner
+from aurora_train.plan.planner import Planner
 
 
 def measure(case) -> dict:

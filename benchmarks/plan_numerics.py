@@ -110,7 +110,7 @@ class Bench:
 
     def plan(self, cut, accumulation: int = 1):
         """A plan of the stack's segments."""
-        from aurora_train.memory.plan import Plan
+        from aurora_train.plan.plan import Plan
 
         return Plan(self.program.config.train.batch // accumulation, accumulation, {self.stack[0]: list(cut)})
 

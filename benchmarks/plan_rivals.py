@@ -37,9 +37,9 @@ from aurora_train.errors import UserError
 from aurora_train.machine.profile import cpu_model
 from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import Planner
-from aurora_train.memory.search import Candidate
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import Planner
+from aurora_train.plan.search import Candidate
 
 QKV, CONTEXT, OUT = ("query", "key", "value"), ("attn_flash", "attn_out", "attn_stats"), ("attn_proj",)
 MLP_IN, MLP_OUT = ("mlp_gate", "mlp_up"), ("mlp_out",)

@@ -25,10 +25,10 @@ from aurora_train.errors import UserError
 from aurora_train.machine.profile import cpu_model
 from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import COMPILES, Planner
-from aurora_train.memory.residuals import trace_stack_unit
-from aurora_train.memory.search import Candidate
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import COMPILES, Planner
+from aurora_train.plan.residuals import trace_stack_unit
+from aurora_train.plan.search import Candidate
 
 GROUPS = (("query", "key", "value"), ("attn_flash",), ("attn_proj",), ("mlp_gate", "mlp_up"), ("mlp_act",))
 SAME = 1.000001  # a plan this much dearer is as cheap

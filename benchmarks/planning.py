@@ -13,8 +13,8 @@ from plan_cases import PRODUCTS, SHAPES, TAGS, VOCABULARY, overrides
 
 from aurora_train.config import load
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment, stacks
+from aurora_train.plan.plan import Plan
 from aurora_train.train.rehearsal import Rehearsal, rehearse
 
 

@@ -23,12 +23,12 @@ from flax import nnx
 from jax.extend import core
 
 from aurora_train.compat import jaxprs_in_params
-from aurora_train.memory.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_unit
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.platform import platform, target_platform
 from aurora_train.nn.sequence import CausalGRU, CausalTransformer
 from aurora_train.nn.transformer import make_context
+from aurora_train.plan.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_unit
 
 BATCH, LENGTH = 2, 128
 SHAPE = {"width": 64, "layers": 2, "heads": 4, "mlp_width": 160}

@@ -52,7 +52,7 @@ from orbax.checkpoint import v1
 from aurora_train import mesh, optimizer
 from aurora_train.data.batches import read_batch
 from aurora_train.files import cache_folder
-from aurora_train.memory.plan import make_plan
+from aurora_train.plan.plan import make_plan
 from aurora_train.random import stream
 from aurora_train.train.hooks import features_of
 from aurora_train.train.precision import settled

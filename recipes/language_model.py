@@ -11,14 +11,14 @@ import functools
 import numpy as np
 
 from aurora_train.config import Section, setting
-from aurora_train.data.config import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
-from aurora_train.data.sources import check_data
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
 from aurora_train.recipe import Derived, Loss, few
 from aurora_train.recipe import Recipe as Base
 from aurora_train.units import size
+from language.corpus import check_data
+from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
 
 
 class Scoring(Section):
@@ -102,14 +102,14 @@ class Recipe(Base):
 
     def expected_facts(self) -> dict:
         """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""
-        from aurora_train.data.tokenizers import expected_vocabulary
+        from language.tokenizers import expected_vocabulary
 
         return {"vocabulary": expected_vocabulary(self.config.data.tokenizer)}
 
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer of the training text, on any machine."""
-        from aurora_train.data.tokenizers import Tokenizer
+        from language.tokenizers import Tokenizer
 
         return Tokenizer.of_files(self.known)
 
@@ -121,8 +121,8 @@ class Recipe(Base):
         return arrays | {"weights": jax.ShapeDtypeStruct(row, "float32")}
 
     def prepare(self, progress) -> None:
-        from aurora_train.data.prepare import prepare
-        from aurora_train.data.tokenizers import Tokenizer
+        from language.prepare import prepare
+        from language.tokenizers import Tokenizer
 
         inherited = Tokenizer.of_files(self.inherited) if self.inherited else None
         self.store = prepare(self.config.data, self.cache / "data", progress=progress, inherited=inherited)
@@ -139,7 +139,7 @@ class Recipe(Base):
         return other.use(self.known)
 
     def data(self, split: str):
-        from aurora_train.data.rows import TokenSource
+        from language.rows import TokenSource
 
         if split == "validation" and self.config.data.holdout_validation == 0:
             return None
@@ -173,7 +173,7 @@ class Recipe(Base):
         return 0 if model.tied else self.known["vocabulary"] * model.width
 
     def score(self, predict, split, key, workdir, progress) -> dict:
-        from aurora_train.data.windows import bits_per_document, windows
+        from language.windows import bits_per_document, windows
 
         documents = list(self.store.documents(split))
         if not documents:
@@ -224,8 +224,8 @@ class Recipe(Base):
     def samples(self, model, key) -> list[dict]:
         import jax
 
-        from aurora_train.data.tokenizers import Continuation
         from language.rivals import python_parse_share
+        from language.tokenizers import Continuation
 
         wanted = self.config.samples
         generator = self._generator(model)
@@ -248,7 +248,7 @@ class Recipe(Base):
         return self.config.data.source == "python-stdlib" or self.config.data.pattern.endswith(".py")
 
     def generate(self, model, prompt: str, options: dict, on_text) -> str:
-        from aurora_train.data.tokenizers import Continuation
+        from language.tokenizers import Continuation
 
         written = Continuation(self.tokenizer, prompt)
         self._generator(model).generate(

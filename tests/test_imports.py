@@ -18,7 +18,7 @@ ORDER = [
     {"tools"},
     {"train", "run"},
     {"generate"},
-    {"memory"},
+    {"plan"},
     {"checkpoint"},
     {"record"},
     {"optimizer"},

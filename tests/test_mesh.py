@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from aurora_train import mesh as meshes
 from aurora_train.config import load
-from aurora_train.memory.plan import Plan
+from aurora_train.plan.plan import Plan
 from pieces import assembled
 from aurora_train.data.batches import read_batch
 

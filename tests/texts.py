@@ -3,9 +3,9 @@
 import json
 import random
 
-from aurora_train.data.config import TextDataConfig
-from aurora_train.data.prepare import prepare
-from aurora_train.data.sources import check_data
+from language.corpus import check_data
+from language.prepare import prepare
+from language.settings import TextDataConfig
 
 WORDS = "the of and to in is that for on are with his they be this have from one had by word but not what all".split()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from aurora_train.data.order import examples_at, slots
-from aurora_train.data.rows import TokenSource
 from aurora_train.errors import UserError
 from aurora_train.recipe import Source
 
@@ -15,9 +14,9 @@ _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 def inspect_batch(source: Source | None, split: str, seed: int, batch: int, data_step: int, rows: int) -> dict:
     """JSON-able facts about the batch that training reads at `data_step`.
 
-    They always include the shape, dtype and range of every array, and the example indices; for text also token counts,
-    the share of padding, documents and bytes per token of the split, and, for the first `rows` rows, documents and
-    segments with their text. UserError if the split has no data.
+    They always include the shape, dtype and range of every array, and the example indices; and what the source itself
+    says of the first `rows` rows (`Source.reading`), such as their documents and text. UserError if the split has no
+    data.
     """
     if source is None:
         raise UserError(f"the {split} split is empty", where=f"data.holdout_{split}", hint=f"data.holdout_{split}=0.01")
@@ -38,9 +37,8 @@ def inspect_batch(source: Source | None, split: str, seed: int, batch: int, data
     }
     if mixture:
         facts["mix"] = _mixed(source, chosen, data_step * batch)
-    if isinstance(source, TokenSource):
-        facts |= _text_facts(source, arrays)
-        facts["rows"] = [_row(source, int(chosen[i]), arrays, i) for i in range(min(rows, batch))]
+    if hasattr(source, "reading"):
+        facts |= source.reading(arrays, chosen, min(rows, batch))
     return facts
 
 
@@ -66,37 +64,6 @@ def not_finite(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, l
     return bad_examples
 
 
-def _text_facts(source: TokenSource, arrays: dict[str, np.ndarray]) -> dict:
-    counts = source.store.manifest["splits"][source.split]
-    tokenizer = source.store.manifest["tokenizer"]
-    return {
-        "source": source.store.manifest["source"],
-        "left_out": source.store.manifest["skipped"],
-        "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} entries",
-        "targets": int(arrays["weights"].sum()),
-        "padding": float(1 - arrays["weights"].mean()),
-        "documents_in_split": counts["documents"],
-        "bytes_per_token": counts["bytes"] / (counts["tokens"] - counts["documents"]),
-        "segments_per_row": float(arrays["segments"].max(axis=1).mean()),
-    }
-
-
-def _row(source: TokenSource, index: int, arrays: dict[str, np.ndarray], i: int) -> dict:
-    segments = arrays["segments"][i]
-    return {
-        "index": index,
-        "segments": [
-            {
-                "document": name,
-                "tokens": int((segments == number).sum()),
-                "text": source.tokenizer.decode(arrays["tokens"][i][segments == number]),
-            }
-            for number, name in enumerate(source.documents_of(index), 1)
-        ],
-        "last_target": source.tokenizer.decode(arrays["targets"][i][segments > 0][-1:]),
-    }
-
-
 def show(facts: dict, console) -> None:
     """Print `inspect_batch`'s facts on a rich console; each document has its own colour, each row a rule above."""
     from rich.table import Table
@@ -107,12 +74,8 @@ def show(facts: dict, console) -> None:
         f"split {facts['split']}, data step {facts['data_step']}{epoch}, "
         f"{len(facts['indices'])} of {facts['examples']:,} examples", highlight=False,
     )
-    if "rows" in facts:
-        console.print(
-            f"{facts['source']}; tokenizer {facts['tokenizer']}; {facts['bytes_per_token']:.3f} bytes per token\n"
-            f"{facts['targets']:,} targets, {facts['padding']:.2%} padding, "
-            f"{facts['segments_per_row']:.2f} documents per row", highlight=False,
-        )
+    for line in facts.get("summary", ()):
+        console.print(line, highlight=False)
     for name, part in facts.get("mix", {}).items():
         console.print(
             f"{name}: {part['share']:.2%} of the rows, {part['in_batch']} here; {part['passes']:.2f} times through its "
@@ -130,4 +93,5 @@ def show(facts: dict, console) -> None:
             colour = _COLOURS[number % len(_COLOURS)]
             console.print(Text(f"[{segment['document']}: {segment['tokens']} tokens]", style=f"bold {colour}"))
             console.print(Text(segment["text"], style=colour))
-        console.print(Text(f"last target: {row['last_target']!r}", style="dim"))
+        if "last_target" in row:
+            console.print(Text(f"last target: {row['last_target']!r}", style="dim"))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
-from aurora_train.memory.report import amount, machine_name
+from aurora_train.plan.report import amount, machine_name
 from aurora_train.tools.report_plots import INK, MAIN, SECOND, drawing, svg_file
 from aurora_train.units import count
 
 if TYPE_CHECKING:
-    from aurora_train.memory.plan import Plan
+    from aurora_train.plan.plan import Plan
 
 # Paul Tol's bright scheme with orange: colour-blind readers can distinguish it, on light and dark backgrounds.
 _LINES = (MAIN, "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#bbbbbb")

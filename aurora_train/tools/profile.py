@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from aurora_train.memory.report import one_line
+from aurora_train.plan.report import one_line
 from aurora_train.run import Run
 from aurora_train.tools.trace import Timeline, perfetto_file, read_events, timeline
 from aurora_train.train.feed import open_feed

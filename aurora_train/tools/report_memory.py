@@ -28,7 +28,7 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
 
 
 def _figures(plan: dict, steps: list[dict]) -> str:
-    from aurora_train.memory.report import WORTH_TELLING, amount, difference
+    from aurora_train.plan.report import WORTH_TELLING, amount, difference
 
     predicted = plan.get("predicted_bytes")
     recorded = [record["memory_bytes"] for record in steps if record.get("memory_bytes")]
@@ -46,14 +46,14 @@ def _figures(plan: dict, steps: list[dict]) -> str:
 
 
 def _causes(bytes_of: dict[str, int]) -> list[str]:
-    from aurora_train.memory.report import amount, by_cause
+    from aurora_train.plan.report import amount, by_cause
 
     rows = [[name, amount(held)] for _, name, held in by_cause(bytes_of)]
     return [table(["predicted cause", "bytes"], rows)] if rows else []
 
 
 def _stacks(stacks: dict) -> list[str]:
-    from aurora_train.memory.report import segments
+    from aurora_train.plan.report import segments
 
     shown = []
     for name, cut in stacks.items():

@@ -12,9 +12,9 @@ import jax
 
 from aurora_train import mesh as meshes
 from aurora_train.machine import processes, profile
-from aurora_train.memory.report import one_line, says_something, side_by_side
 from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
+from aurora_train.plan.report import one_line, says_something, side_by_side
 from aurora_train.recipe import makes_experience
 from aurora_train.train.lineage import record_of
 from aurora_train.train.remarks import remarks_on_config, remarks_on_data

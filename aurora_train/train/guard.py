@@ -32,7 +32,7 @@ from aurora_train.machine.memory import (
     processes_limited_with,
 )
 from aurora_train.machine.profile import this_machine
-from aurora_train.memory.account import SAVE_COPIES, copied_by_a_save, sharded_bytes
+from aurora_train.plan.account import SAVE_COPIES, copied_by_a_save, sharded_bytes
 from aurora_train.units import size
 
 EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command continues

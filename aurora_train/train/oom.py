@@ -16,8 +16,8 @@ import jax
 
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import device_memory, process_memory, process_memory_bytes
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.report import by_cause
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.report import by_cause
 from aurora_train.train.planning import planner_here
 from aurora_train.units import size
 

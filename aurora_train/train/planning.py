@@ -12,10 +12,10 @@ from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory import cache
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import Planner
-from aurora_train.memory.verify import can_compile_for_gpu
+from aurora_train.plan import cache
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import Planner
+from aurora_train.plan.verify import can_compile_for_gpu
 from aurora_train.train.rehearsal import Rehearsal, rehearse
 from aurora_train.units import size
 

@@ -11,7 +11,7 @@ from aurora_train.checkpoint import durable, frozen
 from aurora_train.checkpoint.store import MARGIN_BYTES
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE
-from aurora_train.memory.account import tree_bytes
+from aurora_train.plan.account import tree_bytes
 from aurora_train.units import duration, size
 
 _CLOCK_GRACE = timedelta(seconds=1)

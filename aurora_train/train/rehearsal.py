@@ -22,15 +22,15 @@ from aurora_train import optimizer as optimizers
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
-from aurora_train.memory.account import SAVE_COPIES, copied_by_a_save
-from aurora_train.memory.flops import product_flops
-from aurora_train.memory.plan import Plan, make_plan
-from aurora_train.memory.residuals import kept_bytes
-from aurora_train.memory.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.nn import carried, fp8
 from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
+from aurora_train.plan.account import SAVE_COPIES, copied_by_a_save
+from aurora_train.plan.flops import product_flops
+from aurora_train.plan.plan import Plan, make_plan
+from aurora_train.plan.residuals import kept_bytes
+from aurora_train.plan.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import makes_experience
 from aurora_train.train.blame import place_of, recipe_code

@@ -23,10 +23,10 @@ from aurora_train.checkpoint.following import FollowedStore
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed, count
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.verify import compiled_bytes
 from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.verify import compiled_bytes
 from aurora_train.train.ahead import Ahead
 from aurora_train.train.beginning import Beginning, refuse_other_data, source_of
 from aurora_train.train.dry_run import rehearse_recipe

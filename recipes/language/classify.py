@@ -13,12 +13,12 @@ import hashlib
 import numpy as np
 
 from aurora_train.config import Section, setting
-from aurora_train.data.config import TokenizerConfig
-from aurora_train.data.labelled import STDLIB
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.recipe import Loss, few
 from aurora_train.recipe import Recipe as Base
+from language.labelled import STDLIB
+from language.settings import TokenizerConfig
 
 SHOWN_MISTAKES, SHOWN_CHARACTERS = 20, 100
 
@@ -67,7 +67,7 @@ class Classify(Base):
 
     @classmethod
     def check(cls, config) -> None:
-        from aurora_train.data.labelled import tables_of
+        from language.labelled import tables_of
 
         data, model = config.data, config.model
         if data.source != STDLIB:
@@ -83,8 +83,8 @@ class Classify(Base):
             )  # fmt: skip
 
     def prepare(self, progress) -> None:
-        from aurora_train.data import labelled
-        from aurora_train.data.tokenizers import Tokenizer, known_tokenizer, train_bpe
+        from language import labelled
+        from language.tokenizers import Tokenizer, known_tokenizer, train_bpe
 
         data = self.config.data
         progress(0, 2, "reading texts and labels")
@@ -109,7 +109,7 @@ class Classify(Base):
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer of the training texts, on any machine."""
-        from aurora_train.data.tokenizers import Tokenizer
+        from language.tokenizers import Tokenizer
 
         return Tokenizer.of_files(self.known)
 
@@ -187,7 +187,7 @@ class Classify(Base):
         return self.known["vocabulary"] * self.config.model.width
 
     def score(self, predict, split, key, workdir, progress) -> dict:
-        from aurora_train.data import class_scores as scores
+        from language import class_scores as scores
 
         source, labels = self.data(split), self.known["labels"]
         shares, size = [], 64
@@ -222,7 +222,7 @@ class Classify(Base):
 
     def baselines(self, workdir, progress) -> dict:
         """Accuracy of the commonest class, and of naive Bayes on words."""
-        from aurora_train.data.class_scores import naive_bayes
+        from language.class_scores import naive_bayes
 
         if not self.split["train"]:
             return {}

@@ -13,8 +13,8 @@ from flax import nnx
 
 from aurora_train.cli.main import main
 from aurora_train.config import load
-from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
+from aurora_train.plan.plan import Plan
 
 DOC = Path(__file__).parents[2] / "docs" / "memory.md"
 GB = 10**9

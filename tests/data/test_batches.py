@@ -8,9 +8,9 @@ from corpora import config, write_folder
 
 from aurora_train.data.batches import batches, read_batch
 from aurora_train.data.order import indices
-from aurora_train.data.prepare import prepare
-from aurora_train.data.rows import TokenSource
 from aurora_train.train.evaluate import validation_batches
+from language.prepare import prepare
+from language.rows import TokenSource
 
 
 @pytest.fixture(scope="module")

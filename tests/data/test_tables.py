@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_train.data import readers
-from aurora_train.data.prepare import prepare
-from aurora_train.data.sources import check_data, open_corpus
 from aurora_train.errors import UserError
+from language.corpus import check_data, open_corpus
+from language.prepare import prepare
 
 TEXTS = [
     "plain", "two\nlines\r\n", 'a "quote", a comma;\tand a tab', "", " \u00e9\u4e2d\U0001f642 ", "2021-01-02", "17",

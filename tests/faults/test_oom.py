@@ -20,7 +20,7 @@ import toy
 from harness import Aurora, events, final_hash, losses
 
 from aurora_train.cli.main import main
-from aurora_train.memory.plan import Plan
+from aurora_train.plan.plan import Plan
 from aurora_train.train import oom
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.session import Session

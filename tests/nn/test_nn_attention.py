@@ -11,13 +11,13 @@ from flax import nnx
 
 from aurora_train.compat import jaxprs_in_params
 from aurora_train.errors import UserError
-from aurora_train.memory.verify import pretend_cudnn
 from aurora_train.nn.attention import Attention, Context, choose_attention
 from aurora_train.nn.attention_kernels import BACKENDS, Rule, even_lengths, masked_attention
 from aurora_train.nn.block import Block, tags
 from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.ops import asking
 from aurora_train.nn.platform import target_platform
+from aurora_train.plan.verify import pretend_cudnn
 
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -15,7 +15,6 @@ from flax import nnx
 
 from aurora_train.compat import jaxprs_in_params
 from aurora_train.config.schema import Form, Forms, Train
-from aurora_train.memory.verify import pretend_cudnn
 from aurora_train.nn import ops, saving
 from aurora_train.nn.attention_kernels import BACKENDS, Rule, blocked
 from aurora_train.nn.decoder import Decoder
@@ -29,6 +28,7 @@ from aurora_train.nn.norms import normalise
 from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, Stack
 from aurora_train.optimizer import global_norm
+from aurora_train.plan.verify import pretend_cudnn
 
 RNG = np.random.default_rng(7)
 CHOSEN = [name for name in ops.OPERATIONS if name != "attention"]

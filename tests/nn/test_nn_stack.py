@@ -19,11 +19,11 @@ from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.config.schema import Optimizer as OptimizerConfig
 from aurora_train.errors import UserError
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.residuals import trace_stack_unit
 from aurora_train.nn import param
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.stack import Segment, Stack, probed
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.residuals import trace_stack_unit
 from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.hooks import features
 from aurora_train.train.state import draw

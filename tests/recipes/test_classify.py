@@ -11,8 +11,8 @@ import pytest
 
 import aurora_train
 from aurora_train.cli.main import main
-from aurora_train.data import class_scores, labelled
 from aurora_train.errors import UserError
+from language import class_scores, labelled
 
 RNG = np.random.default_rng(0)
 SUBJECTS = ("the pump", "our valve", "a motor", "that fan", "one belt", "this gear")

@@ -13,12 +13,12 @@ import pyarrow.parquet
 import pytest
 from texts import T, config, document, kept, texts, write_lines
 
-from aurora_train.data.config import MixedSourceConfig, TextDataConfig
 from aurora_train.data.inspection import inspect_batch
-from aurora_train.data.prepare import prepare
-from aurora_train.data.rows import TokenSource
-from aurora_train.data.sources import check_data, open_corpus
 from aurora_train.errors import UserError
+from language.corpus import check_data, open_corpus
+from language.prepare import prepare
+from language.rows import TokenSource
+from language.settings import MixedSourceConfig, TextDataConfig
 
 # ---- R4: files that are tables by content
 

@@ -10,11 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import aurora_train
 from aurora_train.config import load
-from aurora_train.data.config import TokenizerConfig
-from aurora_train.data.prepare import prepare
-from aurora_train.data.sources import check_data
-from aurora_train.data.tokenizers import Continuation, open_file
 from aurora_train.errors import UserError
+from language.corpus import check_data
+from language.prepare import prepare
+from language.settings import TokenizerConfig
+from language.tokenizers import Continuation, open_file
 
 # ---- R12, R13, R17, M5: tokenizers of the user's
 
@@ -65,7 +65,7 @@ def test_R10_R12_one_file_trains_unscored_and_writes_after_a_prompt(tmp_path, mo
 
 
 def test_R12_half_a_character_waits_for_its_other_half():
-    from aurora_train.data.tokenizers import Tokenizer as Bytes
+    from language.tokenizers import Tokenizer as Bytes
 
     written = Continuation(Bytes(), "caf")
     assert [written.add([byte]) for byte in "\u00e9!".encode()] == ["", "\u00e9", "!"] and written.text == "\u00e9!"

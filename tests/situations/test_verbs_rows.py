@@ -16,8 +16,8 @@ from tools.test_report import Page
 from aurora_train.cli.main import main
 from aurora_train.config import load, load_resolved
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory import report
-from aurora_train.memory.plan import Plan
+from aurora_train.plan import report
+from aurora_train.plan.plan import Plan
 from aurora_train.recipe import few
 from aurora_train.record import metrics as logs
 from aurora_train.run import Run

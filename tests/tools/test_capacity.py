@@ -8,9 +8,9 @@ import pytest
 from aurora_train.cli import plan as verb
 from aurora_train.errors import UserError
 from aurora_train.machine import targets
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import Planner
 from aurora_train.nn.stack import Segment
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import Planner
 from aurora_train.tools import capacity as room
 from aurora_train.tools import report_capacity
 from aurora_train.tools.capacity import CONTEXTS, LADDER, STATES, capacity, climb, step_config

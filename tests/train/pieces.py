@@ -7,8 +7,8 @@ import jax
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.data.batches import read_batch
-from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
+from aurora_train.plan.plan import Plan
 from aurora_train.train.hooks import features_of
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import make_recipe

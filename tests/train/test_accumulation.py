@@ -17,11 +17,11 @@ from harness import Aurora
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.config.schema import Optimizer as OptimizerConfig
-from aurora_train.memory.plan import Plan
 from aurora_train.nn import param
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.stack import Segment, Stack
+from aurora_train.plan.plan import Plan
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.hooks import features

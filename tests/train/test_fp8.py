@@ -15,11 +15,11 @@ from aurora_train.config.find_recipe import find_recipe
 from aurora_train.config.load import config_class
 from aurora_train.machine import profile
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory import verify
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.planner import Planner
 from aurora_train.nn import fp8
 from aurora_train.nn.stack import Segment
+from aurora_train.plan import verify
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.planner import Planner
 from aurora_train.train.rehearsal import rehearse
 
 FP8 = "train.precision=fp8"

@@ -18,12 +18,12 @@ from aurora_train.config import load
 from aurora_train.config.schema import Optimizer as OptimizerConfig
 from aurora_train.errors import UserError
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.account import tree_bytes
-from aurora_train.memory.plan import Plan
-from aurora_train.memory.verify import can_compile_for_gpu, compiled_bytes
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.stack import Segment
+from aurora_train.plan.account import tree_bytes
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.verify import can_compile_for_gpu, compiled_bytes
 from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.hooks import features
 from aurora_train.train.rehearsal import rehearse

@@ -11,9 +11,9 @@ from aurora_train.cli.main import main
 from aurora_train.config import load
 from aurora_train.errors import UserError
 from aurora_train.machine.targets import find_machine
-from aurora_train.memory.account import SAVE_COPIES
-from aurora_train.memory.plan import Plan
 from aurora_train.nn.stack import Segment
+from aurora_train.plan.account import SAVE_COPIES
+from aurora_train.plan.plan import Plan
 from aurora_train.run import Run
 from aurora_train.train import planning
 from aurora_train.train.planning import asked, device_kind, pinned_plan, plan_config, planner_here
@@ -80,7 +80,7 @@ def test_without_the_compiler_a_plan_is_estimated_and_says_what_would_verify_it(
 
 def test_a_compiler_that_is_not_wanted_is_not_recommended(monkeypatch, language_model):
     monkeypatch.setattr("aurora_train.train.rehearsal.can_compile_for_gpu", lambda: False)
-    monkeypatch.setattr("aurora_train.memory.account.can_compile_for_gpu", lambda: True)
+    monkeypatch.setattr("aurora_train.plan.account.can_compile_for_gpu", lambda: True)
     plan = plan_config(*language_model(), machine="h100", verify=False)
     assert plan.compiled_bytes is None and "pip" not in " ".join(plan.details["not_verified"])
 

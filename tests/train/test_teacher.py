@@ -13,9 +13,9 @@ from aurora_train import load as load_run
 from aurora_train.checkpoint import layout
 from aurora_train.cli.main import main
 from aurora_train.config import load
-from aurora_train.memory import account
-from aurora_train.memory.estimate import Estimate
 from aurora_train.nn.stack import named_stacks
+from aurora_train.plan import account
+from aurora_train.plan.estimate import Estimate
 from aurora_train.run import Run
 from aurora_train.train.session import open_session
 
