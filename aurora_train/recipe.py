@@ -110,8 +110,8 @@ class Recipe:
     def shapes(self) -> dict | None:
         """One example's arrays as `jax.ShapeDtypeStruct`s, before any data is prepared; `model` must work then, too.
 
-        It allows a config to be planned without its data, and its step to be compiled while they are prepared. With
-        None (the default) the data are prepared first. A recipe with `experience` announces here what that returns.
+        It allows a config to be planned without its data. With None (the default) the data are prepared first. A recipe
+        with `experience` announces here what that returns.
         """
         return None
 

@@ -65,7 +65,8 @@ class Rehearsal:
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
-        self._traced, self._compiled, self._blueprints, self._initialisers, self._residuals = {}, {}, {}, {}, {}
+        self._traced, self._compiled, self._blueprints, self._residuals = {}, {}, {}, {}
+        self._initialiser: tuple[str, Future] | None = None
         self.features = features_of(self.config, self.recipe)
         self._model = self._calls = None
 
@@ -141,15 +142,15 @@ class Rehearsal:
     def initialiser(self, plan: Plan) -> Future:
         """The initialiser, () -> TrainState, compiled in its own thread. Only that of the last cut is kept."""
         key = repr(plan.stacks)
-        if key not in self._initialisers:
-            wait(self._initialisers.values())
-            self._initialisers.clear()  # those of cuts that were not chosen
+        if self._initialiser is None or self._initialiser[0] != key:
+            if self._initialiser is not None:
+                wait([self._initialiser[1]])  # of a cut that was not chosen
             lowered = self.blueprint(plan).initialise.lower()
             options = _DRAWN_ONCE if self.platform == "cpu" else None
             thread = ThreadPoolExecutor(1, "initialiser")
-            self._initialisers[key] = thread.submit(lowered.compile, options)
+            self._initialiser = key, thread.submit(lowered.compile, options)
             thread.shutdown(wait=False)  # the thread ends when its task is done
-        return self._initialisers[key]
+        return self._initialiser[1]
 
     def begin_initialiser(self) -> None:
         """Begin to compile the initialiser before there is a plan: only on a CPU, where the cut is known in advance."""
@@ -157,10 +158,10 @@ class Rehearsal:
             with contextlib.suppress(UserError):  # the planner raises a more specific error
                 self.initialiser(self.asked_plan())
 
-    def await_initialisers(self) -> None:
-        """Wait for all compilations of initialisers, and re-raise the first failure."""
-        for made in self._initialisers.values():
-            made.result()
+    def await_initialiser(self) -> None:
+        """Wait until the initialiser is compiled, if that has begun, and raise its failure."""
+        if self._initialiser is not None:
+            self._initialiser[1].result()
 
     def product_flops(self, plan: Plan) -> int | None:
         """FLOPs of the products of one step under a plan, over all devices; None if unknown."""

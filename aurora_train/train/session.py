@@ -27,7 +27,6 @@ from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
-from aurora_train.train.ahead import Ahead
 from aurora_train.train.beginning import Beginning, refuse_other_data, source_of
 from aurora_train.train.dry_run import rehearse_recipe
 from aurora_train.train.lineage import Parent
@@ -82,7 +81,7 @@ class Session:
         try:
             compiled = self.program.compile(self.plan)
         finally:  # after an out-of-memory error, a new plan must not be compiled beside this
-            self.program.await_initialisers()
+            self.program.await_initialiser()
         # A pinned plan may have been compiled for another precision or other forms.
         self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
         return together(compiled), time.perf_counter() - began
@@ -126,8 +125,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     config = settled(config, run)
     beginning = Beginning.of(config, run)
     recipe, fresh = beginning.recipe, run.step() == 0 and not run.plan.exists()
-    ahead = Ahead(config, recipe.inherited, progress, begin=fresh and count() == 1)
-    source = beginning.ready(ahead)
+    source = beginning.ready(progress)
     evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
@@ -136,7 +134,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     if not config.recipe_bundled and (run.step() == 0 or runs.changed_code(run, config)):
         for line in rehearse_recipe(config, recipe, program, source):
             log.warning("%s", line)
-    if fresh and not ahead.began:
+    if fresh:
         program.begin_initialiser()
 
     def chosen() -> Plan:
@@ -145,7 +143,6 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
         return planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
 
     plan = agreed(chosen, Plan.to_json, Plan.from_json)
-    ahead.wait()
     blueprint = program.blueprint(plan)
     session = Session(
         config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run),
