@@ -122,11 +122,13 @@ def checksum(tree) -> str:
 
 
 def put(tree, sharding: NamedSharding):
-    """Arrays with this sharding, from host arrays that every process has whole."""
+    """Arrays with this sharding, from host arrays (or typed keys) that every process has whole."""
     if processes.count() == 1:
         return jax.device_put(tree, sharding)
 
     def place(array):
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(array)), impl=jax.random.key_impl(array))
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

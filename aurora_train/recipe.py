@@ -191,11 +191,19 @@ class Recipe:
         return []
 
     def predict(self, model, batch: dict) -> Any:
-        """What scoring needs of the model: a pytree of arrays with a leading batch axis. Jitted by the trainer."""
+        """What scoring needs of the model: a pytree of arrays with a leading batch axis. Jitted by the trainer.
+
+        A pure function of its arguments. What `score` needs from one call to the next is part of the batch and of the
+        result: `score` may add keys, one per example, as `batch["key"]`, and the carry of a model with a memory, which
+        it takes from the previous result. Without them (`batch.get("key")`) it must work too: deterministic, as
+        `loss` without a key, and from the model's initial carry.
+        """
         raise NotImplementedError
 
     def score(self, predict: Callable[[dict], Any], split: str, key, workdir: Path, progress: Callable) -> dict:
         """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays and returns numpy.
+
+        `key` is one key, the same every time: `jax.random.split(key, len(batch))` makes those of a batch.
 
         `split` is "test" (the final score), or "validation" while training, if `evaluate.score_every` is set. The first
         key of the result is the headline number. The report shows these keys: "tables", a list of {"title": str,

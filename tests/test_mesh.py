@@ -31,8 +31,8 @@ out = {}
 for name, (data, fsdp, optimizer) in json.loads(sys.argv[1]).items():
     config = load("toy.yaml", ["model.width=32", f"optimizer.name={optimizer}", "optimizer.ema=null"])
     mesh = meshes.make_mesh(data, fsdp)
-    recipe, blueprint, step = assembled(config, accumulation=1, mesh=mesh)
-    source, state, losses = recipe.data("train"), blueprint.initialise(), []
+    recipe, initialise, step = assembled(config, accumulation=1, mesh=mesh)
+    source, state, losses = recipe.data("train"), initialise(), []
     for number in range(%d):
         batch = jax.device_put(read_batch(source, 0, 8, number), meshes.batch_sharding(mesh))
         state, metrics = step(state, batch)

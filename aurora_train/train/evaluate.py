@@ -54,14 +54,18 @@ class Evaluator:
         return {"loss": float(total / max(weight, 1e-9)), **named}
 
     def predictor(self, state) -> Callable[[dict], object]:
-        """`predict(batch of numpy) -> numpy pytree`. A batch not divisible by the devices is padded and cut back."""
+        """`predict(batch) -> numpy pytree`, for pytrees of arrays and of keys with a leading axis of examples.
+
+        A batch not divisible by the devices is padded and cut back.
+        """
         weights = weights_of(state)
 
         def predict(batch: dict):
-            size = len(next(iter(batch.values())))
+            size = len(jax.tree.leaves(batch)[0])
             short = -size % self._num_devices
             if short:
-                batch = {k: np.concatenate([v, np.repeat(v[-1:], short, axis=0)]) for k, v in batch.items()}
+                last = np.minimum(np.arange(size + short), size - 1)
+                batch = jax.tree.map(lambda leaf: leaf[last], batch)
             out = jax.device_get(self._predict(weights, self._put(batch)))
             return jax.tree.map(lambda a: a[:size], out) if short else out
 

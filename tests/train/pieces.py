@@ -1,44 +1,35 @@
-"""The trainer's own pieces put together in a test: a recipe, a plan, an optimizer and a mesh make a step."""
+"""The very step of a run, for a test: built and compiled by the `Rehearsal` from which a run takes it."""
 
 from __future__ import annotations
 
-import jax
-
 from aurora_train import mesh as meshes
-from aurora_train import optimizer as optimizers
 from aurora_train.data.batches import read_batch
 from aurora_train.nn.stack import Segment
 from aurora_train.plan.plan import Plan
-from aurora_train.train.hooks import features_of
 from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import make_recipe
-from aurora_train.train.state import draw
-from aurora_train.train.step import make_step
+from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse
+from aurora_train.train.state import together
 
 
-def assembled(config, cut=None, accumulation=None, mesh=None):
-    """(recipe, blueprint, compiled-on-first-call step) for a config, with one stack cut as told."""
-    recipe = make_recipe(settled(config))
-    recipe.ready(lambda done, total, what: None)
-    mesh = mesh or meshes.make_mesh(1, 1)
+def rehearsed(config, cut=None, accumulation=None, mesh=None) -> tuple[Rehearsal, Plan]:
+    """The rehearsal of a config whose data are prepared, and a plan with one stack cut as told."""
+    config = settled(config)
+    recipe = make_recipe(config).ready(lambda done, total, what: None)
     accumulation = accumulation or config.memory.accumulation
     plan = Plan(config.train.batch // accumulation, accumulation, {"stack": cut or [Segment(0, config.model.layers)]})
-    optimizer = optimizers.build(config.optimizer, config.train.steps)
-    features = features_of(config, recipe)
-    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed, features=features)
-    step = make_step(recipe, blueprint, optimizer, features, seed=config.train.seed, accumulation=accumulation)
-    shardings = blueprint.shardings
-    jitted = jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings, meshes.batch_sharding(mesh)),
-        out_shardings=(shardings, meshes.replicated(mesh)),
-    )
-    return recipe, blueprint, jitted
+    return rehearse(config, recipe, mesh=mesh or meshes.make_mesh(1, 1)), plan
+
+
+def assembled(config, **how):
+    """(recipe, initialiser, compiled step) for a config; `how` as in `rehearsed`."""
+    program, plan = rehearsed(config, **how)
+    return program.recipe, program.initialiser(plan).result(), together(program.compile(plan))
 
 
 def trained(config, steps: int, **how):
     """(losses, state) after some steps from the start."""
-    recipe, blueprint, step = assembled(config, **how)
-    source, state, losses = recipe.data("train"), blueprint.initialise(), []
+    recipe, initialise, step = assembled(config, **how)
+    source, state, losses = recipe.data("train"), initialise(), []
     for number in range(steps):
         state, metrics = step(state, read_batch(source, config.train.seed, config.train.batch, number))
         losses.append(float(metrics["loss"]))

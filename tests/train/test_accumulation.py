@@ -211,22 +211,22 @@ sys.path[:0] = sys.argv[1:3]
 import jax
 from aurora_train import mesh as meshes
 from aurora_train.config import load
-from pieces import assembled
+from pieces import rehearsed
 from aurora_train.data.batches import read_batch
+from aurora_train.train.state import together
 
 config = load("toy.yaml", ["model.width=32", "train.batch=32", "optimizer.ema=null"])
 out = {}
 for name, shape in {"one": (1, 1), "2x4": (2, 4)}.items():
     mesh = meshes.make_mesh(*shape)
-    recipe, blueprint, step = assembled(config, accumulation=4, mesh=mesh)
-    source, state, losses = recipe.data("train"), blueprint.initialise(), []
+    program, plan = rehearsed(config, accumulation=4, mesh=mesh)
+    compiled, source = program.compile(plan), program.recipe.data("train")
+    step, state, losses = together(compiled), program.initialiser(plan).result()(), []
     for number in range(10):
         batch = jax.device_put(read_batch(source, 0, 32, number), meshes.batch_sharding(mesh))
-        if number == 0:
-            temporaries = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    out[name] = {"losses": losses, "temporaries": temporaries}
+    out[name] = {"losses": losses, "temporaries": compiled.memory_analysis().temp_size_in_bytes}
 print(json.dumps(out))
 """
 

@@ -83,9 +83,9 @@ def test_a_dropout_key_follows_its_example_and_not_its_place():
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step_numbers(pieces, bad):
-    recipe, blueprint, step = pieces
+    recipe, initialise, step = pieces
     batch = read_batch(recipe.data("train"), 0, 8, 0)
-    state, _ = step(blueprint.initialise(), batch)
+    state, _ = step(initialise(), batch)
     before = jax.device_get(state)
     poison = np.nan if bad == "loss" else 1e25  # its square is finite no longer, in the gradient before the loss
     state, metrics = step(state, {**batch, "y": batch["y"] + np.float32(poison)})
@@ -99,8 +99,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step_numbers(pieces, 
 
 
 def test_the_moving_average_follows_the_parameters(pieces):
-    recipe, blueprint, step = pieces
-    source, state = recipe.data("train"), blueprint.initialise()
+    recipe, initialise, step = pieces
+    source, state = recipe.data("train"), initialise()
     average = jax.device_get(state.params)
     for number in range(3):
         state, _ = step(state, read_batch(source, 0, 8, number))
@@ -110,8 +110,8 @@ def test_the_moving_average_follows_the_parameters(pieces):
 
 
 def test_a_step_takes_over_the_buffers_of_the_state_it_was_given(pieces):
-    recipe, blueprint, step = pieces
-    state = blueprint.initialise()
+    recipe, initialise, step = pieces
+    state = initialise()
     old = jax.tree.leaves(state)
     step(state, read_batch(recipe.data("train"), 0, 8, 0))
     assert all(leaf.is_deleted() for leaf in old)
