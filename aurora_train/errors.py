@@ -1,4 +1,4 @@
-"""The one error that a user can cause. The command line prints it as a single message and exits with status 2."""
+"""The one error that a user can cause, which the command line prints as a single message; and the end by a signal."""
 
 
 class UserError(Exception):
@@ -27,3 +27,7 @@ class MissingExtra(UserError):
             f"{needed_for} needs the package `{package}`, which is not installed",
             hint=f"pip install 'aurora_train[{extra}]'",
         )
+
+
+class Stopped(Exception):
+    """A signal asked for the end where leaving at once loses nothing: while preparing, compiling, evaluating."""

@@ -76,7 +76,7 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     config = load_resolved(known.folder, recipe=recipe and Path(recipe))
     say_changed_code(known, config, by)
     prepare_environment(config)
-    from aurora_train.train.precision import settled
+    from aurora_train.machine.precision import settled
     from aurora_train.train.session import open_for_reading
 
     config = settled(config)  # for a config.yaml that was edited by hand
@@ -101,9 +101,9 @@ def train(
     An interrupt saves and stops; the model of the last step is returned, and the same call continues the run. Raises
     UserError for whatever the command line would refuse, and if the run was stopped before a step was saved.
     """
+    from aurora_train.check.intent import for_train
     from aurora_train.config import load as load_config
     from aurora_train.machine.profile import prepare_environment
-    from aurora_train.train.intent import for_train
 
     if isinstance(overrides, str | dict):
         raise UserError("overrides must be a list of strings", hint='["train.steps=100", "optimizer.lr=1e-3"]')

@@ -33,9 +33,9 @@ def train(config, steps: int) -> tuple[float, float, float]:
     from aurora_train import mesh as meshes
     from aurora_train import optimizer as optimizers
     from aurora_train.data.batches import read_batch
+    from aurora_train.machine.precision import settled
     from aurora_train.plan.plan import make_plan
     from aurora_train.train.hooks import features
-    from aurora_train.train.precision import settled
     from aurora_train.train.rehearsal import make_recipe
     from aurora_train.train.state import draw
     from aurora_train.train.step import make_step

@@ -201,7 +201,7 @@ def ulps(a: np.ndarray, b: np.ndarray) -> int:
 def load_case(name: str, folder: Path, overrides=()):
     """The config of a case; its corpus is written to `folder`."""
     from aurora_train.config import load
-    from aurora_train.train.precision import settled
+    from aurora_train.machine.precision import settled
 
     text, changes = CASES[name]
     corpus = folder / "corpus"

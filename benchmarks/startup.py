@@ -55,7 +55,7 @@ from aurora_train.files import cache_folder
 from aurora_train.plan.plan import make_plan
 from aurora_train.random import stream
 from aurora_train.train.hooks import features_of
-from aurora_train.train.precision import settled
+from aurora_train.machine.precision import settled
 from aurora_train.train.rehearsal import make_recipe
 from aurora_train.train.state import draw
 from aurora_train.train.step import make_step

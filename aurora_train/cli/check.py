@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
+from aurora_train.check.intent import refuse_missing_start
+from aurora_train.check.remarks import remarks_on_config
 from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
 from aurora_train.config import config_hash, derived_lines, dump, load, tree_of
 from aurora_train.config.yaml import show_path
+from aurora_train.machine.precision import expected
 from aurora_train.machine.profile import prepare_environment
 from aurora_train.record.progress import preparation
-from aurora_train.train.intent import refuse_missing_start
-from aurora_train.train.precision import expected
-from aurora_train.train.remarks import remarks_on_config
 
 EXAMPLE = "aurora check quickstart train.steps=10"
 
@@ -39,7 +39,7 @@ def command(
     digest, remarks = config_hash(checked), remarks_on_config(checked)
     if prepare or (rehearse if rehearse is not None else not checked.recipe_bundled):
         prepare_environment(checked)
-        from aurora_train.train.dry_run import rehearse_config
+        from aurora_train.train.session import rehearse_config
 
         with preparation(quiet=json) as progress:
             skipped = rehearse_config(checked, progress, prepare=prepare)

@@ -65,10 +65,10 @@ def make(config: str, overrides, machine: str | None, budget: str | None, *, ver
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment(loaded)
+    from aurora_train.machine.precision import settled
     from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
     from aurora_train.train.planning import plan_config
-    from aurora_train.train.precision import settled
 
     loaded = settled(loaded, machine=machine)
     recipe = Beginning.of(loaded).recipe

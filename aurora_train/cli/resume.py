@@ -24,8 +24,8 @@ def command(
     json: JsonOption = False,
 ):
     """Continue a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
+    from aurora_train.check.intent import for_resume, rate_after
     from aurora_train.cli.train import go, joined
-    from aurora_train.train.intent import for_resume, rate_after
 
     config, known, changes = for_resume(run, overrides or [], allow_change or [])
     if (line := rate_after(known, config)) is not None:

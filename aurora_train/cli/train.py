@@ -25,10 +25,10 @@ def command(
     json: JsonOption = False,
 ):
     """Train. The same command resumes a run that was interrupted; an edited config starts a new one beside it."""
+    from aurora_train.check.intent import for_train
     from aurora_train.config import derived_lines, load
     from aurora_train.machine import processes
     from aurora_train.run import Run
-    from aurora_train.train.intent import for_train
 
     if online:
         os.environ.update(HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0")
@@ -55,9 +55,9 @@ def joined(config):
 
 def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
     """Train a config in a run folder and print how it ended. Returns the exit status."""
+    from aurora_train.check.intent import warnings
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
-    from aurora_train.train.intent import warnings
 
     if processes.agreed(lambda: _was_finished(config, run, json, replan, changes)):
         return 0

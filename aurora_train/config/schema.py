@@ -68,7 +68,7 @@ class Train(Section):
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """The dtype of activations, for a recipe to pass to its model. The linear layers apply fp8 themselves."""
-        assert self.precision != "auto", "train.precision is settled (train/precision.py) before a model is built"
+        assert self.precision != "auto", "train.precision is settled (machine/precision.py) before a model is built"
         return "bfloat16" if self.precision == "fp8" else self.precision
 
 

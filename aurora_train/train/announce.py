@@ -11,13 +11,13 @@ from dataclasses import replace
 import jax
 
 from aurora_train import mesh as meshes
+from aurora_train.check.remarks import remarks_on_config, remarks_on_data
 from aurora_train.machine import processes, profile
 from aurora_train.nn import fp8, ops
 from aurora_train.nn.param import parameter_count
+from aurora_train.origin.parents import record_of
 from aurora_train.plan.report import one_line, says_something, side_by_side
 from aurora_train.recipe import makes_experience
-from aurora_train.train.lineage import record_of
-from aurora_train.train.remarks import remarks_on_config, remarks_on_data
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
 from aurora_train.units import size
 

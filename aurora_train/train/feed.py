@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aurora_train import mesh as meshes
+from aurora_train.check.blame import place_of, recipe_code
 from aurora_train.data.batches import batches, places, read_batch
 from aurora_train.data.order import examples_at
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import makes_experience
-from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.experience import Actor, Journal, Programs
 
 

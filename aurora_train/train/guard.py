@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,14 +20,13 @@ import psutil
 
 from aurora_train.checkpoint import durable, frozen
 from aurora_train.errors import UserError
+from aurora_train.machine.holders import NOTHING_BYTES, Holders
 from aurora_train.machine.memory import (
     HostMemory,
     give_back_freed,
-    held_beside_processes,
     host_memory,
     memory_pressure,
     process_memory,
-    processes_limited_with,
 )
 from aurora_train.machine.profile import this_machine
 from aurora_train.plan.account import SAVE_COPIES, copied_by_a_save, sharded_bytes
@@ -50,7 +47,6 @@ _SAVE_SECONDS, _SAVED_PER_SECOND, _GROWTH_SHARE = 2.0, 250e6, 1 / 4
 _FLOOR_SHARE, _FLOOR_BYTES = 0.02, 128 * 2**20  # memory that must be left beside a save
 # A machine that swaps still has memory, but stalls. Percent of the last ten seconds; share of memory.
 _STALLED, _SCARCE = 25.0, 1 / 8
-_NOTHING_BYTES = 16 * 2**20  # less growth is not reported
 
 
 class Guard:
@@ -89,7 +85,7 @@ class Guard:
         self._decided, self._asked = -math.inf, math.inf  # last times, in time.monotonic()
         self._step_seconds = 0.0
         self._first = self._step = None
-        self._before = _Holders.now(root, None)
+        self._before = Holders.now(root, None)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory guard", daemon=True)
 
@@ -136,7 +132,7 @@ class Guard:
         ahead = self._grown_by(memory, self._until_next() + self._save_seconds)
         self._near = self._stalled > 0 or self._lowest - ahead < 2 * self._needed
         if self._before.step is None and self._step is not None and self._step >= self._first + _SETTLED_STEPS:
-            self._before = _Holders.now(self._root, self._step)
+            self._before = Holders.now(self._root, self._step)
 
     def _time_saves(self) -> None:
         saving, since = self._saving(), self._saving_since
@@ -164,7 +160,7 @@ class Guard:
         memory, within = self._from_here_on()
         self._stalled = self._stalls(memory)
         short = self._short(memory, within)
-        hurried = self._given_back or self._stalled or falling(list(self._beside)) > _NOTHING_BYTES
+        hurried = self._given_back or self._stalled or falling(list(self._beside)) > NOTHING_BYTES
         self._given_back = short is not None and not hurried
         if self._given_back:
             # Garbage may hold the copy of the previous save, and glibc freed memory. Collecting may take a second.
@@ -173,7 +169,7 @@ class Guard:
             short = self._short(memory, math.inf)
         self._decided = time.monotonic()
         if short is not None:
-            grown = _Holders.now(self._root, self._step).what_grew(self._before)
+            grown = Holders.now(self._root, self._step).what_grew(self._before)
             self.why = f"{LOW_MEMORY}\n  {short}\n  {grown}"
 
     def _from_here_on(self) -> tuple[HostMemory, float]:
@@ -197,7 +193,7 @@ class Guard:
             swap = f"{size(memory.swap_used)} of {size(memory.swap_total)} swap in use"
             return f"processes waited for memory in {self._stalled:.0f} % of the last ten seconds, {swap}"
         rate, until_next = falling(list(self._beside)), self._until_next()
-        falls = f", falling by {size(rate)} a second" if rate > _NOTHING_BYTES else ""
+        falls = f", falling by {size(rate)} a second" if rate > NOTHING_BYTES else ""
         if within - self._grown_by(memory, until_next) < self._floor:
             return f"{_of(within, memory)} left within a step{falls}, but {size(self._floor)} are needed"
         # The copy of a running save is freed before another one is made.
@@ -234,7 +230,7 @@ def refuse_full(session) -> None:
     if memory.usable < needed:
         raise _Full(
             f"too little memory is left to continue: {_of(memory.usable, memory)}",
-            why=f"the state and a save of it take {size(needed)}; {_Holders.now(Path('/'), None).who_holds()}",
+            why=f"the state and a save of it take {size(needed)}; {Holders.now(Path('/'), None).who_holds()}",
             hint="close other programs, then run the same command again; memory.guard=off disables this check",
         )
 
@@ -266,63 +262,3 @@ def _needed(memory: HostMemory, state_bytes: int, copies: float) -> int:
 
 def _of(left: float, memory: HostMemory) -> str:
     return f"{size(max(left, 0))} of {size(memory.size)}" + (" (cgroup)" if memory.size < memory.total else "")
-
-
-# ---- what grew
-
-
-@dataclass(frozen=True)
-class _Holders:
-    """What holds memory after a step (None: before the first one), in bytes.
-
-    `left` is available; `processes` is private memory by (id, name); `shared` belongs to several processes;
-    `elsewhere` is the page cache and swap in use, which do not reduce what is available.
-    """
-
-    step: int | None
-    left: int
-    processes: dict[tuple[int, str], int]
-    shared: int
-    elsewhere: dict[str, int]
-
-    @classmethod
-    def now(cls, root: Path, step: int | None) -> _Holders:
-        """The holders on this machine, or in the cgroup whose limit this process shares."""
-        among, processes = processes_limited_with(root), {}
-        for process in psutil.process_iter(["name", "memory_info"]):
-            held = process.info["memory_info"]
-            if held is not None and (among is None or process.pid in among):
-                processes[process.pid, process.info["name"]] = held.rss - held.shared
-        beside = held_beside_processes(root)
-        return cls(step, host_memory(root).usable, processes, beside.pop("tmpfs and shared memory"), beside)
-
-    def what_grew(self, before: _Holders) -> str:
-        """A description of what grew since `before`; if nothing did, of what holds the most."""
-        since = "since the start" if before.step is None else f"since step {before.step}"
-        by = {key: held - before.processes.get(key, 0) for key, held in self.processes.items()}
-        mine = {key for key in by if key[0] == os.getpid()}
-        others = sorted(by.keys() - mine, key=by.get, reverse=True)
-        grown = {"this process": sum(by[key] for key in mine)}
-        if others:
-            grown[_named(others[0])] = by[others[0]]
-            grown["the other processes"] = sum(by[key] for key in others[1:])
-        grown["tmpfs and shared memory"] = self.shared - before.shared
-        unseen = before.left - self.left - sum(grown.values())
-        grown["memory of no process here (a GPU's, another container's, the kernel's)"] = unseen
-        shown = dict(sorted(grown.items(), key=lambda one: -one[1])[:3]) | {"this process": grown["this process"]}
-        shown |= {who: held - before.elsewhere[who] for who, held in self.elsewhere.items()}
-        lines = [f"{who} by {size(bytes_)}" for who, bytes_ in shown.items() if bytes_ > _NOTHING_BYTES]
-        if lines:
-            return f"{since} grew: {', '.join(lines)}"
-        return f"nothing grew {since}, so memory was short already; {self.who_holds()}"
-
-    def who_holds(self) -> str:
-        """A description of what this process and the three largest others hold."""
-        others = sorted((key for key in self.processes if key[0] != os.getpid()), key=self.processes.get, reverse=True)
-        mine = sum(held for key, held in self.processes.items() if key[0] == os.getpid())
-        held = [f"{_named(key)} {size(self.processes[key])}" for key in others[:3]]
-        return ", ".join([f"this process holds {size(mine)}", *held])
-
-
-def _named(key: tuple[int, str]) -> str:
-    return f"{key[1]} (process {key[0]})"

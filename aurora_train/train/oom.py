@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from aurora_train.errors import UserError
-from aurora_train.machine.memory import device_memory, process_memory, process_memory_bytes
+from aurora_train.machine.gauge import live_bytes
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.report import by_cause
 from aurora_train.train.planning import planner_here
@@ -77,14 +77,6 @@ def refused(doing: str, hint: str):
         raise UserError(
             f"out of memory while {doing}", where="memory", why="\n  ".join(fault_lines(error.fault, None)), hint=hint
         ) from None
-
-
-def live_bytes() -> dict[str, int]:
-    """The current value for `Fault.live`."""
-    accounts = [account for device in jax.local_devices() if (account := device_memory(device))]
-    if accounts:
-        return max(accounts, key=lambda account: account["in_use"])
-    return {"anonymous": process_memory()["anonymous"]}
 
 
 def fault_lines(fault: Fault, plan: Plan | None) -> list[str]:
@@ -160,38 +152,3 @@ def _or_levers(plan: Plan) -> str:
     """The settings that would save the most. They change what is trained, so they need another run."""
     levers = [f"{one['setting']} saves {size(one['saves_bytes'])}" for one in (plan.details.get("levers") or [])[:2]]
     return f"\n  or start a new run that needs less: {'; '.join(levers)}" if levers else ""
-
-
-# ---- measuring a run's memory
-
-
-class Gauge:
-    """The memory that training takes in this process, from just before its state is made. Call it for a reading.
-
-    A device records its own peak. On a CPU it is the peak of the process's anonymous memory minus what it held at the
-    start. The kernel's high-water mark is exact once training has used more than compiling did; until then it is the
-    highest reading.
-    """
-
-    def __init__(self):
-        self._on_device = "anonymous" not in live_bytes()
-        self._before = process_memory_bytes()
-        self._mark = process_memory()["peak_resident"]
-        self._highest = 0
-
-    def __call__(self) -> int:
-        """The `memory_bytes` of a record."""
-        now = process_memory_bytes()
-        self._highest = max(self._highest, now)
-        return now
-
-    def peak(self) -> int | None:
-        """Bytes; None if the device's peak is older than this gauge (from an earlier plan in the same process)."""
-        self()
-        if self._on_device:
-            return self._highest if self._highest > self._before else None
-        memory = process_memory()
-        if memory["peak_resident"] > self._mark:
-            files = memory["resident"] - memory["anonymous"]
-            self._highest = max(self._highest, memory["peak_resident"] - files)
-        return max(self._highest - self._before, 0) or None

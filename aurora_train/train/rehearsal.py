@@ -19,6 +19,7 @@ from flax import nnx
 from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
+from aurora_train.check.blame import place_of, recipe_code
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
@@ -33,7 +34,6 @@ from aurora_train.plan.residuals import kept_bytes
 from aurora_train.plan.verify import can_compile_for_gpu, pretend_cudnn, quiet, target_devices
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import makes_experience
-from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.hooks import features_of
 from aurora_train.train.state import Blueprint, TrainState, draw, frozen_as_argument
 from aurora_train.train.step import make_step

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from aurora_train import files
 from aurora_train import run as runs
+from aurora_train.check.blame import recipe_code
+from aurora_train.check.results import checked_result, checked_samples
 from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.nn.ops import asking
@@ -18,8 +20,6 @@ from aurora_train.random import stream
 from aurora_train.record.metrics import now
 from aurora_train.run import Run
 from aurora_train.train.beginning import refuse_other_data
-from aurora_train.train.blame import recipe_code
-from aurora_train.train.shown import checked_result, checked_samples
 
 _SHOWN_APART = ("tables", "notes", "plots", "remarks")
 

@@ -19,22 +19,17 @@ from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train import run as runs
+from aurora_train.check.recipe_calls import rehearse_recipe
+from aurora_train.check.source import source_of
 from aurora_train.checkpoint.following import FollowedStore
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
+from aurora_train.machine.precision import settled
 from aurora_train.machine.processes import agreed, count
 from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
-from aurora_train.plan.plan import Plan
-from aurora_train.plan.verify import compiled_bytes
-from aurora_train.train.beginning import Beginning, refuse_other_data, source_of
-from aurora_train.train.dry_run import rehearse_recipe
-from aurora_train.train.lineage import Parent
-from aurora_train.train.planning import asked, device_kind, pinned_plan, planner_here
-from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import Rehearsal, batch_shapes, make_recipe, rehearse_here
-from aurora_train.train.state import Blueprint, TrainState, draw, together
-from aurora_train.train.weights import (
+from aurora_train.origin.parents import Parent
+from aurora_train.origin.weights import (
     drawn_beside,
     load_parameters,
     load_state,
@@ -42,6 +37,13 @@ from aurora_train.train.weights import (
     refuse_unknown_prefix,
     state_from,
 )
+from aurora_train.plan.plan import Plan
+from aurora_train.plan.verify import compiled_bytes
+from aurora_train.train.beginning import Beginning, refuse_other_data
+from aurora_train.train.planning import asked, budget_here, device_kind, pinned_plan, planner_here
+from aurora_train.train.rehearsal import Rehearsal, batch_shapes, make_recipe, rehearse_here
+from aurora_train.train.state import Blueprint, TrainState, draw, together
+from aurora_train.units import size
 
 log = logging.getLogger("aurora_train")
 
@@ -149,6 +151,36 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
         parents=beginning.parents, evaluates=evaluates,
     )
     return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
+
+
+def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
+    """Call everything in the recipe of a config, on this machine, if its data are prepared or may be prepared.
+
+    Returns what was not rehearsed, and why. UserError for anything that would refuse a run or make it fail.
+    """
+    config = settled(config)
+    beginning = Beginning.of(config)
+    if not (prepare or beginning.is_prepared()):
+        return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
+    source, recipe = beginning.ready(progress), beginning.recipe
+    source_of(recipe, "validation")
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
+    refuse_unknown_prefix(config, program.model())
+    _refuse_no_room(config, program)
+    return rehearse_recipe(config, recipe, program, source)
+
+
+def _refuse_no_room(config, program) -> None:
+    """UserError if the state alone does not fit: no plan can help."""
+    state = program.blueprint(program.simplest_plan()).state
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
+    limit, reason = budget_here(config, program)
+    if held > limit:
+        raise UserError(
+            f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",
+            where="memory.budget", why=reason, hint="`aurora plan CONFIG` shows what would reduce it",
+        )  # fmt: skip
 
 
 def make_store(config, run: runs.Run) -> CheckpointStore:

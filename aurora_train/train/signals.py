@@ -6,12 +6,10 @@ import contextlib
 import os
 import signal
 
+from aurora_train.errors import Stopped
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, saved, resumable; a supervisor starts it again
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Stopped(Exception):
-    """Raised when leaving at once loses nothing: while preparing, compiling, evaluating."""
 
 
 class StopRequest:

@@ -15,24 +15,25 @@ import numpy as np
 from aurora_train import facts, files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
+from aurora_train.check import preflight
 from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.machine import processes, profile
+from aurora_train.machine.gauge import Gauge
 from aurora_train.machine.memory import give_back_freed
+from aurora_train.machine.precision import settled
 from aurora_train.nn.param import parameter_count
+from aurora_train.origin.parents import record_of
 from aurora_train.record import metrics as logs
 from aurora_train.record.energy import EnergyMeter
 from aurora_train.record.progress import Progress, preparation, stderr_console
 from aurora_train.record.throughput import Throughput
-from aurora_train.train import preflight
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.evaluate import Evaluator
 from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
-from aurora_train.train.lineage import record_of
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
-from aurora_train.train.oom import Gauge, OutOfMemory, noticed, refused, replanned
-from aurora_train.train.precision import settled
+from aurora_train.train.oom import OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
 from aurora_train.train.session import Session, open_session

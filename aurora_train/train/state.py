@@ -11,11 +11,11 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
+from aurora_train.check.blame import place_of
 from aurora_train.errors import UserError
 from aurora_train.nn import carried, lora, nf4
 from aurora_train.nn import stack as stacked
 from aurora_train.train import hooks
-from aurora_train.train.blame import place_of
 
 
 class TrainState(NamedTuple):

@@ -10,9 +10,9 @@ import pytest
 from harness import TINY, Aurora, events
 
 from aurora_train import run as runs
+from aurora_train.check.intent import for_resume
 from aurora_train.config import dump, flat, load
 from aurora_train.errors import UserError
-from aurora_train.train.intent import for_resume
 
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden" / "0.1"
 OTHER = [

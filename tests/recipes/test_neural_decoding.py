@@ -10,8 +10,8 @@ from flax import nnx
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
+from aurora_train.machine.precision import settled
 from aurora_train.random import stream
-from aurora_train.train.precision import settled
 from neural.linear import linear_decoder, ridge
 from neural.spikes import Standard, Trials, Windows
 

@@ -6,13 +6,13 @@ import re
 import pytest
 from harness import evaluations, events
 
+from aurora_train.check.remarks import remarks_on_data
 from aurora_train.cli.main import main
 from aurora_train.config import load, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.machine.precision import settled
 from aurora_train.machine.targets import machine_names
 from aurora_train.run import Run
-from aurora_train.train.precision import settled
-from aurora_train.train.remarks import remarks_on_data
 
 TINY = """recipe: language_model
 model: {width: 32, layers: 1, heads: 2}
@@ -231,7 +231,7 @@ def test_M8_the_first_start_writes_what_auto_stood_for_and_the_run_keeps_it(trai
 
 @pytest.mark.parametrize("row", ["M9", "R19"])
 def test_an_extension_says_the_rate_before_and_after_and_how_to_keep_it(trained, row):
-    from aurora_train.train.intent import for_resume, rate_after
+    from aurora_train.check.intent import for_resume, rate_after
 
     name = {"M9": "cosine", "R19": "wsd"}[row]
     changes = ["train.steps=24"] if row == "M9" else ["train.steps=24", f"optimizer.schedule.name={name}"]

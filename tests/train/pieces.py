@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from aurora_train import mesh as meshes
 from aurora_train.data.batches import read_batch
+from aurora_train.machine.precision import settled
 from aurora_train.nn.stack import Segment
 from aurora_train.plan.plan import Plan
-from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import Rehearsal, make_recipe, rehearse
 from aurora_train.train.state import together
 

@@ -15,9 +15,9 @@ from harness import evaluations, events, final_hash, losses
 
 from aurora_train.cli.main import main
 from aurora_train.config import load
+from aurora_train.machine.precision import settled
 from aurora_train.nn.stack import Segment, named_stacks
 from aurora_train.train.planning import plan_config
-from aurora_train.train.precision import settled
 
 # Half the compile time, the same mathematics.
 QUICK_JIT = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

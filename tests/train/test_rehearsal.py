@@ -13,11 +13,11 @@ from aurora_train.config import config_class, load
 from aurora_train.config.find_recipe import find_recipe
 from aurora_train.data.batches import read_batch
 from aurora_train.errors import UserError
+from aurora_train.machine.precision import settled
 from aurora_train.machine.targets import find_machine
 from aurora_train.nn.stack import Segment
 from aurora_train.plan.plan import Plan
 from aurora_train.train import rehearsal as rehearsals
-from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import rehearse, shapes_of
 from aurora_train.train.state import together
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import run as runs
+from aurora_train.check.intent import init_key, refuse_missing_start
 from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
-from aurora_train.train.intent import init_key, refuse_missing_start
 
 
 @dataclass(frozen=True)

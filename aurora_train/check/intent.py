@@ -6,11 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from aurora_train import run as runs
+from aurora_train.check.remarks import rate_line
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.machine.precision import as_in
 from aurora_train.recipe import makes_experience
-from aurora_train.train.precision import as_in
-from aurora_train.train.remarks import rate_line
 
 _WHY = {
     "frozen": "a run keeps its model, data, seed, batch and precision: another value is another run",

@@ -16,56 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from aurora_train.check.blame import place_of, recipe_code
+from aurora_train.check.results import checked_result, checked_samples
+from aurora_train.check.source import taken
 from aurora_train.errors import UserError
-from aurora_train.mesh import make_mesh
 from aurora_train.nn import carried
 from aurora_train.nn.ops import asking
 from aurora_train.nn.param import parameter_count
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss, Recipe, makes_experience
-from aurora_train.train.beginning import Beginning, source_of, taken
-from aurora_train.train.blame import place_of, recipe_code
-from aurora_train.train.planning import budget_here
-from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import batch_shapes, make_recipe, rehearse_here
-from aurora_train.train.shown import checked_result, checked_samples
-from aurora_train.train.weights import refuse_unknown_prefix
-from aurora_train.units import size
 
 _SMALL = 20_000_000  # parameters of a model that is drawn here, to run its score and its samples
 _SCORE_SECONDS = 5.0
+
+
 class _LongEnough(BaseException):  # not an Exception, so that a recipe's `except Exception` does not catch it
     """Raised to leave a score that has run for as long as a start may take."""
-
-
-def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
-    """Call everything in the recipe of a config, on this machine, if its data are prepared or may be prepared.
-
-    Returns what was not rehearsed, and why. UserError for anything that would refuse a run or make it fail.
-    """
-    config = settled(config)
-    beginning = Beginning.of(config)
-    if not (prepare or beginning.is_prepared()):
-        return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
-    source, recipe = beginning.ready(progress), beginning.recipe
-    source_of(recipe, "validation")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
-    refuse_unknown_prefix(config, program.model())
-    _refuse_no_room(config, program)
-    return rehearse_recipe(config, recipe, program, source)
-
-
-def _refuse_no_room(config, program) -> None:
-    """UserError if the state alone does not fit: no plan can help."""
-    state = program.blueprint(program.simplest_plan()).state
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
-    limit, reason = budget_here(config, program)
-    if held > limit:
-        raise UserError(
-            f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",
-            where="memory.budget", why=reason, hint="`aurora plan CONFIG` shows what would reduce it",
-        )  # fmt: skip
 
 
 def rehearse_recipe(config, recipe, program, source) -> list[str]:
@@ -143,7 +109,7 @@ def _same_batch_twice(recipe, source, indices) -> dict:
 
 def _model_of_facts_alone(config, recipe, program) -> None:
     """UserError unless a recipe without data builds the model that is trained: a run is read without its data."""
-    alone = make_recipe(config).use(recipe.known)
+    alone = type(recipe)(config, recipe.cache).use(recipe.known)
     with recipe_code(recipe, "model"):
         wanted = _shapes(program.model())
         try:

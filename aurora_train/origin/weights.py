@@ -11,20 +11,22 @@ import contextlib
 import logging
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from aurora_train import run as runs
+from aurora_train.check.intent import init_key
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
 from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
-from aurora_train.train.intent import init_key
-from aurora_train.train.lineage import Parent
-from aurora_train.train.state import Blueprint
+from aurora_train.origin.parents import Parent
+
+if TYPE_CHECKING:
+    from aurora_train.train.state import Blueprint
 
 log = logging.getLogger("aurora_train")
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import jax
 
 from aurora_train.config.yaml import show_path
-from aurora_train.errors import UserError
-from aurora_train.train.signals import Stopped
+from aurora_train.errors import Stopped, UserError
 
 _HINTS = {
     "TracerBoolConversionError": "a value of the batch cannot choose a branch while the step compiles: use jnp.where",

@@ -7,8 +7,8 @@ from numbers import Number
 
 import numpy as np
 
+from aurora_train.check.blame import place_of
 from aurora_train.errors import UserError
-from aurora_train.train.blame import place_of
 
 TABLE = ("title", "columns", "rows")
 

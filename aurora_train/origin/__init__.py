@@ -1,0 +1,1 @@
+"""Where the first parameters and facts of a run come from: another run, or a file of weights."""
