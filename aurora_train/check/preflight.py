@@ -12,6 +12,7 @@ from aurora_train.checkpoint.store import MARGIN_BYTES
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE
 from aurora_train.plan.account import tree_bytes
+from aurora_train.record.voice import Voice
 from aurora_train.units import duration, size
 
 _CLOCK_GRACE = timedelta(seconds=1)
@@ -71,13 +72,13 @@ def _when(time) -> datetime | None:
         return None
 
 
-def say_clock(behind, step: int, events, progress) -> None:
+def say_clock(behind, step: int, voice: Voice) -> None:
     """Record that the clock was set back. This is not refused, because nothing in a run is ordered by the clock."""
     if behind is None:
         return
     how_far, newest = behind
-    events.event("clock", step, behind_seconds=round(how_far.total_seconds(), 3), newest=newest.isoformat())
-    progress.event(
+    voice(
         f"the clock is {duration(how_far.total_seconds())} before this run's newest record ({newest:%Y-%m-%d %H:%M:%S} "
-        "UTC): recorded times will not be ascending; steps, saves and retention do not depend on it"
-    )
+        "UTC): recorded times will not be ascending; steps, saves and retention do not depend on it",
+        "clock", step, behind_seconds=round(how_far.total_seconds(), 3), newest=newest.isoformat(),
+    )  # fmt: skip

@@ -18,80 +18,79 @@ from aurora_train.nn.param import parameter_count
 from aurora_train.origin.parents import record_of
 from aurora_train.plan.report import one_line, says_something, side_by_side
 from aurora_train.recipe import makes_experience
+from aurora_train.record.voice import Voice
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
 from aurora_train.units import size
 
 _SMALL_BYTES = 1 << 20  # a smaller state is not mentioned
 
 
-def say_damage(damaged, start: int, events, progress) -> None:
+def say_damage(damaged, start: int, voice: Voice) -> None:
+    """Report the checkpoints that were damaged, and the step to which the run goes back for that."""
     for damage in damaged:
         moved_to = damage.moved_to and str(damage.moved_to)
-        events.event("walk_back", damage.step or start, faults=damage.faults, moved_to=moved_to, restored=start)
-        progress.event(str(damage))
+        record = {"faults": damage.faults, "moved_to": moved_to, "restored": start}
+        voice(str(damage), "walk_back", damage.step or start, **record)
     if any(damage.step is not None for damage in damaged):
-        progress.event(f"going back to step {start}; the steps after it are trained again")
+        voice(f"going back to step {start}; the steps after it are trained again")
 
 
-def say_replan(session: Session, start: int, events, progress) -> None:
+def say_replan(session: Session, start: int, voice: Voice) -> None:
     """Record that a plan was abandoned, and why, and pin the run to the new one before it is tried."""
     if session.given_up is None:
         return
     before, fault = session.given_up, session.fault
     why = {"doing": fault.doing, "cause": fault.cause, "live": fault.live} if fault else {}
-    events.event(
-        "replan", start, what="plan", reason=session.reason, before=before.work, after=session.plan.work,
-        restored=start, **why,
-    )
+    then = "the same plan as before" if before.work == session.plan.work else _from_here(session)
+    voice(
+        f"a new plan ({session.reason}), going on from step {start}: {then}", "replan", start, what="plan",
+        reason=session.reason, before=before.work, after=session.plan.work, restored=start, **why,
+    )  # fmt: skip
     pin_plan(session)
-    equal = before.work == session.plan.work
-    then = "the same plan as before" if equal else _from_here(session)
-    progress.event(f"a new plan ({session.reason}), going on from step {start}: {then}")
 
 
-def say_measured(session: Session, finished_steps: int, peak_bytes: int | None, progress) -> None:
+def say_measured(session: Session, finished_steps: int, peak_bytes: int | None, voice: Voice) -> None:
     """Record the measured memory beside the plan's estimate."""
     if finished_steps == 0:
         return
     session.plan = replace(session.plan, measured_bytes=peak_bytes)
     pin(session)
     if says_something(session.plan):
-        progress.event(side_by_side(session.plan))
+        voice(side_by_side(session.plan))
 
 
-def announce(session: Session, state, start, num_recorded: int, events, progress) -> None:
+def announce(session: Session, state, start: int | None, num_recorded: int, voice: Voice) -> None:
+    """Report what is about to be trained, from step `start`, of which metrics.jsonl has `num_recorded` steps."""
     count, still, mesh = parameter_count(state.params), parameter_count(state.frozen), session.mesh
     if start:
-        events.event("resume", start)
-        progress.event(f"resuming {session.run.folder} from step {start}")
+        voice(f"resuming {session.run.folder} from step {start}", "resume", start)
         if num_recorded != start:
-            events.event("log_gap", start, recorded=num_recorded)
-            progress.event(f"metrics.jsonl has {num_recorded} of the {start} steps before this one")
+            text = f"metrics.jsonl has {num_recorded} of the {start} steps before this one"
+            voice(text, "log_gap", start, recorded=num_recorded)
     else:
-        events.event("start", 0, parameters=count, **({"frozen": still} if still else {}))
+        voice.record("start", 0, parameters=count, **({"frozen": still} if still else {}))
         if session.parents:
-            events.event("init", 0, **record_of(session.parents))
+            voice.record("init", 0, **record_of(session.parents))
         for parent in session.parents:
             part = f"the parameters under `{parent.prefix}` start" if parent.prefix else "starting"
-            progress.event(f"{part} from {parent}")
+            voice(f"{part} from {parent}")
         for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
-            events.event("remark", 0, text=line)
-            progress.event(line)
+            voice(line, "remark", 0, text=line)
     for what, before, after in moved(session):
         name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
-        events.event(name, start or 0, what=what, before=before, after=after)
         now = "are not what this run had" if what == "processes" else "is not what this run had"
-        progress.event(f"{what} {now} before: {_from_here(session)}")
+        text = f"{what} {now} before: {_from_here(session)}"
+        voice(text, name, start or 0, what=what, before=before, after=after)
     pin(session)
     model = session.blueprint.merge(state.params, state.rest, state.frozen)
     for remark in (*session.recipe.remarks(model), *remarks(session)):
-        progress.event(remark)
+        voice(remark)
     held = max(meshes.bytes_per_device(state).values())
     beside = f" trained beside {still:,} frozen ones" if still else ""
     on = f"{mesh.devices.size} x {device_kind(mesh)}{_in_processes()}"
     room = f", {size(held)} of state per device" if held >= _SMALL_BYTES else ""
-    progress.event(f"{count:,} parameters{beside}, {session.config.train.precision}, {on}{room}")
-    progress.event(data_line(session))
+    voice(f"{count:,} parameters{beside}, {session.config.train.precision}, {on}{room}")
+    voice(data_line(session))
 
 
 def _from_here(session: Session) -> str:

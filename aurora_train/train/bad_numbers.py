@@ -22,6 +22,7 @@ from aurora_train.nn.carried import training_loss
 from aurora_train.nn.stack import named_stacks, probed
 from aurora_train.random import example_keys, stream
 from aurora_train.record import metrics as logs
+from aurora_train.record.voice import Voice
 from aurora_train.train.feed import batch_at
 
 _NAMED = 6  # documents in a message
@@ -81,8 +82,8 @@ def data_step_of_step(step: int, metrics, events, where: str) -> int:
     raise UserError(f"this run has not taken step {step}", where=where, hint=f"it is at step {done}")
 
 
-def go_back(session, error: BadNumbers, events) -> str:
-    """Record that the run goes back, and return a message. UserError if it has gone back too often already."""
+def go_back(session, error: BadNumbers, voice: Voice) -> None:
+    """Report and record that the run goes back. UserError if it has gone back too often already."""
     config, run, window = session.config, session.run, error.window
     restored = agreed(lambda: max(session.store.steps(), default=0))
     before = [e for e in logs.read(run.events) if e["event"] == "rewind" and e["step"] == restored]
@@ -99,14 +100,12 @@ def go_back(session, error: BadNumbers, events) -> str:
             hint=f"{command} shows the first of them. Fix the data if they are bad; if the state becomes bad, "
             f"lower the learning rate: aurora resume {run.folder} optimizer.lr={config.optimizer.lr / 3:.1g}",
         )  # fmt: skip
-    events.event(
+    voice(
+        f"{steps} {verb} skipped; it begins with {error.fault}. Going back to step {restored} and continuing after "
+        f"that data ({batches} {verb} left out)",
         "rewind", restored, first=window.first, last=window.last, data_first=window.data_first,
         data_step=window.data_after, fault=error.fault, documents=documents,
     )  # fmt: skip
-    return (
-        f"{steps} {verb} skipped; it begins with {error.fault}. Going back to step {restored} and continuing after "
-        f"that data ({batches} {verb} left out)"
-    )
 
 
 def _span(what: str, first: int, last: int) -> str:

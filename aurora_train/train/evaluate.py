@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,41 +75,6 @@ class Evaluator:
 
     def _put(self, batch):
         return meshes.put(batch, self._batch)
-
-
-class Judged(NamedTuple):
-    """The number by which evaluations are compared: its name, its value, and which direction is better."""
-
-    name: str
-    value: float
-    lower_is_better: bool
-
-    def is_better(self, other: Judged) -> bool:
-        """Whether it is strictly better than another one. A number that is not finite never is."""
-        sign = 1 if self.lower_is_better else -1
-        return math.isfinite(self.value) and not sign * self.value >= sign * other.value
-
-
-def judged(config, recipe, result: dict[str, float]) -> Judged | None:
-    """The number that decides whether an evaluation is the best: the recipe's `metric` if present, else the loss.
-
-    None for an evaluation between two scores (`evaluate.score_every`), if only the score has the metric.
-    """
-    name, better = recipe.metric or ("loss", "min")
-    if name in result:
-        return Judged(name, result[name], better == "min")
-    return None if config.evaluate.score_every else Judged("loss", result["loss"], True)
-
-
-def evaluations_without_a_better(results: list[Judged]) -> int:
-    """How many results in a row at the end of the list, which is in the order of steps, brought no new best."""
-    since, best = 0, None
-    for one in results:
-        if best is None or one.name != best.name or one.is_better(best):
-            since, best = 0, one
-        else:
-            since += 1
-    return since
 
 
 def _shapes(batch: dict) -> tuple:

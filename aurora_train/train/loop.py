@@ -13,36 +13,25 @@ import contextlib
 import math
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from aurora_train import facts
-from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
-from aurora_train.checkpoint.retention import is_among_best
-from aurora_train.errors import UserError
+from aurora_train.errors import Stopped, UserError
 from aurora_train.machine import processes
-from aurora_train.record.metrics import EventLog, MetricsLog
+from aurora_train.record.metrics import MetricsLog
+from aurora_train.record.progress import Progress
 from aurora_train.record.throughput import Throughput
+from aurora_train.record.voice import Voice
 from aurora_train.train.bad_numbers import Streak
-from aurora_train.train.evaluate import (
-    Evaluator,
-    Judged,
-    evaluations_without_a_better,
-    judged,
-    validation_batches,
-    weights_of,
-)
+from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.feed import open_feed
 from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
-from aurora_train.train.score import validation_score
-from aurora_train.train.session import Session
-from aurora_train.train.signals import Stopped, StopRequest
-from aurora_train.train.watchdog import Watchdog
+from aurora_train.train.session import Process, Session
 
 _EVALUATING = (
     "an evaluation takes as many examples at once as the plan's microbatch, and is not replanned: `aurora resume RUN "
@@ -60,74 +49,56 @@ class Loop:
     def __init__(
         self,
         session: Session,
+        process: Process,
         state,
         compiled,
+        evaluations: Evaluations,
         *,
-        stop: StopRequest,
         metrics: MetricsLog,
-        events: EventLog,
-        progress,
+        voice: Voice,
+        progress: Progress,
         throughput: Throughput,
-        memory_bytes,
-        energy,
-        watchdog: Watchdog,
-        deadline: float | None = None,
+        memory_bytes: Callable[[], int],
     ):
-        self.session, self.state, self._compiled = session, state, compiled
-        self._stop, self._metrics, self._events = stop, metrics, events
-        self._progress, self._throughput, self._memory_bytes = progress, throughput, memory_bytes
-        self._energy, self._watchdog = energy, watchdog
-        self._config, self._store = session.config, session.store
-        self._step = int(jax.device_get(state.step))
-        self._first = self._recorded = self._step
-        self._saver = Saver(
-            session.store, session.run.folder, facts=facts.sha256(session.recipe.known),
-            metrics=metrics, events=events, progress=progress, watchdog=watchdog,
-            patience=60 * session.config.checkpoint.patience_minutes,
-            last=self._step,  # 0 for a fresh run: nothing is saved yet
-        )  # fmt: skip
-        self._guard = guard_of(session, saving=lambda: self._saver.under_way)
-        lag = int(jax.device_get(state.data_step)) - self._step
-        self._lag, self._streak = lag, Streak(session.config.train.rewind_after, lag)
+        self.session, self.state, self._compiled, self.evaluations = session, state, compiled, evaluations
+        self._stop, self._watchdog, self._process = process.stop, process.watchdog, process
+        self._metrics, self._voice, self._progress = metrics, voice, progress
+        self._throughput, self._memory_bytes, self._config = throughput, memory_bytes, session.config
+        self.step = int(jax.device_get(state.step))  # how many steps the state has taken
+        self._first = self._recorded = self.step
+        self._lag = int(jax.device_get(state.data_step)) - self.step
+        self._streak = Streak(self._config.train.rewind_after, self._lag)
         self._late: deque = deque()  # metrics of steps that may still be running
-        self._evaluator = Evaluator(session.recipe, session.blueprint, session.mesh)
-        self._validation = self._early = None
-        self._results: dict[int, dict[str, float]] = {}  # recorded evaluations by step
         self._timed = False  # the first step of a process includes work left by the compiler
-        self.deadline = deadline  # in time.monotonic(); None is never
-        if deadline is None and self._config.train.stop_after_minutes is not None:
-            self.deadline = time.monotonic() + 60 * self._config.train.stop_after_minutes
+        # In a fresh run the newest saved step is 0: nothing is saved yet.
+        self._saver = Saver(session, process.watchdog, metrics, voice, progress, last=self.step)
+        self._guard = guard_of(session, saving=lambda: self._saver.under_way)
+        process.begin_to_count(self._config)
 
-    @property
-    def evaluator(self) -> Evaluator:
-        """The jitted loss and predict, for the score after the last step."""
-        return self._evaluator
-
-    def run(self, evaluated: dict[int, dict[str, float]]) -> str | None:
-        """Train to the last step. `evaluated`: step -> the result of each recorded evaluation.
+    def run(self) -> str | None:
+        """Train to the last step.
 
         Returns None at the run's end (the last step, or when `evaluate.patience` runs out), else the name of what
         requested a stop; the state is saved either way, unless the name is UNSAVED. Raises OutOfMemory if a step was
         refused memory (the state is lost then, and only `release` may be called), and BadNumbers if too many steps in a
         row were skipped.
         """
-        last, self._results = self._config.train.steps, dict(evaluated)
+        last = self._config.train.steps
         if not self.session.evaluates:
-            self._progress.event("nothing is held out for validation: its loss is not measured")
+            self._voice("nothing is held out for validation: its loss is not measured")
         with noticed(self._failing, self.finished_steps), self._stop.held(), self._guard:
             while True:
                 interrupted = not self._train(last)
                 self._settle()
-                state = meshes.local_view(self.state)
-                if not self._saver.settle(state, self._step, lambda: self._stop.name or self._guard.why):
+                if not self._saver.settle(self.state, self.step, lambda: self._stop.name or self._guard.why):
                     return UNSAVED
                 if interrupted or self.has_ended() or self._asked():
                     break
                 # The stop was for an overdue save, which has succeeded since: keep training.
-        self._await_compiler()
-        if self.has_ended() and self._step < last:
-            self._progress.event(
-                f"ended at step {self._step} of {last}: {self._config.evaluate.patience} evaluations in a row "
+        self.evaluations.await_compiler(self._voice)
+        if self.has_ended() and self.step < last:
+            self._voice(
+                f"ended at step {self.step} of {last}: {self._config.evaluate.patience} evaluations in a row "
                 "without a new best (evaluate.patience); the best one's checkpoint is kept"
             )
         asked = self._asked() if interrupted or not self.has_ended() else None
@@ -142,21 +113,21 @@ class Loop:
             self._evaluate_if_missed()
             if self.has_ended():
                 return True
-            data_step = self._step + self._lag
+            data_step = self.step + self._lag
             with open_feed(self.session, data_step, last + self._lag) as feed:
                 while not self.has_ended() and not self._asked():
                     with self._watchdog.during("a step"):
                         batch = self._timed_batch(feed)
                         self.state, metrics = self._compiled(self.state, batch)
-                        self._step += 1
-                        self._late.append((self._step, metrics))
+                        self.step += 1
+                        self._late.append((self.step, metrics))
                         while len(self._late) > 1:
                             self._record(*self._late.popleft())
-                    self._compile_evaluation_early()
-                    self._save_if_due(self._step)
-                    if self._evaluation_due(self._step):
+                    self.evaluations.compile_early(self.state, self._voice)
+                    self._save_if_due(self.step)
+                    if self.evaluations.due(self.step):
                         self._settle()
-                        self._aside(self._evaluate, self._step)
+                        self._aside(self._evaluate, self.step)
         except Stopped:
             return False
         except UserError:
@@ -164,26 +135,14 @@ class Loop:
             raise
         return True
 
-    @property
-    def step(self) -> int:
-        """How many steps the state has taken."""
-        return self._step
-
     def has_ended(self) -> bool:
-        """Whether the run is at its end. Decided by the step and the recorded evaluations, so a resume agrees."""
-        patience = self._config.evaluate.patience
-        if self._step == self._config.train.steps or patience is None:
-            return self._step == self._config.train.steps
-        done = [self._judged(self._results[step]) for step in sorted(self._results) if step <= self._step]
-        return evaluations_without_a_better([one for one in done if one]) >= patience
-
-    def _judged(self, result: dict[str, float]) -> Judged | None:
-        return judged(self._config, self.session.recipe, result)
+        """Whether the run is at its end: its last step, or the end of `evaluate.patience`."""
+        return self.evaluations.has_ended(self.step)
 
     def _timed_batch(self, feed):
         """The next batch. The wait counts only if every earlier step is done; otherwise a running step hides it."""
         asked_at = time.perf_counter()
-        batch = feed(self._step + self._lag, self.state)
+        batch = feed(self.step + self._lag, self.state)
         if self._idle():
             self._throughput.waited(time.perf_counter() - asked_at)
         return batch
@@ -203,8 +162,8 @@ class Loop:
         for leaf in jax.tree.leaves((self.state, [metrics for _, metrics in self._late])):
             if not leaf.is_deleted():
                 leaf.delete()
-        self._await_compiler()
-        self.state = self._compiled = self._evaluator = self._validation = self._early = None
+        self.evaluations.await_compiler(self._voice)
+        self.state = self._compiled = self.evaluations = None
         self._late.clear()
         self._saver.finish()
 
@@ -218,7 +177,7 @@ class Loop:
             self._settle()
         # Nothing is saved among bad steps, so the newest checkpoint is older than they are.
         if due and (not self._streak.length or step == self._config.train.steps):
-            self._aside(lambda at: self._saver.save(meshes.local_view(self.state), at), step)
+            self._aside(lambda at: self._saver.save(self.state, at), step)
         else:
             self._saver.finish(wait=False)
 
@@ -244,15 +203,17 @@ class Loop:
             record["data_step"] = step - 1 + self._lag
         if step % self._config.log.every == 0 or step == self._config.train.steps:
             record |= {**self._throughput.measure(), "memory_bytes": self._memory_bytes(), "time": time.time()}
-            self._energy.read()  # some counters wrap within the hour
+            self._process.energy.read()  # some counters wrap within the hour
         self._metrics.write(record)
         self._recorded = self._watchdog.step = step
         self._progress.step(record)
         if record["skipped"]:
-            self._events.event("skip", step, loss=values["loss"], grad_norm=values["grad_norm"])
             finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
             what = "is an outlier" if finite else "is not finite"
-            self._progress.event(f"step {step}: loss or gradient {what}; the update was not applied")
+            self._voice(
+                f"step {step}: loss or gradient {what}; the update was not applied",
+                "skip", step, loss=values["loss"], grad_norm=values["grad_norm"],
+            )  # fmt: skip
         self._streak.count(step, bool(record["skipped"]))
 
     def _settle(self) -> None:
@@ -268,102 +229,36 @@ class Loop:
 
     def _evaluate_if_missed(self) -> None:
         """Make an evaluation that is missing because the run was killed between a save and its evaluation."""
-        if self._step > 0 and self._evaluation_due(self._step) and self._step not in self._results:
-            self._evaluate(self._step)
-
-    def _evaluation_due(self, step: int) -> bool:
-        every = self._config.evaluate.every
-        at = step == self._config.train.steps or (every is not None and step % every == 0) or self._score_due(step)
-        return at and self.session.evaluates
-
-    def _score_due(self, step: int) -> bool:
-        every = self._config.evaluate.score_every
-        return every is not None and (step % every == 0 or step == self._config.train.steps)
+        if self.step > 0 and self.evaluations.due(self.step) and self.step not in self.evaluations.results:
+            self._evaluate(self.step)
 
     def _evaluate(self, step: int) -> None:
         watched = self._watchdog.during("an evaluation")
         # One of several processes must not leave a collective in which the others are waiting.
         allowed = self._stop.allowed() if processes.count() == 1 else contextlib.nullcontext()
         with refused(f"evaluating step {step}", _EVALUATING), allowed, watched:
-            if self._early is not None:
-                self._early.result()  # an error of the early compilation is raised here, after the save
-            result = self._evaluator.loss(self.state, self._validation_batches())
-            if self._config.evaluate.score_every and self.session.recipe.metric:
-                # What the loss reports by the metric's name, of a few examples, is not what a score says of them all.
-                result.pop(self.session.recipe.metric[0], None)
-            if self._score_due(step):
-                result |= processes.agreed(self._score)
+            result = self.evaluations.measure(self.state, step, self._stop.heed)
             self._stop.heed()
-        # The record comes last: it says that nothing is left to do for this step.
-        judged = self._judged(result)
-        if judged is not None and self._is_among_best(step, judged):
-            self._saver.save(meshes.local_view(self.state), step)
-        self._results[step] = result
+        judged = self.evaluations.judged(result)
+        # Nothing is saved among bad steps. The record comes last: it says that nothing is left to do for this step.
+        if judged is not None and step != self._saver.last and not self._streak.length:
+            if self.evaluations.is_among_best(judged):
+                self._saver.save(self.state, step)
+        self.evaluations.results[step] = result
         if judged is not None:
             self._saver.attach_score(step, judged)
         self._metrics.write({"step": step, "evaluation": result})
         scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {judged.value:.4f}"
-        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}{scored}")
-
-    def _score(self) -> dict[str, float]:
-        """The validation score. It may run any code, so only the leader computes it, on its own devices."""
-        session, evaluator = self.session, self._evaluator
-        if processes.count() > 1:
-            evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
-        state = meshes.local_view(self.state)
-        return validation_score(session.recipe, self._config, evaluator, state, lambda *_: self._stop.heed())
-
-    def _is_among_best(self, step: int, judged: Judged) -> bool:
-        """Whether a step must be saved for its evaluation and is not saved yet. Never among bad steps."""
-        if step == self._saver.last or self._streak.length:
-            return False
-        known = [one for one in map(self._judged, self._results.values()) if one and one.name == judged.name]
-        best, lower = self._config.checkpoint.best, judged.lower_is_better
-        return is_among_best(judged.value, [one.value for one in known], best, lower_is_better=lower)
-
-    def _compile_evaluation_early(self) -> None:
-        """Read the validation examples and compile their loss beside the first steps, if that does not slow them."""
-        if self._early is not None or not (compiles_early(self._config) and self.session.evaluates):
-            return
-        place = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
-        evaluator, threads = self._evaluator, ThreadPoolExecutor(1, thread_name_prefix="evaluation")
-        made = threads.submit(lambda: evaluator.compile(weights_of(place), self._validation_batches()[0]))
-        threads.shutdown(wait=False)
-        made.add_done_callback(self._report_failure)
-        self._early = made
-
-    def _report_failure(self, made: Future) -> None:
-        if (error := made.exception()) is not None:
-            words = str(error).splitlines() or [type(error).__name__]
-            self._progress.event(f"the next evaluation will fail: {words[0]}")
-
-    def _await_compiler(self) -> None:
-        """Wait for the early compilation: its thread would delay the process's exit silently, and slow what follows."""
-        if self._early is not None and not self._early.done():
-            self._progress.event("waiting for the compilation of the evaluation, which has begun")
-            wait([self._early])
-
-    def _validation_batches(self):
-        if self._validation is None:
-            source = self.session.recipe.data("validation")
-            plan, devices = self.session.plan, self.session.mesh.devices.size
-            batch, examples = self._config.train.batch, self._config.evaluate.examples
-            self._validation = list(validation_batches(source, batch, examples, devices, plan.microbatch))
-        return self._validation
+        self._voice(f"step {step}: validation loss {result['loss']:.4f}{scored}")
 
     def _asked(self) -> str | None:
         mine = self._stop.name
-        if mine is None and self.deadline is not None and time.monotonic() > self.deadline:
+        if mine is None and self._process.is_over():
             mine = "train.stop_after_minutes"
         if mine is None and self._saver.overdue():
             mine = UNSAVED
-        mine = mine or self._guard.asked(self._step, self._settle)
-        return processes.stop_asked(self._step, mine)
-
-
-def compiles_early(config) -> bool:
-    """Whether an evaluation is compiled beside the first steps: true on a GPU, because the processor is idle then."""
-    return config.evaluate.every is not None and jax.default_backend() != "cpu"
+        mine = mine or self._guard.asked(self.step, self._settle)
+        return processes.stop_asked(self.step, mine)
 
 
 def state_hash(state) -> str:

@@ -133,7 +133,7 @@ def replanned(session, fault: Fault, in_a_row: int, progress):
 
 def _smaller(session, progress) -> Plan | None:
     plan = session.plan
-    session.program = replace(session.program)  # without compiled programs, which hold memory themselves
+    session.program.forget()  # compiled programs hold memory themselves
     gc.collect()
     hint = "free memory that other programs hold, then run the same command again"
     with refused("a smaller plan was searched for", hint):

@@ -65,9 +65,13 @@ class Rehearsal:
         self.optimizer = optimizers.build(
             self.config.optimizer, self.config.train.steps, seed=self.config.train.seed
         )
-        self._traced, self._compiled, self._blueprints, self._residuals = {}, {}, {}, {}
-        self._initialiser: tuple[str, Future] | None = None
         self.features = features_of(self.config, self.recipe)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything that was traced and compiled."""
+        self._traced, self._compiled, self._blueprints, self._residuals = {}, {}, {}, {}
+        self._initialiser: tuple[str, Future] | None = None  # the cut for which it is, and its compilation
         self._model = self._calls = None
 
     def here(self):

@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 
 import jax
 
-from aurora_train import files
+from aurora_train import facts, files
+from aurora_train import mesh as meshes
 from aurora_train.checkpoint.store import SaveFailed
 from aurora_train.errors import UserError
-from aurora_train.train.evaluate import Judged
+from aurora_train.train.evaluations import Judged
 from aurora_train.train.oom import refused
 
 EXIT_UNSAVED = 74  # EX_IOERR: saving failed for longer than the config allows; the newest checkpoint is intact
@@ -28,14 +29,13 @@ _MEMORY = (
 
 
 class Saver:
-    """The saves of one loop. `facts`: the hash that every checkpoint names. `patience`: seconds for which the run
-    continues without being able to save.
-    """
+    """The saves of one loop, which begins at the saved step `last`."""
 
-    def __init__(self, store, folder, *, facts: str, metrics, events, progress, watchdog, patience: float, last: int):
-        self._store, self._folder, self._facts = store, folder, facts
-        self._metrics, self._events, self._progress, self._watchdog = metrics, events, progress, watchdog
-        self._patience = patience
+    def __init__(self, session, watchdog, metrics, voice, progress, *, last: int):
+        self._store, self._folder = session.store, session.run.folder
+        self._facts = facts.sha256(session.recipe.known)  # every checkpoint names it
+        self._patience = 60 * session.config.checkpoint.patience_minutes  # seconds without being able to save
+        self._watchdog, self._metrics, self._voice, self._progress = watchdog, metrics, voice, progress
         self.last = last  # the newest step that is saved or being saved
         self._committed = last
         self._failing_since: float | None = None
@@ -65,6 +65,7 @@ class Saver:
         self.finish()
         if step == self._committed:
             return  # this step was requested again while it was being saved
+        state = meshes.local_view(state)
         self.last, self._tried_at = step, time.monotonic()
         saved = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"data_step": int(jax.device_get(state.data_step)), "saved": saved, "facts": self._facts}
@@ -99,9 +100,8 @@ class Saver:
         given_up = []
         with contextlib.suppress(OSError, UserError):  # it is committed; the next save deletes what is left over
             given_up = self._store.retain()
-        self._events.event("save", step, given_up=given_up)
         again = " again" if self.failing else ""
-        self._progress.event(f"saved step {step}{again}")
+        self._voice(f"saved step {step}{again}", "save", step, given_up=given_up)
         self._committed, self._failing_since = step, None
         self._progress.alarm(None)
 
@@ -151,15 +151,15 @@ class Saver:
         given_up = self._store.make_room(error.needed) if error.no_space else []
         if given_up:
             listed = ", ".join(map(str, given_up))
-            self._events.event("room", step, given_up=given_up, why=error.what)
-            self._progress.event(f"the disk is full: gave up the rolling checkpoints {listed} for step {step}")
+            text = f"the disk is full: gave up the rolling checkpoints {listed} for step {step}"
+            self._voice(text, "room", step, given_up=given_up, why=error.what)
         return bool(given_up)
 
     def _failed(self, step: int, error: SaveFailed) -> None:
         first = not self.failing
         self._failing_since = self._failing_since or time.monotonic()
         self._tried_at = time.monotonic()
-        self._events.event("save_failed", step, why=str(error), newest=self._committed)
+        self._voice.record("save_failed", step, why=str(error), newest=self._committed)
         self._progress.alarm(f"NOT SAVED since step {self._committed}: {error.reason}")
         if first:
-            self._progress.event(f"{error}\n  training continues; the save will be retried")
+            self._voice(f"{error}\n  training continues; the save will be retried")

@@ -39,26 +39,47 @@ from aurora_train.origin.weights import (
 )
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
+from aurora_train.record.energy import EnergyMeter
 from aurora_train.train.beginning import Beginning, refuse_other_data
 from aurora_train.train.planning import asked, budget_here, device_kind, pinned_plan, planner_here
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, make_recipe, rehearse_here
+from aurora_train.train.signals import StopRequest
 from aurora_train.train.state import Blueprint, TrainState, draw, together
+from aurora_train.train.watchdog import Watchdog
 from aurora_train.units import size
 
 log = logging.getLogger("aurora_train")
 
 
 @dataclass
+class Process:
+    """What a process holds independently of the plan. `deadline`: in time.monotonic(); None is never."""
+
+    run: runs.Run
+    stop: StopRequest
+    energy: EnergyMeter
+    console: Any
+    quiet: bool
+    watchdog: Watchdog
+    deadline: float | None = None
+
+    def begin_to_count(self, config) -> None:
+        """Set the deadline of `train.stop_after_minutes`, at the first step that this process takes."""
+        if self.deadline is None and config.train.stop_after_minutes is not None:
+            self.deadline = time.monotonic() + 60 * config.train.stop_after_minutes
+
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+@dataclass
 class Session:
     """A run opened by one process: what the loop needs, made by `open_session`."""
 
-    config: Any
-    recipe: Any
     run: runs.Run
     program: Rehearsal
     plan: Plan
-    blueprint: Blueprint
-    optimizer: Any
     source: Any
     store: CheckpointStore
     parents: tuple[Parent, ...] = ()  # the sources of a run that has no step yet
@@ -68,9 +89,24 @@ class Session:
     evaluates: bool = True  # False if nothing is held out for validation
 
     @property
+    def config(self):
+        """The config of this run, in which nothing is `auto` that a run settles."""
+        return self.program.config
+
+    @property
+    def recipe(self):
+        """The recipe, with its data prepared and its facts known."""
+        return self.program.recipe
+
+    @property
     def mesh(self):
         """The devices of this run."""
         return self.program.mesh
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """The abstract state under the plan."""
+        return self.program.blueprint(self.plan)
 
     def compile(self, *, fresh: bool = False):
         """(the compiled step, seconds spent waiting for it and, if `fresh`, for the initialiser).
@@ -90,10 +126,8 @@ class Session:
 
     def under(self, plan: Plan, *, reason: str, fault=None) -> Session:
         """The same run under another plan. This session must not be used any more; its store is closed."""
-        return replace(
-            self, plan=plan, blueprint=self.program.blueprint(plan), optimizer=self.program.optimizer,
-            store=make_store(self.config, self.run), given_up=self.plan, reason=reason, fault=fault,
-        )  # fmt: skip
+        store = make_store(self.config, self.run)
+        return replace(self, plan=plan, store=store, given_up=self.plan, reason=reason, fault=fault)
 
     def restore(self, step: int) -> TrainState:
         """The state saved at `step`, as donatable arrays, placed like those of a fresh start."""
@@ -145,12 +179,10 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
         return planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
 
     plan = agreed(chosen, Plan.to_json, Plan.from_json)
-    blueprint = program.blueprint(plan)
-    session = Session(
-        config, recipe, run, program, plan, blueprint, program.optimizer, source, make_store(config, run),
-        parents=beginning.parents, evaluates=evaluates,
+    dropped = {"given_up": pinned, "reason": "--replan"} if replan and pinned else {}
+    return Session(
+        run, program, plan, source, make_store(config, run), parents=beginning.parents, evaluates=evaluates, **dropped
     )
-    return replace(session, given_up=pinned, reason="--replan") if replan and pinned else session
 
 
 def rehearse_config(config, progress, *, prepare: bool) -> list[str]:

@@ -7,7 +7,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from aurora_train import mesh as meshes
 from aurora_train import run as runs
 from aurora_train.check import preflight
 from aurora_train.config import dump
-from aurora_train.errors import UserError
+from aurora_train.errors import Stopped, UserError
 from aurora_train.machine import processes, profile
 from aurora_train.machine.gauge import Gauge
 from aurora_train.machine.memory import give_back_freed
@@ -28,16 +27,17 @@ from aurora_train.record import metrics as logs
 from aurora_train.record.energy import EnergyMeter
 from aurora_train.record.progress import Progress, preparation, stderr_console
 from aurora_train.record.throughput import Throughput
+from aurora_train.record.voice import Voice
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
-from aurora_train.train.evaluate import Evaluator
+from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_run
-from aurora_train.train.session import Session, open_session
-from aurora_train.train.signals import EXIT_STOPPED, Stopped, StopRequest
+from aurora_train.train.session import Process, Session, open_session
+from aurora_train.train.signals import EXIT_STOPPED, StopRequest
 from aurora_train.train.watchdog import Watchdog
 
 _STATE = (
@@ -57,19 +57,6 @@ class Outcome:
     stopped_by: str | None = None
     state_sha256: str | None = None
     remarks: dict = field(default_factory=dict)  # further fields of the final event
-
-
-@dataclass
-class Process:
-    """What a process holds independently of the plan. `deadline`: in time.monotonic(); None is never."""
-
-    run: runs.Run
-    stop: StopRequest
-    energy: EnergyMeter
-    console: Any
-    quiet: bool
-    watchdog: Watchdog
-    deadline: float | None = None
 
 
 def train(
@@ -199,7 +186,7 @@ def _record_changes(run: runs.Run, changes: list, events) -> None:
 def _rewind(session: Session, error: BadNumbers, process: Process, events) -> None:
     """Record that the next attempt continues after the data that gave bad numbers."""
     with preparation(process.console, quiet=process.quiet) as shown:
-        shown.event(go_back(session, error, events))
+        go_back(session, error, Voice(events, shown))
 
 
 def _smaller(session: Session, fault, in_a_row: int, process: Process) -> Session:
@@ -232,29 +219,28 @@ def _attempt(session: Session, process: Process, events) -> Outcome:
     with Progress(
         config.train.steps, process.console, quiet=process.quiet, unit=session.recipe.unit
     ) as progress:
-        say_damage(damaged, start or 0, events, progress)
-        say_replan(session, start or 0, events, progress)
+        voice = Voice(events, progress)
+        say_damage(damaged, start or 0, voice)
+        say_replan(session, start or 0, voice)
         compiled = _compiled(session, progress, fresh=not start)
         process.stop.heed()
         processes.meet()  # the first collective fails after 30 s, and compile times may differ by more
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
             state = _in_place(session, start)
-            announce(session, state, start, len(known) - len(evaluated), events, progress)
-            preflight.say_clock(behind, start or 0, events, progress)
+            announce(session, state, start, len(known) - len(evaluated), voice)
+            preflight.say_clock(behind, start or 0, voice)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
             loop = Loop(
-                session, state, compiled, stop=process.stop, metrics=metrics, events=events, progress=progress,
-                throughput=throughput(session, state), memory_bytes=gauge, energy=process.energy,
-                watchdog=process.watchdog, deadline=process.deadline,
-            )
+                session, process, state, compiled, Evaluations(session, evaluated), metrics=metrics, voice=voice,
+                progress=progress, throughput=throughput(session, state), memory_bytes=gauge,
+            )  # fmt: skip
             del state, compiled
-            process.deadline = loop.deadline
             with _released(loop):
-                ended = loop.run(evaluated)
+                ended = loop.run()
             stopped_by = processes.agreed(lambda: ended)
         with _unrecorded_if_unsaved(EXIT_UNSAVED if stopped_by == UNSAVED else 0):
-            say_measured(session, loop.finished_steps(), gauge.peak(), progress)
+            say_measured(session, loop.finished_steps(), gauge.peak(), voice)
     if stopped_by:
         session.store.close()
         return Outcome(run, _status(stopped_by), run.step(), stopped_by)
@@ -312,9 +298,7 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     config, run = session.config, session.run
 
     def scored() -> str:
-        state, evaluator = meshes.local_view(loop.state), loop.evaluator
-        if processes.count() > 1:  # a score may run any code, so only the leader computes it, on its own devices
-            evaluator = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
+        evaluator, state = loop.evaluations.for_a_score(loop.state)
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
                 score_run(

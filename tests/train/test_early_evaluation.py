@@ -10,6 +10,7 @@ from harness import evaluations, final_hash
 
 from aurora_train.cli.main import main
 from aurora_train.train import evaluate, loop
+from aurora_train.train import evaluations as schedule
 
 RUN = ["train", "toy.yaml", "--run", "early", "train.steps=4", "evaluate.every=2"]
 
@@ -23,15 +24,15 @@ def early(monkeypatch):
         threads.append(threading.current_thread().name)
         own(self, *arguments)
 
-    monkeypatch.setattr(loop, "compiles_early", lambda config: True)
+    monkeypatch.setattr(schedule, "compiles_early", lambda config: True)
     monkeypatch.setattr(evaluate.Evaluator, "compile", noted)
     return threads
 
 
 def test_what_was_compiled_early_is_what_is_run_and_gives_the_same(here, early, monkeypatch):
-    monkeypatch.setattr(loop, "compiles_early", lambda config: False)
+    monkeypatch.setattr(schedule, "compiles_early", lambda config: False)
     assert main([*RUN, "--run", "late"]) == 0 and not early
-    monkeypatch.setattr(loop, "compiles_early", lambda config: True)
+    monkeypatch.setattr(schedule, "compiles_early", lambda config: True)
     own = evaluate.Evaluator.__init__
 
     def without_jit(self, *arguments):
@@ -48,7 +49,7 @@ def test_what_was_compiled_early_is_what_is_run_and_gives_the_same(here, early, 
 
 def test_a_run_that_evaluates_at_its_end_alone_compiles_then(here):
     for every in (None, 5):
-        assert not loop.compiles_early(SimpleNamespace(evaluate=SimpleNamespace(every=every)))  # on this CPU
+        assert not schedule.compiles_early(SimpleNamespace(evaluate=SimpleNamespace(every=every)))  # on this CPU
 
 
 @pytest.mark.parametrize("words,told", [(("no such metric",), "no such metric"), ((), "ValueError")])
@@ -68,6 +69,6 @@ def test_a_fault_is_told_at_once_and_raised_after_the_save(here, early, monkeypa
 
 def test_a_stop_waits_for_the_compiler_and_says_so(here, early, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.Evaluator, "compile", lambda self, *_: time.sleep(2))
-    monkeypatch.setattr(loop.Loop, "_asked", lambda self: "SIGTERM" if self._step else None)
+    monkeypatch.setattr(loop.Loop, "_asked", lambda self: "SIGTERM" if self.step else None)
     assert main([*RUN, "evaluate.every=99"]) == 75
     assert "waiting for the compilation of the evaluation" in capsys.readouterr().err
