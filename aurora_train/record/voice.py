@@ -14,11 +14,11 @@ class Voice:
     def __init__(self, events: EventLog, progress: Progress):
         self._events, self._progress = events, progress
 
-    def __call__(self, text: str, event: str | None = None, step: int | None = None, **details: Any) -> None:
+    def __call__(self, text: str, event: str | None = None, step: int | None = None, /, **details: Any) -> None:
         if event is not None:
             self.record(event, step, **details)
         self._progress.event(text)
 
-    def record(self, event: str, step: int | None = None, **details: Any) -> None:
+    def record(self, event: str, step: int | None = None, /, **details: Any) -> None:
         """Record an event of which nothing is shown."""
         self._events.event(event, step, **details)

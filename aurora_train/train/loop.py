@@ -4,7 +4,9 @@
 2. The state is copied out before the next step is dispatched, because that step overwrites its buffers.
 3. The evaluation comes after the save: an evaluation that crashes costs no training. If it is among the best so far,
    its step is saved before the evaluation is recorded: after a kill between the two, the evaluation is repeated.
-4. The step number and the records up to it decide what is due at a step, so a killed run and an undisturbed one agree.
+4. Between two steps only a batch goes to the device, and only the numbers of a finished step come back: whatever else
+   is read of a running step makes the device wait (`tests/train/test_transfers.py` counts it).
+5. The step number and the records up to it decide what is due at a step, so a killed run and an undisturbed one agree.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Loop:
         # In a fresh run the newest saved step is 0: nothing is saved yet.
         self._saver = Saver(session, process.watchdog, metrics, voice, progress, last=self.step)
         self._guard = guard_of(session, saving=lambda: self._saver.under_way)
-        process.begin_to_count(self._config)
+        process.set_deadline(self._config)
 
     def run(self) -> str | None:
         """Train to the last step.
@@ -253,7 +255,7 @@ class Loop:
 
     def _asked(self) -> str | None:
         mine = self._stop.name
-        if mine is None and self._process.is_over():
+        if mine is None and self._process.deadline_passed():
             mine = "train.stop_after_minutes"
         if mine is None and self._saver.overdue():
             mine = UNSAVED

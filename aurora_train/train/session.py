@@ -63,12 +63,12 @@ class Process:
     watchdog: Watchdog
     deadline: float | None = None
 
-    def begin_to_count(self, config) -> None:
-        """Set the deadline of `train.stop_after_minutes`, at the first step that this process takes."""
+    def set_deadline(self, config) -> None:
+        """Set the deadline of `train.stop_after_minutes`, which counts from the first step of this process."""
         if self.deadline is None and config.train.stop_after_minutes is not None:
             self.deadline = time.monotonic() + 60 * config.train.stop_after_minutes
 
-    def is_over(self) -> bool:
+    def deadline_passed(self) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
