@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from aurora_train import files
@@ -35,17 +34,15 @@ def score_run(
     step, this package, what the score left in the work folder), and computed again otherwise.
     """
     began = time.perf_counter()
-
-    def rivals() -> dict:
+    run.workdir.mkdir(exist_ok=True)
+    record = _measured(recipe, config, run.workdir, evaluator, state, progress)
+    if baselines is not False:
         key, known = _depends_on(recipe, config, run, step), files.read_json(run.scores) or {}
         made = known.get("baselines_made") or {}
         if baselines is None and made.get("key") == key:
-            return {"baselines": known["baselines"], "baselines_made": {**made, "kept": True}}
-        return _made(recipe, run.workdir, progress, key)
-
-    run.workdir.mkdir(exist_ok=True)
-    wanted = rivals if baselines is not False else dict
-    record = _measured(recipe, config, run.workdir, evaluator, state, progress, wanted)
+            record |= {"baselines": known["baselines"], "baselines_made": {**made, "kept": True}}
+        else:
+            record |= _made(recipe, run.workdir, progress, key)
     with asking(config.train.forms.asked), recipe_code(recipe, "samples"):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     checked_samples(recipe, samples)
@@ -77,8 +74,8 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     other.prepare(progress)
     with tempfile.TemporaryDirectory() as folder:  # the run's work folder belongs to the score of its own data
         workdir = Path(folder)
-        rivals = dict if baselines is False else lambda: _made(other, workdir, progress)
-        record = _measured(other, trained.config, workdir, *parts, progress, rivals)
+        record = _measured(other, trained.config, workdir, *parts, progress)
+        record |= {} if baselines is False else _made(other, workdir, progress)
     record.pop("plots")  # plots.json belongs to the score of the run's own data
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
     target = run.folder / "scores-on" / f"{place.name}.json"
@@ -88,7 +85,7 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     return record
 
 
-def _measured(recipe, config, workdir: Path, evaluator, state, progress, rivals: Callable[[], dict]) -> dict:
+def _measured(recipe, config, workdir: Path, evaluator, state, progress) -> dict:
     result = _result(recipe, config, "test", workdir, evaluator, state, progress)
     headline = next(iter(result))
     return {
@@ -98,7 +95,6 @@ def _measured(recipe, config, workdir: Path, evaluator, state, progress, rivals:
         "baselines": {},
         **{name: result.get(name, []) for name in _SHOWN_APART},
         "recipe_sha256": config.recipe_sha256,
-        **rivals(),
     }
 
 

@@ -161,12 +161,8 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     config = settled(config, run)
     beginning = Beginning.of(config, run)
     recipe, fresh = beginning.recipe, run.step() == 0 and not run.plan.exists()
-    source = beginning.ready(progress)
-    evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
-    refuse_unknown_prefix(config, program.model())
-    pinned = pinned_plan(run, config, mesh)
+    program, source, evaluates = _prepared(config, beginning, progress)
+    pinned = pinned_plan(run, config, program.mesh)
     if not config.recipe_bundled and (run.step() == 0 or runs.changed_code(run, config)):
         for line in rehearse_recipe(config, recipe, program, source):
             log.warning("%s", line)
@@ -194,13 +190,19 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
     beginning = Beginning.of(config)
     if not (prepare or beginning.is_prepared()):
         return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
+    program, source, _ = _prepared(config, beginning, progress)
+    _refuse_no_room(config, program)
+    return rehearse_recipe(config, beginning.recipe, program, source)
+
+
+def _prepared(config, beginning: Beginning, progress) -> tuple[Rehearsal, Any, bool]:
+    """(program, training data, whether there are validation data), once the data are prepared."""
     source, recipe = beginning.ready(progress), beginning.recipe
-    source_of(recipe, "validation")
+    evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
     refuse_unknown_prefix(config, program.model())
-    _refuse_no_room(config, program)
-    return rehearse_recipe(config, recipe, program, source)
+    return program, source, evaluates
 
 
 def _refuse_no_room(config, program) -> None:
