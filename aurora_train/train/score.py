@@ -13,7 +13,7 @@ from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.config import dump
 from aurora_train.errors import UserError
-from aurora_train.nn.ops import asking
+from aurora_train.nn.tracing import tracing
 from aurora_train.random import stream
 from aurora_train.record.metrics import now
 from aurora_train.run import Run
@@ -46,7 +46,7 @@ def score_run(
     run.workdir.mkdir(exist_ok=True)
     wanted = rivals if baselines is not False else dict
     record = _measured(recipe, config, run.workdir, evaluator, state, progress, wanted)
-    with asking(config.train.forms.asked), recipe_code(recipe, "samples"):
+    with tracing(forms=config.train.forms), recipe_code(recipe, "samples"):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     checked_samples(recipe, samples)
     if samples:
