@@ -38,10 +38,10 @@ class Loaded:
 
         Raises UserError if the recipe cannot generate.
         """
-        from aurora_train.nn.ops import asking
+        from aurora_train.nn.tracing import tracing
 
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        with asking(self.config.train.forms.asked):
+        with tracing(forms=self.config.train.forms):
             return self.recipe.generate(self.model, prompt, options, on_text)
 
     def logits(self, tokens):

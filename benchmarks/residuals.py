@@ -25,8 +25,8 @@ from jax.extend import core
 from aurora_train.compat import jaxprs_in_params
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.platform import platform, target_platform
 from aurora_train.nn.sequence import CausalGRU, CausalTransformer
+from aurora_train.nn.tracing import platform, tracing
 from aurora_train.nn.transformer import make_context
 from aurora_train.plan.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_unit
 
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def make_case(architecture: str, dtype: str) -> Case:
-    """For the platform that `target_platform` has set. Dropout keys are given where the architecture drops."""
+    """For the platform that `tracing` has set. Dropout keys are given where the architecture drops."""
     positions = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     width = SHAPE["width"] if architecture in DECODERS else NEURAL_WIDTH
     if architecture in DECODERS:
@@ -158,7 +158,7 @@ class Row(NamedTuple):
 
 def compare(architecture: str, target: str, dtype: str, sets: int, seed: int = 0) -> Row:
     """Our scores of random save-sets against JAX's."""
-    with target_platform(target):
+    with tracing(target=target):
         case = make_case(architecture, dtype)
         began = time.perf_counter()
         graph = trace_unit(case.fun, *case.args)

@@ -9,8 +9,8 @@ import pytest
 
 from aurora_train.config.schema import Optimizer, Schedule
 from aurora_train.learning_rate import rate
-from aurora_train.nn.ops import asking
-from aurora_train.optimizer import build, global_norm, join, make_schedule, partition
+from aurora_train.nn.tracing import tracing
+from aurora_train.optimizer import build, global_norm, join, partition
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
 PLAIN = {"clip": None, "schedule": Schedule(name="constant")}
@@ -118,7 +118,7 @@ def test_the_global_norm_is_numpys_and_no_cut_moves_a_bit_of_it():
     expected = np.sqrt(sum(np.sum(np.square(np.asarray(a, np.float64))) for a in jax.tree.leaves(whole)))
     norm = np.asarray(jax.jit(global_norm)(whole))
     np.testing.assert_allclose(norm, expected, rtol=1e-6)
-    with asking({"grad_norm": "plain"}):
+    with tracing(forms="plain"):
         np.testing.assert_allclose(jax.jit(global_norm)(whole), expected, rtol=1e-6)
     for cuts in (((0, 3), (3, 6)), ((0, 2), (2, 6)), ((0, 2), (2, 4), (4, 6))):
         np.testing.assert_array_equal(jax.jit(global_norm)(model(3, cuts=cuts)), norm)
@@ -175,9 +175,14 @@ def closed_form(name, step):
     return PEAK * ramp * shape
 
 
+def schedule_of(shape, total):
+    """The learning rate as a function of the step, as an optimizer has it."""
+    return build(Optimizer(lr=PEAK, schedule=shape), total).schedule
+
+
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
 def test_schedules_follow_their_closed_forms(name):
-    schedule = jax.jit(make_schedule(PEAK, Schedule(name=name, warmup=WARMUP, final=FINAL), STEPS))
+    schedule = jax.jit(schedule_of(Schedule(name=name, warmup=WARMUP, final=FINAL), STEPS))
     rates = [float(schedule(step)) for step in range(STEPS + 1)]
     np.testing.assert_allclose(rates, [closed_form(name, step) for step in range(STEPS + 1)], rtol=1e-5)
     assert rates[0] == pytest.approx(PEAK / WARMUP) and max(rates) == pytest.approx(PEAK)
@@ -188,8 +193,8 @@ def test_schedules_follow_their_closed_forms(name):
 def test_R19_an_extended_schedule_ends_where_it_did_and_stays(name):
     shape = Schedule(name=name, warmup=WARMUP, final=FINAL)
     steps = np.arange(2 * STEPS)
-    before = jax.jit(make_schedule(PEAK, shape, STEPS))(steps)
-    after = jax.jit(make_schedule(PEAK, shape.model_copy(update={"extend": STEPS}), 2 * STEPS))(steps)
+    before = jax.jit(schedule_of(shape, STEPS))(steps)
+    after = jax.jit(schedule_of(shape.model_copy(update={"extend": STEPS}), 2 * STEPS))(steps)
     np.testing.assert_array_equal(after, before)
     assert (after[STEPS:] == after[STEPS - 1]).all()
     np.testing.assert_allclose(rate(steps, PEAK, shape, STEPS), before, rtol=1e-6)  # of numpy, as `check` has it
@@ -198,7 +203,7 @@ def test_R19_an_extended_schedule_ends_where_it_did_and_stays(name):
 @pytest.mark.parametrize("total,warmup,decay", [(1, 0, 0.2), (5, 50, 0.2), (10, 10, 0.0), (10, 0, 1.0)])
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
 def test_schedules_of_odd_lengths_stay_finite_and_positive(name, total, warmup, decay):
-    schedule = make_schedule(PEAK, Schedule(name=name, warmup=warmup, decay=decay, final=FINAL), total)
+    schedule = schedule_of(Schedule(name=name, warmup=warmup, decay=decay, final=FINAL), total)
     rates = np.array([schedule(step) for step in range(total)])
     assert np.isfinite(rates).all() and (rates > 0).all() and (rates <= np.float32(PEAK)).all()
     ramp = min(1.0, total / max(warmup, 1))

@@ -21,8 +21,8 @@ from aurora_train.check.results import checked_result, checked_samples
 from aurora_train.check.source import taken
 from aurora_train.errors import UserError
 from aurora_train.nn import carried
-from aurora_train.nn.ops import asking
 from aurora_train.nn.param import parameter_count
+from aurora_train.nn.tracing import tracing
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss, Recipe, makes_experience
 
@@ -223,7 +223,7 @@ def _score_and_samples(config, recipe) -> list[str]:
         in_time()
         return jax.device_get(jitted(arrays, batch))
 
-    with asking(config.train.forms.asked), tempfile.TemporaryDirectory() as folder:
+    with tracing(forms=config.train.forms), tempfile.TemporaryDirectory() as folder:
         try:
             with recipe_code(recipe, "score"):
                 result = recipe.score(predict, "test", stream(config.train.seed, "score"), Path(folder), in_time)

@@ -20,44 +20,6 @@ def refuse_offload(config) -> None:
             "the planner chooses offloaded and kept tensors together, but the config already says what is kept",
             where="memory.offload", hint="memory.save=auto memory.unroll=auto, or name the tags to be offloaded",
         )  # fmt: skip
-    if config.memory.fuse_update:
-        raise UserError(
-            "an update fused into the backward pass keeps its tensors on the device", where="memory.offload",
-            hint="memory.offload=none, or memory.fuse_update=false",
-        )  # fmt: skip
-
-
-def refuse_fused(config) -> None:
-    """UserError if a config asks for `memory.fuse_update` together with what needs all gradients at once."""
-    if not config.memory.fuse_update:
-        return
-    where = "memory.fuse_update"
-    if config.optimizer.clip is not None:
-        raise UserError(
-            "an update fused into the backward pass cannot clip by the norm of all gradients", where=where,
-            why="the norm is known only after the last unit has been updated", hint="optimizer.clip=null",
-        )  # fmt: skip
-    if config.memory.accumulation not in ("auto", 1):
-        raise UserError(
-            "an update fused into the backward pass sees one microbatch", where=where,
-            why="the gradients of several would have to be kept, which is what fusing avoids",
-            hint="memory.accumulation=1, or memory.fuse_update=false",
-        )  # fmt: skip
-    if config.train.spike is not None:
-        raise UserError(
-            "an update fused into the backward pass is applied before the step can be judged an outlier", where=where,
-            hint="train.spike=null, or memory.fuse_update=false",
-        )  # fmt: skip
-    if config.memory.unroll is True:
-        raise UserError(
-            "an update fused into the backward pass scans its layers", where=where,
-            hint="memory.unroll=auto, or memory.fuse_update=false",
-        )  # fmt: skip
-    if getattr(getattr(config, "model", None), "lora", None) is not None:
-        raise UserError(
-            "the gradients of adapters are too small for fusing their update to save memory", where=where,
-            hint="memory.fuse_update=false",
-        )  # fmt: skip
 
 
 def refuse_uneven(config) -> None:

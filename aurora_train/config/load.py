@@ -20,8 +20,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError, create_model
 
 from aurora_train import bundled
-from aurora_train.config import messages
-from aurora_train.config.conflicts import refuse_fp8, refuse_fused, refuse_idle_patience, refuse_offload, refuse_uneven
+from aurora_train.config import messages, removed
+from aurora_train.config.conflicts import refuse_fp8, refuse_idle_patience, refuse_offload, refuse_uneven
 from aurora_train.config.deriving import derives, fill, unset_nulls
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core, Init
@@ -77,6 +77,7 @@ def _load_file(
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
+    removed.take_out(tree)
     _write_out_parts(tree)
     unset_nulls(tree, schema, overrides_only=code is not None)
     _place_paths(tree, schema)
@@ -248,7 +249,7 @@ def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> 
 def _check(config: Core, tree: Tree) -> None:
     """Check what concerns several keys, and report all mistakes at once."""
     faults = []
-    settings = (refuse_fused, refuse_offload, refuse_fp8, refuse_uneven, refuse_idle_patience)
+    settings = (refuse_offload, refuse_fp8, refuse_uneven, refuse_idle_patience)
     for check in (*settings, config.recipe_class.check):
         try:
             with _placed(tree):

@@ -14,24 +14,6 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from aurora_train.config.fields import Section, parse_bytes, setting
 
-Form = Literal["auto", "plain", "cpu"]
-
-
-class Forms(Section):
-    """The form of each operation; auto: the platform's, from `nn/ops.py`. Attention is set by `model.attention`."""
-
-    linear: Form = setting("auto", resume="elastic", help="matrix products, and sums over rows in their gradients")
-    cross_entropy: Form = setting("auto", resume="elastic", help="the loss over a vocabulary")
-    norm: Form = setting("auto", resume="elastic", help="means over a row, and sums over rows in their gradients")
-    activation: Form = setting("auto", resume="elastic", help="when a backward pass recomputes what was not kept")
-    units: Form = setting("auto", resume="elastic", help="how an unrolled stack is split into units")
-    grad_norm: Form = setting("auto", resume="elastic", help="in what order the gradient's squares are summed")
-
-    @property
-    def asked(self) -> dict[str, str]:
-        """The form of each operation that the config sets instead of leaving it to the platform."""
-        return {name: form for name, form in self.model_dump().items() if form != "auto"}
-
 
 class Train(Section):
     """Length, batch size, seed and number format of the training."""
@@ -63,7 +45,10 @@ class Train(Section):
         "auto", resume="free",
         help="end a process that makes no progress: after minutes learned from the run, after this many, or never",
     )
-    forms: Forms = Forms()
+    forms: Literal["auto", "plain"] = setting(
+        "auto", resume="elastic",
+        help="how operations are written: auto = as the platform needs them, plain = as their formulas read",
+    )
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -142,10 +127,6 @@ class Memory(Section):
         help="kept tensors that wait in the processor's memory: none, auto (the planner's choice), or a list of tags",
     )
     unroll: Literal["auto"] | bool = setting("auto", resume="elastic", help="unroll the layers instead of scanning")
-    fuse_update: bool = setting(
-        False, resume="elastic",
-        help="update each layer within the backward pass, so that gradients are never all kept at once",
-    )
     on_oom: Literal["replan", "stop"] = setting(
         "replan", resume="free", help="out of memory while training: continue with the next smaller plan, or stop"
     )

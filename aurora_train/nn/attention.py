@@ -10,12 +10,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.errors import UserError
-from aurora_train.nn import lora, ops, param
-from aurora_train.nn.attention_kernels import BACKENDS, Rule, masked_attention, visible
+from aurora_train.nn import lora, param
+from aurora_train.nn.attention_kernels import Rule, cudnn, masked_attention, reference, visible, xla
+from aurora_train.nn.cpu.blocked import blocked
 from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.norms import Norm
-from aurora_train.nn.platform import is_remote, platform
 from aurora_train.nn.positions import rotate
+from aurora_train.nn.tracing import current, form, platform
+
+BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "blocked": blocked}
 
 
 class Context(NamedTuple):
@@ -57,11 +60,10 @@ def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") ->
         return Choice("cudnn", "asked for by the config")
     if setting != "auto":
         return Choice(setting, "asked for by the config")
-    how = ops.OPERATIONS["attention"].forms
-    if ops.form("attention") == "blocked":
-        return Choice("blocked", how["blocked"])
+    if form() == "cpu":
+        return Choice("blocked", "by blocks of queries, a form for CPU")
     if obstacle is None:
-        return Choice("cudnn", f"{how['cudnn']} serves this shape")
+        return Choice("cudnn", "cuDNN flash attention serves this shape")
     if config.attention_softcap is not None:
         return Choice("reference", f"no cuDNN ({obstacle}), and xla has no soft-cap")
     return Choice("xla", f"no cuDNN ({obstacle})")
@@ -78,7 +80,7 @@ def _cudnn_obstacle(config, dtype, target, mask) -> str | None:
         return "it has no soft-cap"
     if dim % 8 or dim > 128:
         return f"it needs a head size of at most 128 in steps of 8, not {dim}"
-    return None if is_remote() else _probe_cudnn(config, dtype, mask)
+    return None if current().target else _probe_cudnn(config, dtype, mask)
 
 
 def _probe_cudnn(config, dtype, mask) -> str | None:

@@ -13,19 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from aurora_train.compat import jaxprs_in_params
 from aurora_train.errors import UserError
+from aurora_train.nn.tracing import current
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
 FIRST_WITH_FP8 = (8, 9)  # compute capability: Ada
 DTYPE = jnp.bfloat16  # of the inputs and the output of an 8-bit product
 _LEAST = 2.0**-100  # a smaller scale's reciprocal does not fit in float32
-
-# `ends` while an fp8 step is traced, else None; and whether a unit is being traced that multiplies in 8 bits.
-_asked = jax.make_user_context(None)
-_unit = jax.make_user_context(False)
 
 
 class Quantized(NamedTuple):
@@ -35,29 +31,10 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
-def asking(precision: str, ends: int):
-    """In this context, stacks multiply in 8 bits if `precision` is "fp8", except for `ends` units at either end."""
-    return _asked(ends if precision == "fp8" else None)
-
-
-def is_asked() -> bool:
-    """Whether a step is being traced whose units multiply in 8 bits."""
-    return _asked.value is not None
-
-
-def unit(quantized: bool):
-    """In this context, `nn.linear` multiplies in 8 bits if `quantized`."""
-    return _unit(quantized)
-
-
-def in_unit() -> bool:
-    """Whether a unit is being traced that multiplies in 8 bits."""
-    return _unit.value
-
-
 def quantized_units(num_units: int) -> tuple[int, int]:
     """The units [first, last) of a stack that multiply in 8 bits in the current trace."""
-    return without_ends(num_units, _asked.value) if is_asked() else (0, 0)
+    ends = current().fp8_ends
+    return (0, 0) if ends is None else without_ends(num_units, ends)
 
 
 def without_ends(num_units: int, ends: int, name: str = "a stack") -> tuple[int, int]:
@@ -72,7 +49,7 @@ def without_ends(num_units: int, ends: int, name: str = "a stack") -> tuple[int,
 
 def refuse_unused(jaxpr) -> None:
     """UserError for a step that should multiply in 8 bits but never does."""
-    if is_asked() and not _has_8_bits(jaxpr):
+    if current().fp8_ends is not None and not _has_8_bits(jaxpr):
         raise UserError(
             "nothing in this model is multiplied in fp8", where="train.precision",
             why="only aurora_train.nn.linear.linear, on bfloat16 activations in a Stack's units, does that",
@@ -103,18 +80,6 @@ def quantize(x: jax.Array, dtype) -> Quantized:
 def scaled(product: jax.Array, a: Quantized, b: Quantized) -> jax.Array:
     """The product of two arrays from the product of their values, in its dtype; exact."""
     return product * (a.scale * b.scale).astype(product.dtype)
-
-
-def operand(form: str, array: Quantized, *, pinned: bool = False) -> jax.Array:
-    """The values as operands of a product. "cpu": as bfloat16, which holds them exactly: no CPU multiplies in 8 bits.
-
-    `pinned`: keep their layout. For weights: 8-bit products need the summed axis last, and XLA would otherwise
-    transpose a whole stack of masters far from here. Not for what a mesh shards: it would be gathered first.
-    """
-    if form == "cpu":
-        # Without the barrier XLA treats the conversion to 8 bits and back as excess precision and removes it.
-        return jax.lax.optimization_barrier(array.values).astype(DTYPE)
-    return with_layout_constraint(array.values, Layout((0, 1))) if pinned else array.values
 
 
 def one_line(ends: int, machine) -> str:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.nn import fp8, nf4
-from aurora_train.nn.linear import add_bias, linear
+from aurora_train.nn import nf4
+from aurora_train.nn.linear import linear
 from aurora_train.nn.param import named
+from aurora_train.nn.tracing import current, forms
 from aurora_train.recipe import ADAPTERS
 
 _STREAM = 0x4C6F5241  # "LoRA": far from the counts with which the kernels' own keys are folded
@@ -57,7 +58,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
     if name in module.coded:
         _refuse_both()
         y = nf4.linear(x, *(getattr(module, name + suffix)[...] for suffix in (nf4.CODES, nf4.SCALES)))
-        y = y if bias is None else add_bias(y, bias)
+        y = y if bias is None else forms().add_bias(y, bias)
     else:
         y = linear(x, getattr(module, name)[...], bias)
     if name not in module.adapted:
@@ -68,7 +69,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
 
 
 def _refuse_both() -> None:
-    if fp8.in_unit():
+    if current().in_8_bits:
         raise UserError(
             "a base of 4-bit codes cannot be multiplied in fp8", where="train.precision",
             why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=compute",

@@ -12,8 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn import ops
-from aurora_train.nn.linear import barrier, dot, outer
+from aurora_train.nn.plain import dot
+from aurora_train.nn.tracing import forms
 
 
 def logits_of(hidden, head, vocab_first: bool, softcap: float | None = None):
@@ -54,7 +54,7 @@ def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: f
         softcap: logits become softcap x tanh(logits / softcap).
         chunk: about how many tokens' logits to hold at a time; 0 holds all.
     """
-    return _nll(ops.form("cross_entropy"), vocab_first, softcap, chunk, hidden, head, targets, weights)
+    return _nll(forms(), vocab_first, softcap, chunk, hidden, head, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -72,7 +72,7 @@ def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weigh
     low = head.astype(hidden.dtype)
     wide = low.shape[0] if vocab_first else low.shape[1]
     # The head's gradient is summed in the layout of its product, and transposed once at the end.
-    turned = vocab_first and form == "cpu" and hidden.dtype != jnp.float32
+    turned = vocab_first and form.TURNS_TIED_GRADIENT and hidden.dtype != jnp.float32
 
     def add(carry, inputs):
         total, d_head = carry
@@ -87,14 +87,14 @@ def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weigh
             d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = dot(d_logits, low, 1, 0 if vocab_first else 1).astype(hidden.dtype)
-        d_chunk = outer(form, d_logits, flat) if vocab_first and not turned else outer(form, flat, d_logits)
+        d_chunk = form.outer(d_logits, flat) if vocab_first and not turned else form.outer(flat, d_logits)
         return (total + ((lse - hit) * weights).sum(), d_head + d_chunk), d_hidden.reshape(hidden.shape)
 
     shape = head.shape[::-1] if turned else head.shape
     start = (jnp.float32(0), jnp.zeros(shape, jnp.float32))
     (total, d_head), d_hidden = jax.lax.scan(add, start, _chunks(chunk, hidden, targets, weights))
     if turned:
-        d_head = barrier(d_head).T
+        d_head = jax.lax.optimization_barrier(d_head).T  # folded into the product, XLA:CPU would crash
     d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
     return total, (d_hidden, d_head.astype(head.dtype))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aurora_train.nn import lora, ops, param
+from aurora_train.nn import lora, param
 from aurora_train.nn.decoder_config import GATED, DecoderConfig
-from aurora_train.nn.lean import lean
+from aurora_train.nn.tracing import forms
 
 
 def gelu(x):
@@ -35,6 +37,22 @@ PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
 GATES = {"swiglu": silu, "geglu": gelu_tanh}
 
 
+def lean(function):
+    """`function` of arrays, which returns one float array, with a backward pass that keeps only its inputs."""
+    form = forms()
+
+    @jax.custom_vjp
+    @functools.wraps(function)
+    def wrapped(*inputs):
+        return function(*inputs)
+
+    def backward(inputs, g):
+        return jax.vjp(function, *form.after(inputs, g))[1](g)
+
+    wrapped.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
+    return wrapped
+
+
 def activate(name: str, *inputs: jax.Array) -> jax.Array:
     """`inputs`: (up,) for a plain activation, (gate, up) for a gated one. float32 inside; keeps only its inputs."""
 
@@ -43,7 +61,7 @@ def activate(name: str, *inputs: jax.Array) -> jax.Array:
         y = GATES[name](wide[0]) * wide[1] if name in GATED else PLAIN[name](wide[0])
         return y.astype(inputs[0].dtype)
 
-    return lean(function, ops.form("activation"))(*inputs)
+    return lean(function)(*inputs)
 
 
 class Mlp(nnx.Module):

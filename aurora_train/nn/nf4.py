@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aurora_train.nn import ops
 from aurora_train.nn.decoder_config import NF4_BLOCK as BLOCK
-from aurora_train.nn.linear import barrier, times, times_transposed
+from aurora_train.nn.tracing import forms
 
 CODES, SCALES = "_nf4", "_nf4_scale"  # suffixes of a kernel's name
 
@@ -58,7 +57,7 @@ def decode(codes: jax.Array, scales: jax.Array, dtype) -> jax.Array:
 def linear(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """x[..., in] times the coded kernel, in the dtype of x. The kernel has no gradient."""
     flat = x.reshape(-1, x.shape[-1])
-    return _product(ops.form("linear"), flat, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
+    return _product(forms(), flat, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
 
 
 def is_coded(name: str) -> bool:
@@ -67,8 +66,8 @@ def is_coded(name: str) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(form: str, x, codes, scales):
-    return times(form, x, decode(codes, scales, x.dtype))
+def _product(form, x, codes, scales):
+    return form.times(x, decode(codes, scales, x.dtype))
 
 
 def _product_forward(form, x, codes, scales):
@@ -77,8 +76,8 @@ def _product_forward(form, x, codes, scales):
 
 def _product_backward(form, residuals, g):
     # The barrier makes the compiler decode the kernel again instead of keeping the forward pass's copy.
-    codes, scales, g = barrier((*residuals, g))
-    return times_transposed(form, g, decode(codes, scales, g.dtype)), None, None
+    codes, scales, g = jax.lax.optimization_barrier((*residuals, g))
+    return form.times_transposed(g, decode(codes, scales, g.dtype)), None, None
 
 
 _product.defvjp(_product_forward, _product_backward)

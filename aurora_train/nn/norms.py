@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aurora_train.nn import ops, param
-from aurora_train.nn.lean import row_mean
-from aurora_train.nn.linear import column_sum
+from aurora_train.nn import param
+from aurora_train.nn.tracing import forms
 
 
 class Norm(nnx.Module):
@@ -33,19 +32,19 @@ class Norm(nnx.Module):
 
 def normalise(eps: float, centred: bool, x, scale, bias):
     """Normalise the last axis of x to unit mean square (and zero mean if `centred`), then scale and shift."""
-    return _normalise(ops.form("norm"), eps, centred, x, scale, bias)
+    return _normalise(forms(), eps, centred, x, scale, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _normalise(form: str, eps, centred, x, scale, bias):
+def _normalise(form, eps, centred, x, scale, bias):
     return _forward(form, eps, centred, x, scale, bias)[0]
 
 
 def _statistics(form, eps, centred, x):
     wide = x.astype(jnp.float32)
     if centred:
-        wide = wide - row_mean(form, wide)
-    inverse = jax.lax.rsqrt(row_mean(form, wide * wide) + eps)
+        wide = wide - form.row_mean(wide)
+    inverse = jax.lax.rsqrt(form.row_mean(wide * wide) + eps)
     return wide * inverse, inverse
 
 
@@ -60,11 +59,11 @@ def _backward(form, eps, centred, residuals, g):
     unit, inverse = _statistics(form, eps, centred, x)
     g = g.astype(jnp.float32)
     scaled = g * scale.astype(jnp.float32)
-    dx = scaled - unit * row_mean(form, scaled * unit)
+    dx = scaled - unit * form.row_mean(scaled * unit)
     if centred:
-        dx = dx - row_mean(form, scaled)
-    dbias = None if bias is None else column_sum(form, g).astype(bias.dtype)
-    return (dx * inverse).astype(x.dtype), column_sum(form, g * unit).astype(scale.dtype), dbias
+        dx = dx - form.row_mean(scaled)
+    dbias = None if bias is None else form.column_sum(g).astype(bias.dtype)
+    return (dx * inverse).astype(x.dtype), form.column_sum(g * unit).astype(scale.dtype), dbias
 
 
 _normalise.defvjp(_forward, _backward)

@@ -16,9 +16,9 @@ def kernel(rngs: nnx.Rngs, shape: tuple[int, int], names: tuple[str, str], gain:
     return named(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain * shape[0] ** -0.5), names)
 
 
-def table(rngs: nnx.Rngs, shape: tuple[int, int], names: tuple[str, str], std: float = 0.02) -> nnx.Param:
+def table(rngs: nnx.Rngs, shape: tuple[int, int], names: tuple[str, str]) -> nnx.Param:
     """float32[rows, width], looked up by row; normal with standard deviation 0.02 (GPT-2)."""
-    return named(jax.random.normal(rngs.params(), shape, jnp.float32) * std, names)
+    return named(jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02, names)
 
 
 def zeros(size: int, name: str) -> nnx.Param:

@@ -25,6 +25,7 @@ LLAMA3_PAPER = "Llama 3: Grattafiori et al. 2024, table 3"
 NANOCHAT = "nanochat, base_train.py"
 MUON = "the same for Muon, whose updates are scaled to AdamW's: Liu et al. 2025"
 CHINCHILLA = "Hoffmann et al. 2022"
+POWER_LINES = "Bergsma et al. 2025 (Power Lines), as in nanochat"
 
 
 class Shape(NamedTuple):
@@ -93,20 +94,13 @@ def derive_from_size(size: str, given: dict, vocab_size: int = 32768, sequence: 
         return shape
     parameters = _parameters(chosen, vocab_size)
     tokens = 20 * parameters
-    rate = _rate_by_depth if depth else _rate_by_name
-    training = [*rate(size, chosen, given, tokens, sequence, vocab_size)]
+    training = _by_tokens(chosen, tokens, sequence, vocab_size) if depth else _as_published(NAMED[size], size, sequence)
     batch = _set(given, "train", "batch")
     if not isinstance(batch, int) or batch < 1:
-        batch = next(d.value for d in training if d.key == "train.batch")
-    training.append(
-        Derived(
-            "train.steps",
-            max(1, round(tokens / (batch * sequence))),
-            f"20 x {parameters:,} parameters = {tokens:,} tokens, over batch {batch} x sequence {sequence}",
-            CHINCHILLA,
-        )
-    )
-    return shape + [d for d in training if _set(given, *d.key.split(".")) is None]
+        batch = training[0].value
+    formula = f"20 x {parameters:,} parameters = {tokens:,} tokens, over batch {batch} x sequence {sequence}"
+    steps = Derived("train.steps", max(1, round(tokens / (batch * sequence))), formula, CHINCHILLA)
+    return shape + [d for d in (*training, steps) if _set(given, *d.key.split(".")) is None]
 
 
 def _by_depth(depth: int, model: dict) -> list[Derived]:
@@ -131,33 +125,28 @@ def _by_name(size: str) -> list[Derived]:
     return [Derived(f"model.{name}", value, f"size {size}", shape.source) for name, value in values.items()]
 
 
-def _rate_by_depth(size, model, given, tokens, sequence, vocab_size):
+def _by_tokens(model: dict, tokens: int, sequence: int, vocab_size: int) -> list[Derived]:
+    """The batch and the learning rate of a model of any width, for a run over so many tokens."""
     reference = {"layers": REFERENCE_DEPTH, "width": 64 * REFERENCE_DEPTH, "heads": 6}
     reference_tokens = 20 * _parameters(model | reference | {"kv_heads": None, "mlp_width": None}, vocab_size)
     batch_tokens = 2**19 * (tokens / reference_tokens) ** 0.383
     batch = 2 ** max(0, round(math.log2(batch_tokens / sequence)))
-    yield Derived(
-        "train.batch",
-        batch,
-        f"2^19 x (tokens / tokens of d{REFERENCE_DEPTH})^0.383 = {batch_tokens:,.0f} tokens, over sequence {sequence}, "
-        "to a power of two",
-        "Bergsma et al. 2025 (Power Lines), as in nanochat",
-    )
-    yield Derived(
-        "optimizer.lr",
-        float(f"{6e-4 * (model['width'] / 768) ** -0.5:.3g}"),
-        f"6e-4 x (width {model['width']} / 768)^-0.5",
-        f"{NANOCHAT}; 6e-4 at width 768: {GPT3}; {MUON}",
-    )
+    formula = f"2^19 x (tokens / tokens of d{REFERENCE_DEPTH})^0.383 = {batch_tokens:,.0f} tokens"
+    width = model["width"]
+    rate, source = float(f"{6e-4 * (width / 768) ** -0.5:.3g}"), f"{NANOCHAT}; 6e-4 at width 768: {GPT3}; {MUON}"
+    return [
+        Derived("train.batch", batch, f"{formula}, over sequence {sequence}, to a power of two", POWER_LINES),
+        Derived("optimizer.lr", rate, f"6e-4 x (width {width} / 768)^-0.5", source),
+    ]
 
 
-def _rate_by_name(size, model, given, tokens, sequence, vocab_size):
-    shape = NAMED[size]
-    batch = max(1, round(shape.batch_tokens / sequence))
-    yield Derived(
-        "train.batch", batch, f"{shape.batch_tokens:,} tokens, over sequence {sequence}", shape.training_source
-    )
-    yield Derived("optimizer.lr", shape.lr, f"size {size}", f"{shape.training_source}; {MUON}")
+def _as_published(shape: Shape, size: str, sequence: int) -> list[Derived]:
+    """The batch and the learning rate of a published model."""
+    batch, source = max(1, round(shape.batch_tokens / sequence)), shape.training_source
+    return [
+        Derived("train.batch", batch, f"{shape.batch_tokens:,} tokens, over sequence {sequence}", source),
+        Derived("optimizer.lr", shape.lr, f"size {size}", f"{source}; {MUON}"),
+    ]
 
 
 def _parameters(model: dict, vocab_size: int) -> int:

@@ -20,8 +20,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.errors import UserError
-from aurora_train.nn import fp8, fused, ops
+from aurora_train.nn import fp8
+from aurora_train.nn.plain import entry
 from aurora_train.nn.saving import UNIT_INPUT, policy
+from aurora_train.nn.tracing import forms, tracing
 
 SEGMENTS = "segments"  # the key that marks a nested dict of parameters as a stack
 UNITS = "units"  # its canonical counterpart, with one entry per unit
@@ -90,49 +92,24 @@ class Stack(nnx.Module):
         calls = _calls.get()
         if calls is not None and caches is None:
             calls.append((self, x, context, keys))
-        seen = _probe.get()
-        if seen is not None and caches is None:
-            return self._probed(seen, x, context, keys)
-        update = None if caches is not None else fused.update_of(self)
-        if update is not None:
-            return self._updated(update, x, context, keys)
         outs, reports = [], []
-        for segment, unit in self._parts():
+        for segment, module in self._parts():
             part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
-            x, (out, report) = _run(segment, unit, x, context, keys, part, self._is_quantized(segment))
+            x, (out, report) = _run(segment, module, x, context, keys, part, self._is_quantized(segment))
             outs.append(out)
             reports.append(report)
         if caches is not None:
             caches = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
         return x, caches, _added(reports)
 
-    def _probed(self, seen: list, x, context, keys):
-        reports = []
+    def outputs(self, x, context, keys=None):
+        """Run x through the units one by one, and yield the absolute index and the output of each."""
         for segment, module in self._parts():
             graph, state = nnx.split(module)
             body = _unit(segment._replace(save=None, offload=()), graph, context, keys, self._is_quantized(segment))
             for index in range(segment.start, segment.stop):
-                unit = jax.tree.map(lambda a, j=index - segment.start: a[j], state)
-                x, (_, report) = body(x, (unit, jnp.int32(index), None))
-                reports.append(jax.tree.map(lambda a: a[None], report))
-                finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(x))
-                seen.append((id(self), index, finite))
-        return x, None, _added(reports)
-
-    def _updated(self, update: fused.Update, x, context, keys):
-        reports = []
-        for i, (segment, module) in enumerate(self._parts()):
-            graph, state = nnx.split(module)
-            segment, quantized = segment._replace(unroll=False), self._is_quantized(segment)
-
-            def unit(state, index, x, context, segment=segment, graph=graph, quantized=quantized):
-                x, (_, report) = _unit(segment, graph, context, keys, quantized)(x, (state, index, None))
-                return x, report
-
-            indices = jnp.arange(segment.start, segment.stop)
-            x, report = fused.run(unit, update, i, indices, state, x, context)
-            reports.append(report)
-        return x, None, _added(reports)
+                x, _ = body(x, (entry(state, index - segment.start), jnp.int32(index), None))
+                yield index, x
 
     def _parts(self):
         return zip(self.plan, self.segments, strict=True)
@@ -146,26 +123,16 @@ class Stack(nnx.Module):
 
 
 _calls = contextvars.ContextVar("stack_calls", default=None)
-_probe = contextvars.ContextVar("stack_probe", default=None)
-
-
-def watched():
-    """In this context, Stack calls without caches are recorded in a list of (stack, x, context, keys), as traced."""
-    return _noted(_calls)
-
-
-def probed():
-    """In this context (outside jit), a Stack runs unit by unit and records (its id, unit, whether all is finite)."""
-    return _noted(_probe)
 
 
 @contextlib.contextmanager
-def _noted(variable):
-    token = variable.set([])
+def watched():
+    """In this context, Stack calls without caches are recorded in a list of (stack, x, context, keys), as traced."""
+    token = _calls.set([])
     try:
-        yield variable.get()
+        yield _calls.get()
     finally:
-        variable.reset(token)
+        _calls.reset(token)
 
 
 def _unit(segment: Segment, graph, context, keys, quantized: bool):
@@ -180,7 +147,7 @@ def _unit(segment: Segment, graph, context, keys, quantized: bool):
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         if UNIT_INPUT in segment.offload:
             x = jax.tree.map(lambda a: checkpoint_name(a, UNIT_INPUT), x)
-        with fp8.unit(quantized):
+        with tracing(in_8_bits=quantized):
             x, cache, *reported = nnx.merge(graph, state)(x, context, index, unit_keys, cache)
         return x, (cache, _checked(reported[0]) if reported else {})
 
@@ -225,31 +192,10 @@ def _run(segment: Segment, module, x, context, keys, caches, quantized):
         return jax.lax.scan(body, x, (state, indices, caches))
     body = jax.jit(body)  # traced once for all identical units
     outs, count = [], segment.stop - segment.start
-    states = _apart(state, count) if ops.form("units") == "cpu" else [_at(state, j) for j in range(count)]
-    for j, unit_state in enumerate(states):
-        x, out = body(x, (unit_state, *_at((indices, caches), j)))
+    for j, unit_state in enumerate(forms().units(state, count)):
+        x, out = body(x, (unit_state, *entry((indices, caches), j)))
         outs.append(out)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
-
-
-def _at(tree, j: int):
-    return jax.tree.map(lambda a: jax.lax.index_in_dim(a, j, keepdims=False), tree)
-
-
-def _apart(tree, count: int) -> list:
-    """The `count` units of a stack, taken leaf by leaf, so that frozen leaves are not differentiated."""
-    leaves, structure = jax.tree.flatten(tree)
-    return [structure.unflatten(unit) for unit in zip(*(_slices(leaf, count) for leaf in leaves), strict=True)]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _slices(x, count: int):
-    """x[0], x[1], ..., whose gradients are stacked once. The gradient of a plain slice is a whole stack of zeros around
-    it, and XLA:CPU writes each of these."""
-    return tuple(_at(x, j) for j in range(count))
-
-
-_slices.defvjp(lambda x, count: (_slices(x, count), None), lambda count, _, parts: (jnp.stack(parts),))
 
 
 @jax.custom_vjp

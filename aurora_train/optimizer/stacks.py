@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aurora_train.nn import ops
 from aurora_train.nn.stack import SEGMENTS, is_stack
+from aurora_train.nn.tracing import forms
 
 
 def partition(params: dict) -> tuple[dict, dict]:
@@ -44,25 +44,15 @@ def segments_of(stack: dict) -> list[tuple[Any, Any]]:
 def global_norm(tree) -> Any:
     """L2 norm of a parameter tree, summed per layer in layer order, so that no cut of a stack changes its bits."""
     rest, stacks = partition(tree)
-    in_turn = ops.form("grad_norm") == "cpu"
-    over_units = (lambda f: lambda segment: jax.lax.map(f, segment)) if in_turn else jax.vmap
-    squares = {
-        name: [over_units(squared)(segment) for _, segment in segments_of(stack)]
-        for name, stack in stacks.items()
-    }
-    return norm_of(squared(rest), squares)
-
-
-def squared(tree) -> Any:
-    """The squared L2 norm of all leaves, float32."""
-    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
-
-
-def norm_of(rest, squares: dict[str, list]) -> Any:
-    """The norm of a tree from the squared norms of what is outside stacks and, by stack and segment, of each unit."""
-    total = rest
-    for _, segments in sorted(squares.items()):
+    over_units = forms().over_units(_squared)
+    squares = [[over_units(segment) for _, segment in segments_of(stack)] for _, stack in sorted(stacks.items())]
+    total = _squared(rest)
+    for parts in squares:
         # Without the barrier, XLA would fuse the sum with its parts and vectorise it differently for another cut.
-        total = total + jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(segments)))
+        total = total + jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(parts)))
     return jnp.sqrt(total)
 
+
+def _squared(tree) -> Any:
+    """The squared L2 norm of all leaves, float32."""
+    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.float32(0))

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from aurora_train.errors import UserError
+from aurora_train.learning_rate import rate
 from aurora_train.nn.stack import SEGMENTS
 from aurora_train.optimizer import rounding
 from aurora_train.optimizer.directions import make_direction
 from aurora_train.optimizer.moments import dotted, make_format
-from aurora_train.optimizer.schedule import make_schedule
 from aurora_train.optimizer.stacks import global_norm, join, partition, segments_of
 from aurora_train.random import stream
 
@@ -34,9 +34,8 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any, dict]]
-    schedule: Callable[[Any], Any]
-    stored: Callable[[Any], Any] = lambda params: params  # freshly drawn parameters in the format of `optimizer.master`
-    rule: Callable[..., Callable] | None = None  # (stack, step) -> the update of one unit
+    schedule: Callable[[Any], Any]  # the learning rate of a step (0-based), float32
+    stored: Callable[[Any], Any]  # freshly drawn parameters in the format of `optimizer.master`
 
 
 def build(config, total_steps: int, seed: int = 0) -> Optimizer:
@@ -45,7 +44,7 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
     Raises UserError for a format of moments that the rule cannot use.
     """
     _refuse_nonsense(config)
-    schedule = make_schedule(config.lr, config.schedule, total_steps)
+    schedule = functools.partial(rate, peak=config.lr, config=config.schedule, total_steps=total_steps, numbers=jnp)
     direction, stored_as = make_direction(config), make_format(config.moments)
     over_units = _in_turn if config.name == "muon" else jax.vmap
 
@@ -55,58 +54,52 @@ def build(config, total_steps: int, seed: int = 0) -> Optimizer:
     @jax.jit  # so that arrays of which only the shape is read are never allocated
     def init(params):
         rest, stacks = partition(params)
-        return {
-            "rest": start(rest),
-            "stacks": {
-                name: {SEGMENTS: {i: jax.vmap(start)(segment) for i, segment in stack[SEGMENTS].items()}}
-                for name, stack in stacks.items()
-            },
-        }
-
-    def rule(stack, step, scale=1.0, good=None):
-        """(grads, state, params, index) -> (params, state) of one unit of a stack; index is uint32 and absolute."""
-        lr = schedule(step)
-
-        def noise(index):
-            """Key words by leaf name for one unit; traced only if something is rounded with them."""
-            key = jax.random.fold_in(stream(seed, f"rounding.{stack}"), step)
-            return lambda names: rounding.words(jax.random.fold_in(key, index), names)
-
-        def apply(grads, state, params, index):
-            grads, wide = jax.tree.map(lambda g: g * scale, grads), _wide(params)
-            updates, new_state = stored_as.advance(
-                lambda state: direction(params).update(grads, state, wide), state, noise(index)
-            )
-            new = _rounded_like(params, jax.tree.map(lambda p, u: p - lr * u, wide, updates), noise(index))
-            return (new, new_state) if good is None else _chosen(good, (new, new_state), (params, state))
-
-        return apply
+        stacks = {name: _each_segment(jax.vmap(start), stack) for name, stack in stacks.items()}
+        return {"rest": start(rest), "stacks": stacks}
 
     def update(grads, state, params, step, good=None):
         norm = global_norm(grads)
-        scale = jnp.float32(1.0)
-        if config.clip is not None:
-            scale = jnp.minimum(1.0, config.clip / (norm + 1e-6))
-        if good is not None:
-            good = good & jnp.isfinite(norm)
-        apply_to = functools.partial(rule, step=step, scale=scale, good=good)
+        scale = jnp.float32(1.0) if config.clip is None else jnp.minimum(1.0, config.clip / (norm + 1e-6))
+        good = None if good is None else good & jnp.isfinite(norm)
+
+        def rule_of(stack: str):
+            noise = functools.partial(_noise, seed, stack, step)
+            return _make_rule(direction, stored_as, schedule(step), scale, good, noise)
+
         (rest, stacks), (rest_grads, stack_grads) = partition(params), partition(grads)
-        rest, rest_state = apply_to("")(rest_grads, state["rest"], rest, jnp.uint32(0))
+        rest, rest_state = rule_of("")(rest_grads, state["rest"], rest, jnp.uint32(0))
         new_stacks, new_states = {}, {}
         for name, stack in stacks.items():
-            both = {
-                i: over_units(apply_to(name))(
-                    stack_grads[name][SEGMENTS][i], state["stacks"][name][SEGMENTS][i], segment, indices
-                )
-                for i, segment, indices in _numbered(stack)
-            }
+            run = over_units(rule_of(name))
+            both = _each_segment(run, stack_grads[name], state["stacks"][name], stack, _numbers(stack))[SEGMENTS]
             new_stacks[name] = {SEGMENTS: {i: new for i, (new, _) in both.items()}}
             new_states[name] = {SEGMENTS: {i: new for i, (_, new) in both.items()}}
-        return join(rest, new_stacks), {"rest": rest_state, "stacks": new_states}, {
-            "grad_norm": norm, "lr": schedule(step)
-        }  # fmt: skip
+        info = {"grad_norm": norm, "lr": schedule(step)}
+        return join(rest, new_stacks), {"rest": rest_state, "stacks": new_states}, info
 
-    return Optimizer(init, update, schedule, functools.partial(stored, config=config), rule)
+    return Optimizer(init, update, schedule, functools.partial(stored, config=config))
+
+
+def _make_rule(direction, stored_as, lr, scale, good, noise):
+    """The update of one unit, `(grads, state, params, index) -> (params, state)`; index is uint32 and absolute.
+
+    `noise(index)` gives the unit's key words by leaf name; they are traced only if something is rounded with them.
+    """
+
+    def apply(grads, state, params, index):
+        grads, wide = jax.tree.map(lambda g: g * scale, grads), _wide(params)
+        updates, new_state = stored_as.advance(
+            lambda state: direction(params).update(grads, state, wide), state, noise(index)
+        )
+        new = _rounded_like(params, jax.tree.map(lambda p, u: p - lr * u, wide, updates), noise(index))
+        return (new, new_state) if good is None else _chosen(good, (new, new_state), (params, state))
+
+    return apply
+
+
+def _noise(seed: int, stack: str, step, index):
+    key = jax.random.fold_in(stream(seed, f"rounding.{stack}"), step)
+    return lambda names: rounding.words(jax.random.fold_in(key, index), names)
 
 
 def stored(params, config):
@@ -123,13 +116,19 @@ def _refuse_nonsense(config) -> None:
         )
 
 
-def _numbered(stack: dict):
-    """(key, segment, uint32 absolute index of each of its units), in order."""
-    first = 0
+def _each_segment(function, *stacks: dict) -> dict:
+    """`function` of each segment of some stacks with the same segments, as a stack."""
+    return {SEGMENTS: {i: function(*(stack[SEGMENTS][i] for stack in stacks)) for i, _ in segments_of(stacks[0])}}
+
+
+def _numbers(stack: dict) -> dict:
+    """The absolute index of each unit, uint32[units], by segment, as a stack."""
+    numbers, first = {}, 0
     for i, segment in segments_of(stack):
         count = jax.tree.leaves(segment)[0].shape[0]
-        yield i, segment, jnp.arange(first, first + count, dtype=jnp.uint32)
+        numbers[i] = jnp.arange(first, first + count, dtype=jnp.uint32)
         first += count
+    return {SEGMENTS: numbers}
 
 
 def _in_turn(apply):

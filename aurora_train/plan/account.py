@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from aurora_train.nn import fp8, ops
+from aurora_train.nn import fp8
 from aurora_train.nn.attention import Choice
 from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
+from aurora_train.nn.tracing import form
 from aurora_train.optimizer import partition
 from aurora_train.plan.search import Candidate
 from aurora_train.plan.verify import can_compile_for_gpu
@@ -103,14 +104,8 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
         add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
     if config.optimizer.ema is not None:
         add("no moving average", "optimizer.ema=null", 4 * count)
-    # Fusing the update needs the whole batch at once. XLA:CPU copies what its loops carry, so it gains nothing there.
-    one_gpu_batch = plan is not None and plan.accumulation == 1 and program.platform != "cpu"
-    if one_gpu_batch and not config.memory.fuse_update and not blueprint.state.frozen:
-        gradients = tree_bytes(partition(blueprint.state.params)[1]) // program.mesh.shape["fsdp"]
-        setting = "memory.fuse_update=true" + (" optimizer.clip=null" if config.optimizer.clip is not None else "")
-        add("the update fused into the backward pass", setting, gradients)
     model = getattr(config, "model", None)
-    if hasattr(model, "lora") and model.lora is None and not (blueprint.state.frozen or config.memory.fuse_update):
+    if hasattr(model, "lora") and model.lora is None and not blueprint.state.frozen:
         add("LoRA (rank 16)", "model.lora.rank=16", 0.97 * (state + 4 * count) + 2 * count)
     if getattr(getattr(model, "lora", None), "base", "") == "compute":
         kernels = [leaf for leaf in jax.tree.leaves(partition(blueprint.state.frozen)[1]) if leaf.ndim == 3]
@@ -119,7 +114,7 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
             add("a frozen base of 4 bits", "model.lora.base=nf4", saves / program.mesh.shape["fsdp"])
     memory, local = config.memory, plan.microbatch // program.mesh.devices.size if plan else 1
     inputs = local * sum(call[0].num_units * tree_bytes(call[1]) for call in program.stack_calls().values())
-    if program.apart and memory.offload == "none" and memory.save != "all" and not memory.fuse_update:
+    if program.apart and memory.offload == "none" and memory.save != "all":
         add("the inputs of layers kept on the host", "memory.offload=[unit_input]", inputs)
     if program.platform != "cpu" and config.train.dtype == "float32":
         add("bfloat16 compute", _BFLOAT16, max((activations or inputs) // 2, 1))
@@ -145,13 +140,13 @@ def standing(planner, plan, activations: int | None = None) -> dict:
     program = planner.program
     blueprint = program.blueprint(plan)
     with program.here():
-        operations = ops.chosen()
+        taken = form()
     return {
         "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
         "levers": [_with_speed(lever, planner.rates) for lever in levers(program, blueprint, plan, activations)],
         "checkpoint": _checkpoint(program, blueprint),
         "attention": _attention(program.model()),
-        "operations": operations,
+        "forms": taken,
         "not_verified": _not_verified(planner),
         "compiles": planner.compiles,
     }

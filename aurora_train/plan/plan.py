@@ -75,7 +75,7 @@ def make_plan(config, model, *, platform: str, num_devices: int, apart: bool = F
     for path, stack in stacks(model).items():
         save = _save_set(memory.save, stack.tags, platform)
         # On a CPU a scan costs a fifth of the speed. An unrolled stack cannot recompute: XLA merges the copies.
-        scans = memory.fuse_update or platform != "cpu" or save is not None
+        scans = platform != "cpu" or save is not None
         unroll = memory.unroll if memory.unroll != "auto" else not scans
         if moved:
             save = tuple(tag for tag in save or () if tag not in moved)

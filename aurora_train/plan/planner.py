@@ -196,9 +196,7 @@ class Planner:
         return self._space_of(stacks, microbatches(program.config, program.recipe, program.mesh.devices.size))
 
     def _costs_of(self, path: str, scores: list) -> StackCosts:
-        fused = self.program.config.memory.fuse_update  # if so, only one unit's gradient exists at a time
-        gradient = 0 if fused else self.estimate.gradient[path]
-        return StackCosts(path, self.program.stacks()[path].num_units, scores, gradient)
+        return StackCosts(path, self.program.stacks()[path].num_units, scores, self.estimate.gradient[path])
 
     def _space_of(self, stacks: list[StackCosts], pairs) -> Space:
         return Space(stacks, pairs, self.program.mesh.devices.size, self._costs(), self.estimate.rest)
@@ -253,8 +251,6 @@ class Planner:
         if choice is not None and needed <= self.budget:
             return
         levers = "; ".join(f"{lever['setting']} saves {size(lever['saves_bytes'])}" for lever in self._levers()[:3])
-        if self.program.config.memory.fuse_update:
-            levers = "memory.fuse_update=false lets the batch be cut into microbatches" + (levers and f"; {levers}")
         raise UserError(
             f"no plan fits {self.machine or 'this machine'}: the smallest needs {size(needed)} of {size(self.budget)}",
             where="memory.budget",
@@ -318,6 +314,6 @@ def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:
                 hint="memory.accumulation=1 and a smaller train.batch",
             )
         return [(batch // wish, wish)]
-    if recipe.couples != "example" or config.memory.fuse_update:
+    if recipe.couples != "example":
         return [(batch, 1)]
     return [(batch // n, n) for n in range(1, local + 1) if local % n == 0]

@@ -22,9 +22,10 @@ from flax import nnx
 from jax.extend import core
 
 from aurora_train.compat import jaxprs_in_params, open_jaxpr
-from aurora_train.nn import fp8, lora
+from aurora_train.nn import lora
 from aurora_train.nn.saving import UNIT_INPUT, can_offload, tag_of
 from aurora_train.nn.stack import Stack
+from aurora_train.nn.tracing import current, tracing
 from aurora_train.plan.flops import FREE, PRODUCTS, equation_flops, is_reduction
 
 MOST_MOVED = 10  # every subset of this many of the largest tensors is tried
@@ -193,7 +194,7 @@ def trace_unit(fun: Callable, x: Any, weights: Any, *others: Any, shared: Sequen
 
     `x` is the activation carried from unit to unit. `others` (index, context, keys) get no gradient, as in a training
     step; those at the positions `shared` are the same for all units. All are pytrees of arrays or ShapeDtypeStructs.
-    For another machine, call within `target_platform`.
+    For another machine, call within `tracing(target=...)`.
     """
 
     def residuals(x, weights, *others):
@@ -229,7 +230,7 @@ def stack_unit(stack: Stack) -> tuple[Callable, nnx.State, tuple]:
 
     def fun(x, trained, frozen, index, context, keys):
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-        with fp8.unit(fp8.is_asked()):
+        with tracing(in_8_bits=current().fp8_ends is not None):
             return nnx.merge(graph, trained, frozen)(x, context, index, unit_keys, None)
 
     return fun, trained, (frozen, jax.ShapeDtypeStruct((), jnp.int32))

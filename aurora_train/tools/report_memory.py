@@ -21,8 +21,7 @@ def memory_section(pinned: dict | None, steps: list[dict]) -> str:
     parts += _stacks(plan.get("stacks") or {})
     parts += [f'<p class="soft">Not verified: {escape(one)}.</p>\n' for one in details.get("not_verified") or []]
     rest = {name: value for name, value in plan.items() if name not in ("details", "stacks", "reason")}
-    forms = {name: one["form"] for name, one in (details.get("operations") or {}).items()}
-    rest |= {"mesh": pinned.get("mesh"), "attention": details.get("attention"), "operations": forms}
+    rest |= {"mesh": pinned.get("mesh"), "attention": details.get("attention"), "forms": details.get("forms")}
     parts.append(folded("the pinned plan", facts(rest)))
     return section("Memory", *parts)
 

@@ -13,7 +13,7 @@ import jax
 from aurora_train import mesh as meshes
 from aurora_train.check.remarks import remarks_on_config, remarks_on_data
 from aurora_train.machine import processes, profile
-from aurora_train.nn import fp8, ops
+from aurora_train.nn import fp8
 from aurora_train.nn.param import parameter_count
 from aurora_train.origin.parents import record_of
 from aurora_train.plan.report import one_line, says_something, side_by_side
@@ -146,10 +146,8 @@ def remarks(session: Session) -> list[str]:
     whole = meshes.kept_whole((shardings.params, shardings.frozen))
     if mesh.shape["fsdp"] > 1 and whole:
         lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
-    with session.program.here():
-        asked = [f"{name} {one['form']}" for name, one in ops.chosen().items() if one["asked"]]
-    if asked:
-        lines.append(f"operations in the form that train.forms asks for: {', '.join(asked)}")
+    if session.config.train.forms == "plain":
+        lines.append("operations in their plain forms, as train.forms asks")
     if session.config.train.precision == "fp8":
         lines.append(fp8.one_line(session.config.train.bf16_ends, profile.this_machine()))
     return [*lines, one_line(session.plan)] if says_something(session.plan) else lines

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aurora_train import mesh as meshes
-from aurora_train.nn.ops import asking
+from aurora_train.nn.tracing import tracing
 from aurora_train.recipe import Loss
 
 
@@ -24,11 +24,11 @@ class Evaluator:
         self._compiled: dict[tuple, Callable] = {}
 
     def _loss(self, weights, batch):
-        with asking(self._recipe.config.train.forms.asked):
+        with tracing(forms=self._recipe.config.train.forms):
             return Loss(*self._recipe.loss(self._judged(weights), batch, None))
 
     def _outputs(self, weights, batch):
-        with asking(self._recipe.config.train.forms.asked):
+        with tracing(forms=self._recipe.config.train.forms):
             return self._recipe.predict(self._judged(weights), batch)
 
     def _judged(self, weights):

@@ -64,26 +64,16 @@ class Features(NamedTuple):
         return {hook.name: hook.begin(params) for hook in self.hooks if hook.begin is not None}
 
 
-def features(*, ema: float | None = None, spike: float | None = None, fused: bool = False, recipe=None) -> Features:
-    """The features that the settings switch on, followed by a recipe's own.
-
-    `fused`: the fused update itself leaves units unchanged whose gradient is not finite (`train/fused.py`), so no hook
-    sets back the parameters as a whole. Raises UserError if two hooks have the same name.
-    """
+def features(*, ema: float | None = None, spike: float | None = None, recipe=None) -> Features:
+    """The features that the settings switch on, followed by a recipe's own. UserError if two hooks have one name."""
     gates = [Gate("finite", _is_finite)]
-    hooks = [set_back("rest") if fused else set_back("params", "opt_state", "rest")]
+    hooks = [set_back("params", "opt_state", "rest")]
     if ema is not None:
         hooks.append(moving_average(ema))
     if spike is not None:
         gates.append(Gate("spike", lambda state, info: ~outliers.is_outlier(state.extra[RECENT], info, spike)))
         hooks.append(Hook(RECENT, _remember, lambda params: outliers.empty()))
     if recipe is not None:
-        if fused and recipe.gates():
-            raise UserError(
-                "an update fused into the backward pass is applied before a gate can refuse it",
-                where="memory.fuse_update", why=f"{type(recipe).__name__} has a gate of its own",
-                hint="memory.fuse_update=false",
-            )  # fmt: skip
         gates += recipe.gates()
         hooks += recipe.hooks()
     _refuse_twins([hook.name for hook in hooks], type(recipe).__name__)
@@ -92,9 +82,7 @@ def features(*, ema: float | None = None, spike: float | None = None, fused: boo
 
 def features_of(config, recipe=None) -> Features:
     """The features of a run of this config."""
-    return features(
-        ema=config.optimizer.ema, spike=config.train.spike, fused=config.memory.fuse_update, recipe=recipe
-    )
+    return features(ema=config.optimizer.ema, spike=config.train.spike, recipe=recipe)
 
 
 def set_back(*fields: str) -> Hook:

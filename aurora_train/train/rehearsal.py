@@ -24,9 +24,8 @@ from aurora_train.errors import UserError
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.nn import carried, fp8
-from aurora_train.nn.ops import asking
-from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, named_stacks, watched
+from aurora_train.nn.tracing import tracing
 from aurora_train.plan.account import SAVE_COPIES, copied_by_a_save
 from aurora_train.plan.flops import product_flops
 from aurora_train.plan.plan import Plan, make_plan
@@ -75,13 +74,11 @@ class Rehearsal:
         self._model = self._calls = None
 
     def here(self):
-        """The context in which layers choose their forms: those of the config, else those of the platform."""
-        stack = contextlib.ExitStack()
-        train = self.config.train
-        stack.enter_context(asking(train.forms.asked))
-        stack.enter_context(fp8.asking(train.precision, train.bf16_ends))
+        """The context in which the step is traced: in the forms and the precision of the config, for its machine."""
+        stack, train = contextlib.ExitStack(), self.config.train
+        stack.enter_context(tracing(forms=train.forms, fp8_ends=train.bf16_ends if train.precision == "fp8" else None))
         if self.remote:
-            stack.enter_context(target_platform(self.platform))
+            stack.enter_context(tracing(target=self.platform))
             stack.enter_context(pretend_cudnn())
         return stack
 
@@ -112,7 +109,7 @@ class Rehearsal:
         """The step as a function of (state, batch), not yet compiled."""
         return make_step(
             self.recipe, blueprint, self.optimizer, self.features, seed=self.config.train.seed,
-            accumulation=plan.accumulation, fused=self.config.memory.fuse_update,
+            accumulation=plan.accumulation,
         )  # fmt: skip
 
     def trace(self, plan: Plan) -> tuple[Any, TrainState]:

@@ -14,7 +14,7 @@ from aurora_train.check.blame import recipe_code
 from aurora_train.check.results import checked_result, checked_samples
 from aurora_train.config import dump
 from aurora_train.errors import UserError
-from aurora_train.nn.ops import asking
+from aurora_train.nn.tracing import tracing
 from aurora_train.random import stream
 from aurora_train.record.metrics import now
 from aurora_train.run import Run
@@ -43,7 +43,7 @@ def score_run(
             record |= {"baselines": known["baselines"], "baselines_made": {**made, "kept": True}}
         else:
             record |= _made(recipe, run.workdir, progress, key)
-    with asking(config.train.forms.asked), recipe_code(recipe, "samples"):
+    with tracing(forms=config.train.forms), recipe_code(recipe, "samples"):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     checked_samples(recipe, samples)
     if samples:

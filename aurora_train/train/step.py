@@ -10,28 +10,29 @@ from aurora_train.nn.stack import summed
 from aurora_train.optimizer import join, partition
 from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss
-from aurora_train.train.fused import make_fused
 from aurora_train.train.hooks import Features
 from aurora_train.train.state import Blueprint, TrainState
 
 
-def make_step(
-    recipe, blueprint: Blueprint, optimizer, features: Features, *, seed: int, accumulation: int, fused: bool = False
-):
+def make_step(recipe, blueprint: Blueprint, optimizer, features: Features, *, seed: int, accumulation: int):
     """The training step of a recipe. `metrics`: float32 scalars loss, tokens, grad_norm, lr, skipped, and the recipe's.
 
     An update that a gate refuses is counted in `skipped`; hooks decide what it leaves unchanged (`train/hooks.py`).
-    `fused`: each unit is updated within the backward pass (`train/fused.py`).
     """
-    loss_of = _loss_of(recipe, blueprint, seed)
-    if fused:
-        assert accumulation == 1, "the config check refuses this"
-        advance = make_fused(blueprint, optimizer, loss_of)
-    else:
-        advance = _make_update(blueprint, optimizer, loss_of, accumulation)
+    gradients = _make_gradients(recipe, blueprint, seed, accumulation)
 
     def step(state: TrainState, batch):
-        params, opt_state, (loss, rest), info = advance(state, batch)
+        grads, (loss, rest) = gradients(state, batch)
+        loss = Loss(*loss)
+        grads = jax.tree.map(lambda g: (g / jnp.maximum(loss.weight, 1e-9)).astype(g.dtype), grads)
+        mean = loss.total / jnp.maximum(loss.weight, 1e-9)
+        # The barrier keeps XLA from fusing the update into the backward pass, which changes bits with the plan.
+        grads, mean = jax.lax.optimization_barrier((grads, mean))
+        with jax.named_scope("optimizer"):
+            params, opt_state, info = optimizer.update(
+                grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
+            )
+        info = info | {"loss": mean}
         good = features.passes(state, info)
         new = state._replace(params=params, opt_state=opt_state, rest=rest)
         with jax.named_scope("optimizer"):
@@ -44,44 +45,17 @@ def make_step(
     return step
 
 
-def _loss_of(recipe, blueprint: Blueprint, seed: int):
-    """`(model, state, batch) -> (total, (Loss, state beside the parameters))`, with dropout keyed by example."""
+def _make_gradients(recipe, blueprint: Blueprint, seed: int, accumulation: int):
+    """`(state, batch) -> (gradients of the summed loss, (Loss, state beside the parameters))`, over one or several
+    microbatches. Dropout is keyed by example."""
     dropout = stream(seed, "dropout")
-
-    def loss_of(model, state, batch):
-        loss = training_loss(recipe, model, batch, example_keys(dropout, state.step, batch["example"]))
-        return loss.total, (loss, changed_state(recipe, model, state.rest))
-
-    return loss_of
-
-
-def _make_update(blueprint: Blueprint, optimizer, loss_of, accumulation: int):
-    """`(state, batch) -> (params, opt_state, (Loss, rest), info)`: all gradients, then one update."""
-    gradients = _make_gradients(blueprint, loss_of, accumulation)
-
-    def update(state: TrainState, batch):
-        grads, (loss, rest) = gradients(state, batch)
-        loss = Loss(*loss)
-        grads = jax.tree.map(lambda g: (g / jnp.maximum(loss.weight, 1e-9)).astype(g.dtype), grads)
-        mean = loss.total / jnp.maximum(loss.weight, 1e-9)
-        # The barrier keeps XLA from fusing the update into the backward pass, which changes bits with the plan.
-        grads, mean = jax.lax.optimization_barrier((grads, mean))
-        with jax.named_scope("optimizer"):
-            params, opt_state, info = optimizer.update(
-                grads, state.opt_state, state.params, state.step, good=jnp.isfinite(mean)
-            )
-        return params, opt_state, (loss, rest), info | {"loss": mean}
-
-    return update
-
-
-def _make_gradients(blueprint: Blueprint, loss_of, accumulation: int):
-    """`(state, batch) -> (gradients of the summed loss, (Loss, rest))`, over one or several microbatches."""
 
     def sums(params, state, batch):
         rest, stacks = partition(params)
         params = join(jax.tree.map(summed, rest), stacks)
-        return loss_of(blueprint.merge(params, state.rest, state.frozen), state, batch)
+        model = blueprint.merge(params, state.rest, state.frozen)
+        loss = training_loss(recipe, model, batch, example_keys(dropout, state.step, batch["example"]))
+        return loss.total, (loss, changed_state(recipe, model, state.rest))
 
     def at_once(state: TrainState, batch):
         return jax.grad(sums, has_aux=True)(state.params, state, batch)

@@ -41,12 +41,16 @@ CASES = {
                                ["b.yaml:3:17: optimizer.lr", "finite"]),
     "unknown optimizer": ({"b.yaml": OK + "optimizer: {name: adam}\n"}, ["b.yaml"],
                           ["b.yaml:3:19: optimizer.name", "adamw or lion", "did you mean `adamw`?"]),
-    "typo in an operation": ({"b.yaml": OK + "train: {forms: {linaer: plain}}\n"}, ["b.yaml"],
-                             ["b.yaml:3:17: train.forms.linaer", "unknown key", "did you mean `linear`?"]),
-    "typo in a form": ({"b.yaml": OK + "train: {forms: {linear: plan}}\n"}, ["b.yaml"],
-                       ["b.yaml:3:25: train.forms.linear", "auto or plain or cpu", "did you mean `plain`?"]),
-    "a kernel of attention as a form": ({}, ["quickstart", "train.forms.attention=xla"],
-                                        ["override train.forms.attention", "it lives in `model.attention`"]),
+    "typo in the forms": ({"b.yaml": OK + "train: {forms: plan}\n"}, ["b.yaml"],
+                          ["b.yaml:3:16: train.forms", "auto or plain", "did you mean `plain`?"]),
+    "a form of one operation, as there was": (
+        {"b.yaml": OK + "train: {forms: {norm: auto, linear: plain}}\n"}, ["b.yaml"],
+        ["b.yaml:3:29: train.forms.linear", "one switch for all operations", "train.forms: auto or plain"]),
+    "a kernel of attention as a form": ({}, ["quickstart", "train.forms.attention=auto"],
+                                        ["override train.forms.attention", "attention is model.attention"]),
+    "an update within the backward pass, as there was": (
+        {"b.yaml": OK + "memory: {fuse_update: true}\n"}, ["b.yaml"],
+        ["b.yaml:3:10: memory.fuse_update", "has been removed", "ever measured on a device", "remove the key"]),
     "wrong branch of a choice": ({"b.yaml": OK + "memory: {accumulation: 0}\n"}, ["b.yaml"],
                                  ["b.yaml:3:24: memory.accumulation", "auto or at least 1; got 0"]),
     "a batch that microbatches do not divide": (

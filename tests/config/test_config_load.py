@@ -74,8 +74,14 @@ def test_derived_values_fill_only_what_the_user_left_unset(folder):
 
 def test_a_later_versions_new_keys_do_not_move_the_runs_of_this_one():
     assert config_hash(load("quickstart"))[:8] == "29a23576"  # since 2026-11-26; README.md shows it
-    assert config_hash(load("quickstart", ["data.mix={}", "train.forms.linear=auto"]))[:8] == "29a23576"
+    assert config_hash(load("quickstart", ["data.mix={}", "train.forms=auto"]))[:8] == "29a23576"
     assert config_hash(load("quickstart", ["model.lora={rank: 8}"])) != config_hash(load("quickstart"))
+
+
+def test_keys_of_earlier_versions_that_ask_for_what_is_always_done_are_taken_out():
+    """A run's config.yaml names every key, so a run of such a version could not be resumed otherwise."""
+    config = load("quickstart", ["memory.fuse_update=false", "train.forms={linear: auto, units: auto}"])
+    assert config == load("quickstart") and "fuse_update" not in dump(config)
 
 
 def test_the_hash_follows_everything_but_free_keys_and_the_name(folder):

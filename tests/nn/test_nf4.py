@@ -14,9 +14,9 @@ from aurora_train.nn import lora, nf4
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
 from aurora_train.nn.linear import linear
-from aurora_train.nn.ops import asking
 from aurora_train.nn.param import parameter_count
 from aurora_train.nn.stack import Segment
+from aurora_train.nn.tracing import tracing
 
 TOKENS = np.arange(48, dtype=np.int32).reshape(2, 24) % 61
 SHAPE = {"width": 64, "layers": 3, "heads": 4, "kv_heads": 2, "mlp_width": 128, "tied": False, "bias": "all"}
@@ -82,7 +82,7 @@ def test_the_product_is_that_of_the_kernel_as_read_and_so_is_its_gradient(dtype,
     def loss(product, x):
         return (product(x).astype(jnp.float32) ** 2).sum()
 
-    with asking({"linear": form}):
+    with tracing(forms=form):
         for function in (loss, jax.grad(loss, 1)):
             told = jax.jit(functools.partial(function, lambda x: nf4.linear(x, codes, scales)))(x)
             known = jax.jit(functools.partial(function, lambda x: linear(x, low)))(x)

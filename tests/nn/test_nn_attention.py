@@ -11,12 +11,11 @@ from flax import nnx
 
 from aurora_train.compat import jaxprs_in_params
 from aurora_train.errors import UserError
-from aurora_train.nn.attention import Attention, Context, choose_attention
-from aurora_train.nn.attention_kernels import BACKENDS, Rule, even_lengths, masked_attention
+from aurora_train.nn.attention import BACKENDS, Attention, Context, choose_attention
+from aurora_train.nn.attention_kernels import Rule, even_lengths, masked_attention
 from aurora_train.nn.block import Block, tags
 from aurora_train.nn.decoder_config import DecoderConfig, Layer
-from aurora_train.nn.ops import asking
-from aurora_train.nn.platform import target_platform
+from aurora_train.nn.tracing import tracing
 from aurora_train.plan.verify import pretend_cudnn
 
 # Half the compile time, the same mathematics.
@@ -156,7 +155,7 @@ def computed(kernel, forms, made, dtype):
         out = BACKENDS[kernel](*arrays, made.rule, **made.marks)
         return (out.astype(jnp.float32) * made.projection).sum(), out
 
-    with asking({"linear": forms, "activation": forms}):
+    with tracing(forms=forms):
         gradients, out = quick_jit(jax.grad(total, has_aux=True))([jnp.asarray(a, dtype) for a in made.arrays])
     return out, gradients
 
@@ -259,7 +258,7 @@ def test_the_attention_layer_equals_float64(kv_heads, bias, qk_norm):
 def test_the_choice_says_what_was_taken_and_why():
     config = DecoderConfig()
     assert choose_attention(config, "float32") == ("blocked", "by blocks of queries, a form for CPU")
-    with target_platform("gpu"):
+    with tracing(target="gpu"):
         assert choose_attention(config, "bfloat16").name == "cudnn"
         name, reason = choose_attention(config, "float32")
         assert name == "xla" and "bfloat16" in reason

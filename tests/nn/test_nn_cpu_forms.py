@@ -1,6 +1,5 @@
 """What is written another way for XLA:CPU: the same numbers, and the compiled program has the form that it is for."""
 
-import functools
 import re
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_train.nn.attention_kernels import Rule, blocked, reference
-from aurora_train.nn.lean import after, row_mean
-from aurora_train.nn.linear import add_bias, batched_outer, column_sum, linear, outer
+from aurora_train.nn.attention_kernels import Rule, reference
+from aurora_train.nn.cpu import forms as cpu
+from aurora_train.nn.cpu.blocked import blocked
+from aurora_train.nn.linear import linear
 from aurora_train.nn.mlp import activate
-from aurora_train.nn.ops import asking
-from aurora_train.nn.stack import _apart
+from aurora_train.nn.tracing import FORMS
 
 CPUINFO = Path("/proc/cpuinfo")
 RNG = np.random.default_rng(0)
@@ -32,29 +31,24 @@ def exact(x):
     return np.asarray(x, np.float64)
 
 
-def jitted(function, form):
-    return jax.jit(functools.partial(function, form))
-
-
 @pytest.mark.parametrize("form", ["plain", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7, 12, 64])
 def test_sums_over_rows_equal_float64_whatever_their_number(rows, dtype, form):
     a, b = normal(rows, 24, dtype=dtype), normal(rows, 40, dtype=dtype)
     close = {"rtol": 1e-5, "atol": 1e-4}
-    np.testing.assert_allclose(jitted(outer, form)(a, b), exact(a).T @ exact(b), **close)
-    np.testing.assert_allclose(jitted(batched_outer, form)(a[None], b[None])[0], exact(a).T @ exact(b), **close)
-    np.testing.assert_allclose(jitted(column_sum, form)(a), exact(a).sum(0), **close)
-    wide = a.astype(jnp.float32)
-    np.testing.assert_allclose(jitted(row_mean, form)(wide), exact(a).mean(-1, keepdims=True), **close)
+    forms, wide = FORMS[form], a.astype(jnp.float32)
+    np.testing.assert_allclose(jax.jit(forms.outer)(a, b), exact(a).T @ exact(b), **close)
+    np.testing.assert_allclose(jax.jit(forms.batched_outer)(a[None], b[None])[0], exact(a).T @ exact(b), **close)
+    np.testing.assert_allclose(jax.jit(forms.column_sum)(a), exact(a).sum(0), **close)
+    np.testing.assert_allclose(jax.jit(forms.row_mean)(wide), exact(a).mean(-1, keepdims=True), **close)
 
 
 @pytest.mark.parametrize("form", ["plain", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gradient_of_a_bias_is_the_sum_of_what_reaches_it(dtype, form):
     y, bias, g = normal(3, 5, 16, dtype=dtype), normal(16), normal(3, 5, 16, dtype=dtype)
-    with asking({"linear": form}):
-        out, pullback = jax.vjp(jax.jit(add_bias), y, bias)
+    out, pullback = jax.vjp(jax.jit(FORMS[form].add_bias), y, bias)
     d_y, d_bias = pullback(g)
     np.testing.assert_array_equal(out, y + bias.astype(dtype))
     np.testing.assert_array_equal(d_y, g)
@@ -68,7 +62,7 @@ def test_the_gradient_of_a_bias_is_the_sum_of_what_reaches_it(dtype, form):
 @pytest.mark.parametrize("g", [0.0, -1.5, np.nan, np.inf, -np.inf])
 def test_waiting_for_a_gradient_changes_no_bit_whatever_the_gradient(g, dtype):
     x = normal(4, 8, dtype=dtype).at[0, 0].set(np.nan).at[0, 1].set(-0.0)
-    waited = jitted(after, "cpu")(x, jnp.full((2, 3), g, dtype))
+    waited = jax.jit(cpu.after)(x, jnp.full((2, 3), g, dtype))
     np.testing.assert_array_equal(np.asarray(waited).view(np.uint8), np.asarray(x).view(np.uint8))
 
 
@@ -95,7 +89,7 @@ def test_what_is_frozen_is_not_differentiated_where_units_are_taken_apart():
     tree = {"w": normal(3, 4), "frozen": normal(3, 4), "codes": jnp.arange(12, dtype=jnp.uint8).reshape(3, 4)}
 
     def total(w):
-        units = _apart(tree | {"w": w}, 3)
+        units = cpu.units(tree | {"w": w}, 3)
         return sum((unit["w"] * unit["frozen"] * unit["codes"].astype(jnp.float32)).sum() for unit in units)
 
     np.testing.assert_array_equal(jax.grad(total)(tree["w"]), tree["frozen"] * tree["codes"])
@@ -105,7 +99,8 @@ def test_units_taken_apart_give_one_stacked_gradient():
     tree = {"w": normal(3, 4, 5), "b": normal(3, 5)}
 
     def total(tree):
-        return sum((i + 1) * (unit["w"].sum() + jnp.square(unit["b"]).sum()) for i, unit in enumerate(_apart(tree, 3)))
+        units = enumerate(cpu.units(tree, 3))
+        return sum((i + 1) * (unit["w"].sum() + jnp.square(unit["b"]).sum()) for i, unit in units)
 
     gradient = jax.grad(total)(tree)
     plain = jax.grad(lambda tree: sum(

@@ -16,8 +16,8 @@ from aurora_train.nn import fp8, lora
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
 from aurora_train.nn.linear import linear
-from aurora_train.nn.ops import asking
 from aurora_train.nn.stack import Segment
+from aurora_train.nn.tracing import tracing
 
 RNG = np.random.default_rng(11)
 FORMATS = [fp8.FORWARD, fp8.GRADIENT]
@@ -43,7 +43,7 @@ def test_a_product_and_its_gradients_are_those_of_the_rounded_operands(form, mas
         y, backward = jax.vjp(linear, x, weight, bias)
         return y, *backward(g)
 
-    with asking({"linear": form}), fp8.unit(True):
+    with tracing(forms=form, in_8_bits=True):
         y, dx, dweight, dbias = both(x, weight, bias, g)
     rows, low, sent = (rounded(a, dt) for a, dt in ((x, fp8.FORWARD), (weight, fp8.FORWARD), (g, fp8.GRADIENT)))
     assert (y.dtype, dx.dtype, dweight.dtype) == (jnp.bfloat16, jnp.bfloat16, master)
@@ -89,14 +89,14 @@ def test_values_are_those_of_flax_at_the_same_scale(dtype):
 def test_what_is_not_finite_is_seen_in_every_product(bad):
     """flax's own scaling clips an infinity to the largest number, after which a step looks sound."""
     x = jnp.ones((16, 16), jnp.bfloat16)
-    with fp8.unit(True):
+    with tracing(in_8_bits=True):
         y, backward = jax.vjp(linear, x, jnp.ones((16, 16)))
         assert np.isfinite(y).all() and not np.isfinite(linear(x.at[2, 3].set(bad), jnp.ones((16, 16)))).any()
         assert not any(np.isfinite(part).any() for part in backward(y.at[0, 0].set(bad)))
 
 
 def test_zeros_stay_zeros():
-    with fp8.unit(True):
+    with tracing(in_8_bits=True):
         y, backward = jax.vjp(linear, jnp.zeros((16, 16), jnp.bfloat16), jnp.zeros((16, 16)))
         assert not np.any(y) and not any(np.any(part) for part in backward(y))
 
@@ -110,7 +110,7 @@ TOKENS = jnp.asarray(RNG.integers(0, 64, (2, 16)), jnp.int32)
 
 def gradients(ends=None, cut=None, **settings):
     """(gradients of a small model by dotted name, the jaxpr). `ends` None: in bfloat16."""
-    with fp8.asking("bfloat16" if ends is None else "fp8", ends or 0):
+    with tracing(fp8_ends=ends):
         model = Decoder(DecoderConfig(**SHAPE | settings), 64, "bfloat16", nnx.Rngs(params=0))
         model.stack.cut(tuple(cut or [Segment(0, 4)]), ends or 0)
         graph, state, rest = nnx.split(model, nnx.Param, ...)
@@ -145,7 +145,7 @@ def test_blocks_multiply_in_8_bits_where_they_are_asked_to_and_nothing_else_does
     [Segment(0, 4)], [Segment(0, 4, (), True)], [Segment(0, 2, ("mlp_up",)), Segment(2, 4)]
 ])  # fmt: skip
 def test_ends_that_stay_in_bfloat16_are_segments_of_their_own(cut):
-    with fp8.asking("fp8", 1):
+    with tracing(fp8_ends=1):
         model = Decoder(DecoderConfig(**SHAPE), 64, "bfloat16", nnx.Rngs(params=0))
         model.stack.cut(tuple(cut), 1)
         edges = [(s.start, s.stop) for s in model.stack.plan]
@@ -186,8 +186,8 @@ def test_adapters_stay_in_bfloat16_beside_a_frozen_base_in_8_bits():
     """A kernel takes three products: forward, and for the two gradients."""
     unit = {"width": 32, "layers": 1, "heads": 2, "max_length": 64, "lora": Lora(rank=16)}
     found = {}
-    for precision in ("fp8", "bfloat16"):
-        with fp8.asking(precision, 0), asking({"linear": "plain"}):
+    for precision, ends in (("fp8", 0), ("bfloat16", None)):
+        with tracing(fp8_ends=ends, forms="plain"):
             model = Decoder(DecoderConfig(**unit), 64, "bfloat16", nnx.Rngs(params=0))
             graph, state, rest = nnx.split(model, nnx.Param, ...)
             trained, still = lora.split(state)
@@ -202,7 +202,7 @@ def test_adapters_stay_in_bfloat16_beside_a_frozen_base_in_8_bits():
 
 @pytest.mark.slow
 def test_a_segment_left_out_of_8_bits_would_be_seen():
-    with asking({"linear": "plain"}):
+    with tracing(forms="plain"):
         counts = [eighths(gradients(ends, [Segment(0, 4, None, True)])[1]) for ends in (0, 1)]
     assert counts == [4 * 3 * 7, 2 * 3 * 7]  # four units, or the two in the middle
 
@@ -215,14 +215,14 @@ def test_what_8_bits_cannot_serve_is_refused():
     assert "train.bf16_ends=1 at most" in str(refused.value.hint)
     plain = jax.make_jaxpr(lambda x: x @ x)(jnp.ones((4, 4)))
     fp8.refuse_unused(plain)
-    with fp8.asking("fp8", 0), pytest.raises(UserError, match="nothing in this model is multiplied in fp8"):
+    with tracing(fp8_ends=0), pytest.raises(UserError, match="nothing in this model is multiplied in fp8"):
         fp8.refuse_unused(plain)
 
 
 @pytest.mark.parametrize("form", ["plain", "cpu"])
 def test_sizes_that_a_tensor_core_would_not_choose_are_served(form):
     x, weight = jnp.asarray(RNG.standard_normal((5, 24)), jnp.bfloat16), jnp.asarray(RNG.standard_normal((24, 7)))
-    with asking({"linear": form}), fp8.unit(True):
+    with tracing(forms=form, in_8_bits=True):
         y = jax.jit(linear)(x, weight)
     wanted = rounded(x, fp8.FORWARD) @ rounded(weight, fp8.FORWARD)
     np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=2**-8, atol=2**-8 * np.abs(wanted).max())

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aurora_train.nn.cpu import forms
 from aurora_train.nn.decoder_config import DecoderConfig, Rope, RopeScaling
 from aurora_train.nn.dropout import dropout
-from aurora_train.nn.linear import linear, outer
+from aurora_train.nn.linear import linear
 from aurora_train.nn.mlp import Mlp, activate
 from aurora_train.nn.norms import normalise
-from aurora_train.nn.ops import asking
 from aurora_train.nn.positions import rope_frequencies, rope_table, rotate
+from aurora_train.nn.tracing import tracing
 
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -57,7 +58,7 @@ def test_norms_equal_float64(kind, form):
     def layer(x, scale, *bias):
         return normalise(1e-5, kind == "layernorm", x, scale, bias[0] if bias else None)
 
-    with asking({"norm": form}):
+    with tracing(forms=form):
         assert_gradient(layer, exact, [normal(2, 5, 24), normal(24), normal(24)][: 3 if kind == "layernorm" else 2])
 
 
@@ -74,7 +75,7 @@ EXACT_ACTIVATIONS = {
 @pytest.mark.parametrize("name", EXACT_ACTIVATIONS)
 def test_activations_equal_float64(name, form):
     inputs = [normal(3, 17) for _ in range(2 if name in ("swiglu", "geglu") else 1)]
-    with asking({"activation": form}):
+    with tracing(forms=form):
         assert_gradient(lambda *x: activate(name, *x), EXACT_ACTIVATIONS[name], inputs)
 
 
@@ -86,7 +87,7 @@ def test_an_activation_keeps_only_its_inputs_for_the_backward_pass():
 
 @pytest.mark.parametrize("form", ["plain", "cpu"])
 def test_linear_equals_float64(form):
-    with asking({"linear": form}):
+    with tracing(forms=form):
         assert_gradient(linear, lambda x, w, b: x @ w + b, [normal(2, 3, 8), normal(8, 6), normal(6)])
 
 
@@ -95,7 +96,7 @@ def test_linear_equals_float64(form):
 def test_bfloat16_linear_sums_in_float32_and_gives_float32_weight_gradients(shape, form):
     x, w, g = (jnp.asarray(normal(*s), jnp.bfloat16) for s in ((2, 64, shape[0]), shape, (2, 64, shape[1])))
     wide = [np.asarray(a, np.float64) for a in (x, w, g)]
-    with asking({"linear": form}):
+    with tracing(forms=form):
         y, pullback = jax.vjp(jax.jit(linear), x, w.astype(jnp.float32))
         dx, dw = pullback(g)
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
@@ -108,7 +109,7 @@ def test_a_compiled_bfloat16_weight_gradient_runs_on_cpu_whichever_side_is_narro
     """XLA:CPU crashes at run time where a transpose is folded into a bf16 dot."""
     for narrow, wide in ((8, 32), (32, 8)):
         a, b = jnp.ones((64, narrow), jnp.bfloat16), jnp.ones((64, wide), jnp.bfloat16)
-        found = jax.jit(functools.partial(outer, "cpu"))(a, b)
+        found = jax.jit(forms.outer)(a, b)
         np.testing.assert_array_equal(found, np.full((narrow, wide), 64.0))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aurora_train.nn.losses import chunk_tokens, chunked_nll, logits_of, token_nll
-from aurora_train.nn.ops import asking
+from aurora_train.nn.tracing import tracing
 
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -74,7 +74,7 @@ def test_a_form_and_its_gradients_equal_float64(form, dtype, tolerance, vocab_fi
     def total(hidden, head):
         return chunked_nll(hidden, head, targets, weights, vocab_first=vocab_first, softcap=softcap, chunk=15)
 
-    with asking({"cross_entropy": form}):
+    with tracing(forms=form):
         value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, head)
     wide = np.asarray(hidden, np.float64)
     table = np.asarray(head.astype(dtype), np.float64)

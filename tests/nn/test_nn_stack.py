@@ -21,7 +21,7 @@ from aurora_train.config.schema import Optimizer as OptimizerConfig
 from aurora_train.errors import UserError
 from aurora_train.nn import param
 from aurora_train.nn.norms import Norm
-from aurora_train.nn.stack import Segment, Stack, probed
+from aurora_train.nn.stack import Segment, Stack, watched
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.residuals import trace_stack_unit
 from aurora_train.recipe import Loss, Recipe
@@ -88,13 +88,13 @@ def batch_of(number=0):
     return arrays | {"example": np.arange(BATCH, dtype=np.uint32)}
 
 
-def taken_step(cuts=None, accumulation=1, fuse=False):
+def taken_step(cuts=None, accumulation=1):
     """(the parameters of all units after one step, its metrics)"""
     optimizer = optimizers.build(OptimizerConfig(name="adamw", lr=1e-2, clip=None, schedule={"warmup": 0}), 10)
     plan = Plan(BATCH // accumulation, accumulation, {"stack": cuts or RECOMPUTED})
-    own = features(fused=fuse)
+    own = features()
     blueprint = draw(Regression(), plan, optimizer, meshes.make_mesh(1, 1), seed=0, features=own)
-    step = make_step(Regression(), blueprint, optimizer, own, seed=0, accumulation=accumulation, fused=fuse)
+    step = make_step(Regression(), blueprint, optimizer, own, seed=0, accumulation=accumulation)
     state, metrics = QUICK_JIT(step)(blueprint.initialise(), batch_of())
     return in_order(state.params), {name: float(value) for name, value in metrics.items()}
 
@@ -173,11 +173,10 @@ def test_recomputing_them_at_all_changes_them_by_rounding_alone():
 
 @pytest.mark.parametrize("how", [
     pytest.param({"accumulation": 4, "cuts": [Segment(0, 2, ()), Segment(2, 4)]}, id="4 microbatches, 2 scans"),
-    pytest.param({"fuse": True}, id="fused"),
     pytest.param({"accumulation": 2}, id="2 microbatches", marks=pytest.mark.slow),
     pytest.param({"cuts": [Segment(0, 4, (), True)]}, id="unrolled", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_microbatches_a_fused_update_and_unrolling_change_them_by_rounding_alone(how):
+def test_microbatches_and_unrolling_change_them_by_rounding_alone(how):
     (expected, known), (found, metrics) = at_once(), taken_step(**how)
     for name, value in known.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
@@ -187,17 +186,23 @@ def test_microbatches_a_fused_update_and_unrolling_change_them_by_rounding_alone
     assert UNITS <= known["balance"]  # 1 at least for each unit, where all experts are used alike
 
 
-def test_sums_are_found_with_caches_and_by_the_probe():
+def test_sums_are_found_with_caches():
     model = Model(nnx.Rngs(params=0))
     x = jnp.asarray(batch_of()["x"])
-    expected = model(x)[1]
-    with probed() as seen:
-        found = model(x)[1]
-    assert [unit for _, unit, _ in seen] == list(range(UNITS))
-    _, caches, cached = model.stack(x, None, caches=jnp.zeros((UNITS, 1)))
+    _, caches, found = model.stack(x, None, caches=jnp.zeros((UNITS, 1)))
     assert caches.shape == (UNITS, 1)
-    for other in (found, cached):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), other, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, model(x)[1])
+
+
+def test_the_outputs_of_the_units_of_a_watched_call_end_with_that_of_the_stack():
+    model = Model(nnx.Rngs(params=0))
+    model.stack.cut((Segment(0, 3, ()), Segment(3, 4)))
+    with watched() as calls:
+        y, _ = model(jnp.asarray(batch_of()["x"]))
+    ((stack, *given),) = calls
+    outputs = list(stack.outputs(*given))
+    assert stack is model.stack and [unit for unit, _ in outputs] == list(range(UNITS))
+    np.testing.assert_allclose(outputs[-1][1], y, rtol=1e-5, atol=1e-6)
 
 
 def test_the_planner_counts_a_unit_that_reports_like_one_that_does_not():

@@ -151,7 +151,7 @@ def test_an_unknown_tag_names_those_that_can_be_moved():
     assert "mlp_up" in str(caught.value) and "unit_input" in str(caught.value) and "attn_flash" not in str(caught.value)
 
 
-@pytest.mark.parametrize("other", ["save=all", "fuse_update=true", "save=nothing", "unroll=true"])
+@pytest.mark.parametrize("other", ["save=all", "save=nothing", "unroll=true"])
 def test_what_leaves_nothing_to_choose_is_refused_when_the_config_is_loaded(other):
     with pytest.raises(UserError, match=r"memory\.offload"):
         load("quickstart", ["memory.offload=auto", f"memory.{other}", "optimizer.clip=null"])

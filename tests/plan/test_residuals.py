@@ -16,9 +16,9 @@ from jax.extend import core
 
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
-from aurora_train.nn.lean import lean
-from aurora_train.nn.platform import target_platform
+from aurora_train.nn.mlp import lean
 from aurora_train.nn.stack import Segment
+from aurora_train.nn.tracing import tracing
 from aurora_train.nn.transformer import make_context
 from aurora_train.plan.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_stack_unit, trace_unit
 
@@ -48,7 +48,7 @@ def test_bytes_and_flops_of_random_save_sets_are_those_of_jax(architecture, targ
 def test_a_scanned_stack_keeps_what_its_units_keep(shape, target, attention):
     num_units = 3
     layers = num_units * len(shape.get("window_pattern", "x"))
-    with target_platform(target):
+    with tracing(target=target):
         stack, x, context = abstract_decoder(shape, "bfloat16", layers=layers, attention=attention, dropout=0.0)
         unit = trace_stack_unit(stack, x, context)
         graph, state = nnx.split(stack)
@@ -74,7 +74,7 @@ def scan_residuals(graph, segment):
 
 def test_with_adapters_only_these_are_differentiated():
     shape = {**DECODERS[1], "attention": "xla"}
-    with target_platform("gpu"):
+    with tracing(target="gpu"):
         stack, x, context = abstract_decoder(shape, "float32", lora=Lora(rank=2))
         full = trace_stack_unit(*abstract_decoder(shape, "float32"))
         fun, weights, others = stack_unit(stack)
@@ -94,7 +94,7 @@ NAMES = st.frozensets(st.sampled_from("abcd"))
 
 
 def program(steps):
-    square = lean(lambda x: x * jnp.tanh(x), "cpu")
+    square = lean(lambda x: x * jnp.tanh(x))
 
     def fun(x, weight, context):
         values = [x, context]
@@ -145,7 +145,7 @@ def test_a_further_name_never_costs_flops_and_bytes_never_more_than_add_up(steps
 
 
 def test_points_are_the_distinct_save_sets_and_the_frontier_is_the_best_of_them():
-    with target_platform("cpu"):
+    with tracing(target="cpu"):
         graph = trace_stack_unit(*abstract_decoder(DECODERS[1], "bfloat16"))
     began = time.process_time()
     points = graph.points(max_tags=12)
@@ -159,7 +159,7 @@ def test_points_are_the_distinct_save_sets_and_the_frontier_is_the_best_of_them(
 
 
 def test_with_more_tags_than_are_enumerated_the_frontier_stays_near_the_exact_one():
-    with target_platform("cpu"):
+    with tracing(target="cpu"):
         graph = trace_stack_unit(*abstract_decoder(DECODERS[3], "bfloat16"))
     exact, pruned = frontier(graph.points(max_tags=20)), frontier(graph.points(max_tags=8))
     assert len(graph.tags) == 13 and len(graph.points(max_tags=8)) < 1500

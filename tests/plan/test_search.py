@@ -191,7 +191,7 @@ def test_of_one_stack_the_choice_is_within_one_unit_of_the_best_two_segment_plan
 
 
 def asked(batch, accumulation="auto", couples="example", devices=1):
-    memory = SimpleNamespace(accumulation=accumulation, fuse_update=False)
+    memory = SimpleNamespace(accumulation=accumulation)
     config = SimpleNamespace(train=SimpleNamespace(batch=batch), memory=memory, recipe="x")
     return microbatches(config, SimpleNamespace(couples=couples), devices)
 

@@ -155,10 +155,10 @@ def test_M13_check_refuses_a_start_that_is_not_there(here, capsys, start, says):
 
 
 def test_M13_check_finds_every_mistake_at_once(here, capsys):
-    said = checked(capsys, "memory.fuse_update=true", "memory.accumulation=3", "train.bf16_ends=1",
+    said = checked(capsys, "memory.offload=auto", "memory.save=nothing", "memory.accumulation=3", "train.bf16_ends=1",
                    "evaluate.final=true", "data.holdout_test=0", status=2)  # fmt: skip
     assert said.startswith("error: 4 errors in tiny.yaml")
-    for key in ("memory.fuse_update", "train.bf16_ends", "tiny.yaml:4:26: train.batch", "data.holdout_test"):
+    for key in ("memory.offload", "train.bf16_ends", "tiny.yaml:4:26: train.batch", "data.holdout_test"):
         assert key in said
 
 

@@ -88,10 +88,10 @@ def test_L4_numbers_are_in_units_that_fit_and_parameters_are_counted(trained):
 def test_L5_the_log_has_epochs_precision_and_what_is_held_out_and_no_internals(trained, run):
     _, _, err = trained
     assert "50 training examples: 4 epochs in 25 steps of 8; held out: 40 examples for validation\n" in err
-    assert "operations:" not in err and "attention:" not in err
-    forms = json.loads((run / "plan.json").read_text())["plan"]["details"]["operations"]
-    assert forms["norm"]["form"] == "cpu"  # the plan has them, and the report of it
-    assert "operations.norm" in (run / "report.html").read_text()
+    assert "operations" not in err and "attention:" not in err
+    forms = json.loads((run / "plan.json").read_text())["plan"]["details"]["forms"]
+    assert forms == "cpu"  # the plan has them, and the report of it
+    assert "forms" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("number,said", [(1, "the score rests on 1 document of 3.7 kB: raise data.holdout_test"),

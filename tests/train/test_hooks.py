@@ -59,13 +59,6 @@ def test_two_hooks_of_one_name_are_refused(here, capsys):
     assert "two hooks are called `ema`" in said and "Hooked" in said and "Traceback" not in said
 
 
-def test_a_gate_beside_a_fused_update_is_refused(here, capsys):
-    (here / "hooked.py").write_text(HOOKED)
-    assert main([*TRAIN, "memory.fuse_update=true", "memory.accumulation=1", "optimizer.clip=null"]) == 2
-    said = capsys.readouterr().err
-    assert "before a gate can refuse it" in said and "memory.fuse_update=false" in said and "Traceback" not in said
-
-
 def test_the_documents_hook_keeps_a_slower_average(tmp_path, monkeypatch):
     write_documented(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -1,10 +1,11 @@
-"""The table of operations: who takes which form, what an override does, and that tags survive every form.
+"""The two forms of operations: who takes which, what `train.forms` changes, and that tags survive both.
 
 That a form computes the right thing is held to float64 beside the layers that have it: linear, norm and activation in
 test_nn_layers.py and test_nn_cpu_forms.py, a kernel of 4 bits in test_nf4.py, attention in test_nn_attention.py,
 cross-entropy in test_nn_losses.py, the gradient's norm in tests/test_optimizer.py; units and the embedding here.
 """
 
+import inspect
 import typing
 
 import jax
@@ -14,75 +15,61 @@ import pytest
 from flax import nnx
 
 from aurora_train.compat import jaxprs_in_params
-from aurora_train.config.schema import Form, Forms, Train
-from aurora_train.nn import ops, saving
-from aurora_train.nn.attention_kernels import BACKENDS, Rule, blocked
+from aurora_train.config.schema import Train
+from aurora_train.nn import plain, saving
+from aurora_train.nn.attention import BACKENDS, choose_attention
+from aurora_train.nn.attention_kernels import Rule
+from aurora_train.nn.cpu import forms as cpu
+from aurora_train.nn.cpu.blocked import blocked
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
-from aurora_train.nn.linear import add_bias, linear
+from aurora_train.nn.linear import linear
 from aurora_train.nn.losses import chunked_nll
 from aurora_train.nn.mlp import activate
 from aurora_train.nn.nf4 import encode
 from aurora_train.nn.nf4 import linear as linear_nf4
 from aurora_train.nn.norms import normalise
-from aurora_train.nn.platform import target_platform
 from aurora_train.nn.stack import Segment, Stack
+from aurora_train.nn.tracing import FORMS, current, form, forms, tracing
 from aurora_train.optimizer import global_norm
 from aurora_train.plan.verify import pretend_cudnn
 
 RNG = np.random.default_rng(7)
-CHOSEN = [name for name in ops.OPERATIONS if name != "attention"]
-PLAIN, CPU = ({name: form for name in CHOSEN} for form in ("plain", "cpu"))
 
 
 def normal(*shape, dtype=jnp.float32):
     return jnp.asarray(RNG.standard_normal(shape), dtype)
 
 
-# ---- the table
+# ---- who takes which
 
 
-def test_the_config_names_the_operations_of_the_table_and_their_forms():
-    assert list(Forms.model_fields) == CHOSEN
-    for name in CHOSEN:
-        assert set(typing.get_args(Form)) == {"auto", *ops.OPERATIONS[name].forms}
+def test_both_modules_have_the_same_functions_of_the_same_arguments():
+    own = {name: one for name, one in vars(plain).items() if getattr(one, "__module__", "") == plain.__name__}
+    assert own.keys() - {"dot", "entry"} >= {"times", "outer", "after", "units"}
+    for name in own.keys() - {"dot", "entry"}:
+        assert list(inspect.signature(getattr(cpu, name)).parameters) == list(inspect.signature(own[name]).parameters)
+    assert typing.get_args(Train.model_fields["forms"].annotation) == ("auto", "plain")
     attention = typing.get_args(DecoderConfig.model_fields["attention"].annotation)
-    assert set(attention) - {"auto"} == set(ops.OPERATIONS["attention"].forms) == set(BACKENDS)
+    assert set(attention) - {"auto"} == set(BACKENDS)
 
 
-def test_every_form_says_how_it_is_written_and_whoever_is_named_is_a_form():
-    for operation in ops.OPERATIONS.values():
-        assert all(operation.forms.values()) and {operation.otherwise, *operation.takes.values()} <= {*operation.forms}
+@pytest.mark.parametrize("target,taken,attention", [("cpu", "cpu", "blocked"), ("gpu", "plain", "cudnn"),
+                                                    ("tpu", "plain", "xla")])  # fmt: skip
+def test_a_platform_takes_its_own_forms(target, taken, attention):
+    with tracing(target=target):
+        assert form() == taken and forms() is FORMS[taken]
+        assert choose_attention(DecoderConfig(), "bfloat16").name == attention
 
 
-@pytest.mark.parametrize("target,form,attention", [("cpu", "cpu", "blocked"), ("gpu", "plain", "cudnn"),
-                                                   ("tpu", "plain", "xla")])  # fmt: skip
-def test_a_platform_takes_its_own_forms(target, form, attention):
-    with target_platform(target):
-        assert {name: ops.form(name) for name in CHOSEN} == dict.fromkeys(CHOSEN, form)
-        assert ops.form("attention") == attention
-
-
-def forms() -> dict[str, str]:
-    return {name: one["form"] + " asked" * one["asked"] for name, one in ops.chosen().items()}
-
-
-def test_what_is_asked_for_is_taken_on_any_platform_and_said():
-    assert forms() == dict.fromkeys(CHOSEN, "cpu")
-    asked = Train(forms=Forms(norm="plain", units="cpu")).forms.asked
-    assert asked == {"norm": "plain", "units": "cpu"}
-    with ops.asking(asked):
-        assert forms() == dict.fromkeys(CHOSEN, "cpu") | {"norm": "plain asked", "units": "cpu asked"}
-        with target_platform("gpu"):
-            assert forms() == dict.fromkeys(CHOSEN, "plain") | {"norm": "plain asked", "units": "cpu asked"}
-            assert ops.chosen()["units"]["how"] == ops.OPERATIONS["units"].forms["cpu"]
-    assert ops.form("norm") == "cpu"
-
-
-def test_no_other_operation_or_form_gets_this_far():
-    for wrong in ({"linaer": "plain"}, {"linear": "plan"}):
-        with pytest.raises((AssertionError, KeyError)):
-            ops.asking(wrong)
+def test_what_is_asked_for_is_taken_on_any_platform():
+    assert form() == "cpu"
+    with tracing(forms="plain"):
+        assert form() == "plain" and choose_attention(DecoderConfig(), "bfloat16").name == "xla"
+        with tracing(target="tpu", forms="cpu"):
+            assert form() == "cpu"
+        assert current().target is None
+    assert form() == "cpu"
 
 
 # ---- the traced program
@@ -117,42 +104,35 @@ def tied_nll(x, y):
     return chunked_nll(x[None], y, jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64)), vocab_first=True)
 
 
-# Functions of two bfloat16 arrays [64, 64], and the operations that they are made of.
+# Functions of two bfloat16 arrays [64, 64], one for each operation that has two forms.
 USES = {
-    "linear": (lambda x, y: linear(x, y.astype(jnp.float32)), {"linear"}),
-    "bias": (lambda x, y: add_bias(x, y[0]), {"linear"}),
-    "nf4": (lambda x, y: linear_nf4(x, *encode(jnp.ones((64, 8)))) * y[0, 0], {"linear"}),
-    "attention": (attend, {"linear", "activation"}),
-    "cross_entropy": (tied_nll, {"cross_entropy"}),
-    "norm": (lambda x, y: normalise(1e-5, False, x, y[0], None), {"norm"}),
-    "activation": (lambda x, y: activate("swiglu", x, y), {"activation"}),
-    "units": (lambda x, y: through_units(x[:, :5], y[0, 0]), {"units"}),
-    "grad_norm": (lambda x, y: global_norm({"stack": {"segments": {0: {"w": x * y}}}}), {"grad_norm"}),
+    "linear": lambda x, y: linear(x, y.astype(jnp.float32)),
+    "bias": lambda x, y: forms().add_bias(x, y[0]),
+    "nf4": lambda x, y: linear_nf4(x, *encode(jnp.ones((64, 8)))) * y[0, 0],
+    "attention": attend,
+    "cross_entropy": tied_nll,
+    "norm": lambda x, y: normalise(1e-5, False, x, y[0], None),
+    "activation": lambda x, y: activate("swiglu", x, y),
+    "units": lambda x, y: through_units(x[:, :5], y[0, 0]),
+    "grad_norm": lambda x, y: global_norm({"stack": {"segments": {0: {"w": x * y}}}}),
 }
 
 
 @pytest.mark.parametrize("use", USES)
-def test_an_override_changes_what_is_traced_and_also_what_was_traced_before(use):
-    function, operations = USES[use]
+def test_a_context_changes_what_is_traced_and_also_what_was_traced_before(use):
     x, y = (normal(64, 64, dtype=jnp.bfloat16) for _ in range(2))
 
-    def made():
-        def gradients(x, y):
-            return jax.grad(lambda x, y: function(x, y).astype(jnp.float32).sum(), argnums=(0, 1))(x, y)
+    @jax.jit
+    def gradients(x, y):
+        return jax.grad(lambda x, y: USES[use](x, y).astype(jnp.float32).sum(), argnums=(0, 1))(x, y)
 
-        return jax.jit(gradients)
+    def program(**context):
+        with tracing(**context):
+            return gradients.lower(x, y).as_text()
 
-    def program(jitted, forms):
-        with ops.asking(forms):
-            return jitted.lower(x, y).as_text()
-
-    here = made()
-    own = program(here, {})
-    assert own == program(here, CPU)
-    assert {name for name in CHOSEN if program(here, {name: "plain"}) != own} == operations
-    with target_platform("gpu"):
-        there = made()  # jax knows of overrides, and not of the platform that a program is traced for
-        assert program(there, {}) == program(here, PLAIN) and program(there, CPU) == own
+    own, simple = program(), program(forms="plain")
+    assert own == program(forms="cpu") == program(target="gpu", forms="cpu") != simple
+    assert simple == program(target="gpu")
 
 
 def tagged(target, backend, forms, **shape):
@@ -163,7 +143,7 @@ def tagged(target, backend, forms, **shape):
         model = nnx.merge(graph, state)
         return model.nll(model(tokens), tokens, jnp.ones(tokens.shape))[0]
 
-    with target_platform(target), pretend_cudnn(), ops.asking(forms):
+    with tracing(target=target, forms=forms), pretend_cudnn():
         made = nnx.eval_shape(lambda: Decoder(DecoderConfig(**shape), 61, "bfloat16", nnx.Rngs(params=0)))
         graph, state, rest = nnx.split(made, lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating), ...)
         tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
@@ -186,8 +166,8 @@ def names(jaxpr) -> set:
 @pytest.mark.parametrize("shape", [{"bias": "all", "norm": "layernorm"}, {"lora": Lora(rank=2, base="nf4")}])
 @pytest.mark.parametrize("target,backend", [*(("cpu", name) for name in BACKENDS if name != "cudnn"), ("gpu", "cudnn")])
 def test_a_plan_finds_the_same_tags_under_every_form(target, backend, shape):
-    for forms in (PLAIN, CPU):
-        tags, told = tagged(target, backend, forms, **shape)
+    for taken in FORMS:
+        tags, told = tagged(target, backend, taken, **shape)
         assert tags == told and "mlp_act" in tags
 
 
@@ -203,7 +183,7 @@ def test_units_one_by_one_equal_float64(form):
     def run(state, x):
         return nnx.merge(graph, state)(x, None)[0]
 
-    with ops.asking({"units": form}):
+    with tracing(forms=form):
         y, pullback = jax.vjp(jax.jit(run), state, jnp.asarray(x, jnp.float32))
         d_state, d_x = pullback(jnp.asarray(g, jnp.float32))
     whole = scales.prod(0)

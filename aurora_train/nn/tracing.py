@@ -1,0 +1,56 @@
+"""What steers how a model is traced, in one context: the platform, the forms of its operations, 8-bit products.
+
+`Rehearsal.here` sets it once for a run. Models, plans and recipes know neither forms nor platforms: a layer asks for
+`forms()` as it is traced, and passes the module to its own backward rule.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+
+from aurora_train.nn import plain
+from aurora_train.nn.cpu import forms as cpu
+
+FORMS = {"plain": plain, "cpu": cpu}
+
+
+class Tracing(NamedTuple):
+    """How models are traced in the current context."""
+
+    target: str | None = None  # the platform of a machine that is not here, whose devices cannot be probed
+    forms: str = "auto"  # `train.forms`: "auto" is the platform's own; a name of `FORMS` is taken on any platform
+    fp8_ends: int | None = None  # units at either end of a stack that stay in bfloat16 in an fp8 step; None: no fp8
+    in_8_bits: bool = False  # whether a unit is being traced that multiplies in 8 bits
+
+
+# Part of jax's cache key: what was traced in another context is not reused.
+_current = jax.make_user_context(Tracing())
+
+
+def tracing(**changes):
+    """In this context, models are traced with these fields of `Tracing` changed."""
+    return _current(_current.value._replace(**changes))
+
+
+def current() -> Tracing:
+    """How models are traced here."""
+    return _current.value
+
+
+def platform() -> str:
+    """The platform for which layers are written: "cpu", "gpu" or "tpu"."""
+    return _current.value.target or jax.default_backend()
+
+
+def form() -> str:
+    """The name of the current forms, "plain" or "cpu"."""
+    asked = _current.value.forms
+    return asked if asked != "auto" else "cpu" if platform() == "cpu" else "plain"
+
+
+def forms() -> ModuleType:
+    """The module with the current forms: `nn.plain` or `nn.cpu.forms`."""
+    return FORMS[form()]
