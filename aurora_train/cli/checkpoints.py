@@ -38,14 +38,14 @@ def _show(rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from aurora_train.units import size
+    from aurora_train.units import decimal, size
 
     table = Table(box=box.SIMPLE_HEAD)
     for name, side in (("step", "right"), ("size", "right"), ("saved (UTC)", "left"), ("loss", "right"),
                        ("kept as", "left"), ("files", "left")):  # fmt: skip
         table.add_column(name, justify=side)
     for row in rows:
-        score = "" if row["score"] is None else f"{row['score']:.4f}"
+        score = "" if row["score"] is None else decimal(row["score"])
         saved = (row["saved"] or "").replace("T", " ").removesuffix("+00:00")
         step = "record" if row["step"] is None else str(row["step"])
         state = row["state"] if row["state"] in _FINE else "damaged"

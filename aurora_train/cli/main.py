@@ -85,6 +85,7 @@ def _app(arguments: list[str]) -> typer.Typer:
         help="Train mid-sized models end to end on one compact supercomputer.",
         epilog="Example: aurora train quickstart",
         no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["--help", "-h"]},
     )
 
     @app.callback()

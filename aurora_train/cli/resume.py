@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -25,10 +24,8 @@ def command(
 ):
     """Continue a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
     from aurora_train.cli.train import go, joined
-    from aurora_train.train.intent import for_resume, rate_after
+    from aurora_train.train.intent import for_resume
 
     config, known, changes = for_resume(run, overrides or [], allow_change or [])
-    if (line := rate_after(known, config)) is not None:
-        print(line, file=sys.stderr)
     with joined(config):
         return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan)

@@ -30,6 +30,7 @@ from aurora_train.errors import UserError
 from aurora_train.recipe import Derived, Recipe
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\Z")
+_NAMED = re.compile(r"\b[a-z_]\w*(?:\.\w+)+")  # keys that the text of an error names
 
 
 @dataclass(frozen=True)
@@ -198,11 +199,20 @@ def _write_out_parts(tree: Tree) -> None:
                 f"init.{key} and init.parts.{key} both name a source", where=str(tree.mark(("init", "parts", key))),
                 why="one is short for the other", hint=f"init.{key}=RUN overrides the short form",
             )  # fmt: skip
-        value, marks = section[key], (tree.keys, tree.values)
-        short, long = ("init", key), ("init", "parts", key) if key else ("init", "from")
-        moved = [{(*long, *at[2:]): mark for at, mark in known.items() if at[:2] == short} for known in marks]
-        tree.remove(short)
-        tree.merge(Tree({"init": {"parts": {key: value}} if key else {"from": value}}, *moved))
+        mark, sources = tree.mark(("init", key)), _dotted(section[key], key)
+        tree.remove(("init", key))
+        for prefix, source in sources.items():
+            long = ("init", "parts", prefix) if prefix else ("init", "from")
+            places = {long[:end]: mark for end in (2, 3)}
+            tree.merge(Tree({"init": {"parts": {prefix: source}} if prefix else {"from": source}}, places, places))
+
+
+def _dotted(value, prefix: str) -> dict:
+    """{"a.b": RUN} of `a: {b: RUN}`, because an override of `init.a.b` writes a mapping for each dot."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    inner = [_dotted(one, f"{prefix}.{key}" if prefix else key) for key, one in value.items()]
+    return {name: source for part in inner for name, source in part.items()}
 
 
 def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None:
@@ -271,10 +281,15 @@ def _placed(tree: Tree):
         if not tree.has(path[:1]):
             raise
         where = messages.place(tree.mark(path), fault.where)
+        if not where.startswith("override "):  # the file alone may be right, and an override against it wrong
+            named = [tree.mark(tuple(key.split("."))) for key in _NAMED.findall(str(fault))]
+            against = dict.fromkeys(str(mark) for mark in named if str(mark).startswith("override "))
+            where = f"{', '.join(against)}, with {where}" if against else where
         raise UserError(fault.what, where=where, why=fault.why, hint=fault.hint) from None
 
 
 def _as_user_error(lines: list[str], file: Path) -> UserError:
     if len(lines) == 1:
         return UserError(lines[0])
-    return UserError(f"{len(lines)} errors in {show_path(file)}", why="\n  ".join(lines))
+    given = " with these overrides" if any(line.startswith("override ") for line in lines) else ""
+    return UserError(f"{len(lines)} errors in {show_path(file)}{given}", why="\n  ".join(lines))

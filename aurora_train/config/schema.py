@@ -6,11 +6,11 @@ does to a run.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from aurora_train.config.fields import Section, parse_bytes, setting
 
@@ -155,14 +155,16 @@ class Memory(Section):
         "processor and the device share memory",
     )
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
     def _is_a_size(cls, value):
         if value != "auto":
             try:
-                parse_bytes(value)
-            except ValueError as fault:
-                raise ValueError(f"{fault}, or auto") from None
+                parse_bytes(str(value))
+            except ValueError:
+                bare = str(value).isdecimal() and int(value)
+                example = "96GB or 80GiB" if not bare else f"{bare}GB" if bare < 10_000 else f"{bare}B"
+                raise ValueError(f"must be a size with its unit, such as {example}, or auto") from None
         return value
 
 
@@ -223,14 +225,19 @@ class Init(Section):
         "part's run; own = this config's own",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_section(cls, given):
+        if isinstance(given, str):
+            raise ValueError("must be a section: the source of the whole model is `from`, as in init.from=RUN")
+        return given
+
     @field_validator("facts")
     @classmethod
     def _names_a_source(cls, value, info):
         known = ["inherit", "own", *info.data.get("parts", {})]
         if value not in known:
-            near = get_close_matches(value, known, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ValueError(f"must be {' or '.join(known)}; got \"{value}\"{hint}")
+            raise PydanticKnownError("literal_error", {"expected": " or ".join(known)})
         return value
 
     @property

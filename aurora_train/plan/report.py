@@ -219,8 +219,6 @@ def _show_bytes(plan: Plan, console) -> None:
     if plan.predicted_bytes and plan.compiled_bytes:
         both = f"predicted {amount(plan.predicted_bytes)}, compiled {amount(plan.compiled_bytes)}"
         console.print(f"{both} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
-    elif plan.predicted_bytes:
-        console.print(f"predicted {amount(plan.predicted_bytes)}, not compiled", soft_wrap=True)
 
 
 def _unit(total: int) -> tuple[str, float]:

@@ -18,7 +18,7 @@ from aurora_train.tools.report import recent_loss, series, training_seconds
 from aurora_train.tools.report_page import escape, number, page, section, table, words
 from aurora_train.tools.report_plots import curve, running_mean, thin
 from aurora_train.tools.runs import Row, described, differences, find
-from aurora_train.units import count, duration
+from aurora_train.units import count, decimal, duration
 
 _NOT_COMPARED = ("failed start", "unreadable")
 
@@ -177,7 +177,7 @@ def show(comparison: Comparison, console) -> None:
         for position, name in enumerate(columns):
             shown.add_column(name, justify="right" if position else "left", overflow="fold")
         for row in rows:
-            shown.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+            shown.add_row(*(decimal(cell) if isinstance(cell, float) else str(cell) for cell in row))
         console.print(shown if rows else "the configs are the same")
     for remark in comparison.remarks:
         console.print(remark, soft_wrap=True)

@@ -16,7 +16,7 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
 from aurora_train.record import metrics as logs
-from aurora_train.run import Run
+from aurora_train.run import Run, early_words
 from aurora_train.tools.report_memory import memory_section
 from aurora_train.tools.report_page import (
     cards,
@@ -31,7 +31,7 @@ from aurora_train.tools.report_page import (
     words,
 )
 from aurora_train.tools.report_plots import bars, curve
-from aurora_train.units import count, duration, percent, size
+from aurora_train.units import count, counted, decimal, duration, percent, size
 
 _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
 
@@ -103,11 +103,11 @@ def _json(path: Path):
 
 def _head(run: Run, config: dict, steps, evaluations, events, scores) -> str:
     total = (config.get("train") or {}).get("steps")
-    last = steps[-1]["step"] if steps else 0
-    finished = any(event.get("event") == "finish" for event in events)
-    state = "finished" if finished else "not finished"
+    last = next((e for e in reversed(events) if e.get("event") in ("start", "resume", "finish")), {})
+    state = f"finished {early_words(last)}".strip() if last.get("event") == "finish" else "not finished"
     lives = 1 + sum(event.get("event") == "resume" for event in events)
-    summary = f"{state}, step {last:,} of {total:,}" if total else f"{state}, step {last:,}"
+    step = steps[-1]["step"] if steps else 0
+    summary = f"{state}, step {step:,} of {total:,}" if total else f"{state}, step {step:,}"
     if lives > 1:
         summary += ", resumed once" if lives == 2 else f", resumed {lives - 1} times"
     recipe = f"{words(str(config.get('recipe', '')))} · " if config.get("recipe") else ""
@@ -122,10 +122,10 @@ def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
         shown.append((words(scores["headline"]), number(scores["score"].get(scores["headline"]))))
     if steps:
         loss, over = recent_loss(steps) or (steps[-1]["loss"], 1)
-        shown.append((f"training loss, mean of the last {over} steps" if over > 1 else "training loss", f"{loss:.4f}"))
+        shown.append((f"training loss, mean of the last {over} steps" if over > 1 else "training loss", decimal(loss)))
     losses = [record["evaluation"]["loss"] for record in evaluations if "loss" in record["evaluation"]]
     if losses:
-        shown.append(("best validation loss", f"{min(losses):.4f}"))
+        shown.append(("best validation loss", decimal(min(losses))))
     if steps:
         shown.append(("targets trained on", count(sum(record.get("tokens", 0) for record in steps))))
     rates = [record["tokens_per_s"] for record in steps if record.get("tokens_per_s")]
@@ -252,9 +252,9 @@ def _curves(steps, evaluations) -> str:
             drawing = curve(name, [(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
             figures.append(f"<figure>{drawing}</figure>")
     targets = sum(record.get("tokens", 0) for record in steps)
-    summary = f"{len(steps):,} steps, {count(targets)} targets"
+    summary = f"{counted(len(steps), 'step')}, {count(targets)} targets"
     if validation and "loss" in validation[-1]:
-        summary += f"; last validation loss {validation[-1]['loss']:.4f} at step {validation[-1]['step']:,}"
+        summary += f"; last validation loss {decimal(validation[-1]['loss'])} at step {validation[-1]['step']:,}"
     return section("Training", f"<p>{escape(summary)}.</p>\n", f'<div class="figures">{"".join(figures)}</div>\n')
 
 

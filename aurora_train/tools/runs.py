@@ -16,9 +16,9 @@ from aurora_train.config.yaml import Mark, parse, plain_scalar, write_flow, writ
 from aurora_train.errors import UserError
 from aurora_train.files import read_json
 from aurora_train.record.metrics import newest
-from aurora_train.run import Run
+from aurora_train.run import Run, early_words, is_end
 from aurora_train.tools.report_page import flatten
-from aurora_train.units import duration, size
+from aurora_train.units import decimal, duration, size
 
 DEFAULT = Path("runs")
 _KEYS_SHOWN = 6
@@ -117,8 +117,8 @@ def _looked_at(run: Run, row: Row, known: dict) -> Row:
     )
     if run.is_held():
         return replace(row, state="training", step=recorded, why=run.holder())
-    if finish is not None and finish["step"] == steps:
-        return replace(row, state="finished", step=steps)
+    if finish is not None and is_end(finish, steps, known.get("evaluate.patience")):
+        return replace(row, state="finished", step=finish["step"], why=early_words(finish))
     if not (recorded or saved):
         return replace(row, why="it took no step; start it again, or delete the folder")
     stop = newest(run.events, "event", "stop")
@@ -219,15 +219,15 @@ def show(rows: list[Row], console) -> None:
                       shown_differences(row.differs))  # fmt: skip
     console.print(table)
     for row in rows:
-        if row.state in ("unreadable", "failed start", "training") and row.why:
+        if row.state != "stopped" and row.why:
             console.print(f"{row.name}: {row.state}: {row.why}", soft_wrap=True)
 
 
 def scored(row: Row) -> str:
     """The headline score with its name, otherwise the last validation loss, otherwise ""."""
     if row.score and isinstance(row.score["value"], (int, float)):
-        return f"{row.score['name']} {row.score['value']:.4f}"
-    return f"validation loss {row.validation_loss:.4f}" if row.validation_loss is not None else ""
+        return f"{row.score['name']} {decimal(row.score['value'])}"
+    return f"validation loss {decimal(row.validation_loss)}" if row.validation_loss is not None else ""
 
 
 def shown_differences(differs: dict[str, Any] | None) -> str:

@@ -24,6 +24,7 @@ from aurora_train.config import config_hash, load
 from aurora_train.errors import UserError
 from aurora_train.run import Run
 from aurora_train.tools.runs import Row, described, is_run, scored
+from aurora_train.units import decimal
 
 STOPPED = 75  # equals `train.signals.EXIT_STOPPED`
 _OPENING, _CLOSING = "[{(", "]})"
@@ -284,7 +285,7 @@ def show(results: list[Result], console) -> None:
     for result in best_first:
         row, loss = result.row, result.row.validation_loss
         table.add_row(
-            *result.member.values.values(), scored(row) if row.score else "", "" if loss is None else f"{loss:.4f}",
+            *result.member.values.values(), scored(row) if row.score else "", "" if loss is None else decimal(loss),
             f"{row.step}/{row.steps}" if row.steps else "", result.why or row.state, Path(row.folder).name,
         )  # fmt: skip
     console.print(table)

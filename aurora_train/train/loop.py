@@ -43,6 +43,7 @@ from aurora_train.train.score import validation_score
 from aurora_train.train.session import Session
 from aurora_train.train.signals import Stopped, StopRequest
 from aurora_train.train.watchdog import Watchdog
+from aurora_train.units import decimal
 
 _EVALUATING = (
     "an evaluation takes as many examples at once as the plan's microbatch, and is not replanned: `aurora resume RUN "
@@ -302,8 +303,8 @@ class Loop:
         if judged is not None:
             self._saver.attach_score(step, judged)
         self._metrics.write({"step": step, "evaluation": result})
-        scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {judged.value:.4f}"
-        self._progress.event(f"step {step}: validation loss {result['loss']:.4f}{scored}")
+        scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {decimal(judged.value)}"
+        self._progress.event(f"step {step}: validation loss {decimal(result['loss'])}{scored}")
 
     def _score(self) -> dict[str, float]:
         """The validation score. It may run any code, so only the leader computes it, on its own devices."""

@@ -325,7 +325,8 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     with refused("the finished run is scored", _SCORE):
         digest = processes.agreed(scored)
     session.store.close()
-    early = {"early": runs.early_end(config)} if loop.step < config.train.steps else {}
+    steps = config.train.steps
+    early = {"early": runs.early_end(config.evaluate.patience, steps)} if loop.step < steps else {}
     return Outcome(run, 0, loop.step, state_sha256=digest, remarks=early)
 
 

@@ -199,3 +199,8 @@ def test_a_dumped_config_loads_back_equal(folder, steps, seed, lr, path, clip, m
     back = load("back.yaml")
     assert back == config and diff(config, back) == [] and config_hash(back) == config_hash(config)
     assert config.data.path == path and config.optimizer.lr == lr and config.data.shape == shape
+
+
+def test_a_prefix_with_dots_is_one_prefix(folder):
+    parts = {"a.b": str(folder / "x"), "policy": str(folder / "y")}
+    assert load("a.yaml", ["init.a.b=x", "init.policy=y"]).init.parts == parts
