@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from aurora_train.config.fields import named_sections, sections_in
 from aurora_train.config.yaml import Mark, Tree, write_flow
 
 _TYPES = {
@@ -161,23 +160,9 @@ def key_paths(schema: type[BaseModel]) -> list[tuple[str, ...]]:
             path = (*above, field.alias or name)
             paths.append(path)
             queue += [(path, inner) for inner in sections_in(field.annotation)]
-            queue += [((*path, _ANY), inner) for inner in _named_sections(field.annotation)]
+            queue += [((*path, _ANY), inner) for inner in named_sections(field.annotation)]
     return paths
 
 
 def _same(key: tuple[str, ...], path: list[str]) -> bool:
     return len(key) == len(path) and all(mine in (_ANY, theirs) for mine, theirs in zip(key, path, strict=True))
-
-
-def _named_sections(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes of an annotation such as `dict[str, Source]`, whose keys are names that the user chooses."""
-    return sections_in(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes of an annotation such as `Model`, `Model | None` or `Annotated[A | B, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return [inner for part in typing.get_args(annotation) for inner in sections_in(part)]
-    return []

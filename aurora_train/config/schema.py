@@ -1,11 +1,12 @@
 """The core sections of every config, which the trainer owns. A recipe adds its own (`model`, `data`, ...).
 
 A field exists only if a user has a reason to set it. Its help states the unit; its resume class states what a change
-does to a run.
+does to a run. `conflicts` of a section yields what its keys exclude in the whole config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from aurora_train.config.fields import Section, parse_bytes, setting
+from aurora_train.errors import UserError
 
 Form = Literal["auto", "plain", "cpu"]
 
@@ -70,6 +72,25 @@ class Train(Section):
         """The dtype of activations, for a recipe to pass to its model. The linear layers apply fp8 themselves."""
         assert self.precision != "auto", "train.precision is settled (train/precision.py) before a model is built"
         return "bfloat16" if self.precision == "fp8" else self.precision
+
+    def conflicts(self, config) -> Iterator[UserError]:
+        model = getattr(config, "model", None)
+        layers, lora = getattr(model, "layers", None), getattr(model, "lora", None)
+        if self.precision == "fp8" and getattr(lora, "base", None) == "nf4":
+            yield UserError(
+                "a base of 4-bit codes is not multiplied in fp8", where="train.precision",
+                why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=compute",
+            )  # fmt: skip
+        if self.bf16_ends and self.precision != "fp8":
+            yield UserError(
+                "train.bf16_ends applies to fp8 only: in any other precision all blocks have the same format",
+                where="train.bf16_ends", hint="train.precision=fp8, or train.bf16_ends=0",
+            )  # fmt: skip
+        elif self.bf16_ends and isinstance(layers, int) and layers <= 2 * self.bf16_ends:
+            yield UserError(
+                f"nothing is left for fp8: {self.bf16_ends} at either end of {layers} layers stay in bfloat16",
+                where="train.bf16_ends", hint=f"train.bf16_ends={max(layers - 1, 0) // 2} at most",
+            )  # fmt: skip
 
 
 class Schedule(Section):
@@ -167,6 +188,48 @@ class Memory(Section):
                 raise ValueError(f"must be a size with its unit, such as {example}, or auto") from None
         return value
 
+    def conflicts(self, config) -> Iterator[UserError]:
+        yield from self._of_the_fused_update(config) if self.fuse_update else ()
+        batch, parts = config.train.batch, self.accumulation
+        if parts != "auto" and batch % parts:
+            below = batch // parts * parts
+            nearest = " or ".join(f"train.batch={n}" for n in (below, below + parts) if n)
+            fewer = next(n for n in range(parts, 0, -1) if batch % n == 0)
+            yield UserError(
+                f"a batch of {batch} does not divide into {parts} microbatches", where="train.batch",
+                hint=f"the nearest: {nearest}; or memory.accumulation={fewer}",
+            )  # fmt: skip
+        if self.offload == "none" or not self.offload:
+            return
+        if self.save == "all":
+            yield UserError(
+                "memory.save=all keeps everything without names, so nothing can be offloaded by name",
+                where="memory.offload", hint="memory.save=auto, or a list of tags",
+            )  # fmt: skip
+        elif self.offload == "auto" and (self.save != "auto" or self.unroll != "auto"):
+            yield UserError(
+                "the planner chooses offloaded and kept tensors together, but the config already says what is kept",
+                where="memory.offload", hint="memory.save=auto memory.unroll=auto, or name the tags to be offloaded",
+            )  # fmt: skip
+
+    def _of_the_fused_update(self, config) -> Iterator[UserError]:
+        excluded = [  # whether it is asked for, why it excludes a fused update, the setting without it
+            (config.optimizer.clip is not None, "cannot clip by the norm of all gradients, which is known only after "
+             "the last unit has been updated", "optimizer.clip=null"),
+            (self.accumulation not in ("auto", 1), "sees one microbatch: the gradients of several would have to be "
+             "kept, which is what fusing avoids", "memory.accumulation=1"),
+            (config.train.spike is not None, "is applied before the step can be judged an outlier", "train.spike=null"),
+            (self.unroll is True, "scans its layers", "memory.unroll=auto"),
+            (getattr(getattr(config, "model", None), "lora", None) is not None, "saves no memory where only adapters "
+             "are trained, since their gradients are small", "model.lora=null"),
+            (self.offload not in ("none", []), "keeps its tensors on the device", "memory.offload=none"),
+        ]  # fmt: skip
+        for why, without in [(why, without) for asked, why, without in excluded if asked][:1]:
+            yield UserError(
+                f"an update fused into the backward pass {why}", where="memory.fuse_update",
+                hint=f"{without}, or memory.fuse_update=false",
+            )  # fmt: skip
+
 
 class Checkpoint(Section):
     """When to save and what to keep."""
@@ -197,6 +260,13 @@ class Evaluate(Section):
     )
     final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
     baselines: bool = setting(True, resume="free", help="also score the recipe's simple baselines")
+
+    def conflicts(self, config) -> Iterator[UserError]:
+        if self.patience is not None and self.every is None and self.score_every is None:
+            yield UserError(
+                "it counts evaluations, and there is none before the last step", where="evaluate.patience",
+                hint="evaluate.every=N, evaluate.score_every=N, or evaluate.patience=null",
+            )  # fmt: skip
 
 
 class Log(Section):
