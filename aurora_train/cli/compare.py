@@ -28,9 +28,7 @@ def command(
     if json:
         print_json({**compare.document(comparison), "page": str(path)})
     else:
-        from aurora_train.plan.report import plain_console
-
-        compare.show(comparison, plain_console())
+        compare.show(comparison)
         print(path)
     if open_it:
         import webbrowser

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from aurora_train.machine.table import lookup
 from aurora_train.nn.saving import UNIT_INPUT
+from aurora_train.record.console import plain_console, table_of
 from aurora_train.units import count, duration, percent, size
 
 if TYPE_CHECKING:
@@ -165,15 +166,6 @@ def _kept(save, tags, offload: tuple[str, ...] = ()) -> str:
 
 
 # ---- the page
-
-
-def plain_console() -> Console:
-    """A rich console that prints text literally: with colours on a terminal, without colours or cut lines in a pipe."""
-    import sys
-
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -348,16 +340,6 @@ def _made(plan: Plan) -> list[str]:
     if details.get("compiles") is not None:
         parts.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
     return [", ".join(parts)] if parts else []
-
-
-def table_of(*columns: str, left: tuple[int, ...] = (0,)):
-    """An empty table in the style of the page. Columns in `left` are left-aligned, the others right-aligned."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for position, title in enumerate(columns):
-        table.add_column(title, justify="left" if position in left else "right", no_wrap=position not in left)
-    return table
 
 
 def words(name: str) -> str:
