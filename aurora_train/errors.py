@@ -1,5 +1,8 @@
 """The one error that a user can cause. The command line prints it as a single message and exits with status 2."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can fix: what is wrong, where, why, and the nearest thing that would work.
@@ -27,3 +30,9 @@ class MissingExtra(UserError):
             f"{needed_for} needs the package `{package}`, which is not installed",
             hint=f"pip install 'aurora_train[{extra}]'",
         )
+
+
+def nearest(word, known: Iterable[str], otherwise: str | None = None, *, form: str = "{}", cutoff: float = 0.6):
+    """The hint "did you mean `...`?" with the known word most like `word` written as in `form`; else `otherwise`."""
+    near = difflib.get_close_matches(word, list(known), 1, cutoff) if isinstance(word, str) else []
+    return f"did you mean `{form.format(near[0])}`?" if near else otherwise

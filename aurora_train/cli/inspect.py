@@ -1,4 +1,4 @@
-"""`aurora inspect`: show what a batch contains. `aurora inspect-batch`: the batch that a step of a run was trained on."""
+"""`aurora inspect`: show what a batch contains; `aurora inspect-batch`: the one that a run's step was trained on."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from aurora_train.config.fields import written
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core, Init
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
-from aurora_train.errors import UserError
+from aurora_train.errors import UserError, nearest
 from aurora_train.recipe import Derived, Recipe
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\Z")
@@ -100,11 +100,7 @@ def _locate(written: str) -> Path:
         return ours or path
     known = list(bundled.configs())
     rivals = known + [name.rpartition("/")[2] for name in known] + [str(p) for p in sorted(path.parent.glob("*.y*ml"))]
-    near = difflib.get_close_matches(written, rivals, 1)
-    if near:
-        hint = f"did you mean `{near[0]}`?"
-    else:
-        hint = "bundled configs: " + ", ".join(known) if known else None
+    hint = nearest(written, rivals, f"bundled configs: {', '.join(known)}" if known else None)
     raise UserError(f"no config file or bundled config `{written}`", hint=hint)
 
 
@@ -120,10 +116,10 @@ def _read_extended(file: Path) -> Tree:
     if base_file.resolve() == file.resolve():
         raise UserError("extends: a config cannot extend itself", where=str(mark))
     if not base_file.exists():
-        near = difflib.get_close_matches(written, [path.name for path in sorted(file.parent.glob("*.y*ml"))], 1)
+        beside = (path.name for path in sorted(file.parent.glob("*.y*ml")))
         raise UserError(
             f"extends: no such file {show_path(base_file)}", where=str(mark),
-            hint=f"did you mean `{near[0]}`?" if near else "the path is relative to this config",
+            hint=nearest(written, beside, "the path is relative to this config"),
         )
     base = read_file(base_file)
     if "extends" in base.value:
