@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError, create_model
 
 from aurora_train import bundled
-from aurora_train.config import messages
+from aurora_train.config import messages, removed
 from aurora_train.config.deriving import derives, fill, unset_nulls
 from aurora_train.config.fields import written
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
@@ -76,6 +76,7 @@ def _load_file(
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
+    removed.take_out(tree)
     _write_out_parts(tree)
     unset_nulls(tree, schema, overrides_only=code is not None)
     _place_paths(tree, schema)

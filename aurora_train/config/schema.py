@@ -273,8 +273,9 @@ class Log(Section):
     """What is shown, and where metrics are sent. Nothing here affects the numbers."""
 
     every: int = setting(10, resume="free", ge=1, help="steps between progress lines with rates")
-    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed beside metrics.jsonl")
-    online: bool = setting(False, resume="free", help="let the sinks use the network")
+    sinks: list[Literal["tensorboard", "wandb", "wandb-online"]] = setting(
+        [], resume="free", help="viewers fed beside metrics.jsonl; only wandb-online uses the network"
+    )
 
 
 class Init(Section):

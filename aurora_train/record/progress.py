@@ -170,9 +170,6 @@ class Progress(_Display):
         """Exclude the time since the last step, spent on something else, from the estimate of the time left."""
         self._left.skip()
 
-    def seconds_left(self) -> float | None:
-        return self._left.seconds()
-
     def line(self) -> str:
         record = self._record
         step = record.get("step")

@@ -383,9 +383,9 @@ def sinks(config, run, after_step: int) -> list:
         return made
     if "tensorboard" in config.log.sinks:
         made.append(logs.TensorBoardSink(run.folder / "tensorboard", after_step))
-    if "wandb" in config.log.sinks:
+    for name in [name for name in ("wandb", "wandb-online") if name in config.log.sinks][-1:]:
         known = config.model_dump(mode="json")
-        made.append(logs.WandbSink(run.folder, run.wandb_id, config.name, known, config.log.online))
+        made.append(logs.WandbSink(run.folder, run.wandb_id, config.name, known, online=name == "wandb-online"))
     return made
 
 
