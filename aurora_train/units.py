@@ -15,6 +15,11 @@ def decimal(value: float) -> str:
     return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"
 
 
+def words(name: str) -> str:
+    """bits_per_byte -> "bits per byte"."""
+    return name.replace("_", " ")
+
+
 def count(value: float | None) -> str:
     """1234567 -> "1.23M". Three significant digits; None is "n/a"."""
     return _UNKNOWN if value is None else _scaled(value, ("", "k", "M", "G", "T", "P", "E"))

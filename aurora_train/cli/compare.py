@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, print_json
+from aurora_train.cli.common import JsonOption, open_page, print_json
 
 EXAMPLE = "aurora compare runs/first runs/second --open"
 
@@ -31,6 +31,4 @@ def command(
         compare.show(comparison)
         print(path)
     if open_it:
-        import webbrowser
-
-        webbrowser.open(path.absolute().as_uri())
+        open_page(path)

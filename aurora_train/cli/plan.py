@@ -43,7 +43,10 @@ def command(
     if capacity:
         _refuse_beside_capacity(CONFIG=config, **{"--budget": budget, "--pareto": pareto})
         with preparation(quiet=json) as progress:
-            return _show_capacity(machine, progress, json, verify=bool(compile))
+            figures = _capacity(machine, progress, verify=bool(compile))
+        from aurora_train.tools.report_capacity import show_capacity
+
+        return (print_json if json else show_capacity)(figures)
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
     with preparation(quiet=json) as progress:
@@ -90,13 +93,11 @@ def _refuse_beside_capacity(**about_one_run) -> None:
             )  # fmt: skip
 
 
-def _show_capacity(machine: str | None, progress, json: bool, *, verify: bool) -> None:
-    """Print what a machine (None: this one) can hold."""
+def _capacity(machine: str | None, progress, *, verify: bool) -> dict:
+    """What a machine (None: this one) can hold."""
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment()
     from aurora_train.tools.capacity import capacity
-    from aurora_train.tools.report_capacity import show_capacity
 
-    figures = capacity(machine, progress, verify=verify)
-    (print_json if json else show_capacity)(figures)
+    return capacity(machine, progress, verify=verify)

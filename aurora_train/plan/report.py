@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aurora_train.machine.table import lookup
 from aurora_train.nn.saving import UNIT_INPUT
 from aurora_train.record.console import plain_console, table_of
-from aurora_train.units import count, duration, percent, size
+from aurora_train.units import count, duration, percent, size, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -340,8 +340,3 @@ def _made(plan: Plan) -> list[str]:
     if details.get("compiles") is not None:
         parts.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
     return [", ".join(parts)] if parts else []
-
-
-def words(name: str) -> str:
-    """peak_bytes -> "peak bytes"."""
-    return name.replace("_", " ")

@@ -15,10 +15,10 @@ from aurora_train.files import write_atomically
 from aurora_train.record.console import plain_console, table_of
 from aurora_train.run import Run
 from aurora_train.tools.recorded import Recorded, series
-from aurora_train.tools.report_page import escape, number, page, section, table, words
+from aurora_train.tools.report_page import escape, number, page, section, table
 from aurora_train.tools.report_plots import curve, running_mean, thin
 from aurora_train.tools.runs import Row, described, differences, find
-from aurora_train.units import count, decimal, duration
+from aurora_train.units import count, decimal, duration, words
 
 _NOT_COMPARED = ("failed start", "unreadable")
 

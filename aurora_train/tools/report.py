@@ -28,10 +28,9 @@ from aurora_train.tools.report_page import (
     page,
     section,
     table,
-    words,
 )
 from aurora_train.tools.report_plots import bars, curve
-from aurora_train.units import count, counted, decimal, duration, percent, size
+from aurora_train.units import count, counted, decimal, duration, percent, size, words
 
 _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aurora_train.plan.report import amount, words
+from aurora_train.plan.report import amount
 from aurora_train.record.console import plain_console, table_of
-from aurora_train.units import count, percent
+from aurora_train.units import count, percent, words
 
 if TYPE_CHECKING:
     from rich.console import Console
