@@ -32,7 +32,9 @@ class MissingExtra(UserError):
         )
 
 
-def nearest(word, known: Iterable[str], otherwise: str | None = None, *, form: str = "{}", cutoff: float = 0.6):
+def nearest(
+    word, known: Iterable[str], otherwise: str | None = None, *, form: str = "{}", cutoff: float = 0.6
+) -> str | None:
     """The hint "did you mean `...`?" with the known word most like `word` written as in `form`; else `otherwise`."""
     near = difflib.get_close_matches(word, list(known), 1, cutoff) if isinstance(word, str) else []
     return f"did you mean `{form.format(near[0])}`?" if near else otherwise

@@ -47,4 +47,5 @@ def command(
     if going.stopped:
         again = shlex.join(["aurora", *sys.argv[1:]])
         print(f"stopped by {going.stopped}; continue with the same command: {again}", file=sys.stderr)
-    return sweep.status(results, going.stopped)
+        return sweep.STOPPED
+    return int(any(result.row.state != "finished" for result in results))

@@ -250,16 +250,16 @@ def ranked(results: list[Result]) -> tuple[list[Result], str]:
     name, better = next(iter(measures)) if len(measures) == 1 else (None, None)
     if better:
         sign, words = (1 if better == "min" else -1), "less is better" if better == "min" else "more is better"
-        measure, values = f"{name} ({words})", [(r.row.score or {}).get("value") for r in results]
+        measure = f"{name} ({words})"
     else:
-        sign, measure, values = 1, "validation loss (less is better)", [r.row.validation_loss for r in results]
+        sign, measure = 1, "validation loss (less is better)"
 
-    def place(index: int):
-        value = values[index]
+    def place(result: Result):
+        value = (result.row.score or {}).get("value") if better else result.row.validation_loss
         known = isinstance(value, (int, float)) and value == value
-        return (results[index].row.state != "finished", not known, sign * value if known else 0.0, index)
+        return result.row.state != "finished", not known, sign * value if known else 0.0
 
-    return [results[index] for index in sorted(range(len(results)), key=place)], measure
+    return sorted(results, key=place), measure
 
 
 def document(results: list[Result], stopped: str | None) -> dict:
@@ -285,10 +285,3 @@ def show(results: list[Result]) -> None:
     columns = (*results[0].member.values, "score", "validation loss", "step", "state", "run")
     console.print(table_of(*columns, left=tuple(range(len(columns))), rows=rows))
     console.print(f"sorted by {by}; the runs are in {results[0].member.folder.parent}", soft_wrap=True)
-
-
-def status(results: list[Result], stopped: str | None) -> int:
-    """The exit status of a sweep: 0 if all runs finished, 75 if it was stopped, 1 if a run failed."""
-    if stopped:
-        return STOPPED
-    return 0 if all(result.row.state == "finished" for result in results) else 1

@@ -87,3 +87,8 @@ def test_every_verb_has_help_with_an_example(verb, option, capsys):
     assert "Example: aurora " in out and "--help" in out
 
 
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"unit", "schema", "recipes"}))
+def test_every_verb_that_prints_for_people_prints_for_scripts_too(verb, capsys):
+    assert "--json" in said([verb, "--help"], capsys).out
