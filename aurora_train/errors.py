@@ -1,5 +1,8 @@
 """The one error that a user can cause, which the command line prints as a single message; and the end by a signal."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can fix: what is wrong, where, why, and the nearest thing that would work.
@@ -31,3 +34,11 @@ class MissingExtra(UserError):
 
 class Stopped(Exception):
     """A signal asked for the end where leaving at once loses nothing: while preparing, compiling, evaluating."""
+
+
+def nearest(
+    word, known: Iterable[str], otherwise: str | None = None, *, form: str = "{}", cutoff: float = 0.6
+) -> str | None:
+    """The hint "did you mean `...`?" with the known word most like `word` written as in `form`; else `otherwise`."""
+    near = difflib.get_close_matches(word, list(known), 1, cutoff) if isinstance(word, str) else []
+    return f"did you mean `{form.format(near[0])}`?" if near else otherwise

@@ -63,8 +63,10 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path, default=None):
-    """The content of a JSON file, or `default` if it does not exist."""
+    """The content of a JSON file, or `default` if it does not exist. UserError if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return default
+    except ValueError as error:
+        raise UserError("this file is not JSON", where=str(path), why=str(error)) from error

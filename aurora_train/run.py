@@ -17,6 +17,7 @@ from pathlib import Path
 from aurora_train import facts
 from aurora_train.errors import UserError
 from aurora_train.files import make_folder, read_json, write_atomically, write_json
+from aurora_train.units import counted
 
 _ATTEMPTS = 6  # to take the lock, which `is_held` of another process holds for an instant
 
@@ -167,9 +168,7 @@ class Run:
         from aurora_train.record.metrics import read
 
         for event in reversed(read(self.events)):
-            if event["event"] == "finish" and (
-                event["step"] == config.train.steps or event.get("early") == early_end(config)
-            ):
+            if event["event"] == "finish" and is_end(event, config.train.steps, config.evaluate.patience):
                 return event["step"]
         return None
 
@@ -187,9 +186,21 @@ class Run:
         return target
 
 
-def early_end(config) -> dict:
+def early_end(patience: int | None, steps: int) -> dict:
     """The fields of the final event of a run that ended before its last step: the settings that ended it."""
-    return {"patience": config.evaluate.patience, "steps": config.train.steps}
+    return {"patience": patience, "steps": steps}
+
+
+def is_end(finish: dict, steps: int, patience: int | None) -> bool:
+    """Whether a "finish" event is the end of a run with these settings: its last step, or where patience ran out."""
+    return finish["step"] == steps or finish.get("early") == early_end(patience, steps)
+
+
+def early_words(finish: dict) -> str:
+    """Why a run ended before its last step, by its "finish" event; "" if it did not."""
+    if not (early := finish.get("early")):
+        return ""
+    return f"early, after {counted(early['patience'], 'evaluation')} without a new best (evaluate.patience)"
 
 
 def _missing(folder: Path) -> list[Path]:

@@ -5,6 +5,21 @@ from __future__ import annotations
 _UNKNOWN = "n/a"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: "1 row", "12,000 rows"."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
+def decimal(value: float) -> str:
+    """A loss or a score: 2.5 -> "2.5000"; below 0.1 four significant digits, 0.00012345 -> "0.0001234"."""
+    return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"
+
+
+def words(name: str) -> str:
+    """bits_per_byte -> "bits per byte"."""
+    return name.replace("_", " ")
+
+
 def count(value: float | None) -> str:
     """1234567 -> "1.23M". Three significant digits; None is "n/a"."""
     return _UNKNOWN if value is None else _scaled(value, ("", "k", "M", "G", "T", "P", "E"))

@@ -193,13 +193,14 @@ class Recipe(Base):
         sizes = np.array([d.num_bytes for d in documents], np.float64)
         np.save(workdir / "bits.npy", bits)
         tokens = sum(len(d.tokens) - 1 for d in documents)
+        more = "more text" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
         return {
             "bits_per_byte": float(bits.sum() / sizes.sum()),
             **self._by_source([document.name for document in documents], bits, sizes),
             "documents": len(documents),
             "bytes": int(sizes.sum()),
             "bytes_per_token": float(sizes.sum() / tokens),
-            "remarks": few(len(documents), "document", "raise data.holdout_test", size(sizes.sum())),
+            "remarks": few(len(documents), "document", more, size(sizes.sum())),
             "notes": [
                 f"{len(documents)} {self.store.held_out}; windows of {sequence} tokens, "
                 f"{overlap} of them context seen before; each document is read from its start without other context"

@@ -76,10 +76,10 @@ def rate_line(old, new, step: int) -> str | None:
     if before == after or step == 0 or step >= new.train.steps:
         return None
     was, now = _rate(old, step), _rate(new, step + 1)
-    line = f"lr at step {step + 1:,}: {now:.3g}, was {was:.3g} at step {step:,}"
+    line = f"learning rate: {was:.3g} at step {step:,}, {now:.3g} at step {step + 1:,}"
     length = old.optimizer.schedule.extend or old.train.steps
     if now > 1.05 * was and new.train.steps > length and new.optimizer.schedule.extend is None:
-        line += f"; optimizer.schedule.extend={length} keeps the rate that the run has at its end"
+        line += f"; add optimizer.schedule.extend={length} to keep the rate with which the run ended"
     return line
 
 

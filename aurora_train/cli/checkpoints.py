@@ -34,25 +34,19 @@ _FINE = ("whole", "unfinished", "set aside")
 
 
 def _show(rows: list[dict]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from aurora_train.record.console import plain_console, table_of
+    from aurora_train.units import decimal, size
 
-    from aurora_train.units import size
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for name, side in (("step", "right"), ("size", "right"), ("saved (UTC)", "left"), ("loss", "right"),
-                       ("kept as", "left"), ("files", "left")):  # fmt: skip
-        table.add_column(name, justify=side)
-    for row in rows:
-        score = "" if row["score"] is None else f"{row['score']:.4f}"
-        saved = (row["saved"] or "").replace("T", " ").removesuffix("+00:00")
-        step = "record" if row["step"] is None else str(row["step"])
-        state = row["state"] if row["state"] in _FINE else "damaged"
-        table.add_row(step, size(row["bytes"]), saved, score, row["kept"] or "", state)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    shown = [
+        ("record" if row["step"] is None else row["step"], size(row["bytes"]),
+         (row["saved"] or "").replace("T", " ").removesuffix("+00:00"),
+         "" if row["score"] is None else decimal(row["score"]), row["kept"] or "",
+         row["state"] if row["state"] in _FINE else "damaged")
+        for row in rows
+    ]  # fmt: skip
+    columns = ("step", "size", "saved (UTC)", "loss", "kept as", "files")
+    plain_console().print(table_of(*columns, left=(2, 4, 5), rows=shown))
     for row in rows:
         if row["state"] not in _FINE:
-            console.print(f"damaged: {row['folder']}: {row['state']}")
-    console.print("Only names and sizes were checked; `aurora verify RUN` reads every byte.")
+            print(f"damaged: {row['folder']}: {row['state']}")
+    print("Only names and sizes were checked; `aurora verify RUN` reads every byte.")

@@ -22,3 +22,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def open_page(path: Path) -> None:
+    """Open a page in the browser."""
+    import webbrowser
+
+    webbrowser.open(path.absolute().as_uri())

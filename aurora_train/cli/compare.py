@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, print_json
+from aurora_train.cli.common import JsonOption, open_page, print_json
 
 EXAMPLE = "aurora compare runs/first runs/second --open"
 
@@ -28,11 +28,7 @@ def command(
     if json:
         print_json({**compare.document(comparison), "page": str(path)})
     else:
-        from aurora_train.plan.report import plain_console
-
-        compare.show(comparison, plain_console())
+        compare.show(comparison)
         print(path)
     if open_it:
-        import webbrowser
-
-        webbrowser.open(path.absolute().as_uri())
+        open_page(path)

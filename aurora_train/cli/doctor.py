@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ def command(
 
     checks = examine(run_folder, calibrate)
     if json:
-        print_json({"ok": not any(check.fatal for check in checks), "checks": [check.record() for check in checks]})
+        print_json({"ok": not any(check.fatal for check in checks), "checks": [asdict(check) for check in checks]})
     else:
         show(checks)
     return int(any(check.fatal for check in checks))

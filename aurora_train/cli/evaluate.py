@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.errors import UserError
 
 EXAMPLE = "aurora evaluate runs/first --on other.jsonl"
 
@@ -39,8 +40,22 @@ def command(
         trained = load(run, step, recipe=recipe, by="evaluate", progress=progress)
         from aurora_train.train.score import score_lines, score_loaded
 
-        record = score_loaded(trained, progress, on=on, baselines=baselines)
+        try:
+            record = score_loaded(trained, progress, on=on, baselines=baselines)
+        except UserError as fault:
+            raise _without_keys(fault, on) from fault
     if json:
         print_json(record)
         return
     print("\n".join([f"step {trained.step}", *score_lines(record)]))
+
+
+def _without_keys(fault: UserError, on: str | None) -> UserError:
+    """The same error without a hint to set a key of the data: this verb takes none, since a run keeps its config."""
+    if not str(fault.where).startswith("data."):
+        return fault
+    settable = fault.hint is not None and "data." in fault.hint
+    if on is not None:
+        return UserError(fault.what, where=f"--on {on}", why=fault.why, hint=None if settable else fault.hint)
+    hint = "restore the data where they were, or score other data with --on PATH" if settable else fault.hint
+    return UserError(fault.what, where=fault.where, why=fault.why, hint=hint)

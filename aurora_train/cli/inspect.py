@@ -1,4 +1,4 @@
-"""`aurora inspect`: show what the batch of a step contains."""
+"""`aurora inspect`: show what a batch contains; `aurora inspect-batch`: the one that a run's step was trained on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
-from aurora_train.config import load
+from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, RunArgument, print_json
 
 EXAMPLE = "aurora inspect quickstart --step 3 --rows 2"
+EXAMPLE_OF_A_RUN = "aurora inspect-batch runs/quickstart-1a2b3c4d 120 --rows 2"
+
+Rows = Annotated[int, typer.Option(min=0, help="How many rows to print.")]
 
 
 def command(
@@ -17,23 +19,44 @@ def command(
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(min=0, help="The data step, from 0.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which split.")] = "train",
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to print.")] = 4,
+    rows: Rows = 4,
     json: JsonOption = False,
 ):
     """Prepare the data of a config and show one batch: text, documents, tokens, padding."""
-    checked = load(config, overrides or ())
+    from aurora_train.config import load
 
-    from rich.console import Console
+    _show(load(config, overrides or ()), None, split, step, rows, json)
 
+
+def of_a_run(
+    run: RunArgument,
+    step: Annotated[int, typer.Argument(min=1, help="A step of the run, from 1, or one that it rewound.")],
+    rows: Rows = 4,
+    json: JsonOption = False,
+):
+    """Show the batch of a run's step: text, documents, tokens, and which examples have non-finite numbers."""
+    from aurora_train.config import load_resolved
+    from aurora_train.record import metrics as logs
+    from aurora_train.run import Run
+    from aurora_train.train.bad_numbers import data_step_of_step
+
+    known = Run.existing(run)
+    config = load_resolved(known.folder)
+    data_step = data_step_of_step(step, logs.read(known.metrics), logs.read(known.events), str(known.folder))
+    _show(config, known, "train", data_step, rows, json, step=step)
+
+
+def _show(config, run, split: str, data_step: int, rows: int, json: bool, **more) -> None:
     from aurora_train.data.inspection import inspect_batch, show
+    from aurora_train.record.console import plain_console
     from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
 
-    beginning = Beginning.of(checked)
+    beginning = Beginning.of(config, run)
     with preparation(quiet=json) as progress:
         beginning.ready(progress)
-    facts = inspect_batch(beginning.recipe.data(split), split, checked.train.seed, checked.train.batch, step, rows)
+    facts = inspect_batch(beginning.recipe.data(split), split, config.train.seed, config.train.batch, data_step, rows)
     if json:
-        print_json(facts)
+        print_json(facts | more)
     else:
-        show(facts, Console())
+        show(facts, plain_console())

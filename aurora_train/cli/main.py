@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.util
 import os
 import sys
 import threading
@@ -33,6 +32,8 @@ VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
     "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
 )
+
+_IN_ANOTHER = {"inspect-batch": ("inspect", "of_a_run", "EXAMPLE_OF_A_RUN")}  # verbs in the file of another
 
 _STEPPING = ("train", "resume", "profile", "evaluate")  # these run compiled steps for a long time
 
@@ -85,6 +86,7 @@ def _app(arguments: list[str]) -> typer.Typer:
         help="Train mid-sized models end to end on one compact supercomputer.",
         epilog="Example: aurora train quickstart",
         no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["--help", "-h"]},
     )
 
     @app.callback()
@@ -99,14 +101,12 @@ def _app(arguments: list[str]) -> typer.Typer:
 
 
 def _add(app: typer.Typer, verb: str) -> None:
-    name = "aurora_train.cli." + verb.replace("-", "_")
-    if importlib.util.find_spec(name) is None:
-        return
-    module = importlib.import_module(name)
+    file, function, example = _IN_ANOTHER.get(verb, (verb, "command", "EXAMPLE"))
+    module = importlib.import_module(f"aurora_train.cli.{file}")
     if hasattr(module, "app"):
         app.add_typer(module.app, name=verb)
     else:
-        app.command(verb, epilog=f"Example: {module.EXAMPLE}")(module.command)
+        app.command(verb, epilog=f"Example: {getattr(module, example)}")(getattr(module, function))
 
 
 def _print_version(asked: bool) -> None:

@@ -38,12 +38,19 @@ def command(
     json: JsonOption = False,
 ):
     """Plan the memory of a run without running it, for this machine or another. Nothing is trained."""
+    from aurora_train.record.progress import preparation
+
     if capacity:
-        refuse_beside_capacity(config, budget, pareto)
-        return show_capacity(machine, json, verify=bool(compile))
+        _refuse_beside_capacity(CONFIG=config, **{"--budget": budget, "--pareto": pareto})
+        with preparation(quiet=json) as progress:
+            figures = _capacity(machine, progress, verify=bool(compile))
+        from aurora_train.tools.report_capacity import show_capacity
+
+        return (print_json if json else show_capacity)(figures)
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
-    plan = make(config, overrides or (), machine, budget, verify=compile is not False, quiet=json)
+    with preparation(quiet=json) as progress:
+        plan = _plan(config, overrides or (), machine, budget, compile is not False, progress)
     from aurora_train.plan import report
 
     if json:
@@ -56,61 +63,41 @@ def command(
         pareto_svg(plan, pareto)
 
 
-def make(config: str, overrides, machine: str | None, budget: str | None, *, verify: bool, quiet: bool):
-    """The plan of a config for a machine (None: this one). Progress is shown on standard error."""
-    from aurora_train.config import load
-
-    loaded = load(config, overrides)
-    limit = budget_of(budget)
+def _plan(config: str, overrides, machine: str | None, budget: str | None, verify: bool, progress):
+    """The plan of a config for a machine (None: this one)."""
+    from aurora_train.config import load, parse_bytes
     from aurora_train.machine.profile import prepare_environment
 
+    loaded, limit = load(config, overrides), None  # None leaves it to the config
+    if budget not in (None, "auto"):
+        try:
+            limit = parse_bytes(budget)
+        except ValueError as fault:
+            raise UserError(f"{budget!r} {fault}", where="--budget", hint="--budget 96GB") from None
     prepare_environment(loaded)
     from aurora_train.machine.precision import settled
-    from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
     from aurora_train.train.planning import plan_config
 
     loaded = settled(loaded, machine=machine)
     recipe = Beginning.of(loaded).recipe
-    with preparation(quiet=quiet) as progress:
-        return plan_config(loaded, recipe, machine=machine, budget=limit, verify=verify, progress=progress)
+    return plan_config(loaded, recipe, machine=machine, budget=limit, verify=verify, progress=progress)
 
 
-def budget_of(text: str | None) -> int | None:
-    """`--budget` in bytes; None, which leaves it to the config, for "auto" or if it is not given."""
-    from aurora_train.config import parse_bytes
-
-    if text is None or text == "auto":
-        return None
-    try:
-        return parse_bytes(text)
-    except ValueError as fault:
-        raise UserError(f"{text!r} {fault}", where="--budget", hint="--budget 96GB") from None
-
-
-def refuse_beside_capacity(config, budget, pareto) -> None:
-    """UserError for an argument about one run beside `--capacity`, which is about a machine."""
-    given = {"CONFIG": config, "--budget": budget, "--pareto": pareto}
-    for name, value in given.items():
+def _refuse_beside_capacity(**about_one_run) -> None:
+    for name, value in about_one_run.items():
         if value is not None:
             raise UserError(
                 f"--capacity describes a machine, but {name} describes one run", where=name,
                 hint="aurora plan --capacity",
-            )
+            )  # fmt: skip
 
 
-def show_capacity(machine: str | None, json: bool, *, verify: bool) -> None:
-    """Print what a machine (None: this one) can hold."""
+def _capacity(machine: str | None, progress, *, verify: bool) -> dict:
+    """What a machine (None: this one) can hold."""
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment()
-    from aurora_train.record.progress import preparation
-    from aurora_train.tools import report_capacity
     from aurora_train.tools.capacity import capacity
 
-    with preparation(quiet=json) as progress:
-        figures = capacity(machine, progress, verify=verify)
-    if json:
-        print_json(figures)
-    else:
-        report_capacity.show_capacity(figures)
+    return capacity(machine, progress, verify=verify)

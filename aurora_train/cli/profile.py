@@ -67,22 +67,17 @@ def document(result) -> dict:
 
 def show(result) -> None:
     """Print a `tools.profile.Profile` as a table and a few lines."""
-    from rich.console import Console
-    from rich.table import Table
-
     from aurora_train.machine.rates import flop_rate
+    from aurora_train.record.console import plain_console, table_of
     from aurora_train.units import count
 
-    line, console = result.timeline, Console()
-    table = Table(title=f"a step of {1e3 * line.step:.1f} ms, mean of {result.steps}", title_justify="left")
-    for name in ("part", "kind"):
-        table.add_column(name)
-    for name in ("ms", "share", "operations"):
-        table.add_column(name, justify="right")
-    for row in line.rows:
-        if row.share >= 0.001:
-            table.add_row(row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")
-    console.print(table)
+    line, console = result.timeline, plain_console()
+    console.print(f"a step of {1e3 * line.step:.1f} ms, mean of {result.steps}")
+    rows = [
+        (row.part, row.kind, f"{1e3 * row.seconds:.1f}", f"{row.share:.1%}", f"{row.count:.0f}")
+        for row in line.rows if row.share >= 0.001
+    ]  # fmt: skip
+    console.print(table_of("part", "kind", "ms", "share", "operations", left=(0, 1), rows=rows))
     host = ", ".join(f"{name} {1e3 * took:.1f} ms" for name, took in line.host.items())
     flops = result.product_flops
     rate = f"{count(flops)}FLOP in products, {flop_rate(flops / line.step)}" if flops else "FLOP unknown"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.cli.common import JsonOption, RunArgument, open_page, print_json
 
 EXAMPLE = "aurora report runs/quickstart-1a2b3c4d --open"
 
@@ -25,6 +25,4 @@ def command(
     else:
         print(path)
     if open_it:
-        import webbrowser
-
-        webbrowser.open(path.as_uri())
+        open_page(path)

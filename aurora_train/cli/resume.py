@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -24,11 +23,9 @@ def command(
     json: JsonOption = False,
 ):
     """Continue a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
-    from aurora_train.check.intent import for_resume, rate_after
+    from aurora_train.check.intent import for_resume
     from aurora_train.cli.train import go, joined
 
     config, known, changes = for_resume(run, overrides or [], allow_change or [])
-    if (line := rate_after(known, config)) is not None:
-        print(line, file=sys.stderr)
     with joined(config):
         return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan)

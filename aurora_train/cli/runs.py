@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +20,12 @@ def command(
     json: JsonOption = False,
 ):
     """List runs, newest first: state, step, score or validation loss, size, age, and the keys that differ."""
-    from aurora_train.tools.runs import DEFAULT, document, listing, show
+    from aurora_train.tools.runs import DEFAULT, listing, show
 
     rows = listing(folder)
     if json:
-        print_json(document(rows))
+        print_json([asdict(row) for row in rows])
     elif rows:
-        from aurora_train.plan.report import plain_console
-
-        show(rows, plain_console())
+        show(rows)
     else:
         print(f"no runs in {folder or DEFAULT}: `aurora train CONFIG` starts one, such as `aurora train quickstart`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated
 
@@ -42,10 +43,9 @@ def command(
     if json:
         print_json(sweep.document(results, going.stopped))
     else:
-        from aurora_train.plan.report import plain_console
-
-        sweep.show(results, plain_console())
+        sweep.show(results)
     if going.stopped:
-        again = sweep.same_again(sys.argv[1:])
+        again = shlex.join(["aurora", *sys.argv[1:]])
         print(f"stopped by {going.stopped}; continue with the same command: {again}", file=sys.stderr)
-    return sweep.status(results, going.stopped)
+        return sweep.STOPPED
+    return int(any(result.row.state != "finished" for result in results))

@@ -55,7 +55,7 @@ def joined(config):
 
 def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
     """Train a config in a run folder and print how it ended. Returns the exit status."""
-    from aurora_train.check.intent import warnings
+    from aurora_train.check.intent import rate_after, warnings
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
 
@@ -63,6 +63,8 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
         return 0
     for line in warnings(changes):
         print(f"changed {line}", file=sys.stderr)
+    if changes and (line := rate_after(run, config)) is not None:
+        print(line, file=sys.stderr)
     prepare_environment(config)
     from aurora_train.tools.report import report_ending
     from aurora_train.train.start import train
@@ -105,6 +107,7 @@ _UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, repeated here because that module 
 def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int:
     """Print the end of a run: its score and report, or the command that resumes it."""
     from aurora_train.files import read_json
+    from aurora_train.units import decimal
 
     scores = read_json(run.scores)
     if json:
@@ -121,10 +124,10 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
         print(f"finished at step {step}: {run.folder}")
         if scores:
             name = scores["headline"]
-            print(f"{name} {scores['score'][name]:.4f}")
+            print(f"{name} {decimal(scores['score'][name])}")
             for rival, value in scores["baselines"].items():
                 if isinstance(value, (int, float)):
-                    print(f"  {rival} {value:.4f}")
+                    print(f"  {rival} {decimal(value)}")
             for remark in scores.get("remarks", []):
                 print(f"note: {remark}")
         print(f"report: {run.report}")

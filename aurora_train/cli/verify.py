@@ -46,12 +46,12 @@ def command(
 
 
 def _show(rows: list[dict]) -> None:
-    from aurora_train.units import size
+    from aurora_train.units import counted, size
 
     for row in rows:
         name = "shared by all" if row["step"] is None else f"step {row['step']}"
         if not row["faults"]:
-            print(f"{name}: intact ({row['files']} files, {size(row['bytes'])})")
+            print(f"{name}: intact ({counted(row['files'], 'file')}, {size(row['bytes'])})")
         for line in row["faults"]:
             print(f"{name}: damaged: {line}")
     steps = [row for row in rows if row["step"] is not None]

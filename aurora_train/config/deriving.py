@@ -13,30 +13,21 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from aurora_train.config.messages import sections_in
+from aurora_train.config.fields import written
 from aurora_train.config.yaml import Mark, Tree, write_flow
 from aurora_train.recipe import Derived, Recipe
 
 
-def unset_nulls(tree: Tree, schema: type[BaseModel], *, overrides_only: bool = False, above: tuple = ()) -> None:
+def unset_nulls(tree: Tree, schema: type[BaseModel], *, overrides_only: bool = False) -> None:
     """Remove every key that is `null` although its default is not, or it may not be: it counts as unset.
 
     `overrides_only`: only keys of the command line, because the file is the complete record of a run.
     """
-    for name, field in schema.model_fields.items():
-        path = (*above, field.alias or name)
-        if not tree.has(path):
-            continue
-        value, annotation = tree.at(path), field.annotation
-        if value is None:
-            given = path not in tree.empty and not (overrides_only and tree.mark(path).line is not None)
-            if given and (field.default is None or not _admits_null(annotation)):
+    for path, field in written(tree, schema):
+        if tree.at(path) is None and path not in tree.empty:
+            kept = overrides_only and tree.mark(path).line is not None
+            if not kept and (field.default is None or not _admits_null(field.annotation)):
                 tree.remove(path)
-        elif isinstance(value, dict):
-            named = typing.get_origin(annotation) is dict
-            for section in sections_in(typing.get_args(annotation)[1] if named else annotation):
-                for inner in [(*path, one) for one in value if isinstance(value[one], dict)] if named else [path]:
-                    unset_nulls(tree, section, overrides_only=overrides_only, above=inner)
 
 
 def _admits_null(annotation) -> bool:

@@ -9,6 +9,9 @@ affect the numbers at all and is left out of the config's hash.
 from __future__ import annotations
 
 import re
+import types
+import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -50,6 +53,39 @@ def resume_class(field) -> Resume:
     """The resume class of a pydantic FieldInfo; a field declared without `setting` is frozen."""
     extra = field.json_schema_extra
     return extra.get("resume", "frozen") if isinstance(extra, dict) else "frozen"
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes of an annotation such as `Model`, `Model | None` or `Annotated[A | B, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [inner for part in typing.get_args(annotation) for inner in sections_in(part)]
+    return []
+
+
+def named_sections(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes of an annotation such as `dict[str, Source]`, whose keys are names that the user chooses."""
+    return sections_in(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
+
+
+def written(tree, schema: type[BaseModel], above: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """(path, pydantic's FieldInfo) of every key of a schema that a Tree has, each section before its keys.
+
+    A key may be removed from the tree while it is visited.
+    """
+    for name, field in schema.model_fields.items():
+        path = (*above, field.alias or name)
+        if not tree.has(path):
+            continue
+        yield path, field
+        value = tree.at(path) if tree.has(path) else None
+        if isinstance(value, dict):
+            inner = [(path, section) for section in sections_in(field.annotation)]
+            inner += [((*path, one), section) for one in value for section in named_sections(field.annotation)]
+            for place, section in inner:
+                if isinstance(tree.at(place), dict):
+                    yield from written(tree, section, place)
 
 
 _UNITS = {"B": 1} | {

@@ -7,7 +7,6 @@ folder, and its path and sha256 are printed before it runs.
 from __future__ import annotations
 
 import ast
-import difflib
 import sys
 import traceback
 import types
@@ -19,7 +18,7 @@ from pydantic import BaseModel
 from aurora_train import bundled
 from aurora_train.config.recipe_code import code_sha256, files_beside, let_import_beside
 from aurora_train.config.yaml import read_text, show_path
-from aurora_train.errors import UserError
+from aurora_train.errors import UserError, nearest
 from aurora_train.recipe import Recipe
 
 
@@ -45,8 +44,7 @@ def find_recipe(written: str, folder: Path, where: str | None = None) -> FoundRe
             why="a config may only name code that came with it", hint="copy the recipe beside the config",
         )
     if not file.exists():
-        near = difflib.get_close_matches(written, [path.name for path in sorted(folder.glob("*.py"))], 1)
-        hint = f"did you mean `recipe: {near[0]}`?" if near else None
+        hint = nearest(written, (path.name for path in sorted(folder.glob("*.py"))), form="recipe: {}")
         raise UserError(f"no recipe file {show_path(file)}", where=where, hint=hint)
     return load_recipe(file, bundled_one=bundled.is_bundled(file))
 
@@ -59,8 +57,7 @@ def bundled_recipe(written: str, folder: Path = Path(), where: str | None = None
     if (folder / f"{written}.py").is_file():
         hint = f"did you mean your own file, `recipe: {written}.py`?"
     else:
-        near = difflib.get_close_matches(written, known, 1)
-        hint = f"did you mean `{near[0]}`?" if near else "bundled: " + ", ".join(known) + "; your own file ends in .py"
+        hint = nearest(written, known, f"bundled: {', '.join(known)}; your own file ends in .py")
     raise UserError(f"unknown recipe `{written}`", where=where, hint=hint)
 
 

@@ -6,13 +6,11 @@ nobody set, and the whole is validated at once. Nothing after this module touche
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import json
 import os
 import re
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,16 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from aurora_train import bundled
 from aurora_train.config import messages, removed
-from aurora_train.config.conflicts import refuse_fp8, refuse_idle_patience, refuse_offload, refuse_uneven
 from aurora_train.config.deriving import derives, fill, unset_nulls
+from aurora_train.config.fields import written
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core, Init
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
-from aurora_train.errors import UserError
+from aurora_train.errors import UserError, nearest
 from aurora_train.recipe import Derived, Recipe
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\Z")
+_NAMED = re.compile(r"\b[a-z_]\w*(?:\.\w+)+")  # keys that the text of an error names
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,7 @@ def _locate(written: str) -> Path:
         return ours or path
     known = list(bundled.configs())
     rivals = known + [name.rpartition("/")[2] for name in known] + [str(p) for p in sorted(path.parent.glob("*.y*ml"))]
-    near = difflib.get_close_matches(written, rivals, 1)
-    if near:
-        hint = f"did you mean `{near[0]}`?"
-    else:
-        hint = "bundled configs: " + ", ".join(known) if known else None
+    hint = nearest(written, rivals, f"bundled configs: {', '.join(known)}" if known else None)
     raise UserError(f"no config file or bundled config `{written}`", hint=hint)
 
 
@@ -122,10 +117,10 @@ def _read_extended(file: Path) -> Tree:
     if base_file.resolve() == file.resolve():
         raise UserError("extends: a config cannot extend itself", where=str(mark))
     if not base_file.exists():
-        near = difflib.get_close_matches(written, [path.name for path in sorted(file.parent.glob("*.y*ml"))], 1)
+        beside = (path.name for path in sorted(file.parent.glob("*.y*ml")))
         raise UserError(
             f"extends: no such file {show_path(base_file)}", where=str(mark),
-            hint=f"did you mean `{near[0]}`?" if near else "the path is relative to this config",
+            hint=nearest(written, beside, "the path is relative to this config"),
         )
     base = read_file(base_file)
     if "extends" in base.value:
@@ -199,37 +194,34 @@ def _write_out_parts(tree: Tree) -> None:
                 f"init.{key} and init.parts.{key} both name a source", where=str(tree.mark(("init", "parts", key))),
                 why="one is short for the other", hint=f"init.{key}=RUN overrides the short form",
             )  # fmt: skip
-        value, marks = section[key], (tree.keys, tree.values)
-        short, long = ("init", key), ("init", "parts", key) if key else ("init", "from")
-        moved = [{(*long, *at[2:]): mark for at, mark in known.items() if at[:2] == short} for known in marks]
-        tree.remove(short)
-        tree.merge(Tree({"init": {"parts": {key: value}} if key else {"from": value}}, *moved))
+        mark, sources = tree.mark(("init", key)), _dotted(section[key], key)
+        tree.remove(("init", key))
+        for prefix, source in sources.items():
+            long = ("init", "parts", prefix) if prefix else ("init", "from")
+            places = {long[:end]: mark for end in (2, 3)}
+            tree.merge(Tree({"init": {"parts": {prefix: source}} if prefix else {"from": source}}, places, places))
 
 
-def _place_paths(tree: Tree, schema: type[BaseModel], above: tuple = ()) -> None:
+def _dotted(value, prefix: str) -> dict:
+    """{"a.b": RUN} of `a: {b: RUN}`, because an override of `init.a.b` writes a mapping for each dot."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    inner = [_dotted(one, f"{prefix}.{key}" if prefix else key) for key, one in value.items()]
+    return {name: source for part in inner for name, source in part.items()}
+
+
+def _place_paths(tree: Tree, schema: type[BaseModel]) -> None:
     """Make every path absolute: relative to the file it is written in, or in an override to the current folder."""
-    for name, field in schema.model_fields.items():
-        path, extra = (*above, field.alias or name), field.json_schema_extra or {}
-        if not tree.has(path):
+    for path, field in written(tree, schema):
+        extra, value = field.json_schema_extra, tree.at(path)
+        if not isinstance(extra, dict) or "path_unless" not in extra:
             continue
-        named = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            _place_paths(tree, field.annotation, path)
-        elif named and named[0] is not str and isinstance(tree.at(path), dict):  # a section for each name
-            for one in [one for one, section in tree.at(path).items() if isinstance(section, dict)]:
-                _place_paths(tree, named[0], (*path, one))
-        elif isinstance(extra, dict) and "path_unless" in extra:
-            value = tree.at(path)
-            for one in [(*path, key) for key in value] if isinstance(value, dict) else [path]:
-                _place_path(tree, one, tuple(extra["path_unless"]))
-
-
-def _place_path(tree: Tree, path: tuple, unless: tuple[str, ...]) -> None:
-    value = tree.at(path)
-    if isinstance(value, str) and value and not value.startswith(unless):
-        file = tree.mark(path).file
-        base = file.parent if file else Path.cwd()
-        tree.at(path[:-1])[path[-1]] = str((base / Path(value).expanduser()).absolute())
+        for one in [(*path, key) for key in value] if isinstance(value, dict) else [path]:
+            value = tree.at(one)
+            if isinstance(value, str) and value and not value.startswith(tuple(extra["path_unless"])):
+                file = tree.mark(one).file
+                base = file.parent if file else Path.cwd()
+                tree.at(one[:-1])[one[-1]] = str((base / Path(value).expanduser()).absolute())
 
 
 def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> tuple[list[Derived], list[str]]:
@@ -242,40 +234,41 @@ def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> 
         lines = messages.explain(fault, tree, schema, final=False)
         if lines:
             raise _as_user_error(lines, file) from None
-    with _placed(tree):
+    try:
         return fill(recipe.cls, tree, file)
+    except UserError as fault:
+        raise _placed(fault, tree) from None
 
 
 def _check(config: Core, tree: Tree) -> None:
     """Check what concerns several keys, and report all mistakes at once."""
-    faults = []
-    settings = (refuse_offload, refuse_fp8, refuse_uneven, refuse_idle_patience)
-    for check in (*settings, config.recipe_class.check):
-        try:
-            with _placed(tree):
-                check(config)
-        except UserError as fault:
-            faults.append(fault)
+    faults = [fault for part in (config.train, config.memory, config.evaluate) for fault in part.conflicts(config)]
+    try:
+        config.recipe_class.check(config)
+    except UserError as fault:
+        faults.append(fault)
+    faults = [_placed(fault, tree) for fault in faults]
     if len(faults) == 1:
         raise faults[0]
     if faults:
         raise _as_user_error([str(fault).replace("\n", "\n  ") for fault in faults], config.source)
 
 
-@contextlib.contextmanager
-def _placed(tree: Tree):
-    """A UserError raised in this context names only a key; replace it by one with the place of that key."""
-    try:
-        yield
-    except UserError as fault:
-        path = tuple(str(fault.where).split("."))
-        if not tree.has(path[:1]):
-            raise
-        where = messages.place(tree.mark(path), fault.where)
-        raise UserError(fault.what, where=where, why=fault.why, hint=fault.hint) from None
+def _placed(fault: UserError, tree: Tree) -> UserError:
+    """The same error with the place of its key instead of the key alone, and of the overrides that its text names."""
+    path = tuple(str(fault.where).split("."))
+    if not tree.has(path[:1]):
+        return fault
+    where = messages.place(tree.mark(path), fault.where)
+    if not where.startswith("override "):  # the file alone may be right, and an override against it wrong
+        named = [tree.mark(tuple(key.split("."))) for key in _NAMED.findall(str(fault))]
+        against = dict.fromkeys(str(mark) for mark in named if str(mark).startswith("override "))
+        where = f"{', '.join(against)}, with {where}" if against else where
+    return UserError(fault.what, where=where, why=fault.why, hint=fault.hint)
 
 
 def _as_user_error(lines: list[str], file: Path) -> UserError:
     if len(lines) == 1:
         return UserError(lines[0])
-    return UserError(f"{len(lines)} errors in {show_path(file)}", why="\n  ".join(lines))
+    given = " with these overrides" if any(line.startswith("override ") for line in lines) else ""
+    return UserError(f"{len(lines)} errors in {show_path(file)}{given}", why="\n  ".join(lines))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from aurora_train.config.fields import named_sections, sections_in
 from aurora_train.config.yaml import Mark, Tree, write_flow
+from aurora_train.errors import nearest
 
 _TYPES = {
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
@@ -95,8 +95,7 @@ def _wanted(error: dict) -> tuple[str, str | None]:
         return str(context["error"]), None
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
-        near = difflib.get_close_matches(given, choices, 1) if isinstance(given, str) else []
-        return "must be " + " or ".join(choices), f"did you mean `{near[0]}`?" if near else None
+        return "must be " + " or ".join(choices), nearest(given, choices)
     if kind in _LIMITS:
         name, words = _LIMITS[kind]
         limit = context[name]
@@ -139,17 +138,14 @@ def _nearest_key(path: tuple, schema: type[BaseModel]) -> str:
     everywhere = key_paths(schema)
     here, last = [str(step) for step in path[:-1]], str(path[-1])
     siblings = [key[-1] for key in everywhere if _same(key[:-1], here)]
-    near = difflib.get_close_matches(last, siblings, 1, 0.7)
     homes = [".".join(key) for key in everywhere if key[-1] == last]
     if homes:
         return f"; it lives in `{homes[0]}`" + "".join(f" (or `{home}`)" for home in homes[1:])
-    if near:
-        return f"; did you mean `{near[0]}`?"
     leaves = {key[-1]: ".".join(key) for key in reversed(everywhere)}
     near = difflib.get_close_matches(last, leaves, 1, 0.75)
-    if near:
-        return f"; did you mean `{leaves[near[0]]}`?"
-    return "; known here: " + ", ".join(siblings) if siblings else ""
+    hint = f"did you mean `{leaves[near[0]]}`?" if near else f"known here: {', '.join(siblings)}" if siblings else ""
+    hint = nearest(last, siblings, hint, cutoff=0.7)
+    return f"; {hint}" if hint else ""
 
 
 def key_paths(schema: type[BaseModel]) -> list[tuple[str, ...]]:
@@ -161,23 +157,9 @@ def key_paths(schema: type[BaseModel]) -> list[tuple[str, ...]]:
             path = (*above, field.alias or name)
             paths.append(path)
             queue += [(path, inner) for inner in sections_in(field.annotation)]
-            queue += [((*path, _ANY), inner) for inner in _named_sections(field.annotation)]
+            queue += [((*path, _ANY), inner) for inner in named_sections(field.annotation)]
     return paths
 
 
 def _same(key: tuple[str, ...], path: list[str]) -> bool:
     return len(key) == len(path) and all(mine in (_ANY, theirs) for mine, theirs in zip(key, path, strict=True))
-
-
-def _named_sections(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes of an annotation such as `dict[str, Source]`, whose keys are names that the user chooses."""
-    return sections_in(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else []
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes of an annotation such as `Model`, `Model | None` or `Annotated[A | B, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return [inner for part in typing.get_args(annotation) for inner in sections_in(part)]
-    return []

@@ -1,6 +1,6 @@
 """Keys of earlier versions. A run folder names every key, so a run that such a version began still has them.
 
-A key that asks for what is now always done is taken out; any other value is refused with the reason.
+A key that asks for what is now always done is taken out; any other value is refused with what replaces it.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from aurora_train.config import messages
 from aurora_train.config.yaml import Tree
 from aurora_train.errors import UserError
 
-_FUSED, _FORMS = ("memory", "fuse_update"), ("train", "forms")
+_FORMS = ("train", "forms")
 _OPERATIONS = ("linear", "cross_entropy", "norm", "activation", "units", "grad_norm")
+# path -> (the value that asks for nothing, what is gone, why, what replaces it)
+_REMOVED = {
+    ("memory", "fuse_update"): (
+        False, "the update within the backward pass has been removed",
+        "no gain was ever measured on a device (docs/log.md, 2026-11-30)",
+        "remove the key, also from a run's config.yaml: its checkpoints continue with the ordinary update",
+    ),
+    ("log", "online"): (
+        False, "this key has been removed", "it concerned one sink only, which names it now", "log.sinks=[wandb-online]"
+    ),
+}  # fmt: skip
 
 
 def take_out(tree: Tree) -> None:
     """Take the keys of earlier versions out of a config's tree. UserError for a value that nothing heeds any more."""
-    if tree.has(_FUSED):
-        if tree.at(_FUSED) is not False:
-            raise UserError(
-                "the update within the backward pass has been removed", where=_place(tree, _FUSED),
-                why="no gain was ever measured on a device (docs/log.md, 2026-11-30)",
-                hint="remove the key, also from a run's config.yaml: its checkpoints continue with the ordinary update",
-            )  # fmt: skip
-        tree.remove(_FUSED)
+    for path, (idle, what, why, hint) in _REMOVED.items():
+        if tree.has(path):
+            if tree.at(path) is not idle:
+                raise UserError(what, where=_place(tree, path), why=why, hint=hint)
+            tree.remove(path)
     operations = tree.at(_FORMS) if tree.has(_FORMS) else None
     if isinstance(operations, dict):
         chosen = next((name for name, form in operations.items() if name not in _OPERATIONS or form != "auto"), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -30,19 +31,21 @@ def dump(config: Core) -> str:
 
 def flat(config: Core) -> dict[str, tuple[Any, str]]:
     """`key.path` -> (value, resume class) of every leaf."""
-    leaves: dict[str, tuple[Any, str]] = {}
+    return {key: (value, resume) for key, value, resume, _ in _leaves(config)}
 
-    def walk(model: BaseModel, above: str):
-        plain = model.model_dump(mode="json", by_alias=True)
-        for name, field in type(model).model_fields.items():
-            key, value = field.alias or name, getattr(model, name)
-            if isinstance(value, BaseModel):
-                walk(value, f"{above}{key}.")
-            else:
-                leaves[above + key] = (plain[key], resume_class(field))
 
-    walk(config, "")
-    return leaves
+def _leaves(model: BaseModel, above: str = "", given: bool = False) -> Iterator[tuple[str, Any, str, bool]]:
+    """(key, value, resume class, whether it was given) of every leaf; given is a value other than the default, and
+    every value of a section that is None by default."""
+    plain = model.model_dump(mode="json", by_alias=True)
+    for name, field in type(model).model_fields.items():
+        key, value = field.alias or name, getattr(model, name)
+        default = field.get_default(call_default_factory=True)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{above}{key}.", given or not isinstance(default, BaseModel))
+        else:
+            differs = value != default or type(value) is not type(default)
+            yield above + key, plain[key], resume_class(field), given or differs
 
 
 def config_hash(config: Core) -> str:
@@ -50,29 +53,11 @@ def config_hash(config: Core) -> str:
 
     Defaults are left out so that a key added by a later version does not rename the runs of earlier versions.
     """
-    given = _given(config)
-    kept = {key: value for key, (value, resume) in flat(config).items() if resume != "free" and key in given}
+    kept = {key: value for key, value, resume, given in _leaves(config) if resume != "free" and given}
     if not config.recipe_bundled:
         kept["recipe_sha256"] = config.recipe_sha256
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _given(config: Core) -> set[str]:
-    """The keys of `flat` whose value is not the default; all keys of a section that is None by default."""
-    given: set[str] = set()
-
-    def walk(model: BaseModel, above: str, everything: bool):
-        for name, field in type(model).model_fields.items():
-            key, value = field.alias or name, getattr(model, name)
-            default = field.get_default(call_default_factory=True)
-            if isinstance(value, BaseModel):
-                walk(value, f"{above}{key}.", everything or not isinstance(default, BaseModel))
-            elif everything or value != default or type(value) is not type(default):
-                given.add(above + key)
-
-    walk(config, "", False)
-    return given
 
 
 def diff(old: Core, new: Core) -> list[tuple[str, Any, Any, str]]:

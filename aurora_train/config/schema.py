@@ -1,18 +1,20 @@
 """The core sections of every config, which the trainer owns. A recipe adds its own (`model`, `data`, ...).
 
 A field exists only if a user has a reason to set it. Its help states the unit; its resume class states what a change
-does to a run.
+does to a run. `conflicts` of a section yields what its keys exclude in the whole config.
 """
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from aurora_train.config.fields import Section, parse_bytes, setting
+from aurora_train.errors import UserError
 
 
 class Train(Section):
@@ -55,6 +57,25 @@ class Train(Section):
         """The dtype of activations, for a recipe to pass to its model. The linear layers apply fp8 themselves."""
         assert self.precision != "auto", "train.precision is settled (machine/precision.py) before a model is built"
         return "bfloat16" if self.precision == "fp8" else self.precision
+
+    def conflicts(self, config) -> Iterator[UserError]:
+        model = getattr(config, "model", None)
+        layers, lora = getattr(model, "layers", None), getattr(model, "lora", None)
+        if self.precision == "fp8" and getattr(lora, "base", None) == "nf4":
+            yield UserError(
+                "a base of 4-bit codes is not multiplied in fp8", where="train.precision",
+                why="its kernels are decoded to bfloat16", hint="train.precision=bfloat16, or model.lora.base=compute",
+            )  # fmt: skip
+        if self.bf16_ends and self.precision != "fp8":
+            yield UserError(
+                "train.bf16_ends applies to fp8 only: in any other precision all blocks have the same format",
+                where="train.bf16_ends", hint="train.precision=fp8, or train.bf16_ends=0",
+            )  # fmt: skip
+        elif self.bf16_ends and isinstance(layers, int) and layers <= 2 * self.bf16_ends:
+            yield UserError(
+                f"nothing is left for fp8: {self.bf16_ends} at either end of {layers} layers stay in bfloat16",
+                where="train.bf16_ends", hint=f"train.bf16_ends={max(layers - 1, 0) // 2} at most",
+            )  # fmt: skip
 
 
 class Schedule(Section):
@@ -136,15 +157,40 @@ class Memory(Section):
         "processor and the device share memory",
     )
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
     def _is_a_size(cls, value):
         if value != "auto":
             try:
-                parse_bytes(value)
-            except ValueError as fault:
-                raise ValueError(f"{fault}, or auto") from None
+                parse_bytes(str(value))
+            except ValueError:
+                bare = str(value).isdecimal() and int(value)
+                example = "96GB or 80GiB" if not bare else f"{bare}GB" if bare < 10_000 else f"{bare}B"
+                raise ValueError(f"must be a size with its unit, such as {example}, or auto") from None
         return value
+
+    def conflicts(self, config) -> Iterator[UserError]:
+        batch, parts = config.train.batch, self.accumulation
+        if parts != "auto" and batch % parts:
+            below = batch // parts * parts
+            nearest = " or ".join(f"train.batch={n}" for n in (below, below + parts) if n)
+            fewer = next(n for n in range(parts, 0, -1) if batch % n == 0)
+            yield UserError(
+                f"a batch of {batch} does not divide into {parts} microbatches", where="train.batch",
+                hint=f"the nearest: {nearest}; or memory.accumulation={fewer}",
+            )  # fmt: skip
+        if self.offload == "none" or not self.offload:
+            return
+        if self.save == "all":
+            yield UserError(
+                "memory.save=all keeps everything without names, so nothing can be offloaded by name",
+                where="memory.offload", hint="memory.save=auto, or a list of tags",
+            )  # fmt: skip
+        elif self.offload == "auto" and (self.save != "auto" or self.unroll != "auto"):
+            yield UserError(
+                "the planner chooses offloaded and kept tensors together, but the config already says what is kept",
+                where="memory.offload", hint="memory.save=auto memory.unroll=auto, or name the tags to be offloaded",
+            )  # fmt: skip
 
 
 class Checkpoint(Section):
@@ -177,13 +223,21 @@ class Evaluate(Section):
     final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
     baselines: bool = setting(True, resume="free", help="also score the recipe's simple baselines")
 
+    def conflicts(self, config) -> Iterator[UserError]:
+        if self.patience is not None and self.every is None and self.score_every is None:
+            yield UserError(
+                "it counts evaluations, and there is none before the last step", where="evaluate.patience",
+                hint="evaluate.every=N, evaluate.score_every=N, or evaluate.patience=null",
+            )  # fmt: skip
+
 
 class Log(Section):
     """What is shown, and where metrics are sent. Nothing here affects the numbers."""
 
     every: int = setting(10, resume="free", ge=1, help="steps between progress lines with rates")
-    sinks: list[Literal["tensorboard", "wandb"]] = setting([], resume="free", help="viewers fed beside metrics.jsonl")
-    online: bool = setting(False, resume="free", help="let the sinks use the network")
+    sinks: list[Literal["tensorboard", "wandb", "wandb-online"]] = setting(
+        [], resume="free", help="viewers fed beside metrics.jsonl; only wandb-online uses the network"
+    )
 
 
 class Init(Section):
@@ -204,14 +258,19 @@ class Init(Section):
         "part's run; own = this config's own",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_section(cls, given):
+        if isinstance(given, str):
+            raise ValueError("must be a section: the source of the whole model is `from`, as in init.from=RUN")
+        return given
+
     @field_validator("facts")
     @classmethod
     def _names_a_source(cls, value, info):
         known = ["inherit", "own", *info.data.get("parts", {})]
         if value not in known:
-            near = get_close_matches(value, known, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ValueError(f"must be {' or '.join(known)}; got \"{value}\"{hint}")
+            raise PydanticKnownError("literal_error", {"expected": " or ".join(known)})
         return value
 
     @property

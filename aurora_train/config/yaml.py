@@ -18,9 +18,9 @@ from ruamel.yaml.events import (
     DocumentStartEvent,
     MappingEndEvent,
     MappingStartEvent,
+    NodeEvent,
     ScalarEvent,
     SequenceEndEvent,
-    SequenceStartEvent,
 )
 
 from aurora_train.errors import UserError
@@ -161,99 +161,88 @@ def parse(text: str, mark) -> Tree:
     def refuse(what, event_mark, hint=None):
         raise UserError(what, where=str(mark(event_mark.line + 1, event_mark.column + 1)), hint=hint)
 
-    builder = _Builder(mark, refuse)
+    root, documents = None, 0
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
-            builder.feed(event)
+        events = YAML(typ="safe", pure=True).parse(text)
+        reader = _Reader(events, mark, refuse)
+        for event in events:
+            if isinstance(event, DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    what = "a second YAML document; a config is one document"
+                    refuse(what, event.start_mark, "remove the `---` line")
+            elif isinstance(event, NodeEvent):
+                root = reader.node(event, ())
     except MarkedYAMLError as fault:
         place = fault.problem_mark or fault.context_mark
         what = " ".join(part for part in (fault.context, fault.problem) if part)
         refuse(f"not valid YAML: {what}", place)
     except YAMLError as fault:
         raise UserError(f"not valid YAML: {str(fault).splitlines()[0]}", where=str(mark(1, 1))) from None
-    return Tree(builder.root, builder.keys, builder.values, builder.empty)
+    return Tree(root, reader.keys, reader.values, reader.empty)
 
 
-class _Builder:
-    """Folds parser events into a tree without recursion; `stack` holds (container, its path, pending key)."""
+class _Reader:
+    """Reads parser events by recursive descent, at most MAX_DEPTH levels deep."""
 
-    def __init__(self, mark, refuse):
-        self.mark, self.refuse = mark, refuse
-        self.root, self.keys, self.values, self.empty = None, {}, {}, set()
-        self.stack: list[list] = []
-        self.documents = 0
+    def __init__(self, events, mark, refuse):
+        self.events, self.mark, self.refuse = events, mark, refuse
+        self.keys, self.values, self.empty = {}, {}, set()
 
-    def feed(self, event) -> None:
+    def node(self, event, path: tuple) -> Any:
+        """The value that begins with this event."""
+        self._refuse_references(event)
         place = event.start_mark
-        if isinstance(event, DocumentStartEvent):
-            self.documents += 1
-            if self.documents > 1:
-                self.refuse("a second YAML document; a config is one document", place, "remove the `---` line")
-        elif isinstance(event, AliasEvent):
-            self.refuse(f"aliases (`*{event.anchor}`) are not allowed", place, "write the value out")
-        elif isinstance(event, (MappingEndEvent, SequenceEndEvent)):
-            self.stack.pop()
-        elif isinstance(event, (ScalarEvent, MappingStartEvent, SequenceStartEvent)):
-            if event.anchor:
-                self.refuse(f"anchors (`&{event.anchor}`) are not allowed", place, "write the value out")
-            if event.tag is not None:
-                self.refuse(f"tags (`{event.tag}`) are not allowed", place, "remove the tag")
-            self.node(event, place)
-
-    def node(self, event, place) -> None:
-        if self.stack and isinstance(self.stack[-1][0], dict) and self.stack[-1][2] is None:
-            self.key(event, place)
-            return
+        if len(self.values) == MAX_VALUES:
+            self.refuse(f"more than {MAX_VALUES} values; a config is not a place for data", place)
+        self.values[path] = self.mark(place.line + 1, place.column + 1)
         if isinstance(event, ScalarEvent):
-            path = self.put(self.scalar(event, place), place)
-            if event.style is None and not event.value:
-                self.empty.add(path)
-            return
-        if len(self.stack) >= MAX_DEPTH:
+            return self._scalar(event, path)
+        if len(path) >= MAX_DEPTH:
             self.refuse(f"nested deeper than {MAX_DEPTH} levels", place)
         container = {} if isinstance(event, MappingStartEvent) else []
-        path = self.put(container, place)
-        self.stack.append([container, path, None])
+        while not isinstance(inner := next(self.events), (MappingEndEvent, SequenceEndEvent)):
+            if isinstance(container, dict):
+                key = self._key(inner, path, container)
+                container[key] = self.node(next(self.events), (*path, key))
+            else:
+                container.append(self.node(inner, (*path, len(container))))
+        return container
 
-    def key(self, event, place) -> None:
+    def _refuse_references(self, event) -> None:
+        place = event.start_mark
+        if isinstance(event, AliasEvent):
+            self.refuse(f"aliases (`*{event.anchor}`) are not allowed", place, "write the value out")
+        if event.anchor:
+            self.refuse(f"anchors (`&{event.anchor}`) are not allowed", place, "write the value out")
+        if event.tag is not None:
+            self.refuse(f"tags (`{event.tag}`) are not allowed", place, "remove the tag")
+
+    def _key(self, event, path: tuple, container: dict) -> str:
+        self._refuse_references(event)
+        place = event.start_mark
         if not isinstance(event, ScalarEvent):
             self.refuse("a key must be a single word, not a list or mapping", place)
-        container, path, _ = self.stack[-1]
         inner = (*path, event.value)
         if event.value in container:
             self.refuse(f"`{event.value}` is written twice; first at {self.keys[inner]}", place)
         self.keys[inner] = self.mark(place.line + 1, place.column + 1)
-        self.stack[-1][2] = event.value
+        return event.value
 
-    def put(self, value, place) -> tuple:
-        if not self.stack:
-            self.root, path = value, ()
-        else:
-            container, above, key = self.stack[-1]
-            if isinstance(container, dict):
-                container[key], path = value, (*above, key)
-                self.stack[-1][2] = None
-            else:
-                path = (*above, len(container))
-                container.append(value)
-        if len(self.values) == MAX_VALUES:
-            self.refuse(f"more than {MAX_VALUES} values; a config is not a place for data", place)
-        if value is None and path in self.keys:
-            self.values[path] = self.keys[path]  # the parser puts an empty value on the line below its key
-        else:
-            self.values[path] = self.mark(place.line + 1, place.column + 1)
-        return path
-
-    def scalar(self, event, place) -> Any:
+    def _scalar(self, event, path: tuple) -> Any:
         text = event.value
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            self.refuse("half of a surrogate pair is not a character", place)
+            self.refuse("half of a surrogate pair is not a character", event.start_mark)
         if event.style in ("'", '"', "|", ">"):
             return text
-        if _INT.match(text) or _OCTAL.match(text) or _HEX.match(text):
-            if len(text) > MAX_DIGITS:
-                self.refuse(f"a number of {len(text)} digits", place)
-        return plain_scalar(text)
+        if (_INT.match(text) or _OCTAL.match(text) or _HEX.match(text)) and len(text) > MAX_DIGITS:
+            self.refuse(f"a number of {len(text)} digits", event.start_mark)
+        value = plain_scalar(text)
+        if not text:
+            self.empty.add(path)
+        if value is None and path in self.keys:
+            self.values[path] = self.keys[path]  # the parser puts an empty value on the line below its key
+        return value
 
 
 def plain_scalar(text: str) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 from aurora_train.data.order import examples_at, slots
 from aurora_train.errors import UserError
 from aurora_train.recipe import Source
+from aurora_train.units import counted
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 
@@ -72,14 +73,14 @@ def show(facts: dict, console) -> None:
     epoch = "" if facts["epoch"] is None else f" (epoch {facts['epoch']})"
     console.print(
         f"split {facts['split']}, data step {facts['data_step']}{epoch}, "
-        f"{len(facts['indices'])} of {facts['examples']:,} examples", highlight=False,
+        f"{len(facts['indices'])} of {counted(facts['examples'], 'example')}", highlight=False,
     )
     for line in facts.get("summary", ()):
         console.print(line, highlight=False)
     for name, part in facts.get("mix", {}).items():
         console.print(
             f"{name}: {part['share']:.2%} of the rows, {part['in_batch']} here; {part['passes']:.2f} times through its "
-            f"{part['rows']:,} rows before this batch", highlight=False,
+            f"{counted(part['rows'], 'row')} before this batch", highlight=False,
         )
     table = Table("array", "shape", "dtype", "min", "max")
     for name, array in facts["arrays"].items():

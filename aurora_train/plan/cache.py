@@ -22,7 +22,7 @@ def load(key: str) -> Plan | None:
     try:
         known = files.read_json(_file(key))
         plan = Plan.from_json(known["plan"]) if known and known.get("key") == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError, TypeError):
         return None
     if plan is None:
         return None

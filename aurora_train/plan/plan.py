@@ -81,9 +81,9 @@ def make_plan(config, model, *, platform: str, num_devices: int, apart: bool = F
             save = tuple(tag for tag in save or () if tag not in moved)
         here = tuple(tag for tag in moved if tag in offload.tags_of(stack))
         cuts[_dotted(path)] = [Segment(0, stack.num_units, save, unroll, here)]
-    reason = f"as configured: save {memory.save}, accumulation {memory.accumulation}"
-    reason += f", offload {', '.join(moved)}" if moved else ""
-    return Plan(batch // accumulation, accumulation, cuts, reason)
+    asked = {"save": memory.save, "accumulation": memory.accumulation, "offload": ", ".join(moved)}
+    told = ", ".join(f"{name} {value}" for name, value in asked.items() if value not in ("auto", ""))
+    return Plan(batch // accumulation, accumulation, cuts, f"as configured: {told}" if told else "")
 
 
 def _save_set(save, tags: tuple[str, ...], platform: str) -> tuple[str, ...] | None:

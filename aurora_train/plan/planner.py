@@ -167,7 +167,8 @@ class Planner:
         offload.refuse_overflow(cost.host, self.program.host_bytes)
         needed = compiled if compiled is not None else cost.bytes
         if needed > self.budget:
-            plan = replace(plan, reason=f"{plan.reason}; it needs {size(needed)}, more than the budget")
+            more = f"it needs {size(needed)}, more than the budget"
+            plan = replace(plan, reason=f"{plan.reason}; {more}" if plan.reason else more)
         return replace(
             plan, machine=self.machine, platform=self.program.platform, budget_bytes=self.budget,
             predicted_bytes=cost.bytes, compiled_bytes=compiled, details=account.essentials(self, plan, cost),
@@ -274,7 +275,7 @@ class Planner:
         details = account.details(self, space, shortlist, chosen, faster)
         return replace(
             plan,
-            reason=self._reason(chosen, compiled),
+            reason=f"the fastest that fits; budget: {self.budget_reason}",
             machine=self.machine,
             platform=self.program.platform,
             budget_bytes=self.budget,
@@ -282,12 +283,6 @@ class Planner:
             compiled_bytes=compiled,
             details=details,
         )
-
-    def _reason(self, chosen: Candidate, compiled: int | None) -> str:
-        how = "compiled" if compiled is not None else "not compiled"
-        needed = compiled if compiled is not None else chosen.bytes
-        limit = f" of {size(self.budget)}" if self.budget is not None else ""
-        return f"the fastest that fits: {size(needed)}{limit} ({how}); budget: {self.budget_reason}"
 
 
 def microbatches(config, recipe, devices: int) -> list[tuple[int, int]]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from aurora_train.machine.table import lookup
 from aurora_train.nn.saving import UNIT_INPUT
-from aurora_train.units import count, duration, percent, size
+from aurora_train.record.console import plain_console, table_of
+from aurora_train.units import count, duration, percent, size, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,15 +168,6 @@ def _kept(save, tags, offload: tuple[str, ...] = ()) -> str:
 # ---- the page
 
 
-def plain_console() -> Console:
-    """A rich console that prints text literally: with colours on a terminal, without colours or cut lines in a pipe."""
-    import sys
-
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
-
-
 def show(plan: Plan, console: Console | None = None) -> None:
     """Print the page of `aurora plan`: the verdict first, then the figures behind it."""
     console = console or plain_console()
@@ -219,8 +211,6 @@ def _show_bytes(plan: Plan, console) -> None:
     if plan.predicted_bytes and plan.compiled_bytes:
         both = f"predicted {amount(plan.predicted_bytes)}, compiled {amount(plan.compiled_bytes)}"
         console.print(f"{both} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
-    elif plan.predicted_bytes:
-        console.print(f"predicted {amount(plan.predicted_bytes)}, not compiled", soft_wrap=True)
 
 
 def _unit(total: int) -> tuple[str, float]:
@@ -350,18 +340,3 @@ def _made(plan: Plan) -> list[str]:
     if details.get("compiles") is not None:
         parts.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
     return [", ".join(parts)] if parts else []
-
-
-def table_of(*columns: str, left: tuple[int, ...] = (0,)):
-    """An empty table in the style of the page. Columns in `left` are left-aligned, the others right-aligned."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for position, title in enumerate(columns):
-        table.add_column(title, justify="left" if position in left else "right", no_wrap=position not in left)
-    return table
-
-
-def words(name: str) -> str:
-    """peak_bytes -> "peak bytes"."""
-    return name.replace("_", " ")

@@ -23,7 +23,6 @@ from typing import Any, Protocol
 from aurora_train.errors import MissingExtra, UserError
 from aurora_train.files import write_atomically
 
-_BLOCK_BYTES = 1 << 16
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -262,31 +261,17 @@ def _cut_torn_tail(path: Path) -> None:
 
     A kill leaves part of a line. A power cut may leave only its end, with zeros in place of its beginning.
     """
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:  # mmap refuses an empty file
         return
-    with open(path, "rb+") as file:
-        end = whole = file.seek(0, os.SEEK_END)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = whole = len(content)
         while whole:
-            begin = _last_line(file, whole)
-            file.seek(begin)
-            if _is_record(file.read(whole - begin)):
+            begin = content.rfind(b"\n", 0, whole - 1) + 1
+            if _is_record(content[begin:whole]):
                 break
             whole = begin
-        if whole != end:
-            file.truncate(whole)
-
-
-def _last_line(file, end: int) -> int:
-    """Where the last line of a file's first `end` bytes begins."""
-    stop = end - 1
-    while stop > 0:
-        start = max(stop - _BLOCK_BYTES, 0)
-        file.seek(start)
-        newline = file.read(stop - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        stop = start
-    return 0
+    if whole != end:
+        os.truncate(path, whole)
 
 
 def _is_record(line: bytes) -> bool:

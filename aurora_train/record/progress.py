@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from aurora_train.record.throughput import TimeLeft
-from aurora_train.units import count, duration, percent, size
+from aurora_train.units import count, decimal, duration, percent, size
 
 _BAR_CELLS = 16
 _REFRESH_PER_SECOND = 4
@@ -170,9 +170,6 @@ class Progress(_Display):
         """Exclude the time since the last step, spent on something else, from the estimate of the time left."""
         self._left.skip()
 
-    def seconds_left(self) -> float | None:
-        return self._left.seconds()
-
     def line(self) -> str:
         record = self._record
         step = record.get("step")
@@ -185,7 +182,7 @@ class Progress(_Display):
         if self._live is not None:
             parts[0] = f"{self._bar(step / self._total_steps)} {parts[0]}"
         if record.get("loss") is not None:
-            parts.append(f"loss {record['loss']:.4f}")
+            parts.append(f"loss {decimal(record['loss'])}")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{count(record['tokens_per_s'])} {self._unit}/s")
         if record.get("mfu") is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 
 
 class Throughput:
@@ -48,9 +49,15 @@ class Throughput:
         """Count up to `seconds` in which the device was idle because no batch was ready."""
         self._waited += seconds
 
-    def excluding(self) -> _Excluded:
-        """Context manager that excludes the time of what is not training (a save that blocks, an evaluation)."""
-        return _Excluded(self)
+    @contextmanager
+    def excluding(self):
+        """Exclude the time spent in this context on what is not training (a save that blocks, an evaluation)."""
+        since = self._clock()
+        try:
+            yield
+        finally:
+            if self._last is not None:
+                self._last += self._clock() - since
 
     def measure(self) -> dict:
         """The rates of the interval since the last call; starts a new one. The last counted step's values must be on
@@ -75,18 +82,6 @@ class Throughput:
 
     def _of_peak(self, rate: float | None, flops: float | None) -> float | None:
         return rate * flops / self._peak_flops if rate and flops and self._peak_flops else None
-
-
-class _Excluded:
-    def __init__(self, throughput: Throughput):
-        self._throughput = throughput
-
-    def __enter__(self):
-        self._since = self._throughput._clock()
-
-    def __exit__(self, *exc):
-        if self._throughput._last is not None:
-            self._throughput._last += self._throughput._clock() - self._since
 
 
 class TimeLeft:

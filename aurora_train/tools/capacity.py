@@ -23,6 +23,7 @@ from aurora_train.nn.stack import Segment
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.planner import Planner
 from aurora_train.plan.verify import can_compile_for_gpu, target_devices
+from aurora_train.tools.report_page import flatten
 from aurora_train.train.rehearsal import Rehearsal, rehearse
 from aurora_train.units import percent
 
@@ -282,10 +283,5 @@ def _how(verify: bool, states) -> str:
 
 
 def _described(state: State) -> dict:
-    settings = [
-        f"{section}.{key}={value}" if not isinstance(value, dict) else f"{section}.{key}.{inner}={last}"
-        for section, keys in state.sections.items()
-        for key, value in keys.items()
-        for inner, last in (value.items() if isinstance(value, dict) else [("", "")])
-    ]
-    return {"training": state.name, "settings": " ".join(settings), "kept_free_share": state.short}
+    settings = " ".join(f"{key}={value}" for key, value in flatten(state.sections))
+    return {"training": state.name, "settings": settings, "kept_free_share": state.short}

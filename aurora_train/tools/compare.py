@@ -11,47 +11,46 @@ from pathlib import Path
 from typing import Any
 
 from aurora_train.errors import UserError
-from aurora_train.files import read_json, write_atomically
-from aurora_train.record import metrics as logs
+from aurora_train.files import write_atomically
+from aurora_train.record.console import plain_console, table_of
 from aurora_train.run import Run
-from aurora_train.tools.report import recent_loss, series, training_seconds
-from aurora_train.tools.report_page import escape, number, page, section, table, words
+from aurora_train.tools.recorded import Recorded, series
+from aurora_train.tools.report_page import escape, number, page, section, table
 from aurora_train.tools.report_plots import curve, running_mean, thin
 from aurora_train.tools.runs import Row, described, differences, find
-from aurora_train.units import count, duration
+from aurora_train.units import count, decimal, duration, words
 
 _NOT_COMPARED = ("failed start", "unreadable")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One run: its row, settings by key, step records, evaluations, scores, and the hash of its data."""
+    """One run: its row in the list of runs, and what its files hold."""
 
     row: Row
-    settings: dict[str, Any]
-    steps: list[dict]
-    evaluations: list[dict]
-    scores: dict[str, Any]
-    headline: str | None
-    data: str | None
+    held: Recorded
 
     @property
     def name(self) -> str:
         return self.row.name
 
+    @property
+    def data(self) -> str | None:
+        """The fingerprint of its training data."""
+        return self.held.provenance.get("data", {}).get("fingerprint")
+
     def measures(self) -> dict[str, Any]:
         """The figures of a run in one row of a table, the recipe's headline first."""
-        losses = [one["loss"] for one in self.evaluations if one.get("loss") is not None]
-        recent = recent_loss(self.steps)
+        held, losses, recent = self.held, self.held.validation_losses, self.held.recent_loss()
         return {
-            **({self.headline: self.scores.get(self.headline)} if self.headline else {}),
+            **({held.headline: held.score.get(held.headline)} if held.headline else {}),
             "best_validation_loss": min(losses, default=None),
             "last_validation_loss": losses[-1] if losses else None,
             "training_loss": recent[0] if recent else None,
             "step": self.row.step,
             "steps": self.row.steps,
-            "targets": sum(record.get("tokens", 0) for record in self.steps),
-            "seconds": training_seconds(self.steps),
+            "targets": held.targets,
+            "seconds": held.seconds,
         }
 
 
@@ -75,31 +74,20 @@ def compare(folders: list[Path]) -> Comparison:
     names = [name for _, name in named.values()]
     runs, remarks = [], []
     for path, name in named.values():
-        row, known = described(path, name if names.count(name) == 1 else str(path))
+        row, _ = described(path, name if names.count(name) == 1 else str(path))
         if row.state in _NOT_COMPARED:
             remarks.append(f"{row.name} is left out: {row.state}{f', {row.why}' if row.why else ''}")
         else:
-            runs.append(_read(row, known))
+            runs.append(Compared(row, Recorded.of(Run(path))))
     if len(runs) < 2:
         raise UserError(
             f"{len(runs) or 'no'} run to compare", where=" ".join(map(str, folders)), why="; ".join(remarks) or None,
             hint="name two or more, or a folder of runs: aurora compare runs/A runs/B",
         )  # fmt: skip
-    apart = differences({run.name: run.settings for run in runs})
+    apart = differences({run.name: run.held.settings for run in runs})
     keys = dict.fromkeys(key for one in apart.values() for key in one)
     unlike = {key: {name: one[key] for name, one in apart.items() if key in one} for key in keys}
     return Comparison(runs, unlike, remarks + _remarks(runs))
-
-
-def _read(row: Row, known: dict) -> Compared:
-    run = Run(row.folder)
-    records, scores = logs.read(run.metrics), read_json(run.scores) or {}
-    provenance = read_json(run.provenance) or {}
-    return Compared(
-        row, known, [record for record in records if "loss" in record],
-        [{"step": r["step"], **r["evaluation"]} for r in records if isinstance(r.get("evaluation"), dict)],
-        scores.get("score", {}), scores.get("headline"), (provenance.get("data") or {}).get("fingerprint"),
-    )  # fmt: skip
 
 
 def _remarks(runs: list[Compared]) -> list[str]:
@@ -133,7 +121,7 @@ def document(comparison: Comparison) -> dict:
     """What `aurora compare --json` prints."""
     runs = [
         {"run": run.name, "folder": run.row.folder, "state": run.row.state, "recipe": run.row.recipe,
-         **run.measures(), "scores": run.scores}
+         **run.measures(), "scores": run.held.score}
         for run in comparison.runs
     ]  # fmt: skip
     return {"runs": runs, "differences": comparison.differences, "remarks": comparison.remarks}
@@ -142,7 +130,7 @@ def document(comparison: Comparison) -> dict:
 def _summary(runs: list[Compared]) -> tuple[list[str], list[list[Any]]]:
     """(columns, one row per run); a column without any value is left out."""
     measured = [run.measures() for run in runs]
-    scores = dict.fromkeys(run.headline for run in runs if run.headline)
+    scores = dict.fromkeys(run.held.headline for run in runs if run.held.headline)
     names = [*scores, *(name for name in measured[0] if name not in (*scores, "steps"))]
     names = [name for name in names if any(one.get(name) is not None for one in measured)]
     rows = [[run.name, *(_cell(name, one) for name in names)] for run, one in zip(runs, measured, strict=True)]
@@ -167,18 +155,12 @@ def _settings_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
     return ["key", *names], rows
 
 
-def show(comparison: Comparison, console) -> None:
+def show(comparison: Comparison) -> None:
     """Print the tables and remarks of `aurora compare`."""
-    from rich import box
-    from rich.table import Table
-
+    console = plain_console()
     for columns, rows in (_summary(comparison.runs), _settings_table(comparison)):
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for position, name in enumerate(columns):
-            shown.add_column(name, justify="right" if position else "left", overflow="fold")
-        for row in rows:
-            shown.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-        console.print(shown if rows else "the configs are the same")
+        shown = [[decimal(cell) if isinstance(cell, float) else cell for cell in row] for row in rows]
+        console.print(table_of(*columns, rows=shown) if rows else "the configs are the same", "")
     for remark in comparison.remarks:
         console.print(remark, soft_wrap=True)
 
@@ -192,9 +174,9 @@ def write_page(comparison: Comparison, path: Path) -> Path:
     parts.append(section("Results", table(columns, rows)))
     settings = table(*_settings_table(comparison)) if comparison.differences else "<p>The configs are the same.</p>\n"
     parts.append(section("Config, where it differs", settings))
-    measured = dict.fromkeys(name for run in runs for name in run.scores)
+    measured = dict.fromkeys(name for run in runs for name in run.held.score)
     if measured:
-        scores = [[words(name), *(number(run.scores[name]) if name in run.scores else "" for run in runs)]
+        scores = [[words(name), *(number(run.held.score[name]) if name in run.held.score else "" for run in runs)]
                   for name in measured]  # fmt: skip
         parts.append(section("Scores", table(["", *names], scores)))
     folders = table(["run", "folder"], [[run.name, run.row.folder] for run in runs])
@@ -207,8 +189,8 @@ def write_page(comparison: Comparison, path: Path) -> Path:
 def _figures(recipe: str, runs: list[Compared]) -> str:
     mark = "".join(letter if letter.isalnum() else "-" for letter in recipe)
     drawn = []
-    training = [(run.name, *_smooth(*series(run.steps, "loss"))) for run in runs if run.steps]
-    validation = [(run.name, *series(run.evaluations, "loss")) for run in runs if run.evaluations]
+    training = [(run.name, *_smooth(*series(run.held.steps, "loss"))) for run in runs if run.held.steps]
+    validation = [(run.name, *series(run.held.evaluations, "loss")) for run in runs if run.held.evaluations]
     for name, lines, label in (("training", training, "training loss, smoothed"),
                                ("validation", validation, "validation loss")):  # fmt: skip
         if lines:

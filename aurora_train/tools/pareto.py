@@ -9,7 +9,7 @@ from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
 from aurora_train.plan.report import amount, machine_name
 from aurora_train.tools.report_plots import INK, MAIN, SECOND, drawing, svg_file
-from aurora_train.units import count
+from aurora_train.units import count, size
 
 if TYPE_CHECKING:
     from aurora_train.plan.plan import Plan
@@ -57,7 +57,7 @@ def pareto_figure(details: dict, budget_bytes: int | None, machine: str = ""):
         )
     _budget(axes, budget_bytes, max(p["bytes"] for p in points), machine)
     axes.set_ylabel("bytes at the peak")
-    axes.yaxis.set_major_formatter(lambda value, _position: "0" if value == 0 else _round_amount(value))
+    axes.yaxis.set_major_formatter(lambda value, _position: size(value))
     axes.set_xlabel("seconds a step" if known == "seconds" else "FLOPs recomputed a step")
     if known == "recompute_flops":
         axes.xaxis.set_major_formatter(lambda value, _position: count(value))
@@ -76,11 +76,3 @@ def _budget(axes, budget_bytes: int | None, highest: float, machine: str) -> Non
         on += f"; the budget, {amount(budget_bytes)}, lies far above"
     axes.set_title("Possible plans" + on, loc="left", color=INK, fontsize=10)
     axes.set_ylim(0, 1.1 * highest)
-
-
-def _round_amount(value: float) -> str:
-    """20e9 -> "20 GB", for the labels of an axis, without trailing zeros."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= divisor:
-            return f"{value / divisor:.4g} {unit}"
-    return f"{value:.4g} B"

@@ -14,9 +14,9 @@ from statistics import median
 import numpy as np
 
 from aurora_train.errors import UserError
-from aurora_train.files import write_atomically
-from aurora_train.record import metrics as logs
-from aurora_train.run import Run
+from aurora_train.files import read_json, write_atomically
+from aurora_train.run import Run, early_words
+from aurora_train.tools.recorded import Recorded, series
 from aurora_train.tools.report_memory import memory_section
 from aurora_train.tools.report_page import (
     cards,
@@ -28,10 +28,9 @@ from aurora_train.tools.report_page import (
     page,
     section,
     table,
-    words,
 )
 from aurora_train.tools.report_plots import bars, curve
-from aurora_train.units import count, duration, percent, size
+from aurora_train.units import count, counted, decimal, duration, percent, size, words
 
 _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
 
@@ -39,24 +38,20 @@ _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
 def write_report(run_folder) -> Path:
     """Write `report.html` of a run folder, finished or not; return its path. UserError if it is not a run folder."""
     run = Run.existing(run_folder)
-    config_text = run.config.read_text()
-    config = _yaml(config_text)
-    records, events = logs.read(run.metrics), logs.read(run.events)
-    scores, provenance, plan = _json(run.scores), _json(run.provenance), _json(run.plan)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if isinstance(record.get("evaluation"), dict)]
+    held, plan = Recorded.of(run), read_json(run.plan, {})
+    data = held.provenance.get("data")
     body = "".join(
         (
-            _head(run, config, steps, evaluations, events, scores),
-            _curves(steps, evaluations),
-            _score(scores),
-            _plots(_json(run.plots)),
+            _head(held),
+            _curves(held),
+            _score(held.scores),
+            _plots(read_json(run.plots, [])),
             _samples(run.samples),
-            section("Data", facts(provenance["data"]) if provenance and provenance.get("data") else ""),
-            section("Config", f"<pre>{escape(config_text)}</pre>"),
-            _machine(provenance),
-            memory_section(plan, steps) or section("Memory plan", facts(plan) if plan else ""),
-            _events(events),
+            section("Data", facts(data) if data else ""),
+            section("Config", f"<pre>{escape(run.config.read_text())}</pre>"),
+            _machine(held.provenance),
+            memory_section(plan, held.steps) or section("Memory plan", facts(plan) if plan else ""),
+            _events(held.events),
             "<footer>Drawn by <code>aurora report</code> from the files of this run folder.</footer>",
         )
     )
@@ -83,89 +78,50 @@ def report_ending(outcome) -> None:
         write_report(run.folder)
 
 
-def _yaml(text: str) -> dict:
-    from ruamel.yaml import YAML
-
-    return YAML(typ="safe", pure=True).load(text) or {}
-
-
-def _json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError("this file is not JSON", where=str(path), why=str(error)) from error
-
-
 # ---- summary
 
 
-def _head(run: Run, config: dict, steps, evaluations, events, scores) -> str:
-    total = (config.get("train") or {}).get("steps")
-    last = steps[-1]["step"] if steps else 0
-    finished = any(event.get("event") == "finish" for event in events)
-    state = "finished" if finished else "not finished"
-    lives = 1 + sum(event.get("event") == "resume" for event in events)
-    summary = f"{state}, step {last:,} of {total:,}" if total else f"{state}, step {last:,}"
-    if lives > 1:
-        summary += ", resumed once" if lives == 2 else f", resumed {lives - 1} times"
-    recipe = f"{words(str(config.get('recipe', '')))} · " if config.get("recipe") else ""
-    return f'<h1>{escape(run.folder.name)}</h1>\n<p class="soft">{escape(recipe + summary)}</p>\n' + cards(
-        _glance(steps, evaluations, events, scores)
-    )
+def _head(held: Recorded) -> str:
+    total, events = held.settings.get("train.steps"), [event.get("event") for event in held.events]
+    last = next((e for e in reversed(held.events) if e.get("event") in ("start", "resume", "finish")), {})
+    state = f"finished {early_words(last)}".strip() if last.get("event") == "finish" else "not finished"
+    step, resumed = held.steps[-1]["step"] if held.steps else 0, events.count("resume")
+    summary = f"{state}, step {step:,} of {total:,}" if total else f"{state}, step {step:,}"
+    if resumed:
+        summary += ", resumed once" if resumed == 1 else f", resumed {resumed} times"
+    recipe = f"{words(str(held.settings['recipe']))} · " if held.settings.get("recipe") else ""
+    head = f'<h1>{escape(held.run.folder.name)}</h1>\n<p class="soft">{escape(recipe + summary)}</p>\n'
+    return head + cards(_glance(held))
 
 
-def _glance(steps, evaluations, events, scores) -> list[tuple[str, str]]:
-    shown = []
-    if scores:
-        shown.append((words(scores["headline"]), number(scores["score"].get(scores["headline"]))))
-    if steps:
-        loss, over = recent_loss(steps) or (steps[-1]["loss"], 1)
-        shown.append((f"training loss, mean of the last {over} steps" if over > 1 else "training loss", f"{loss:.4f}"))
-    losses = [record["evaluation"]["loss"] for record in evaluations if "loss" in record["evaluation"]]
-    if losses:
-        shown.append(("best validation loss", f"{min(losses):.4f}"))
-    if steps:
-        shown.append(("targets trained on", count(sum(record.get("tokens", 0) for record in steps))))
-    rates = [record["tokens_per_s"] for record in steps if record.get("tokens_per_s")]
-    if rates:
-        shown.append(("targets per second, median", count(median(rates))))
-        shares = [record["mfu"] for record in steps if record.get("mfu") is not None]
-        if shares:
-            shown.append(("MFU, median", percent(median(shares))))
-        done = [record["hfu"] for record in steps if record.get("hfu") is not None]
-        if done:
-            shown.append(("HFU (recomputation counted), median", percent(median(done))))
-    memory = [record["memory_bytes"] for record in steps if record.get("memory_bytes")]
-    if memory:
-        shown.append(("memory, highest", size(max(memory))))
-    shown.append(("training time", duration(training_seconds(steps))))
-    joules = [event["energy_joules"] for event in events if event.get("energy_joules") is not None]
-    shown.append(("energy", f"{sum(joules) / 3.6e6:.3g} kWh" if joules else "not measured"))
-    skipped = sum(bool(record.get("skipped")) for record in steps)
-    if skipped:
-        shown.append(("updates not applied", str(skipped)))
-    return shown
+def _glance(held: Recorded) -> list[tuple[str, str]]:
+    """(what, figure) for each card; what was not recorded has none, but for time and energy."""
+
+    def known(name: str) -> list:
+        return [record[name] for record in held.steps if record.get(name) is not None]
+
+    loss, over = held.recent_loss() or (held.steps[-1]["loss"] if held.steps else None, 1)
+    joules = [event["energy_joules"] for event in held.events if event.get("energy_joules") is not None]
+    skipped, losses = sum(map(bool, known("skipped"))), held.validation_losses
+    figures = [
+        (words(held.headline or ""), number(held.score.get(held.headline)) if held.headline else None),
+        (f"training loss, mean of the last {over} steps" if over > 1 else "training loss",
+         None if loss is None else decimal(loss)),
+        ("best validation loss", decimal(min(losses)) if losses else None),
+        ("targets trained on", count(held.targets) if held.steps else None),
+        *((what, form(median(known(name))) if known(name) else None) for name, what, form in _RATES),
+        ("memory, highest", size(max(known("memory_bytes"))) if known("memory_bytes") else None),
+        ("training time", duration(held.seconds)),
+        ("energy", f"{sum(joules) / 3.6e6:.3g} kWh" if joules else "not measured"),
+        ("updates not applied", str(skipped) if skipped else None),
+    ]  # fmt: skip
+    return [(what, figure) for what, figure in figures if figure is not None]
 
 
-def recent_loss(steps: list[dict]) -> tuple[float, int] | None:
-    """(mean, number) of the finite losses in the last twentieth of the steps, at least ten: a single one is noise."""
-    last = [record["loss"] for record in steps[-max(len(steps) // 20, 10) :] if np.isfinite(record["loss"])]
-    return (float(np.mean(last)), len(last)) if last else None
-
-
-def training_seconds(steps) -> float | None:
-    """Seconds that a run's recorded steps took, or None if none is recorded.
-
-    `seconds` counts from the first step of each process, so the last values of all processes are added up."""
-    total, before = 0.0, 0.0
-    known = [record["seconds"] for record in steps if record.get("seconds") is not None]
-    for seconds in known:
-        if seconds < before:
-            total += before
-        before = seconds
-    return total + before if known else None
+_RATES = (
+    ("tokens_per_s", "targets per second, median", count), ("mfu", "MFU, median", percent),
+    ("hfu", "HFU (recomputation counted), median", percent),
+)  # fmt: skip
 
 
 # ---- the score
@@ -207,7 +163,7 @@ def _score(scores) -> str:
 def _plots(plots) -> str:
     """The figures of the recipe's score (`Recipe.score`, "plots")."""
     drawn = []
-    for index, plot in enumerate(plots or []):
+    for index, plot in enumerate(plots):
         lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
         labels = {"ylabel": plot.get("y_label", ""), "xlabel": plot.get("x_label", "")}
         drawing = curve(f"plot-{index}", lines, wide=True, **labels)
@@ -225,19 +181,12 @@ def _rival(value, headline: str):
 # ---- curves
 
 
-def series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values), float64[N] each, from the records that have a number of this name."""
-    pairs = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
-    array = np.array(pairs, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _curves(steps, evaluations) -> str:
+def _curves(held: Recorded) -> str:
+    steps, validation = held.steps, held.evaluations
     if not steps:
         return section("Training")
     losses = [("training", *series(steps, "loss"))]
-    validation = [{"step": record["step"], **record["evaluation"]} for record in evaluations]
-    if len(series(validation, "loss")[0]):
+    if held.validation_losses:
         losses.append(("validation", *series(validation, "loss")))
     figures = [f'<figure class="wide">{curve("loss", losses, "loss", smooth=True, wide=True)}</figure>']
     for name, label in (
@@ -251,10 +200,9 @@ def _curves(steps, evaluations) -> str:
             absolute = name in ("tokens_per_s", "memory_bytes")
             drawing = curve(name, [(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
             figures.append(f"<figure>{drawing}</figure>")
-    targets = sum(record.get("tokens", 0) for record in steps)
-    summary = f"{len(steps):,} steps, {count(targets)} targets"
+    summary = f"{counted(len(steps), 'step')}, {count(held.targets)} targets"
     if validation and "loss" in validation[-1]:
-        summary += f"; last validation loss {validation[-1]['loss']:.4f} at step {validation[-1]['step']:,}"
+        summary += f"; last validation loss {decimal(validation[-1]['loss'])} at step {validation[-1]['step']:,}"
     return section("Training", f"<p>{escape(summary)}.</p>\n", f'<div class="figures">{"".join(figures)}</div>\n')
 
 
@@ -267,7 +215,7 @@ def _samples(folder: Path) -> str:
         return ""
     parts = []
     for position, path in enumerate(reversed(files)):
-        samples = _json(path)
+        samples = read_json(path)
         samples = samples if isinstance(samples, list) else [samples]
         shown = [_sample(sample) for sample in samples]
         first, rest = shown[:_SAMPLES_SHOWN], shown[_SAMPLES_SHOWN:]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aurora_train.plan.report import amount, plain_console, table_of, words
-from aurora_train.units import count, percent
+from aurora_train.plan.report import amount
+from aurora_train.record.console import plain_console, table_of
+from aurora_train.units import count, percent, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,13 +27,9 @@ def show_capacity(figures: dict, console: Console | None = None) -> None:
     _show_cells(tables.pop("cells", []), console)
     for rows in tables.values():
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
-        left = tuple(i for i, flag in enumerate(numeric) if not flag)
-        table = table_of(*(_title(name) for name in columns), left=left)
-        for row in rows:
-            table.add_row(*(_cell(name, row.get(name)) for name in columns))
-        console.print()
-        console.print(table)
+        left = tuple(at for at, name in enumerate(columns) if any(isinstance(row.get(name), str) for row in rows))
+        cells = [[_cell(name, row.get(name)) for name in columns] for row in rows]
+        console.print("", table_of(*map(_title, columns), left=left, rows=cells), sep="\n")
 
 
 def _show_cells(cells: list[dict], console) -> None:
@@ -42,11 +39,9 @@ def _show_cells(cells: list[dict], console) -> None:
     contexts = list(dict.fromkeys(cell["context"] for cell in cells))
     at = {(cell["training"], cell["context"]): cell for cell in cells}
     titles = ("largest model", *(f"context {_binary(c)}" for c in contexts))
-    table = table_of(*titles, left=tuple(range(len(titles))))
-    for training in dict.fromkeys(cell["training"] for cell in cells):
-        table.add_row(training, *(_largest(at[training, context]) for context in contexts))
-    console.print()
-    console.print(table)
+    trainings = dict.fromkeys(cell["training"] for cell in cells)
+    rows = [[training, *(_largest(at[training, context]) for context in contexts)] for training in trainings]
+    console.print("", table_of(*titles, left=tuple(range(len(titles))), rows=rows), sep="\n")
 
 
 def _largest(cell: dict) -> str:

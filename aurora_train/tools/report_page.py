@@ -150,8 +150,3 @@ def number(value: Any) -> str:
 
 def folded(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>\n{content}</details>\n"
-
-
-def words(name: str) -> str:
-    """bits_per_byte -> bits per byte."""
-    return name.replace("_", " ")

@@ -12,6 +12,8 @@ from html import escape
 
 import numpy as np
 
+from aurora_train.units import count
+
 INK, GRID, MAIN, SECOND, FAINT = "#010101", "#020202", "#030303", "#040404", "#050505"
 SERIES = (MAIN, SECOND, "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
 _CSS = {INK: "var(--ink)", GRID: "var(--line)", FAINT: "var(--faint)", MAIN: "var(--main)", SECOND: "var(--second)"}
@@ -44,7 +46,7 @@ def curve(
         axes.legend(frameon=False, labelcolor=INK)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.yaxis.set_major_formatter(_engineering)
+    axes.yaxis.set_major_formatter(_tick)
     axes.margins(x=0.01)
     if from_zero:
         axes.set_ylim(bottom=0)
@@ -85,13 +87,9 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Mean of the finite values within `width` / 2 records on either side; NaN where there is none."""
-    finite = np.isfinite(values)
-    sums = np.concatenate(([0.0], np.cumsum(np.where(finite, values, 0.0))))
-    counts = np.concatenate(([0], np.cumsum(finite)))
-    centre = np.arange(len(values))
-    low, high = np.maximum(centre - width // 2, 0), np.minimum(centre + width // 2 + 1, len(values))
-    number = counts[high] - counts[low]
-    return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
+    finite, window = np.isfinite(values), np.ones(2 * (width // 2) + 1)
+    number = np.convolve(finite, window, "same")
+    return np.convolve(np.where(finite, values, 0.0), window, "same") / np.where(number > 0, number, np.nan)
 
 
 def decimals(values: list[float]) -> int:
@@ -100,15 +98,8 @@ def decimals(values: list[float]) -> int:
     return min(max(3 - math.floor(math.log10(largest)), 0), 8) if largest else 3
 
 
-def _engineering(value: float, _position) -> str:
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-2:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if suffix == 'k' else limit):.4g}{suffix}"
-    return f"{value:.4g}"
+def _tick(value: float, _position) -> str:
+    return count(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def drawing(width: float, height: float):

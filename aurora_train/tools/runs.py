@@ -6,25 +6,22 @@ Neither jax nor a recipe is imported and no log is read completely, so that fort
 from __future__ import annotations
 
 import os
-import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aurora_train.config.yaml import Mark, parse, plain_scalar, write_flow, write_scalar
+from aurora_train.config.yaml import read_file, write_flow, write_scalar
 from aurora_train.errors import UserError
 from aurora_train.files import read_json
+from aurora_train.record.console import plain_console, table_of
 from aurora_train.record.metrics import newest
-from aurora_train.run import Run
+from aurora_train.run import Run, early_words, is_end
 from aurora_train.tools.report_page import flatten
-from aurora_train.units import duration, size
+from aurora_train.units import decimal, duration, size
 
 DEFAULT = Path("runs")
 _KEYS_SHOWN = 6
-# The lines that `config.yaml.write` writes: a plain scalar, quoted text without escapes, or a list or mapping.
-_VALUE = r'[A-Za-z0-9_./+-]+(?: [A-Za-z0-9_./+-]+)*|"[^"\\]*"|\[.*\]|\{.*\}'
-_LINE = re.compile(rf"((?:  )*)([A-Za-z0-9_.-]+):(?: ({_VALUE}))?\Z")
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,11 @@ class Row:
     written: float = 0.0
     differs: dict[str, Any] | None = None
     why: str = ""
+
+    @property
+    def progress(self) -> str:
+        """`step/steps`; "" if the length is not known."""
+        return f"{self.step}/{self.steps}" if self.steps else ""
 
 
 def listing(folder: Path | None = None) -> list[Row]:
@@ -117,8 +119,8 @@ def _looked_at(run: Run, row: Row, known: dict) -> Row:
     )
     if run.is_held():
         return replace(row, state="training", step=recorded, why=run.holder())
-    if finish is not None and finish["step"] == steps:
-        return replace(row, state="finished", step=steps)
+    if finish is not None and is_end(finish, steps, known.get("evaluate.patience")):
+        return replace(row, state="finished", step=finish["step"], why=early_words(finish))
     if not (recorded or saved):
         return replace(row, why="it took no step; start it again, or delete the folder")
     stop = newest(run.events, "event", "stop")
@@ -157,28 +159,8 @@ def _bytes(folder: Path) -> int:
 
 
 def settings(config: Path) -> dict[str, Any]:
-    """`key.path` -> value of a run's config.yaml: a plain value, or a list as its text.
-
-    A file in our own format is read line by line. A file that was edited by hand is parsed as YAML, which takes ten
-    times as long.
-    """
-    text, values, above = config.read_text(), {}, []
-    for line in text.splitlines():
-        match = _LINE.match(line)
-        depth = len(match[1]) // 2 if match else 0
-        if match is None or depth > len(above):
-            return _as_yaml(text, str(config))
-        above = [*above[:depth], match[2]]
-        value = match[3]
-        if value is not None:
-            values[".".join(above)] = value.strip('"') if value[0] in '"[{' else plain_scalar(value)
-    return values
-
-
-def _as_yaml(text: str, where: str) -> dict[str, Any]:
-    tree = parse(text, lambda line, column: Mark(where, line, column)).value
-    if not isinstance(tree, dict):
-        raise UserError("the top level must be `key: value` lines", where=where)
+    """`key.path` -> value of a run's config.yaml: a plain value, or a list or an empty mapping as its text."""
+    tree = read_file(config).value
     return {key: write_flow(value) if isinstance(value, (list, dict)) else value for key, value in flatten(tree)}
 
 
@@ -199,35 +181,26 @@ def differences(known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 # ---- what is shown
 
 
-def document(rows: list[Row]) -> list[dict]:
-    """What `aurora runs --json` prints."""
-    return [asdict(row) for row in rows]
-
-
-def show(rows: list[Row], console) -> None:
+def show(rows: list[Row]) -> None:
     """Print the table of `aurora runs`."""
-    from rich import box
-    from rich.table import Table
-
-    table, now = Table(box=box.SIMPLE_HEAD, pad_edge=False), time.time()
-    for name, side in (("run", "left"), ("state", "left"), ("step", "right"), ("score", "left"), ("size", "right"),
-                       ("age", "right"), ("differs in", "left")):  # fmt: skip
-        table.add_column(name, justify=side, overflow="fold")
+    console, now = plain_console(), time.time()
+    shown = [
+        (row.name, row.state, row.progress, scored(row), size(row.bytes), duration(max(now - row.written, 0)),
+         shown_differences(row.differs))
+        for row in rows
+    ]  # fmt: skip
+    columns = ("run", "state", "step", "score", "size", "age", "differs in")
+    console.print(table_of(*columns, left=(0, 1, 3, 6), rows=shown))
     for row in rows:
-        steps = f"{row.step}/{row.steps}" if row.steps else ""
-        table.add_row(row.name, row.state, steps, scored(row), size(row.bytes), duration(max(now - row.written, 0)),
-                      shown_differences(row.differs))  # fmt: skip
-    console.print(table)
-    for row in rows:
-        if row.state in ("unreadable", "failed start", "training") and row.why:
+        if row.state != "stopped" and row.why:
             console.print(f"{row.name}: {row.state}: {row.why}", soft_wrap=True)
 
 
 def scored(row: Row) -> str:
     """The headline score with its name, otherwise the last validation loss, otherwise ""."""
     if row.score and isinstance(row.score["value"], (int, float)):
-        return f"{row.score['name']} {row.score['value']:.4f}"
-    return f"validation loss {row.validation_loss:.4f}" if row.validation_loss is not None else ""
+        return f"{row.score['name']} {decimal(row.score['value'])}"
+    return f"validation loss {decimal(row.validation_loss)}" if row.validation_loss is not None else ""
 
 
 def shown_differences(differs: dict[str, Any] | None) -> str:

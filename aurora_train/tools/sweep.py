@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,8 +21,10 @@ from pathlib import Path
 
 from aurora_train.config import config_hash, load
 from aurora_train.errors import UserError
+from aurora_train.record.console import plain_console, table_of
 from aurora_train.run import Run
 from aurora_train.tools.runs import Row, described, is_run, scored
+from aurora_train.units import decimal
 
 STOPPED = 75  # equals `train.signals.EXIT_STOPPED`
 _OPENING, _CLOSING = "[{(", "]})"
@@ -249,16 +250,16 @@ def ranked(results: list[Result]) -> tuple[list[Result], str]:
     name, better = next(iter(measures)) if len(measures) == 1 else (None, None)
     if better:
         sign, words = (1 if better == "min" else -1), "less is better" if better == "min" else "more is better"
-        measure, values = f"{name} ({words})", [(r.row.score or {}).get("value") for r in results]
+        measure = f"{name} ({words})"
     else:
-        sign, measure, values = 1, "validation loss (less is better)", [r.row.validation_loss for r in results]
+        sign, measure = 1, "validation loss (less is better)"
 
-    def place(index: int):
-        value = values[index]
+    def place(result: Result):
+        value = (result.row.score or {}).get("value") if better else result.row.validation_loss
         known = isinstance(value, (int, float)) and value == value
-        return (results[index].row.state != "finished", not known, sign * value if known else 0.0, index)
+        return result.row.state != "finished", not known, sign * value if known else 0.0
 
-    return [results[index] for index in sorted(range(len(results)), key=place)], measure
+    return sorted(results, key=place), measure
 
 
 def document(results: list[Result], stopped: str | None) -> dict:
@@ -272,32 +273,15 @@ def document(results: list[Result], stopped: str | None) -> dict:
     return {"sorted_by": by, "stopped_by": stopped, "runs": runs}
 
 
-def show(results: list[Result], console) -> None:
+def show(results: list[Result]) -> None:
     """Print the table of a sweep, the best first."""
-    from rich import box
-    from rich.table import Table
-
-    best_first, by = ranked(results)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (*results[0].member.values, "score", "validation loss", "step", "state", "run"):
-        table.add_column(name, overflow="fold")
-    for result in best_first:
-        row, loss = result.row, result.row.validation_loss
-        table.add_row(
-            *result.member.values.values(), scored(row) if row.score else "", "" if loss is None else f"{loss:.4f}",
-            f"{row.step}/{row.steps}" if row.steps else "", result.why or row.state, Path(row.folder).name,
-        )  # fmt: skip
-    console.print(table)
+    console, (best_first, by) = plain_console(), ranked(results)
+    rows = [
+        (*one.member.values.values(), scored(one.row) if one.row.score else "",
+         "" if one.row.validation_loss is None else decimal(one.row.validation_loss), one.row.progress,
+         one.why or one.row.state, Path(one.row.folder).name)
+        for one in best_first
+    ]  # fmt: skip
+    columns = (*results[0].member.values, "score", "validation loss", "step", "state", "run")
+    console.print(table_of(*columns, left=tuple(range(len(columns))), rows=rows))
     console.print(f"sorted by {by}; the runs are in {results[0].member.folder.parent}", soft_wrap=True)
-
-
-def status(results: list[Result], stopped: str | None) -> int:
-    """The exit status of a sweep: 0 if all runs finished, 75 if it was stopped, 1 if a run failed."""
-    if stopped:
-        return STOPPED
-    return 0 if all(result.row.state == "finished" for result in results) else 1
-
-
-def same_again(arguments: list[str]) -> str:
-    """The command line that continues a sweep, ready to be pasted into a shell."""
-    return shlex.join(["aurora", *arguments])

@@ -20,7 +20,7 @@ from aurora_train.plan.report import one_line, says_something, side_by_side
 from aurora_train.recipe import makes_experience
 from aurora_train.record.voice import Voice
 from aurora_train.train.session import Session, device_kind, moved, pin, pin_plan
-from aurora_train.units import size
+from aurora_train.units import counted, size
 
 _SMALL_BYTES = 1 << 20  # a smaller state is not mentioned
 
@@ -105,13 +105,13 @@ def data_line(session: Session) -> str:
     train, examples = session.config.train, len(session.source)
     epochs = _times(train.steps * train.batch / examples)
     return (
-        f"{examples:,} training examples: {epochs} in {train.steps:,} steps of {train.batch:,}; "
+        f"{counted(examples, 'training example')}: {epochs} in {counted(train.steps, 'step')} of {train.batch:,}; "
         f"held out: {_held_out(session)}"
     )
 
 
 def _times(epochs: float) -> str:
-    return f"{epochs:,.0f} epochs" if epochs >= 9.95 else f"{epochs:.2g} epochs"
+    return counted(epochs, "epoch") if epochs >= 9.95 or epochs == 1 else f"{epochs:.2g} epochs"
 
 
 def _held_out(session: Session) -> str:
@@ -124,12 +124,12 @@ def _held_out(session: Session) -> str:
         return ", ".join(f"{_documents(held)} for {name}" for name, held in known)
     if not session.evaluates:
         return "nothing for validation"
-    return f"{len(session.recipe.data('validation')):,} examples for validation"
+    return f"{counted(len(session.recipe.data('validation')), 'example')} for validation"
 
 
 def _documents(held: dict) -> str:
     number = held["documents"]
-    return f"{number:,} document{'' if number == 1 else 's'} ({size(held.get('bytes'))})" if number else "nothing"
+    return f"{counted(number, 'document')} ({size(held.get('bytes'))})" if number else "nothing"
 
 
 def _in_processes() -> str:

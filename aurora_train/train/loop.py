@@ -34,6 +34,7 @@ from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Process, Session
+from aurora_train.units import decimal
 
 _EVALUATING = (
     "an evaluation takes as many examples at once as the plan's microbatch, and is not replanned: `aurora resume RUN "
@@ -250,8 +251,8 @@ class Loop:
         if judged is not None:
             self._saver.attach_score(step, judged)
         self._metrics.write({"step": step, "evaluation": result})
-        scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {judged.value:.4f}"
-        self._voice(f"step {step}: validation loss {result['loss']:.4f}{scored}")
+        scored = "" if judged is None or judged.name == "loss" else f", {judged.name} {decimal(judged.value)}"
+        self._voice(f"step {step}: validation loss {decimal(result['loss'])}{scored}")
 
     def _asked(self) -> str | None:
         mine = self._stop.name

@@ -19,6 +19,7 @@ from aurora_train.random import stream
 from aurora_train.record.metrics import now
 from aurora_train.run import Run
 from aurora_train.train.beginning import refuse_other_data
+from aurora_train.units import decimal
 
 _SHOWN_APART = ("tables", "notes", "plots", "remarks")
 
@@ -140,7 +141,7 @@ def _depends_on(recipe, config, run, step: int) -> str:
 def score_lines(record: dict) -> list[str]:
     """A score as lines: its numbers, its baselines and their date, and its remarks."""
     numbers = {**record["score"], **record["baselines"]}
-    lines = [f"{name} {value:{'.4f' if isinstance(value, float) else ''}}" for name, value in numbers.items()]
+    lines = [f"{name} {decimal(value) if isinstance(value, float) else value}" for name, value in numbers.items()]
     made = record.get("baselines_made", {})
     if made.get("kept"):
         when = made["time"][:16].replace("T", " ")

@@ -310,7 +310,8 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     with refused("the finished run is scored", _SCORE):
         digest = processes.agreed(scored)
     session.store.close()
-    early = {"early": runs.early_end(config)} if loop.step < config.train.steps else {}
+    steps = config.train.steps
+    early = {"early": runs.early_end(config.evaluate.patience, steps)} if loop.step < steps else {}
     return Outcome(run, 0, loop.step, state_sha256=digest, remarks=early)
 
 
@@ -367,9 +368,9 @@ def sinks(config, run, after_step: int) -> list:
         return made
     if "tensorboard" in config.log.sinks:
         made.append(logs.TensorBoardSink(run.folder / "tensorboard", after_step))
-    if "wandb" in config.log.sinks:
+    for name in [name for name in ("wandb", "wandb-online") if name in config.log.sinks][-1:]:
         known = config.model_dump(mode="json")
-        made.append(logs.WandbSink(run.folder, run.wandb_id, config.name, known, config.log.online))
+        made.append(logs.WandbSink(run.folder, run.wandb_id, config.name, known, online=name == "wandb-online"))
     return made
 
 

@@ -203,7 +203,8 @@ class Classify(Base):
         texts = [self.rows[i] for i in self.split[split]]
         mistakes = [[texts[i].place, texts[i].text[:SHOWN_CHARACTERS], labels[truth[i]], labels[shares[i].argmax()],
                      round(float(shares[i].max()), 3)] for i in wrong]  # fmt: skip
-        left_out = [f"{number:,} rows left out: {why}" for why, number in sorted(self.left_out.items())]
+        reasons = sorted(self.left_out.items())
+        left_out = [f"{number:,} row{'' if number == 1 else 's'} left out: {why}" for why, number in reasons]
         return {
             "accuracy": scores.accuracy(counts),
             "macro_f1": scores.macro_f1(counts),

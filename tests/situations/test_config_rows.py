@@ -237,9 +237,11 @@ def test_an_extension_says_the_rate_before_and_after_and_how_to_keep_it(trained,
     changes = ["train.steps=24"] if row == "M9" else ["train.steps=24", f"optimizer.schedule.name={name}"]
     config, run, _ = for_resume("run", changes)
     said = rate_after(run, config)
-    assert re.match(r"lr at step 19: 0\.0\d+, was 0\.003 at step 18; optimizer\.schedule\.extend=18 ", said), said
+    assert re.match(
+        r"learning rate: 0\.003 at step 18, 0\.0\d+ at step 19; add optimizer\.schedule\.extend=18 ", said
+    ), said
     config, run, _ = for_resume("run", ["train.steps=24", "optimizer.schedule.extend=18"])
-    assert rate_after(run, config) == "lr at step 19: 0.003, was 0.003 at step 18"
+    assert rate_after(run, config) == "learning rate: 0.003 at step 18, 0.003 at step 19"
     config, run, _ = for_resume("run", ["log.every=7"])
     assert rate_after(run, config) is None
 

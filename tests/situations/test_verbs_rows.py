@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from aurora_train.plan.plan import Plan
 from aurora_train.recipe import few
 from aurora_train.record import metrics as logs
 from aurora_train.run import Run
-from aurora_train.tools.report import recent_loss
+from aurora_train.tools.recorded import Recorded
 from aurora_train.train.score import _depends_on
 from aurora_train.train.start import sinks
 from neural.spikes import Trials, velocity_plots
@@ -118,9 +119,9 @@ def test_L7_the_report_has_curves_first_a_smoothed_loss_what_the_score_drew_and_
     assert titles == ["Training", "Score", "What it did", "Memory"]
     assert "training loss, mean of the last 10 steps" in page.texts and "One <row>" in page.texts
     assert "plot-0-figure_1" in page.ids and "13 rows" in page.texts
-    losses = [record["loss"] for record in logs.read(run / "metrics.jsonl") if "loss" in record]
-    assert recent_loss([{"loss": loss} for loss in losses])[0] == pytest.approx(np.mean(losses[-10:]))
-    assert recent_loss([{"loss": float("nan")}]) is None
+    held = Recorded.of(Run(run))
+    assert held.recent_loss()[0] == pytest.approx(np.mean([record["loss"] for record in held.steps[-10:]]))
+    assert replace(held, steps=[{"loss": float("nan")}]).recent_loss() is None
 
 
 def test_L7_the_neural_score_draws_the_decoded_beside_the_true_velocity_of_whole_trials():

@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_L6_an_extra_that_is_absent_is_not_ok(monkeypatch, capsys):
     checks = doctor.check_extras()
     assert {check.name.removeprefix("extra ") for check in checks} == absent >= {"nothing"}
     assert all(check.status == "--" and not check.fatal for check in checks)
-    assert json.loads(json.dumps(checks[-1].record()))["fix"] == "pip install 'aurora_train[nothing]'"
+    assert json.loads(json.dumps(asdict(checks[-1])))["fix"] == "pip install 'aurora_train[nothing]'"
     doctor.show(checks)
     last = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(r"--    extra nothing +not installed; for a test", last[0]) and last[1].endswith("[nothing]'")
@@ -80,7 +81,7 @@ def test_doctor_finds_nothing_fatal_on_a_machine_that_passes_these_tests(tmp_pat
     assert checks["matmul float32"].values["flops_per_s"] > 1e8
     assert checks["run folder"].values["write_bytes_per_s"] > 0
     assert list(tmp_path.iterdir()) == []
-    json.dumps([check.record() for check in checks.values()])
+    json.dumps([asdict(check) for check in checks.values()])
 
 
 def test_doctor_says_that_a_folder_cannot_be_written():

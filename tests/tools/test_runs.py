@@ -3,10 +3,12 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tools.folders import make
@@ -129,10 +131,11 @@ def test_the_newest_record_is_found_from_the_end_of_a_log(tmp_path):
 
 def test_M10_forty_runs_are_listed_and_compared_without_jax(here):
     """The listing alone is timed: how long an interpreter takes to start is not its affair."""
-    first = make(here / "runs" / "r0")
-    for number in range(1, 40):
+    first = make(here / "first")
+    config = (Path(__file__).parents[1] / "config" / "golden" / "language-quickstart.yaml").read_text()
+    for number in range(40):
         copy = shutil.copytree(first, here / "runs" / f"r{number}")
-        (copy / "config.yaml").write_text((first / "config.yaml").read_text().replace("lr: 0.01", f"lr: {number}"))
+        (copy / "config.yaml").write_text(re.sub(r"^  lr: .*$", f"  lr: {number}.5", config, flags=re.MULTILINE))
     began = time.process_time()
     assert len(listing()) == 40
     assert time.process_time() - began < 1
