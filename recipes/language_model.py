@@ -56,7 +56,6 @@ class Recipe(Writer):
 
     @classmethod
     def check(cls, config) -> None:
-        super().check(config)
         check_data(config.data)
         if config.evaluate.final and config.data.holdout_test == 0:
             raise UserError(
@@ -64,11 +63,12 @@ class Recipe(Writer):
                 where="data.holdout_test",
                 hint="set data.holdout_test=0.02 or evaluate.final=false",
             )
+        super().check(config)
 
     store = None  # the prepared data, once there is any
 
     def facts(self) -> dict:
-        return {**self.store.tokenizer.files(), "vocabulary": self.store.tokenizer.vocab_size}
+        return self.store.tokenizer.facts()
 
     def shapes(self) -> dict:
         import jax
