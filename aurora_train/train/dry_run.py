@@ -27,9 +27,9 @@ from aurora_train.train.beginning import Beginning, source_of, taken
 from aurora_train.train.blame import place_of, recipe_code
 from aurora_train.train.planning import budget_here
 from aurora_train.train.precision import settled
-from aurora_train.train.rehearsal import batch_shapes, make_recipe, rehearse_here
+from aurora_train.train.rehearsal import batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.shown import checked_result, checked_samples
-from aurora_train.train.weights import refuse_unknown_prefix
+from aurora_train.train.weights import refuse_other_shapes, refuse_unknown_prefix
 from aurora_train.units import size
 
 _SMALL = 20_000_000  # parameters of a model that is drawn here, to run its score and its samples
@@ -45,20 +45,28 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
     """
     config = settled(config)
     beginning = Beginning.of(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     if not (prepare or beginning.is_prepared()):
+        expected = beginning.recipe.expected_facts()
+        if expected is not None and expected.keys() <= beginning.recipe.inherited.keys():  # nothing is only expected
+            shapes = expected_shapes(beginning.recipe)
+            if shapes is not None:
+                _refuse_start(config, beginning, rehearse_here(config, beginning.recipe, mesh, shapes))
         return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
     source, recipe = beginning.ready(progress), beginning.recipe
     source_of(recipe, "validation")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
-    refuse_unknown_prefix(config, program.model())
-    _refuse_no_room(config, program)
+    _refuse_start(config, beginning, program)
     return rehearse_recipe(config, recipe, program, source)
 
 
-def _refuse_no_room(config, program) -> None:
-    """UserError if the state alone does not fit: no plan can help."""
-    state = program.blueprint(program.simplest_plan()).state
+def _refuse_start(config, beginning, program) -> None:
+    """UserError if the sources of `init` have other parameters than the model, or if the state alone does not fit: no
+    plan can help."""
+    refuse_unknown_prefix(config, program.model())
+    blueprint = program.blueprint(program.simplest_plan())
+    refuse_other_shapes(beginning.parents, blueprint)
+    state = blueprint.state
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
     limit, reason = budget_here(config, program)
     if held > limit:

@@ -59,6 +59,17 @@ class Classify(TextRecipe):
             raise UserError("a class is named twice", where="data.labels", hint="name each class once")
         super().check(config)
 
+    def shapes(self) -> dict:
+        import jax
+
+        row = jax.ShapeDtypeStruct((self.config.data.sequence,), "int32")
+        return {"tokens": row, "segments": row, "label": jax.ShapeDtypeStruct((), "int32")}
+
+    def expected_facts(self) -> dict | None:
+        """The labels, too, if they are known before the table is read."""
+        labels = self.config.data.labels or self.inherited.get("labels")
+        return {**super().expected_facts(), "labels": labels} if labels else None
+
     def prepare(self, progress) -> None:
         from language.tokenizers import known_tokenizer, train_bpe
 

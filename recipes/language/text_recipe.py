@@ -41,6 +41,12 @@ class TextRecipe(Recipe):
                 hint="use kind: full; an encoder beside a decoder needs your own recipe: docs/extend.md",
             )  # fmt: skip
 
+    def expected_facts(self) -> dict | None:
+        """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""
+        from language.tokenizers import expected_vocabulary
+
+        return {"vocabulary": expected_vocabulary(self.config.data.tokenizer)}
+
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer of the training text, on any machine."""
@@ -77,12 +83,6 @@ class Writer(TextRecipe):
                 where="samples.max_tokens",
                 hint=f"samples.max_tokens={room}, model.max_length={samples.max_tokens + 1}, or model.positions=rope",
             )
-
-    def expected_facts(self) -> dict | None:
-        """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""
-        from language.tokenizers import expected_vocabulary
-
-        return {"vocabulary": expected_vocabulary(self.config.data.tokenizer)}
 
     def samples(self, model, key) -> list[dict]:
         """Continuations of `samples.prompts`, each with what `judged` says of it."""

@@ -199,6 +199,14 @@ def test_check_reads_the_first_rows_and_names_a_column_that_is_not_there(setting
     assert said.format(folder=trained[0]) in err and "its fields are report, state" in err
 
 
+def test_check_compares_the_parameters_with_those_of_the_run_that_init_names(trained, capsys):
+    assert main(["check", "machines.yaml", "init.from=run", "model.width=16"]) == 2
+    err = capsys.readouterr().err
+    assert "the checkpoint does not fit this model" in err and "params.encoder.embedding" in err
+    assert main(["check", "machines.yaml", "init.from=run", "--prepare"]) == 0
+    assert "# rehearsed: the data" in capsys.readouterr().out
+
+
 def test_inspect_shows_the_texts_of_a_batch_with_their_lines_and_labels(trained, capsys):
     assert main(["inspect", "machines.yaml", "--rows", "3"]) == 0
     out = capsys.readouterr().out
