@@ -22,9 +22,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from aurora_train.data import find, tables
+from aurora_train.data import find
 from aurora_train.data.readers import Cell, LeftOut, Mistake
 from aurora_train.errors import UserError
+from language import tables
 
 STDLIB = "python-stdlib"
 log = logging.getLogger("aurora_train")
