@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import py_compile
 import shutil
 
 import pytest
@@ -12,6 +14,7 @@ from harness import events
 
 import aurora_train
 from aurora_train import bundled
+from aurora_train.config.find_recipe import load_recipe
 from aurora_train.config.recipe_code import files_beside
 
 BLOCKS = "import helpers.deep\n\nSCALE = helpers.deep.SCALE\n"
@@ -126,6 +129,30 @@ def test_every_form_of_import_is_followed_and_a_users_package_is_whole(tmp_path)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert set(files_beside(tmp_path / "mine.py")) == files.keys() - {"mine.py", "json.py", "unused.py"}
+
+
+MINE = """
+from part import NUMBER
+
+from aurora_train.config import Section
+from aurora_train.recipe import Recipe
+
+
+class Mine(Recipe):
+    Config = Section
+    number = NUMBER
+"""
+
+
+def test_a_users_module_runs_as_it_is_written_whatever_bytecode_is_cached(tmp_path):
+    part = tmp_path / "part.py"
+    part.write_text("NUMBER = 1\n")
+    py_compile.compile(str(part))
+    before = part.stat()
+    part.write_text("NUMBER = 2\n")
+    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "mine.py").write_text(MINE)
+    assert load_recipe(tmp_path / "mine.py", False).cls.number == 2
 
 
 @pytest.mark.parametrize("name", ["language/classify", "language_model"])
