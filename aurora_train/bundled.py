@@ -14,17 +14,21 @@ def _home() -> Path:
     return inside if inside.is_dir() else package.parent
 
 
+def recipes_folder() -> Path:
+    """The folder of all bundled recipes and of the kits that they import."""
+    return _home() / "recipes"
+
+
 def recipes() -> dict[str, Path]:
     """`name` or `domain/name` -> file of every bundled recipe; the other files beside them are the kits they import."""
-    folder = _home() / "recipes"
+    folder = recipes_folder()
     files = [path for path in sorted(folder.rglob("*.py")) if _is_recipe(path)]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
 def _is_recipe(path: Path) -> bool:
-    """Whether a file imports the contract's class, which a recipe subclasses."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return any(line.startswith("from aurora_train.recipe import") and "Recipe" in line for line in lines)
+    """Whether a class in a file declares the config sections that it owns, as the class of a recipe must."""
+    return "\n    Config = " in path.read_text(encoding="utf-8")
 
 
 def configs() -> dict[str, Path]:

@@ -17,8 +17,6 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts, as_kept
 
-ADAPTERS = ("_lora_a", "_lora_b")  # suffixes of the names of low-rank adapters
-
 
 class Loss(NamedTuple):
     """A sum and its weight, never a mean: only sums can be split into microbatches and added up again.
@@ -86,7 +84,8 @@ class Recipe:
     # The headline of `score`, and its better direction. If an evaluation has it, it decides which checkpoints are best
     # and when `evaluate.patience` runs out; otherwise the validation loss does.
     metric: tuple[str, Literal["min", "max"]] | None = None
-    adapted = False  # whether the model has low-rank adapters; set when it is built
+    # Tells the low-rank adapters among the parameters by their paths; set when a model that has any is built.
+    is_adapter: Callable[[str], bool] | None = None
 
     def __init__(self, config, cache: Path):
         self.config, self.cache = config, Path(cache)
@@ -162,7 +161,7 @@ class Recipe:
         has no gradient and no moments, its matrices are in the compute dtype, and it is stored once for all
         checkpoints. By default the adapters are trained if the model has any, else everything.
         """
-        return path.endswith(ADAPTERS) or not self.adapted
+        return self.is_adapter is None or self.is_adapter(path)
 
     def loss(self, model, batch: dict, key) -> Loss:
         """Sums over the batch. `key` is a key array of shape [B], one per example; None means deterministic."""

@@ -6,8 +6,6 @@ compressors: the score is shown beside those of `xz`, `gzip` and an n-gram model
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
 from aurora_train.config import Section, setting
@@ -15,10 +13,10 @@ from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
 from aurora_train.recipe import Derived, Loss, few
-from aurora_train.recipe import Recipe as Base
 from aurora_train.units import size
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
+from language.text_recipe import Samples, Writer
 
 
 class Scoring(Section):
@@ -28,16 +26,6 @@ class Scoring(Section):
     batch: int = setting(32, resume="free", ge=1, help="windows at a time")
 
 
-class Samples(Section):
-    """The samples generated for the report after training."""
-
-    count: int = setting(8, resume="free", ge=0, help="number of samples")
-    max_tokens: int = setting(256, resume="free", ge=1, help="tokens per sample")
-    temperature: float = setting(0.8, resume="free", ge=0, help="0 takes the likeliest token")
-    top_p: float | None = setting(0.95, resume="free", gt=0, le=1, help="nucleus of the distribution")
-    prompts: list[str] = setting([], resume="free", help="texts to continue, in turn; none: from nothing")
-
-
 class Config(Section):
     model: DecoderConfig = setting(DecoderConfig())
     data: TextDataConfig = setting(TextDataConfig())
@@ -45,7 +33,7 @@ class Config(Section):
     samples: Samples = setting(Samples())
 
 
-class Recipe(Base):
+class Recipe(Writer):
     """One decoder, next-token cross-entropy, bits per byte."""
 
     Config = Config
@@ -75,43 +63,12 @@ class Recipe(Base):
                 where="data.holdout_test",
                 hint="set data.holdout_test=0.02 or evaluate.final=false",
             )
-        if config.model.positions == "learned" and config.model.max_length < config.data.sequence:
-            raise UserError(
-                f"rows of {config.data.sequence} tokens need as many learned positions",
-                where="model.max_length",
-                hint=f"model.max_length={config.data.sequence}, or model.positions=rope",
-            )
-        if any(row.kind == "cross" for row in config.model.rows):
-            raise UserError(
-                "a language model has no encoder that a layer of kind cross could read", where="model.layer_table",
-                hint="use kind: full; an encoder beside a decoder needs your own recipe: docs/extend.md",
-            )  # fmt: skip
-        room, samples = config.model.max_length - 1, config.samples
-        if config.model.positions == "learned" and samples.count and samples.max_tokens > room:
-            raise UserError(
-                f"samples of {samples.max_tokens} tokens do not fit into {room + 1} learned positions, the first of "
-                "which is taken by the separator",
-                where="samples.max_tokens",
-                hint=f"samples.max_tokens={room}, model.max_length={samples.max_tokens + 1}, or model.positions=rope",
-            )
+        super().check(config)
 
     store = None  # the prepared data, once there is any
 
     def facts(self) -> dict:
-        return {**self.store.tokenizer.files(), "vocabulary": self.store.tokenizer.vocab_size}
-
-    def expected_facts(self) -> dict:
-        """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""
-        from language.tokenizers import expected_vocabulary
-
-        return {"vocabulary": expected_vocabulary(self.config.data.tokenizer)}
-
-    @functools.cached_property
-    def tokenizer(self):
-        """The tokenizer of the training text, on any machine."""
-        from language.tokenizers import Tokenizer
-
-        return Tokenizer.of_files(self.known)
+        return self.store.tokenizer.facts()
 
     def shapes(self) -> dict:
         import jax
@@ -122,21 +79,16 @@ class Recipe(Base):
 
     def prepare(self, progress) -> None:
         from language.prepare import prepare
-        from language.tokenizers import Tokenizer
 
-        inherited = Tokenizer.of_files(self.inherited) if self.inherited else None
+        inherited = self.inherited_tokenizer
         self.store = prepare(self.config.data, self.cache / "data", progress=progress, inherited=inherited)
 
     def on(self, path: str):
         """A recipe whose test split is a whole source, tokenized like the training text."""
-        whole = {
-            "source": path, "mix": {}, "pattern": "**/*", "max_documents": None, "tokenizer": TokenizerConfig(),
-            "holdout_test": ALL_HELD_OUT, "holdout_validation": 0.0,
-        }  # fmt: skip
-        data = self.config.data.model_copy(update=whole)
-        other = type(self)(self.config.model_copy(update={"data": data}), self.cache)
-        other.inherited = self.known
-        return other.use(self.known)
+        return self.scoring(
+            source=path, mix={}, pattern="**/*", max_documents=None, tokenizer=TokenizerConfig(),
+            holdout_test=ALL_HELD_OUT, holdout_validation=0.0,
+        )  # fmt: skip
 
     def data(self, split: str):
         from language.rows import TokenSource
@@ -222,53 +174,9 @@ class Recipe(Base):
                        for split in ("test", "train"))  # fmt: skip
         return baselines(np.load(workdir / "bits.npy"), self.store.names("test"), test, train, progress)
 
-    def samples(self, model, key) -> list[dict]:
-        import jax
-
+    def judged(self, text: str) -> dict:
+        """Whether a sample of a model of Python is Python."""
         from language.rivals import python_parse_share
-        from language.tokenizers import Continuation
 
-        wanted = self.config.samples
-        generator = self._generator(model)
-        made = []
-        prompts = [(wanted.prompts or [""])[i % max(len(wanted.prompts), 1)] for i in range(wanted.count)]
-        if not prompts:
-            return []
-        begun = [Continuation(self.tokenizer, prompt) for prompt in prompts]
-        seed = int(jax.random.bits(key, dtype="uint32") >> 1)
-        starts, length = generator.fitted([one.start for one in begun], wanted.max_tokens)
-        outputs = generator.generate_batch(starts, length, wanted.temperature, None, wanted.top_p, seed)
-        for prompt, one, ids in zip(prompts, begun, outputs, strict=True):
-            one.add(ids)
-            checks = {"parses_as_python": bool(python_parse_share([prompt + one.text]))} if self._is_python else {}
-            made.append({"prompt": prompt, "text": one.text, **checks})
-        return made
-
-    @property
-    def _is_python(self) -> bool:
-        return self.config.data.source == "python-stdlib" or self.config.data.pattern.endswith(".py")
-
-    def generate(self, model, prompt: str, options: dict, on_text) -> str:
-        from language.tokenizers import Continuation
-
-        written = Continuation(self.tokenizer, prompt)
-        self._generator(model).generate(
-            written.start, options["max_tokens"], options["temperature"], options["top_k"], options["top_p"],
-            options["seed"], lambda token: on_text(written.add([token])),
-        )
-        return written.text
-
-    def logits(self, model, tokens):
-        import jax.numpy as jnp
-
-        tokens = np.asarray(tokens, np.int64)
-        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.known["vocabulary"]:
-            raise UserError(f"token ids are 0 to {self.known['vocabulary'] - 1}, and at least one", where="tokens")
-        rows = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
-        logits = model.logits(model(rows))
-        return logits.reshape(*jnp.shape(tokens), -1)
-
-    def _generator(self, model):
-        from aurora_train.generate.sampler import Generator
-
-        return Generator(model, self.tokenizer.eos_id)
+        is_python = self.config.data.source == "python-stdlib" or self.config.data.pattern.endswith(".py")
+        return {"parses_as_python": bool(python_parse_share([text]))} if is_python else {}

@@ -23,7 +23,7 @@ SMALL = {
     "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
                           "data.tokenizer={kind: byte}"],
 }
-KITS = {"language_model": {"language"}, "neural_decoding": {"neural"}}
+KITS = {"language_model": {"language"}, "language/classify": {"language"}, "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 
 

@@ -25,19 +25,20 @@ def command(
     prepare: Annotated[bool, typer.Option("--prepare", help="Prepare the data first.")] = False,
     rehearse: Annotated[
         bool | None,
-        typer.Option(help="Call every part of the recipe once, in seconds; by default only if it is your own file."),
+        typer.Option(help="Call every part of the recipe once, in seconds; by default for your own file or with init."),
     ] = None,
     json: JsonOption = False,
 ):
     """Check a config without training; print it resolved, with every derived value and its formula.
 
-    If its data are prepared, a recipe of your own is rehearsed: a batch is made twice and compared; the loss, the
-    predictions, the score and the samples are each computed once.
+    If its data are prepared, a recipe of your own, or one that starts from another run, is rehearsed: its parameters
+    are compared with those of the run; a batch is made twice and compared; the loss, the predictions, the score and the
+    samples are each computed once.
     """
     checked = load(config, overrides or ())
     refuse_missing_start(checked)
     digest, remarks = config_hash(checked), remarks_on_config(checked)
-    if prepare or (rehearse if rehearse is not None else not checked.recipe_bundled):
+    if prepare or (rehearse if rehearse is not None else not checked.recipe_bundled or checked.init.sources):
         prepare_environment(checked)
         from aurora_train.train.session import rehearse_config
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 import types
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -78,7 +79,10 @@ def load_recipe(file: Path, bundled_one: bool) -> FoundRecipe:
 def _run(text: str, file: Path, name: str, trusted: bool) -> types.ModuleType:
     shown = show_path(file)
     try:
-        code = compile(text, str(file.resolve()), "exec", dont_inherit=True)
+        if trusted:
+            code = SourceFileLoader(name, str(file.resolve())).get_code(name)
+        else:
+            code = compile(text, str(file.resolve()), "exec", dont_inherit=True)
     except SyntaxError as fault:
         raise UserError(
             f"syntax error: {fault.msg}", where=f"{shown}:{fault.lineno or 1}:{fault.offset or 1}",
@@ -89,7 +93,7 @@ def _run(text: str, file: Path, name: str, trusted: bool) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__file__ = str(file.resolve())
     sys.modules[name] = module  # dataclasses and pickle look the module up by name while and after it runs
-    let_import_beside(module, file.resolve().parent)
+    let_import_beside(module)
     try:
         exec(code, module.__dict__)
     except UserError:

@@ -17,26 +17,40 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from aurora_train import bundled
 from aurora_train.errors import UserError
 
 
-def files_beside(file: Path) -> dict[str, Path]:
-    """Every module that a recipe imports from its own folder, directly or indirectly: relative name -> path.
+def home_of(file: Path) -> Path:
+    """The folder whose modules a recipe may import: its own; for a bundled recipe `recipes/`, which holds the kits."""
+    return bundled.recipes_folder() if _is_bundled(file) else file.parent
 
-    Reads all `import` statements; modules imported by a name computed at run time are not detected. The standard
-    library takes precedence. UserError for a module that a link places outside of the folder.
+
+def _is_bundled(file: str | Path) -> bool:
+    return Path(file).resolve().is_relative_to(bundled.recipes_folder())
+
+
+def files_beside(file: Path) -> dict[str, Path]:
+    """Every module that a recipe imports from its `home_of`, directly or indirectly: relative name -> path.
+
+    Reads all `import` statements; modules imported by a name computed at run time are not detected. Therefore a package
+    beside a user's recipe is taken whole, because its modules may import each other that way. Bundled recipes share
+    their kits and compute no names: of a kit, a recipe has only the modules that it imports. The standard library takes
+    precedence. UserError for a module that a link places outside of the folder.
     """
-    folder, modules, waiting = file.parent, {}, [file]
+    home, modules = home_of(file), {}
+    follow = _is_bundled(file)
+    waiting = [file.resolve() if follow else file]
     while waiting:
         path = waiting.pop()
-        for top in _imported(path):
-            for name, sibling in _module(folder, top).items():
-                if sibling.resolve() == file.resolve() or name in modules:
-                    continue
-                if not sibling.resolve().is_relative_to(folder.resolve()):
-                    raise UserError(f"the module {name} lies outside the recipe's folder", where=str(path))
-                modules[name] = sibling
-                waiting.append(sibling)
+        for sibling in [one for name in _imported(path, home) for one in _files(home, name, follow)]:
+            name = sibling.relative_to(home).as_posix()
+            if sibling.resolve() == file.resolve() or name in modules:
+                continue
+            if not sibling.resolve().is_relative_to(home.resolve()):
+                raise UserError(f"the module {name} lies outside the recipe's folder", where=str(path))
+            modules[name] = sibling
+            waiting.append(sibling)
     return dict(sorted(modules.items()))
 
 
@@ -49,36 +63,60 @@ def code_sha256(file: Path, beside: dict[str, Path]) -> str:
     return hashlib.sha256("\n".join([own.hexdigest(), *lines]).encode()).hexdigest()
 
 
-def _imported(path: Path) -> list[str]:
+def _imported(path: Path, home: Path) -> list[str]:
+    """The dotted names that a file imports, as seen from `home`. `from a.b import c` gives `a.b.c`, module or not."""
     try:
-        tree = ast.parse(path.read_bytes())
+        waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
     except (SyntaxError, ValueError):
         return []  # running the file reports the error with its line
-    tops = []
-    for node in ast.walk(tree):
+    names, package = [], path.parent.relative_to(home).parts
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
-            tops += [alias.name.partition(".")[0] for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            tops += [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
-    return tops
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = [*above, *filter(None, [node.module])]
+            names += [".".join([*base, alias.name]) for alias in node.names]
+        # Only statements hold imports. `ast.walk` would visit every expression as well, which takes ten times as long.
+        for nested in ("body", "orelse", "finalbody", "handlers", "cases"):
+            statements = getattr(node, nested, None)
+            waiting += statements if isinstance(statements, list) else ()
+    return names
 
 
-def _module(folder: Path, top: str) -> dict[str, Path]:
-    """The files of the module or package `top` in a folder; {} if it has none of that name."""
+def _files(home: Path, name: str, follow: bool) -> list[Path]:
+    """The files of ours behind a dotted name: a module or a whole package; with `follow`, only what its import runs."""
+    top = _own(home, name.partition(".")[0])
+    if top is None or top.is_file():
+        return [top] if top else []
+    if not follow:
+        return sorted(top.rglob("*.py"))
+    files, place = [], home
+    for part in name.split("."):
+        place = place / part
+        files.append(place / "__init__.py" if place.is_dir() else place.with_suffix(".py"))
+        if not place.is_dir():
+            break  # what follows are names in that module
+    return [file for file in files if file.is_file()]
+
+
+def _own(home: Path, top: str) -> Path | None:
+    """The folder of the package, or the file of the module, that `import top` finds at home; None if it finds none."""
+    package, module = home / top, home / f"{top}.py"
     if top in sys.stdlib_module_names:
-        return {}
-    if (folder / top / "__init__.py").is_file():
-        return {path.relative_to(folder).as_posix(): path for path in sorted((folder / top).rglob("*.py"))}
-    if (folder / f"{top}.py").is_file():
-        return {f"{top}.py": folder / f"{top}.py"}
-    modules = sorted((folder / top).rglob("*.py")) if (folder / top).is_dir() else []
-    if not modules or importlib.util.find_spec(top) is not None:  # a data folder may share a library's name
-        return {}
-    return {path.relative_to(folder).as_posix(): path for path in modules}
+        return None
+    if (package / "__init__.py").is_file():
+        return package
+    if module.is_file():
+        return module
+    # A folder of data may have a library's name, or hold no code.
+    is_package = any(package.rglob("*.py")) and importlib.util.find_spec(top) is None
+    return package if is_package else None
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `<recipe's module>.<sibling>` in that recipe's folder."""
+    """Finds `<recipe's module>.<sibling>` in that recipe's home."""
 
     def __init__(self):
         self.builtins: dict[str, dict] = {}  # by the name of a recipe's module
@@ -102,13 +140,15 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Runs a sibling with its recipe's own `import`, from source and never from cached bytecode."""
+    """Runs a sibling with its recipe's own `import`. A user's runs from source, as hashed, not from cached bytecode."""
 
     def __init__(self, fullname, path, owned):
         super().__init__(fullname, path)
         self._owned = owned
 
     def get_code(self, fullname):
+        if _is_bundled(self.path):
+            return super().get_code(fullname)
         return self.source_to_code(self.get_data(self.path), self.path)
 
     def exec_module(self, module):
@@ -119,18 +159,18 @@ class _Loader(importlib.machinery.SourceFileLoader):
 _finder = _Finder()
 
 
-def let_import_beside(module, folder: Path) -> None:
+def let_import_beside(module) -> None:
     """Let `import layers` and `from .layers import Block` in a recipe's module load the `layers.py` beside it."""
-    name = module.__name__
+    name, home = module.__name__, home_of(Path(module.__file__))
 
     def import_(wanted, globals=None, locals=None, fromlist=(), level=0):
         top = wanted.partition(".")[0]
-        if level or not _module(folder, top):
+        if level or _own(home, top) is None:
             return builtins.__import__(wanted, globals, locals, fromlist, level)
         sibling = importlib.__import__(f"{name}.{wanted}", globals, locals, fromlist, 0)
         return sibling if fromlist else sys.modules[f"{name}.{top}"]
 
-    module.__path__, module.__package__ = [str(folder)], name
+    module.__path__, module.__package__ = [str(home)], name
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_}
     _finder.builtins[name] = module.__dict__["__builtins__"]
     for loaded in [key for key in sys.modules if key.startswith(f"{name}.")]:

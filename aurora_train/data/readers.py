@@ -1,7 +1,7 @@
-"""Reads the rows of JSON, CSV, Parquet and Arrow files, compressed or not: one cell per row.
+"""Reads the rows of JSON, CSV, Parquet and Arrow files, compressed or not: one cell for each wanted column.
 
-A cell is the bytes of the wanted column's text, or the reason why there are none. Only that column is read, so the
-contents of the others and changes of their type never matter; text is text whatever it looks like. Therefore JSON and
+A cell is the bytes of the column's text, or the reason why there are none. Only these columns are read, so the contents
+of the others and changes of their type never matter; text is text whatever it looks like. Therefore JSON and
 CSV are read with the standard library: readers that infer types take dates for timestamps and refuse a file whose
 columns change. All readers stream. Compression is detected by a file's first bytes, not by its name.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 
 _BLOCK = 1 << 20
 _ROWS_PER_BATCH = 1024
+_DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}  # the usual one first
 _LONGEST_FIELD = 1 << 28  # characters of a CSV field: an unclosed quote would read the rest of the file into memory
 _LONGEST_VALUE = 1 << 30  # characters of a value in a JSON array, for the same reason
 
@@ -34,7 +35,7 @@ class LeftOut(str):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A row without the wanted text. If every row of a table is one, the user has to fix the table or the config.
+    """A cell without the wanted text. If every row of a table is one, the user has to fix the table or the config.
 
     `holds`: the type found instead, None if there is nothing; `texts`: the columns that do hold text; `value`: the
     number or truth value found instead.
@@ -45,23 +46,45 @@ class Mistake:
     texts: tuple[str, ...] = ()
     value: bool | int | float | None = None
 
+    @classmethod
+    def of(cls, value: object, fields: list[str], holds: str | None, texts: tuple[str, ...] = ()) -> Mistake:
+        """The mistake of a cell that holds `value`."""
+        return cls(fields, holds, texts, value if isinstance(value, bool | int | float) else None)
 
-def cells(path: Path, kind: str, field: str) -> Iterator[bytes | LeftOut | Mistake]:
-    """One cell per row of a file of this kind: json, csv, tsv, parquet or arrow. Raises the types in `faults`."""
+
+Cell = bytes | LeftOut | Mistake
+
+
+def rows(path: Path, kind: str, fields: tuple[str, ...]) -> Iterator[tuple[int | None, tuple[Cell, ...]]]:
+    """(line, a cell for each of the `fields`) of every row of a file of this kind: json, csv, tsv, parquet or arrow.
+
+    `line` is where a row begins in the decompressed file, counted from 1; Parquet and Arrow have none. A row that
+    cannot be read at all is a LeftOut in every cell. Raises the types in `faults`.
+    """
     if path.stat().st_size == 0:
-        return iter(())
-    match kind:
-        case "json":
-            return (_json_cell(row, field) for row in _json_rows(path))
-        case "csv":
-            return _csv_cells(path, field, ",;\t")
-        case "tsv":
-            return _csv_cells(path, field, "\t,;")
-        case "parquet":
-            return _parquet_cells(path, field)
-        case "arrow":
-            return _arrow_cells(path, field)
-    raise AssertionError(kind)
+        return
+    if kind in ("parquet", "arrow"):
+        for batch, schema in (_parquet_batches if kind == "parquet" else _arrow_batches)(path, fields):
+            for cells in zip(*(arrow_cells(batch, field, schema) for field in fields), strict=True):
+                yield None, cells
+        return
+    for line, row in _json_rows(path) if kind == "json" else _csv_rows(path, _DELIMITERS[kind], fields):
+        yield line, tuple(_cell(row, field) for field in fields)
+
+
+def _cell(row: object, field: str) -> Cell:
+    """The cell of a row as JSON has it: an object."""
+    if isinstance(row, LeftOut):
+        return row
+    if not isinstance(row, dict):
+        return Mistake([])
+    value = row.get(field, row)
+    if isinstance(value, str):
+        return value.encode(errors="surrogatepass")  # half of a surrogate pair is not UTF-8 and is rejected later
+    if value is None:
+        return b""
+    texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))
+    return Mistake.of(value, list(row), None if value is row else _TYPES[type(value)], tuple(texts))
 
 
 def faults() -> tuple[type[Exception], ...]:
@@ -107,33 +130,17 @@ _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
 _TYPES = {int: "a number", float: "a number", bool: "true or false", list: "list", dict: "object"}
 
 
-def _json_cell(row, field: str) -> bytes | LeftOut | Mistake:
-    if isinstance(row, LeftOut):
-        return row
-    if not isinstance(row, dict):
-        return Mistake([])
-    value = row.get(field, row)
-    if isinstance(value, str):
-        return value.encode(errors="surrogatepass")  # half of a surrogate pair is not UTF-8 and is rejected later
-    if value is None:
-        return b""
-    texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))
-    scalar = value if isinstance(value, bool | int | float) else None
-    return Mistake(list(row), None if value is row else _TYPES[type(value)], tuple(texts), scalar)
-
-
-def _json_rows(path: Path) -> Iterator[object]:
+def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
     with opened(path) as stream:
         start = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
-        yield from _json_values(path, True)
-    elif _is_lines(path):
-        with opened(path) as stream:
-            for number, line in enumerate(stream):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-                yield from _json_line(line.strip()) if not line.isspace() else ()
-    else:
-        yield from _json_values(path, False)
+    if start.startswith(b"[") or not _is_lines(path):
+        yield from _json_values(path, start.startswith(b"["))
+        return
+    with opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            for value in _json_line(line.strip()) if not line.isspace() else ():
+                yield number, value
 
 
 def _is_lines(path: Path) -> bool:
@@ -160,25 +167,27 @@ def _json_line(line: bytes) -> list:
     return rows
 
 
-def _json_values(path: Path, array: bool) -> Iterator[object]:
+def _json_values(path: Path, array: bool) -> Iterator[tuple[int, object]]:
     """The elements of an array, or consecutive values. Memory holds one of them and a block."""
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape") as file:
-        buffer, want, ended, between = file.read(_BLOCK).lstrip(), _BLOCK, False, _BLANK
-        position = 1 if array else 0
+        buffer, want, ended, between = file.read(_BLOCK), _BLOCK, False, _BLANK
+        position = buffer.find("[") + 1 if array else 0
+        line, counted = 1, 0  # the line of the place `counted` in the buffer
         while True:
             gap = between.match(buffer, position)
             position, between = gap.end(), _BLANK if "," in gap[0] else between
+            line, counted = line + buffer.count("\n", counted, position), position
             if array and buffer.startswith("]", position):
                 if (buffer[position + 1 :] + file.read(_BLOCK)).strip():
                     raise ValueError("something follows the array")
                 return
             value, end = _decoded(buffer, position)
             if end is not None and (end < len(buffer) or ended):  # a number at the end of the buffer may continue
-                yield value
+                yield line, value
                 position, want, between = end, _BLOCK, _BETWEEN if array else _BLANK
             elif not ended:
                 more = file.read(want)
-                buffer, position, want, ended = buffer[position:] + more, 0, 2 * want, not more
+                buffer, position, counted, want, ended = buffer[position:] + more, 0, 0, 2 * want, not more
             elif array or position < len(buffer):
                 raise ValueError(f"it is not JSON, or cut short, at `{buffer[position : position + 40]}`")
             else:
@@ -200,37 +209,37 @@ def _decoded(buffer: str, position: int) -> tuple[object, int | None]:
 
 
 class _Lines:
-    """Lines of a file. `taken` holds those since it was last emptied; all but the first of them can be given back."""
+    """Lines of a file. `taken` holds those since it was last emptied; all but the first of them can be given back.
+
+    `number` is the number of lines before the next one.
+    """
 
     def __init__(self, file: Iterable[str]):
-        self._file, self._back, self.taken = iter(file), [], []
+        self._file, self._back, self.taken, self.number = iter(file), [], [], 0
 
     def __iter__(self):
         return self
 
     def __next__(self) -> str:
         self.taken.append(self._back.pop() if self._back else next(self._file))
+        self.number += 1
         return self.taken[-1]
 
     def give_back(self) -> None:
         self._back += reversed(self.taken[1:])
+        self.number -= len(self.taken) - 1
 
 
-def _csv_cells(path: Path, field: str, delimiters: str) -> Iterator[bytes | LeftOut | Mistake]:
+def _csv_rows(path: Path, delimiters: str, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str] | LeftOut]]:
     csv.field_size_limit(_LONGEST_FIELD)
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as file:
-        first = next((line for line in file if not line.isspace()), "")
+        lines = _Lines(file)
+        first = next((line for line in lines if not line.isspace()), "")
         headers = {mark: [name.strip() for name in _split(first, mark)] for mark in delimiters}
-        delimiter = next((mark for mark in delimiters if field in headers[mark]), delimiters[0])
-        header = headers[delimiter]
-        for row in _csv_rows(_Lines(file), delimiter, len(header)):
-            if isinstance(row, LeftOut):
-                yield row
-            elif field in header:
-                yield row[header.index(field)].encode(errors="surrogateescape")
-            else:
-                texts = sorted(header, key=lambda name: -len(row[header.index(name)]))
-                yield Mistake(header, None, tuple(texts))
+        delimiter = max(delimiters, key=lambda mark: sum(field in headers[mark] for field in fields))
+        columns = {name: headers[delimiter].index(name) for name in headers[delimiter]}
+        for line, row in _csv_lists(lines, delimiter, len(headers[delimiter])):
+            yield line, row if isinstance(row, LeftOut) else {name: row[at] for name, at in columns.items()}
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -241,21 +250,22 @@ def _split(line: str, delimiter: str) -> list[str]:
         return [line]
 
 
-def _csv_rows(lines: _Lines, delimiter: str, width: int) -> Iterator[list[str] | LeftOut]:
-    """Rows with as many fields as the header."""
+def _csv_lists(lines: _Lines, delimiter: str, width: int) -> Iterator[tuple[int, list[str] | LeftOut]]:
+    """(first line, fields) of the rows; a row without as many fields as the header is left out."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    for number in itertools.count():
-        lines.taken = []
+    while True:
+        lines.taken, line = [], lines.number + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
             row = _not_csv(lines, delimiter, width)
             if row is None:
-                raise ValueError(f"a quote that opens in row {number} does not close as CSV: {error}") from error
+                raise ValueError(f"a quote that opens in line {line} does not close as CSV: {error}") from error
         if row is None:
             return
         if row:
-            yield row if len(row) == width or isinstance(row, LeftOut) else LeftOut("other fields than the header's")
+            is_whole = isinstance(row, LeftOut) or len(row) == width
+            yield line, row if is_whole else LeftOut("other fields than the header's")
 
 
 def _not_csv(lines: _Lines, delimiter: str, width: int) -> list[str] | LeftOut | None:
@@ -275,32 +285,27 @@ def _not_csv(lines: _Lines, delimiter: str, width: int) -> list[str] | LeftOut |
 # ---- Parquet and Arrow
 
 
-def _parquet_cells(path: Path, field: str) -> Iterator[bytes | Mistake]:
+def _parquet_batches(path: Path, fields: tuple[str, ...]) -> Iterator[tuple]:
+    """(RecordBatch of those `fields` that there are, the schema of the whole file)."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(_seekable(path)) as file:
-        schema = file.schema_arrow
-        if field not in schema.names:
-            yield from itertools.repeat(_no_column(schema), file.metadata.num_rows)
-            return
-        for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[field]):
-            yield from arrow_cells(batch, field)
+        columns = [field for field in fields if field in file.schema_arrow.names]
+        for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
+            yield batch, file.schema_arrow
 
 
-def _arrow_cells(path: Path, field: str) -> Iterator[bytes | Mistake]:
+def _arrow_batches(path: Path, fields: tuple[str, ...]) -> Iterator[tuple]:
+    """(RecordBatch, its schema) of a file in Arrow's file or stream format; all columns are there."""
     import pyarrow
 
     with _seekable(path) as file:
         is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
-        if is_stream:
-            with pyarrow.ipc.open_stream(file) as reader:
-                for batch in reader:
-                    yield from arrow_cells(batch, field)
-            return
-        with pyarrow.ipc.open_file(file) as reader:
-            for i in range(reader.num_record_batches):
-                yield from arrow_cells(reader.get_batch(i), field)
+        with (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(file) as reader:
+            batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                yield batch, batch.schema
 
 
 def _seekable(path: Path):
@@ -312,29 +317,26 @@ def _seekable(path: Path):
         return pyarrow.OSFile(str(path)) if is_plain else pyarrow.BufferReader(stream.read())
 
 
-def arrow_cells(batch, field: str) -> Iterator[bytes | Mistake]:
-    """The cells of a pyarrow RecordBatch or Table, a few rows at a time."""
+def arrow_cells(batch, field: str, schema=None) -> Iterator[Cell]:
+    """The cells of a pyarrow RecordBatch or Table, a few rows at a time. `schema`: of the whole table."""
     import pyarrow
 
-    names = batch.schema.names
+    names = (schema or batch.schema).names
     if field not in names:
-        yield from itertools.repeat(_no_column(batch.schema), batch.num_rows)
+        texts = tuple(one.name for one in schema or batch.schema if "string" in str(one.type))
+        yield from itertools.repeat(Mistake(names, None, texts), batch.num_rows)
         return
-    column = batch.column(names.index(field))
+    column = batch.column(batch.schema.names.index(field))
     for start in range(0, len(column), _ROWS_PER_BATCH):
-        rows = column.slice(start, _ROWS_PER_BATCH)
+        part = column.slice(start, _ROWS_PER_BATCH)
         try:  # the raw bytes, UTF-8 or not
-            values = rows.cast(pyarrow.large_binary()).to_pylist()
+            values = part.cast(pyarrow.large_binary()).to_pylist()
         except pyarrow.ArrowException:
-            values = rows.to_pylist()
+            values = part.to_pylist()
         for value in values:
             if isinstance(value, str):
                 value = value.encode(errors="surrogatepass")
             if value is None or isinstance(value, bytes):
                 yield value or b""
             else:
-                yield Mistake(names, type(value).__name__, (), value if isinstance(value, bool | int | float) else None)
-
-
-def _no_column(schema) -> Mistake:
-    return Mistake(schema.names, None, tuple(field.name for field in schema if "string" in str(field.type)))
+                yield Mistake.of(value, names, type(value).__name__)

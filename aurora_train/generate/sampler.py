@@ -28,12 +28,16 @@ class Knobs(NamedTuple):
 
 
 class Generator:
-    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; with None, no text ends early."""
+    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; with None, no text ends early.
+
+    If the decoder's mask is "prefix", a prompt is the prefix of its row: all of its tokens see each other.
+    """
 
     def __init__(self, model, eos_id: int | None):
         self.eos_id = eos_id
         self.vocab_size = model.vocab_size
         self.max_length = model.config.max_length if model.config.positions == "learned" else None
+        self._has_prefix = model.mask == "prefix"
         self._graph, self._state = nnx.split(model)
 
     def generate(
@@ -81,7 +85,8 @@ class Generator:
         )
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         cache_length = _bucket(lengths.max() + max_new_tokens, 64)
-        logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, lengths)
+        prefix = np.arange(cache_length) < lengths[:, None] if self._has_prefix else None
+        logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, lengths, prefix)
 
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts))) if max_new_tokens else set()
@@ -96,7 +101,7 @@ class Generator:
                         on_token(row, token)
             if not open_rows or count + 1 == max_new_tokens:
                 break
-            logits, caches = _read_token(self._graph, self._state, caches, drawn, lengths + count)
+            logits, caches = _read_token(self._graph, self._state, caches, drawn, lengths + count, prefix)
         return made
 
     def fitted(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
@@ -142,23 +147,23 @@ def _bucket(size, least: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_prompt(graph, cache_length, state, tokens, lengths):
+def _read_prompt(graph, cache_length, state, tokens, lengths, prefix):
     """Right-padded tokens[B, P] -> (logits after each row's last token, caches).
 
     Cache entries of the padding are overwritten by the token of their position before any query can attend to them.
     """
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, caches = model.extend(tokens, positions, model.empty_caches(tokens.shape[0], cache_length))
+    hidden, caches = model.extend(tokens, positions, model.empty_caches(tokens.shape[0], cache_length), prefix=prefix)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), caches
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _read_token(graph, state, caches, tokens, positions):
+def _read_token(graph, state, caches, tokens, positions, prefix):
     """One more token for every row, int32[B] at positions int32[B] -> (logits, caches)."""
     model = nnx.merge(graph, state)
-    hidden, caches = model.extend(tokens[:, None], positions[:, None], caches)
+    hidden, caches = model.extend(tokens[:, None], positions[:, None], caches, prefix=prefix)
     return model.logits(hidden[:, 0]), caches
 
 

@@ -77,7 +77,7 @@ def build(recipe, seed: int):
         if type(module) is nnx.Dropout:
             _key_by_example(module, ".".join(map(str, path)))
     _refuse_uncarried(model)
-    recipe.adapted = lora.has_adapters(model)
+    recipe.is_adapter = lora.is_adapter if lora.has_adapters(model) else None
     lora.mark(model, recipe.trainable)
     return model
 

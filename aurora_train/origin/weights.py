@@ -46,17 +46,30 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
     tree, places = _parameters(blueprint)
     flat, own = drawn, set(drawn)
     for parent in parents:
-        with contextlib.ExitStack() as opened:
-            if parent.step is None:
-                source = _from_safetensors(Path(parent.path))
-            else:
-                run = runs.Run.existing(parent.path)
-                store = CheckpointStore(run.checkpoints, run.trash)
-                opened.callback(store.close)
-                source = _from_store(store, parent.step)
+        with _opened(parent) as source:
             flat |= _poured(source, tree, places, parent.path, _Part.of(parent, parents), own)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
+
+
+def refuse_other_shapes(parents: tuple[Parent, ...], blueprint: Blueprint) -> None:
+    """UserError if a source does not have the parameters of a model, by their names and shapes; reads no weights."""
+    tree, places = _parameters(blueprint)
+    own = {name for name in layout.abstract(tree, places) if is_adapter(name) or _owner(_bare(name), parents) is None}
+    for parent in parents:
+        with _opened(parent) as source:
+            _matched(source, tree, places, parent.path, _Part.of(parent, parents), own)
+
+
+@contextlib.contextmanager
+def _opened(parent: Parent):
+    """The stored shapes of a source by bare name, and a function that reads the wanted arrays."""
+    if parent.step is None:
+        yield _from_safetensors(Path(parent.path))
+        return
+    run = runs.Run.existing(parent.path)
+    with contextlib.closing(CheckpointStore(run.checkpoints, run.trash)) as store:
+        yield _from_store(store, parent.step)
 
 
 def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
@@ -136,12 +149,28 @@ def _parameters(blueprint: Blueprint) -> tuple[dict, dict]:
 
 
 def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> dict[str, Any]:
-    """The arrays that a source has for a part of the model, by canonical name.
+    """The arrays that a source has for a part of the model, by canonical name. For the arguments see `_matched`."""
+    specs, theirs, kernels = _matched(source, tree, places, where, part, own)
+
+    def loaded(names) -> dict:
+        arrays = source[1]({theirs[_bare(name)]: specs[name] for name in names})
+        return {name: arrays[theirs[_bare(name)]] for name in names}
+
+    flat = loaded([name for name in specs if name not in kernels])
+    for name in kernels:  # one at a time, because in its source it may be eight times as large
+        (kernel,) = loaded([name]).values()
+        flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
+    return flat
+
+
+def _matched(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> tuple[dict, ...]:
+    """(what is to be read, by canonical name; the source's names by bare name; the kernels among it to be encoded).
 
     `source`: the stored shapes by bare name, and a function that reads the wanted arrays. `own`: the names of drawn
     parameters; adapters among them stay as drawn if the source has none. None for a trained run that is read.
+    UserError if the source has other parameters.
     """
-    stored, read = source
+    stored, _ = source
     theirs = part.named(stored)
     stored = {ours: stored[name] for ours, name in theirs.items()}
     wanted = {name: spec for name, spec in layout.abstract(tree, places).items() if part.has(_bare(name))}
@@ -155,16 +184,7 @@ def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[
     # Weights are read in the dtype of their source, and cast once in place to that of the new run.
     specs = {name: _as_stored(spec, known.get(name)) for name, spec in wanted.items()}
     layout.refuse_difference(known, specs, where=where)
-
-    def loaded(names) -> dict:
-        arrays = read({theirs[_bare(name)]: specs[name] for name in names})
-        return {name: arrays[theirs[_bare(name)]] for name in names}
-
-    flat = loaded([name for name in wanted if name not in kernels])
-    for name in kernels:  # one at a time, because in its source it may be eight times as large
-        (kernel,) = loaded([name]).values()
-        flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
-    return flat
+    return specs, theirs, kernels
 
 
 def _bare(name: str) -> str:

@@ -3,7 +3,7 @@
 A line that ends in a newline is a record. Anything after the last newline was torn by a crash and does not count, and a
 power cut may leave unreadable lines at the end. Floats are written with `repr`, which round-trips float64 exactly; NaN
 and the infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and "-Infinity", and `read` returns
-them as floats.
+them as floats. A text of these words is written with an apostrophe before it, which `read` removes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from aurora_train.errors import MissingExtra, UserError
 from aurora_train.files import write_atomically
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LIKE_A_NUMBER = re.compile("'*(?:NaN|-?Infinity)")  # texts that would be read as numbers, and those marked as texts
 
 
 def _to_json(value: Any) -> Any:
@@ -37,8 +39,8 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value
+        value = os.fspath(value)
+    return f"'{value}" if isinstance(value, str) and _LIKE_A_NUMBER.fullmatch(value) else value
 
 
 def _from_json(value: Any) -> Any:
@@ -47,7 +49,8 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(item) for item in value]
     if isinstance(value, str):
-        return _NON_FINITE.get(value, value)
+        marked = value.startswith("'") and _LIKE_A_NUMBER.fullmatch(value)
+        return value[1:] if marked else _NON_FINITE.get(value, value)
     return value
 
 

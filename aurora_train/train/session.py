@@ -34,6 +34,7 @@ from aurora_train.origin.weights import (
     load_parameters,
     load_state,
     parameters_from,
+    refuse_other_shapes,
     refuse_unknown_prefix,
     state_from,
 )
@@ -42,7 +43,7 @@ from aurora_train.plan.verify import compiled_bytes
 from aurora_train.record.energy import EnergyMeter
 from aurora_train.train.beginning import Beginning, refuse_other_data
 from aurora_train.train.planning import asked, budget_here, device_kind, pinned_plan, planner_here
-from aurora_train.train.rehearsal import Rehearsal, batch_shapes, make_recipe, rehearse_here
+from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.state import Blueprint, TrainState, draw, together
 from aurora_train.train.watchdog import Watchdog
@@ -189,9 +190,15 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
     config = settled(config)
     beginning = Beginning.of(config)
     if not (prepare or beginning.is_prepared()):
+        expected, recipe = beginning.recipe.expected_facts(), beginning.recipe
+        if expected is not None and expected.keys() <= recipe.inherited.keys():  # nothing is only expected
+            shapes = expected_shapes(recipe)
+            if shapes is not None:
+                mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+                _refuse_start(config, beginning, rehearse_here(config, recipe, mesh, shapes))
         return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
     program, source, _ = _prepared(config, beginning, progress)
-    _refuse_no_room(config, program)
+    _refuse_start(config, beginning, program)
     return rehearse_recipe(config, beginning.recipe, program, source)
 
 
@@ -205,9 +212,13 @@ def _prepared(config, beginning: Beginning, progress) -> tuple[Rehearsal, Any, b
     return program, source, evaluates
 
 
-def _refuse_no_room(config, program) -> None:
-    """UserError if the state alone does not fit: no plan can help."""
-    state = program.blueprint(program.simplest_plan()).state
+def _refuse_start(config, beginning: Beginning, program) -> None:
+    """UserError if a source of `init` has other parameters than the model, or if the state alone does not fit: no plan
+    can help."""
+    refuse_unknown_prefix(config, program.model())
+    blueprint = program.blueprint(program.simplest_plan())
+    refuse_other_shapes(beginning.parents, blueprint)
+    state = blueprint.state
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
     limit, reason = budget_here(config, program)
     if held > limit:

@@ -8,7 +8,7 @@ packages, with naive Bayes on the same words as baseline.
 from __future__ import annotations
 
 import functools
-import hashlib
+from typing import Literal
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.recipe import Loss, few
-from aurora_train.recipe import Recipe as Base
-from language.labelled import STDLIB
+from language import labelled
+from language.labelled import STDLIB, Texts
 from language.settings import TokenizerConfig
+from language.text_recipe import TextRecipe
 
 SHOWN_MISTAKES, SHOWN_CHARACTERS = 20, 100
 
@@ -31,6 +32,9 @@ class DataConfig(Section):
     text_field: str = setting("text", help="column that holds the text")
     label_field: str = setting("label", help="column that holds its class")
     labels: list[str] = setting([], help="the permitted classes; none: those that occur")
+    damaged: Literal["refuse", "leave_out"] = setting(
+        "refuse", resume="free", help="rows that cannot be read, such as a line of a CSV with too few fields"
+    )
     tokenizer: TokenizerConfig = setting(TokenizerConfig())
     sequence: int = setting(128, ge=2, help="tokens of a text that are read; a longer text is cut off")
     test: float = setting(0.2, gt=0, lt=0.5, help="share of the rows of each class held out for the score")
@@ -42,83 +46,58 @@ class Config(Section):
     data: DataConfig = setting(DataConfig())
 
 
-class Texts:
-    """A `Source`: tokens and segments int32[B, T] (segment 1 is the text, 0 padding), label int32[B]."""
-
-    def __init__(self, arrays: dict, split: str, source: str):
-        self.arrays, self.split, self.source = arrays, split, source
-        content = b"".join(arrays[name].tobytes() for name in sorted(arrays))
-        self.fingerprint = hashlib.sha256(f"classify 1 {split} ".encode() + content).hexdigest()
-
-    def __len__(self):
-        return len(self.arrays["label"])
-
-    def take(self, indices):
-        return {name: array[indices] for name, array in self.arrays.items()}
-
-    def describe(self):
-        return {"source": self.source, "split": self.split, "texts": len(self)}
-
-
-class Classify(Base):
+class Classify(TextRecipe):
     Config = Config
     unit, metric = "texts", ("accuracy", "max")
     is_test_alone = False  # set by `on`: all rows are in the test split
 
     @classmethod
     def check(cls, config) -> None:
-        from language.labelled import tables_of
-
-        data, model = config.data, config.model
-        if data.source != STDLIB:
-            tables_of(data.source)
-        if len(set(data.labels)) < len(data.labels):
+        if config.data.source != STDLIB:
+            labelled.check_columns(_table(config.data))
+        if len(set(config.data.labels)) < len(config.data.labels):
             raise UserError("a class is named twice", where="data.labels", hint="name each class once")
-        if any(row.kind == "cross" for row in model.rows):
-            raise UserError("there is no second text that a layer of kind cross could read", where="model.layer_table")
-        if model.positions == "learned" and model.max_length < data.sequence:
-            raise UserError(
-                f"texts of {data.sequence} tokens need as many learned positions", where="model.max_length",
-                hint=f"model.max_length={data.sequence}, or model.positions=rope",
-            )  # fmt: skip
+        super().check(config)
+
+    def shapes(self) -> dict:
+        import jax
+
+        row = jax.ShapeDtypeStruct((self.config.data.sequence,), "int32")
+        return {"tokens": row, "segments": row, "label": jax.ShapeDtypeStruct((), "int32")}
+
+    def expected_facts(self) -> dict | None:
+        """The labels, too, if they are known before the table is read."""
+        labels = self.config.data.labels or self.inherited.get("labels")
+        return {**super().expected_facts(), "labels": labels} if labels else None
 
     def prepare(self, progress) -> None:
-        from language import labelled
-        from language.tokenizers import Tokenizer, known_tokenizer, train_bpe
+        from language.tokenizers import known_tokenizer, train_bpe
 
         data = self.config.data
         progress(0, 2, "reading texts and labels")
-        classes = self.known["labels"] if self.is_test_alone else data.labels
-        fields = data.text_field, data.label_field
-        self.rows, self.left_out = labelled.read(data.source, *fields, classes, one_will_do=self.is_test_alone)
         if self.is_test_alone:
+            self.rows, self.left_out = labelled.read(_table(data), self.known["labels"], one_will_do=True)
             self.split = {"train": [], "validation": [], "test": list(range(len(self.rows)))}
             return
+        # A run that starts from another may keep its classes, although its own table lacks some of them.
+        needed = [] if data.labels == self.inherited.get("labels") else data.labels
+        self.rows, self.left_out = labelled.read(_table(data), data.labels, needed=needed)
         self.split = labelled.split(self.rows, data.test, data.validation)
         progress(1, 2, "preparing the tokenizer")
-        inherited = Tokenizer.of_files(self.inherited) if "tokenizer.json" in self.inherited else None
-        known = known_tokenizer(data.tokenizer, None, inherited)
+        known = known_tokenizer(data.tokenizer, None, self.inherited_tokenizer)
         training = [self.rows[i].text for i in self.split["train"]]
         self.prepared = known or train_bpe([training], data.tokenizer.vocab)
         progress(2, 2, f"{len(self.rows):,} texts")
 
     def facts(self) -> dict:
         labels = self.config.data.labels or sorted({row.label for row in self.rows})
-        return {**self.prepared.files(), "vocabulary": self.prepared.vocab_size, "labels": labels}
-
-    @functools.cached_property
-    def tokenizer(self):
-        """The tokenizer of the training texts, on any machine."""
-        from language.tokenizers import Tokenizer
-
-        return Tokenizer.of_files(self.known)
+        return {**self.prepared.facts(), "labels": labels}
 
     def on(self, path: str):
         """A recipe that scores all rows of another table, whose labels must be known to the model."""
-        data = self.config.data.model_copy(update={"source": path})
-        other = type(self)(self.config.model_copy(update={"data": data}), self.cache)
+        other = self.scoring(source=path)
         other.is_test_alone = True
-        return other.use(self.known)
+        return other
 
     def encode(self, texts: list[str]) -> dict[str, np.ndarray]:
         """A batch of texts as input of `predict`; each begins with the separator."""
@@ -132,9 +111,8 @@ class Classify(Base):
     @functools.cache  # noqa: B019 - a recipe lives as long as its run
     def data(self, split: str):
         rows = [self.rows[i] for i in self.split[split]]
-        number = {label: i for i, label in enumerate(self.known["labels"])}
-        labels = np.array([number[row.label] for row in rows], np.int32)
-        return Texts(self.encode([row.text for row in rows]) | {"label": labels}, split, self.config.data.source)
+        arrays = self.encode([row.text for row in rows])
+        return Texts(rows, arrays, self.known["labels"], split, self.config.data.source, self.tokenizer)
 
     def model(self, rngs):
         import jax.numpy as jnp
@@ -200,7 +178,7 @@ class Classify(Base):
         counts = scores.confusion(truth, shares.argmax(-1), len(labels))
         wrong = np.flatnonzero(shares.argmax(-1) != truth)
         wrong = wrong[np.argsort(-shares[wrong].max(-1), kind="stable")][:SHOWN_MISTAKES]
-        texts = [self.rows[i] for i in self.split[split]]
+        texts = source.rows
         mistakes = [[texts[i].place, texts[i].text[:SHOWN_CHARACTERS], labels[truth[i]], labels[shares[i].argmax()],
                      round(float(shares[i].max()), 3)] for i in wrong]  # fmt: skip
         reasons = sorted(self.left_out.items())
@@ -250,3 +228,7 @@ class Classify(Base):
         text = "\n".join(f"{self.known['labels'][i]} {shares[i]:.3f}" for i in np.argsort(-shares, kind="stable"))
         on_text(f"\n{text}")
         return text
+
+
+def _table(data: DataConfig) -> labelled.Table:
+    return labelled.Table(data.source, data.text_field, data.label_field, data.damaged)

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aurora_train.data import find, readers, tables
+from aurora_train.data import find, readers
 from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
+from language import tables
 from language.settings import TextDataConfig, check_settings, resolve
 
 log = logging.getLogger("aurora_train")

@@ -106,6 +106,10 @@ class Tokenizer:
         """Its complete definition by file name: `tokenizer.json` and `tokenizer_config.json` (the separator)."""
         return {FILE: self._definition.encode(), CONFIG: json.dumps({"eos_token": self.separator}).encode()}
 
+    def facts(self) -> dict:
+        """The facts of a recipe that uses it: its `files`, and `vocabulary`, the number of ids of a model."""
+        return {**self.files(), "vocabulary": self.vocab_size}
+
     def save(self, folder: Path) -> None:
         """Write its `files` into `folder`."""
         for name, content in self.files().items():

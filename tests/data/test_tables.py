@@ -124,9 +124,38 @@ def test_any_texts_come_back_whatever_the_other_columns_hold(tmp_path_factory, w
     try:
         for path in folder.iterdir():
             kind = path.suffix[1:].removesuffix("l")
-            assert list(readers.cells(path, kind, "text")) == [t.encode() for t in texts], path
+            found = list(readers.rows(path, kind, ("text",)))
+            assert [cell for _, (cell,) in found] == [t.encode() for t in texts], path
     finally:
         readers._BLOCK = usual
+
+
+LINES = {
+    "a.csv": ('\n\nid,text\n1,"a\nb"\n\n2,c\n5\n3,"never closes\n4,d\n', [4, 7, 8, 9, 10]),
+    "a.jsonl": ('\ufeff\n{"text": "a"}\r\n\n{"text": "b"} {"text": "c"}\nnothing\n', [2, 4, 4, 5]),
+    "a.json": ('\n\n[\n{"text": "a"},\n\n {\n"text": "b\\n"}, {"text": "c"}\n,3]', [4, 6, 7, 8]),
+    "b.json": ('{\n"text": "a"}\n{"text":\n"b"}', [1, 3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [7, 1 << 20])
+@pytest.mark.parametrize("name", LINES)
+def test_a_row_is_named_by_the_line_where_it_begins(tmp_path, monkeypatch, name, block):
+    monkeypatch.setattr(readers, "_BLOCK", block)
+    content, numbers = LINES[name]
+    (tmp_path / name).write_text(content, newline="", encoding="utf-8")
+    kind = name[2:].removesuffix("l")
+    assert [line for line, _ in readers.rows(tmp_path / name, kind, ("text",))] == numbers
+
+
+def test_several_columns_are_read_at_once_in_the_order_asked_for(tmp_path):
+    table = {"a": ["1", "2"], "b": [1, 2], "c": ["x", None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("c;b;a\nx;1;1\n;2;2\n")
+    for kind in ("parquet", "csv"):
+        cells = [cells for _, cells in readers.rows(tmp_path / f"t.{kind}", kind, ("c", "d", "a"))]
+        assert [(one[0], one[2]) for one in cells] == [(b"x", b"1"), (b"", b"2")]
+        assert all(sorted(one[1].fields) == ["a", "b", "c"] and {"a", "c"} <= {*one[1].texts} for one in cells)
 
 
 def test_what_was_read_right_before_is_the_same_store(tmp_path):

@@ -22,11 +22,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-def decoder(**settings):
+def decoder(mask="causal", **settings):
     config = DecoderConfig(**({"width": 32, "layers": 2, "heads": 4} | settings))
 
     def make():
-        return Decoder(config, VOCAB, "float32", nnx.Rngs(params=jax.random.key(7)))
+        return Decoder(config, VOCAB, "float32", nnx.Rngs(params=jax.random.key(7)), mask)
 
     graph, _ = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1])())
@@ -57,6 +57,16 @@ def test_greedy_tokens_and_logits_equal_those_without_a_cache(shape):
         part, caches = extend(state, text[:, t : t + 4], jnp.arange(t, t + 4)[None], caches)
         found.append(part[0])
     np.testing.assert_allclose(jnp.concatenate(found), logits, atol=1e-4)
+
+
+def test_the_prompt_is_the_prefix_of_a_prefix_language_model():
+    model, prompts = decoder("prefix"), [PROMPT, PROMPT[:3]]
+    made = Generator(model, None).generate_batch(prompts, 6, temperature=0)
+    for prompt, new in zip(prompts, made, strict=True):
+        text, prefix = jnp.asarray([prompt + new], jnp.int32), jnp.arange(len(prompt) + 6)[None] < len(prompt)
+        logits = model.logits(model(text, prefix=prefix))[0]
+        assert new == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    assert made != Generator(decoder(), None).generate_batch(prompts, 6, temperature=0)
 
 
 def test_prompts_of_unlike_lengths_in_a_batch_get_what_each_gets_alone(llama):

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -36,15 +38,17 @@ def write(path, rows, names=("text", "label")):
     return str(path)
 
 
-def read(source, **settings):
-    return labelled.read(source, **{"text_field": "text", "label_field": "label", "classes": []} | settings)
+def read(source, classes=(), needed=(), **settings):
+    return labelled.read(labelled.Table(source, **{"text_field": "text", "label_field": "label"} | settings),
+                         list(classes), needed=needed)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "a.jsonl.gz"])
 def test_every_kind_of_table_gives_the_same_rows(name, tmp_path, caplog):
     rows, left_out = read(write(tmp_path / name, [*ROWS, ROWS[0], ("", "fine"), (ROWS[1][0], "another")]))
     assert [(row.text, row.label) for row in rows] == ROWS
-    assert rows[2].place == f"row 3 of {name}"
+    place = {"a.csv": "line 4", "a.parquet": "row 3"}.get(name, "line 3")  # a CSV's first line has the names
+    assert rows[2].place == f"{place} of {name}"
     assert left_out == {"repeats an earlier text": 1, "no text": 1, "repeats an earlier text under another label": 1}
     assert "3 of " in caplog.text and "1 repeats an earlier text under another label" in caplog.text
 
@@ -60,15 +64,19 @@ def test_a_label_may_be_a_number_or_a_truth_value(name, values, labels, tmp_path
 
 
 REFUSED = {
-    "no label": ([*ROWS[:4], ("more", "")], {}, "row 5 of a.jsonl has no label"),
-    "null": ([*ROWS[:4], ("more", None)], {}, "row 5 of a.jsonl has no label"),
-    "not a number": ([*ROWS[:4], ("more", float("nan"))], {}, "the label of row 5 of a.jsonl is a number"),
-    "a list": ([*ROWS[:4], ("more", ["fine"])], {}, "the label of row 5 of a.jsonl is list"),
+    "no label": ([*ROWS[:4], ("more", "")], {}, "line 5 of a.jsonl has no label"),
+    "null": ([*ROWS[:4], ("more", None)], {}, "line 5 of a.jsonl has no label"),
+    "not a number": ([*ROWS[:4], ("more", float("nan"))], {},
+                     "line 5 of a.jsonl has no label: its number is NaN\\n  NaN stands for a missing number"),
+    "infinite": ([*ROWS[:4], ("more", float("inf"))], {}, "line 5 of a.jsonl has no label: its number is Infinity"),
+    "a list": ([*ROWS[:4], ("more", ["fine"])], {}, "the label of line 5 of a.jsonl is list"),
     "unknown": ([*ROWS[:2], ("more", "fien")], {"classes": ["fine", "hot"]},
-                "row 3 of a.jsonl is labelled `fien`, which is none of the 2 classes"),
-    "one class": (ROWS[:5], {}, "all 5 rows of .*a.jsonl are labelled `fine`, from row 1 of a.jsonl on"),
-    "no column": (ROWS, {"label_field": "lable"}, "row 1 of a.jsonl has no field `lable`"),
+                "line 3 of a.jsonl is labelled `fien`, which is none of the 2 classes"),
+    "one class": (ROWS[:5], {}, "all 5 rows of .*a.jsonl are labelled `fine`, from line 1 of a.jsonl on"),
+    "no column": (ROWS, {"label_field": "lable"}, "line 1 of a.jsonl has no field `lable`"),
     "no text column": (ROWS, {"text_field": "txt"}, "has no field `txt`"),
+    "a class without rows": (ROWS, {"classes": ["fine", "hot", "worn", "wrn"], "needed": ["hot", "wrn"]},
+                             "no row of .*a.jsonl is labelled `wrn`(?s:.*)occur are fine, hot, worn"),
 }  # fmt: skip
 
 
@@ -82,9 +90,29 @@ def test_what_is_wrong_with_a_label_is_refused_by_file_and_row(case, tmp_path):
         assert {"unknown": "`fine`", "no column": "data.label_field=label"}[case] in caught.value.hint
 
 
+DAMAGED = {
+    "a short row": (b"alone\n", "other fields than the header's"),
+    "a quote that does not close": (b'"alone,fine\n', "not CSV"),
+    "not UTF-8": (b"caf\xe9,fine\n", "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_row_that_cannot_be_read_is_refused_by_line_or_left_out_as_asked(case, tmp_path, caplog):
+    line, reason = DAMAGED[case]
+    lines = Path(write(tmp_path / "a.csv", ROWS)).read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.csv").write_bytes(b"".join([*lines[:7], line, *lines[7:]]))
+    with pytest.raises(UserError, match=f"line 8 of a.csv cannot be read: {reason}") as caught:
+        read(str(tmp_path / "a.csv"))
+    assert caught.value.where == "data.source" and "data.damaged=leave_out" in caught.value.hint
+    rows, left_out = read(str(tmp_path / "a.csv"), damaged="leave_out")
+    assert [(row.text, row.label) for row in rows] == ROWS and left_out == {reason: 1}
+    assert f"1 of {len(ROWS) + 1} rows left out: 1 {reason}" in caplog.text
+
+
 def test_a_class_that_is_too_small_to_be_in_every_split_is_refused_by_row(tmp_path):
     rows, _ = read(write(tmp_path / "a.csv", [*ROWS, ("alone", "rare"), ("alone, too", "rare")]))
-    with pytest.raises(UserError, match=f"`rare` has 2 rows, the first of them row {len(ROWS) + 1} of a.csv"):
+    with pytest.raises(UserError, match=f"`rare` has 2 rows, the first of them line {len(ROWS) + 2} of a.csv"):
         labelled.split(rows, 0.2, 0.1)
 
 
@@ -161,6 +189,36 @@ def test_a_run_is_scored_beside_its_rivals_and_shows_its_mistakes(trained):
     assert "How often each class was taken for which" in (trained[1] / "report.html").read_text()
 
 
+@pytest.mark.parametrize("setting,said", [
+    ("data.text_field=reports", "data.text_field: {folder}/machines.csv has no field `reports`"),
+    ("data.label_field=stat", "data.label_field: line 2 of machines.csv has no field `stat`"),
+])  # fmt: skip
+def test_check_reads_the_first_rows_and_names_a_column_that_is_not_there(setting, said, trained, capsys):
+    assert main(["check", "machines.yaml", setting]) == 2
+    err = capsys.readouterr().err
+    assert said.format(folder=trained[0]) in err and "its fields are report, state" in err
+
+
+def test_check_compares_the_parameters_with_those_of_the_run_that_init_names(trained, capsys):
+    assert main(["check", "machines.yaml", "init.from=run", "model.width=16"]) == 2
+    err = capsys.readouterr().err
+    assert "the checkpoint does not fit this model" in err and "params.encoder.embedding" in err
+    assert main(["check", "machines.yaml", "init.from=run", "--prepare"]) == 0
+    assert "# rehearsed: the data" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_texts_of_a_batch_with_their_lines_and_labels(trained, capsys):
+    assert main(["inspect", "machines.yaml", "--rows", "3"]) == 0
+    out = capsys.readouterr().out
+    lines = (trained[0] / "machines.csv").read_text().splitlines()
+    shown = re.findall(r"line (\d+) of machines.csv, labelled `(\w+)`: (\d+) tokens\]\n(.*)\n", out)
+    assert len(shown) == 3
+    for line, label, tokens, text in shown:
+        assert lines[int(line) - 1].startswith(f'"{text}') and lines[int(line) - 1].endswith(f'"{label}"')
+        assert int(tokens) == min(len(text) + 1, 40)
+    assert "of 114 texts fill all 40 tokens" in out
+
+
 def test_new_texts_are_classified_where_the_table_is_not(trained, capsys):
     folder, run = trained
     (folder / "machines.csv").rename(folder / "gone.csv")
@@ -185,7 +243,7 @@ def test_another_table_is_scored_and_a_label_it_does_not_know_is_refused_by_row(
     write(folder / "other.jsonl", other, ("report", "state"))
     assert main(["evaluate", str(run), "--on", "other.jsonl"]) == 2
     said = capsys.readouterr().err
-    assert "row 3 of other.jsonl is labelled `hto`" in said and "did you mean `hot`?" in said
+    assert "line 3 of other.jsonl is labelled `hto`" in said and "did you mean `hot`?" in said
     assert "Traceback" not in said
     write(folder / "other.jsonl", other[:2], ("report", "state"))
     assert main(["evaluate", str(run), "--on", "other.jsonl"]) == 0

@@ -40,6 +40,12 @@ def test_a_float32_of_the_device_comes_back_with_the_same_bits(value):
     assert np.float32(decode(encode({"loss": number}))["loss"]).tobytes() == number.tobytes()
 
 
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "'NaN", "''-Infinity", "nan", "'", "NaN "])
+def test_text_that_looks_like_a_number_stays_text(text):
+    record = {"text": text, "list": [text, math.inf]}
+    assert decode(encode(record)) == record
+
+
 def test_text_with_newlines_and_lone_surrogates_stays_one_line():
     record = {"event": "note", "text": "a\nb\u2028c\ud800"}
     assert encode(record).count(b"\n") == 1

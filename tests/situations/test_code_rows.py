@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import py_compile
 import shutil
 
 import pytest
@@ -11,6 +13,9 @@ from aurora_cli import aurora
 from harness import events
 
 import aurora_train
+from aurora_train import bundled
+from aurora_train.config.find_recipe import load_recipe
+from aurora_train.config.recipe_code import files_beside
 
 BLOCKS = "import helpers.deep\n\nSCALE = helpers.deep.SCALE\n"
 
@@ -97,3 +102,62 @@ def test_H7_an_allowed_change_that_is_none_is_refused_with_the_way_that_works(he
     assert aurora("resume", "run", "train.steps=3", "--allow-change", "recipe", "--quiet") == 2
     said = capsys.readouterr().err
     assert "`recipe` has not changed" in said and "--allow-change code" in said
+
+
+def test_a_bundled_recipe_has_only_the_modules_of_its_kit_that_it_imports():
+    """A change of the classifier is no change of the language model."""
+    code = {name: set(files_beside(path)) for name, path in bundled.recipes().items()}
+    writes, reads = code["language_model"], code["language/classify"]
+    assert {"language/__init__.py", "language/corpus.py", "language/store.py", "language/ngram.py"} < writes
+    assert {"language/labelled.py", "language/class_scores.py", "language/tokenizers.py"} < reads
+    assert not {"language/classify.py", "language/labelled.py", "language/class_scores.py"} & writes
+    assert not {"language/windows.py", "language/store.py"} & reads
+    for path in bundled.recipes_folder().rglob("*.py"):
+        text = path.read_text()
+        assert "import_module" not in text and "__import__" not in text, f"{path.name}: an import that is not followed"
+
+
+def test_every_form_of_import_is_followed_and_a_users_package_is_whole(tmp_path):
+    files = {
+        "mine.py": "from . import a\nfrom .b import X\nimport json, numpy\nif X:\n  import kit.part\n",
+        "a.py": "try:\n  import c\nexcept ImportError: pass\n", "b.py": "def f():\n  with x:\n    from d import *\n",
+        "c.py": "", "d.py": "", "json.py": "", "unused.py": "",
+        "kit/__init__.py": "", "kit/part.py": "from ..e import f\nfrom .other import g\n", "kit/other.py": "",
+        "e.py": "", "kit/computed.py": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert set(files_beside(tmp_path / "mine.py")) == files.keys() - {"mine.py", "json.py", "unused.py"}
+
+
+MINE = """
+from part import NUMBER
+
+from aurora_train.config import Section
+from aurora_train.recipe import Recipe
+
+
+class Mine(Recipe):
+    Config = Section
+    number = NUMBER
+"""
+
+
+def test_a_users_module_runs_as_it_is_written_whatever_bytecode_is_cached(tmp_path):
+    part = tmp_path / "part.py"
+    part.write_text("NUMBER = 1\n")
+    py_compile.compile(str(part))
+    before = part.stat()
+    part.write_text("NUMBER = 2\n")
+    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "mine.py").write_text(MINE)
+    assert load_recipe(tmp_path / "mine.py", False).cls.number == 2
+
+
+@pytest.mark.parametrize("name", ["language/classify", "language_model"])
+def test_a_bundled_recipe_and_a_copy_of_it_find_their_kit_from_anywhere(name, aurora, tmp_path):
+    config = {"language/classify": "classify", "language_model": "quickstart"}[name]
+    aurora.good("check", config)
+    aurora.good("recipes", "copy", name, "mine")
+    assert "recipe: " + name.rpartition("/")[2] + ".py" in aurora.good("check", f"mine/{config}.yaml").stdout

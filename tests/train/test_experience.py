@@ -1,16 +1,19 @@
 """Data that the model makes itself: the documents' self-play, killed, and resumed to the bit through the one loop."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from harness import events, final_hash, losses, write_documented
 
 from aurora_train.cli.main import main
+from aurora_train.train.experience import Actor, Journal
 
 KILL = '''
 import os
@@ -92,6 +95,15 @@ def test_self_play_that_is_killed_resumes_to_the_bit_and_asks_nobody_twice(recip
         said = capsys.readouterr().err
         assert "memory.accumulation: 'auto' -> 2 (changes the run from here on)" in said
         assert "from here the model makes different data" in said
+
+
+def test_an_answer_comes_back_as_it_was_given_whatever_it_says(tmp_path):
+    state = types.SimpleNamespace(params=None, rest=None, frozen=None)
+    answer = ["NaN", "Infinity", "'-Infinity", {"share": math.inf}, None]
+    for judge in (lambda text: answer, pytest.fail):  # the second is not asked
+        journal = Journal(tmp_path / "journal.jsonl", 0)
+        assert Actor(None, state, 3, journal).ask("judge", judge, "NaN") == answer
+        journal.close()
 
 
 def test_the_documents_game_is_learned_in_one_short_file(here):

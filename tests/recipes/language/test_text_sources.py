@@ -88,12 +88,12 @@ def test_reading_a_local_table_looks_up_no_host(tmp_path):
         "import socket, sys; from pathlib import Path\n"
         "def refuse(*a, **k): raise SystemExit(f'looked up {a}')\n"
         "socket.getaddrinfo = socket.socket.connect = refuse\n"
-        "sys.path.insert(0, sys.argv[2]); from corpora import config\n"
+        "from corpora import config\n"
         "from language.prepare import prepare\n"
         "print(prepare(config(sys.argv[1] + '/table.parquet'), Path(sys.argv[1])).manifest['splits'])"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    arguments = [sys.executable, "-c", code, str(tmp_path), os.path.dirname(__file__)]
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "'train'" in done.stdout, done.stderr
 

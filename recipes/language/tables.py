@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from aurora_train.data import readers
-from aurora_train.data.readers import LeftOut, Mistake
+from aurora_train.data.readers import Cell, LeftOut, Mistake
 from aurora_train.errors import UserError
 
 KINDS = {
@@ -117,11 +117,16 @@ def peek(path: Path, field: str, key: str) -> None:
         raise _no_text(first, str(path), field, key)
 
 
-def column(path: Path, field: str, key: str) -> Iterator[bytes | LeftOut | Mistake]:
-    """One cell per row of a table. UserError for a file that cannot be read."""
+def column(path: Path, field: str, key: str) -> Iterator[Cell]:
+    """The cells of one column of a table, as in `rows`."""
+    return (cell for _, (cell,) in rows(path, (field,), key))
+
+
+def rows(path: Path, fields: tuple[str, ...], key: str) -> Iterator[tuple[int | None, tuple[Cell, ...]]]:
+    """`readers.rows` of a table. UserError for a file that cannot be read."""
     ending = suffix(path.name)
     try:
-        yield from readers.cells(path, KINDS[ending], field)
+        yield from readers.rows(path, KINDS[ending], fields)
     except readers.faults() as error:
         words = str(error).splitlines()
         raise UserError(
