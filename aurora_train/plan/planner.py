@@ -272,10 +272,11 @@ class Planner:
     def _written(self, space: Space, shortlist: Shortlist, chosen: Candidate, compiled: int | None) -> Plan:
         plan = self.plan_of(chosen)
         faster = next_faster(shortlist.candidates, chosen, shortlist.expected)
+        how = "compiled" if compiled is not None else "not compiled"
         details = account.details(self, space, shortlist, chosen, faster)
         return replace(
             plan,
-            reason=f"the fastest that fits; budget: {self.budget_reason}",
+            reason=f"the fastest that fits ({how}); budget: {self.budget_reason}",
             machine=self.machine,
             platform=self.program.platform,
             budget_bytes=self.budget,
