@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.extend.core import get_opaque_trace_state, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 
-__all__ = ["get_opaque_trace_state", "is_unreadable", "jaxprs_in_params", "open_jaxpr", "scan_parts"]
+__all__ = ["is_unreadable", "jaxprs_in_params", "open_jaxpr", "scan_parts"]
 
 
 def open_jaxpr(jaxpr):

@@ -92,7 +92,7 @@ def test_L5_the_log_has_epochs_precision_and_what_is_held_out_and_no_internals(t
     assert "operations" not in err and "attention:" not in err
     forms = json.loads((run / "plan.json").read_text())["plan"]["details"]["forms"]
     assert forms == "cpu"  # the plan has them, and the report of it
-    assert "forms" in (run / "report.html").read_text()
+    assert "<td>forms</td><td>cpu</td>" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("number,said", [(1, "the score rests on 1 document of 3.7 kB: raise data.holdout_test"),
