@@ -61,10 +61,28 @@ class Policy(Recipe):
 CONFIG = "recipe: policy.py\ntrain: {steps: 2, batch: 8}\noptimizer: {lr: 1e-2}\n"
 
 
-@pytest.mark.parametrize("devices", [1, 4])  # of which 4 do not divide the six examples of a call
-def test_a_score_gives_keys_and_carries_to_predict(tmp_path, devices):
+@pytest.fixture
+def policy(tmp_path) -> Aurora:
+    """A folder with the recipe and its config."""
     (tmp_path / "policy.py").write_text(POLICY)
     (tmp_path / "policy.yaml").write_text(CONFIG)
-    Aurora(tmp_path, tmp_path / "cache").good("train", "policy.yaml", "--run", "run", devices=devices)
-    score = json.loads((tmp_path / "run" / "scores.json").read_text())["score"]
+    return Aurora(tmp_path, tmp_path / "cache")
+
+
+def assert_drawn_and_remembered(aurora: Aurora) -> None:
+    score = json.loads((aurora.folder / "run" / "scores.json").read_text())["score"]
     assert score["drawn"] < 1e-6 and score["remembered"] < 1e-6
+
+
+@pytest.mark.parametrize("devices", [1, 4])  # of which 4 do not divide the six examples of a call
+def test_a_score_gives_keys_and_carries_to_predict(policy, devices):
+    policy.good("train", "policy.yaml", "--run", "run", devices=devices)
+    assert_drawn_and_remembered(policy)
+
+
+@pytest.mark.slow
+def test_so_does_the_score_of_several_processes(policy):
+    team = policy.team(2, "train", "policy.yaml", "--run", "run", devices=2)
+    said = [process.communicate(timeout=300)[1] for process in team]
+    assert [process.returncode for process in team] == [0, 0], said
+    assert_drawn_and_remembered(policy)
