@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quick
+
 # Dropout, BPE, packing, accumulation 2, EMA and Muon: what a resume has to get right. Formatted with `corpus`.
 TINY = """
 recipe: language_model
@@ -36,8 +38,11 @@ class Aurora:
 
     def environment(self, devices: int = 1) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "AURORA_"))}
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
-        return {**kept, **flags, "AURORA_CACHE": str(self.cache), "JAX_PLATFORMS": "cpu"}
+        quickly = quick.settings()
+        if devices > 1:
+            flags = [quickly.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={devices}"]
+            quickly["XLA_FLAGS"] = " ".join(flags).strip()
+        return {**kept, **quickly, "AURORA_CACHE": str(self.cache), "JAX_PLATFORMS": "cpu"}
 
     def command(self, *arguments) -> list[str]:
         return [sys.executable, "-m", "aurora_train.cli.main", *map(str, arguments)]

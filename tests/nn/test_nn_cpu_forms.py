@@ -16,6 +16,7 @@ from aurora_train.nn.mlp import activate
 from aurora_train.nn.ops import asking
 from aurora_train.nn.stack import _apart
 
+pytestmark = pytest.mark.optimized
 CPUINFO = Path("/proc/cpuinfo")
 RNG = np.random.default_rng(0)
 DTYPES = [jnp.float32, jnp.bfloat16]

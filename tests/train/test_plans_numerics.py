@@ -13,6 +13,8 @@ from harness import load_benchmark
 
 from aurora_train.nn.stack import Segment
 
+pytestmark = pytest.mark.optimized  # which bits a program has is the compiler's choice
+
 benchmark = load_benchmark("plan_numerics")
 SLOW = pytest.mark.slow
 EXCUSED = 2e-6  # what an excused plan may cost, relative, over ten steps
