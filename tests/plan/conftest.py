@@ -1,4 +1,4 @@
-"""What a plan predicts is held to what the compiler makes of a step that is to be run: nothing here compiles quickly."""
+"""What a plan predicts is held to what the compiler makes of a step as a run has it: nothing here compiles quickly."""
 
 from pathlib import Path
 

@@ -178,7 +178,8 @@ def test_fresh_keeps_the_old_run_beside_the_new_one(finished, capsys):
 
 def test_an_edited_config_starts_a_run_of_its_own_beside_the_first(here):
     for override in ("train.seed=0", "train.seed=1"):
-        assert main(["train", "toy.yaml", "train.steps=1", "evaluate.every=null", "evaluate.final=false", override]) == 0
+        short = ["train.steps=1", "evaluate.every=null", "evaluate.final=false", "--quiet"]
+        assert main(["train", "toy.yaml", override, *short]) == 0
     assert len(list((here / "runs").glob("toy-????????"))) == 2
 
 
