@@ -34,8 +34,7 @@ MODULES = ("abc", "ast", "base64", "bisect", "calendar", "cmd", "codecs", "color
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before any fixture of a test: compile as it wants, and leave the objects of other files out of collections."""
-    for_a_gpu = any("[plan]" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
-    quick.set_optimized(for_a_gpu or item.get_closest_marker("optimized") is not None)
+    quick.set_optimized(_wants_all_optimizations(item))
     if _files and _files[-1] == item.path:
         return
     _files[:] = [item.path]
@@ -44,6 +43,12 @@ def pytest_runtest_setup(item):
 
 
 _files: list[Path] = []
+
+
+def _wants_all_optimizations(item) -> bool:
+    """A test that is marked so, a whole benchmark, and what is compiled for a GPU."""
+    for_a_gpu = any("[plan]" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
+    return for_a_gpu or any(item.get_closest_marker(name) for name in ("optimized", "release"))
 
 
 @pytest.fixture(scope="session")
