@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import quick
-from harness import TINY, Aurora
+from kit import TINY, Aurora
 
 # The suite is written for the CPU; with the extra [plan] installed jax would look for a GPU first, and complain.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import toy
-from harness import Aurora, final_hash
+from kit import Aurora, final_hash
 
 from aurora_train.machine.hugepages import tunables
 

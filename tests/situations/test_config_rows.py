@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from harness import evaluations, events
+from kit import evaluations, events
 
 from aurora_train.cli.main import main
 from aurora_train.config import load, load_resolved

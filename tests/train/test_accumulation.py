@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy
 from flax import nnx
-from harness import Aurora
+from kit import Aurora
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import final_hash
+from kit import final_hash
 
 # As on a machine with more cores and more data: which thread planned is told, and everything else is as it is.
 SCRIPT = """

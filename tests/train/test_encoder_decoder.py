@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from harness import evaluations, events, final_hash, losses
+from kit import evaluations, events, final_hash, losses
 
 from aurora_train.cli.main import main
 from aurora_train.config import load

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from harness import events, final_hash, losses, write_documented
+from kit import events, final_hash, losses, write_documented
 
 from aurora_train.cli.main import main
 

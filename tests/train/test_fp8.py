@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import losses
+from kit import losses
 
 from aurora_train.cli.main import main
 from aurora_train.config.find_recipe import find_recipe

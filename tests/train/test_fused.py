@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from harness import records
+from kit import records
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers

@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import pytest
-from harness import load_benchmark
+from kit import load_benchmark
 
 from aurora_train.nn.stack import Segment
 

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from harness import evaluations, events, final_hash, losses, records
+from kit import evaluations, events, final_hash, losses, records
 
 from aurora_train.cli.main import main
 from aurora_train.data.order import indices
