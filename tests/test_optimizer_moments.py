@@ -203,6 +203,7 @@ def test_eight_bits_go_to_matrices_and_not_to_tables_vectors_and_what_is_small(n
     assert kinds["embedding"] == kinds["bias"] == kinds["small"] == {"float32"}
 
 
+@pytest.mark.optimized
 def test_bytes_of_a_parameter_are_what_the_formats_say_and_init_makes_no_float32_on_the_way():
     params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     for moments, each in (("float32", 8), ("bfloat16", 4), ("int8", 2 * (1 + 4 / 256))):

@@ -158,6 +158,7 @@ def temporaries(blueprint, step):
 
 
 @pytest.mark.parametrize("cuts", [[Segment(0, 6, ())], [Segment(0, 3, ("attn_out",)), Segment(3, 6, ())]])
+@pytest.mark.optimized
 def test_no_second_gradient_set_of_the_stack_is_ever_held(cuts):
     recipe = Language(width=128, layers=6, mlp_width=512, dropout=0.0)
     blueprint = drawn(recipe, cuts, PLAIN)
@@ -241,6 +242,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_eight_devices_each_accumulate_their_own_share(tmp_path):
     toy.write(tmp_path)
     tests = Path(__file__).parents[1]
