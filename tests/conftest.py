@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sysconfig
@@ -9,17 +10,45 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from harness import TINY, Aurora
+import quick
+from kit import TINY, Aurora
 
 # The suite is written for the CPU; with the extra [plan] installed jax would look for a GPU first, and complain.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what the tests do. What one worker or an earlier session compiled, nobody compiles again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"aurora-tests-{os.getuid()}"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A test compiles programs that run for milliseconds, so that optimising them costs far more than it gains. What is
+# claimed of rounding, of the compiler or of speed is tested as a run compiles: those tests are marked `optimized`.
+quick.compile_quickly()
+# As `aurora_train.cli.main` sets them: tracing makes millions of objects, and with Python's own thresholds the
+# collector looks through all of them again and again.
+gc.set_threshold(100_000, 20, 100)
 
 # Small modules of the interpreter's own library, alike in every Python we support.
 MODULES = ("abc", "ast", "base64", "bisect", "calendar", "cmd", "codecs", "colorsys", "copy", "csv", "dis", "enum",
            "fnmatch", "getopt", "glob", "gzip", "heapq", "hmac")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture of a test: compile as it wants, and leave the objects of other files out of collections."""
+    quick.set_optimized(_wants_all_optimizations(item))
+    if _files and _files[-1] == item.path:
+        return
+    _files[:] = [item.path]
+    gc.collect()
+    gc.freeze()
+
+
+_files: list[Path] = []
+
+
+def _wants_all_optimizations(item) -> bool:
+    """A test that is marked so, a whole benchmark, and what is compiled for a GPU."""
+    for_a_gpu = any("[plan]" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
+    return for_a_gpu or any(item.get_closest_marker(name) for name in ("optimized", "release"))
 
 
 @pytest.fixture(scope="session")

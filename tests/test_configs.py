@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from harness import losses
+from kit import losses
 
 from aurora_train import bundled
 from aurora_train.cli.main import main

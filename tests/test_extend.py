@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import records, write_documented
+from kit import records, write_documented
 
 from aurora_train.cli.main import main
 

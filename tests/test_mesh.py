@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from harness import Aurora
+from kit import Aurora
 
 from aurora_train import mesh as meshes
 from aurora_train.errors import UserError

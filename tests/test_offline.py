@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import losses
+from kit import losses
 
 TINY = """recipe: language_model
 model: {{width: 16, layers: 1, heads: 2}}

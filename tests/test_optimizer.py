@@ -113,6 +113,7 @@ def test_muon_gives_what_adam_updates_its_own_rate():
     np.testing.assert_allclose(np.abs(after["head"] - before["head"]), 3e-3, rtol=2e-3)
 
 
+@pytest.mark.optimized
 def test_the_global_norm_is_numpys_and_no_cut_moves_a_bit_of_it():
     whole = model(3, cuts=((0, 6),))
     expected = np.sqrt(sum(np.sum(np.square(np.asarray(a, np.float64))) for a in jax.tree.leaves(whole)))
@@ -125,6 +126,7 @@ def test_the_global_norm_is_numpys_and_no_cut_moves_a_bit_of_it():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.optimized
 def test_a_cut_changes_no_update(name):
     """To the bit on jax 0.10; on 0.12.0.1 AdamW and Adafactor differ in the last place, for a reason not isolated."""
     optimizer = build(Optimizer(name=name, lr=1e-2, clip=1.0, schedule=Schedule(name="constant")), 10)

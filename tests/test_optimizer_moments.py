@@ -67,6 +67,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.optimized
 def test_float32_is_bit_for_bit_the_plain_transform_vmapped_over_units(name):
     config = Optimizer(name=name, **PLAIN)
     direction, optimizer = make_direction(config), build(config, 100)
@@ -202,6 +203,7 @@ def test_eight_bits_go_to_matrices_and_not_to_tables_vectors_and_what_is_small(n
     assert kinds["embedding"] == kinds["bias"] == kinds["small"] == {"float32"}
 
 
+@pytest.mark.optimized
 def test_bytes_of_a_parameter_are_what_the_formats_say_and_init_makes_no_float32_on_the_way():
     params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     for moments, each in (("float32", 8), ("bfloat16", 4), ("int8", 2 * (1 + 4 / 256))):
@@ -214,6 +216,7 @@ def test_bytes_of_a_parameter_are_what_the_formats_say_and_init_makes_no_float32
 
 
 @pytest.mark.parametrize("name,moments,master", NARROW)
+@pytest.mark.optimized
 def test_no_cut_moves_a_bit_of_what_is_rounded(name, moments, master):
     config = Optimizer(name=name, moments=moments, master=master, **PLAIN)
     assert_same(flat(trained(config)), flat(trained(config, CUT)))
@@ -232,6 +235,7 @@ def test_rounding_is_another_in_each_unit_step_and_seed():
 
 
 @pytest.mark.parametrize("name,moments,master", NARROW[:1] + NARROW[2:])
+@pytest.mark.optimized
 def test_a_state_survives_the_disk_and_another_cut_and_goes_on_to_the_same_bits(name, moments, master):
     config = Optimizer(name=name, moments=moments, master=master, **PLAIN)
     saved = flat(trained(config, CUT))

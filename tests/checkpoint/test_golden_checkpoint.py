@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toy  # noqa: E402
-from harness import Aurora, losses  # noqa: E402
+from kit import Aurora, losses  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = "expected.json"

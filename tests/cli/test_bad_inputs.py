@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import Aurora, can_mount
+from kit import Aurora, can_mount
 
 from aurora_train.cli.main import main
 

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from harness import Aurora
+from kit import Aurora
 
 
 @pytest.mark.slow

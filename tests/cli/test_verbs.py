@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from harness import losses
+from kit import losses
 
 from aurora_train.cli.main import main
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import Aurora, evaluations, events, final_hash, losses
+from kit import Aurora, evaluations, events, final_hash, losses
 
 from aurora_train.checkpoint import durable
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from harness import can_mount
+from kit import can_mount
 
 ROOT = 1
 SECTOR = 512  # bytes that a disk writes whole or not at all

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import toy
 from booting import USER, Machine, why_not
-from harness import Aurora, events, losses
 from killing import assert_same_run
+from kit import Aurora, events, losses
 
 import aurora_train
 from aurora_train.checkpoint.audit import sealed_steps

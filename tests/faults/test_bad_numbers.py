@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from harness import Aurora, events, final_hash, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import Aurora, events, final_hash, losses
 
 from aurora_train import load as load_run
 from aurora_train.cli.main import main

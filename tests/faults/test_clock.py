@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import toy
-from harness import Aurora, events, final_hash, losses, records
+from kit import Aurora, events, final_hash, losses, records
 
 from aurora_train.checkpoint import durable
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import toy
-from harness import Aurora, final_hash, losses
+from kit import Aurora, final_hash, losses
 
 SLOW = ("truncated", "emptied")
 SEED = 20261125

@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from harness import TINY, Aurora, events, final_hash
+from kit import TINY, Aurora, events, final_hash
 
 from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore

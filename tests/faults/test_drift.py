@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import TINY, Aurora, events
+from kit import TINY, Aurora, events
 
 from aurora_train import run as runs
 from aurora_train.check.intent import for_resume

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import toy
-from harness import Aurora, events, losses
+from kit import Aurora, events, losses
 
 LEGS = ((8, 13), (4, 26), (1, 39), (2, 50))  # devices, and the step that they take it to
 PLAIN = {"schedule: {warmup: 3}": "schedule: {name: constant}", "{accumulation: 2}": "{accumulation: 1}"}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import toy
-from harness import Aurora, can_mount, events, final_hash, losses
+from kit import Aurora, can_mount, events, final_hash, losses
 
 from aurora_train.checkpoint import durable
 from aurora_train.train.saving import EXIT_UNSAVED

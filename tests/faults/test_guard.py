@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import toy
-from harness import Aurora, events, final_hash, losses
+from kit import Aurora, events, final_hash, losses
 
 from aurora_train.checkpoint.audit import sealed_steps
 from aurora_train.train.guard import _ONE_COPY, EXIT_LOW_MEMORY, LOW_MEMORY, Guard, falling

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import toy
-from harness import Aurora, events, final_hash, losses
+from kit import Aurora, events, final_hash, losses
 
 from aurora_train.train.watchdog import EXIT_HUNG
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness import TINY, Aurora, losses
 from killing import assert_same_run, kill_again_and_again, schedule
+from kit import TINY, Aurora, losses
 
 STEPS = 40  # of the tiny config: accumulation 2, dropout, BPE, packing, EMA and Muon are on
 SEED = 20261122

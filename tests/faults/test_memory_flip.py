@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from harness import Aurora, events, losses, records
+from kit import Aurora, events, losses, records
 
 from aurora_train import load as load_run
 from aurora_train.checkpoint import durable

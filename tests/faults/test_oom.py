@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 import toy
-from harness import Aurora, events, final_hash, losses
+from kit import Aurora, events, final_hash, losses
 
 from aurora_train.cli.main import main
 from aurora_train.plan.plan import Plan

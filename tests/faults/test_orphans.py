@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 import toy
-from harness import TINY, Aurora
+from kit import TINY, Aurora
 
 
 def marked(mark: bytes) -> set[int]:

@@ -13,8 +13,8 @@ from collections import Counter
 
 import powercut
 import pytest
-from harness import TINY, Aurora, losses
 from killing import assert_same_run
+from kit import TINY, Aurora, losses
 from powercut import Disk, Image, replay
 
 from aurora_train.checkpoint import audit

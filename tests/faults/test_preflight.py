@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import toy
-from harness import Aurora, can_mount, events
+from kit import Aurora, can_mount, events
 
 WIDE = ("model.width=64", "train.steps=120")  # 0.9 MB a checkpoint
 ON_A_FULL_DISK = "mount -t tmpfs -o size=6m tmpfs disk && head -c 5400000 /dev/zero > disk/filler"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import toy
-from harness import Aurora, evaluations, events, final_hash, free_address, losses
+from kit import Aurora, evaluations, events, final_hash, free_address, losses
 
 from aurora_train.errors import UserError
 from aurora_train.machine.processes import place

@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 import toy
-from harness import Aurora, can_mount, events
 from killing import assert_whole
+from kit import Aurora, can_mount, events
 
 WIDE = ("model.width=64", "checkpoint.keep=100", "train.steps=200", "evaluate.every=100")  # 0.9 MB a checkpoint
 WITH_A_QUOTA = """truncate -s 128M image && mkfs.btrfs -q --mixed image || exit 99

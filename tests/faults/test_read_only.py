@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import toy
-from harness import Aurora, can_mount, events, records
 from killing import assert_whole
+from kit import Aurora, can_mount, events, records
 
 from aurora_train.train.saving import EXIT_UNSAVED
 

@@ -14,7 +14,7 @@ from collections import Counter
 
 import pytest
 import toy
-from harness import Aurora, final_hash, losses
+from kit import Aurora, final_hash, losses
 
 SEED = 20261125
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

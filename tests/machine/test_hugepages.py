@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import toy
-from harness import Aurora, final_hash
+from kit import Aurora, final_hash
 
 from aurora_train.machine.hugepages import tunables
 
@@ -45,6 +45,7 @@ def trained(folder: Path, name: str, **extra: str) -> tuple[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_large_pages_change_no_bit_and_spare_page_faults(tmp_path):
     if tunables(None, Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(), platform.libc_ver()) is None:
         pytest.skip("this kernel or C library leaves nothing to choose")

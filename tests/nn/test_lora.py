@@ -103,6 +103,7 @@ def test_a_plain_mlp_has_no_gate_and_a_target_that_is_nowhere_is_refused():
 
 
 @pytest.mark.parametrize("save", [None, ()])
+@pytest.mark.optimized
 def test_no_gradient_of_a_frozen_kernel_is_computed_in_a_scanned_stack(save):
     """By the compiler's count: forward and input gradients are two of the three products of each kernel."""
 

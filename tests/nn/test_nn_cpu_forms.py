@@ -15,6 +15,7 @@ from aurora_train.nn.linear import linear
 from aurora_train.nn.mlp import activate
 from aurora_train.nn.tracing import FORMS
 
+pytestmark = pytest.mark.optimized
 CPUINFO = Path("/proc/cpuinfo")
 RNG = np.random.default_rng(0)
 DTYPES = [jnp.float32, jnp.bfloat16]

@@ -105,6 +105,7 @@ def test_bfloat16_linear_sums_in_float32_and_gives_float32_weight_gradients(shap
     np.testing.assert_allclose(dw, np.einsum("bti,bto->io", wide[0], wide[2]), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_a_compiled_bfloat16_weight_gradient_runs_on_cpu_whichever_side_is_narrower():
     """XLA:CPU crashes at run time where a transpose is folded into a bf16 dot."""
     for narrow, wide in ((8, 32), (32, 8)):

@@ -122,6 +122,7 @@ def test_bfloat16_activations_train_with_float32_logits_and_head_gradients(vocab
     assert logits_of(hidden, head, vocab_first).dtype == jnp.float32
 
 
+@pytest.mark.optimized
 def test_the_compiled_chunked_loss_needs_a_fraction_of_the_bytes_of_the_full_logits():
     hidden, head, targets, weights = make(batch=4, length=256, width=16, vocab=2048)
     logits_bytes = 4 * 256 * 2048 * 4

@@ -158,6 +158,7 @@ def test_sums_have_the_gradients_of_a_plain_loop(monkeypatch):
 
 
 @pytest.mark.parametrize("one,other", PLANS.values(), ids=PLANS)
+@pytest.mark.optimized
 def test_no_cut_and_no_save_set_changes_a_bit_of_them(one, other):
     (loss, found), (expected_loss, expected) = gradients(other), gradients(one)
     assert loss == expected_loss

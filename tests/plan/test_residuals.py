@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from harness import load_benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+from kit import load_benchmark
 
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import toy
-from harness import losses
+from kit import losses
 from test_planner import ROOM, planner, program
 
 from aurora_train.cli.main import main

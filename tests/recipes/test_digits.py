@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import events, final_hash, losses
+from kit import events, final_hash, losses
 
 from aurora_train.config import load
 from aurora_train.train.rehearsal import make_recipe

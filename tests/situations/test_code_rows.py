@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 import toy
-from aurora_cli import aurora
-from harness import events
+from kit import events
+from kit import in_process as aurora
 
 import aurora_train
 from aurora_train import bundled

@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from harness import evaluations, events
+from kit import evaluations, events
 
 from aurora_train.check.remarks import remarks_on_data
 from aurora_train.cli.main import main

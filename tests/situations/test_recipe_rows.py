@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from aurora_cli import aurora
+from kit import in_process as aurora
 
 RECIPE = '''"""A small regression, right as it stands; each test breaks one line of it."""
 

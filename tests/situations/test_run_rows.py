@@ -13,8 +13,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from aurora_cli import aurora
-from harness import evaluations, events, final_hash, losses
+from kit import evaluations, events, final_hash, losses
+from kit import in_process as aurora
 from safetensors.numpy import save_file
 
 import aurora_train

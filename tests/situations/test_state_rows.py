@@ -7,8 +7,8 @@ import os
 
 import numpy as np
 import pytest
-from aurora_cli import aurora
-from harness import events, final_hash, losses, records
+from kit import events, final_hash, losses, records
+from kit import in_process as aurora
 
 import aurora_train
 

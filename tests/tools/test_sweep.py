@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import toy
-from harness import events
+from kit import events
 from tools.folders import make
 
 from aurora_train.cli.main import main

@@ -6,6 +6,8 @@ import pytest
 
 from aurora_train.tools.trace import instructions, timeline
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def program():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy
 from flax import nnx
-from harness import Aurora
+from kit import Aurora
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
@@ -115,6 +115,15 @@ def returning(update):
     )
 
 
+def both(recipe, cuts, optimizer, steps):
+    """(state, losses) of our step and of the naive one, from the same start."""
+    blueprint = drawn(recipe, cuts, optimizer)
+    step = make_step(recipe, blueprint, optimizer, features(), seed=0, accumulation=PARTS)
+    return [run(blueprint, s, steps) for s in (step, naive_step(recipe, blueprint, optimizer))]
+
+
+GRADIENTS = returning(lambda p, g: g)  # the step's new parameters are its gradients
+
 # Two compiled programs: XLA:CPU lays out their products, and joins a product and a sum into one FMA, as it likes, and
 # otherwise on each kind of processor. So the tolerance is some units in the last place, of the leaf's largest entry.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
@@ -124,18 +133,18 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 @pytest.mark.parametrize("cuts", [pytest.param(cut, id=n, marks=SLOW if i else ()) for i, (n, cut) in
                                   enumerate(CUTS.items())])
 def test_it_is_the_sum_of_whole_gradient_trees(cuts, tied, precision):
-    def both(optimizer, steps):
-        blueprint = drawn(recipe, cuts, optimizer)
-        step = make_step(recipe, blueprint, optimizer, features(), seed=0, accumulation=PARTS)
-        return [run(blueprint, s, steps) for s in (step, naive_step(recipe, blueprint, optimizer))]
-
-    recipe = Language(precision, tied=tied)
-    (ours, _), (naive, _) = both(returning(lambda p, g: g), 1)  # the step's new parameters are its gradients
+    (ours, _), (naive, _) = both(Language(precision, tied=tied), cuts, GRADIENTS, 1)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours.params), jax.tree.leaves(naive.params), strict=True):
         limit = TOLERANCE[precision] * float(jnp.abs(b).max())
         np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
 
-    (_, ours), (_, naive) = both(optimizers.build(OptimizerConfig(), 10), 5)
+
+@SLOW
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_five_steps_on_it_are_five_steps_on_whole_gradient_trees(cuts, precision):
+    recipe = Language(precision, tied=precision == "float32")
+    (_, ours), (_, naive) = both(recipe, cuts, optimizers.build(OptimizerConfig(), 10), 5)
     np.testing.assert_allclose(ours, naive, rtol=TOLERANCE[precision] / 2)
 
 
@@ -149,6 +158,7 @@ def temporaries(blueprint, step):
 
 
 @pytest.mark.parametrize("cuts", [[Segment(0, 6, ())], [Segment(0, 3, ("attn_out",)), Segment(3, 6, ())]])
+@pytest.mark.optimized
 def test_no_second_gradient_set_of_the_stack_is_ever_held(cuts):
     recipe = Language(width=128, layers=6, mlp_width=512, dropout=0.0)
     blueprint = drawn(recipe, cuts, PLAIN)
@@ -232,6 +242,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_eight_devices_each_accumulate_their_own_share(tmp_path):
     toy.write(tmp_path)
     tests = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import evaluations, events, final_hash, records
+from kit import evaluations, events, final_hash, records
 
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import is_among_best

@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from harness import evaluations, final_hash
+from kit import evaluations, final_hash
 
 from aurora_train.cli.main import main
 from aurora_train.train import evaluate, loop

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from harness import events, final_hash, losses, write_documented
+from kit import events, final_hash, losses, write_documented
 
 from aurora_train.cli.main import main
 from aurora_train.train.experience import Actor, Journal

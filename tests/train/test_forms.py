@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from harness import events
+from kit import events
 
 from aurora_train.cli.main import main
 from aurora_train.nn import norms, plain

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import losses
+from kit import losses
 
 from aurora_train.cli.main import main
 from aurora_train.config.find_recipe import find_recipe
@@ -93,7 +93,8 @@ def test_a_plan_says_what_it_does_not_know_of_fp8(small, machine, pays, capsys):
 
 
 def test_a_config_keeps_its_ends_in_bfloat16(small, capsys):
-    wishes = [FP8, "train.bf16_ends=1", "model.layers=3", "train.steps=2"]
+    wishes = [FP8, "train.bf16_ends=1", "model.layers=3", "train.steps=2", "memory.accumulation=1"]
+    wishes += ["evaluate.every=null", "evaluate.final=false", "samples.count=0", "optimizer.name=adamw"]
     assert main(["train", str(small), *wishes, "--run", "run"]) == 0
     assert "8-bit operands, 1 at either end in bfloat16;" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from harness import evaluations, events, final_hash, losses
+from kit import evaluations, events, final_hash, losses
 from safetensors.numpy import save_file
 
 from aurora_train import load as load_run

@@ -1,7 +1,7 @@
 """Gates and hooks of a recipe's own: they run after the built-in ones, and what they remember is part of the state."""
 
 import numpy as np
-from harness import final_hash, records, write_documented
+from kit import final_hash, records, write_documented
 
 from aurora_train.cli.main import main
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-from harness import records
+from kit import records
 
 from aurora_train.cli.main import main
 from aurora_train.data import batches

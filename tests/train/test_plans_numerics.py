@@ -9,9 +9,11 @@ import random
 
 import numpy as np
 import pytest
-from harness import load_benchmark
+from kit import load_benchmark
 
 from aurora_train.nn.stack import Segment
+
+pytestmark = pytest.mark.optimized  # which bits a program has is the compiler's choice
 
 benchmark = load_benchmark("plan_numerics")
 SLOW = pytest.mark.slow

@@ -48,18 +48,21 @@ def uncut(still):
     return {"losses": losses, "state": state_hash(state)}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", CUTS)
 def test_no_cut_of_the_stack_and_no_save_set_changes_a_bit_of_losses_or_state(name, still, uncut):
     losses, state = trained(still, 4, cut=CUTS[name])
     assert {"losses": losses, "state": state_hash(state)} == uncut
 
 
+@pytest.mark.optimized
 def test_unrolling_the_stack_changes_losses_by_rounding_alone(still, uncut):
     losses, _ = trained(still, 4, cut=[Segment(0, 4, None, True)])
     np.testing.assert_allclose(losses, uncut["losses"], rtol=2e-6)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_with_dropout_a_cut_changes_losses_by_rounding_alone(config):
     uncut, _ = trained(config, 8)
     cut, _ = trained(config, 8, cut=CUTS["two segments, unlike save sets"])

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from harness import events
+from kit import events
 
 from aurora_train import facts
 from aurora_train import load as load_run

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import config, text, write_folder
-from harness import Aurora, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import Aurora, losses
 
 from aurora_train.data.batches import read_batch
 from aurora_train.data.inspection import inspect_batch
