@@ -174,7 +174,7 @@ def test_it_is_killed_and_resumed_to_the_bit(here):
 
 def test_it_is_planned_for_a_machine_that_is_not_here(here, monkeypatch):
     """The planner sees both stacks as the loss calls them, the decoder's with the encoder's output beside it."""
-    for module in ("train.planning", "train.rehearsal", "memory.account", "memory.verify"):
+    for module in ("train.planning", "train.rehearsal", "plan.account", "plan.verify"):
         monkeypatch.setattr(f"aurora_train.{module}.can_compile_for_gpu", lambda: False)
     free = ["memory.accumulation=auto", "memory.save=auto", "train.batch=64", "data.length=256", "mesh.data=1"]
     config, recipe = built(here, *free, "train.precision=bfloat16")

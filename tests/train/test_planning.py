@@ -53,7 +53,7 @@ def language_model(tmp_path_factory):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """As where the extra [plan] is not installed."""
-    for module in ("train.planning", "train.rehearsal", "memory.account", "memory.verify"):
+    for module in ("train.planning", "train.rehearsal", "plan.account", "plan.verify"):
         monkeypatch.setattr(f"aurora_train.{module}.can_compile_for_gpu", lambda: False)
 
 
