@@ -35,7 +35,7 @@ class Optimizer(NamedTuple):
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any, dict]]
     schedule: Callable[[Any], Any]  # the learning rate of a step (0-based), float32
-    stored: Callable[[Any], Any]  # freshly drawn parameters in the format of `optimizer.master`
+    stored: Callable[[Any], Any] = lambda params: params  # freshly drawn parameters in the format of `optimizer.master`
 
 
 def build(config, total_steps: int, seed: int = 0) -> Optimizer:
