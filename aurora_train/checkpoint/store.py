@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_train.checkpoint import durable, frozen, layout, ledger
+from aurora_train.checkpoint import durable, frozen, in_place, layout, ledger
 from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
@@ -146,20 +146,24 @@ class CheckpointStore:
                 self._delete(path)
         shutil.rmtree(self.trash, ignore_errors=True)
 
-    def save(self, step: int, tree, record: dict) -> None:
+    def save(self, step: int, tree, record: dict, *, copy: bool = True) -> None:
         """Copy the state to the host and write it in the background, after waiting for the previous save to finish.
 
-        Frozen parameters are written only by the first save of a run, which blocks until they are on disk.
+        Without `copy` it blocks until the state is written, and takes the memory of one piece instead of a second
+        state; only hashing and syncing are left to the background. Frozen parameters are written only by the first save
+        of a run, in this way.
         """
         self.wait()
         with self._reported(step):
             self._take_back(step)
         record = {**record, **self._write_frozen(step, tree)}
-        flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
-        self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
+        flat = (layout.snapshot if copy else layout.unread)(tree, lambda name: not frozen.is_frozen(name))
+        self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
         with self._reported(step):
-            response = self._checkpointer().save_async(step, flat, force=True)
-        assert response is not None, "Orbax skipped a save"
+            response = self._checkpointer().save_checkpointables_async(step, {in_place.STATE: flat}, force=True)
+            assert response is not None, "Orbax skipped a save"
+            if not copy:
+                response.result()
         self._pending = self._sealer.submit(self._finish, step, response, record)
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
@@ -196,8 +200,8 @@ class CheckpointStore:
         if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
             return {}
         if self._frozen is None:
-            flat = layout.snapshot(tree, frozen.is_frozen)
-            self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
+            flat = layout.unread(tree, frozen.is_frozen)
+            self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
             folder = self.folder / frozen.FOLDER
             with self._reported(step):
                 if folder.exists():  # left by an attempt that was killed before its first checkpoint
@@ -314,7 +318,7 @@ class CheckpointStore:
             part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == holds_frozen}
             if part:
                 with context:
-                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name="state")
+                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name=in_place.STATE)
         return loaded
 
     def _close_orbax(self) -> None:
@@ -334,9 +338,7 @@ class CheckpointStore:
             silence_closed_loops()
             from orbax.checkpoint import v1 as ocp
 
-            context = ocp.Context()
-            context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
-            context.memory.deepcopy_host_arrays = False  # `snapshot` already made the copy
+            context = in_place.options()
             context.asynchronous.timeout_secs = _NEVER_S
             # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
             context.asynchronous.create_directories_asynchronously = False

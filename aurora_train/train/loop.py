@@ -371,7 +371,7 @@ def state_hash(state) -> str:
     import hashlib
 
     hasher = hashlib.sha256()
-    for name, array in sorted(layout.snapshot(state).items()):
-        hasher.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        hasher.update(np.ascontiguousarray(array).tobytes())
+    for name, leaf in sorted(layout.unread(state).items()):
+        hasher.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        hasher.update(leaf.read().tobytes())
     return hasher.hexdigest()
