@@ -28,7 +28,7 @@ def command(
     if json:
         print_json({**compare.document(comparison), "page": str(path)})
     else:
-        from aurora_train.plan.report import plain_console
+        from aurora_train.tools.report_plan import plain_console
 
         compare.show(comparison, plain_console())
         print(path)

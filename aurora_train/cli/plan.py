@@ -44,7 +44,7 @@ def command(
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
     plan = make(config, overrides or (), machine, budget, verify=compile is not False, quiet=json)
-    from aurora_train.plan import report
+    from aurora_train.tools import report_plan as report
 
     if json:
         print_json(report.document(plan))

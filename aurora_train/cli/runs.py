@@ -25,7 +25,7 @@ def command(
     if json:
         print_json(document(rows))
     elif rows:
-        from aurora_train.plan.report import plain_console
+        from aurora_train.tools.report_plan import plain_console
 
         show(rows, plain_console())
     else:

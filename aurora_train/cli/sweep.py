@@ -42,7 +42,7 @@ def command(
     if json:
         print_json(sweep.document(results, going.stopped))
     else:
-        from aurora_train.plan.report import plain_console
+        from aurora_train.tools.report_plan import plain_console
 
         sweep.show(results, plain_console())
     if going.stopped:

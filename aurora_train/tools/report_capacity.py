@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aurora_train.plan.report import amount, plain_console, table_of, words
+from aurora_train.plan.report import amount, words
+from aurora_train.tools.report_plan import plain_console, table_of
 from aurora_train.units import count, percent
 
 if TYPE_CHECKING:

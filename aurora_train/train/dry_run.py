@@ -25,7 +25,7 @@ from aurora_train.random import example_keys, stream
 from aurora_train.recipe import Loss, Recipe, makes_experience
 from aurora_train.train.beginning import Beginning, source_of, taken
 from aurora_train.train.blame import place_of, recipe_code
-from aurora_train.train.planning import budget_here
+from aurora_train.train.planning import most_here
 from aurora_train.train.precision import settled
 from aurora_train.train.rehearsal import batch_shapes, make_recipe, rehearse_here
 from aurora_train.train.shown import checked_result, checked_samples
@@ -60,7 +60,7 @@ def _refuse_no_room(config, program) -> None:
     """UserError if the state alone does not fit: no plan can help."""
     state = program.blueprint(program.simplest_plan()).state
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
-    limit, reason = budget_here(config, program)
+    limit, reason = most_here(config, program)
     if held > limit:
         raise UserError(
             f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",

@@ -16,7 +16,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
-import numpy as np
 
 from aurora_train import facts
 from aurora_train import mesh as meshes
@@ -82,7 +81,7 @@ class Loop:
         self._first = self._recorded = self._step
         self._saver = Saver(
             session.store, session.run.folder, facts=facts.sha256(session.recipe.known),
-            metrics=metrics, events=events, progress=progress, watchdog=watchdog,
+            in_place=session.plan.saves_in_place, metrics=metrics, events=events, progress=progress, watchdog=watchdog,
             patience=60 * session.config.checkpoint.patience_minutes,
             last=self._step,  # 0 for a fresh run: nothing is saved yet
         )  # fmt: skip

@@ -18,24 +18,29 @@ from aurora_train.checkpoint.store import SaveFailed
 from aurora_train.errors import UserError
 from aurora_train.train.evaluate import Judged
 from aurora_train.train.oom import refused
+from aurora_train.units import duration
 
 EXIT_UNSAVED = 74  # EX_IOERR: saving failed for longer than the config allows; the newest checkpoint is intact
 _RETRY_SECONDS = 30.0
 _MEMORY = (
-    "a save copies the whole state to the host's memory, whatever the plan: free some memory, then run the same "
-    "command again; it continues from the newest checkpoint"
+    "a save takes memory of the host beside the step: free some memory, then run the same command again; it continues "
+    "from the newest checkpoint"
 )
 
 
 class Saver:
-    """The saves of one loop. `facts`: the hash that every checkpoint names. `patience`: seconds for which the run
-    continues without being able to save.
+    """The saves of one loop. `facts`: the hash that every checkpoint names. `in_place`: write while training waits, and
+    make no copy. `patience`: seconds for which the run continues without being able to save.
     """
 
-    def __init__(self, store, folder, *, facts: str, metrics, events, progress, watchdog, patience: float, last: int):
+    def __init__(
+        self, store, folder, *, facts: str, in_place: bool = False,
+        metrics, events, progress, watchdog, patience: float, last: int,
+    ):  # fmt: skip
         self._store, self._folder, self._facts = store, folder, facts
         self._metrics, self._events, self._progress, self._watchdog = metrics, events, progress, watchdog
-        self._patience = patience
+        self._patience, self._in_place = patience, in_place
+        self._waited_s = 0.0  # how long training waited while the newest save was written in place
         self.last = last  # the newest step that is saved or being saved
         self._committed = last
         self._failing_since: float | None = None
@@ -61,7 +66,7 @@ class Saver:
         return self.failing and time.monotonic() - self._tried_at > _RETRY_SECONDS
 
     def save(self, state, step: int) -> None:
-        """Copy the state out and write it in the background, after finishing the previous save."""
+        """Copy the state out and write it in the background, or write it in place; the previous save ends first."""
         self.finish()
         if step == self._committed:
             return  # this step was requested again while it was being saved
@@ -72,7 +77,9 @@ class Saver:
             try:
                 self._sync_records(step)
                 with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save", learn=False):
-                    self._store.save(step, state, record)
+                    began = time.monotonic()
+                    self._store.save(step, state, record, copy=not self._in_place)
+                    self._waited_s = time.monotonic() - began
                 return
             except SaveFailed as error:
                 if attempt == "first" and self._make_room(step, error):
@@ -99,9 +106,11 @@ class Saver:
         given_up = []
         with contextlib.suppress(OSError, UserError):  # it is committed; the next save deletes what is left over
             given_up = self._store.retain()
-        self._events.event("save", step, given_up=given_up)
+        waited = {"in_place_seconds": round(self._waited_s, 3)} if self._in_place else {}
+        self._events.event("save", step, given_up=given_up, **waited)
         again = " again" if self.failing else ""
-        self._progress.event(f"saved step {step}{again}")
+        how = f" in place: training waited {duration(self._waited_s)}" if self._in_place else ""
+        self._progress.event(f"saved step {step}{again}{how}")
         self._committed, self._failing_since = step, None
         self._progress.alarm(None)
 
