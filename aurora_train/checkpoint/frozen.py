@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aurora_train.checkpoint import durable, in_place
+from aurora_train.checkpoint import durable, writer
 from aurora_train.errors import UserError
 
 FOLDER = "frozen"
@@ -29,8 +29,8 @@ def write(folder: Path, flat: dict[str, Any]) -> str:
     """
     from orbax.checkpoint import v1 as ocp
 
-    with in_place.options():
-        ocp.save_checkpointables(folder, {in_place.STATE: flat})
+    with writer.options():
+        ocp.save_checkpointables(folder, {writer.STATE: flat})
     return durable.seal(folder, {"frozen": len(flat)})["digest"]
 
 

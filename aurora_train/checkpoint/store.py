@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
+import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_train.checkpoint import durable, frozen, in_place, layout, ledger
+from aurora_train.checkpoint import durable, frozen, layout, ledger, writer
 from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
-from aurora_train.checkpoint.save_failed import SaveFailed, silence_closed_loops, system_error
+from aurora_train.checkpoint.save_failed import SaveFailed, system_error
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE, sync
 
-# Orbax measures its timeout of 20 minutes by the wall clock, which may jump; the watchdog ends a save that hangs.
-_NEVER_S = 10 * 365 * 86_400
 MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write in addition to the arrays
 
 
@@ -160,7 +158,7 @@ class CheckpointStore:
         flat = (layout.snapshot if copy else layout.unread)(tree, lambda name: not frozen.is_frozen(name))
         self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
         with self._reported(step):
-            response = self._checkpointer().save_checkpointables_async(step, {in_place.STATE: flat}, force=True)
+            response = self._checkpointer().save_checkpointables_async(step, {writer.STATE: flat}, force=True)
             assert response is not None, "Orbax skipped a save"
             if not copy:
                 response.result()
@@ -314,11 +312,14 @@ class CheckpointStore:
 
         context, loaded = ocp.Context(), {}
         context.pytree.loading.partial_load = True
+        # Read by all threads at once, the host would hold a second state. The limit must exceed the largest leaf.
+        largest = max((math.prod(spec.shape) * spec.dtype.itemsize for spec in wanted.values()), default=0)
+        context.memory.read_concurrent_bytes = largest + 4 * writer.PIECE_BYTES
         for folder, holds_frozen in ((str(step), False), (frozen.FOLDER, True)):
             part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == holds_frozen}
             if part:
                 with context:
-                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name=in_place.STATE)
+                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name=writer.STATE)
         return loaded
 
     def _close_orbax(self) -> None:
@@ -333,17 +334,7 @@ class CheckpointStore:
             self._close_orbax()
         self._outdated = False
         if self._orbax is None:
-            for name in ("absl", "asyncio"):  # these loggers print tracebacks of errors that Orbax also raises
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            silence_closed_loops()
-            from orbax.checkpoint import v1 as ocp
-
-            context = in_place.options()
-            context.asynchronous.timeout_secs = _NEVER_S
-            # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
-            context.asynchronous.create_directories_asynchronously = False
-            keep_all = ocp.training.preservation_policies.PreserveAll()
-            self._orbax = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=keep_all)
+            self._orbax = writer.checkpointer(self.folder)
         return self._orbax
 
     def _delete(self, path: Path) -> None:

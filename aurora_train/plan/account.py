@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from aurora_train.checkpoint import layout
-from aurora_train.checkpoint.in_place import PIECE_BYTES
+from aurora_train.checkpoint.writer import PIECE_BYTES
 from aurora_train.nn import fp8, ops
 from aurora_train.nn.attention import Choice
 from aurora_train.nn.decoder_config import NF4_BLOCK

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from aurora_train import mesh as meshes
-from aurora_train.checkpoint import durable, in_place, layout
+from aurora_train.checkpoint import durable, layout, writer
 from aurora_train.checkpoint.store import CheckpointStore, Damage, SaveFailed, refuse_damage, require_step
 from aurora_train.errors import UserError
 
@@ -79,7 +79,7 @@ def wide(step):
 
 
 def test_a_save_in_place_writes_the_same_checkpoint_as_one_that_copies(tmp_path, monkeypatch):
-    monkeypatch.setattr(in_place, "PIECE_BYTES", 100)  # several pieces, and leaves that are larger than one
+    monkeypatch.setattr(writer, "PIECE_BYTES", 100)  # several pieces, and leaves that are larger than one
     monkeypatch.setattr(layout, "snapshot", lambda *_: pytest.fail("a copy of the state was made"))
     inside = open_store(tmp_path / "in place")
     inside.sweep()

@@ -1,20 +1,41 @@
-"""Writes leaves while they are still where they were computed, a piece at a time, so that no copy of them all is made.
+"""Orbax as our checkpoints use it: its settings, and leaves that are read while they are written.
 
-Orbax takes the leaves of a tree as numpy arrays, all at once. Here it is given `layout.Unread` leaves and a handler
-that reads a piece of them, writes it, and lets go of it before it reads the next. What is on disk is the same.
+Orbax takes the leaves of a tree as numpy arrays, all at once. Here it may also be given `layout.Unread` leaves, which a
+handler reads a piece at a time: it writes a piece, and lets go of it before it reads the next. So no copy of them all
+is made. What is on disk is the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from aurora_train.checkpoint.layout import Unread
+from aurora_train.checkpoint.save_failed import silence_closed_loops
 
 PIECE_BYTES = 256 * 2**20  # read before it is written; a larger leaf is a piece of its own
 STATE = "state"  # Orbax's name for what a checkpoint holds
+# Orbax measures its timeout of 20 minutes by the wall clock, which may jump; the watchdog ends a save that hangs.
+_NEVER_S = 10 * 365 * 86_400
+
+
+def checkpointer(folder: Path):
+    """Orbax's Checkpointer for a folder. It keeps every checkpoint: retention is ours."""
+    for name in ("absl", "asyncio"):  # these loggers print tracebacks of errors that Orbax also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    silence_closed_loops()
+    from orbax.checkpoint import v1 as ocp
+
+    context = options()
+    context.asynchronous.timeout_secs = _NEVER_S
+    # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
+    context.asynchronous.create_directories_asynchronously = False
+    keep_all = ocp.training.preservation_policies.PreserveAll()
+    return ocp.training.Checkpointer(folder, context=context, preservation_policy=keep_all)
 
 
 def options():
