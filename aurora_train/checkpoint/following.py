@@ -13,7 +13,7 @@ class FollowedStore(CheckpointStore):
         self._outdated = True
         return super().restore(step, tree, shardings)
 
-    def save(self, step, tree, record) -> None:
+    def save(self, step, tree, record, *, copy=True) -> None:
         """Does nothing: the leader holds the whole of the same state and saves it."""
 
     def sweep(self) -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aurora_train.checkpoint import durable
+from aurora_train.checkpoint import durable, writer
 from aurora_train.errors import UserError
 
 FOLDER = "frozen"
@@ -23,14 +23,14 @@ def is_frozen(name: str) -> bool:
 
 
 def write(folder: Path, flat: dict[str, Any]) -> str:
-    """Save the named host arrays as `folder`, which must not exist, and seal it. Returns its digest."""
+    """Save the named leaves as `folder`, which must not exist, and seal it. Returns its digest.
+
+    They never change, so they are read as they are written (`layout.Unread`), and no copy of them all is made.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False
-    with context:
-        ocp.save(folder, flat)
+    with writer.options():
+        ocp.save_checkpointables(folder, {writer.STATE: flat})
     return durable.seal(folder, {"frozen": len(flat)})["digest"]
 
 

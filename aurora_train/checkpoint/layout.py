@@ -1,14 +1,16 @@
 """The canonical form of a state on disk: a flat dict of names, one leaf per layer, whatever plan or mesh wrote it.
 
 Names are dotted paths: `params.blocks.units.0003.attention.query.kernel`. Conversion works leaf by leaf, so a restore
-holds one state and one more leaf. A save copies the whole state to the host, because it is written while training
-continues; where host and device share memory, that copy is a second state until the save is done.
+holds one state and one more leaf. A save that is written while training continues copies the whole state to the host
+(`snapshot`); one that is written while training waits reads leaf by leaf (`unread`), for which there is always room.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -49,33 +51,62 @@ def entries(tree) -> Iterator[Entry]:
         yield Entry(names, True, leaf)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """One canonical leaf of a state that is still where it was computed. `unit`: which unit of a stacked leaf it is."""
+
+    leaf: Any
+    unit: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape on disk."""
+        return tuple(self.leaf.shape) if self.unit is None else tuple(self.leaf.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype on disk."""
+        return np.dtype(self.leaf.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """A copy on the host, in memory of its own.
+
+        On a CPU, a view of the device's buffer would do, but a buffer with a view is not donated. From a GPU, shards
+        pass through a temporary array, because an array of jax keeps the numpy array that was made of it.
+        """
+        if not isinstance(self.leaf, jax.Array):
+            return np.array(self.leaf if self.unit is None else self.leaf[self.unit])
+        shards = [s for s in self.leaf.addressable_shards if s.replica_id == 0] or self.leaf.addressable_shards[:1]
+        if len(shards) == 1 and shards[0].device.platform != "cpu":
+            return self._part(shards[0].data)
+        whole = np.empty(self.shape, self.dtype)
+        for shard in shards:
+            whole[shard.index if self.unit is None else shard.index[1:]] = self._part(shard.data)
+        return whole
+
+    def _part(self, data: jax.Array) -> np.ndarray:
+        if data.platform() == "cpu":
+            return np.asarray(data) if self.unit is None else np.asarray(data)[self.unit]
+        return np.asarray(_whole(data) if self.unit is None else _unit(data, self.unit))
+
+
+def unread(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Unread]:
+    """The leaves whose names are `wanted`, by canonical name; nothing is copied or moved."""
+    flat: dict[str, Unread] = {}
+    for names, stacked, leaf in entries(tree):
+        if wanted(names[0]):
+            flat.update((name, Unread(leaf, unit if stacked else None)) for unit, name in enumerate(names))
+    return flat
+
+
 def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
     """A copy on the host of the leaves whose names are `wanted`. The device buffers may be donated when it returns."""
-    flat: dict[str, np.ndarray] = {}
-    for names, stacked, leaf in entries(tree):
-        if not wanted(names[0]):
-            continue
-        host = _copied(leaf)
-        flat.update(zip(names, host if stacked else [host], strict=True))
-    return {name: np.asarray(array) for name, array in flat.items()}
-
-
-def _copied(leaf) -> np.ndarray:
-    """A leaf on the host, in memory of its own.
-
-    `device_get` of a sharded array (jax 0.10) keeps a second copy inside the array for as long as the array lives, so
-    its shards are copied one by one. On a CPU a shard and its numpy view share a buffer, which the next step
-    overwrites; a numpy array made from a GPU's shard is already a copy, which the shard keeps, too, while it lives.
-    """
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
-    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0] or leaf.addressable_shards[:1]
-    if len(shards) == 1 and shards[0].device.platform != "cpu":
-        return np.asarray(shards[0].data)
-    whole = np.empty(leaf.shape, leaf.dtype)
-    for shard in shards:
-        whole[shard.index] = shard.data
-    return whole
+    return {name: leaf.read() for name, leaf in unread(tree, wanted).items()}
 
 
 def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:
@@ -128,6 +159,10 @@ def _stack(parts, dtype):
 
 def _copy(parts, dtype):
     return jnp.copy(parts[0]).astype(dtype)
+
+
+_whole = jax.jit(jnp.copy)
+_unit = jax.jit(lambda data, unit: jax.lax.dynamic_index_in_dim(data, unit, keepdims=False))
 
 
 def _unit_sharding(sharding: NamedSharding) -> NamedSharding:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
+import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_train.checkpoint import durable, frozen, layout, ledger
+from aurora_train.checkpoint import durable, frozen, layout, ledger, writer
 from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
-from aurora_train.checkpoint.save_failed import SaveFailed, silence_closed_loops, system_error
+from aurora_train.checkpoint.save_failed import SaveFailed, system_error
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE, sync
 
-# Orbax measures its timeout of 20 minutes by the wall clock, which may jump; the watchdog ends a save that hangs.
-_NEVER_S = 10 * 365 * 86_400
 MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write in addition to the arrays
 
 
@@ -146,20 +144,24 @@ class CheckpointStore:
                 self._delete(path)
         shutil.rmtree(self.trash, ignore_errors=True)
 
-    def save(self, step: int, tree, record: dict) -> None:
+    def save(self, step: int, tree, record: dict, *, copy: bool = True) -> None:
         """Copy the state to the host and write it in the background, after waiting for the previous save to finish.
 
-        Frozen parameters are written only by the first save of a run, which blocks until they are on disk.
+        Without `copy` it blocks until the state is written, and takes the memory of one piece instead of a second
+        state; only hashing and syncing are left to the background. Frozen parameters are written only by the first save
+        of a run, in this way.
         """
         self.wait()
         with self._reported(step):
             self._take_back(step)
         record = {**record, **self._write_frozen(step, tree)}
-        flat = layout.snapshot(tree, lambda name: not frozen.is_frozen(name))
-        self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
+        flat = (layout.snapshot if copy else layout.unread)(tree, lambda name: not frozen.is_frozen(name))
+        self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
         with self._reported(step):
-            response = self._checkpointer().save_async(step, flat, force=True)
-        assert response is not None, "Orbax skipped a save"
+            response = self._checkpointer().save_checkpointables_async(step, {writer.STATE: flat}, force=True)
+            assert response is not None, "Orbax skipped a save"
+            if not copy:
+                response.result()
         self._pending = self._sealer.submit(self._finish, step, response, record)
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
@@ -196,8 +198,8 @@ class CheckpointStore:
         if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
             return {}
         if self._frozen is None:
-            flat = layout.snapshot(tree, frozen.is_frozen)
-            self._refuse_full_disk(step, sum(array.nbytes for array in flat.values()))
+            flat = layout.unread(tree, frozen.is_frozen)
+            self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
             folder = self.folder / frozen.FOLDER
             with self._reported(step):
                 if folder.exists():  # left by an attempt that was killed before its first checkpoint
@@ -310,11 +312,14 @@ class CheckpointStore:
 
         context, loaded = ocp.Context(), {}
         context.pytree.loading.partial_load = True
+        # Read by all threads at once, the host would hold a second state. The limit must exceed the largest leaf.
+        largest = max((math.prod(spec.shape) * spec.dtype.itemsize for spec in wanted.values()), default=0)
+        context.memory.read_concurrent_bytes = largest + 4 * writer.PIECE_BYTES
         for folder, holds_frozen in ((str(step), False), (frozen.FOLDER, True)):
             part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == holds_frozen}
             if part:
                 with context:
-                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name="state")
+                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name=writer.STATE)
         return loaded
 
     def _close_orbax(self) -> None:
@@ -329,19 +334,7 @@ class CheckpointStore:
             self._close_orbax()
         self._outdated = False
         if self._orbax is None:
-            for name in ("absl", "asyncio"):  # these loggers print tracebacks of errors that Orbax also raises
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            silence_closed_loops()
-            from orbax.checkpoint import v1 as ocp
-
-            context = ocp.Context()
-            context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
-            context.memory.deepcopy_host_arrays = False  # `snapshot` already made the copy
-            context.asynchronous.timeout_secs = _NEVER_S
-            # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
-            context.asynchronous.create_directories_asynchronously = False
-            keep_all = ocp.training.preservation_policies.PreserveAll()
-            self._orbax = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=keep_all)
+            self._orbax = writer.checkpointer(self.folder)
         return self._orbax
 
     def _delete(self, path: Path) -> None:

@@ -12,10 +12,10 @@ EXAMPLE = "aurora checkpoints runs/quickstart-1a2b3c4d"
 
 def command(run: RunArgument, json: JsonOption = False):
     """List a run's checkpoints: step, size, time, score, why each is kept, and whether its files are complete."""
-    from aurora_train.checkpoint.audit import listing
     from aurora_train.config.schema import Checkpoint
     from aurora_train.config.yaml import read_file
     from aurora_train.run import Run
+    from aurora_train.tools.checkpoints import listing
 
     known = Run.existing(run)
     policy = Checkpoint(**read_file(known.config).value.get("checkpoint", {}))  # the recipe's code is not needed

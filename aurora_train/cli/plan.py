@@ -51,7 +51,7 @@ def command(
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
     with preparation(quiet=json) as progress:
         plan = _plan(config, overrides or (), machine, budget, compile is not False, progress)
-    from aurora_train.plan import report
+    from aurora_train.tools import report_plan as report
 
     if json:
         print_json(report.document(plan))

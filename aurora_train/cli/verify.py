@@ -21,10 +21,11 @@ def command(
     json: JsonOption = False,
 ):
     """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 3 for damage."""
-    from aurora_train.checkpoint.audit import committed, verify
+    from aurora_train.checkpoint.audit import committed
     from aurora_train.errors import UserError
     from aurora_train.record.progress import preparation
     from aurora_train.run import Run
+    from aurora_train.tools.checkpoints import verify
 
     folder = Run.existing(run).checkpoints
     steps = committed(folder)

@@ -12,8 +12,9 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
 from aurora_train.config import Section, setting
 from aurora_train.config.messages import explain
@@ -29,6 +30,23 @@ _UNIFIED_RULE = (
 _NAMESAKES = re.compile(r"\b(laptop|mobile|5090 D|4090 D|MIG)\b", re.IGNORECASE)  # these share a desktop card's name
 
 
+def _in(unit: str, low: float, high: float, error: float, kind: type = float):
+    """The type of a number in a unit. Outside of its range it was given in another, which differs by `error`."""
+
+    def check(value):
+        if low <= value <= high:
+            return value
+        meant = next((v for v in (value / error, value * error) if low <= v <= high), None)
+        hint = f"; did you mean {meant:,.6g}?" if meant else ""
+        raise ValueError(f"must be {unit}, from {low:,.6g} to {high:,.6g}; got {value:,.6g}{hint}")
+
+    return Annotated[kind, AfterValidator(check)]
+
+
+_Rate = _in("TFLOP/s", 0.01, 1e6, 1e12)
+_Gigabytes = _in("GB (10^9 bytes)", 0.5, 1e5, 1e9)
+
+
 class Figure(Section):
     """A number with its source."""
 
@@ -36,14 +54,26 @@ class Figure(Section):
     source: str
 
 
+class Share(Figure):
+    """A share of something, with its source."""
+
+    value: _in("a share of 1, not percent", 0.001, 1, 100)
+
+
+class Bytes(Figure):
+    """An amount of memory in bytes, or a rate in bytes/s, with its source."""
+
+    value: _in("bytes (a link: bytes/s), not GB", 5e8, 1e14, 1e9)
+
+
 class Tflops(Section):
     """TFLOP/s by the format of a product's operands; None if the device lacks it or it was not published."""
 
-    float32: float | None = setting(None, gt=0)
-    tf32: float | None = setting(None, gt=0)
-    bfloat16: float = setting(gt=0)
-    fp8: float | None = setting(None, gt=0)
-    fp4: float | None = setting(None, gt=0)
+    float32: _Rate | None = None
+    tf32: _Rate | None = None
+    bfloat16: _Rate
+    fp8: _Rate | None = None
+    fp4: _Rate | None = None
 
 
 class TargetChip(Section):
@@ -51,11 +81,11 @@ class TargetChip(Section):
 
     capability: str = setting(pattern=r"^\d+\.\d$")
     multiprocessors: int = setting(gt=0)
-    l2_bytes: int = setting(gt=0)
-    clock_ghz: float = setting(gt=0)
+    l2_bytes: _in("bytes, not MB", 2**17, 2**32, 2**20, int)
+    clock_ghz: _in("GHz, not MHz", 0.1, 10, 1e3)
     threads: int = setting(gt=0)
-    shared_kib: int = setting(gt=0)
-    shared_optin_kib: int = setting(gt=0)
+    shared_kib: _in("KiB, not bytes", 16, 4096, 1024, int)
+    shared_optin_kib: _in("KiB, not bytes", 16, 4096, 1024, int)
     lanes: int = setting(gt=0)
 
 
@@ -70,16 +100,16 @@ class KnownMachine(Section):
     kinds: list[str] = setting(min_length=1)
     source: str
     tflops: Tflops
-    gb_per_s: float = setting(gt=0)
-    memory_gb: float = setting(gt=0)
+    gb_per_s: _Gigabytes
+    memory_gb: _Gigabytes
     unified: bool = False
     memory_rule: str = _OWN_RULE
-    link: Figure | None = None
-    reached: Figure | None = None
+    link: Bytes | None = None
+    reached: Share | None = None
     device_kind: str | None = None
     chip: TargetChip | None = None
-    sees: Figure | None = None
-    free: Figure | None = None
+    sees: Bytes | None = None
+    free: Bytes | None = None
 
     @model_validator(mode="after")
     def _complete(self):
@@ -174,7 +204,7 @@ def _checked(file: Path, tree: dict, ours: dict) -> dict[str, KnownMachine]:
         if isinstance(link, str):
             entry["link"] = _named(link, ours["link"], f"{file}: machine.{name}.link")
         if isinstance(chip, dict):
-            entry["chip"] = ours["capability"].get(chip.get("capability"), {}) | chip
+            entry["chip"] = _limits(chip, ours["capability"], f"{file}: machine.{name}.chip") | chip
         if isinstance(entry, dict) and entry.get("unified"):
             entry.setdefault("memory_rule", _UNIFIED_RULE)
     tree = {key: value for key, value in tree.items() if tree is not ours or key == "machine"}
@@ -182,6 +212,19 @@ def _checked(file: Path, tree: dict, ours: dict) -> dict[str, KnownMachine]:
         return _Machines.model_validate(tree).machine
     except ValidationError as fault:
         raise UserError("\n  ".join(explain(fault, Tree(tree, {}, {(): Mark(str(file))}), _Machines))) from None
+
+
+def _limits(chip: dict, known: dict, where: str) -> dict:
+    """The limits of a multiprocessor that a chip's compute capability has; {} if the chip gives its own."""
+    written, needed = chip.get("capability"), next(iter(known.values())).keys()
+    lacking = [name for name in needed if name not in chip]
+    if written in known or not isinstance(written, str) or not lacking:
+        return known.get(written, {}) if isinstance(written, str) else {}
+    raise UserError(
+        f"the limits of compute capability {written} are not known here", where=where,
+        why=f"known are {', '.join(known)}",
+        hint=f"add {', '.join(lacking)} to the chip (CUDA C++ Programming Guide, \"Compute Capabilities\")",
+    )  # fmt: skip
 
 
 def _named(written: str, known: dict, where: str) -> dict:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from aurora_train.checkpoint import layout
+from aurora_train.checkpoint.writer import PIECE_BYTES
 from aurora_train.nn import fp8
 from aurora_train.nn.attention import Choice
 from aurora_train.nn.decoder_config import NF4_BLOCK
@@ -14,7 +16,8 @@ from aurora_train.optimizer import partition
 from aurora_train.plan.search import Candidate
 from aurora_train.plan.verify import can_compile_for_gpu
 
-SAVE_COPIES = 1.1  # the memory of a save as a multiple of what it copies (measured: docs/always-on.md)
+SAVE_COPIES = 1.1  # the memory of a save as a multiple of what it copies or reads (measured: docs/always-on.md)
+WRITTEN_PER_SECOND = 1e9  # assumed bytes/s of a save to a local solid-state disk
 ESTIMATE = "an estimate that has erred by up to 8 % (docs/planner_accuracy.md)"
 CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
@@ -31,15 +34,20 @@ def _bytes(shape, dtype) -> int:
     return number * dtype.itemsize
 
 
-def copied_by_a_save(state, *, frozen: bool = True) -> int:
-    """The most bytes, over all devices, that a save holds as copies in the processor's memory at once.
+def trained_bytes(state) -> int:
+    """Bytes, over all devices, that every save writes: all of a state but what is frozen."""
+    return tree_bytes(state) - tree_bytes(state.frozen)
 
-    `frozen`: whether the parameters that are not trained are still to be written. The first save writes them before
-    it copies the rest, so the larger of the two counts.
+
+def save_bytes(state, *, in_place: bool) -> int:
+    """The most bytes, over all devices, that a save takes of the processor's memory.
+
+    It copies what is trained, or reads it piece by piece if it is made `in_place`. The first save of a run writes the
+    frozen parameters first, always piece by piece. Where memory is shared, a leaf passes through a temporary array.
     """
-    untrained = tree_bytes(state.frozen)
-    trained = tree_bytes(state) - untrained
-    return max(trained, untrained) if frozen else trained
+    leaves = [_bytes(leaf.shape, leaf.dtype) // len(names) for names, _, leaf in layout.entries(state)]
+    piece = min(max(PIECE_BYTES, 2 * max(leaves)), tree_bytes(state))
+    return int(SAVE_COPIES * (piece if in_place else max(trained_bytes(state), piece if state.frozen else 0)))
 
 
 def sharded_bytes(tree, shardings) -> int:
@@ -167,7 +175,7 @@ def _attention(model) -> str | None:
 
 
 def details(planner, space, shortlist, chosen: Candidate, faster) -> dict:
-    """`Plan.details` of a plan that was searched for; plan/report.py shows them."""
+    """`Plan.details` of a plan that was searched for; tools/report_plan.py shows them."""
     plan = planner.plan_of(chosen)
     fits = [c.microbatch for c in shortlist.candidates if shortlist.expected(c) <= planner.budget]
     return essentials(planner, plan, chosen) | {
@@ -247,7 +255,7 @@ def _targets(program) -> int | None:
 
 
 def _checkpoint(program, blueprint) -> dict:
-    saved, frozen = tree_bytes(blueprint.state._replace(frozen={})), tree_bytes(blueprint.state.frozen)
+    saved, frozen = trained_bytes(blueprint.state), tree_bytes(blueprint.state.frozen)
     kept = program.config.checkpoint.keep + program.config.checkpoint.best
     return {"bytes": saved, "kept": kept, "frozen_bytes": frozen, "disk_bytes": saved * (kept + 1) + frozen}
 

@@ -28,7 +28,8 @@ class Plan:
     predicted_bytes: int | None = None  # the analytic peak, before anything was compiled
     compiled_bytes: int | None = None  # the compiler's own peak; None if nothing was compiled
     measured_bytes: int | None = None  # after the run
-    details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see plan/report.py
+    details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see tools/report_plan.py
+    saves_in_place: bool = False  # a save has no room for a copy of the state, so training waits while it is written
 
     def apply(self, model, ends: int = 0) -> None:
         """Cut the stacks of a freshly constructed model, once, before it is split. `ends`: see `Stack.cut`."""

@@ -34,9 +34,17 @@ ROOMY = 256 * 2**20  # bytes of temporaries above which a CPU splits such a step
 WORK_PER_BYTE = 1_500  # FLOPs in a microbatch per byte of parameters: 1,000 tokens, if a parameter has 4 bytes
 
 
+class Misfit(UserError):
+    """No plan fits the budget."""
+
+
 @dataclass
 class Planner:
-    """One search. `budget` in bytes on one device; it may be None if only `estimated` and `compile` are used."""
+    """One search. `budget` in bytes on one device; it may be None if only `estimated` and `compile` are used.
+
+    `beside_copy`: a step of more bytes leaves a save no room for its copy of the state, so the plan says that saves are
+    made in place; None if there is always room. `in_place`: (budget, reason) used instead if nothing fits `budget`.
+    """
 
     program: object
     budget: int | None
@@ -46,6 +54,8 @@ class Planner:
     verify: bool = True
     progress: object = None
     compiled_later: bool = False  # the caller itself compiles a plan that needed no search
+    beside_copy: int | None = None
+    in_place: tuple[int, str] | None = None
     compiles: int = 0
     cpu_seconds: float = 0.0
     compiled: dict = field(default_factory=dict)
@@ -91,7 +101,18 @@ class Planner:
 
     def run(self) -> Plan:
         """The plan, verified by a compiler if there is one. UserError if nothing fits."""
-        return self._readable_or_unread(self._asked_or_searched)
+        try:
+            return self._with_saves(self._readable_or_unread(self._asked_or_searched))
+        except Misfit:
+            if self.in_place is None:
+                raise
+        (self.budget, self.budget_reason), self.in_place, self.beside_copy = self.in_place, None, 0
+        return self._with_saves(self._readable_or_unread(self._asked_or_searched))
+
+    def _with_saves(self, plan: Plan) -> Plan:
+        """The plan, with how saves are made: in place if a copy of the state does not fit beside the step."""
+        needed = plan.compiled_bytes or plan.predicted_bytes or self.budget
+        return replace(plan, saves_in_place=self.beside_copy is not None and needed > self.beside_copy)
 
     def _readable_or_unread(self, search) -> Plan:
         """The result of a search, or a plan made without one if the step contains something it cannot read."""
@@ -167,6 +188,8 @@ class Planner:
         offload.refuse_overflow(cost.host, self.program.host_bytes)
         needed = compiled if compiled is not None else cost.bytes
         if needed > self.budget:
+            if self.in_place is not None:
+                self.refuse_misfit(None, needed)
             more = f"it needs {size(needed)}, more than the budget"
             plan = replace(plan, reason=f"{plan.reason}; {more}" if plan.reason else more)
         return replace(
@@ -180,7 +203,7 @@ class Planner:
         self.budget = min(self.budget, int(0.85 * needed))
         self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
         try:
-            return self._readable_or_unread(self._searched)
+            return self._with_saves(self._readable_or_unread(self._searched))
         except UserError:
             return None
 
@@ -248,11 +271,11 @@ class Planner:
         return shortlist.promise(candidate, best) > gain * best.seconds
 
     def refuse_misfit(self, choice: Candidate | None, needed: int) -> None:
-        """UserError if there is no choice, or it needs more bytes than the budget has."""
+        """Misfit if there is no choice, or it needs more bytes than the budget has."""
         if choice is not None and needed <= self.budget:
             return
         levers = "; ".join(f"{lever['setting']} saves {size(lever['saves_bytes'])}" for lever in self._levers()[:3])
-        raise UserError(
+        raise Misfit(
             f"no plan fits {self.machine or 'this machine'}: the smallest needs {size(needed)} of {size(self.budget)}",
             where="memory.budget",
             why=f"budget: {self.budget_reason}",

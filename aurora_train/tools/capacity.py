@@ -102,8 +102,9 @@ def capacity(
     Returns:
         `cells`, one record for each state and context: `size`, `parameters`, `peak_bytes`, `share` of the budget and
         `left_bytes` are None if not even the smallest size fits; `save_bytes` are those of the peak that a save takes,
-        0 where the device has memory of its own; `how` is "estimated" or "compiled"; `next_size` and `next_bytes`
-        describe the smallest size that does not fit. Also the budget, `trainings` and `sizes`.
+        0 where the device has memory of its own; `saves_in_place` where a copy of the state does not fit; `how` is
+        "estimated" or "compiled"; `next_size` and `next_bytes` describe the smallest size that does not fit. Also the
+        budget, `trainings` and `sizes`.
 
     Raises:
         UserError: the machine is unknown, or it is this one and has no accelerator; MissingExtra if `verify` needs the
@@ -127,7 +128,7 @@ def capacity(
         "budget_bytes": box.budget,
         "budget_reason": box.reason,
         "each_step": "one example, bfloat16 compute, every layer recomputed in the backward pass, and where memory is "
-        "shared the copy that a save makes",
+        "shared what a save takes: a copy of the state or, if that does not fit, a piece of it",
         "how": _how(verify, states),
         "cells": [{k: v for k, v in cell.items() if k != "rung"} for cell in cells],
         "trainings": [_described(state) for state in states],
@@ -204,6 +205,7 @@ class _Step:
     bytes: int
     parameters: int
     save: int = 0
+    in_place: bool = False
 
     def compiled(self) -> int:
         """The compiled peak, with what a save takes."""
@@ -243,6 +245,7 @@ def _cell(box: _Box, state: State, context: int, ladder, start: int, verify: boo
         "estimated_bytes": step(rung).bytes if fits else None,
         "compiled_bytes": compiled,
         "save_bytes": step(rung).save if fits else None,
+        "saves_in_place": step(rung).in_place if fits else None,
         "share": peak / box.budget if fits else None,
         "left_bytes": box.budget - peak if fits else None,
         "how": "compiled" if compiled else "estimated",
@@ -264,9 +267,11 @@ def _step(box: _Box, state: State, size: Size, context: int) -> _Step:
     whole = program.simplest_plan()
     plan = Plan(1, 1, {path: [Segment(0, cut[-1].stop, ())] for path, cut in whole.stacks.items()})
     planner = Planner(program, box.budget, box.reason, box.name)
-    save = program.taken_by_a_save()
-    needed = planner.estimated(plan).bytes + save
-    return _Step(planner, plan, needed, program.config.model.num_parameters(size.vocab), save)
+    step, save, in_place = planner.estimated(plan).bytes, 0, False
+    if not program.apart:
+        in_place = step + program.taken_by_a_save(in_place=False) > box.budget / (1 + state.short)
+        save = program.taken_by_a_save(in_place=in_place)
+    return _Step(planner, plan, step + save, program.config.model.num_parameters(size.vocab), save, in_place)
 
 
 # ---- in words

@@ -52,7 +52,7 @@ def _causes(bytes_of: dict[str, int]) -> list[str]:
 
 
 def _stacks(stacks: dict) -> list[str]:
-    from aurora_train.plan.report import segments
+    from aurora_train.tools.report_plan import segments
 
     shown = []
     for name, cut in stacks.items():

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import psutil
 
 from aurora_train.checkpoint import durable, frozen
@@ -29,7 +28,7 @@ from aurora_train.machine.memory import (
     process_memory,
 )
 from aurora_train.machine.profile import this_machine
-from aurora_train.plan.account import SAVE_COPIES, copied_by_a_save, sharded_bytes
+from aurora_train.plan.account import save_bytes, sharded_bytes, trained_bytes
 from aurora_train.units import size
 
 EXIT_LOW_MEMORY = 77  # short of memory: saved and stopped; the same command continues
@@ -38,9 +37,6 @@ LOW_MEMORY = "low memory"  # the first line of the reason for such a stop
 _LOOK_SECONDS, _LOOK_SECONDS_NEAR = 0.5, 0.1  # between readings; near: less than twice what is needed is left
 _LOOKS_BACK = 20  # readings that show how fast other programs grow
 _SETTLED_STEPS = 3  # after so many steps a run's memory no longer grows
-# The memory of a save as a multiple of the state's bytes (measured: docs/always-on.md). If shards lie on several GPUs,
-# jax keeps a copy of each beside the array into which they are assembled.
-_ONE_COPY, _TWO_COPIES = SAVE_COPIES, 1 + SAVE_COPIES
 # The assumed duration of a save until one is measured: meanwhile other programs keep growing. Their growth counts up to
 # a share of memory, because most programs that grow fast soon stop.
 _SAVE_SECONDS, _SAVED_PER_SECOND, _GROWTH_SHARE = 2.0, 250e6, 1 / 4
@@ -53,29 +49,33 @@ class Guard:
     """Context manager around the steps: inside it, `asked` returns when and why to stop.
 
     Args:
-        state_bytes: what a save copies; 0 if another process saves.
-        copies: the peak memory of a save as a multiple of that.
+        save_bytes: the memory that a save takes; 0 if another process saves.
+        written_bytes: how much a save writes; by default as much.
         saving: whether a save is under way, so that its copy of the state is already there.
+        in_place: whether saves make no copy: one that is under way then holds no memory between two steps.
         enabled: if False, never asks for a stop.
         root: the folder that holds /proc and /sys.
     """
 
     def __init__(
         self,
-        state_bytes: int,
-        copies: float = _ONE_COPY,
+        save_bytes: int,
+        written_bytes: int | None = None,
         *,
         saving: Callable[[], bool] = lambda: False,
+        in_place: bool = False,
         enabled: bool = True,
         root: Path = Path("/"),
     ):
         self.why: str | None = None  # the reason for the stop, once it was requested
-        self._enabled, self._root, self._saving, self._state_bytes = enabled, root, saving, state_bytes
+        self._enabled, self._root, self._saving = enabled, root, saving
+        self._held_by_a_save = 0 if in_place else save_bytes
         if not enabled:
             return
         memory = host_memory(root)
-        self._floor, self._needed = _floor(memory), _needed(memory, state_bytes, copies)
-        self._save_seconds, self._saving_since = _SAVE_SECONDS + state_bytes / _SAVED_PER_SECOND, None
+        self._floor, self._needed = _floor(memory), save_bytes + _floor(memory)
+        written = save_bytes if written_bytes is None else written_bytes
+        self._save_seconds, self._saving_since = _SAVE_SECONDS + written / _SAVED_PER_SECOND, None
         self._lowest = math.inf  # fewest bytes left since the last reading between two steps
         self._stalled = 0.0  # percent of the time, if the machine swaps
         self._near = False  # whether to read more often, and between two steps
@@ -197,7 +197,7 @@ class Guard:
         if within - self._grown_by(memory, until_next) < self._floor:
             return f"{_of(within, memory)} left within a step{falls}, but {size(self._floor)} are needed"
         # The copy of a running save is freed before another one is made.
-        left = memory.usable + (self._state_bytes if self._saving() else 0)
+        left = memory.usable + (self._held_by_a_save if self._saving() else 0)
         if left - self._grown_by(memory, until_next + self._save_seconds) < self._needed:
             return f"{_of(memory.usable, memory)} left{falls}, a save needs {size(self._needed)}"
         return None
@@ -216,7 +216,8 @@ def falling(readings: list[tuple[float, float]]) -> float:
 
 def guard_of(session, saving: Callable[[], bool]) -> Guard:
     """The guard of a session's run, as `memory.guard` sets it; `saving` as in Guard."""
-    return Guard(*_save(session), saving=saving, enabled=_wanted(session))
+    written, in_place = trained_bytes(session.blueprint.state), session.plan.saves_in_place
+    return Guard(_save(session), written, saving=saving, in_place=in_place, enabled=_wanted(session))
 
 
 def refuse_full(session) -> None:
@@ -224,7 +225,7 @@ def refuse_full(session) -> None:
     if not _wanted(session):
         return
     state, places, memory = session.blueprint.state, session.blueprint.shardings, host_memory()
-    needed = _needed(memory, *_save(session))
+    needed = _save(session) + _floor(memory)
     if this_machine().unified or this_machine().device_memory_bytes is None:  # the state lies in this memory too
         needed += sharded_bytes(state, places) * session.mesh.local_mesh.devices.size
     if memory.usable < needed:
@@ -244,20 +245,18 @@ def _wanted(session) -> bool:
     return setting == "on" or (setting == "auto" and this_machine().unified)
 
 
-def _save(session) -> tuple[int, float]:
-    """(bytes that a save by this process copies, its peak memory as a multiple of them)."""
-    state, run = session.blueprint.state, session.run
-    copied = copied_by_a_save(state, frozen=not durable.is_sealed(run.checkpoints / frozen.FOLDER))
-    once = jax.default_backend() == "cpu" or session.mesh.devices.size == 1
-    return 0 if run.follows else copied, _ONE_COPY if once else _TWO_COPIES
+def _save(session) -> int:
+    """Bytes of memory that a save by this process takes."""
+    if session.run.follows:
+        return 0
+    state = session.blueprint.state
+    if durable.is_sealed(session.run.checkpoints / frozen.FOLDER):
+        state = state._replace(frozen={})
+    return save_bytes(state, in_place=session.plan.saves_in_place)
 
 
 def _floor(memory: HostMemory) -> int:
     return max(int(_FLOOR_SHARE * memory.size), _FLOOR_BYTES)
-
-
-def _needed(memory: HostMemory, state_bytes: int, copies: float) -> int:
-    return int(copies * state_bytes) + _floor(memory)
 
 
 def _of(left: float, memory: HostMemory) -> str:

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from aurora_train.checkpoint import layout
 from aurora_train.errors import Stopped, UserError
@@ -269,7 +268,7 @@ def state_hash(state) -> str:
     import hashlib
 
     hasher = hashlib.sha256()
-    for name, array in sorted(layout.snapshot(state).items()):
-        hasher.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        hasher.update(np.ascontiguousarray(array).tobytes())
+    for name, leaf in sorted(layout.unread(state).items()):
+        hasher.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        hasher.update(leaf.read().tobytes())
     return hasher.hexdigest()

@@ -47,8 +47,8 @@ def plan_config(
     plan = cache.load(key)
     if plan is None:
         program = rehearse(config, recipe, target=target, progress=progress)
-        limit, reason = _limit(config, budget, program, functools.partial(_budget_of, target))
-        plan = Planner(program, limit, reason, target.slug, rates, verify, progress=progress).run()
+        limits = _limits(config, budget, program, functools.partial(_budget_of, target))
+        plan = Planner(program, *limits[0], target.slug, rates, verify, progress=progress, **limits[1]).run()
         cache.store(key, plan)
     return plan
 
@@ -59,15 +59,20 @@ def planner_here(
     """The planner for this machine's own devices."""
     program = program or rehearse(config, recipe, progress=progress)
     machine = this_machine()
-    limit, reason = budget_here(config, program, budget)
+    (limit, reason), saves = _limits(config, budget, program, _budget_here)
     return Planner(
-        program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later
+        program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later, **saves
     )
 
 
-def budget_here(config, program: Rehearsal, budget: int | None = None) -> tuple[int, str]:
-    """(bytes that a step may take on one device of this machine, why). UserError where a save alone takes them."""
-    return _limit(config, budget, program, lambda wish: budget_bytes(wish, this_machine()))
+def most_here(config, program: Rehearsal) -> tuple[int, str]:
+    """(the most bytes that a step may take on one device of this machine, why)."""
+    given, saves = _limits(config, None, program, _budget_here)
+    return saves["in_place"] or given
+
+
+def _budget_here(setting: str) -> tuple[int, str]:
+    return budget_bytes(setting, this_machine())
 
 
 def _budget_of(target, setting: str) -> tuple[int, str]:
@@ -76,25 +81,38 @@ def _budget_of(target, setting: str) -> tuple[int, str]:
     return parse_bytes(setting), f"memory.budget: {setting}"
 
 
-def _limit(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[int, str]:
-    """(bytes that a step may take on one device, why): the budget asked for, else the machine's memory beside a save.
+def _limits(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[tuple[int, str], dict]:
+    """((bytes that a step may take on one device, why), the Planner's `beside_copy` and `in_place`).
 
-    A save copies the state to the processor's memory while training continues; if that is also the device's memory, the
-    plan leaves room for it. An evaluation needs none: it runs between steps and keeps nothing for a backward pass.
+    The bytes are the budget asked for, else the machine's memory beside a save. A save copies the state to the
+    processor's memory while training continues. If that is also the device's memory, the plan leaves room for the copy
+    or, if nothing fits beside it, for the piece that a save in place holds. An evaluation needs no room: it runs
+    between steps and keeps nothing for a backward pass.
     """
-    if budget is not None:
-        return budget, f"--budget {size(budget)}"
-    limit, reason = limit_of(config.memory.budget)
-    copied = program.taken_by_a_save()
-    if config.memory.budget != "auto" or not copied:
-        return limit, reason
-    if copied >= limit:
+    copy, piece = (program.taken_by_a_save(in_place=in_place) for in_place in (False, True))
+    setting = config.memory.budget
+    if program.apart:
+        no_room = program.host_bytes is not None and copy > program.host_bytes
+        saves = {"beside_copy": 0 if no_room else None, "in_place": None}
+        return (budget, f"--budget {size(budget)}") if budget is not None else limit_of(setting), saves
+    limit, reason = limit_of("auto")
+    if budget is not None or setting != "auto":
+        given = (budget, f"--budget {size(budget)}") if budget is not None else limit_of(setting)
+        return given, {"beside_copy": limit - copy, "in_place": None}
+    if piece >= limit:
         raise UserError(
-            f"the copy of the state that a save makes takes {size(copied)} of the {size(limit)} that a device may use",
+            f"the largest piece of a save takes {size(piece)} of the {size(limit)} that a device may use",
             where="memory.budget", why=reason,
             hint="optimizer.moments=int8, optimizer.master=bfloat16, model.lora.rank=16, or a smaller model",
         )  # fmt: skip
-    return limit - copied, f"{reason}, less {size(copied)} for the copy that a save makes"
+    beside = (
+        limit - piece,
+        f"{reason}, less {size(piece)} for a save in place: a copy of the state, {size(copy)}, does not fit as well",
+    )
+    if copy >= limit:
+        return beside, {"beside_copy": 0, "in_place": None}
+    given = limit - copy, f"{reason}, less {size(copy)} for the copy that a save makes"
+    return given, {"beside_copy": limit - copy, "in_place": beside if piece < copy else None}
 
 
 def pinned_plan(run, config, mesh) -> Plan | None:

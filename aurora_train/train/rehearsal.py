@@ -26,7 +26,7 @@ from aurora_train.machine.profile import this_machine
 from aurora_train.nn import carried, fp8
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.nn.tracing import tracing
-from aurora_train.plan.account import SAVE_COPIES, copied_by_a_save
+from aurora_train.plan.account import save_bytes
 from aurora_train.plan.flops import product_flops
 from aurora_train.plan.plan import Plan, make_plan
 from aurora_train.plan.residuals import kept_bytes
@@ -175,12 +175,9 @@ class Rehearsal:
         optimizer = optimizers.build(section, self.config.train.steps, seed=self.config.train.seed)
         return jax.eval_shape(optimizer.init, self.blueprint(self.simplest_plan()).state.params)
 
-    def taken_by_a_save(self) -> int:
-        """Bytes per device that a save takes of the device's memory: 0 unless that is also the processor's memory."""
-        if self.apart:
-            return 0
-        state = self.blueprint(self.simplest_plan()).state
-        return int(SAVE_COPIES * copied_by_a_save(state)) // self.mesh.devices.size
+    def taken_by_a_save(self, *, in_place: bool) -> int:
+        """Bytes of the processor's memory, for each device, that a save takes; where memory is shared, the device's."""
+        return save_bytes(self.blueprint(self.simplest_plan()).state, in_place=in_place) // self.mesh.devices.size
 
     def asked_plan(self) -> Plan:
         """The plan that the config asks for, before any search and before the batch is split to fit."""

@@ -19,23 +19,30 @@ from aurora_train.checkpoint.store import SaveFailed
 from aurora_train.errors import UserError
 from aurora_train.train.evaluations import Judged
 from aurora_train.train.oom import refused
+from aurora_train.units import duration
 
 EXIT_UNSAVED = 74  # EX_IOERR: saving failed for longer than the config allows; the newest checkpoint is intact
 _RETRY_SECONDS = 30.0
 _MEMORY = (
-    "a save copies the whole state to the host's memory, whatever the plan: free some memory, then run the same "
-    "command again; it continues from the newest checkpoint"
+    "a save takes memory of the host beside the step: free some memory, then run the same command again; it continues "
+    "from the newest checkpoint"
 )
 
 
 class Saver:
-    """The saves of one loop, which begins at the saved step `last`."""
+    """The saves of one loop, which begins at the saved step `last`.
+
+    They are made as the plan says: a copy of the state is written in the background, or the state is written in place
+    while training waits.
+    """
 
     def __init__(self, session, watchdog, metrics, voice, progress, *, last: int):
         self._store, self._folder = session.store, session.run.folder
         self._facts = facts.sha256(session.recipe.known)  # every checkpoint names it
         self._patience = 60 * session.config.checkpoint.patience_minutes  # seconds without being able to save
         self._watchdog, self._metrics, self._voice, self._progress = watchdog, metrics, voice, progress
+        self._in_place = session.plan.saves_in_place
+        self._waited_s = 0.0  # how long training waited while the newest save was written in place
         self.last = last  # the newest step that is saved or being saved
         self._committed = last
         self._failing_since: float | None = None
@@ -61,7 +68,7 @@ class Saver:
         return self.failing and time.monotonic() - self._tried_at > _RETRY_SECONDS
 
     def save(self, state, step: int) -> None:
-        """Copy the state out and write it in the background, after finishing the previous save."""
+        """Copy the state out and write it in the background, or write it in place; the previous save ends first."""
         self.finish()
         if step == self._committed:
             return  # this step was requested again while it was being saved
@@ -73,7 +80,9 @@ class Saver:
             try:
                 self._sync_records(step)
                 with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save", learn=False):
-                    self._store.save(step, state, record)
+                    began = time.monotonic()
+                    self._store.save(step, state, record, copy=not self._in_place)
+                    self._waited_s = time.monotonic() - began
                 return
             except SaveFailed as error:
                 if attempt == "first" and self._make_room(step, error):
@@ -101,7 +110,9 @@ class Saver:
         with contextlib.suppress(OSError, UserError):  # it is committed; the next save deletes what is left over
             given_up = self._store.retain()
         again = " again" if self.failing else ""
-        self._voice(f"saved step {step}{again}", "save", step, given_up=given_up)
+        how = f" in place: training waited {duration(self._waited_s)}" if self._in_place else ""
+        waited = {"in_place_seconds": round(self._waited_s, 3)} if self._in_place else {}
+        self._voice(f"saved step {step}{again}{how}", "save", step, given_up=given_up, **waited)
         self._committed, self._failing_since = step, None
         self._progress.alarm(None)
 

@@ -42,7 +42,7 @@ from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
 from aurora_train.record.energy import EnergyMeter
 from aurora_train.train.beginning import Beginning, refuse_other_data
-from aurora_train.train.planning import asked, budget_here, device_kind, pinned_plan, planner_here
+from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, planner_here
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.state import Blueprint, TrainState, draw, together
@@ -220,7 +220,7 @@ def _refuse_start(config, beginning: Beginning, program) -> None:
     refuse_other_shapes(beginning.parents, blueprint)
     state = blueprint.state
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
-    limit, reason = budget_here(config, program)
+    limit, reason = most_here(config, program)
     if held > limit:
         raise UserError(
             f"the parameters and the optimizer take {size(held)} of the {size(limit)} that a device may use",

@@ -6,6 +6,7 @@ import pytest
 from aurora_train.checkpoint import audit, durable
 from aurora_train.checkpoint.retention import reasons
 from aurora_train.checkpoint.store import CheckpointStore
+from aurora_train.tools import checkpoints
 
 POLICY = {"keep": 2, "keep_every": 20, "best": 1}
 
@@ -23,11 +24,11 @@ def saved(tmp_path):
 
 
 def states(saved):
-    return {row["step"]: row["state"] for row in audit.listing(saved, **POLICY)}
+    return {row["step"]: row["state"] for row in checkpoints.listing(saved, **POLICY)}
 
 
 def test_each_checkpoint_is_listed_with_its_size_score_and_why_it_is_kept(saved):
-    rows = audit.listing(saved, **POLICY)
+    rows = checkpoints.listing(saved, **POLICY)
     assert [row["step"] for row in rows] == [10, 20, 30, 40] and {row["state"] for row in rows} == {"whole"}
     assert [row["kept"] for row in rows] == ["best", "every 20", "rolling", "newest, every 20"]
     assert [row["score"] for row in rows] == [1.0, 2.0, 3.0, 4.0]
@@ -42,7 +43,7 @@ def test_what_is_missing_shorter_unfinished_or_set_aside_is_said(saved):
     data.write_bytes(data.read_bytes()[:-1])
     (saved / "10").rename(saved / "damaged-10")
     (saved / "50.orbax-checkpoint-tmp-1").mkdir()
-    rows = audit.listing(saved, **POLICY)
+    rows = checkpoints.listing(saved, **POLICY)
     said = [(row["step"], row["state"].split(":")[0]) for row in rows]
     assert (20, "unfinished") not in said, "it was committed"
     assert (10, "set aside") in said and (10, "the folder is missing") in said and (50, "unfinished") in said
@@ -51,7 +52,7 @@ def test_what_is_missing_shorter_unfinished_or_set_aside_is_said(saved):
 
 def test_verify_reads_every_byte_and_tells_how_far_it_is(saved):
     told = []
-    rows = audit.verify(saved, [10, 20, 30, 40], lambda done, in_all: told.append((done, in_all)))
+    rows = checkpoints.verify(saved, [10, 20, 30, 40], lambda done, in_all: told.append((done, in_all)))
     assert not any(row["faults"] for row in rows)
     assert told[-1][0] == told[-1][1] == sum(row["bytes"] for row in rows)
     data = max((saved / "30").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
@@ -59,14 +60,14 @@ def test_verify_reads_every_byte_and_tells_how_far_it_is(saved):
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
     assert states(saved)[30] == "whole", "its size is what it was"
-    assert [row["step"] for row in audit.verify(saved, [20, 30]) if row["faults"]] == [30]
+    assert [row["step"] for row in checkpoints.verify(saved, [20, 30]) if row["faults"]] == [30]
     assert audit.newest_fault(saved) is None and audit.newest_fault(saved / "none") == "no checkpoint is left"
     (saved / "index.json").unlink()
-    assert audit.verify(saved, [20])[-1]["faults"] == ["index.json: missing"]
+    assert checkpoints.verify(saved, [20])[-1]["faults"] == ["index.json: missing"]
 
 
 def test_nothing_saved_is_an_empty_list(tmp_path):
-    assert audit.listing(tmp_path / "none", **POLICY) == [] and audit.committed(tmp_path / "none") == []
+    assert checkpoints.listing(tmp_path / "none", **POLICY) == [] and audit.committed(tmp_path / "none") == []
 
 
 def test_reasons_are_given_for_what_is_kept_alone():

@@ -1,5 +1,6 @@
 """The checkpoints of a run: durable, verified, walked back from, and kept by our rules."""
 
+import json
 import random
 import resource
 import shutil
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
 
 from aurora_train import mesh as meshes
-from aurora_train.checkpoint import durable
+from aurora_train.checkpoint import durable, layout, writer
 from aurora_train.checkpoint.store import CheckpointStore, Damage, SaveFailed, refuse_damage, require_step
 from aurora_train.errors import UserError
 
@@ -65,6 +67,40 @@ def test_what_was_saved_comes_back(saved_once):
     assert store.newest_intact() == (30, [])
     for step in (10, 30):
         assert_is(restored(saved_once, step), step)
+
+
+def wide(step):
+    """A state with a stack, a frozen part, a leaf of the host, and one that lies on every device there is."""
+    units = {"kernel": jnp.full((3, 8, 4), step + 0.5, jnp.bfloat16), "scale": jnp.arange(3.0)}
+    spread = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("fsdp",)), jax.P("fsdp"))
+    params = {"stack": {"segments": {0: units}}, "table": jax.device_put(jnp.arange(32.0).reshape(8, 4) + step, spread)}
+    frozen = {"base": jnp.arange(7, dtype=jnp.uint8)}
+    return {"step": jnp.int32(step), "params": params, "frozen": frozen, "host": np.ones(3)}
+
+
+def test_a_save_in_place_writes_the_same_checkpoint_as_one_that_copies(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE_BYTES", 100)  # several pieces, and leaves that are larger than one
+    monkeypatch.setattr(layout, "snapshot", lambda *_: pytest.fail("a copy of the state was made"))
+    inside = open_store(tmp_path / "in place")
+    inside.sweep()
+    inside.save(5, wide(5), {"data_step": 6}, copy=False)
+    inside.close()
+    monkeypatch.undo()
+    copied = open_store(tmp_path / "copied")
+    copied.sweep()
+    copied.save(5, wide(5), {"data_step": 6})
+    copied.close()
+    folders = [tmp_path / name / "checkpoints" for name in ("in place", "copied")]
+    for part in ("5", "frozen"):
+        assert [durable.faults(folder / part) for folder in folders] == [[], []]
+        mine, theirs = ((folder / part / "state" / "_METADATA").read_bytes() for folder in folders)
+        assert mine == theirs
+        mine, theirs = (json.loads((folder / part / "_CHECKPOINT_METADATA").read_bytes()) for folder in folders)
+        assert mine["item_handlers"] == theirs["item_handlers"]
+        mine, theirs = (ocp.load(folder / part, checkpointable_name="state") for folder in folders)  # by Orbax alone
+        assert mine.keys() == theirs.keys() and len(mine) == (9 if part == "5" else 1)
+        for name, array in mine.items():
+            assert (array.dtype, array.tobytes()) == (theirs[name].dtype, theirs[name].tobytes()), name
 
 
 def test_a_save_waits_for_the_one_before_and_none_is_skipped(tmp_path):

@@ -19,8 +19,8 @@ from aurora_train.nn.stack import Segment
 from aurora_train.plan import offload, verify
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.planner import Planner
-from aurora_train.plan.report import segments
 from aurora_train.plan.residuals import offloaded, trace_stack_unit
+from aurora_train.tools.report_plan import segments
 from aurora_train.train.rehearsal import rehearse
 
 LAYERS, BATCH = 4, 16

@@ -13,7 +13,7 @@ from aurora_train.errors import UserError
 from aurora_train.nn.stack import Segment
 from aurora_train.plan import report
 from aurora_train.plan.plan import Plan
-from aurora_train.tools import report_capacity
+from aurora_train.tools import report_capacity, report_plan
 from aurora_train.tools.pareto import pareto_figure, pareto_svg
 from aurora_train.tools.report import write_report
 
@@ -66,7 +66,7 @@ def plan(compiled=84 * GB, budget=102 * GB, **changes):
 
 def shown(one, width=160):
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    report.show(one, console)
+    report_plan.show(one, console)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
@@ -95,7 +95,7 @@ def test_the_page_has_the_bytes_of_every_cause_and_their_share_of_the_budget():
 
 
 def test_where_every_tag_is_kept_it_says_what_is_recomputed_all_the_same():
-    (line,) = report.segments([Segment(0, 4, ("query",))], ["query"])
+    (line,) = report_plan.segments([Segment(0, 4, ("query",))], ["query"])
     assert line == "units 0 to 3: keep query; recompute what lies between them and has no tag"
 
 
@@ -171,7 +171,7 @@ def test_predicted_compiled_and_measured_stand_side_by_side():
 
 
 def test_a_script_gets_one_flat_document():
-    told = json.loads(json.dumps(report.document(plan())))
+    told = json.loads(json.dumps(report_plan.document(plan())))
     assert told["machine"] == "NVIDIA GB10" and told["compiled_bytes"] == 84 * GB and told["microbatch"] == 2
     assert told["largest_microbatch"] == 16 and told["stacks"]["stack"][0]["save"] == ["query", "mlp_up"]
     assert "details" not in told

@@ -170,6 +170,17 @@ def test_what_just_fits_is_found_and_what_just_does_not_is_refused():
     assert search.compiles <= COMPILES
 
 
+def test_what_does_not_fit_beside_the_copy_of_a_save_gets_its_memory_and_saves_in_place():
+    few, more = int(0.9 * least()), int(1.003 * least())
+    plan = again(few, beside_copy=few, in_place=(more, "less a piece")).run()
+    check(plan, 8, more, {"a": 4})
+    assert plan.saves_in_place and "less a piece" in plan.reason
+    with pytest.raises(UserError, match="less a piece"):
+        again(few, beside_copy=few, in_place=(few, "less a piece")).run()
+    roomy = again(beside_copy=int(ROOM), in_place=(more, "less a piece")).run()
+    assert not roomy.saves_in_place and roomy.budget_bytes == int(ROOM)
+
+
 def test_nothing_is_compiled_where_nothing_can_fit():
     search = planner(program(), 1000)
     with pytest.raises(UserError, match=r"memory\.budget"):

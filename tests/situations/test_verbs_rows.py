@@ -22,6 +22,7 @@ from aurora_train.plan.plan import Plan
 from aurora_train.recipe import few
 from aurora_train.record import metrics as logs
 from aurora_train.run import Run
+from aurora_train.tools import report_plan
 from aurora_train.tools.recorded import Recorded
 from aurora_train.train.score import _depends_on
 from aurora_train.train.start import sinks
@@ -293,7 +294,7 @@ def test_M8_bfloat16_is_the_first_lever_of_a_float32_plan_for_a_gpu(run, capsys)
     assert first["setting"] == "train.precision=bfloat16" and first["saves_bytes"] > 0 and first["faster"] > 1
     plan = Plan(1, 1, platform="gpu", predicted_bytes=10**9, details={"levers": [first]})
     console = Console(file=io.StringIO(), width=200)
-    report.show(plan, console)
+    report_plan.show(plan, console)
     assert "bfloat16 compute, products 4 x as fast" in console.file.getvalue()
 
 
@@ -303,8 +304,8 @@ def test_L3_a_plan_says_in_plain_words_what_its_budget_is_and_what_its_time_leav
         "Python, the data and the page cache"
     )
     time = {"steps": 600, "seconds": 1.6, "step_seconds": 0.0027, "rates": "assumed"}
-    last = report.time_lines(Plan(1, 1, platform="gpu", details={"time": time}))[-1]
+    last = report_plan.time_lines(Plan(1, 1, platform="gpu", details={"time": time}))[-1]
     assert last.startswith("not included: the time to launch each kernel, which is most of a step this short; saves")
-    long = report.time_lines(Plan(1, 1, platform="gpu", details={"time": time | {"step_seconds": 2.0}}))[-1]
+    long = report_plan.time_lines(Plan(1, 1, platform="gpu", details={"time": time | {"step_seconds": 2.0}}))[-1]
     assert long == "not included: the time to launch each kernel; saves and evaluations"
-    assert "kernel" not in report.time_lines(Plan(1, 1, platform="cpu", details={"time": time}))[-1]
+    assert "kernel" not in report_plan.time_lines(Plan(1, 1, platform="cpu", details={"time": time}))[-1]

@@ -1,5 +1,6 @@
 """A config and a machine give a plan; a run is pinned to it until what decides it changes."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from aurora_train.config import load
 from aurora_train.errors import UserError
 from aurora_train.machine.targets import find_machine
 from aurora_train.nn.stack import Segment
+from aurora_train.plan import account
 from aurora_train.plan.account import SAVE_COPIES
 from aurora_train.plan.plan import Plan
+from aurora_train.plan.report import verdict
 from aurora_train.run import Run
 from aurora_train.train import planning
 from aurora_train.train.planning import asked, device_kind, pinned_plan, plan_config, planner_here
@@ -149,9 +152,46 @@ def test_where_memory_is_shared_a_plan_leaves_room_for_the_copy_that_a_save_make
     state = sum(plan.details["by_cause"][cause] for cause in ("parameters", "optimizer", "average"))
     assert box.budget_bytes - plan.budget_bytes == pytest.approx(SAVE_COPIES * state, rel=1e-3)
     assert "for the copy that a save makes" in plan.reason
+    assert not plan.saves_in_place
     adapters = plan_config(*language_model(model={"lora": {"rank": 2}}), machine="dgx-spark")
-    frozen = adapters.details["by_cause"]["frozen"]  # more than what is trained, and written by the first save
-    assert box.budget_bytes - adapters.budget_bytes == pytest.approx(SAVE_COPIES * frozen, rel=1e-2)
+    by_cause = adapters.details["by_cause"]
+    whole = sum(by_cause[cause] for cause in ("parameters", "optimizer", "average", "frozen"))  # one piece: it is small
+    assert box.budget_bytes - adapters.budget_bytes == pytest.approx(SAVE_COPIES * whole, rel=1e-3)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """A save in place holds less than a state, although the states of tests are smaller than a piece."""
+    monkeypatch.setattr(account, "PIECE_BYTES", 1)
+
+
+WHOLE = {"save": "all", "accumulation": 1}  # one plan only, so that it fits or does not
+
+
+def test_where_the_copy_does_not_fit_beside_a_step_saves_are_made_in_place(
+    no_compiler, language_model, small_pieces, monkeypatch
+):
+    roomy = plan_config(*language_model(memory=WHOLE), machine="dgx-spark")
+    state = sum(roomy.details["by_cause"][cause] for cause in ("parameters", "optimizer", "average"))
+    for share, in_place in ((1.01, False), (0.5, True)):  # of the copy, beside the step
+        budget = int(roomy.predicted_bytes + share * SAVE_COPIES * state)
+        box = dataclasses.replace(find_machine("dgx-spark"), budget_bytes=budget)
+        monkeypatch.setattr(planning, "find_machine", lambda name, box=box: box)
+        plan = plan_config(*language_model(memory=WHOLE), machine="dgx-spark")
+        assert plan.saves_in_place == in_place, (budget, plan.predicted_bytes, plan.reason)
+        assert Plan.from_json(plan.to_json()) == plan
+        assert ("saves in place" in verdict(plan)) == in_place
+        assert plan.predicted_bytes <= plan.budget_bytes
+
+
+def test_a_budget_of_ones_own_that_leaves_no_room_for_the_copy_means_saves_in_place(
+    no_compiler, language_model, small_pieces, monkeypatch
+):
+    roomy = plan_config(*language_model(memory=WHOLE), machine="dgx-spark")
+    box = dataclasses.replace(find_machine("dgx-spark"), budget_bytes=roomy.predicted_bytes + MB)
+    monkeypatch.setattr(planning, "find_machine", lambda name: box)
+    plan = plan_config(*language_model(memory=WHOLE | {"budget": "1GB"}), machine="dgx-spark")
+    assert plan.saves_in_place and plan.budget_bytes == 10**9
 
 
 def test_a_machine_nobody_knows_is_refused(language_model):
