@@ -87,17 +87,15 @@ class Candidate:
 
     def stacks(self) -> dict[str, list[Segment]]:
         """The cuts as a Plan stores them."""
-        return as_segments(self.cuts)
+        return {
+            path: [Segment(a, b, score.save, offload=score.offload) for a, b, score in cut]
+            for path, cut in self.cuts.items()
+        }
 
     @property
     def key(self) -> tuple:
         """A key that identifies the candidate."""
         return self.microbatch, tuple((path, tuple(cut)) for path, cut in self.stacks().items())
-
-
-def as_segments(cuts) -> dict[str, list[Segment]]:
-    """Cuts of (start, stop, Score) as a Plan stores them."""
-    return {path: [Segment(a, b, s.save, offload=s.offload) for a, b, s in cut] for path, cut in cuts.items()}
 
 
 class Space:
