@@ -3,10 +3,7 @@
 import signal
 import time
 
-import pytest
 
-
-@pytest.mark.optimized  # so that it takes long enough to be interrupted
 def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(aurora, tiny, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # what was compiled before would be there at once
     process = aurora.start("plan", tiny, "model.width=48", "model.layers=40")
