@@ -1,9 +1,9 @@
 """Chat templates: a conversation as the text that a model was trained on, by the Jinja template that came with it.
 
 Templates come from strangers, so they run in Jinja's sandbox, with what real ones use and nothing else:
-`raise_exception`, `strftime_now`, `tojson`, `{% generation %}`, `{% break %}` and `{% continue %}`. The rendered text is
-equal to that of transformers' `apply_chat_template`. The date is an argument and not the clock's, so that a run renders
-a conversation alike on every day.
+`raise_exception`, `strftime_now`, `tojson`, `{% generation %}`, `{% break %}` and `{% continue %}`. The rendered text
+is equal to that of transformers' `apply_chat_template`. The date is an argument and not the clock's, so that a run
+renders a conversation alike on every day.
 """
 
 from __future__ import annotations

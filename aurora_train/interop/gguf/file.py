@@ -133,8 +133,10 @@ class GgufFile:
         known = {int(one): one for one in GGMLQuantizationType}.get(kind)
         if known is None or known.name not in READABLE:
             stored = f"as {known.name}" if known else f"in a quantisation of unknown number {kind}"
-            raise UserError(f"the tensor {name} is stored {stored}, which cannot be read", where=str(self.path),
-                            why=f"readable are {', '.join(READABLE)}", hint="use another file of the model")  # fmt: skip
+            raise UserError(
+                f"the tensor {name} is stored {stored}, which cannot be read", where=str(self.path),
+                why=f"readable are {', '.join(READABLE)}", hint="use another file of the model",
+            )  # fmt: skip
         block, block_bytes = GGML_QUANT_SIZES[known]
         if shape[-1] % block or not math.prod(shape):
             raise self._cursor.damaged(f"the tensor {name} of shape {list(shape)} is no whole number of {known.name} "

@@ -21,9 +21,9 @@ from aurora_train.interop.gguf.tokenizer import tokenizer_of
 from aurora_train.interop.source import Source, Tensor
 
 _NO_DEFAULT = object()
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_LOCAL_THETA = 10_000.0  # of Gemma 3's windowed layers, which older files do not state
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # llama.cpp tells this size by its layers: it scales queries otherwise
+LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LOCAL_THETA = 10_000.0  # of Gemma 3's windowed layers, which older files do not state
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # llama.cpp tells this size by its layers: it scales queries otherwise
 
 
 def open_gguf(path: Path) -> Source:
@@ -140,7 +140,7 @@ class _Reader:
         return {
             "sliding_window": self._own("attention.sliding_window", None), "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": self._query_scalar(), "attn_logit_softcapping": None,
-            "rope_local_base_freq": decimal(self._own("rope.freq_base_swa", _LOCAL_THETA)),
+            "rope_local_base_freq": decimal(self._own("rope.freq_base_swa", LOCAL_THETA)),
             "final_logit_softcapping": None if cap is None else decimal(cap),
             "layer_types": self._layer_types(lambda layer: (layer + 1) % 6 != 0),
         }  # fmt: skip
@@ -191,11 +191,13 @@ class _Reader:
     def _llama3(self) -> dict:
         """Llama 3's stretching, from the factor of each frequency. Held to the formula with the published bands."""
         stored = self.file.read("rope_freqs.weight")
-        scaling = {"rope_type": "llama3", "factor": decimal(stored.max()), **_LLAMA3}
+        scaling = {"rope_type": "llama3", "factor": decimal(stored.max()), **LLAMA3_BANDS}
         theta = decimal(self._own("rope.freq_base", 10_000.0))
         if not np.allclose(stored, llama3_factors(theta, 2 * len(stored), scaling), rtol=1e-4):
-            raise UserError("the factors in rope_freqs.weight are not those of Llama 3's rule", where=self.where,
-                            why=f"with its published bands, {_LLAMA3}, and factor {scaling['factor']:g}")  # fmt: skip
+            raise UserError(
+                "the factors in rope_freqs.weight are not those of Llama 3's rule", where=self.where,
+                why=f"with its published bands, {LLAMA3_BANDS}, and factor {scaling['factor']:g}",
+            )  # fmt: skip
         return scaling
 
     def _layer_types(self, is_windowed) -> list[str] | None:
@@ -215,7 +217,7 @@ class _Reader:
 
     def _query_scalar(self) -> float:
         sizes = self._sizes
-        if sizes["num_hidden_layers"] == _LAYERS_OF_27B[self.name]:
+        if sizes["num_hidden_layers"] == LAYERS_OF_27B[self.name]:
             return sizes["hidden_size"] / sizes["num_attention_heads"]
         return sizes["head_dim"]
 

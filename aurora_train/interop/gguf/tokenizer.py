@@ -8,12 +8,24 @@ by name, and so is a pre-tokenizer that is not in `SPLITS`: it would cut texts d
 from __future__ import annotations
 
 import json
+from enum import IntEnum
 from typing import Any
 
 from aurora_train.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # `tokenizer.ggml.token_type`
-_OTHERS = {"bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo 2", "none": "none", "no_vocab": "none"}
+
+class Kind(IntEnum):
+    """The values of `tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+_OTHERS = {"bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo 2"}
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -97,9 +109,9 @@ class _Vocabulary:
     def __init__(self, metadata: dict, where: str):
         self.metadata, self.where = metadata, where
         self.tokens: list[str] = self._list("tokens")
-        self.types: list[int] = self._list("token_type", [NORMAL] * len(self.tokens))
+        self.types: list[int] = self._list("token_type", [Kind.NORMAL] * len(self.tokens))
         for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if kind == UNUSED and token == f"[PAD{number}]":  # a row of the embedding that stands for no token
+            if kind == Kind.UNUSED and token == f"[PAD{number}]":  # a row of the embedding that stands for no token
                 self.types[number] = 0
         self.ids = {token: number for number, token in enumerate(self.tokens) if self.types[number]}
         if len(self.ids) != sum(map(bool, self.types)):
@@ -128,7 +140,7 @@ class _Vocabulary:
             raise UserError("a tokenizer that removes white space cannot be read", where=self.where,
                             why="tokenizer.ggml.remove_extra_whitespaces is set")  # fmt: skip
         prefixed = self.metadata.get("tokenizer.ggml.add_space_prefix", True)
-        unknown = next((token for token, kind in zip(self.tokens, self.types, strict=True) if kind == UNKNOWN), None)
+        unknown = next((token for token, kind in zip(self.tokens, self.types, strict=True) if kind == Kind.UNKNOWN), None)
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
@@ -139,7 +151,7 @@ class _Vocabulary:
             "normalizer": {"type": "Sequence", "normalizers": [prepend, spaces]} if prefixed else spaces,
             "pre_tokenizer": None if prefixed else cut, "post_processor": None,
             "decoder": {"type": "Sequence", "decoders": [*back, strip] if prefixed else back},
-            "model": {"type": "BPE", "unk_token": unknown, "fuse_unk": True, "byte_fallback": BYTE in self.types,
+            "model": {"type": "BPE", "unk_token": unknown, "fuse_unk": True, "byte_fallback": Kind.BYTE in self.types,
                       "ignore_merges": False, "vocab": self.ids, "merges": self._merges_by_score(prefixed)},
         }  # fmt: skip
 
@@ -152,7 +164,7 @@ class _Vocabulary:
         """
         scores, ids, merges = self._list("scores"), self.ids, []
         for token, number in ids.items():
-            if self.types[number] in (CONTROL, UNKNOWN, BYTE):
+            if self.types[number] in (Kind.CONTROL, Kind.UNKNOWN, Kind.BYTE):
                 continue
             halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
             known = sorted((ids[left], ids[right]) for left, right in halves if left in ids and right in ids)
@@ -165,9 +177,9 @@ class _Vocabulary:
         """The tokens that are found in a text before it is cut: control tokens (special) and user-defined ones."""
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
-            {"id": number, "content": token, **plain, "special": kind != USER_DEFINED}
+            {"id": number, "content": token, **plain, "special": kind != Kind.USER_DEFINED}
             for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (CONTROL, USER_DEFINED) or kind == UNKNOWN
+            if kind in (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
         ]  # fmt: skip
 
     def marks(self) -> dict[str, str]:
