@@ -19,6 +19,7 @@ from aurora_train.recipe import Recipe as Base
 from aurora_train.units import size
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
+from language.starting import ModelConfig, derive_from_source
 
 
 class Scoring(Section):
@@ -39,7 +40,7 @@ class Samples(Section):
 
 
 class Config(Section):
-    model: DecoderConfig = setting(DecoderConfig())
+    model: ModelConfig = setting(ModelConfig())
     data: TextDataConfig = setting(TextDataConfig())
     score: Scoring = setting(Scoring())
     samples: Samples = setting(Samples())
@@ -56,7 +57,9 @@ class Recipe(Base):
     def derive(cls, given: dict) -> list[Derived]:
         model, data = given.get("model") or {}, given.get("data") or {}
         tokenizer, size, derived = data.get("tokenizer") or {}, model.get("size"), []
-        if isinstance(size, str):
+        if isinstance(model.get("from"), str):
+            derived = derive_from_source(given)
+        elif isinstance(size, str):
             vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "auto") not in ("auto", "byte") else 257
             derived = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
         model = model | {one.key.removeprefix("model."): one.value for one in derived}
@@ -98,7 +101,9 @@ class Recipe(Base):
     store = None  # the prepared data, once there is any
 
     def facts(self) -> dict:
-        return {**self.store.tokenizer.files(), "vocabulary": self.store.tokenizer.vocab_size}
+        """The tokenizer, the rows of the embedding, and what a model that this one starts from brought with it."""
+        vocabulary = max(self.store.tokenizer.vocab_size, self.inherited.get("vocabulary", 0))
+        return {**self.inherited, **self.store.tokenizer.files(), "vocabulary": vocabulary}
 
     def expected_facts(self) -> dict:
         """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""

@@ -17,6 +17,7 @@ ORDER = [
     {"loading"},
     {"tools"},
     {"train", "run"},
+    {"interop"},
     {"generate"},
     {"plan"},
     {"checkpoint"},

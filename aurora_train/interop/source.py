@@ -8,6 +8,7 @@ layouts of tensors (weights are (out, in), rotary halves), its tokenizer.json. S
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,3 +97,15 @@ def open_source(path: str | Path) -> Source:
     from aurora_train.interop.hf import open_folder
 
     return open_folder(path)
+
+
+def digest(path: str | Path) -> str:
+    """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model."""
+    path, hasher = Path(path), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(
+        one for one in path.iterdir() if one.is_file() and one.suffix in (".json", ".safetensors", ".jinja")
+    )  # fmt: skip
+    for file in files:
+        with file.open("rb") as handle:
+            hasher.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()

@@ -2,8 +2,8 @@
 
 The vocabulary size is not here, because it follows from the tokenizer; nor is the mask, which follows from the
 objective and is set by the recipe. The layers are the rows of a table (`layer_table`, or `window` and `window_pattern`
-as shorthand), repeated as one period. The fields cover GPT-2, Llama 2 and 3, Mistral, Qwen 2 and 3 and Gemma 2;
-`tests/parity` compares each of them with its published implementation.
+as shorthand), repeated as one period. The fields cover the families of `interop/families`; `tests/parity` compares each
+of them with its published implementation.
 """
 
 from __future__ import annotations
@@ -21,16 +21,38 @@ NF4_BLOCK = 64  # inputs of a kernel that share a scale in 4-bit storage
 
 
 class RopeScaling(Section):
-    """How rotary frequencies stretch beyond the trained length (`linear`: Chen et al. 2023; `llama3`: Llama 3)."""
+    """How rotary frequencies stretch beyond the trained length.
 
-    kind: Literal["none", "linear", "llama3"] = setting("none", resume="frozen", help="rule of stretching")
+    `linear`: Chen et al. 2023; `llama3`: Llama 3; `yarn`: Peng et al. 2023; `longrope`: Ding et al. 2024.
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn", "longrope"] = setting(
+        "none", resume="frozen", help="rule of stretching"
+    )
     factor: float = setting(1.0, resume="frozen", gt=0, help="how many times longer the context becomes")
     low_freq_factor: float = setting(1.0, resume="frozen", gt=0, help="llama3: waves longer than length/this stretch")
     high_freq_factor: float = setting(4.0, resume="frozen", gt=0, help="llama3: waves shorter than length/this stay")
-    original_length: int = setting(8192, resume="frozen", gt=0, help="llama3: context length before stretching")
+    original_length: int = setting(
+        8192, resume="frozen", gt=1, help="llama3, yarn, longrope: context length before stretching"
+    )
+    beta_fast: float = setting(32.0, resume="frozen", gt=0, help="yarn: waves of more turns than this stay")
+    beta_slow: float = setting(1.0, resume="frozen", gt=0, help="yarn: waves of fewer turns than this stretch")
+    attention_factor: float | None = setting(
+        None, resume="frozen", gt=0, help="yarn, longrope: factor on cosines and sines; none: by the paper's formula"
+    )
+    short_factors: tuple[float, ...] = setting(
+        (), resume="frozen", strict=False, help="longrope: divisors of the frequencies up to original_length"
+    )
+    long_factors: tuple[float, ...] = setting(
+        (), resume="frozen", strict=False, help="longrope: divisors of the frequencies of longer rows"
+    )
 
     @model_validator(mode="after")
     def _bands_apart(self):
+        if self.kind == "longrope" and not len(self.short_factors) == len(self.long_factors) > 0:
+            raise ValueError("longrope needs short_factors and long_factors, one for each pair of entries that turn")
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast:g}) must exceed beta_slow ({self.beta_slow:g})")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor ({self.high_freq_factor:g}) must exceed low_freq_factor ({self.low_freq_factor:g})"

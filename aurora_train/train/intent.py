@@ -8,6 +8,7 @@ from pathlib import Path
 from aurora_train import run as runs
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.interop.source import is_foreign
 from aurora_train.recipe import makes_experience
 from aurora_train.train.precision import as_in
 from aurora_train.train.remarks import rate_line
@@ -149,13 +150,13 @@ def init_key(prefix: str) -> str:
 
 
 def _refuse_missing(start: str, key: str) -> None:
-    path, hint = Path(start), "a run folder, or a safetensors file with this project's parameter names"
-    if path.suffix.lower() == ".gguf":
-        what = "a GGUF file cannot be read as a start yet"
-    elif "hub:" in start and not path.exists():
+    path = Path(start)
+    hint = "a run folder, a Hugging Face folder, a GGUF file, or a safetensors file with this project's parameter names"
+    if "hub:" in start and not path.exists():
         what = "a model on a hub cannot be read as a start yet"
-    elif (path / "config.json").is_file() and not (path / "config.yaml").is_file():
-        what = "a Hugging Face folder cannot be read as a start yet"
+        hint = "download it, and name the folder"
+    elif path.exists() and is_foreign(path) and (path.is_file() or (path / "config.json").is_file()):
+        return  # opened, and refused if need be, with the other parents
     elif not path.exists():
         what = f"there is no run folder or weights file {start}"
         hint = "the path is relative to the config file, and on the command line to the current folder"

@@ -20,6 +20,8 @@ from aurora_train import run as runs
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
+from aurora_train.interop.placing import matched
+from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
 from aurora_train.train.intent import init_key
@@ -45,7 +47,9 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
     flat, own = drawn, set(drawn)
     for parent in parents:
         with contextlib.ExitStack() as opened:
-            if parent.step is None:
+            if is_foreign(parent.path):
+                source = _from_foreign(parent.path)
+            elif parent.step is None:
                 source = _from_safetensors(Path(parent.path))
             else:
                 run = runs.Run.existing(parent.path)
@@ -260,6 +264,17 @@ def _from_store(store: CheckpointStore, step: int):
         return {bare: arrays[names[bare]] for bare in wanted}
 
     return {bare: shapes[name] for bare, name in names.items()}, read
+
+
+def _from_foreign(path: str):
+    """(shapes, reader) of an open model. Each parameter is read, turned and put in its place alone."""
+    opened = matched(open_source(path))
+    stored = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+
+    def read(wanted: dict) -> dict:
+        return {name: jax.device_put(opened.read(name), spec.sharding) for name, spec in wanted.items()}
+
+    return stored, read
 
 
 def _from_safetensors(path: Path):
