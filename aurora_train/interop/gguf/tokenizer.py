@@ -140,7 +140,7 @@ class _Vocabulary:
             raise UserError("a tokenizer that removes white space cannot be read", where=self.where,
                             why="tokenizer.ggml.remove_extra_whitespaces is set")  # fmt: skip
         prefixed = self.metadata.get("tokenizer.ggml.add_space_prefix", True)
-        unknown = next((token for token, kind in zip(self.tokens, self.types, strict=True) if kind == Kind.UNKNOWN), None)
+        unknown = self.tokens[self.types.index(Kind.UNKNOWN)] if Kind.UNKNOWN in self.types else None
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},

@@ -108,8 +108,9 @@ def _plan(source: Source, architecture: Architecture, format: str) -> tuple[list
             uneven.append(name)
             kind = "F16"
         stored.append(Stored(name, hf_name, shape, kind))
-    remarks = [f"{len(uneven)} matrices ({uneven[0]}, ...) are stored as f16: their rows are no multiple of {_BLOCK}"]
-    return stored, remarks if uneven else []
+    named = ", ".join(uneven[:2])
+    what = f"{len(uneven)} matrices ({named}, ...) are stored as f16: their rows are no multiple of {_BLOCK}"
+    return stored, [what] if uneven else []
 
 
 def _add(writer, key: str, value) -> None:
