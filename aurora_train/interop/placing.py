@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ _UNIT = re.compile(r"stack\.units\.(\d+)\.(?:blocks\.(\d+)\.)?(.+)")
 # Parts of vision, speech and prediction models that lie beside the text model and are not read.
 _BESIDE = re.compile(r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|audio_tower|mtp)\.")
 _BLOCK_BYTES = 1 << 26
+
+Theirs = dict[str, Callable[[], np.ndarray]]
 
 
 class Place(NamedTuple):
@@ -84,20 +87,57 @@ def _along(weight: Weight, shape: tuple[int, ...]) -> int:
 
 def their_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Every tensor that a file of these parameters has, with its shape."""
-    theirs: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, place in places(family, shapes).items():
         shape = shapes[name][::-1] if place.transpose else shapes[name]
-        whole = list(theirs.get(place.theirs, shape))
+        whole = list(found.get(place.theirs, shape))
         whole[place.axis] = max(whole[place.axis], place.stop)
-        theirs[place.theirs] = tuple(whole)
-    return theirs
+        found[place.theirs] = tuple(whole)
+    return found
 
 
-def ours(family: Family, shapes: Mapping[str, tuple[int, ...]], theirs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def ours(family: Family, shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our parameters, or their gradients, by canonical name, of arrays by their names."""
     tensors = {name: Tensor(array.shape, str(array.dtype), lambda start, stop, a=array: a[start:stop])
-               for name, array in theirs.items()}  # fmt: skip
+               for name, array in arrays.items()}  # fmt: skip
     return {name: place.read(tensors[place.theirs]) for name, place in places(family, shapes).items()}
+
+
+def theirs(family: Family, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> Theirs:
+    """The inverse of `ours`: (name, function that makes the array of their layout) for each tensor of a file.
+
+    `read(name)` returns a parameter of ours. Arrays are C-contiguous, because safetensors 0.8 stores views wrongly.
+    """
+    parts: dict[str, list[tuple[Place, str]]] = {}
+    for name, place in places(family, shapes).items():
+        parts.setdefault(place.theirs, []).append((place, name))
+
+    def made(pieces: list[tuple[Place, str]]) -> np.ndarray:
+        pieces = sorted(pieces, key=lambda piece: piece[0].start)
+        arrays = [read(name).T if place.transpose else read(name) for place, name in pieces]
+        return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, pieces[0][0].axis))
+
+    return {name: functools.partial(made, pieces) for name, pieces in parts.items()}
+
+
+def decoder_of(config: DecoderConfig, vocabulary: int, read: Callable[[str], np.ndarray]):
+    """A float32 `Decoder` with the parameters that `read` returns by canonical name."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from aurora_train.checkpoint import layout
+    from aurora_train.nn.decoder import Decoder
+
+    plain = config.model_copy(update={"lora": None})
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(plain, vocabulary, "float32", nnx.Rngs(params=0))))
+    tree = nnx.to_pure_dict(state)
+    leaves = []
+    for names, stacked, leaf in layout.entries(tree):
+        arrays = [np.asarray(read(name), np.float32) for name in names]
+        leaves.append(jnp.asarray(np.stack(arrays) if stacked else arrays[0], leaf.dtype))
+    nnx.replace_by_pure_dict(state, jax.tree.unflatten(jax.tree.structure(tree), leaves))
+    return nnx.merge(graph, state)
 
 
 class Opened(NamedTuple):
