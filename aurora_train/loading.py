@@ -44,6 +44,22 @@ class Loaded:
         with asking(self.config.train.forms.asked):
             return self.recipe.generate(self.model, prompt, options, on_text)
 
+    def chat(
+        self, messages: list[dict], *, max_tokens: int = 1024, temperature: float = 0.7, top_k: int | None = None,
+        top_p: float | None = 0.95, seed: int = 0, template: str | None = None,
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> str:  # fmt: skip
+        """The answer to a conversation of {"role", "content"} messages, by the model's chat template or by `template`.
+
+        Raises UserError if the model has no template and none is given, and for a conversation that does not fit.
+        """
+        from aurora_train.nn.ops import asking
+
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+                   "template": template}  # fmt: skip
+        with asking(self.config.train.forms.asked):
+            return self.recipe.chat(self.model, messages, options, on_text)
+
     def logits(self, tokens):
         """Scores of the next token after each position, float32[..., T, vocabulary], of token ids int[..., T].
 
