@@ -6,6 +6,7 @@ The names are those under which the language recipe keeps its own, so a run inhe
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from aurora_train.errors import UserError
@@ -31,11 +32,17 @@ def facts_of(source: Source, family: str) -> Facts:
     facts[ORIGIN] = {
         "family": family, "name": source.path.resolve().name, "licence": source.licence,
         "eos_ids": [int(i) for i in source.eos_ids], "bos_id": config.get("bos_token_id"),
-        "pad_id": config.get("pad_token_id"), "max_length": config.get("max_position_embeddings"),
+        "pad_id": config.get("pad_token_id"), "dtype": _dtype(source), "max_length": config.get("max_position_embeddings"),
         "tokens": {name: _content(value) for name, value in source.tokenizer_config.items()
                    if name.endswith("_token") and _content(value) is not None},
     }  # fmt: skip
     return facts
+
+
+def _dtype(source: Source) -> str | None:
+    """The dtype that most tensors are stored in."""
+    counts = Counter(tensor.dtype for tensor in source.tensors.values())
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _content(value: Any) -> str | None:

@@ -161,7 +161,7 @@ def _refuse_missing(start: str, key: str) -> None:
         what = f"there is no run folder or weights file {start}"
         hint = "the path is relative to the config file, and on the command line to the current folder"
     else:
-        if not path.is_file() and runs.Run.existing(path).step() == 0:
+        if not path.is_file() and not runs.Run.existing(path).has_checkpoint():
             raise UserError("this run has no checkpoint yet", where=key, hint=f"`aurora resume {start}`")
         return
     raise UserError(what, where=key, why=f"it names {start}", hint=hint)
