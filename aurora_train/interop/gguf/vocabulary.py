@@ -99,8 +99,6 @@ def _sentencepiece(definition: dict, tokens: list[str]) -> dict[str, Any]:
 
 def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
     """The ids of the tokens that begin and end texts, and whether a text begins with one of itself."""
-    import tokenizers
-
     ids, found = {token: number for number, token in enumerate(tokens)}, {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         named = source.tokenizer_config.get(f"{ours}_token")
@@ -112,9 +110,15 @@ def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
     found.setdefault("eos_token_id", ends[0] if ends else ids.get("<|endoftext|>", 0))
     others = [number for number in ends if number != found["eos_token_id"]]
     found |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
+    return found | {"add_bos_token": begins_by_itself(source)}
+
+
+def begins_by_itself(source: Source) -> bool:
+    """Whether the tokenizer begins every text with a token, so that a reader of the GGUF file must do so, too."""
+    import tokenizers
+
     empty = tokenizers.Tokenizer.from_str(source.tokenizer).encode("").ids
-    begins = bool(empty) and empty[0] == found.get("bos_token_id")
-    return found | {"add_bos_token": begins or bool(source.tokenizer_config.get("add_bos_token"))}
+    return bool(empty) or bool(source.tokenizer_config.get("add_bos_token"))
 
 
 def _refuse_other_ids(source: Source, metadata: dict, added: list[str]) -> None:

@@ -26,8 +26,9 @@ from aurora_train.interop.source import Source
 # The format's name on the command line -> (type of matrices, type of embedding and head, `general.file_type`).
 FORMATS = {"f16": ("F16", "F16", 1), "bf16": ("BF16", "BF16", 32), "q8_0": ("Q8_0", "Q8_0", 7),
            "q4_0": ("Q4_0", "Q8_0", 2)}  # fmt: skip
-# The largest error of a stored value as a share of the largest of its block (of itself, for the floats).
-_BOUNDS = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.51 / 127, "Q4_0": 1.01 / 8}
+# The largest error of a stored value as a share of the largest of its block (of itself, for the floats): half a step,
+# or a whole one for Q4_0, whose steps reach -8 but only +7; and the rounding of the block's scale to float16.
+_BOUNDS = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127 + 2.0**-11, "Q4_0": 1 / 8 + 2.0**-11}
 _BLOCK = 32  # numbers with one scale, in all quantised formats written here
 _BUFFER = 1 << 26  # bytes of float32 that are quantised at a time
 _SMALLEST_F16 = 2.0**-24
@@ -194,7 +195,7 @@ def _excess(wanted: np.ndarray, found: np.ndarray, one: Stored, architecture: Ar
     if one.kind.startswith("Q"):
         blocks = (*wanted.shape[:-1], -1, _BLOCK)
         scale, error = scale.reshape(blocks).max(-1), error.reshape(blocks).max(-1)
-    slack = _SMALLEST_F16 if one.kind != "F32" else 0
+    slack = {"F32": 0.0, "Q8_0": 127 * _SMALLEST_F16, "Q4_0": 8 * _SMALLEST_F16}.get(one.kind, _SMALLEST_F16)
     if architecture.norm_plus_one and architecture.is_norm(one.hf_name):
         slack = 2.0**-23 * (1 + scale)  # 1 is added in float32, and taken away again
     return float(np.max(error - _BOUNDS[one.kind] * scale - slack))
