@@ -7,11 +7,14 @@ compressors: the score is shown beside those of `xz`, `gzip` and an n-gram model
 from __future__ import annotations
 
 import functools
+from datetime import datetime
 
 import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.facts import DATE
+from aurora_train.interop.kept import TEMPLATE
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
 from aurora_train.recipe import Derived, Loss, few
@@ -103,7 +106,8 @@ class Recipe(Base):
     def facts(self) -> dict:
         """The tokenizer, the rows of the embedding, and what a model that this one starts from brought with it."""
         vocabulary = max(self.store.tokenizer.vocab_size, self.inherited.get("vocabulary", 0))
-        return {**self.inherited, **self.store.tokenizer.files(), "vocabulary": vocabulary}
+        date = {DATE: datetime.now().isoformat(timespec="seconds")} if TEMPLATE in self.inherited else {}
+        return {**date, **self.inherited, **self.store.tokenizer.files(), "vocabulary": vocabulary}
 
     def expected_facts(self) -> dict:
         """The vocabulary's expected size; a small text may give fewer entries than the config asks for."""
@@ -262,6 +266,12 @@ class Recipe(Base):
         )
         return written.text
 
+    def chat(self, model, messages: list[dict], options: dict, on_text) -> str:
+        from language.chat import Dialogue
+
+        dialogue = Dialogue(self.tokenizer, self.known, options.get("template"))
+        return dialogue.answer(model, messages, options, on_text)
+
     def logits(self, model, tokens):
         import jax.numpy as jnp
 
@@ -275,4 +285,4 @@ class Recipe(Base):
     def _generator(self, model):
         from aurora_train.generate.sampler import Generator
 
-        return Generator(model, self.tokenizer.eos_id)
+        return Generator(model, {self.tokenizer.eos_id, *(self.known.get("origin") or {}).get("eos_ids", ())})

@@ -32,7 +32,7 @@ _INTERRUPTED = 130  # 128 and SIGINT
 VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
     "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
-    "import", "export",
+    "import", "export", "chat",
 )
 
 _STEPPING = ("train", "resume", "profile", "evaluate")  # these run compiled steps for a long time

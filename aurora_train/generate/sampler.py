@@ -8,7 +8,7 @@ far as float order allows, and nothing depends on what the other rows do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -28,10 +28,10 @@ class Knobs(NamedTuple):
 
 
 class Generator:
-    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; with None, no text ends early."""
+    """Continues prompts with a `Decoder`. Any id of `ends` ends a text and is not returned; () lets none end early."""
 
-    def __init__(self, model, eos_id: int | None):
-        self.eos_id = eos_id
+    def __init__(self, model, ends: Collection[int]):
+        self.ends = frozenset(ends)
         self.vocab_size = model.vocab_size
         self.max_length = model.config.max_length if model.config.positions == "learned" else None
         self._graph, self._state = nnx.split(model)
@@ -88,7 +88,7 @@ class Generator:
         for count in range(max_new_tokens):
             drawn = _draw(logits, keys, count, knobs)
             for row, token in enumerate(np.asarray(drawn).tolist()):
-                if row in open_rows and token == self.eos_id:
+                if row in open_rows and token in self.ends:
                     open_rows.discard(row)
                 elif row in open_rows:
                     made[row].append(token)

@@ -32,10 +32,16 @@ TEXTS = (
     '{"name": "box", "watts": 240, "tags": ["quiet", "small"]}',
     "she sells sea shells by the sea shore " * 4,
 )
+_DIGESTED = (".json", ".safetensors", ".jinja", ".gguf")
 LONGEST = 64  # tokens of a text that are compared
 # Mean difference of log-probabilities that rounding the weights to a dtype may make, in nats.
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.1, "q4_0": 3.0}
 INDEPENDENT_BOUND = 1e-3  # largest difference of log-probabilities between two programs on the same weights, float32
+
+
+def model_in(folder: Path) -> Path:
+    """The model of an export: its GGUF file, or the folder itself."""
+    return next(folder.glob("*.gguf"), folder)
 
 
 def rows_of(tokenizer: str, vocabulary: int) -> list[np.ndarray]:
@@ -64,8 +70,9 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
 
     `library`: "transformers" for an independent proof, or None.
     """
-    opened = matched(open_source(folder))
-    _refuse_other_tensors(result, opened, dtype)
+    opened = matched(open_source(model_in(folder)))
+    if opened.source.kind == "hf":  # of a GGUF file, each block was held to its rounding when it was written
+        _refuse_other_tensors(result, opened, dtype)
     rows = rows_of(opened.source.tokenizer, result.vocabulary)
     wanted = log_probabilities(decoder_of(result.config, result.vocabulary, result.read), rows)
     found = log_probabilities(decoder_of(opened.config, opened.vocabulary, opened.read), rows)
@@ -152,7 +159,7 @@ def repeat(folder: Path) -> dict[str, Any]:
     now = _digests(folder)
     faults = [f"{name} was changed or is missing" for name, digest in proof["files"].items() if now.get(name) != digest]
     try:
-        opened = matched(open_source(folder))
+        opened = matched(open_source(model_in(folder)))
     except UserError as fault:
         return {"faults": [*faults, str(fault)], "proof": proof}
     rows = [np.array(row, np.int32) for row in proof["texts"]]
@@ -177,7 +184,7 @@ def _repeated(proof: dict[str, Any], compare: Callable[[], float]) -> list[str]:
 
 def _digests(folder: Path) -> dict[str, str]:
     """sha256 of each file but the proof and the card, by name."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in _DIGESTED]
     digests = {}
     for path in files:
         if path.name != NAME:

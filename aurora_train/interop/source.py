@@ -81,6 +81,11 @@ def is_foreign(path: str | Path) -> bool:
     return False
 
 
+def is_model(path: str | Path) -> bool:
+    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder with a config.json."""
+    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or (Path(path) / "config.json").is_file())
+
+
 def open_source(path: str | Path) -> Source:
     """The source at a path, by headers alone.
 
