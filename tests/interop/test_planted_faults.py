@@ -124,12 +124,14 @@ def test_a_fault_in_both_directions_passes_a_round_trip_and_fails_the_independen
     from aurora_train.interop import export, proof
     from aurora_train.interop.kept import facts_of
     from aurora_train.interop.result import Result
+    from aurora_train.interop.source import open_source
 
     write_model(tmp_path / "source", "llama3")
-    opened = placing.matched(placing_source(tmp_path / "source"))
+    opened = placing.matched(open_source(tmp_path / "source"))
     record = {"run": "r", "step": 0, "recipe": "language_model", "sequence": 64, "precision": "float32", "data": {},
               "parent": None, "base": None, "licence": None}  # fmt: skip
-    result = Result(opened.config, opened.vocabulary, opened.shapes, opened.read, facts_of(opened.source, "llama"), record)
+    facts = facts_of(opened.source, "llama")
+    result = Result(opened.config, opened.vocabulary, opened.shapes, opened.read, facts, record)
     faulty, _ = exchanged("mlp.gate", "mlp.up")(families.known()["llama"], None)
     monkeypatch.setattr(families, "known", functools.cache(lambda: {"llama": faulty}))
     (tmp_path / "out").mkdir()
@@ -137,12 +139,6 @@ def test_a_fault_in_both_directions_passes_a_round_trip_and_fails_the_independen
     assert proof.prove(result, family, tmp_path / "out", "float32", None)["kind"] == "round trip"
     with pytest.raises(UserError, match="transformers says something else"):
         proof.prove(result, family, tmp_path / "out", "float32", "transformers")
-
-
-def placing_source(path):
-    from aurora_train.interop.source import open_source
-
-    return open_source(path)
 
 
 def test_a_table_has_no_parameter_twice():

@@ -105,7 +105,8 @@ KEYS = {
 ABSENT = {"num_key_value_heads": SAME, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 SILU = {"hidden_act": ("silu", "swish")}
 NO_BIAS = {"attention_bias": (False,)}
-SCALAR = Key("attention_scale", lambda scalar: scalar**-0.5, lambda scale: round(1 / scale**2, 6))
+# transformers accepts an int alone
+SCALAR = Key("attention_scale", lambda scalar: scalar**-0.5, lambda scale: round(scale**-2))
 
 
 def linear(theirs: str, *ours: str) -> tuple[Weight, Weight]:
