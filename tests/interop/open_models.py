@@ -31,7 +31,7 @@ def settings_of(name: str, **changed) -> dict:
 def weights_of(name: str, settings: dict) -> dict[str, np.ndarray]:
     table = tables.of(settings, name)
     config = DecoderConfig(**tables.read_shape(settings, table, name))
-    return draw_weights(name, their_shapes(table, our_shapes(config, settings["vocab_size"])))
+    return draw_weights(name, their_shapes(table, our_shapes(config, settings["vocab_size"]), config.heads))
 
 
 def write_model(folder: Path, name: str = "qwen3", *, dtype: str = "float32", **changed) -> dict[str, np.ndarray]:

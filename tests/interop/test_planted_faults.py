@@ -94,7 +94,7 @@ FAULTS = {
 
 def _logits(name, table, config):
     ours = placing.our_shapes(config, VOCAB)
-    flat = placing.ours(table, ours, draw_weights(name, stored(name)[0]))
+    flat = placing.ours(table, ours, config.heads, draw_weights(name, stored(name)[0]))
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))))
     weights = placing.assembled(nnx.to_pure_dict(state), flat.__getitem__)
     tokens = jnp.asarray(tokens_and_targets(name)[0])
