@@ -35,17 +35,6 @@ def exchanged(one, other, *, block=True):
     return plant
 
 
-def flipped(theirs):
-    """A kernel is read in the other layout."""
-
-    def plant(table, config):
-        weights = tuple(w._replace(transpose=not w.transpose) if w.theirs == theirs else w for w in table.block)
-        assert weights != table.block
-        return dataclasses.replace(table, block=weights), config
-
-    return plant
-
-
 def shaped(**fields):
     return lambda table, config: (table, config.model_copy(update=fields))
 
@@ -69,7 +58,19 @@ def _scaled(**fields):
     return plant
 
 
+def _edited(theirs, **fields):
+    def plant(table, config):
+        weights = tuple(w._replace(**fields) if w.theirs == theirs else w for w in table.block)
+        assert weights != table.block
+        return dataclasses.replace(table, block=weights), config
+
+    return plant
+
+
 FAULTS = {
+    "query and gate not interleaved by head": ("qwen3_5", _edited("self_attn.q_proj.weight", by_head=False)),
+    "beta and decay exchanged": ("qwen3_5", exchanged("linear.write", "linear.forget")),
+    "query and output gate exchanged": ("qwen3_5", exchanged("attention.query", "attention.out_gate")),
     "gate and up exchanged": ("llama3", exchanged("mlp.gate", "mlp.up")),
     "query and key exchanged": ("gpt2", exchanged("attention.query", "attention.key")),
     "key and value exchanged in a fused kernel": ("phi3", exchanged("attention.key", "attention.value")),
@@ -77,7 +78,7 @@ FAULTS = {
     "norms of attention and MLP exchanged": ("llama2", exchanged("attn_norm", "mlp_norm")),
     "norms of outputs exchanged": ("olmo2", exchanged("attn_post_norm", "mlp_post_norm")),
     "norms of queries and keys exchanged": ("qwen3", exchanged("attention.query_norm", "attention.key_norm")),
-    "a square kernel transposed": ("gpt2", flipped("attn.c_proj.weight")),
+    "a square kernel transposed": ("gpt2", _edited("attn.c_proj.weight", transpose=True)),
     "a norm without its +1": ("gemma2", shaped(norm_offset=False)),
     "embeddings not scaled": ("gemma3", shaped(embed_scale=False)),
     "query scale of the head size": ("gemma2", shaped(attention_scale=None)),
