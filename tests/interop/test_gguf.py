@@ -122,7 +122,8 @@ def patched(old: bytes, new: bytes):
     return change
 
 
-def key(name: str) -> bytes:
+def text(name: str) -> bytes:
+    """A text as the file holds it: its length first."""
     return struct.pack("<Q", len(name)) + name.encode()
 
 
@@ -130,7 +131,7 @@ def kind_of(tensor: str, number: int):
     """The file with another quantisation at a matrix: after its name, the number of axes and two axes."""
 
     def change(content: bytes) -> bytes:
-        at = content.index(key(tensor)) + len(key(tensor)) + 4 + 16
+        at = content.index(text(tensor)) + len(text(tensor)) + 4 + 16
         return content[:at] + struct.pack("<I", number) + content[at + 4 :]
 
     return change
@@ -145,21 +146,22 @@ BROKEN = {
     "cut in the metadata": (lambda content: content[:400], "truncated: the file ends within a key"),
     "cut in the tensors": (lambda content: content[:-40_000], "truncated: the tensor"),
     "an impossible length": (
-        patched(key("general.name") + b"\x08\0\0\0\x01\0\0\0", key("general.name") + b"\x08\0\0\0\x01\0\0\x7f"),
+        patched(text("general.name") + b"\x08\0\0\0\x01\0\0\0", text("general.name") + b"\x08\0\0\0\x01\0\0\x7f"),
         "truncated: the file ends within",
     ),
-    "a value of no type": (patched(key("general.name") + b"\x08", key("general.name") + b"\x4d"), "unknown type 77"),
-    "a key twice": (patched(key("general.name"), key("general.type")), "is there twice"),
+    "a value of no type": (patched(text("general.name") + b"\x08", text("general.name") + b"\x4d"), "unknown type 77"),
+    "a key twice": (patched(text("general.name"), text("general.type")), "is there twice"),
     "an unknown quantisation": (kind_of("blk.0.ffn_up.weight", 99), "unknown number 99"),
     "IQ4_XS": (kind_of("blk.0.ffn_up.weight", 23), "blk.0.ffn_up.weight is stored as IQ4_XS"),
-    "an unknown architecture": (patched(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lhama"), "the nearest is llama"),
+    "an unknown architecture": (patched(text("llama"), text("lhama")), "the nearest is llama"),
     "a tensor of nobody": (patched(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"), "blk.1.ffn_xx.weight"),
     "no layers": (patched(b"llama.block_count", b"llama.block_coxnt"), "the metadata lacks llama.block_count"),
-    "no pre-tokenizer known": (patched(b"\x06\0\0\0\0\0\0\0smollm", b"\x06\0\0\0\0\0\0\0smxllm"), "'smxllm'"),
-    "another kind of tokenizer": (patched(b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert"), "WordPiece"),
-    "no merges": (patched(b"tokenizer.ggml.merges", b"tokenizer.ggml.mxrges"), "the metadata lacks tokenizer.ggml.merges"),
+    "no pre-tokenizer known": (patched(text("smollm"), text("smxllm")), "'smxllm'"),
+    "another kind of tokenizer": (patched(text("gpt2"), text("bert")), "WordPiece"),
+    "no merges": (patched(b"ggml.merges", b"ggml.mxrges"), "the metadata lacks tokenizer.ggml.merges"),
     "an end that is no token": (
-        patched(key("tokenizer.ggml.eos_token_id") + b"\x04\0\0\0\x02\0", key("tokenizer.ggml.eos_token_id") + b"\x04\0\0\0\x02\x09"),
+        patched(text("tokenizer.ggml.eos_token_id") + b"\x04\0\0\0\x02\0",
+                text("tokenizer.ggml.eos_token_id") + b"\x04\0\0\0\x02\x09"),
         "eos_token_id is 2306",
     ),
 }  # fmt: skip
@@ -196,7 +198,7 @@ def test_a_part_of_a_split_file_is_refused_with_how_to_join_it(tmp_path):
         ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     ],
 )
-def test_what_llama_cpp_would_assume_otherwise_is_refused_by_key(name, change, says, tmp_path):
+def test_what_llama_cpp_would_assume_otherwise_is_refused_by_text(name, change, says, tmp_path):
     source = source_of(name)
     source.config.update(change)
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""Tiny models of every family that GGUF knows, as sources: random weights, a BPE of a few hundred tokens, a template."""
+"""Tiny models of every family that GGUF knows, as sources: random weights, a small BPE, a template."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def source_of(name: str, arrays: dict[str, np.ndarray] | None = None) -> Source:
     """The tiny model of a family, from `arrays` by Hugging Face name, else random."""
     config = dict(CONFIGS[name])
     if arrays is None:
-        head = {} if config["tie_word_embeddings"] else {"lm_head.weight": tensor_of(np.zeros((ROWS, WIDTH), np.float32))}
-        family, shape = shape_of(Source(Path(name), "hf", config, head))
+        head = {} if config["tie_word_embeddings"] else {"lm_head.weight": np.zeros((ROWS, WIDTH), np.float32)}
+        family, shape = shape_of(Source(Path(name), "hf", config, {one: tensor_of(a) for one, a in head.items()}))
         shapes = their_shapes(family, our_shapes(shape, ROWS))
         arrays = {one: exact(size, seed) for seed, (one, size) in enumerate(shapes.items())}
     return Source(
@@ -89,7 +89,8 @@ def bpe(pre: str = "smollm") -> str:
     splits, normalizer, whole = SPLITS[pre]
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=whole))
     definition = json.loads(backend.to_str()) | {
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}, "normalizer": normalizer and {"type": normalizer}
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
+        "normalizer": normalizer and {"type": normalizer},
     }  # fmt: skip
     backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
     backend.decoder = decoders.ByteLevel()
