@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_train.errors import UserError
+from aurora_train.files import read_json
 from aurora_train.run import Run, say_changed_code
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (the default argument of two functions)
@@ -29,6 +30,11 @@ class Loaded:
     def tokenizer(self):
         """The tokenizer that the model was trained with, or None."""
         return getattr(self.recipe, "tokenizer", None)
+
+    @property
+    def provenance(self) -> dict:
+        """The origin of the run, as provenance.json records it."""
+        return read_json(Run(self.run).provenance, {})
 
     def generate(
         self, prompt: str = "", *, max_tokens: int = 256, temperature: float = 0.8, top_k: int | None = None,

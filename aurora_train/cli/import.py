@@ -31,7 +31,8 @@ def command(
     licence = opened.source.licence or "not recorded"
     print(f"{to}: {opened.family.title}, {count:,} parameters, {opened.vocabulary:,} tokens; licence: {licence}")
     if opened.beside:
-        print(f"The text model was read; {len(opened.beside)} tensors of other parts ({opened.beside[0]}, ...) were not.")
+        first, number = opened.beside[0], len(opened.beside)
+        print(f"The text model was read; {number} tensors of other parts ({first}, ...) were not.")
     print(f"Next: aurora generate {to}, or a config with `model: {{from: {to}}}`")
 
 

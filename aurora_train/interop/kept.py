@@ -32,7 +32,8 @@ def facts_of(source: Source, family: str) -> Facts:
     facts[ORIGIN] = {
         "family": family, "name": source.path.resolve().name, "licence": source.licence,
         "eos_ids": [int(i) for i in source.eos_ids], "bos_id": config.get("bos_token_id"),
-        "pad_id": config.get("pad_token_id"), "dtype": _dtype(source), "max_length": config.get("max_position_embeddings"),
+        "pad_id": config.get("pad_token_id"), "dtype": _dtype(source),
+        "max_length": config.get("max_position_embeddings"),
         "tokens": {name: _content(value) for name, value in source.tokenizer_config.items()
                    if name.endswith("_token") and _content(value) is not None},
     }  # fmt: skip

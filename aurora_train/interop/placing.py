@@ -122,22 +122,28 @@ def theirs(family: Family, shapes: Mapping[str, tuple[int, ...]], read: Callable
 
 def decoder_of(config: DecoderConfig, vocabulary: int, read: Callable[[str], np.ndarray]):
     """A float32 `Decoder` with the parameters that `read` returns by canonical name."""
-    import jax
-    import jax.numpy as jnp
     from flax import nnx
 
-    from aurora_train.checkpoint import layout
     from aurora_train.nn.decoder import Decoder
 
     plain = config.model_copy(update={"lora": None})
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(plain, vocabulary, "float32", nnx.Rngs(params=0))))
-    tree = nnx.to_pure_dict(state)
-    leaves = []
-    for names, stacked, leaf in layout.entries(tree):
-        arrays = [np.asarray(read(name), np.float32) for name in names]
-        leaves.append(jnp.asarray(np.stack(arrays) if stacked else arrays[0], leaf.dtype))
-    nnx.replace_by_pure_dict(state, jax.tree.unflatten(jax.tree.structure(tree), leaves))
+    nnx.replace_by_pure_dict(state, assembled(nnx.to_pure_dict(state), read))
     return nnx.merge(graph, state)
+
+
+def assembled(tree, read: Callable[[str], np.ndarray]):
+    """The nested dict of parameters `tree` (abstract), float32, of what `read` returns by canonical name."""
+    import jax
+    import jax.numpy as jnp
+
+    from aurora_train.checkpoint import layout
+
+    leaves = []
+    for names, stacked, _ in layout.entries(tree):
+        arrays = [np.asarray(read(name), np.float32) for name in names]
+        leaves.append(jnp.asarray(np.stack(arrays) if stacked else arrays[0]))
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 class Opened(NamedTuple):

@@ -8,7 +8,6 @@ a family, say). "independent" compares with another library as well, transformer
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +192,3 @@ def _digests(folder: Path) -> dict[str, str]:
                 digests[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
     return digests
 
-
-def shown(proof: dict[str, Any]) -> str:
-    return json.dumps({name: proof[name] for name in ("kind", "dtype", "family", "says")}, ensure_ascii=False)

@@ -64,10 +64,7 @@ def result_of(loaded, *, merge: bool = False) -> Result:
 
 def origin_of(loaded) -> dict[str, Any]:
     """Where a run's weights come from, for the card and the proof: run, step, recipe, data, parent, licence."""
-    from aurora_train.files import read_json
-    from aurora_train.run import Run
-
-    provenance = read_json(Run(loaded.run).provenance, {})
+    provenance = loaded.provenance
     origin = loaded.recipe.known.get("origin") or {}
     return {
         "run": loaded.run.name, "step": loaded.step, "recipe": loaded.config.recipe,

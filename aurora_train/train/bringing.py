@@ -33,7 +33,7 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
     if run.config.is_file() or run.holds_something_else():
         raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
     if Path(source).exists() and not is_foreign(source):
-        raise UserError("this is a run already", where=source, hint=f"a config starts from it with model.from: {source}")
+        raise UserError("this is a run already", where=source, hint=f"a config starts from it by model.from: {source}")
     opened = matched(open_source(source))
     facts = kept_facts.as_kept(facts_of(opened.source, opened.family.model_type), where=source)
     config = settled(_config(source, recipe, run.folder.name))
@@ -41,7 +41,8 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
         kept_facts.write(run.facts, facts)
         store = CheckpointStore(run.checkpoints, run.trash)
         store.sweep()
-        store.save(0, {"params": {name: opened.read(name) for name in opened.shapes}}, {"facts": kept_facts.sha256(facts)})
+        weights = {name: opened.read(name) for name in opened.shapes}
+        store.save(0, {"params": weights}, {"facts": kept_facts.sha256(facts)})
         store.close()
         write_json(run.provenance, {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from aurora_train import run as runs
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
-from aurora_train.interop.source import is_foreign
+from aurora_train.interop.placing import shape_of
+from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.recipe import makes_experience
 from aurora_train.train.precision import as_in
 from aurora_train.train.remarks import rate_line
@@ -156,7 +157,8 @@ def _refuse_missing(start: str, key: str) -> None:
         what = "a model on a hub cannot be read as a start yet"
         hint = "download it, and name the folder"
     elif path.exists() and is_foreign(path) and (path.is_file() or (path / "config.json").is_file()):
-        return  # opened, and refused if need be, with the other parents
+        shape_of(open_source(path))  # which refuses what it cannot read
+        return
     elif not path.exists():
         what = f"there is no run folder or weights file {start}"
         hint = "the path is relative to the config file, and on the command line to the current folder"

@@ -1,4 +1,4 @@
-"""The origin of a run's first parameters: another run at one step, an open model, or a file of weights; and its facts."""
+"""The origin of a run's first parameters: a run at one step, an open model or a file of weights; and its facts."""
 
 from __future__ import annotations
 

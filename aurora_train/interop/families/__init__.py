@@ -1,4 +1,4 @@
-"""The families of models that come in and go out. `known()` lists them; `of(config)` and `expressing(model)` find one."""
+"""The families of models that come in and go out: `known()` lists them, `of` and `expressing` find one."""
 
 from __future__ import annotations
 
