@@ -94,9 +94,10 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     `run` may also be an open model: a Hugging Face folder or a GGUF file, which has no steps.
     """
     from aurora_train.config import load_resolved
-    from aurora_train.interop.source import is_model
+    from aurora_train.interop.source import is_model, located
     from aurora_train.machine.profile import prepare_environment
 
+    run = located(run)
     if is_model(run):
         return _load_source(Path(run), step)
     known = Run.existing(run)

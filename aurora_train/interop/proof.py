@@ -35,7 +35,7 @@ TEXTS = (
 _DIGESTED = (".json", ".safetensors", ".jinja", ".gguf")
 LONGEST = 64  # tokens of a text that are compared
 # Mean difference of log-probabilities that rounding the weights to a dtype may make, in nats.
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.1, "q4_0": 3.0}
+BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.5, "q4_0": 5.0}
 INDEPENDENT_BOUND = 1e-3  # largest difference of log-probabilities between two programs on the same weights, float32
 
 

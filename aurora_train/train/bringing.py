@@ -6,7 +6,6 @@ and a resume begins its training with the weights that it holds.
 
 from __future__ import annotations
 
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,14 +14,13 @@ import numpy as np
 from aurora_train import facts as kept_facts
 from aurora_train import run as runs
 from aurora_train.checkpoint.store import CheckpointStore
-from aurora_train.config import dump, load
+from aurora_train.config import dump, load_values
 from aurora_train.config.schema import Init
-from aurora_train.config.yaml import write
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically, write_json
-from aurora_train.interop.kept import facts_of
+from aurora_train.interop.kept import TEMPLATE, facts_of
 from aurora_train.interop.placing import Opened, matched
-from aurora_train.interop.source import digest, is_foreign, open_source
+from aurora_train.interop.source import digest, is_foreign, located, open_source
 from aurora_train.train.precision import settled
 
 
@@ -34,10 +32,13 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
     run = runs.Run(folder)
     if run.config.is_file() or run.holds_something_else():
         raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
+    source = str(located(source))
     if Path(source).exists() and not is_foreign(source):
         raise UserError("this is a run already", where=source, hint=f"a config starts from it by model.from: {source}")
     opened = matched(open_source(source))
     facts = kept_facts.as_kept(facts_of(opened.source, opened.family.model_type), where=source)
+    if TEMPLATE in facts:
+        facts[kept_facts.DATE] = datetime.now().isoformat(timespec="seconds")
     config = settled(_config(source, recipe, run.folder.name))
     with run.lock():
         kept_facts.write(run.facts, facts)
@@ -69,10 +70,8 @@ class _Unread:
 
 def _config(source: str, recipe: str, name: str):
     """The config of a recipe with a source's shape, written out: the run does not need its source any more."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "import.yaml"
-        file.write_text(write({"recipe": recipe, "name": name, "model": {"from": str(Path(source).absolute())}}))
-        config = load(file)
+    values = {"recipe": recipe, "name": name, "model": {"from": str(Path(source).absolute())}}
+    config = load_values(values, name)
     model = config.model.model_copy(update={"from_": None})
     whole = config.model_copy(update={"model": model, "init": Init()})
     whole._loaded = config._loaded

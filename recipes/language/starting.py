@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aurora_train.config import load_resolved, setting
 from aurora_train.errors import UserError
+from aurora_train.interop.source import PACKAGE, located
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.recipe import Derived
 from language.settings import TextDataConfig
@@ -22,15 +23,15 @@ class ModelConfig(DecoderConfig):
     """A decoder whose shape is written out, follows from a size, or is that of an existing model."""
 
     from_: str | None = setting(
-        None, alias="from", resume="located", path_unless=("hub:",),
-        help="start from this model: a Hugging Face folder, a GGUF file or a run; its shape, weights, tokenizer and "
-        "template follow",
+        None, alias="from", resume="located", path_unless=("hub:", PACKAGE),
+        help="start from this model: a Hugging Face folder, a GGUF file (package:NAME: the one in an installed package) "
+        "or a run; its shape, weights, tokenizer and template follow",
     )
 
 
 def derive_from_source(given: dict) -> list[Derived]:
     """Shape and `init.from` of a config with `model.from`. UserError, by key, for what the config says otherwise."""
-    model, start = given["model"], given["model"]["from"]
+    model, start = given["model"], str(located(given["model"]["from"]))
     shape, formula = _shape_of(start)
     if model.get("size") is not None:
         raise UserError(f"the model from {Path(start).name} has its own size", where="model.size", hint="leave it out")

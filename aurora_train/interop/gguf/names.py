@@ -27,7 +27,8 @@ _GPT2 = {
     "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
     "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TIED = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+_TOP = {**_TIED, "output": "lm_head"}
 
 
 class Architecture(NamedTuple):
@@ -88,7 +89,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", _PROJECTIONS | _BEFORE, permuted=True, extra=("rope_freqs.weight",)),
     "qwen2": Architecture("qwen2", _PROJECTIONS | _BEFORE),
     "qwen3": Architecture("qwen3", _PROJECTIONS | _BEFORE | _QK_NORMS),
-    "gemma2": Architecture("gemma2", _PROJECTIONS | _AROUND, norm_plus_one=True),
+    "gemma2": Architecture("gemma2", _PROJECTIONS | _AROUND, top=_TIED, norm_plus_one=True),
     "gemma3": Architecture("gemma3_text", _PROJECTIONS | _AROUND | _QK_NORMS, norm_plus_one=True),
     "smollm3": Architecture("smollm3", _PROJECTIONS | _BEFORE, permuted=True),
     "olmo2": Architecture("olmo2", _PROJECTIONS | _AFTER | _QK_NORMS),
