@@ -171,9 +171,12 @@ class Recipe(Base):
         return model.token_nll(hidden, batch["targets"])
 
     def flops_per_target(self, num_parameters: int) -> float:
-        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
+        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B).
+
+        What a linear layer does with its state is not counted: its share is small beside its matrices.
+        """
         model, sequence = self.config.model, self.config.data.sequence
-        spans = [min(sequence, row.window or sequence) for row in model.rows]
+        spans = [0 if row.kind == "linear" else min(sequence, row.window or sequence) for row in model.rows]
         pairs = 6.0 * model.layers * sum(spans) / len(spans) * model.heads * model.dim_per_head
         return 6.0 * (num_parameters - self.looked_up()) + pairs
 

@@ -149,7 +149,8 @@ def _read_prompt(graph, cache_length, state, tokens, lengths):
     """
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, caches = model.extend(tokens, positions, model.empty_caches(tokens.shape[0], cache_length))
+    real = positions < lengths[:, None]
+    hidden, caches = model.extend(tokens, positions, model.empty_caches(tokens.shape[0], cache_length), real=real)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), caches
 

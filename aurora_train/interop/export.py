@@ -69,7 +69,9 @@ def write_folder(result: Result, folder: Path, dtype: str) -> Family:
     """
     family = families.expressing(result.config, (result.facts.get(ORIGIN) or {}).get("family"))
     try:
-        _write_weights(theirs(family, result.shapes, result.read), their_shapes(family, result.shapes), folder, dtype)
+        heads = result.config.heads
+        shapes = their_shapes(family, result.shapes, heads)
+        _write_weights(theirs(family, result.shapes, heads, result.read), shapes, folder, dtype)
         tokens = special_tokens(result.facts)
         write_json(folder / "config.json", _config(result, family, dtype, tokens))
         ids = {name: value for name, value in tokens.ids.items() if value is not None}

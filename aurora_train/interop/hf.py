@@ -23,14 +23,14 @@ _CONVERT = "take the release in bfloat16, or dequantise it with the library that
 
 def open_folder(folder: Path) -> Source:
     """The source in a folder. UserError as `open_source` says."""
-    config = _json(folder / "config.json", required=True)
+    config = read_json(folder / "config.json", required=True)
     _refuse_quantised(config, folder)
     config_of_text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    tokenizer_config = _json(folder / "tokenizer_config.json")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     return Source(
-        path=folder, kind="hf", config=config, tensors=_tensors(folder), tokenizer=_text(folder / "tokenizer.json"),
+        path=folder, kind="hf", config=config, tensors=_tensors(folder), tokenizer=read_text(folder / "tokenizer.json"),
         tokenizer_config=tokenizer_config, chat_template=_template(folder, tokenizer_config),
-        generation=_json(folder / "generation_config.json") or _ids(config) or _ids(config_of_text),
+        generation=read_json(folder / "generation_config.json") or _ids(config) or _ids(config_of_text),
         licence=_licence(folder),
     )  # fmt: skip
 
@@ -39,12 +39,13 @@ def _ids(config: dict) -> dict:
     return {name: config[name] for name in ("eos_token_id",) if config.get(name) is not None}
 
 
-def _json(path: Path, *, required: bool = False) -> dict:
-    text = _text(path)
+def read_json(path: Path, *, required: bool = False) -> dict:
+    """The mapping in a JSON file; {} if there is none and it is not `required`. UserError for any other content."""
+    text = read_text(path)
     if text is None and required:
         pickles = sorted(path.parent.glob("*.bin")) + sorted(path.parent.glob("*.pt*"))
         hint = "a folder with config.json and *.safetensors, a *.gguf file, or a run folder"
-        what = "this folder has no config.json" if path.parent.is_dir() else "this is not a folder"
+        what = f"this folder has no {path.name}" if path.parent.is_dir() else "this is not a folder"
         what = f"{pickles[0].name} is a pickle, which may run any code when read" if pickles else what
         raise UserError(what, where=str(path.parent), hint=hint)
     if text is None:
@@ -58,7 +59,8 @@ def _json(path: Path, *, required: bool = False) -> dict:
     return value
 
 
-def _text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """The content of a text file; None if there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -81,7 +83,7 @@ def _refuse_quantised(config: dict, folder: Path) -> None:
 
 def _template(folder: Path, tokenizer_config: dict) -> str | None:
     """The chat template: of its own file, else of the tokenizer's config, where several may have names."""
-    beside = _text(folder / "chat_template.jinja")
+    beside = read_text(folder / "chat_template.jinja")
     if beside is not None:
         return beside
     found = tokenizer_config.get("chat_template")
@@ -93,7 +95,7 @@ def _template(folder: Path, tokenizer_config: dict) -> str | None:
 
 def _licence(folder: Path) -> str | None:
     """The licence that the model card's header names."""
-    card = _text(folder / "README.md") or ""
+    card = read_text(folder / "README.md") or ""
     head = card.split("\n---", 1)[0] if card.startswith("---") else ""
     found = re.search(r"^license:\s*['\"]?([\w.-]+)", head, re.MULTILINE)
     return found[1] if found else None
@@ -113,18 +115,18 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             f"there are {len(files)} safetensors files and no {INDEX} that says what they hold", where=str(folder),
             hint="copy the index from where the files came from",
         )  # fmt: skip
-    return _of_file(files[0])
+    return tensors_of_file(files[0])
 
 
 def _sharded(folder: Path) -> dict[str, Tensor]:
-    listed = _json(folder / INDEX).get("weight_map")
+    listed = read_json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise UserError("the index has no `weight_map`", where=str(folder / INDEX))
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(listed.values())):
         if not (folder / name).is_file():
             raise UserError(f"the index names the file {name}, which is not here", where=str(folder / INDEX))
-        found = _of_file(folder / name)
+        found = tensors_of_file(folder / name)
         twice = next((one for one in found if one in tensors), None)
         if twice is not None:
             raise UserError(f"{twice} is in two files, the second is {name}", where=str(folder / INDEX))
@@ -140,7 +142,8 @@ def _more(names: list[str]) -> str | None:
     return f"{len(names) - 1} more do not agree either" if len(names) > 1 else None
 
 
-def _of_file(path: Path) -> dict[str, Tensor]:
+def tensors_of_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, by its header. UserError for a cut file or another dtype."""
     from safetensors import SafetensorError, safe_open
 
     def asked(what: Callable[[], Any]):

@@ -25,21 +25,37 @@ Theirs = dict[str, Callable[[], np.ndarray]]
 
 
 class Place(NamedTuple):
-    """A parameter of ours: elements [start, stop) of the tensor `theirs` along `axis`, transposed if `transpose`."""
+    """A parameter of ours: elements [start, stop) of the tensor `theirs` along `axis`, transposed if `transpose`.
+
+    `heads`, if not 0: the parts of the tensor take turns this many times along the axis, `start` and `stop` being those
+    without turns. `middle`: the tensor has a middle axis of size one.
+    """
 
     theirs: str
     axis: int
     start: int
     stop: int
     transpose: bool
+    heads: int = 0
+    middle: bool = False
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The parameter, C-contiguous (safetensors 0.8 stores views wrongly)."""
-        if self.axis == 0:
+        if self.heads:
+            whole, size = tensor.whole(), self.stop - self.start
+            turns = whole.reshape(self.heads, -1, size // self.heads, whole.shape[1])
+            part = turns[:, self.start // size].reshape(size, -1)
+        elif self.axis == 0:
             part = tensor.read(self.start, self.stop)
         else:
             part = tensor.whole()[:, self.start : self.stop]
+        part = part[:, 0] if self.middle else part
         return np.ascontiguousarray(part.T if self.transpose else part)
+
+    def their_shape(self, shape: tuple[int, ...]) -> list[int]:
+        """The shape of the tensor if it held nothing else than this parameter of ours."""
+        flat = shape[::-1] if self.transpose else shape
+        return [flat[0], 1, flat[1]] if self.middle else list(flat)
 
 
 def our_shapes(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
@@ -57,8 +73,11 @@ def our_shapes(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, .
     return shapes
 
 
-def places(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """The place of each parameter of ours. UserError for one that the family has no tensor for."""
+def places(family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int) -> dict[str, Place]:
+    """The place of each parameter of ours. UserError for one that the family has no tensor for.
+
+    `heads`: of the queries, by which some tensors are interleaved.
+    """
     tables = [{ours: weight for weight in weights for ours in weight.ours} for weights in (family.block, family.outer)]
     num_blocks = 1 + max((int(m[2] or 0) for m in map(_UNIT.fullmatch, shapes) if m), default=0)
     found = {}
@@ -74,7 +93,8 @@ def places(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, P
         at = weight.ours.index(inner)
         theirs = family.layer.format(layer) + weight.theirs if unit else weight.theirs
         flips = weight.transpose and len(shape) == 2
-        found[name] = Place(theirs, weight.axis if len(shape) == 2 else 0, sum(sizes[:at]), sum(sizes[: at + 1]), flips)
+        axis, turns = weight.axis if len(shape) == 2 else 0, heads if weight.by_head else 0
+        found[name] = Place(theirs, axis, sum(sizes[:at]), sum(sizes[: at + 1]), flips, turns, weight.middle)
     return found
 
 
@@ -85,37 +105,45 @@ def _along(weight: Weight, shape: tuple[int, ...]) -> int:
     return (shape[::-1] if weight.transpose else shape)[weight.axis]
 
 
-def their_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def their_shapes(family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int) -> dict[str, tuple[int, ...]]:
     """Every tensor that a file of these parameters has, with its shape."""
     found: dict[str, tuple[int, ...]] = {}
-    for name, place in places(family, shapes).items():
-        shape = shapes[name][::-1] if place.transpose else shapes[name]
-        whole = list(found.get(place.theirs, shape))
+    for name, place in places(family, shapes, heads).items():
+        whole = list(found.get(place.theirs, place.their_shape(shapes[name])))
         whole[place.axis] = max(whole[place.axis], place.stop)
         found[place.theirs] = tuple(whole)
     return found
 
 
-def ours(family: Family, shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def ours(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int, arrays: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """Our parameters, or their gradients, by canonical name, of arrays by their names."""
     tensors = {name: Tensor(array.shape, str(array.dtype), lambda start, stop, a=array: a[start:stop])
                for name, array in arrays.items()}  # fmt: skip
-    return {name: place.read(tensors[place.theirs]) for name, place in places(family, shapes).items()}
+    return {name: place.read(tensors[place.theirs]) for name, place in places(family, shapes, heads).items()}
 
 
-def theirs(family: Family, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> Theirs:
+def theirs(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int, read: Callable[[str], np.ndarray]
+) -> Theirs:
     """The inverse of `ours`: (name, function that makes the array of their layout) for each tensor of a file.
 
     `read(name)` returns a parameter of ours. Arrays are C-contiguous, because safetensors 0.8 stores views wrongly.
     """
     parts: dict[str, list[tuple[Place, str]]] = {}
-    for name, place in places(family, shapes).items():
+    for name, place in places(family, shapes, heads).items():
         parts.setdefault(place.theirs, []).append((place, name))
 
     def made(pieces: list[tuple[Place, str]]) -> np.ndarray:
         pieces = sorted(pieces, key=lambda piece: piece[0].start)
         arrays = [read(name).T if place.transpose else read(name) for place, name in pieces]
-        return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, pieces[0][0].axis))
+        first = pieces[0][0]
+        if first.heads:
+            turns = [array.reshape(first.heads, 1, -1, array.shape[1]) for array in arrays]
+            arrays = [np.concatenate(turns, 1).reshape(-1, arrays[0].shape[1])]
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, first.axis)
+        return np.ascontiguousarray(whole[:, None] if first.middle else whole)
 
     return {name: functools.partial(made, pieces) for name, pieces in parts.items()}
 
@@ -195,8 +223,9 @@ def matched(source: Source) -> Opened:
     head = next(weight.theirs for weight in family.outer if weight.ours == ("head",))
     if config.tied:
         tensors.pop(head, None)  # stored twice, and equal
-    _refuse_difference(tensors, their_shapes(family, shapes), source)
-    return Opened(source, family, config, vocabulary, shapes, places(family, shapes), tensors, beside)
+    _refuse_difference(tensors, their_shapes(family, shapes, config.heads), source)
+    placed = places(family, shapes, config.heads)
+    return Opened(source, family, config, vocabulary, shapes, placed, tensors, beside)
 
 
 def _named(source: Source, family: Family) -> tuple[dict[str, Tensor], list[str]]:

@@ -120,6 +120,10 @@ def open_source(path: str | Path) -> Source:
         return open_gguf(path)
     if not path.exists():
         raise UserError("there is no such folder or file", where=str(path), hint="a folder with config.json, or *.gguf")
+    if (path / "adapter_config.json").is_file():
+        from aurora_train.interop.peft import open_adapter
+
+        return open_adapter(path)
     from aurora_train.interop.hf import open_folder
 
     return open_folder(path)

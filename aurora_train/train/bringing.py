@@ -9,6 +9,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from aurora_train import facts as kept_facts
 from aurora_train import run as runs
 from aurora_train.checkpoint.store import CheckpointStore
@@ -42,7 +44,7 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
         kept_facts.write(run.facts, facts)
         store = CheckpointStore(run.checkpoints, run.trash)
         store.sweep()
-        weights = {name: opened.read(name) for name in opened.shapes}
+        weights = {name: _Unread(opened, name) for name in opened.shapes}
         store.save(0, {"params": weights}, {"facts": kept_facts.sha256(facts)})
         store.close()
         write_json(run.provenance, {
@@ -53,6 +55,17 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
         })  # fmt: skip
         write_atomically(run.config, dump(config))  # last: it makes the folder a run
     return run, opened
+
+
+class _Unread:
+    """A parameter that is read when a save copies it: a whole model is held once and not twice."""
+
+    def __init__(self, opened: Opened, name: str):
+        self._opened, self._name, self.shape = opened, name, opened.shapes[name]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self._opened.read(self._name)
+        return array if dtype is None else array.astype(dtype)
 
 
 def _config(source: str, recipe: str, name: str):

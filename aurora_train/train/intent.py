@@ -156,7 +156,7 @@ def _refuse_missing(start: str, key: str) -> None:
     if "hub:" in start and not path.exists():
         what = "a model on a hub cannot be read as a start yet"
         hint = "download it, and name the folder"
-    elif path.exists() and is_foreign(path) and (path.is_file() or (path / "config.json").is_file()):
+    elif path.exists() and is_foreign(path) and (path.is_file() or any(path.glob("*config.json"))):
         shape_of(open_source(path))  # which refuses what it cannot read
         return
     elif not path.exists():

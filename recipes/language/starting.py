@@ -13,6 +13,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop.source import PACKAGE, located
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.recipe import Derived
+from language.settings import TextDataConfig
 
 # What the user of a source may choose: how the model is computed or trained, not what it is.
 _FREE = ("from_", "size", "dropout", "lora", "attention", "loss_chunk")
@@ -48,6 +49,9 @@ def derive_from_source(given: dict) -> list[Derived]:
                 )  # fmt: skip
         elif value != field.default:
             derived.append(Derived(f"model.{name}", shape.model_dump(mode="json")[name], formula, start))
+    sequence = (given.get("data") or {}).get("sequence")
+    if shape.positions == "learned" and sequence is None and shape.max_length < TextDataConfig().sequence:
+        derived.append(Derived("data.sequence", shape.max_length, "as many as learned positions", start))
     named = (given.get("init") or {}).get("from")
     if named not in (None, start):
         raise UserError(f"model.from names {start}", where="init.from", why=f"here it is {named}", hint="name one")

@@ -24,14 +24,14 @@ _BYTES = {"tokenizer.json": b'{"kind": "byte"}', "tokenizer_config.json": json.d
 
 def settings_of(name: str, **changed) -> dict:
     """The content of config.json."""
-    return FAMILIES[name] | {"vocab_size": VOCABULARY, "eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 256} | (
-        {"n_positions": 64} if name == "gpt2" else {}) | changed  # fmt: skip
+    ids = {"vocab_size": VOCABULARY, "eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 256}
+    return FAMILIES[name] | ids | ({"n_positions": 64} if name == "gpt2" else {}) | changed
 
 
 def weights_of(name: str, settings: dict) -> dict[str, np.ndarray]:
     table = tables.of(settings, name)
     config = DecoderConfig(**tables.read_shape(settings, table, name))
-    return draw_weights(name, their_shapes(table, our_shapes(config, settings["vocab_size"])))
+    return draw_weights(name, their_shapes(table, our_shapes(config, settings["vocab_size"]), config.heads))
 
 
 def write_model(folder: Path, name: str = "qwen3", *, dtype: str = "float32", **changed) -> dict[str, np.ndarray]:

@@ -35,17 +35,6 @@ def exchanged(one, other, *, block=True):
     return plant
 
 
-def flipped(theirs):
-    """A kernel is read in the other layout."""
-
-    def plant(table, config):
-        weights = tuple(w._replace(transpose=not w.transpose) if w.theirs == theirs else w for w in table.block)
-        assert weights != table.block
-        return dataclasses.replace(table, block=weights), config
-
-    return plant
-
-
 def shaped(**fields):
     return lambda table, config: (table, config.model_copy(update=fields))
 
@@ -69,7 +58,19 @@ def _scaled(**fields):
     return plant
 
 
+def _edited(theirs, **fields):
+    def plant(table, config):
+        weights = tuple(w._replace(**fields) if w.theirs == theirs else w for w in table.block)
+        assert weights != table.block
+        return dataclasses.replace(table, block=weights), config
+
+    return plant
+
+
 FAULTS = {
+    "query and gate not interleaved by head": ("qwen3_5", _edited("self_attn.q_proj.weight", by_head=False)),
+    "beta and decay exchanged": ("qwen3_5", exchanged("linear.write", "linear.forget")),
+    "query and output gate exchanged": ("qwen3_5", exchanged("attention.query", "attention.out_gate")),
     "gate and up exchanged": ("llama3", exchanged("mlp.gate", "mlp.up")),
     "query and key exchanged": ("gpt2", exchanged("attention.query", "attention.key")),
     "key and value exchanged in a fused kernel": ("phi3", exchanged("attention.key", "attention.value")),
@@ -77,7 +78,7 @@ FAULTS = {
     "norms of attention and MLP exchanged": ("llama2", exchanged("attn_norm", "mlp_norm")),
     "norms of outputs exchanged": ("olmo2", exchanged("attn_post_norm", "mlp_post_norm")),
     "norms of queries and keys exchanged": ("qwen3", exchanged("attention.query_norm", "attention.key_norm")),
-    "a square kernel transposed": ("gpt2", flipped("attn.c_proj.weight")),
+    "a square kernel transposed": ("gpt2", _edited("attn.c_proj.weight", transpose=True)),
     "a norm without its +1": ("gemma2", shaped(norm_offset=False)),
     "embeddings not scaled": ("gemma3", shaped(embed_scale=False)),
     "query scale of the head size": ("gemma2", shaped(attention_scale=None)),
@@ -94,7 +95,7 @@ FAULTS = {
 
 def _logits(name, table, config):
     ours = placing.our_shapes(config, VOCAB)
-    flat = placing.ours(table, ours, draw_weights(name, stored(name)[0]))
+    flat = placing.ours(table, ours, config.heads, draw_weights(name, stored(name)[0]))
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))))
     weights = placing.assembled(nnx.to_pure_dict(state), flat.__getitem__)
     tokens = jnp.asarray(tokens_and_targets(name)[0])
@@ -124,12 +125,14 @@ def test_a_fault_in_both_directions_passes_a_round_trip_and_fails_the_independen
     from aurora_train.interop import export, proof
     from aurora_train.interop.kept import facts_of
     from aurora_train.interop.result import Result
+    from aurora_train.interop.source import open_source
 
     write_model(tmp_path / "source", "llama3")
-    opened = placing.matched(placing_source(tmp_path / "source"))
+    opened = placing.matched(open_source(tmp_path / "source"))
     record = {"run": "r", "step": 0, "recipe": "language_model", "sequence": 64, "precision": "float32", "data": {},
               "parent": None, "base": None, "licence": None}  # fmt: skip
-    result = Result(opened.config, opened.vocabulary, opened.shapes, opened.read, facts_of(opened.source, "llama"), record)
+    facts = facts_of(opened.source, "llama")
+    result = Result(opened.config, opened.vocabulary, opened.shapes, opened.read, facts, record)
     faulty, _ = exchanged("mlp.gate", "mlp.up")(families.known()["llama"], None)
     monkeypatch.setattr(families, "known", functools.cache(lambda: {"llama": faulty}))
     (tmp_path / "out").mkdir()
@@ -137,12 +140,6 @@ def test_a_fault_in_both_directions_passes_a_round_trip_and_fails_the_independen
     assert proof.prove(result, family, tmp_path / "out", "float32", None)["kind"] == "round trip"
     with pytest.raises(UserError, match="transformers says something else"):
         proof.prove(result, family, tmp_path / "out", "float32", "transformers")
-
-
-def placing_source(path):
-    from aurora_train.interop.source import open_source
-
-    return open_source(path)
 
 
 def test_a_table_has_no_parameter_twice():

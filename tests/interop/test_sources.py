@@ -79,7 +79,8 @@ BAD = {
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), r"not valid JSON.*|config\.json:1:"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no mapping"),
     "no model_type": (lambda f: edit(f, model_type=...), "names no `model_type`"),
-    "unknown architecture": (lambda f: edit(f, model_type="qwen4_moe"), r"not supported[\s\S]*the nearest that is: qwen"),
+    "unknown architecture": (
+        lambda f: edit(f, model_type="qwen4_moe"), r"not supported[\s\S]*the nearest that is: qwen"),
     "a key is missing": (lambda f: edit(f, hidden_size=...), "config.json has no `hidden_size`"),
     "no vocabulary": (lambda f: edit(f, vocab_size=...), "config.json has no `vocab_size`"),
     "another activation": (lambda f: edit(f, hidden_act="relu"), r"`hidden_act: relu` is not supported"),
@@ -107,14 +108,16 @@ BAD = {
     "tensor extra": (
         lambda f: weights(f, lambda w: w.update({"model.x.weight": w[Q]})), "model.x.weight: not part of this"),
     "tensor reshaped": (
-        lambda f: weights(f, lambda w: w.update({Q: w[Q][:-1].copy()})), rf"{Q}: of shape \[47, 32\], where .* \[48, 32\]"),
+        lambda f: weights(f, lambda w: w.update({Q: w[Q][:-1].copy()})),
+        rf"{Q}: of shape \[47, 32\], where .* \[48, 32\]"),
     "vocabulary of another size": (lambda f: edit(f, vocab_size=VOCABULARY + 1), "model.embed_tokens.weight: of shape"),
     "tokenizer of another size": (
         lambda f: tokenizer(f, lambda t: t["added_tokens"].extend(
             t["added_tokens"][0] | {"id": 257 + i, "content": f"<{i}>"} for i in range(60))),
         r"the tokenizer has 317 ids, and the embedding 288 rows"),
     "added tokens with a gap": (
-        lambda f: tokenizer(f, lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 270, "content": "<x>"})),
+        lambda f: tokenizer(f, lambda t: t["added_tokens"].append(
+            t["added_tokens"][0] | {"id": 270, "content": "<x>"})),
         "the added token '<x>' has the id 270 in the file and 257 once loaded"),
     "tokenizer is not one": (lambda f: (f / "tokenizer.json").write_text('{"a": 1}'), "not a readable tokenizer.json"),
 }  # fmt: skip
@@ -160,3 +163,52 @@ def test_the_text_part_of_a_vision_model_is_taken_and_the_rest_is_named(beginnin
     found = matched(open_source(tmp_path / "m"))
     assert found.beside == ["vision_tower.x.weight"] and found.family.model_type == "gemma3_text"
     assert np.array_equal(found.read("embedding"), arrays["model.embed_tokens.weight"])
+
+
+def adapter(tmp_path, *, name="model.layers.0.self_attn.q_proj", zero=False, half=False, **config):
+    """A PEFT adapter of rank 2 over the folder `m`. Returns (folder, the change it makes)."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, 32), (48, 2)))
+    up *= not zero
+    arrays = {f"base_model.model.{name}.lora_A.weight": down} | (
+        {} if half else {f"base_model.model.{name}.lora_B.weight": up})
+    save_file(arrays, folder / "adapter_model.safetensors")
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "../m"}
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    return folder, up @ down
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_is_added_to_its_base(rslora, folder, tmp_path):
+    path, change = adapter(tmp_path, use_rslora=rslora)
+    found, _ = opened(path)
+    base, _ = opened(folder)
+    scale = 8 / 2**0.5 if rslora else 4
+    name = "stack.units.0000.attention.query"
+    np.testing.assert_allclose(found.read(name), base.read(name) + scale * change.T, rtol=1e-5, atol=1e-5)
+    others = [one for one in base.shapes if one != name]
+    assert found.source.kind == "peft" and all(np.array_equal(found.read(one), base.read(one)) for one in others)
+
+
+BAD_ADAPTERS = {
+    "another type": ({"peft_type": "IA3"}, "of type 'IA3' is not supported"),
+    "no rank": ({"r": None}, "names no rank"),
+    "DoRA": ({"use_dora": True}, "`use_dora: true` is not supported"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, "`modules_to_save: "),
+    "no base": ({"base_model_name_or_path": None}, "names no base"),
+    "base elsewhere": ({"base_model_name_or_path": "owner/name"}, "base owner/name is not here"),
+    "a name that leads nowhere": ({"name": "layers.0.q"}, "belongs to no tensor of the base"),
+    "half of it": ({"half": True}, "has only lora_A"),
+    "it changes nothing": ({"zero": True}, "every lora_B is zero"),
+    "another rank": ({"r": 4}, r"lora_A of .* is of shape \[2, 32\], where rank 4 means \[4, 32\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_a_bad_adapter_is_refused(case, folder, tmp_path):
+    changed, said = BAD_ADAPTERS[case]
+    path, _ = adapter(tmp_path, **changed)
+    with pytest.raises(UserError, match=said):
+        opened(path)

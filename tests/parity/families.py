@@ -92,6 +92,12 @@ FAMILIES = {
         model_type="phi3", pad_token_id=None, max_position_embeddings=64, original_max_position_embeddings=32,
         rope_parameters=_LONGROPE,
     ),
+    # Gated DeltaNet in three of four layers, gated attention in the fourth, a quarter of each head turned.
+    "qwen3_5": _GROUPED | dict(
+        model_type="qwen3_5_text", num_hidden_layers=4, head_dim=16, rms_norm_eps=1e-6, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6, linear_conv_kernel_dim=4,
+        rope_parameters=_ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]},
+    ),
     # A quarter of each head is turned.
     "stablelm": _GROUPED | dict(
         model_type="stablelm", layer_norm_eps=1e-5, use_qkv_bias=True,

@@ -39,8 +39,8 @@ def assert_parity(family, shapes, logits, loss, gradients, **settings):
     config = config.model_copy(update=settings)
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))))
     ours = our_shapes(config, VOCAB)
-    assert their_shapes(table, ours) == shapes
-    flat = placing.ours(table, ours, draw_weights(family, shapes))
+    assert their_shapes(table, ours, config.heads) == shapes
+    flat = placing.ours(table, ours, config.heads, draw_weights(family, shapes))
     weights = assembled(nnx.to_pure_dict(state), flat.__getitem__)
     tokens, targets = tokens_and_targets(family)
     ones = jnp.ones(targets.shape)
@@ -56,7 +56,7 @@ def assert_parity(family, shapes, logits, loss, gradients, **settings):
     np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
     np.testing.assert_allclose(our_loss, loss, rtol=1e-5)
     found = layout.snapshot(found)
-    for name, expected in placing.ours(table, ours, gradients).items():
+    for name, expected in placing.ours(table, ours, config.heads, gradients).items():
         scale = max(np.abs(expected).max(), 1e-4)  # GPT-2's key bias has no gradient but rounding
         np.testing.assert_allclose(found[name], expected, atol=1e-3 * scale, rtol=0, err_msg=name)
 

@@ -86,6 +86,9 @@ def read_shape(config: dict, family: Family, where: str) -> dict[str, Any]:
         key = target if isinstance(target, Key) else Key(target, lambda value: value, None)
         fields[key.field] = value if value is None else key.read(value)
     rows = read_rows({**family.absent, **config}, family, where)
+    for name in [name for name in fields if "." in name]:
+        section, _, inner = name.partition(".")
+        fields.setdefault(section, {})[inner] = fields.pop(name)
     return fields | rows
 
 
@@ -105,8 +108,13 @@ def write_config(model: DecoderConfig, family: Family) -> dict[str, Any]:
               "attention_scale": model.attention_scale or model.dim_per_head**-0.5}  # fmt: skip
     for name, target in family.keys.items():
         key = target if isinstance(target, Key) else Key(target, None, lambda value: value)
-        config[name] = key.write(filled.get(key.field, getattr(model, key.field)))
+        config[name] = key.write(filled[key.field] if key.field in filled else _field(model, key.field))
     return config | write_rows(model, family)
+
+
+def _field(model: DecoderConfig, name: str) -> Any:
+    """A field by its name, which may lie in a section that the model does not have."""
+    return functools.reduce(lambda section, part: getattr(section, part, None), name.split("."), model)
 
 
 def essence(model: DecoderConfig) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def essence(model: DecoderConfig) -> dict[str, Any]:
         "max_length": model.max_length if model.positions == "learned" else None,
         "attention_scale": round(model.attention_scale or model.dim_per_head**-0.5, 9),
         "attention_softcap": model.attention_softcap, "logit_softcap": model.logit_softcap, "tied": model.tied,
-        "embed_scale": model.embed_scale,
+        "embed_scale": model.embed_scale, "attention_gate": model.attention_gate, "linear": model.linear,
         "layer_table": lines_of(model) if model.positions != "none" else [row.window for row in model.rows],
     }  # fmt: skip
 

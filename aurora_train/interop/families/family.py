@@ -16,13 +16,16 @@ class Weight(NamedTuple):
     """One tensor of a file and the parameters of ours that it holds, one after the other along `axis`.
 
     `theirs` is its name below the layer's; `ours` are names below the block's. A kernel of ours is (in, out):
-    `transpose` says that theirs is (out, in). Vectors are taken as they are.
+    `transpose` says that theirs is (out, in). Vectors are taken as they are. `by_head`: the parts take turns head by
+    head along the axis instead (of equal sizes). `middle`: theirs has a middle axis of size one.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = True
     axis: int = 0
+    by_head: bool = False
+    middle: bool = False
 
 
 class Key(NamedTuple):
@@ -45,6 +48,7 @@ class Rows(NamedTuple):
         by_type: whether `rope_parameters` has an entry for each type of layer; `local_theta` is the older key for the
             windowed ones (which are then never stretched).
         rotary: the share of each head that is turned where none is given.
+        linear: whether layers may be of type linear_attention.
         no_rope: whether `no_rope_layers` may turn positions off (1 = on, 0 = off).
     """
 
@@ -57,6 +61,7 @@ class Rows(NamedTuple):
     local_theta: str = "rope_theta"
     rotary: float = 1.0
     no_rope: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Family:
         model_type, architecture: as in its config.json.
         title: the names under which it is known.
         shape: fields of `DecoderConfig` that all its models share.
-        keys: key of config.json -> field, or a `Key`.
+        keys: key of config.json -> field (`section.field` inside a section), or a `Key`.
         absent: what the published code takes for a key that config.json lacks; without an entry the key is required.
         only: key -> the values that this project computes, the family's own first. Any other value is refused.
         rows: how its layers differ.
@@ -105,7 +110,8 @@ KEYS = {
 ABSENT = {"num_key_value_heads": SAME, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 SILU = {"hidden_act": ("silu", "swish")}
 NO_BIAS = {"attention_bias": (False,)}
-SCALAR = Key("attention_scale", lambda scalar: scalar**-0.5, lambda scale: round(1 / scale**2, 6))
+# transformers accepts an int alone
+SCALAR = Key("attention_scale", lambda scalar: scalar**-0.5, lambda scale: round(scale**-2))
 
 
 def linear(theirs: str, *ours: str) -> tuple[Weight, Weight]:

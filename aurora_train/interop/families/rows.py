@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from aurora_train.errors import UserError
 from aurora_train.interop.families.family import Family, yarn_mscale
-from aurora_train.nn.decoder_config import DecoderConfig, RopeScaling
+from aurora_train.nn.decoder_config import LINEAR, DecoderConfig, RopeScaling
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR_TYPE = "full_attention", "sliding_attention", "linear_attention"
 _LLAMA3 = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
 
 
@@ -23,6 +23,10 @@ class Line(NamedTuple):
     theta: float
     rotary: float
     scaling: RopeScaling
+    linear: bool = False
+
+
+_LINEAR_LINE = Line(None, 10_000.0, 0.0, RopeScaling(), True)  # Gated DeltaNet has no positions
 
 
 # ---- config.json -> ours
@@ -39,6 +43,9 @@ def read_rows(config: dict, family: Family, where: str) -> dict[str, Any]:
     lines = []
     for kind, turned in zip(types, on, strict=True):
         theta, rotary, scaling = ropes[kind]
+        if kind == LINEAR_TYPE:
+            lines.append(_LINEAR_LINE)
+            continue
         line = Line(window if kind == SLIDING else None, theta, rotary, scaling)
         lines.append(line if turned else line._replace(rotary=0.0))
     return _fields(lines)
@@ -52,11 +59,12 @@ def _types(config: dict, family: Family, num_layers: int, where: str) -> tuple[l
     if rows.types is None:
         return [FULL if window is None else SLIDING] * num_layers, window
     types = config.get("layer_types") or rows.types(config)
-    unknown = [kind for kind in types if kind not in (FULL, SLIDING)]
+    supported = (FULL, SLIDING, LINEAR_TYPE) if rows.linear else (FULL, SLIDING)
+    unknown = [kind for kind in types if kind not in supported]
     if len(types) != num_layers or unknown:
         what = f"layer {types.index(unknown[0])} is of type {unknown[0]!r}" if unknown else (
             f"layer_types names {len(types)} layers, and num_hidden_layers is {num_layers}")  # fmt: skip
-        raise UserError(what, where=where, why=f"the types that are supported are {FULL} and {SLIDING}")
+        raise UserError(what, where=where, why=f"the types that are supported are {', '.join(supported)}")
     if SLIDING in types and window is None:
         raise UserError("layer_types has layers with a window, and sliding_window names none", where=where)
     return types, window
@@ -141,6 +149,8 @@ def _fields(lines: list[Line]) -> dict[str, Any]:
 
 
 def _row(line: Line, base: Line) -> dict[str, Any]:
+    if line.linear:
+        return {"kind": LINEAR}
     row: dict[str, Any] = {} if line.window is None else {"kind": "window", "window": line.window}
     if line.rotary != 1.0:
         row["rotary"] = line.rotary
@@ -159,6 +169,9 @@ def lines_of(config: DecoderConfig) -> list[Line]:
     lines = []
     for number in range(config.layers):
         row = config.rows[number % len(config.rows)]
+        if row.kind == LINEAR and row.mlp:
+            lines.append(_LINEAR_LINE)
+            continue
         if row.kind not in ("full", "window") or not row.mlp:
             what = f"a layer of kind {row.kind}" if row.mlp else "a layer without an MLP"
             raise UserError(f"no published family has {what}", where="model.layer_table")
@@ -182,7 +195,8 @@ def write_rows(config: DecoderConfig, family: Family) -> dict[str, Any]:
     if rows.window_if:
         keys[rows.window_if] = bool(windows)
     if rows.types is not None:
-        keys["layer_types"] = [FULL if line.window is None else SLIDING for line in lines]
+        plain = [FULL if line.window is None else SLIDING for line in lines]
+        keys["layer_types"] = [LINEAR_TYPE if line.linear else kind for line, kind in zip(lines, plain, strict=True)]
     if rows.no_rope:
         keys["no_rope_layers"] = [int(line.rotary > 0) for line in lines]
     turned = [line for line in lines if line.rotary] or lines
