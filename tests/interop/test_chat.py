@@ -46,7 +46,8 @@ def test_an_open_model_is_loaded_without_a_run(trained, model):
     assert sorted(trained.recipe.known) == [
         "chat_template.jinja", "origin", "tokenizer.json", "tokenizer_config.json", "vocabulary"
     ]  # fmt: skip
-    assert trained.generate("def ", max_tokens=5, temperature=0) == trained.generate("def ", max_tokens=5, temperature=0)
+    made = trained.generate("def ", max_tokens=5, temperature=0)
+    assert made == trained.generate("def ", max_tokens=5, temperature=0)
     with pytest.raises(UserError, match="has no steps"):
         load(model, 3)
 
@@ -156,3 +157,37 @@ def test_a_template_of_ones_own_is_read_and_a_bad_one_named(model, typed, capsys
 def test_a_conversation_longer_than_the_model_is_refused(trained):
     with pytest.raises(UserError, match="the model holds 256"):
         trained.chat([{"role": "user", "content": "word " * 300}], **OPTIONS)
+
+
+def test_an_open_model_is_scored_on_a_text_and_leaves_nothing_beside_it(model, typed, capsys, tmp_path):
+    (tmp_path / "story.txt").write_text("Once upon a time there was a box on a desk. " * 8)
+    assert main(["evaluate", str(model), "--on", "story.txt", "--no-baselines", "--quiet", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["bits_per_byte"] > 1 and record["on"].endswith("story.txt")
+    assert [path.name for path in model.parent.iterdir()] == ["tiny.gguf"]
+    assert main(["evaluate", str(model)]) == 2
+    assert "--on: tiny.gguf is an open model" in capsys.readouterr().err
+
+
+TUNED = """recipe: language_model
+model: {{from: {model}}}
+data: {{source: {corpus}, sequence: 16, holdout_test: 0.2, holdout_validation: 0.2, max_documents: 10}}
+train: {{steps: 2, batch: 2}}
+memory: {{unroll: false}}
+evaluate: {{final: false, examples: 4}}
+"""
+
+
+def test_a_run_that_began_from_an_open_model_talks_by_its_template_and_keeps_its_first_day(
+    model, typed, corpus, shared_cache, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
+    typed("Hello", "/save talk.json")
+    (tmp_path / "tuned.yaml").write_text(TUNED.format(model=model, corpus=corpus))
+    assert main(["train", "tuned.yaml", "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
+    begun = json.loads((tmp_path / "run" / "facts" / "facts.json").read_text())["template_date"]["value"]
+    assert main(["train", "tuned.yaml", "--run", "run", "--quiet", "train.steps=3"]) == 0, capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / "facts" / "facts.json").read_text())["template_date"]["value"]
+    assert kept == begun and len(begun) == len("2026-01-01T00:00:00")
+    assert main(["chat", "run", "--max-tokens", "4"]) == 0
+    assert len(json.loads((tmp_path / "talk.json").read_text())) == 2
