@@ -20,6 +20,8 @@ from aurora_train.files import write_atomically
 
 Facts = dict[str, Any]
 
+# When a run that has a chat template began: the date that the template is told. It makes no model another one.
+DATE = "template_date"
 _VALUES = "facts.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
@@ -101,8 +103,8 @@ def _damaged(path: Path, what: str) -> UserError:
 
 
 def difference(ours: Facts, theirs: Facts) -> list[str]:
-    """The names of facts that both have with different values."""
-    return [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    """The names of facts that both have with different values, the date of a template left out."""
+    return [name for name in ours if name in theirs and name != DATE and ours[name] != theirs[name]]
 
 
 def shown(value) -> str:

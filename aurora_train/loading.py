@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_train.errors import UserError
+from aurora_train.files import read_json
 from aurora_train.run import Run, say_changed_code
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (the default argument of two functions)
@@ -30,6 +31,11 @@ class Loaded:
         """The tokenizer that the model was trained with, or None."""
         return getattr(self.recipe, "tokenizer", None)
 
+    @property
+    def provenance(self) -> dict:
+        """The origin of the run, as provenance.json records it."""
+        return read_json(Run(self.run).provenance, {})
+
     def generate(
         self, prompt: str = "", *, max_tokens: int = 256, temperature: float = 0.8, top_k: int | None = None,
         top_p: float | None = 0.95, seed: int = 0, on_text: Callable[[str], None] = lambda text: None,
@@ -43,6 +49,22 @@ class Loaded:
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         with tracing(forms=self.config.train.forms):
             return self.recipe.generate(self.model, prompt, options, on_text)
+
+    def chat(
+        self, messages: list[dict], *, max_tokens: int = 1024, temperature: float = 0.7, top_k: int | None = None,
+        top_p: float | None = 0.95, seed: int = 0, template: str | None = None,
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> str:  # fmt: skip
+        """The answer to a conversation of {"role", "content"} messages, by the model's chat template or by `template`.
+
+        Raises UserError if the model has no template and none is given, and for a conversation that does not fit.
+        """
+        from aurora_train.nn.tracing import tracing
+
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+                   "template": template}  # fmt: skip
+        with tracing(forms=self.config.train.forms):
+            return self.recipe.chat(self.model, messages, options, on_text)
 
     def logits(self, tokens):
         """Scores of the next token after each position, float32[..., T, vocabulary], of token ids int[..., T].
@@ -68,10 +90,16 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     The training data is not needed. `recipe` is a recipe file to use instead of the run's own; it has to build the same
     model. Code that differs from the code of the training is reported on standard error, and in events.jsonl as read by
     `by`. Raises UserError if there is no such run or checkpoint, or if its bytes differ from those that were saved.
+
+    `run` may also be an open model: a Hugging Face folder or a GGUF file, which has no steps.
     """
     from aurora_train.config import load_resolved
+    from aurora_train.interop.source import is_model, located
     from aurora_train.machine.profile import prepare_environment
 
+    run = located(run)
+    if is_model(run):
+        return _load_source(Path(run), step)
     known = Run.existing(run)
     config = load_resolved(known.folder, recipe=recipe and Path(recipe))
     say_changed_code(known, config, by)
@@ -85,6 +113,25 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
 
     evaluator = Evaluator(opened, blueprint, mesh)
     return Loaded(known.folder, config, opened, evaluator.model(state), step, evaluator, state)
+
+
+def _load_source(source: Path, step: int | None) -> Loaded:
+    """An open model, by the recipe of language models and nothing else."""
+    from aurora_train.config import load_values
+    from aurora_train.machine.profile import prepare_environment
+
+    if step is not None:
+        raise UserError(f"{source.name} is an open model, and has no steps", where="--step", hint="leave --step out")
+    config = load_values({"recipe": "language_model", "model": {"from": str(source.absolute())}}, source.name)
+    prepare_environment(config)
+    from aurora_train.machine.precision import settled
+    from aurora_train.train.evaluate import Evaluator
+    from aurora_train.train.session import open_start_for_reading
+
+    config = settled(config)
+    recipe, blueprint, mesh, state = open_start_for_reading(config)
+    evaluator = Evaluator(recipe, blueprint, mesh)
+    return Loaded(source, config, recipe, evaluator.model(state), 0, evaluator, state)
 
 
 def train(

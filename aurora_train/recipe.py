@@ -220,6 +220,14 @@ class Recipe:
         """Continue a prompt. `options`: max_tokens, temperature, top_k, top_p, seed. UserError if unsupported."""
         raise UserError(f"the recipe {self.config.recipe!r} has nothing to generate", where="recipe")
 
+    def chat(self, model, messages: list[dict], options: dict, on_text: Callable[[str], None]) -> str:
+        """The model's answer to a conversation of {"role", "content"} messages.
+
+        `options` are those of `generate` and `template`, the text of a chat template that replaces the model's own.
+        Raises UserError if the model cannot hold a conversation.
+        """
+        raise UserError(f"the recipe {self.config.recipe!r} cannot hold a conversation", where="recipe")
+
     def logits(self, model, tokens):
         """Scores of the next token after each position, float32[..., T, vocabulary]; UserError without a vocabulary."""
         raise UserError(f"the recipe {self.config.recipe!r} has no vocabulary to score", where="recipe")

@@ -138,6 +138,12 @@ class Run:
 
         return max(sealed_steps(self.checkpoints), default=0)
 
+    def has_checkpoint(self) -> bool:
+        """Whether anything is saved: of a trained run, or, at step 0, of an imported one. Reads names only."""
+        from aurora_train.checkpoint.audit import sealed_steps
+
+        return bool(sealed_steps(self.checkpoints))
+
     def holds_something_else(self) -> bool:
         """Whether the folder holds anything other than the remains of a run that was killed in its first moments."""
         if not self.folder.is_dir():
@@ -145,8 +151,8 @@ class Run:
         return bool({path.name for path in self.folder.iterdir()} - {".lock", "code", "facts", "config.yaml.new"})
 
     def has_begun(self) -> bool:
-        """Whether a step was ever taken, as far as the files show."""
-        return _has_bytes(self.metrics) or self.checkpoints.is_dir() and self.step() > 0
+        """Whether a step was ever taken or a model imported, as far as the files show."""
+        return _has_bytes(self.metrics) or self.checkpoints.is_dir() and self.has_checkpoint()
 
     def _was_replanned(self) -> bool:
         """Whether memory ran out before the first step: the next attempt continues with the smaller plan."""

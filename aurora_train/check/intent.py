@@ -9,6 +9,8 @@ from aurora_train import run as runs
 from aurora_train.check.remarks import rate_line
 from aurora_train.config import config_hash, diff, flat, load_resolved
 from aurora_train.errors import UserError
+from aurora_train.interop.placing import shape_of
+from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.machine.precision import as_in
 from aurora_train.recipe import makes_experience
 
@@ -149,18 +151,19 @@ def init_key(prefix: str) -> str:
 
 
 def _refuse_missing(start: str, key: str) -> None:
-    path, hint = Path(start), "a run folder, or a safetensors file with this project's parameter names"
-    if path.suffix.lower() == ".gguf":
-        what = "a GGUF file cannot be read as a start yet"
-    elif "hub:" in start and not path.exists():
+    path = Path(start)
+    hint = "a run folder, a Hugging Face folder, a GGUF file, or a safetensors file with this project's parameter names"
+    if "hub:" in start and not path.exists():
         what = "a model on a hub cannot be read as a start yet"
-    elif (path / "config.json").is_file() and not (path / "config.yaml").is_file():
-        what = "a Hugging Face folder cannot be read as a start yet"
+        hint = "download it, and name the folder"
+    elif path.exists() and is_foreign(path) and (path.is_file() or any(path.glob("*config.json"))):
+        shape_of(open_source(path))  # which refuses what it cannot read
+        return
     elif not path.exists():
         what = f"there is no run folder or weights file {start}"
         hint = "the path is relative to the config file, and on the command line to the current folder"
     else:
-        if not path.is_file() and runs.Run.existing(path).step() == 0:
+        if not path.is_file() and not runs.Run.existing(path).has_checkpoint():
             raise UserError("this run has no checkpoint yet", where=key, hint=f"`aurora resume {start}`")
         return
     raise UserError(what, where=key, why=f"it names {start}", hint=hint)

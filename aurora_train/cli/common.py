@@ -15,7 +15,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY.PATH=VALUE", help="Laid over the config, in order.", show_default=False),
 ]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="RUN|SOURCE", help="A run folder, a Hugging Face folder or a GGUF file.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+StepOption = Annotated[int | None, typer.Option("--step", help="The checkpoint to read; by default the newest.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 takes the most likely token.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Draw from this many most likely tokens.")]
+TopPOption = Annotated[float | None, typer.Option("--top-p", help="Draw from this share of the probability.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 

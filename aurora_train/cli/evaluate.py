@@ -1,4 +1,4 @@
-"""`aurora evaluate`: the recipe's score of a trained run, next to its baselines."""
+"""`aurora evaluate`: the recipe's score of a trained run or of an open model, next to its baselines."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.cli.common import JsonOption, ModelArgument, print_json
 from aurora_train.errors import UserError
 
 EXAMPLE = "aurora evaluate runs/first --on other.jsonl"
 
 
 def command(
-    run: RunArgument,
+    run: ModelArgument,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint to score; by default the newest.")] = None,
     on: Annotated[
         str | None, typer.Option("--on", metavar="PATH", help="Score on all of this data, not the test split.")
@@ -29,9 +29,9 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Score a trained run on its test data, or on other data, which does not enter the run's own record.
+    """Score a trained run on its test data, or a run or an open model on other data (not part of the run's record).
 
-    Writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
+    Of a run, it writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
     """
     from aurora_train.loading import load
     from aurora_train.record.progress import preparation

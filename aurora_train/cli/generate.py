@@ -1,4 +1,4 @@
-"""`aurora generate`: continue a prompt with a trained run."""
+"""`aurora generate`: continue a prompt with a trained run or an open model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.cli.common import (
+    JsonOption,
+    ModelArgument,
+    StepOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    print_json,
+)
 from aurora_train.errors import UserError
 
 EXAMPLE = "aurora generate runs/first --prompt 'def main(' --temperature 0.7"
@@ -20,17 +28,17 @@ _OPTIONS = {
 
 
 def command(
-    run: RunArgument,
+    run: ModelArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; without one, a new text.")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="The most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw from this many most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Draw from this share of the probability.")] = 0.95,
+    temperature: TemperatureOption = 0.8,
+    top_k: TopKOption = None,
+    top_p: TopPOption = 0.95,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
-    step: Annotated[int | None, typer.Option("--step", help="The checkpoint to read; by default the newest.")] = None,
+    step: StepOption = None,
     json: JsonOption = False,
 ):
-    """Continue a prompt with a trained run; the text is printed while it is generated."""
+    """Continue a prompt with a run or an open model; the text is printed while it is generated."""
     from aurora_train.loading import load
 
     trained = load(run, step, by="generate")

@@ -31,6 +31,7 @@ _INTERRUPTED = 130  # 128 and SIGINT
 VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
     "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
+    "import", "export", "chat",
 )
 
 _IN_ANOTHER = {"inspect-batch": ("inspect", "of_a_run", "EXAMPLE_OF_A_RUN")}  # verbs in the file of another

@@ -1,4 +1,4 @@
-"""`aurora verify`: check that every byte of a run's checkpoints is the one that was saved."""
+"""`aurora verify`: check that a run's checkpoints hold the bytes that were saved, or repeat an export's proof."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show the result only.")] = False,
     json: JsonOption = False,
 ):
-    """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 3 for damage."""
+    """Read every byte of a run's checkpoints and compare it with what was saved. Exit status 3 for damage.
+
+    RUN may be an export: then its files are compared with its record, and its proof is repeated.
+    """
     from aurora_train.checkpoint.audit import committed
     from aurora_train.errors import UserError
     from aurora_train.record.progress import preparation
     from aurora_train.run import Run
     from aurora_train.tools.checkpoints import verify
 
+    if (run / "proof.json").is_file() and not (run / "config.yaml").is_file():
+        return _verify_export(run, json)
     folder = Run.existing(run).checkpoints
     steps = committed(folder)
     if not steps:
@@ -43,6 +48,21 @@ def command(
     else:
         _show(rows)
     if damaged:
+        raise typer.Exit(DAMAGED)
+
+
+def _verify_export(folder, json: bool) -> None:
+    from aurora_train.interop.proof import repeat
+
+    found = repeat(folder)
+    if json:
+        proof = {name: found["proof"][name] for name in ("kind", "dtype", "family", "says")}
+        print_json({"export": str(folder), "intact": not found["faults"], "faults": found["faults"], "proof": proof})
+    elif found["faults"]:
+        print("\n".join(f"{folder}: {line}" for line in found["faults"]))
+    else:
+        print(f"{folder}: as exported; proof ({found['proof']['kind']}) holds: {found['proof']['says']}")
+    if found["faults"]:
         raise typer.Exit(DAMAGED)
 
 

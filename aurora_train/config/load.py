@@ -55,6 +55,11 @@ def load(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Core:
     return _load_file(file, overrides, None)
 
 
+def load_values(values: dict, name: str) -> Core:
+    """The config of plain values that no file holds, completed and checked like one; `name` stands for the file."""
+    return _complete(Tree(values, {}, {(): Mark(name)}), Path(name), None)
+
+
 def load_resolved(run_folder: str | Path, overrides: Iterable[str] = (), recipe: Path | None = None) -> Core:
     """The config of a run; a user's recipe is read from the copy in the run's `code/`.
 
@@ -71,6 +76,11 @@ def _load_file(
     tree = _read_extended(file)
     for override in overrides:
         tree.merge(parse_override(override))
+    return _complete(tree, file, code, recipe, checked=checked)
+
+
+def _complete(tree: Tree, file: Path, code: Path | None, recipe: Path | None = None, *, checked: bool = True) -> Core:
+    """The Config of a whole tree: derived values filled in, validated, checked."""
     found_recipe = load_recipe(recipe, bundled.is_bundled(recipe)) if recipe else _recipe_of(tree, file, code)
     schema = config_class(found_recipe.cls)
     if tree.value.get("name") is None:

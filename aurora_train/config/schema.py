@@ -247,7 +247,10 @@ class Init(Section):
     for `from`.
     """
 
-    from_: str | None = setting(None, alias="from", path_unless=(), help="a run folder or weights file; null = random")
+    from_: str | None = setting(
+        None, alias="from", path_unless=(),
+        help="a run folder, an open model (Hugging Face folder, GGUF) or weights file; null = random",
+    )
     parts: dict[str, str] = setting(
         {}, path_unless=(),
         help="for a prefix of the model's parameters (`policy`), the run folder or weights file that they start from",

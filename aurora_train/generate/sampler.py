@@ -8,7 +8,7 @@ far as float order allows, and nothing depends on what the other rows do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -28,13 +28,14 @@ class Knobs(NamedTuple):
 
 
 class Generator:
-    """Continues prompts with a `Decoder`. `eos_id` ends a text and is not returned; with None, no text ends early.
+    """Continues prompts with a `Decoder`. Any id of `ends` ends a text and is not returned; () lets
+    none end early.
 
     If the decoder's mask is "prefix", a prompt is the prefix of its row: all of its tokens see each other.
     """
 
-    def __init__(self, model, eos_id: int | None):
-        self.eos_id = eos_id
+    def __init__(self, model, ends: Collection[int]):
+        self.ends = frozenset(ends)
         self.vocab_size = model.vocab_size
         self.max_length = model.config.max_length if model.config.positions == "learned" else None
         self._has_prefix = model.mask == "prefix"
@@ -93,7 +94,7 @@ class Generator:
         for count in range(max_new_tokens):
             drawn = _draw(logits, keys, count, knobs)
             for row, token in enumerate(np.asarray(drawn).tolist()):
-                if row in open_rows and token == self.eos_id:
+                if row in open_rows and token in self.ends:
                     open_rows.discard(row)
                 elif row in open_rows:
                     made[row].append(token)
@@ -154,7 +155,9 @@ def _read_prompt(graph, cache_length, state, tokens, lengths, prefix):
     """
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, caches = model.extend(tokens, positions, model.empty_caches(tokens.shape[0], cache_length), prefix=prefix)
+    real = positions < lengths[:, None]
+    empty = model.empty_caches(tokens.shape[0], cache_length)
+    hidden, caches = model.extend(tokens, positions, empty, prefix=prefix, real=real)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), caches
 

@@ -33,6 +33,7 @@ class Context(NamedTuple):
     prefix: jax.Array | None = None  # bool[B, T]: tokens that every token of their document sees
     memory: jax.Array | None = None  # [B, S, memory_width]: an encoder's output, for cross-attention
     memory_segments: jax.Array | None = None  # int32[B, S]: seen only by tokens with the same segment
+    real: jax.Array | None = None  # bool[B, T], with a cache: False for padding, which no state may take in
 
 
 class Choice(NamedTuple):
@@ -124,6 +125,9 @@ class Attention(nnx.Module):
         self.key = param.kernel(rngs, (source, self.kv_heads * dim), ("embed", "kv_heads"))
         self.value = param.kernel(rngs, (source, self.kv_heads * dim), ("embed", "kv_heads"))
         self.out = param.kernel(rngs, (self.heads * dim, width), ("heads", "embed"), gain=(2 * config.layers) ** -0.5)
+        self.gated = config.attention_gate
+        if self.gated:
+            self.out_gate = param.kernel(rngs, (width, self.heads * dim), ("embed", "heads"))
         self.qkv_biased, self.out_biased = config.bias != "none", config.bias == "all"
         if self.qkv_biased:
             self.query_bias = param.zeros(self.heads * dim, "heads")
@@ -174,6 +178,9 @@ class Attention(nnx.Module):
             mask = visible(context.positions, slots, self.rule, prefix=context.prefix)
             out = masked_attention(query, cache["key"], cache["value"], self.rule, mask)
         flat = out.reshape(*x.shape[:-1], self.heads * self.dim)
+        if self.gated:
+            gate = checkpoint_name(lora.project(self, "out_gate", x), "attn_gate")
+            flat = (flat * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
         return lora.project(self, "out", flat, self.out_bias[...] if self.out_biased else None), cache
 
     def _crossed(self, query, key, value, context: Context):

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.nn.attention import Attention, Context
-from aurora_train.nn.decoder_config import GATED, KINDS, DecoderConfig, Layer
+from aurora_train.nn.decoder_config import GATED, KINDS, LINEAR, DecoderConfig, Layer
+from aurora_train.nn.delta import DeltaNet
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.mlp import Mlp
 from aurora_train.nn.norms import Norm
@@ -84,6 +85,8 @@ class Period(nnx.Module):
 
 def mixer_of(config: DecoderConfig, row: Layer):
     """The class that mixes a layer's tokens: attention, or the config's class for its kind."""
+    if row.kind == LINEAR:
+        return DeltaNet
     return Attention if row.kind in KINDS else config.mixers[row.kind]
 
 
@@ -107,7 +110,7 @@ def tags(config: DecoderConfig, row: Layer, backend: str) -> tuple[str, ...]:
     mixer = mixer_of(config, row)
     inside = mixer.tags(backend) if row.kind in KINDS else getattr(mixer, "tags", ())
     names = ["attn_norm"] if config.norms[0] else []
-    names += [*inside, "attn_proj"]
+    names += [*inside, *(["attn_gate"] if config.attention_gate and row.kind in KINDS else []), "attn_proj"]
     if not row.mlp:
         return tuple(names)
     names += ["mlp_norm"] if config.norms[0] and not config.parallel else []

@@ -24,17 +24,18 @@ class Decoder(Transformer):
         if not config.tied:
             self.head = param.kernel(rngs, (config.width, vocab_size), ("embed", "vocab"))
 
-    def extend(self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None):
+    def extend(self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None, real=None):
         """A call with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier tokens of their row.
 
-        `prefix`: bool[B, S] over the cache's slots. Returns (hidden, caches). UserError for a bidirectional model.
+        `prefix`: bool[B, S] over the cache's slots. `real`: bool[B, T], False for the padding at the end of a row.
+        Returns (hidden, caches). UserError for a bidirectional model.
         """
         if self.mask == "bidirectional":
             raise UserError("a bidirectional model reads a whole text at once and cannot continue one", where="model")
         if self.mask == "prefix" and prefix is None:
             raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
         x, context = self._embedded(tokens, positions), make_context(self.config, positions, None)
-        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
+        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments, real=real)
         x, caches, _ = self.stack(x, context, caches=caches)
         return self.final_norm(x), caches
 

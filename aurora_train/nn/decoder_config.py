@@ -2,8 +2,8 @@
 
 The vocabulary size is not here, because it follows from the tokenizer; nor is the mask, which follows from the
 objective and is set by the recipe. The layers are the rows of a table (`layer_table`, or `window` and `window_pattern`
-as shorthand), repeated as one period. The fields cover GPT-2, Llama 2 and 3, Mistral, Qwen 2 and 3 and Gemma 2;
-`tests/parity` compares each of them with its published implementation.
+as shorthand), repeated as one period. The fields cover the families of `interop/families`; `tests/parity` compares each
+of them with its published implementation.
 """
 
 from __future__ import annotations
@@ -16,21 +16,44 @@ from aurora_train.config import Section, setting
 
 GATED = ("swiglu", "geglu")
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
-KINDS = ("full", "window", "cross")  # the built-in kinds of layers
+KINDS = ("full", "window", "cross")  # the built-in kinds of layers with attention
+LINEAR = "linear"  # the built-in kind with a state instead of keys (`nn.delta`)
 NF4_BLOCK = 64  # inputs of a kernel that share a scale in 4-bit storage
 
 
 class RopeScaling(Section):
-    """How rotary frequencies stretch beyond the trained length (`linear`: Chen et al. 2023; `llama3`: Llama 3)."""
+    """How rotary frequencies stretch beyond the trained length.
 
-    kind: Literal["none", "linear", "llama3"] = setting("none", resume="frozen", help="rule of stretching")
+    `linear`: Chen et al. 2023; `llama3`: Llama 3; `yarn`: Peng et al. 2023; `longrope`: Ding et al. 2024.
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn", "longrope"] = setting(
+        "none", resume="frozen", help="rule of stretching"
+    )
     factor: float = setting(1.0, resume="frozen", gt=0, help="how many times longer the context becomes")
     low_freq_factor: float = setting(1.0, resume="frozen", gt=0, help="llama3: waves longer than length/this stretch")
     high_freq_factor: float = setting(4.0, resume="frozen", gt=0, help="llama3: waves shorter than length/this stay")
-    original_length: int = setting(8192, resume="frozen", gt=0, help="llama3: context length before stretching")
+    original_length: int = setting(
+        8192, resume="frozen", gt=1, help="llama3, yarn, longrope: context length before stretching"
+    )
+    beta_fast: float = setting(32.0, resume="frozen", gt=0, help="yarn: waves of more turns than this stay")
+    beta_slow: float = setting(1.0, resume="frozen", gt=0, help="yarn: waves of fewer turns than this stretch")
+    attention_factor: float | None = setting(
+        None, resume="frozen", gt=0, help="yarn, longrope: factor on cosines and sines; none: by the paper's formula"
+    )
+    short_factors: tuple[float, ...] = setting(
+        (), resume="frozen", strict=False, help="longrope: divisors of the frequencies up to original_length"
+    )
+    long_factors: tuple[float, ...] = setting(
+        (), resume="frozen", strict=False, help="longrope: divisors of the frequencies of longer rows"
+    )
 
     @model_validator(mode="after")
     def _bands_apart(self):
+        if self.kind == "longrope" and not len(self.short_factors) == len(self.long_factors) > 0:
+            raise ValueError("longrope needs short_factors and long_factors, one for each pair of entries that turn")
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast:g}) must exceed beta_slow ({self.beta_slow:g})")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor ({self.high_freq_factor:g}) must exceed low_freq_factor ({self.low_freq_factor:g})"
@@ -50,7 +73,8 @@ class Layer(Section):
     """One row of the table of layers. `None` means the model's own field."""
 
     kind: str = setting(
-        "full", resume="frozen", help="attention without bounds (full), in a window, or to an encoder's output (cross)"
+        "full", resume="frozen",
+        help="attention without bounds (full), in a window, to an encoder's output (cross); linear: Gated DeltaNet",
     )
     window: int | None = setting(None, resume="frozen", ge=1, help="kind window: tokens seen, itself included")
     theta: float | None = setting(None, resume="frozen", gt=0, help="base of the rotary wavelengths; none: rope_theta")
@@ -62,8 +86,24 @@ class Layer(Section):
     def _window_where_it_is_used(self):
         if self.kind == "window" and self.window is None:
             raise ValueError("a layer of kind window needs its window, such as window: 512")
-        if self.kind in ("full", "cross") and self.window is not None:
+        if self.kind in ("full", "cross", LINEAR) and self.window is not None:
             raise ValueError(f"a layer of kind {self.kind} has no window; kind: window has")
+        return self
+
+
+class Linear(Section):
+    """The heads of layers of kind linear: Gated DeltaNet (Yang et al. 2025)."""
+
+    key_heads: int = setting(resume="frozen", ge=1, help="query and key heads")
+    value_heads: int = setting(resume="frozen", ge=1, help="value heads; a multiple of key_heads")
+    key_dim: int = setting(resume="frozen", ge=1, help="size of a query or key")
+    value_dim: int = setting(resume="frozen", ge=1, help="size of a value")
+    taps: int = setting(4, resume="frozen", ge=2, help="tokens over which queries, keys and values are convolved")
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.value_heads % self.key_heads:
+            raise ValueError(f"key_heads ({self.key_heads}) must divide value_heads ({self.value_heads})")
         return self
 
 
@@ -139,6 +179,10 @@ class DecoderConfig(Section):
     memory_width: int | None = setting(
         None, resume="frozen", ge=1, help="size of the encoder's output that cross layers read; none: width"
     )
+    linear: Linear | None = setting(None, resume="frozen", help="the heads of layers of kind linear (Qwen 3.5)")
+    attention_gate: bool = setting(
+        False, resume="frozen", help="multiply attention's output by a sigmoid of its input (Qwen 3.5)"
+    )
     attention_scale: float | None = setting(
         None, resume="frozen", gt=0, help="factor on query x key; none: head_dim ** -0.5"
     )
@@ -201,9 +245,11 @@ class DecoderConfig(Section):
         if self.layers % len(table):
             raise ValueError(f"layers ({self.layers}) must be a multiple of the {len(table)} rows of layer_table")
         for number, row in enumerate(table):
-            if row.kind not in (*KINDS, *self.mixers):
-                known = ", ".join((*KINDS, *self.mixers))
+            if row.kind not in (*KINDS, LINEAR, *self.mixers):
+                known = ", ".join((*KINDS, LINEAR, *self.mixers))
                 raise ValueError(f"row {number} of layer_table is of kind {row.kind!r}; there are {known}")
+            if row.kind == LINEAR and self.linear is None:
+                raise ValueError(f"row {number} of layer_table is of kind linear, but `linear` names no heads")
             if self.positions != "rope" and (row.theta or row.scaling or row.rotary != 1.0):
                 raise ValueError(f"row {number} of layer_table has rotary positions, but positions is {self.positions}")
             if self.positions == "rope" and self.rotary_dims(row) % 2:
@@ -223,7 +269,8 @@ class DecoderConfig(Section):
 
     def rotary_dims(self, row: Layer) -> int:
         """How many entries of each head a layer turns."""
-        return int(self.dim_per_head * row.rotary) if self.positions == "rope" and row.kind != "cross" else 0
+        turns = self.positions == "rope" and row.kind not in ("cross", LINEAR)
+        return int(self.dim_per_head * row.rotary) if turns else 0
 
     def rope(self, row: Layer) -> Rope | None:
         """The rotary positions of a layer; None if it has none."""
@@ -263,7 +310,7 @@ class DecoderConfig(Section):
         """Exact count of parameters, for budgets and tables. Adapters (`lora`) and a recipe's own layer kinds are not
         counted."""
         norm = self.width * (2 if self.norm == "layernorm" else 1)
-        period = sum(self._in_row(row, norm) for row in self.rows if row.kind in KINDS)
+        period = sum(self._in_row(row, norm) for row in self.rows if row.kind in (*KINDS, LINEAR))
         tables = vocab_size * self.width * (1 if self.tied else 2)
         tables += self.max_length * self.width if self.positions == "learned" else 0
         return self.layers * period // len(self.rows) + tables + norm
@@ -273,16 +320,24 @@ class DecoderConfig(Section):
         source = (self.memory_width or self.width) if row.kind == "cross" else self.width
         gates = 2 if self.activation in GATED else 1
         before, after = self.norms
-        count = self.width * 2 * query + source * 2 * shared
+        count = self.width * (3 if self.attention_gate else 2) * query + source * 2 * shared
         count += {"projection": query + shared, False: 0}.get(self.qk_norm, 2 * self.dim_per_head)
         count += query + 2 * shared if self.bias != "none" else 0
         count += self.width if self.bias == "all" else 0
+        count = self._in_linear() if row.kind == LINEAR else count
         count += norm * (before + after)
         if row.mlp:
             count += (gates + 1) * self.width * self.hidden_width
             count += self.width + gates * self.hidden_width if self.bias == "all" else 0
             count += norm * ((before and not self.parallel) + after)
         return count
+
+    def _in_linear(self) -> int:
+        """The parameters of the mixer of a layer of kind linear."""
+        shape = self.linear
+        keys, values = shape.key_heads * shape.key_dim, shape.value_heads * shape.value_dim
+        kernels = self.width * (2 * keys + 3 * values + 2 * shape.value_heads)
+        return kernels + shape.taps * (2 * keys + values) + 2 * shape.value_heads + shape.value_dim
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aurora_train.nn.decoder_config import Rope
+from aurora_train.nn.decoder_config import Rope, RopeScaling
 
 
 def rope_frequencies(rope: Rope) -> np.ndarray:
-    """float32[dims / 2], radians per position."""
+    """float32[dims / 2], radians per position; for longrope, of rows up to the original length."""
     frequency = rope.theta ** (-np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims)
     if rope.scaling.kind == "linear":
         frequency = frequency / rope.scaling.factor
     if rope.scaling.kind == "llama3":
         frequency = _llama3(frequency, rope.scaling)
+    if rope.scaling.kind == "yarn":
+        frequency = _yarn(frequency, rope)
+    if rope.scaling.kind == "longrope":
+        frequency = frequency / np.asarray(rope.scaling.short_factors)
     return frequency.astype(np.float32)
 
 
@@ -29,10 +33,47 @@ def _llama3(frequency, scaling):
     return frequency * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_table(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """int32[B, T] -> cosines and sines, float32[B, T, dims / 2] each; made once for all layers."""
+def _yarn(frequency, rope: Rope):
+    """Blend by the number of a pair, between the pairs that turn `beta_fast` and `beta_slow` times (Peng et al. 2023).
+
+    The bounds are rounded outwards to whole pairs, as in the authors' code.
+    """
+    scaling = rope.scaling
+
+    def pair(turns):  # the number of the pair that turns so often within the original context, a real number
+        return rope.dims * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(pair(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair(scaling.beta_slow)), rope.dims - 1)
+    stretch = np.clip((np.arange(rope.dims // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return frequency * (1 - stretch + stretch / scaling.factor)
+
+
+def attention_factor(scaling: RopeScaling) -> float:
+    """The factor on cosines and sines, 1 without yarn or longrope (Peng et al. 2023, eq. 22; Ding et al. 2024)."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.kind not in ("yarn", "longrope") or scaling.factor <= 1:
+        return 1.0
+    if scaling.kind == "yarn":
+        return 0.1 * math.log(scaling.factor) + 1.0
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
+
+
+def rope_table(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """int32[B, T] -> cosines and sines, float32[B, T, dims / 2] each; made once for all layers.
+
+    With longrope, a row with a position beyond the original length takes the long factors for all of its positions.
+    """
+    frequencies, factor = rope_frequencies(rope), attention_factor(rope.scaling)
+    if rope.scaling.kind == "longrope":
+        beyond = positions.max(-1)[:, None, None] >= rope.scaling.original_length
+        ratio = np.asarray(rope.scaling.short_factors) / np.asarray(rope.scaling.long_factors)
+        frequencies = jnp.where(beyond, (frequencies * ratio).astype(np.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if factor == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -13,7 +13,7 @@ from aurora_train.nn.block import unit_maker
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.norms import Norm
-from aurora_train.nn.positions import rope_frequencies, rope_table
+from aurora_train.nn.positions import rope_table
 from aurora_train.nn.stack import Stack
 
 EMBEDDING_SITE = 0xE
@@ -74,4 +74,4 @@ class Transformer(nnx.Module):
 
 def make_context(config: DecoderConfig, positions: jax.Array, segments) -> Context:
     """The inputs that all layers share, for any model built of these blocks."""
-    return Context(positions, segments, tuple(rope_table(positions, rope_frequencies(rope)) for rope in config.ropes))
+    return Context(positions, segments, tuple(rope_table(positions, rope) for rope in config.ropes))

@@ -1,9 +1,10 @@
-"""The origin of a run's first parameters: another run at one step, or a file of weights; and the facts of that run."""
+"""The origin of a run's first parameters: a run at one step, an open model or a file of weights; and its facts."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,19 @@ from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
+from aurora_train.interop.kept import facts_of
+from aurora_train.interop.placing import matched
+from aurora_train.interop.source import digest as foreign_digest
+from aurora_train.interop.source import is_foreign, open_source
+
+log = logging.getLogger("aurora_train")
 
 
 @dataclass(frozen=True)
 class Parent:
     """The source that `init` names for the parameters under `prefix`; `""` is for all that no other prefix covers.
 
-    `step` is None for a file; `digest` is of the checkpoint's manifest, or of the file.
+    `step` is None for a file or a foreign source; `digest` is of the checkpoint's manifest, or of the files.
     """
 
     path: str
@@ -33,6 +40,12 @@ class Parent:
     @classmethod
     def of(cls, prefix: str, named: str, recorded: dict | None) -> Parent:
         """The parent at a path. `recorded` as in `parents_of`."""
+        if is_foreign(named):
+            opened = matched(open_source(named))
+            if opened.beside:
+                log.warning("%s: its text model is read, and %d tensors of other parts (%s, ...) are not", named,
+                            len(opened.beside), opened.beside[0])  # fmt: skip
+            return cls(named, None, foreign_digest(named), facts_of(opened.source, opened.family.model_type), prefix)
         if Path(named).is_file():
             with Path(named).open("rb") as file:
                 return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {}, prefix)

@@ -21,6 +21,8 @@ from aurora_train.check.intent import init_key
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
+from aurora_train.interop.placing import matched
+from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
 from aurora_train.origin.parents import Parent
@@ -64,6 +66,9 @@ def refuse_other_shapes(parents: tuple[Parent, ...], blueprint: Blueprint) -> No
 @contextlib.contextmanager
 def _opened(parent: Parent):
     """The stored shapes of a source by bare name, and a function that reads the wanted arrays."""
+    if is_foreign(parent.path):
+        yield _from_foreign(parent.path)
+        return
     if parent.step is None:
         yield _from_safetensors(Path(parent.path))
         return
@@ -282,6 +287,17 @@ def _from_store(store: CheckpointStore, step: int):
         return {bare: arrays[names[bare]] for bare in wanted}
 
     return {bare: shapes[name] for bare, name in names.items()}, read
+
+
+def _from_foreign(path: str):
+    """(shapes, reader) of an open model. Each parameter is read, turned and put in its place alone."""
+    opened = matched(open_source(path))
+    stored = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+
+    def read(wanted: dict) -> dict:
+        return {name: jax.device_put(opened.read(name), spec.sharding) for name, spec in wanted.items()}
+
+    return stored, read
 
 
 def _from_safetensors(path: Path):

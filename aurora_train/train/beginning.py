@@ -39,6 +39,8 @@ class Beginning:
         begun = run is not None and run.config.is_file()
         recorded = recorded_parents(files.read_json(run.provenance, {})) if begun else {}
         parents = parents_of(config, recorded) if run is None or run.step() == 0 else ()
+        if begun and run.step() == 0 and run.has_checkpoint():  # an imported run begins with its own weights
+            parents = (Parent.of("", str(run.folder), None),)
         kept = kept_facts.read(run.facts) if begun else None
         recipe = make_recipe(config)
         recipe.inherited = kept or inherited_facts(config, parents)
@@ -95,7 +97,7 @@ def _marker(config):
 def refuse_other_data(run: runs.Run, source) -> None:
     """UserError unless a resumed run reads the data that it started with."""
     known = files.read_json(run.provenance)
-    if known is None:
+    if known is None or "data" not in known:  # an imported run has had none
         return
     started_on = known["data"]["fingerprint"]
     if started_on != source.fingerprint:

@@ -60,10 +60,13 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     """Score a loaded run on its own test split, as `score_run` does, or on all of the data at the path `on`.
 
     The score of other data is written to `scores-on/<its name>.json` in the run's folder. Raises UserError if the run's
-    data has changed since training.
+    data has changed since training, and for an open model, which has no data of its own, if `on` is None.
     """
     run, recipe = Run(trained.run), trained.recipe
-    parts = trained.evaluator, trained.state
+    parts, is_run = (trained.evaluator, trained.state), run.config.is_file()
+    if on is None and not is_run:
+        raise UserError(f"{trained.run.name} is an open model, and has no test data of its own", where="--on",
+                        hint="--on FILE scores it on a text, or on a folder of texts")  # fmt: skip
     if on is None:
         recipe.prepare(progress)
         refuse_other_data(run, recipe.data("train"))
@@ -79,6 +82,8 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
         record |= {} if baselines is False else _made(other, workdir, progress)
     record.pop("plots")  # plots.json belongs to the score of the run's own data
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
+    if not is_run:  # there is no folder of its own to keep the score in
+        return record
     target = run.folder / "scores-on" / f"{place.name}.json"
     if (files.read_json(target) or record)["on"] != str(place):  # another of the same name
         target = target.with_stem(f"{target.stem}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}")

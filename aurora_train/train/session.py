@@ -28,7 +28,7 @@ from aurora_train.machine.precision import settled
 from aurora_train.machine.processes import agreed, count
 from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
-from aurora_train.origin.parents import Parent
+from aurora_train.origin.parents import Parent, inherited_facts, parents_of
 from aurora_train.origin.weights import (
     drawn_beside,
     load_parameters,
@@ -244,10 +244,7 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     else:
         recipe.inherited = kept
         recipe.use(kept)
-    mesh = meshes.make_mesh(1, 1)
-    plan = whole_plan(config, recipe)
-    optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
-    blueprint = draw(recipe, plan, optimizer, mesh, seed=config.train.seed)
+    blueprint, mesh = _read_whole(config, recipe)
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))
     refuse_damage(store, step)
@@ -257,6 +254,27 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     store.close()
     state = blueprint.state._replace(params=params, frozen=frozen, rest=rest, opt_state={}, extra={})
     return recipe, blueprint, mesh, state, step
+
+
+def open_start_for_reading(config):
+    """(recipe, blueprint, mesh, state) of the model from which a config starts: as `open_for_reading`, without a run.
+
+    Raises UserError if its source is invalid.
+    """
+    parents = parents_of(config, {})
+    recipe = make_recipe(config)
+    recipe.inherited = inherited_facts(config, parents)
+    recipe.use(recipe.inherited)
+    blueprint, mesh = _read_whole(config, recipe)
+    params, frozen = parameters_from(parents, blueprint, {})
+    return recipe, blueprint, mesh, blueprint.state._replace(params=params, frozen=frozen, opt_state={}, extra={})
+
+
+def _read_whole(config, recipe) -> tuple[Blueprint, Any]:
+    """(blueprint, mesh) of a model on one device, with every stack whole."""
+    mesh = meshes.make_mesh(1, 1)
+    optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
+    return draw(recipe, whole_plan(config, recipe), optimizer, mesh, seed=config.train.seed), mesh
 
 
 def _pinned(session: Session) -> dict:

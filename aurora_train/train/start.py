@@ -355,9 +355,12 @@ def _recorded(session: Session) -> Path:
     if not run.provenance.exists() or (session.recipe.known and facts.read(run.facts) is None):
         facts.write(run.facts, session.recipe.known)
     files.write_atomically(run.config, dump(config))
-    if not run.provenance.exists():
+    recorded = files.read_json(run.provenance, {})
+    if "data" not in recorded:
         machine = profile.this_machine().describe()
-        files.write_json(run.provenance, runs.provenance(config, session, machine, record_of(session.parents)))
+        # An imported run keeps the record of what it was imported from.
+        parents = {"parent": recorded["parent"]} if "parent" in recorded else record_of(session.parents)
+        files.write_json(run.provenance, runs.provenance(config, session, machine, parents))
     return run.events
 
 

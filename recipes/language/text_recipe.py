@@ -119,6 +119,12 @@ class Writer(TextRecipe):
         )
         return written.text
 
+    def chat(self, model, messages: list[dict], options: dict, on_text) -> str:
+        from language.chat import Dialogue
+
+        dialogue = Dialogue(self.tokenizer, self.known, options.get("template"))
+        return dialogue.answer(model, messages, options, on_text)
+
     def logits(self, model, tokens):
         import jax.numpy as jnp
 
@@ -132,4 +138,4 @@ class Writer(TextRecipe):
     def _generator(self, model):
         from aurora_train.generate.sampler import Generator
 
-        return Generator(model, self.tokenizer.eos_id)
+        return Generator(model, {self.tokenizer.eos_id, *(self.known.get("origin") or {}).get("eos_ids", ())})

@@ -93,6 +93,29 @@ class Tokenizer:
             ) from error  # fmt: skip
         return [np.array(each.ids, self.dtype) for each in encoded]
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Ids of a text in which control tokens are written out, as a chat template does: `dtype`[n].
+
+        Elsewhere such text is encoded like any other, because a document must not produce a control token.
+        """
+        if self.backend is None:
+            parts = [self.encode(part) for part in text.split(self.separator)]
+            end = np.array([self.eos_id], self.dtype)
+            return np.concatenate([part for each in parts for part in (end, each)][1:])
+        self.backend.encode_special_tokens = False
+        try:
+            return np.array(self.backend.encode(text, add_special_tokens=False).ids, self.dtype)
+        finally:
+            self.backend.encode_special_tokens = True
+
+    @property
+    def controls(self) -> dict[str, int]:
+        """Every control token with its id."""
+        if self.backend is None:
+            return {self.separator: self.eos_id}
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; the separator shows as `<|endoftext|>`, bytes that are not UTF-8 as U+FFFD."""
         ids = np.asarray(ids, np.int64)
@@ -201,13 +224,16 @@ def _without_separators(tokenizer: Tokenizer) -> Tokenizer:
 class Continuation:
     """A model's continuation of a prompt as text: `start` holds the ids of the prompt, `add` takes the new ids.
 
-    Prompt and new ids are decoded together, and the text after the prompt is returned, because a decoder may treat the
-    first token of a text differently (Llama's strips its space).
+    The prompt is a text, which begins a document, or the ids of what was said so far. The end of the prompt and new ids
+    are decoded together, and the text after the prompt is returned, because a decoder may treat the first token of a
+    text differently (Llama's strips its space).
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str):
-        self._tokenizer, self._ids = tokenizer, [int(i) for i in tokenizer.encode(prompt)]
-        self.start = [tokenizer.eos_id, *self._ids]
+    def __init__(self, tokenizer: Tokenizer, prompt: str | Sequence[int]):
+        is_text = isinstance(prompt, str)
+        ids = [int(i) for i in (tokenizer.encode(prompt) if is_text else prompt)]
+        self.start = [tokenizer.eos_id, *ids] if is_text else ids
+        self._tokenizer, self._ids = tokenizer, ids if is_text else ids[-8:]
         self._before, self._shown = tokenizer.decode(self._ids), 0
 
     @property

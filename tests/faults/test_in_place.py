@@ -10,8 +10,8 @@ import subprocess
 import time
 
 import toy
-from harness import Aurora, events, final_hash, losses
 from killing import assert_whole
+from kit import Aurora, events, final_hash, losses
 
 KILLS = 3
 ON = "train.stop_after_minutes=null"

@@ -40,7 +40,7 @@ def llama():
 @pytest.mark.parametrize("shape", ["gemma", *(pytest.param(s, marks=pytest.mark.slow) for s in ("llama", "gpt2"))])
 def test_greedy_tokens_and_logits_equal_those_without_a_cache(shape):
     model = decoder(**SHAPES[shape])
-    made = Generator(model, None).generate(PROMPT, 24, temperature=0)
+    made = Generator(model, ()).generate(PROMPT, 24, temperature=0)
     text = jnp.asarray([PROMPT + made], jnp.int32)
     graph, state = nnx.split(model)
     logits = jax.jit(lambda state: (m := nnx.merge(graph, state)).logits(m(text)))(state)[0]
@@ -70,14 +70,14 @@ def test_the_prompt_is_the_prefix_of_a_prefix_language_model():
 
 
 def test_prompts_of_unlike_lengths_in_a_batch_get_what_each_gets_alone(llama):
-    generator = Generator(llama, None)
+    generator = Generator(llama, ())
     prompts = [PROMPT, PROMPT[:2], PROMPT * 2 + [7]]
     together = generator.generate_batch(prompts, 12, temperature=0)
     assert together == [generator.generate(prompt, 12, temperature=0) for prompt in prompts]
 
 
 def test_a_seed_decides_the_text_and_another_gives_another(llama):
-    generator = Generator(llama, None)
+    generator = Generator(llama, ())
     one, again = (generator.generate(PROMPT, 20, seed=1) for _ in range(2))
     assert one == again and len(one) == 20
     assert generator.generate(PROMPT, 20, seed=2) != one
@@ -85,14 +85,14 @@ def test_a_seed_decides_the_text_and_another_gives_another(llama):
 
 def test_the_callback_gets_each_token_as_it_is_made_and_the_end_token_stops(llama):
     seen = []
-    made = Generator(llama, None).generate(PROMPT, 20, seed=1, on_token=seen.append)
+    made = Generator(llama, ()).generate(PROMPT, 20, seed=1, on_token=seen.append)
     assert seen == made
     end = made[6]
-    assert Generator(llama, end).generate(PROMPT, 20, seed=1) == made[: made.index(end)]
+    assert Generator(llama, {end}).generate(PROMPT, 20, seed=1) == made[: made.index(end)]
 
 
 def test_no_new_tokens_are_none(llama):
-    assert Generator(llama, None).generate(PROMPT, 0) == []
+    assert Generator(llama, ()).generate(PROMPT, 0) == []
 
 
 def draws(shares, number=4000, temperature=1.0, top_k=None, top_p=1.0):
@@ -127,21 +127,21 @@ def test_draws_follow_temperature_top_k_and_top_p():
 )
 def test_a_setting_out_of_range_is_a_users_error(llama, settings, where):
     with pytest.raises(UserError) as caught:
-        Generator(llama, None).generate(**({"prompt_ids": PROMPT, "max_new_tokens": 4} | settings))
+        Generator(llama, ()).generate(**({"prompt_ids": PROMPT, "max_new_tokens": 4} | settings))
     assert caught.value.where == where
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused_with_the_room_there_is():
-    generator = Generator(nnx.eval_shape(lambda: decoder(**SHAPES["gpt2"])), None)
+    generator = Generator(nnx.eval_shape(lambda: decoder(**SHAPES["gpt2"])), ())
     with pytest.raises(UserError, match="at most 32"):
         generator.generate(PROMPT, 33)
 
 
 def test_R7_samples_stop_at_the_end_of_learned_positions():
-    generator = Generator(decoder(positions="learned", max_length=12, norm="layernorm"), None)
+    generator = Generator(decoder(positions="learned", max_length=12, norm="layernorm"), ())
     prompts, length = generator.fitted([PROMPT, PROMPT[:2]], 256)
     assert prompts == [PROMPT, PROMPT[:2]] and length == 4
     assert [len(text) for text in generator.generate_batch(prompts, length, temperature=0)] == [4, 4]
     (cut,), length = generator.fitted([[0, *range(1, 30)]], 256)
     assert length == 1 and cut[0] == 0 and cut[1:] == list(range(20, 30)) and len(cut) == 11
-    assert Generator(decoder(), None).fitted([PROMPT], 256) == ([PROMPT], 256)
+    assert Generator(decoder(), ()).fitted([PROMPT], 256) == ([PROMPT], 256)

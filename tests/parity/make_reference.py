@@ -2,23 +2,24 @@
 
 Run it where torch and transformers are installed (`pip install 'aurora_train[parity]'`):
 
-    python tests/parity/make_reference.py
+    python tests/parity/make_reference.py [FAMILY ...]
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from families import FAMILIES, VOCAB, draw_weights, to_ours, tokens_and_targets
+from families import FAMILIES, VOCAB, draw_weights, tokens_and_targets
 
 HERE = Path(__file__).parent
 
 
 def reference(family: str) -> dict:
     """{"shapes": name -> shape, "logits", "loss", "gradients": name -> array} in float32, attention in plain form."""
-    prefix, settings, _ = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**settings)
+    settings = dict(FAMILIES[family])
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().train()
     trained = dict(model.named_parameters())
     weights = draw_weights(family, {name: tuple(p.shape) for name, p in trained.items()})
@@ -38,9 +39,8 @@ def reference(family: str) -> dict:
 
 
 if __name__ == "__main__":
-    for family in FAMILIES:
+    for family in sys.argv[1:] or FAMILIES:
         found = reference(family)
-        to_ours(family, found["gradients"])  # every weight has its place
         arrays = {f"gradient/{name}": g for name, g in found["gradients"].items()}
         path = HERE / f"reference_{family}.npz"
         np.savez_compressed(path, logits=found["logits"], loss=np.float32(found["loss"]), **arrays)

@@ -1,4 +1,4 @@
-"""Tiny models of eleven published families give the logits and gradients of transformers on torch.
+"""Tiny models of the published families, placed by our tables, give the logits and gradients of transformers on torch.
 
 The stored references need no torch; with torch installed the slow tier makes them afresh and compares again.
 """
@@ -13,23 +13,35 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aurora_train.checkpoint import layout
+from aurora_train.interop import families, placing
+from aurora_train.interop.placing import assembled, our_shapes, their_shapes
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from families import FAMILIES, VOCAB, draw_weights, to_ours, tokens_and_targets  # noqa: E402
+from families import FAMILIES, VOCAB, draw_weights, tokens_and_targets  # noqa: E402
 
 # A third of the compile time, the same mathematics.
 QUICK_JIT = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def placed(family):
+    """(the family's table, our config) of a tiny model's config.json."""
+    settings = FAMILIES[family]
+    table = families.of(settings, family)
+    return table, DecoderConfig(**families.read_shape(settings, table, family))
+
+
 def assert_parity(family, shapes, logits, loss, gradients, **settings):
-    config = DecoderConfig(**FAMILIES[family][2], **settings)
+    table, config = placed(family)
+    config = config.model_copy(update=settings)
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))))
-    like = nnx.to_pure_dict(state)
-    weights = jax.tree.map(jnp.asarray, to_ours(family, draw_weights(family, shapes)))
-    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, like)
+    ours = our_shapes(config, VOCAB)
+    assert their_shapes(table, ours, config.heads) == shapes
+    flat = placing.ours(table, ours, config.heads, draw_weights(family, shapes))
+    weights = assembled(nnx.to_pure_dict(state), flat.__getitem__)
     tokens, targets = tokens_and_targets(family)
     ones = jnp.ones(targets.shape)
 
@@ -40,14 +52,13 @@ def assert_parity(family, shapes, logits, loss, gradients, **settings):
         total, weight = model.nll(hidden, targets, ones)
         return total / weight, model.logits(hidden)
 
-    (our_loss, our_logits), ours = QUICK_JIT(jax.value_and_grad(run, has_aux=True))(weights)
+    (our_loss, our_logits), found = QUICK_JIT(jax.value_and_grad(run, has_aux=True))(weights)
     np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
     np.testing.assert_allclose(our_loss, loss, rtol=1e-5)
-    theirs = to_ours(family, gradients)
-    for path, expected in jax.tree.leaves_with_path(theirs):
-        found = functools.reduce(lambda node, key: node[key.key], path, ours)
+    found = layout.snapshot(found)
+    for name, expected in placing.ours(table, ours, config.heads, gradients).items():
         scale = max(np.abs(expected).max(), 1e-4)  # GPT-2's key bias has no gradient but rounding
-        np.testing.assert_allclose(found, expected, atol=1e-3 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(found[name], expected, atol=1e-3 * scale, rtol=0, err_msg=name)
 
 
 def stored(family):
@@ -63,6 +74,15 @@ def test_a_tiny_model_equals_the_stored_logits_and_gradients_of_transformers(fam
 
 def test_a_model_of_small_loss_chunks_and_reference_attention_equals_them_too():
     assert_parity("gemma2", *stored("gemma2"), attention="reference", loss_chunk=10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_is_read_and_written_describes_the_same_model(family):
+    table, config = placed(family)
+    written = families.write_config(config, table)
+    again = DecoderConfig(**families.read_shape(written, families.of(written, family), family))
+    assert families.essence(again) == families.essence(config)
+    assert families.expressing(config, table.model_type) is table
 
 
 @pytest.mark.slow

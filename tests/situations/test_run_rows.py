@@ -133,8 +133,8 @@ def test_every_checkpoint_names_its_facts_and_others_are_refused(here, capsys):
 @pytest.mark.parametrize(
     "start,said",
     {
-        "H9-hf": ("hf", "a Hugging Face folder cannot be read as a start yet"),
-        "H9-gguf": ("m.gguf", "a GGUF file cannot be read as a start yet"),
+        "H9-hf": ("hf", "no *.safetensors here"),
+        "H9-gguf": ("m.gguf", "m.gguf"),
         "H9-M13-nowhere": ("nowhere", "there is no run folder or weights file"),
     }.values(),
     ids=["H9-hf", "H9-gguf", "H9-M13-nowhere"],

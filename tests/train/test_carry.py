@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from harness import Aurora
+from kit import Aurora
 
 POLICY = '''
 import jax

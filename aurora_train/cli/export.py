@@ -1,0 +1,93 @@
+"""`aurora export`: a run in a format that other programs load, with proof that it says the same."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aurora_train.cli.common import JsonOption, RunArgument, print_json
+
+EXAMPLE = "aurora export runs/first --to first-hf --verify transformers"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
+class Library(StrEnum):
+    transformers = "transformers"
+
+
+class Format(StrEnum):
+    hf = "hf"
+    gguf = "gguf"
+
+
+def command(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write; it must not exist yet.")],
+    format: Annotated[Format, typer.Option("--format", help="hf: a Hugging Face folder; gguf: llama.cpp.")] = Format.hf,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Default: that of the model the run started from; gguf: bf16.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add adapters to the weights they were trained on.")] = False,
+    verify: Annotated[
+        Library | None, typer.Option("--verify", help="Compare with this library as well: an independent proof.")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", help="The checkpoint; by default the newest.")] = None,
+    json: JsonOption = False,
+):
+    """Write a run as a model that other programs load. It is read back and compared before it gets its name."""
+    import shutil
+
+    from aurora_train.interop import export, proof
+    from aurora_train.interop.result import result_of
+    from aurora_train.loading import load
+
+    export.refuse_target(to)
+    result = result_of(load(run, step, by="export"), merge=merge)
+    write, chosen = _way(format, dtype, export.default_dtype(result), verify)
+    made = export.beside(to)
+    try:
+        family = write(result, made, chosen)
+        proved = proof.prove(result, family, made, chosen, verify and verify.value)
+        export.write_card(result, family, made, chosen, proved)
+        export.put_in_place(made, to)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    if json:
+        print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
+                    "says": proved["says"]})  # fmt: skip
+    else:
+        print(f"{to}: a model of the family {family.title}, in {chosen}")
+        print(f"proof ({proved['kind']}): {proved['says']}")
+
+
+def _way(format: Format, dtype: Dtype | None, default: str, verify: Library | None):
+    """(the function that writes the format, the dtype). UserError for a dtype that the format does not have."""
+    from aurora_train.errors import UserError
+    from aurora_train.interop import export
+
+    if format is Format.hf:
+        write, known, chosen = export.write_folder, export.DTYPES, dtype or default
+    else:
+        from aurora_train.interop.gguf.export import write_gguf_folder
+        from aurora_train.interop.gguf.write import FORMATS
+
+        write, known, chosen = write_gguf_folder, FORMATS, dtype or "bf16"
+        if verify:
+            raise UserError("transformers is compared with a Hugging Face folder only", where="--verify",
+                            hint="export one beside it with --format hf --verify transformers")  # fmt: skip
+    if chosen not in known:
+        raise UserError(f"--format {format.value} has no {chosen}", where="--dtype", hint=f"one of {', '.join(known)}")
+    return write, str(chosen)

@@ -1,0 +1,160 @@
+"""Writes a run as a Hugging Face folder: weights, config, tokenizer, chat template, generation config and card.
+
+The folder is written beside its name and renamed when its proof holds (`interop/proof.py`): a folder that exists under
+its own name was read back and compared with the run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aurora_train.errors import UserError
+from aurora_train.files import sync, write_json
+from aurora_train.interop import families
+from aurora_train.interop.families.family import Family
+from aurora_train.interop.hf import INDEX
+from aurora_train.interop.kept import ORIGIN, TEMPLATE
+from aurora_train.interop.placing import Theirs, their_shapes, theirs
+from aurora_train.interop.result import Result
+from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 4 << 30
+CARD = "README.md"
+
+
+def refuse_target(folder: Path) -> None:
+    """UserError if an export would overwrite something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
+
+
+def default_dtype(result: Result) -> str:
+    """The dtype of a base that came from elsewhere, else bfloat16 for a run trained in it, else float32."""
+    of_base = (result.facts.get(ORIGIN) or {}).get("dtype")
+    if of_base in DTYPES:
+        return of_base
+    return "float32" if result.record["precision"] == "float32" else "bfloat16"
+
+
+def beside(folder: Path) -> Path:
+    """An empty folder beside `folder`, in which an export is made."""
+    made = folder.with_name(folder.name + ".new")
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        made.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(made)) from error
+    return made
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Give a folder that was made beside its name that name."""
+    if folder.exists():
+        folder.rmdir()  # empty, as `refuse_target` saw
+    made.rename(folder)
+    sync(folder.parent)
+
+
+def write_folder(result: Result, folder: Path, dtype: str) -> Family:
+    """Write a result into an empty folder. Returns the family as which it was written.
+
+    Raises UserError for a model that no published family has, and for a disk that is full.
+    """
+    family = families.expressing(result.config, (result.facts.get(ORIGIN) or {}).get("family"))
+    try:
+        heads = result.config.heads
+        shapes = their_shapes(family, result.shapes, heads)
+        _write_weights(theirs(family, result.shapes, heads, result.read), shapes, folder, dtype)
+        tokens = special_tokens(result.facts)
+        write_json(folder / "config.json", _config(result, family, dtype, tokens))
+        ids = {name: value for name, value in tokens.ids.items() if value is not None}
+        write_json(folder / "generation_config.json", ids)
+        (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_max_length": _reach(result), **tokens.texts,
+        })  # fmt: skip
+        if TEMPLATE in result.facts:
+            (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
+    return family
+
+
+def _reach(result: Result) -> int:
+    """The longest row that the model is meant for."""
+    if result.config.positions == "learned":
+        return result.config.max_length
+    return (result.facts.get(ORIGIN) or {}).get("max_length") or result.record["sequence"] or result.config.max_length
+
+
+def _config(result: Result, family: Family, dtype: str, tokens) -> dict[str, Any]:
+    config = families.write_config(result.config, family)
+    reach = {} if result.config.positions == "learned" else {"max_position_embeddings": _reach(result)}
+    # `torch_dtype` is for readers from before transformers 5.
+    return config | reach | tokens.ids | {"vocab_size": result.vocabulary, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: str) -> None:
+    from safetensors.numpy import save_file
+
+    shards = list(_shards(shapes, dtype))
+    index, total = {}, 0
+    for number, names in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {one: np.ascontiguousarray(_as(tensors[one](), dtype, one)) for one in names}
+        save_file(arrays, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, name)
+        total += sum(array.nbytes for array in arrays.values())
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], dtype: str) -> Iterator[list[str]]:
+    names, held = [], 0
+    for name, shape in shapes.items():
+        num_bytes = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
+        if names and held + num_bytes > SHARD_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += num_bytes
+    yield names
+
+
+def _as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    import ml_dtypes
+
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    cast = array.astype(kind)
+    if dtype == "float16" and not np.isfinite(cast).all() and np.isfinite(array).all():
+        raise UserError(f"{name} has values beyond the range of float16", where="--dtype", hint="--dtype bfloat16")
+    return cast
+
+
+def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: dict[str, Any]) -> None:
+    """README.md: origin, licence and which proof the export has."""
+    record = result.record
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head |= {"license": record["licence"]} if record["licence"] else {}
+    head |= {"base_model": record["base"]} if record["base"] else {}
+    source, how = Path(record["data"].get("source") or "").name, proof["kind"]  # not where it lay on this machine
+    lines = [
+        "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
+        f"# {record['run']}", "",
+        f"A model of the family {family.title}, exported from step {record['step']} of the run `{record['run']}`"
+        f" (recipe `{record['recipe']}`). Its weights are stored in {dtype}.", "",
+        *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
+           f"It was trained on `{source}`."] if source else []), "",
+        "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
+        "## Proof", "", f"**{how}**: {proof['says']}", "",
+        "`aurora verify FOLDER` repeats it.", "",
+    ]  # fmt: skip
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,94 @@
+"""The facts of a run that starts from a source: its tokenizer, chat template, special ids, licence and origin.
+
+The names are those under which the language recipe keeps its own, so a run inherits them like those of any parent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from aurora_train.errors import UserError
+from aurora_train.facts import Facts
+from aurora_train.interop import families
+from aurora_train.interop.source import Source
+
+TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, ORIGIN = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "origin",
+)  # fmt: skip
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # in vocabularies whose `eos_token` ends a turn of a chat
+
+
+def facts_of(source: Source, family: str) -> Facts:
+    """The facts of a run with this source's weights. UserError for a tokenizer that does not fit them."""
+    config = families.text_config(source.config)
+    vocabulary = families.vocabulary(source.config, str(source.path))
+    facts: Facts = {"vocabulary": vocabulary}
+    if source.tokenizer is not None:
+        facts |= _tokenizer_files(source, vocabulary)
+    if source.chat_template is not None:
+        facts[TEMPLATE] = source.chat_template.encode()
+    facts[ORIGIN] = {
+        "family": family, "name": source.path.resolve().name, "licence": source.licence,
+        "eos_ids": [int(i) for i in source.eos_ids], "bos_id": config.get("bos_token_id"),
+        "pad_id": config.get("pad_token_id"), "dtype": _dtype(source),
+        "max_length": config.get("max_position_embeddings"),
+        "tokens": {name: _content(value) for name, value in source.tokenizer_config.items()
+                   if name.endswith("_token") and _content(value) is not None},
+    }  # fmt: skip
+    return facts
+
+
+def _dtype(source: Source) -> str | None:
+    """The dtype that most tensors are stored in."""
+    counts = Counter(tensor.dtype for tensor in source.tensors.values())
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _content(value: Any) -> str | None:
+    """The text of a special token, which may be written as a mapping."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
+    """The tokenizer in the form in which the language recipe keeps one: as the library writes it, and its separator."""
+    import tokenizers
+
+    where = str(source.path / TOKENIZER if source.path.is_dir() else source.path)
+    try:
+        backend = tokenizers.Tokenizer.from_str(source.tokenizer)
+    except Exception as error:  # the Rust library raises plain Exception
+        raise UserError("not a readable tokenizer.json", where=where, why=str(error)) from error
+    backend.no_truncation()
+    backend.no_padding()
+    added = json.loads(source.tokenizer).get("added_tokens") or []
+    for token in added:
+        given = backend.token_to_id(token["content"])
+        if given != token["id"]:
+            raise UserError(
+                f"the added token {token['content']!r} has the id {token['id']} in the file and {given} once loaded",
+                where=where, why="the ids of added tokens have a gap, or one is taken twice",
+            )  # fmt: skip
+    size = max(backend.get_vocab().values(), default=-1) + 1
+    if size > vocabulary:
+        raise UserError(
+            f"the tokenizer has {size:,} ids, and the embedding {vocabulary:,} rows", where=where,
+            why="the tokenizer belongs to another model, or tokens were added without rows for them",
+        )  # fmt: skip
+    separator = _separator(source, backend, where)
+    return {TOKENIZER: backend.to_str().encode(), TOKENIZER_CONFIG: json.dumps({"eos_token": separator}).encode()}
+
+
+def _separator(source: Source, backend, where: str) -> str:
+    """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it."""
+    empty = backend.encode("", add_special_tokens=True).tokens
+    named = {name: _content(value) for name, value in source.tokenizer_config.items() if name.endswith("_token")}
+    wanted = [*empty[:1], *_DOCUMENT_ENDS, named.get("eos_token"), named.get("bos_token")]
+    wanted += [backend.id_to_token(i) for i in source.eos_ids]
+    found = next((token for token in wanted if token and backend.token_to_id(token) is not None), None)
+    if found is None:
+        raise UserError("the tokenizer names no token that begins or ends a text", where=where,
+                        hint="set `eos_token` in tokenizer_config.json")  # fmt: skip
+    return found

@@ -1,0 +1,117 @@
+"""Reads a LoRA adapter of the PEFT library over its base: the base's tensors with the adapter added, row by row.
+
+PEFT itself ignores keys that it does not know and tensors whose names lead nowhere, with a warning at most; such an
+adapter then does nothing. Here both are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aurora_train.errors import UserError
+from aurora_train.interop.source import Source, Tensor, open_source
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
+# Settings that change what an adapter computes, and the value with which it is a plain LoRA.
+_PLAIN = {
+    "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    "lora_bias": False, "trainable_token_indices": None, "layer_replication": None,
+}  # fmt: skip
+
+
+def open_adapter(folder: Path) -> Source:
+    """The base of an adapter with the adapter added. UserError for an adapter or a base that cannot be read so."""
+    from aurora_train.interop.hf import read_json, read_text, tensors_of_file
+
+    config = read_json(folder / CONFIG, required=True)
+    where = str(folder / CONFIG)
+    _refuse_other(config, where)
+    base = _base_of(config, folder, where)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"there is no {WEIGHTS}", where=str(folder), hint="save the adapter with safe_serialization")
+    parts = _pairs(tensors_of_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
+    scale = config.get("lora_alpha", 8) / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    flips = bool(config.get("fan_in_fan_out"))
+    tensors = dict(base.tensors)
+    for name, (down, up) in parts.items():
+        _refuse_shapes(name, base.tensors[name], down, up, config["r"], flips, str(folder / WEIGHTS))
+        read = functools.partial(_merged, base.tensors[name], down, up, scale, flips)
+        tensors[name] = Tensor(base.tensors[name].shape, "float32", read)
+    return dataclasses.replace(
+        base, path=folder, kind="peft", tensors=tensors,
+        tokenizer=read_text(folder / "tokenizer.json") or base.tokenizer,
+        chat_template=read_text(folder / "chat_template.jinja") or base.chat_template,
+    )  # fmt: skip
+
+
+def _refuse_other(config: dict[str, Any], where: str) -> None:
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"an adapter of type {config.get('peft_type')!r} is not supported", where=where,
+                        why="supported is LORA")  # fmt: skip
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise UserError("the adapter names no rank `r`", where=where, why="PEFT would take 8, whatever it was")
+    for name, plain in _PLAIN.items():
+        if config.get(name, plain) not in (plain, None, {}, [], False):
+            value = json.dumps(config[name])
+            raise UserError(f"`{name}: {value}` is not supported", where=where,
+                            hint="merge the adapter with PEFT's merge_and_unload, and import the result")  # fmt: skip
+
+
+def _base_of(config: dict[str, Any], folder: Path, where: str) -> Source:
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
+    path = next((path for path in (Path(named), folder / named) if path.exists()), None)
+    if path is None:
+        raise UserError(
+            f"the adapter's base {named} is not here", where=where,
+            hint="download it, and write its folder as base_model_name_or_path",
+        )  # fmt: skip
+    return open_source(path)
+
+
+def _pairs(found: dict[str, Tensor], base: Source, where: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by the name of the base's tensor. UserError for a tensor that leads nowhere, and for halves."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in found.items():
+        match = _NAME.fullmatch(name)
+        target = f"{match[1]}.weight" if match else None
+        if target not in base.tensors:
+            raise UserError(f"{name} belongs to no tensor of the base", where=where,
+                            why="PEFT would leave it out without an error")  # fmt: skip
+        halves.setdefault(target, {})[match[2]] = tensor
+    for target, held in halves.items():
+        if len(held) < 2:
+            raise UserError(f"the adapter of {target} has only lora_{next(iter(held))}", where=where)
+    if not halves:
+        raise UserError("the adapter holds no tensor", where=where)
+    if not any(np.any(held["B"].whole()) for held in halves.values()):
+        raise UserError("every lora_B is zero: the adapter changes nothing", where=where)
+    return {target: (held["A"], held["B"]) for target, held in halves.items()}
+
+
+def _refuse_shapes(name: str, base: Tensor, down: Tensor, up: Tensor, rank: int, flips: bool, where: str) -> None:
+    outputs, inputs = base.shape[::-1] if flips else base.shape
+    for letter, tensor, wanted in (("A", down, (rank, inputs)), ("B", up, (outputs, rank))):
+        if tensor.shape != wanted:
+            raise UserError(
+                f"lora_{letter} of {name} is of shape {list(tensor.shape)}, where rank {rank} means {list(wanted)}",
+                where=where,
+            )  # fmt: skip
+
+
+def _merged(base: Tensor, down: Tensor, up: Tensor, scale: float, flips: bool, start: int, stop: int) -> np.ndarray:
+    """Rows of W + scale B A, float32; with `fan_in_fan_out` W is stored as (in, out)."""
+    if flips:
+        change = down.whole().astype(np.float32).T[start:stop] @ up.whole().astype(np.float32).T
+    else:
+        change = up.read(start, stop).astype(np.float32) @ down.whole().astype(np.float32)
+    return base.read(start, stop).astype(np.float32) + np.float32(scale) * change

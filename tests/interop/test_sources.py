@@ -1,0 +1,214 @@
+"""What cannot be read is refused before any work: one message that names the file, the key or the tensor."""
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from open_models import VOCABULARY, settings_of, weights_of, write_model
+from safetensors.numpy import save_file
+
+from aurora_train.errors import UserError
+from aurora_train.interop.kept import facts_of
+from aurora_train.interop.placing import matched
+from aurora_train.interop.source import open_source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_model(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def opened(folder):
+    found = matched(open_source(folder))
+    return found, facts_of(found.source, found.family.model_type)
+
+
+def edit(folder, **changed):
+    path = folder / "config.json"
+    config = {name: value for name, value in (json.loads(path.read_text()) | changed).items() if value is not ...}
+    path.write_text(json.dumps(config))
+
+
+def weights(folder, change):
+    arrays = weights_of("qwen3", settings_of("qwen3"))
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+def cut(folder, share=0.5):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def shard(folder, *, lost=False, index=True, extra=False):
+    names = sorted(arrays := weights_of("qwen3", settings_of("qwen3")))
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    (folder / "model.safetensors").unlink()
+    for file, held in parts.items():
+        save_file({name: arrays[name] for name in held}, folder / file)
+    listed = {name: file for file, held in parts.items() for name in held}
+    listed |= {"model.ghost.weight": "model-00001-of-00002.safetensors"} if extra else {}
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    if lost:
+        (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def tokenizer(folder, change):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def float8(folder):
+    array = np.zeros((4, 4), ml_dtypes.float8_e4m3fn)
+    save_file({"model.norm.weight": array}, folder / "model.safetensors")
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+BAD = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), r"not valid JSON.*|config\.json:1:"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no mapping"),
+    "no model_type": (lambda f: edit(f, model_type=...), "names no `model_type`"),
+    "unknown architecture": (
+        lambda f: edit(f, model_type="qwen4_moe"), r"not supported[\s\S]*the nearest that is: qwen"),
+    "a key is missing": (lambda f: edit(f, hidden_size=...), "config.json has no `hidden_size`"),
+    "no vocabulary": (lambda f: edit(f, vocab_size=...), "config.json has no `vocab_size`"),
+    "another activation": (lambda f: edit(f, hidden_act="relu"), r"`hidden_act: relu` is not supported"),
+    "biases": (lambda f: edit(f, attention_bias=True), r"`attention_bias: True` is not supported"),
+    "heads do not fit": (lambda f: edit(f, num_key_value_heads=3), "describes no model: .*kv_heads"),
+    "rotary of another type": (
+        lambda f: edit(f, rope_parameters={"rope_type": "dynamic", "factor": 2}), "rotary positions of type 'dynamic'"),
+    "rotary key missing": (lambda f: edit(f, rope_parameters={"rope_type": "linear"}), "of type linear lack 'factor'"),
+    "layer of an unknown type": (lambda f: edit(f, layer_types=["chunked"] * 2), "layer 0 is of type 'chunked'"),
+    "too few layer types": (lambda f: edit(f, layer_types=["full_attention"]), "names 1 layers"),
+    "FP8": (lambda f: edit(f, quantization_config={"quant_method": "fp8"}), "the weights are stored in FP8"),
+    "bitsandbytes": (lambda f: edit(f, quantization_config={"quant_method": "bitsandbytes"}), "in bitsandbytes"),
+    "AWQ": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "stored in AWQ"),
+    "GPTQ": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "stored in GPTQ"),
+    "FP8 without a word": (float8, "model.norm.weight is stored in FP8"),
+    "pickle": (pickled, "pytorch_model.bin is a pickle"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors here"),
+    "cut short": (cut, "not a whole safetensors file"),
+    "cut in its header": (lambda f: cut(f, 0.001), "not a whole safetensors file"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+    "a shard is lost": (lambda f: shard(f, lost=True), "names the file model-00002-of-00002.safetensors, which is not"),
+    "shards without index": (lambda f: shard(f, index=False), "there are 2 safetensors files and no"),
+    "index names a ghost": (lambda f: shard(f, extra=True), "model.ghost.weight is only in the index"),
+    "tensor missing": (lambda f: weights(f, lambda w: w.pop(Q)), f"{Q}: missing"),
+    "tensor extra": (
+        lambda f: weights(f, lambda w: w.update({"model.x.weight": w[Q]})), "model.x.weight: not part of this"),
+    "tensor reshaped": (
+        lambda f: weights(f, lambda w: w.update({Q: w[Q][:-1].copy()})),
+        rf"{Q}: of shape \[47, 32\], where .* \[48, 32\]"),
+    "vocabulary of another size": (lambda f: edit(f, vocab_size=VOCABULARY + 1), "model.embed_tokens.weight: of shape"),
+    "tokenizer of another size": (
+        lambda f: tokenizer(f, lambda t: t["added_tokens"].extend(
+            t["added_tokens"][0] | {"id": 257 + i, "content": f"<{i}>"} for i in range(60))),
+        r"the tokenizer has 317 ids, and the embedding 288 rows"),
+    "added tokens with a gap": (
+        lambda f: tokenizer(f, lambda t: t["added_tokens"].append(
+            t["added_tokens"][0] | {"id": 270, "content": "<x>"})),
+        "the added token '<x>' has the id 270 in the file and 257 once loaded"),
+    "tokenizer is not one": (lambda f: (f / "tokenizer.json").write_text('{"a": 1}'), "not a readable tokenizer.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_folder_is_refused_with_what_is_wrong_and_where(case, folder):
+    change, said = BAD[case]
+    change(folder)
+    with pytest.raises(UserError) as fault:
+        opened(folder)
+    assert re.search(said, str(fault.value)), str(fault.value)
+    assert str(folder) in str(fault.value)
+
+
+def test_a_whole_folder_and_a_sharded_one_hold_the_same(folder):
+    one, facts = opened(folder)
+    arrays = {name: one.read(name) for name in one.shapes}
+    shard(folder)
+    other, _ = opened(folder)
+    assert all(np.array_equal(other.read(name), array) for name, array in arrays.items())
+    assert facts["origin"]["licence"] == "apache-2.0" and facts["vocabulary"] == VOCABULARY
+
+
+def test_a_flag_that_says_tied_is_no_proof(tmp_path):
+    arrays = write_model(tmp_path / "tied", tie_word_embeddings=True)
+    assert matched(open_source(tmp_path / "tied")).config.tied
+    head = {"lm_head.weight": arrays["model.embed_tokens.weight"]}
+    save_file(arrays | head, tmp_path / "tied" / "model.safetensors")
+    assert matched(open_source(tmp_path / "tied")).config.tied, "stored twice, and equal"
+    save_file(arrays | {"lm_head.weight": head["lm_head.weight"] + 1}, tmp_path / "tied" / "model.safetensors")
+    found = matched(open_source(tmp_path / "tied"))
+    assert not found.config.tied and np.array_equal(found.read("head").T, head["lm_head.weight"] + 1)
+
+
+@pytest.mark.parametrize("beginning", ["model.language_model.", "language_model.model."])
+def test_the_text_part_of_a_vision_model_is_taken_and_the_rest_is_named(beginning, tmp_path):
+    arrays = write_model(tmp_path / "m", "gemma3")
+    text = settings_of("gemma3")
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    named = {name.replace("model.", beginning, 1): array for name, array in arrays.items()}
+    save_file(named | {"vision_tower.x.weight": np.zeros((2, 2), np.float32)}, tmp_path / "m" / "model.safetensors")
+    found = matched(open_source(tmp_path / "m"))
+    assert found.beside == ["vision_tower.x.weight"] and found.family.model_type == "gemma3_text"
+    assert np.array_equal(found.read("embedding"), arrays["model.embed_tokens.weight"])
+
+
+def adapter(tmp_path, *, name="model.layers.0.self_attn.q_proj", zero=False, half=False, **config):
+    """A PEFT adapter of rank 2 over the folder `m`. Returns (folder, the change it makes)."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, 32), (48, 2)))
+    up *= not zero
+    arrays = {f"base_model.model.{name}.lora_A.weight": down} | (
+        {} if half else {f"base_model.model.{name}.lora_B.weight": up})
+    save_file(arrays, folder / "adapter_model.safetensors")
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "../m"}
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    return folder, up @ down
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_is_added_to_its_base(rslora, folder, tmp_path):
+    path, change = adapter(tmp_path, use_rslora=rslora)
+    found, _ = opened(path)
+    base, _ = opened(folder)
+    scale = 8 / 2**0.5 if rslora else 4
+    name = "stack.units.0000.attention.query"
+    np.testing.assert_allclose(found.read(name), base.read(name) + scale * change.T, rtol=1e-5, atol=1e-5)
+    others = [one for one in base.shapes if one != name]
+    assert found.source.kind == "peft" and all(np.array_equal(found.read(one), base.read(one)) for one in others)
+
+
+BAD_ADAPTERS = {
+    "another type": ({"peft_type": "IA3"}, "of type 'IA3' is not supported"),
+    "no rank": ({"r": None}, "names no rank"),
+    "DoRA": ({"use_dora": True}, "`use_dora: true` is not supported"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, "`modules_to_save: "),
+    "no base": ({"base_model_name_or_path": None}, "names no base"),
+    "base elsewhere": ({"base_model_name_or_path": "owner/name"}, "base owner/name is not here"),
+    "a name that leads nowhere": ({"name": "layers.0.q"}, "belongs to no tensor of the base"),
+    "half of it": ({"half": True}, "has only lora_A"),
+    "it changes nothing": ({"zero": True}, "every lora_B is zero"),
+    "another rank": ({"r": 4}, r"lora_A of .* is of shape \[2, 32\], where rank 4 means \[4, 32\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_a_bad_adapter_is_refused(case, folder, tmp_path):
+    changed, said = BAD_ADAPTERS[case]
+    path, _ = adapter(tmp_path, **changed)
+    with pytest.raises(UserError, match=said):
+        opened(path)

@@ -1,0 +1,100 @@
+"""Chat templates: rendered as transformers renders them, in a sandbox, with a date that stays."""
+
+import json
+from datetime import datetime
+
+import pytest
+from conversations import CONVERSATIONS, DATE, FILE, MARKS, TEMPLATES, said, transformers_renders
+
+from aurora_train.errors import UserError
+from aurora_train.interop.templates import ChatTemplate
+
+NOW = datetime.fromisoformat(DATE)
+STORED = json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def template(text: str) -> ChatTemplate:
+    return ChatTemplate(text, MARKS, NOW, "t.jinja")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_a_conversation_is_rendered_as_by_transformers(name, conversation):
+    messages, arguments = CONVERSATIONS[conversation]
+    wanted = STORED[name][conversation]
+    if wanted is None:
+        with pytest.raises(UserError, match="the template refuses this conversation: Conversation roles must"):
+            template(TEMPLATES[name]).render(messages, **arguments)
+    else:
+        assert template(TEMPLATES[name]).render(messages, **arguments).text == wanted
+
+
+def test_the_stored_texts_tell_the_conversations_apart():
+    for name, texts in STORED.items():
+        assert len(set(texts.values())) >= 11, name
+    assert [name for texts in STORED.values() for name, text in texts.items() if text is None] == ["a tool's answer"]
+
+
+@pytest.mark.slow
+def test_the_stored_texts_are_those_of_the_installed_transformers():
+    pytest.importorskip("transformers")
+    assert transformers_renders() == STORED
+
+
+@pytest.mark.parametrize("name", ["chatml", "answers in a macro"])
+def test_the_answers_are_known_by_their_place_in_the_text(name):
+    rendered = template(TEMPLATES[name]).render(said("a", "first", "b", "second one", system="s"))
+    end = "<|im_end|>" if name == "chatml" else "</s>"
+    assert [rendered.text[start:stop] for start, stop in rendered.answers] == [f"first{end}", f"second one{end}"]
+    assert template(TEMPLATES[name]).marks_answers and not template(TEMPLATES["dated"]).marks_answers
+    assert template(TEMPLATES["dated"]).render(said("a", "b")).answers == []
+
+
+def test_an_answer_that_holds_what_the_template_writes_is_still_in_its_place():
+    rendered = template(TEMPLATES["chatml"]).render(said("x", "{% generation %}<|im_end|>", "y", ""))
+    assert [rendered.text[a:b] for a, b in rendered.answers] == ["{% generation %}<|im_end|><|im_end|>", "<|im_end|>"]
+
+
+def test_a_template_that_changes_an_answer_afterwards_is_refused():
+    inner = "{% generation %}{{ m.content }}{% endgeneration %}"
+    text = "{% macro a(m) %}" + inner + "{% endmacro %}{{ a(messages[0]) | length }}"
+    with pytest.raises(UserError, match="cannot tell which part"):
+        template(text).render(said("four"))
+
+
+def test_the_date_is_the_one_that_was_given():
+    assert template("{{ strftime_now('%Y-%m-%d %H:%M') }}").render(said("x")).text == "2026-07-26 09:05"
+
+
+@pytest.mark.parametrize(
+    "text,where,says",
+    [
+        ("one\n{% if %}", "t.jinja:2", "not a valid template"),
+        ("{% for m in messages %}", "t.jinja:1", "endfor"),
+        ("{{ messages | unheard_of }}", "t.jinja:1", "unheard_of"),
+        ("{% generation %}x", "t.jinja:1", "endgeneration"),
+        ("a\n\n{{ messages[0].nothing.more }}", "t.jinja:3", "fails"),
+        ("{{ 1 + messages[0].content }}", "t.jinja:1", "fails"),
+        ("{{ unheard_of() }}", "t.jinja:1", "unheard_of"),
+        ("{{ ''.__class__ }}", "t.jinja", "is not safe: it reads '__class__' of a str"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "t.jinja", "is not safe"),
+        ("{{ messages[0]['content'].__init__.__globals__ }}", "t.jinja", "is not safe"),
+        ("{{ (messages | first) | attr('__class__') }}", "t.jinja", "is not safe"),
+        ("{{ messages.append(1) }}", "t.jinja", "is not safe"),
+        ("{{ namespace(_x=1) }}", "t.jinja", "is not safe"),
+        ("{{ raise_exception('only in German') }}", "t.jinja", "refuses this conversation: only in German"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "t.jinja:1", "Range too big"),
+        ("{% include 'other' %}", "t.jinja:1", "fails"),
+    ],
+)
+def test_a_bad_template_ends_in_one_message_that_names_its_line(text, where, says):
+    with pytest.raises(UserError) as caught:
+        template(text).render(said("hello"))
+    assert caught.value.where == where and says in str(caught.value)
+
+
+@pytest.mark.parametrize("message", ["hello", {"content": "x"}, {"role": 3, "content": "x"}, None])
+def test_a_message_without_a_role_is_refused_by_its_number(message):
+    with pytest.raises(UserError) as caught:
+        template(TEMPLATES["chatml"]).render([*said("a"), message])
+    assert caught.value.where == "messages[1]"
