@@ -11,7 +11,7 @@ from aurora_train.errors import UserError
 from aurora_train.facts import Facts
 from aurora_train.nn import nf4
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.recipe import ADAPTERS
+from aurora_train.nn.lora import ADAPTERS
 
 
 class Result(NamedTuple):

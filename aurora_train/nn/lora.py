@@ -23,7 +23,7 @@ from aurora_train.nn.linear import linear
 from aurora_train.nn.param import named
 from aurora_train.nn.tracing import current, forms
 
-_ADAPTERS = ("_lora_a", "_lora_b")  # suffixes of the adapters' names
+ADAPTERS = ("_lora_a", "_lora_b")  # suffixes of the adapters' names
 _STREAM = 0x4C6F5241  # "LoRA": far from the counts with which the kernels' own keys are folded
 
 
@@ -110,7 +110,7 @@ def _path_text(path: tuple) -> str:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this dotted name belongs to an adapter."""
-    return name.endswith(_ADAPTERS)
+    return name.endswith(ADAPTERS)
 
 
 def _named(value: jax.Array, names: tuple[str, str]) -> nnx.LoRAParam:
