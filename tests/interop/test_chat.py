@@ -163,7 +163,7 @@ def test_an_open_model_is_scored_on_a_text_and_leaves_nothing_beside_it(model, t
     (tmp_path / "story.txt").write_text("Once upon a time there was a box on a desk. " * 8)
     assert main(["evaluate", str(model), "--on", "story.txt", "--no-baselines", "--quiet", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["bits_per_byte"] > 1 and record["on"].endswith("story.txt")
+    assert record["score"]["bits_per_byte"] > 1 and record["on"].endswith("story.txt")
     assert [path.name for path in model.parent.iterdir()] == ["tiny.gguf"]
     assert main(["evaluate", str(model)]) == 2
     assert "--on: tiny.gguf is an open model" in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_a_run_that_began_from_an_open_model_talks_by_its_template_and_keeps_its
     (tmp_path / "tuned.yaml").write_text(TUNED.format(model=model, corpus=corpus))
     assert main(["train", "tuned.yaml", "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
     begun = json.loads((tmp_path / "run" / "facts" / "facts.json").read_text())["template_date"]["value"]
-    assert main(["train", "tuned.yaml", "--run", "run", "--quiet", "train.steps=3"]) == 0, capsys.readouterr().err
+    assert main(["resume", "run", "train.steps=3", "--quiet"]) == 0, capsys.readouterr().err
     kept = json.loads((tmp_path / "run" / "facts" / "facts.json").read_text())["template_date"]["value"]
     assert kept == begun and len(begun) == len("2026-01-01T00:00:00")
     assert main(["chat", "run", "--max-tokens", "4"]) == 0

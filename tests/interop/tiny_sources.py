@@ -68,7 +68,7 @@ def source_of(name: str, arrays: dict[str, np.ndarray] | None = None) -> Source:
     if arrays is None:
         head = {} if config["tie_word_embeddings"] else {"lm_head.weight": np.zeros((ROWS, WIDTH), np.float32)}
         family, shape = shape_of(Source(Path(name), "hf", config, {one: tensor_of(a) for one, a in head.items()}))
-        shapes = their_shapes(family, our_shapes(shape, ROWS))
+        shapes = their_shapes(family, our_shapes(shape, ROWS), shape.heads)
         arrays = {one: exact(size, seed) for seed, (one, size) in enumerate(shapes.items())}
     return Source(
         Path(name), "hf", config, {one: tensor_of(array) for one, array in arrays.items()}, bpe(),

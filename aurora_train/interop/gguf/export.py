@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ def write_gguf_folder(result: Result, folder: Path, dtype: str) -> Family:
     between = folder / "hf"
     between.mkdir()
     family = write_folder(result, between, default_dtype(result))
-    source = open_folder(between)
+    source = dataclasses.replace(open_folder(between), licence=result.record["licence"])
     file = f"{result.record['run']}-{dtype}.gguf"
     for remark in write_gguf(source, folder / file, dtype, result.record["run"]):
         log.warning("%s", remark)
