@@ -256,6 +256,7 @@ def test_each_stored_value_lies_under_the_name_and_in_the_shape_of_its_parameter
     assert all(a.shape == shapes[name.rsplit(".", 1)[1]] for name, a in values.items())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name,moments", [("adamw", "int8"), ("muon", "int8"), ("muon", "bfloat16")])
 def test_an_update_that_is_not_good_leaves_everything_as_it_was(name, moments):
     optimizer = build(Optimizer(name=name, moments=moments, **PLAIN), 10)
