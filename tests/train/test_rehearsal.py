@@ -131,6 +131,7 @@ def test_what_is_compiled_is_what_runs_and_one_program_is_kept(program):
     assert len(program._compiled) == 1
 
 
+@pytest.mark.optimized
 def test_the_initialiser_is_compiled_once_a_cut_in_a_thread_and_draws_the_bits_of_the_plain_one(program):
     plan = Plan(4, 2, {"stack": CUT})
     made = program.initialiser(plan)
@@ -138,6 +139,7 @@ def test_the_initialiser_is_compiled_once_a_cut_in_a_thread_and_draws_the_bits_o
     assert same_bits(made.result()(), program.blueprint(plan).initialise())
 
 
+@pytest.mark.optimized
 def test_the_initialiser_of_a_decoder_draws_the_bits_of_the_plain_one():
     program = rehearse(*language_model(model={"bias": "all", "activation": "swiglu", "positions": "learned"}))
     plan = program.simplest_plan()
