@@ -145,7 +145,7 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": record["licence"]} if record["licence"] else {}
     head |= {"base_model": record["base"]} if record["base"] else {}
-    source, how = record["data"].get("source"), proof["kind"]
+    source, how = Path(record["data"].get("source") or "").name, proof["kind"]  # not where it lay on this machine
     lines = [
         "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
         f"# {record['run']}", "",

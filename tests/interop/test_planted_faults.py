@@ -23,13 +23,15 @@ from families import VOCAB, draw_weights, tokens_and_targets  # noqa: E402
 from test_parity import QUICK_JIT, placed, stored  # noqa: E402
 
 
-def exchanged(one, other, *, block=True):
+def exchanged(one, other):
     """Each of two parameters of ours is read from where the other stands."""
     swap = {one: other, other: one, f"{one}_bias": f"{other}_bias", f"{other}_bias": f"{one}_bias"}
     swap |= {f"{a}.scale": f"{b}.scale" for a, b in ((one, other), (other, one))}
 
     def plant(table, config):
-        weights = tuple(w._replace(ours=tuple(swap.get(name, name) for name in w.ours)) for w in table.block)
+        held = {name for weight in table.block for name in weight.ours}
+        both = {name: other for name, other in swap.items() if {name, other} <= held}
+        weights = tuple(w._replace(ours=tuple(both.get(name, name) for name in w.ours)) for w in table.block)
         return dataclasses.replace(table, block=weights), config
 
     return plant
