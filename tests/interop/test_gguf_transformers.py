@@ -1,7 +1,7 @@
 """What is written as GGUF, read by transformers' own reader: the same weights under the same names, the same settings.
 
-Its reader shares nothing with ours but the package `gguf`. It does not know SmolLM 3 and OLMo, takes sizes of Qwen 3 and
-GPT-2 that are not its defaults for the defaults, and reads no Phi 3 of fewer than 32,000 tokens.
+Its reader shares nothing with ours but the package `gguf`. It does not know SmolLM 3 and OLMo, takes some sizes of
+Qwen 3 and GPT-2 to be its defaults, and reads no Phi 3 of fewer than 32,000 tokens.
 """
 
 import numpy as np
