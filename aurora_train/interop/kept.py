@@ -65,10 +65,10 @@ def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
     backend.no_padding()
     added = json.loads(source.tokenizer).get("added_tokens") or []
     for token in added:
-        given = backend.token_to_id(token["content"])
-        if given != token["id"]:
+        given, meant = backend.token_to_id(token["content"]), token.get("id")
+        if given != meant:
             raise UserError(
-                f"the added token {token['content']!r} has the id {token['id']} in the file and {given} once loaded",
+                f"the added token {token['content']!r} has the id {meant} in the file and {given} once loaded",
                 where=where, why="the ids of added tokens have a gap, or one is taken twice",
             )  # fmt: skip
     size = max(backend.get_vocab().values(), default=-1) + 1

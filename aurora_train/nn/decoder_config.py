@@ -237,6 +237,15 @@ class DecoderConfig(Section):
             raise ValueError(f"loss_chunk is a number of tokens, 0 for all, or auto; got {self.loss_chunk}")
         return self
 
+    @model_validator(mode="after")
+    def _factors_fit(self):
+        for rope in self.ropes:
+            if rope.scaling.kind == "longrope" and len(rope.scaling.short_factors) != rope.dims // 2:
+                raise ValueError(
+                    f"longrope has {len(rope.scaling.short_factors)} factors, but {rope.dims // 2} pairs of a head turn"
+                )
+        return self
+
     def _check_table(self, table: tuple[Layer, ...]) -> None:
         if self.window is not None or self.window_pattern != ("local",):
             raise ValueError("the rows of layer_table have their own windows: leave window and window_pattern out")

@@ -24,8 +24,8 @@ class ModelConfig(DecoderConfig):
 
     from_: str | None = setting(
         None, alias="from", resume="located", path_unless=("hub:", PACKAGE),
-        help="start from this model: a Hugging Face folder, a GGUF file (package:NAME: the one in a Python package) or "
-        "a run; its shape, weights, tokenizer and template follow",
+        help="start from this model: a Hugging Face folder, a GGUF file (package:NAME: that of an installed package), "
+        "or a run; its shape, weights, tokenizer and template follow",
     )
 
 

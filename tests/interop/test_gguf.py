@@ -233,3 +233,16 @@ def test_a_head_of_its_own_stays_one_and_a_tied_one_is_not_written(tmp_path):
         assert ("output.weight" in GgufFile(tmp_path / f"{name}.gguf").tensors) is has
         assert matched(open_gguf(tmp_path / f"{name}.gguf")).config.tied is not has
     assert tensor_of(np.ones((2, 2))).whole().sum() == 4
+
+
+def test_a_file_that_is_missing_or_a_folder_is_one_message(tmp_path):
+    for name in ("none.gguf", "folder.gguf"):
+        (tmp_path / "folder.gguf").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="cannot be read"):
+            open_gguf(tmp_path / name)
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path):
+    for name in ("llama", "qwen3"):
+        write_gguf(source_of(name), tmp_path / "m.gguf", "f16", "m")
+        assert open_gguf(tmp_path / "m.gguf").config["model_type"] == name

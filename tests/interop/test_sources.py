@@ -89,6 +89,16 @@ BAD = {
     "rotary of another type": (
         lambda f: edit(f, rope_parameters={"rope_type": "dynamic", "factor": 2}), "rotary positions of type 'dynamic'"),
     "rotary key missing": (lambda f: edit(f, rope_parameters={"rope_type": "linear"}), "of type linear lack 'factor'"),
+    "a size is a text": (lambda f: edit(f, num_hidden_layers="2"), "`num_hidden_layers` is '2', which is not a number"),
+    "a size is negative": (lambda f: edit(f, intermediate_size=-3), "describes no model: mlp_width"),
+    "rotary value is a text": (
+        lambda f: edit(f, rope_parameters={"rope_type": "linear", "factor": "x"}), "of type linear cannot be read"),
+    "longrope of another head": (
+        lambda f: edit(f, max_position_embeddings=64, rope_parameters={
+            "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0],
+            "original_max_position_embeddings": 32}),
+        "longrope has 1 factors, but 6 pairs of a head turn"),
+    "layer types are no list": (lambda f: edit(f, layer_types="full_attention"), "which is not a list"),
     "layer of an unknown type": (lambda f: edit(f, layer_types=["chunked"] * 2), "layer 0 is of type 'chunked'"),
     "too few layer types": (lambda f: edit(f, layer_types=["full_attention"]), "names 1 layers"),
     "FP8": (lambda f: edit(f, quantization_config={"quant_method": "fp8"}), "the weights are stored in FP8"),

@@ -83,6 +83,8 @@ def read_shape(config: dict, family: Family, where: str) -> dict[str, Any]:
             value = family.absent.get(name)
         if value == SAME:
             value = config["num_attention_heads"]
+        if not isinstance(value, int | float | None) and not isinstance(target, Key):
+            raise UserError(f"`{name}` is {value!r}, which is not a number", where=where)
         key = target if isinstance(target, Key) else Key(target, lambda value: value, None)
         fields[key.field] = value if value is None else key.read(value)
     rows = read_rows({**family.absent, **config}, family, where)

@@ -59,6 +59,8 @@ def _types(config: dict, family: Family, num_layers: int, where: str) -> tuple[l
     if rows.types is None:
         return [FULL if window is None else SLIDING] * num_layers, window
     types = config.get("layer_types") or rows.types(config)
+    if not isinstance(types, list):
+        raise UserError(f"layer_types is {types!r}, which is not a list", where=where)
     supported = (FULL, SLIDING, LINEAR_TYPE) if rows.linear else (FULL, SLIDING)
     unknown = [kind for kind in types if kind not in supported]
     if len(types) != num_layers or unknown:
@@ -119,8 +121,10 @@ def _scaling(found: dict, config: dict, where: str) -> RopeScaling:
                 attention_factor=found.get("attention_factor"), short_factors=tuple(map(float, found["short_factor"])),
                 long_factors=tuple(map(float, found["long_factor"])),
             )  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"the rotary positions of type {kind} lack {error}", where=where) from error
+    except (TypeError, ValueError) as error:  # a value of another type, or one that pydantic refuses
+        raise UserError(f"the rotary positions of type {kind} cannot be read: {error}", where=where) from error
     raise UserError(
         f"rotary positions of type {kind!r} are not supported", where=where,
         why="supported are default, linear, llama3, longrope, and yarn with truncate: true",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class GgufFile:
         self.path = Path(path)
         try:
             with open(self.path, "rb") as handle:
-                size = self.path.stat().st_size
+                size = os.fstat(handle.fileno()).st_size
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error

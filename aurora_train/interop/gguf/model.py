@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -28,11 +29,20 @@ LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # llama.cpp tells this size by its
 
 def open_gguf(path: Path) -> Source:
     """The model of a GGUF file. Raises UserError for a file or an architecture that cannot be read, naming it."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    return _opened(Path(path), stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # a start opens its source several times, and a large vocabulary takes seconds
+def _opened(path: Path, changed_ns: int, size: int) -> Source:
     file = GgufFile(path)
     reader = _Reader(file)
     tokenizer, tokenizer_config, ends = tokenizer_of(file.metadata, str(path))
     return Source(
-        path=Path(path), kind="gguf", config=reader.config(), tensors=reader.tensors(), tokenizer=tokenizer,
+        path=path, kind="gguf", config=reader.config(), tensors=reader.tensors(), tokenizer=tokenizer,
         tokenizer_config=tokenizer_config, chat_template=file.metadata.get("tokenizer.chat_template"),
         generation={"eos_token_id": ends} if ends else {}, licence=file.metadata.get("general.license"),
     )  # fmt: skip
