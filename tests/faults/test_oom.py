@@ -271,7 +271,7 @@ def test_a_save_that_is_refused_memory_is_one_message(here, monkeypatch, capsys)
     monkeypatch.setattr(layout, "snapshot", refuse)
     assert main(TRAIN) == 2
     said = capsys.readouterr().err
-    assert "out of memory while saving step 2" in said and "host's memory" in said and "Traceback" not in said
+    assert "out of memory while saving step 2" in said and "memory of the host" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
