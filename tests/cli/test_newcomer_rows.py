@@ -89,6 +89,7 @@ def test_every_verb_has_help_with_an_example(verb, option, capsys):
 
 
 
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"unit", "schema", "recipes"}))
+# A conversation (chat) is for people; a script asks `generate`.
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"unit", "schema", "recipes", "chat"}))
 def test_every_verb_that_prints_for_people_prints_for_scripts_too(verb, capsys):
     assert "--json" in said([verb, "--help"], capsys).out
