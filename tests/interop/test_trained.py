@@ -108,14 +108,15 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(name, here, trained, shar
         command, cwd=here, env=environment(here, shared_cache), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not (run / "checkpoints" / "5").is_dir():
+    written = run / "events.jsonl"  # its last line may be half written
+    while not (written.is_file() and '"save"' in written.read_text()):
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not events(run, "finish")
     assert in_process("resume", run, "--quiet") == 0
-    assert len(events(run, "resume")) == 1
+    assert [event["step"] for event in events(run, "resume")] in ([5], [10], [15])
     assert losses(run) == losses(whole) and final_hash(run) == final_hash(whole)
 
 
