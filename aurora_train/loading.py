@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from aurora_train.errors import UserError
 from aurora_train.files import read_json
-from aurora_train.interop.result import Unread
 from aurora_train.run import Run, say_changed_code
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aurora_train.interop.result import Unread
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (the default argument of two functions)
 
@@ -169,6 +171,7 @@ def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterat
         yield _unread_source(source, config)
         return
     from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+    from aurora_train.interop.result import Unread
     from aurora_train.train.session import recipe_of, refuse_facts_of_another
 
     facts = recipe_of(config, known, progress).known
@@ -185,6 +188,7 @@ def _unread_source(source: Path, config) -> Unread:
 
     from aurora_train.interop.kept import facts_of
     from aurora_train.interop.placing import matched
+    from aurora_train.interop.result import Unread
     from aurora_train.interop.source import open_source
 
     opened = matched(open_source(source))
@@ -193,6 +197,7 @@ def _unread_source(source: Path, config) -> Unread:
     return Unread(source, config, facts, {}, 0, specs, opened.read)
 
 
+_GIVE_BACK_BYTES = 1 << 28
 _LAYER = re.compile(r"stack\.units\.\d+\.(blocks\.\d+\.)?")
 
 
@@ -200,8 +205,10 @@ def _by_layer(store, step: int) -> tuple[dict, Callable[[str], np.ndarray]]:
     """(specs by bare name, reader of one parameter): the parameters of a layer are read together, and held until those
     of another are asked for, because opening a checkpoint takes longer than reading a small array."""
     import jax
+    import numpy as np
 
     from aurora_train import mesh as meshes
+    from aurora_train.machine.memory import give_back_freed
     from aurora_train.origin.weights import stored_parameters
 
     stored, read_some = stored_parameters(store, step)
@@ -211,10 +218,16 @@ def _by_layer(store, step: int) -> tuple[dict, Callable[[str], np.ndarray]]:
     for name in specs:
         groups.setdefault(_layer_of(name), []).append(name)
     held: dict[str, Any] = {}
+    released = 0  # bytes since the allocator last gave them back, which it does not do by itself
 
     def read(name: str) -> np.ndarray:
+        nonlocal released
         if name not in held:
+            released += sum(array.nbytes for array in held.values())
             held.clear()
+            if released > _GIVE_BACK_BYTES:
+                give_back_freed()
+                released = 0
             held.update(read_some({one: specs[one] for one in groups[_layer_of(name)]}))
         return np.asarray(held[name])
 

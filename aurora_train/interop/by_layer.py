@@ -11,7 +11,7 @@ from aurora_train.nn.decoder_config import DecoderConfig
 
 Read = Callable[[str], np.ndarray]  # a parameter by canonical name
 _FIRST = "stack.units.0000"
-_BLOCK_BYTES = 1 << 28  # of the output head, in float32
+_BLOCK_BYTES = 1 << 26  # of the output head, in float32
 
 
 def log_probabilities(config: DecoderConfig, read: Read, rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -62,6 +62,7 @@ def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray):
     run = jax.jit(lambda arrays, x: model(arrays).stack(x, make_context(config, positions, None))[0])
     x = None
     for number in range(config.layers // period):
+        arrays = None  # the unit before is released first
         arrays = outer | unit(number)
         if x is None:
             x = model(arrays).embedded(jnp.asarray(numbers.reshape(tokens.shape), jnp.int32), positions)

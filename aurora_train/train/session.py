@@ -145,7 +145,7 @@ class Session:
         here = self.blueprint._replace(shardings=meshes.local(shardings))
         state = meshes.local_view(state)
         drawn = drawn_beside(self.parents, {"params": state.params, "frozen": state.frozen})
-        state = state._replace(frozen={})  # released first, because they may be most of the model
+        state = state._replace(params={}, frozen={})  # released first, because the model may not fit twice
         params, frozen = parameters_from(self.parents, here, drawn)
         rest = state_from(self.parents, here, state.rest)
         # Compiled, what a hook keeps of the parameters has buffers of its own: the step donates both.
