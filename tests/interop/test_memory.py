@@ -1,6 +1,6 @@
 """Import, export and proof take at most the weights as they are kept and 1.5 GB, seen from outside each process.
 
-`pytest -m release -s tests/interop/test_memory.py` does it with the shape of Llama 3 8B; its export takes 16 GB of disk.
+`pytest -m release -s tests/interop/test_memory.py` does it with the shape of Llama 3 8B, and writes 16 GB to the disk.
 """
 
 import json
