@@ -76,16 +76,21 @@ def write_folder(result: Result, folder: Path, dtype: str) -> Family:
         write_json(folder / "config.json", _config(result, family, dtype, tokens))
         ids = {name: value for name, value in tokens.ids.items() if value is not None}
         write_json(folder / "generation_config.json", ids)
-        (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
-        write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_max_length": _reach(result), **tokens.texts,
-        })  # fmt: skip
-        if TEMPLATE in result.facts:
-            (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
+        write_tokenizer(result, folder)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
     return family
+
+
+def write_tokenizer(result: Result, folder: Path) -> None:
+    """Write the tokenizer of a result and its chat template, if it has one."""
+    (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_max_length": _reach(result), **special_tokens(result.facts).texts,
+    })  # fmt: skip
+    if TEMPLATE in result.facts:
+        (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
 
 
 def _reach(result: Result) -> int:
@@ -142,7 +147,8 @@ def _as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: dict[str, Any]) -> None:
     """README.md: origin, licence and which proof the export has."""
     record = result.record
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    alone = (folder / "adapter_config.json").is_file()
+    head = {"library_name": "peft" if alone else "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": record["licence"]} if record["licence"] else {}
     head |= {"base_model": record["base"]} if record["base"] else {}
     source, how = Path(record["data"].get("source") or "").name, proof["kind"]  # not where it lay on this machine
@@ -150,7 +156,9 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
         f"# {record['run']}", "",
         f"A model of the family {family.title}, exported from step {record['step']} of the run `{record['run']}`"
-        f" (recipe `{record['recipe']}`). Its weights are stored in {dtype}.", "",
+        f" (recipe `{record['recipe']}`). " + (
+            "These are its LoRA adapters alone, in float32; the base is named in `adapter_config.json`." if alone else
+            f"Its weights are stored in {dtype}."), "",
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",

@@ -35,7 +35,9 @@ TEXTS = (
 _DIGESTED = (".json", ".safetensors", ".jinja", ".gguf")
 LONGEST = 64  # tokens of a text that are compared
 # Mean difference of log-probabilities that rounding the weights to a dtype may make, in nats.
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.5, "q4_0": 5.0}
+BOUNDS = {
+    "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.5, "q4_0": 5.0, "nf4": 5.0,
+}  # fmt: skip
 INDEPENDENT_BOUND = 1e-3  # largest difference of log-probabilities between two programs on the same weights, float32
 
 
@@ -68,6 +70,7 @@ def log_probabilities(model, rows: list[np.ndarray]) -> list[np.ndarray]:
 def prove(result: Result, family: Family, folder: Path, dtype: str, library: str | None) -> dict[str, Any]:
     """Compare an export with its run and write `proof.json` into it. UserError, naming a tensor, if they differ.
 
+    `dtype`: that of the export; of adapters, the one to which the run rounded their base, which is not in the export.
     `library`: "transformers" for an independent proof, or None.
     """
     opened = matched(open_source(model_in(folder)))
@@ -80,10 +83,14 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
     if not difference <= BOUNDS[dtype]:  # a NaN is a difference, too
         raise UserError(
             f"the export's log-probabilities differ from the run's by {difference:.2g} nats on average",
-            where=str(folder), why=f"rounding to {dtype} explains {BOUNDS[dtype]:g}", hint="--dtype float32",
+            where=str(folder), why=f"rounding to {dtype} explains {BOUNDS[dtype]:g}",
+            hint="--merge writes the whole model" if opened.source.kind == "peft" else "--dtype float32",
         )  # fmt: skip
-    says = f"read back, every tensor is the run's in {dtype}; log-probabilities of {len(rows)} texts differ by " \
-           f"{difference:.1g} nats on average"  # fmt: skip
+    held = f"every tensor is the run's in {dtype}"
+    if opened.source.kind == "peft":
+        kept = "" if dtype == "float32" else f" (which kept the base in {dtype})"
+        held = f"every adapter over its base is the run's{kept}"
+    says = f"read back, {held}; log-probabilities of {len(rows)} texts differ by {difference:.1g} nats on average"
     proof = {"kind": "round trip", "dtype": dtype, "family": family.model_type, "difference": difference,
              "texts": [row.tolist() for row in rows], "target_log_probabilities": _of_targets(found, rows)}  # fmt: skip
     if library is not None:

@@ -14,6 +14,21 @@ from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.lora import ADAPTERS
 
 
+class Adapters(NamedTuple):
+    """What a run trained beside a frozen base (`nn.lora`).
+
+    Attributes:
+        rank, alpha: the change of a kernel is (alpha / rank) A B.
+        pairs: (A [in, rank], B [rank, out]) by the canonical name of the adapted kernel, float32.
+        stored: a parameter of the base by canonical name, in the run's dtype; a kernel in 4 bits as (codes, scales).
+    """
+
+    rank: int
+    alpha: float
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+    stored: Callable[[str], np.ndarray | tuple[np.ndarray, np.ndarray]]
+
+
 class Result(NamedTuple):
     """A model that can be written in another format.
 
@@ -23,6 +38,7 @@ class Result(NamedTuple):
         read: a parameter by canonical name, in the dtype that the run keeps it in.
         facts: the run's.
         record: what the card says of its origin; see `origin_of`.
+        adapters: those that `read` has merged; None for a run without.
     """
 
     config: DecoderConfig
@@ -31,6 +47,7 @@ class Result(NamedTuple):
     read: Callable[[str], np.ndarray]
     facts: Facts
     record: dict[str, Any]
+    adapters: Adapters | None = None
 
 
 def result_of(loaded, *, merge: bool = False) -> Result:
@@ -48,7 +65,7 @@ def result_of(loaded, *, merge: bool = False) -> Result:
     if config.lora is not None and not merge:
         raise UserError(
             "this run trained adapters", where=str(loaded.run),
-            hint="--merge adds them to the weights that they were trained on",
+            hint="--merge adds them to the weights that they were trained on; --format peft writes them alone",
         )  # fmt: skip
     arrays: dict[str, Any] = {}
     for names, stacked, leaf in layout.entries(_joined(loaded.state.params, loaded.state.frozen)):
@@ -58,8 +75,22 @@ def result_of(loaded, *, merge: bool = False) -> Result:
     from aurora_train.interop.placing import our_shapes
 
     shapes = our_shapes(plain, facts["vocabulary"])
+    adapters = None if config.lora is None else _adapters(arrays, config.lora)
     return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(arrays, name, scale), facts,
-                  origin_of(loaded))  # fmt: skip
+                  origin_of(loaded), adapters)  # fmt: skip
+
+
+def _adapters(arrays: dict[str, Any], lora) -> Adapters:
+    down, up = ADAPTERS
+    names = [name.removesuffix(down) for name in arrays if name.endswith(down)]
+    pairs = {name: tuple(_stored(arrays, name + end).astype(np.float32) for end in (down, up)) for name in names}
+
+    def stored(name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        if name in arrays:
+            return _stored(arrays, name)
+        return _stored(arrays, name + nf4.CODES), _stored(arrays, name + nf4.SCALES)
+
+    return Adapters(lora.rank, lora.alpha, pairs, stored)
 
 
 def origin_of(loaded) -> dict[str, Any]:
@@ -81,16 +112,19 @@ def _joined(one: dict, other: dict) -> dict:
     return {key: _joined(one[key], other[key]) if key in one and key in other else value for key, value in both.items()}
 
 
-def _merged(arrays: dict[str, Any], name: str, scale: float | None) -> np.ndarray:
-    def stored(name: str) -> np.ndarray:
-        leaf, number = arrays[name]
-        return np.asarray(leaf if number is None else leaf[number])
+def _stored(arrays: dict[str, Any], name: str) -> np.ndarray:
+    leaf, number = arrays[name]
+    return np.asarray(leaf if number is None else leaf[number])
 
+
+def _merged(arrays: dict[str, Any], name: str, scale: float | None) -> np.ndarray:
     if name in arrays:
-        kernel = stored(name)
+        kernel = _stored(arrays, name)
     else:
-        kernel = np.asarray(nf4.decode(stored(name + nf4.CODES), stored(name + nf4.SCALES), "float32"))
+        codes, scales = _stored(arrays, name + nf4.CODES), _stored(arrays, name + nf4.SCALES)
+        kernel = np.asarray(nf4.decode(codes, scales, "float32"))
     down, up = (name + suffix for suffix in ADAPTERS)
     if scale is None or down not in arrays:
         return kernel
-    return kernel.astype(np.float32) + scale * (stored(down).astype(np.float32) @ stored(up).astype(np.float32))
+    change = _stored(arrays, down).astype(np.float32) @ _stored(arrays, up).astype(np.float32)
+    return kernel.astype(np.float32) + scale * change

@@ -103,8 +103,9 @@ def is_foreign(path: str | Path) -> bool:
 
 
 def is_model(path: str | Path) -> bool:
-    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder with a config.json."""
-    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or (Path(path) / "config.json").is_file())
+    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder of a model or adapter."""
+    told = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or told)
 
 
 def open_source(path: str | Path) -> Source:
