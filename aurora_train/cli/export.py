@@ -57,12 +57,14 @@ def command(
     import shutil
 
     from aurora_train.interop import export, proof
+    from aurora_train.interop.parts import with_parts
     from aurora_train.interop.result import result_of
     from aurora_train.loading import load
 
     export.refuse_target(to)
     _refuse_clash(format, merge, base)
     result = result_of(load(run, step, by="export"), merge=merge or format is Format.peft)
+    result = with_parts(result, fits=None if format is Format.hf else f"--format {format.value} does not hold them")
     write, chosen = _way(format, dtype, result, verify, base)
     made = export.beside(to)
     try:

@@ -6,11 +6,13 @@ its own name was read back and compared with the run.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +22,14 @@ from aurora_train.interop import families
 from aurora_train.interop.families.family import Family
 from aurora_train.interop.hf import INDEX
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
+from aurora_train.interop.parts import Parts
 from aurora_train.interop.placing import Theirs, their_shapes, theirs
 from aurora_train.interop.result import Result
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 4 << 30
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 CARD = "README.md"
 
 
@@ -71,9 +75,13 @@ def write_folder(result: Result, folder: Path, dtype: str) -> Family:
     try:
         heads = result.config.heads
         shapes = their_shapes(family, result.shapes, heads)
-        _write_weights(theirs(family, result.shapes, heads, result.read), shapes, folder, dtype)
+        arrays = theirs(family, result.shapes, heads, result.read)
+        _write_weights(_stored(result.parts, arrays, shapes, dtype), folder)
         tokens = special_tokens(result.facts)
-        write_json(folder / "config.json", _config(result, family, dtype, tokens))
+        config = _config(result, family, dtype, tokens)
+        write_json(folder / "config.json", config if result.parts is None else result.parts.merged(config))
+        if result.parts is not None:
+            result.parts.copy_files(folder)
         ids = {name: value for name, value in tokens.ids.items() if value is not None}
         write_json(folder / "generation_config.json", ids)
         write_tokenizer(result, folder)
@@ -107,14 +115,34 @@ def _config(result: Result, family: Family, dtype: str, tokens) -> dict[str, Any
     return config | reach | tokens.ids | {"vocab_size": result.vocabulary, "dtype": dtype, "torch_dtype": dtype}
 
 
-def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: str) -> None:
+class _Stored(NamedTuple):
+    """A tensor of the export: its size in bytes, and the function that makes its array, C-contiguous."""
+
+    num_bytes: int
+    made: Callable[[], np.ndarray]
+
+
+def _stored(parts: Parts | None, arrays: Theirs, shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, _Stored]:
+    """Every tensor of the export by its name: those of the text model in `dtype`, then the copied ones."""
+    width = 4 if dtype == "float32" else 2
+    found = {}
+    for name, shape in shapes.items():
+        stored_as = parts.names.get(name, name) if parts else name
+        made = functools.partial(lambda name: np.ascontiguousarray(_as(arrays[name](), dtype, name)), name)
+        found[stored_as] = _Stored(math.prod(shape) * width, made)
+    for name, tensor in (parts.tensors if parts else {}).items():
+        found[name] = _Stored(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype], tensor.whole)
+    return found
+
+
+def _write_weights(tensors: dict[str, _Stored], folder: Path) -> None:
     from safetensors.numpy import save_file
 
-    shards = list(_shards(shapes, dtype))
+    shards = list(_shards(tensors))
     index, total = {}, 0
     for number, names in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {one: np.ascontiguousarray(_as(tensors[one](), dtype, one)) for one in names}
+        arrays = {one: tensors[one].made() for one in names}
         save_file(arrays, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(names, name)
         total += sum(array.nbytes for array in arrays.values())
@@ -122,15 +150,14 @@ def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: 
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], dtype: str) -> Iterator[list[str]]:
+def _shards(tensors: dict[str, _Stored]) -> Iterator[list[str]]:
     names, held = [], 0
-    for name, shape in shapes.items():
-        num_bytes = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
-        if names and held + num_bytes > SHARD_BYTES:
+    for name, stored in tensors.items():
+        if names and held + stored.num_bytes > SHARD_BYTES:
             yield names
             names, held = [], 0
         names.append(name)
-        held += num_bytes
+        held += stored.num_bytes
     yield names
 
 
@@ -161,6 +188,7 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
             f"Its weights are stored in {dtype}."), "",
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
+        *([record["parts"], ""] if record.get("parts") else []),
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
         "## Proof", "", f"**{how}**: {proof['says']}", "",
         "`aurora verify FOLDER` repeats it.", "",

@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from aurora_train.errors import UserError
-from aurora_train.files import read_json, write_json
+from aurora_train.files import write_json
 from aurora_train.interop import families
 from aurora_train.interop.export import write_tokenizer
 from aurora_train.interop.families.family import Family
 from aurora_train.interop.peft import CONFIG, WEIGHTS
 from aurora_train.interop.placing import Opened, matched, places, theirs
-from aurora_train.interop.result import Adapters, Result
-from aurora_train.interop.source import is_foreign, open_source
+from aurora_train.interop.result import Adapters, Result, lineage
+from aurora_train.interop.source import open_source
 from aurora_train.nn import nf4
-from aurora_train.run import Run
 
 _PREFIX = "base_model.model."
 
@@ -74,21 +73,20 @@ def _refuse_other_sum(adapters: Adapters, base: Opened, found: Opened) -> None:
 
 def _base_of(record: dict[str, Any]) -> Path:
     """The open model that a run starts from, directly or by a run at step 0 that was imported from it."""
-    parent = record["parent"]
-    while parent and parent["step"] == 0 and not is_foreign(parent["from"]):
-        parent = (read_json(Run(parent["from"]).provenance) or {}).get("parent")
-    if not parent:
-        raise UserError(
-            "its provenance names no open model that the adapters were trained over", where=record["run"],
-            hint="--base DIR names the base, which `aurora export --format hf` may have written",
-        )  # fmt: skip
-    if parent["step"]:
-        raise UserError(
-            f"the adapters were trained over step {parent['step']} of {parent['from']}, which PEFT cannot read",
-            where=record["run"],
-            hint=f"aurora export {parent['from']} --step {parent['step']} --to BASE, and give --base BASE; or --merge",
-        )  # fmt: skip
-    return Path(parent["from"])
+    for parent in lineage(record["parent"]):
+        if parent["step"] is None:
+            return Path(parent["from"])
+        if parent["step"]:
+            raise UserError(
+                f"the adapters were trained over step {parent['step']} of {parent['from']}, which PEFT cannot read",
+                where=record["run"],
+                hint=f"aurora export {parent['from']} --step {parent['step']} --to BASE, and give --base BASE; "
+                "or --merge",
+            )  # fmt: skip
+    raise UserError(
+        "its provenance names no open model that the adapters were trained over", where=record["run"],
+        hint="--base DIR names the base, which `aurora export --format hf` may have written",
+    )  # fmt: skip
 
 
 def _opened(base: Path) -> Opened:

@@ -17,6 +17,7 @@ import numpy as np
 from aurora_train.errors import MissingExtra, UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.interop.families.family import Family
+from aurora_train.interop.parts import refuse_other_copies
 from aurora_train.interop.placing import Opened, decoder_of, matched
 from aurora_train.interop.result import Result
 from aurora_train.interop.source import open_source
@@ -76,6 +77,8 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
     opened = matched(open_source(model_in(folder)))
     if opened.source.kind == "hf":  # of a GGUF file, each block was held to its rounding when it was written
         _refuse_other_tensors(result, opened, dtype)
+        if result.parts is not None:
+            refuse_other_copies(result.parts, opened)
     rows = rows_of(opened.source.tokenizer, result.vocabulary)
     wanted = log_probabilities(decoder_of(result.config, result.vocabulary, result.read), rows)
     found = log_probabilities(decoder_of(opened.config, opened.vocabulary, opened.read), rows)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
+from aurora_train.files import read_json
 from aurora_train.nn import nf4
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.lora import ADAPTERS
+from aurora_train.run import Run
+
+if TYPE_CHECKING:
+    from aurora_train.interop.parts import Parts
 
 
 class Adapters(NamedTuple):
@@ -39,6 +44,7 @@ class Result(NamedTuple):
         facts: the run's.
         record: what the card says of its origin; see `origin_of`.
         adapters: those that `read` has merged; None for a run without.
+        parts: what a Hugging Face export copies from the source beside the text model (`interop/parts.py`), or None.
     """
 
     config: DecoderConfig
@@ -48,6 +54,7 @@ class Result(NamedTuple):
     facts: Facts
     record: dict[str, Any]
     adapters: Adapters | None = None
+    parts: Parts | None = None
 
 
 def result_of(loaded, *, merge: bool = False) -> Result:
@@ -104,6 +111,14 @@ def origin_of(loaded) -> dict[str, Any]:
         "parent": provenance.get("parent"), "base": origin.get("name"), "licence": origin.get("licence"),
         "code_sha256": provenance.get("code_sha256"), "versions": provenance.get("versions", {}),
     }  # fmt: skip
+
+
+def lineage(parent: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A parent as provenance records it, then that run's own parent, and so on, as far as the runs are there."""
+    while parent:
+        yield parent
+        run = Run(parent["from"])
+        parent = None if parent["step"] is None else (read_json(run.provenance, {}) or {}).get("parent")
 
 
 def _joined(one: dict, other: dict) -> dict:

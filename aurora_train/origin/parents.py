@@ -45,7 +45,8 @@ class Parent:
             if opened.beside:
                 log.warning("%s: its text model is read, and %d tensors of other parts (%s, ...) are not", named,
                             len(opened.beside), opened.beside[0])  # fmt: skip
-            return cls(named, None, foreign_digest(named), facts_of(opened.source, opened.family.model_type), prefix)
+            facts = facts_of(opened.source, opened.family.model_type, opened.beside)
+            return cls(named, None, foreign_digest(named), facts, prefix)
         if Path(named).is_file():
             with Path(named).open("rb") as file:
                 return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {}, prefix)
