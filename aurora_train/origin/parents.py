@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_train import facts as kept_facts
@@ -20,6 +21,7 @@ from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import digest as foreign_digest
 from aurora_train.interop.source import is_foreign, open_source
+from aurora_train.interop.tokens import NewRows, with_tokens
 
 log = logging.getLogger("aurora_train")
 
@@ -29,6 +31,7 @@ class Parent:
     """The source that `init` names for the parameters under `prefix`; `""` is for all that no other prefix covers.
 
     `step` is None for a file or a foreign source; `digest` is of the checkpoint's manifest, or of the files.
+    `facts` include the tokens that `init.tokens` adds, and `rows` are the rows that these take; None without any.
     """
 
     path: str
@@ -36,6 +39,14 @@ class Parent:
     digest: str
     facts: Facts
     prefix: str = ""
+    rows: NewRows | None = None
+
+    def with_tokens(self, tokens: Sequence[str]) -> Parent:
+        """The parent with new special tokens; the parent itself if there are none. UserError as `with_tokens` says."""
+        if not tokens:
+            return self
+        facts, rows = with_tokens(self.facts, tokens)
+        return replace(self, facts=facts, rows=rows)
 
     @classmethod
     def of(cls, prefix: str, named: str, recorded: dict | None) -> Parent:
@@ -107,7 +118,10 @@ def parents_of(config, recorded: dict[str, dict]) -> tuple[Parent, ...]:
     what was recorded, or if the facts of two parents differ.
     """
     refuse_missing_start(config)
-    parents = tuple(Parent.of(prefix, path, recorded.get(prefix)) for prefix, path in config.init.sources.items())
+    parents = tuple(
+        Parent.of(prefix, path, recorded.get(prefix)).with_tokens(() if prefix else config.init.tokens)
+        for prefix, path in config.init.sources.items()
+    )  # fmt: skip
     if config.init.facts != "own":
         for one, other in itertools.combinations(parents, 2):
             _refuse_clash(one, other)
