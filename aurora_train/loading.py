@@ -192,7 +192,7 @@ def _unread_source(source: Path, config) -> Unread:
     from aurora_train.interop.source import open_source
 
     opened = matched(open_source(source))
-    facts = facts_of(opened.source, opened.family.model_type)
+    facts = facts_of(opened.source, opened.family.model_type, opened.beside)
     specs = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
     return Unread(source, config, facts, {}, 0, specs, opened.read)
 

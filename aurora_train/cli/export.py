@@ -30,18 +30,25 @@ class Library(StrEnum):
 class Format(StrEnum):
     hf = "hf"
     gguf = "gguf"
+    peft = "peft"
 
 
 def command(
     run: RunArgument,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write; it must not exist yet.")],
-    format: Annotated[Format, typer.Option("--format", help="hf: a Hugging Face folder; gguf: llama.cpp.")] = Format.hf,
+    format: Annotated[
+        Format, typer.Option("--format", help="hf: a Hugging Face folder; gguf: llama.cpp; peft: adapters.")
+    ] = Format.hf,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Default: that of the model the run started from; gguf: bf16.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add adapters to the weights they were trained on.")] = False,
     verify: Annotated[
         Library | None, typer.Option("--verify", help="Compare with this library as well: an independent proof.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="DIR", help="With --format peft: the base, if it is not where the run began."),
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint; by default the newest.")] = None,
     json: JsonOption = False,
@@ -50,13 +57,16 @@ def command(
     import shutil
 
     from aurora_train.interop import export, proof
+    from aurora_train.interop.parts import with_parts
     from aurora_train.interop.result import result_of
     from aurora_train.loading import unread
 
     export.refuse_target(to)
+    _refuse_clash(format, merge, base)
     with unread(run, step, by="export") as found:
-        result = result_of(found, merge=merge)
-        write, chosen = _way(format, dtype, export.default_dtype(result), verify)
+        result = result_of(found, merge=merge or format is Format.peft)
+        result = with_parts(result, fits=None if format is Format.hf else f"--format {format.value} does not hold them")
+        write, chosen = _way(format, dtype, result, verify, base)
         made = export.beside(to)
         try:
             family = write(result, made, chosen)
@@ -70,25 +80,42 @@ def command(
         print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
                     "says": proved["says"]})  # fmt: skip
     else:
-        print(f"{to}: a model of the family {family.title}, in {chosen}")
+        what = "adapters of" if format is Format.peft else "a model of"
+        print(f"{to}: {what} the family {family.title}" + ("" if format is Format.peft else f", in {chosen}"))
         print(f"proof ({proved['kind']}): {proved['says']}")
 
 
-def _way(format: Format, dtype: Dtype | None, default: str, verify: Library | None):
+def _refuse_clash(format: Format, merge: bool, base: Path | None) -> None:
+    from aurora_train.errors import UserError
+
+    if format is Format.peft and merge:
+        raise UserError("--format peft writes the adapters alone, and --merge adds them to the base", where="--merge",
+                        hint="leave one of them out")  # fmt: skip
+    if format is not Format.peft and base is not None:
+        raise UserError(f"--format {format.value} writes the whole model", where="--base", hint="--format peft")
+
+
+def _way(format: Format, dtype: Dtype | None, result, verify: Library | None, base: Path | None):
     """(the function that writes the format, the dtype). UserError for a dtype that the format does not have."""
     from aurora_train.errors import UserError
     from aurora_train.interop import export
 
+    if verify and format is not Format.hf:
+        raise UserError("transformers is compared with a Hugging Face folder only", where="--verify",
+                        hint="export one beside it with --format hf --verify transformers")  # fmt: skip
+    if format is Format.peft:
+        from aurora_train.interop.peft_export import over_base
+
+        if dtype not in (None, Dtype.float32):
+            raise UserError(f"--format peft has no {dtype}", where="--dtype", hint="adapters are float32, on any base")
+        return over_base(result, base)
     if format is Format.hf:
-        write, known, chosen = export.write_folder, export.DTYPES, dtype or default
+        write, known, chosen = export.write_folder, export.DTYPES, dtype or export.default_dtype(result)
     else:
         from aurora_train.interop.gguf.export import write_gguf_folder
         from aurora_train.interop.gguf.write import FORMATS
 
         write, known, chosen = write_gguf_folder, FORMATS, dtype or "bf16"
-        if verify:
-            raise UserError("transformers is compared with a Hugging Face folder only", where="--verify",
-                            hint="export one beside it with --format hf --verify transformers")  # fmt: skip
     if chosen not in known:
         raise UserError(f"--format {format.value} has no {chosen}", where="--dtype", hint=f"one of {', '.join(known)}")
     return write, str(chosen)

@@ -33,6 +33,7 @@ def command(
     if opened.beside:
         first, number = opened.beside[0], len(opened.beside)
         print(f"The text model was read; {number} tensors of other parts ({first}, ...) were not.")
+        print(f"`aurora export --format hf` copies them from {source}, as long as it is there unchanged.")
     print(f"Next: aurora generate {to}, or a config with `model: {{from: {to}}}`")
 
 

@@ -260,6 +260,9 @@ class Init(Section):
         help="tokenizer, sizes and scales: inherit = those of the run that `from` names; a prefix = those of that "
         "part's run; own = this config's own",
     )
+    tokens: list[str] = setting(
+        [], help="special tokens that the tokenizer of `from` gets in addition; their rows begin as the mean row"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -267,6 +270,12 @@ class Init(Section):
         if isinstance(given, str):
             raise ValueError("must be a section: the source of the whole model is `from`, as in init.from=RUN")
         return given
+
+    @model_validator(mode="after")
+    def _has_a_tokenizer(self):
+        if self.tokens and (self.from_ is None or self.facts_from != ""):
+            raise ValueError("tokens are added to the tokenizer of `from`, which must be set, with facts: inherit")
+        return self
 
     @field_validator("facts")
     @classmethod

@@ -6,12 +6,13 @@ its own name was read back and compared with the run.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,14 +20,17 @@ from aurora_train.errors import UserError
 from aurora_train.files import sync, write_json
 from aurora_train.interop import families
 from aurora_train.interop.families.family import Family
+from aurora_train.interop.hf import DTYPES as STORED
 from aurora_train.interop.hf import INDEX
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
+from aurora_train.interop.parts import Parts
 from aurora_train.interop.placing import Theirs, their_shapes, theirs
 from aurora_train.interop.result import Result
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = tuple(_SAFETENSORS)
+DTYPES = ("float32", "bfloat16", "float16")
+_SAFETENSORS = {ours: theirs for theirs, ours in STORED.items()}
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # in the order of a file
 SHARD_BYTES = 4 << 30
 CARD = "README.md"
 
@@ -73,21 +77,30 @@ def write_folder(result: Result, folder: Path, dtype: str) -> Family:
     try:
         heads = result.config.heads
         shapes = their_shapes(family, result.shapes, heads)
-        _write_weights(theirs(family, result.shapes, heads, result.read), shapes, folder, dtype)
+        arrays = theirs(family, result.shapes, heads, result.read)
+        _write_weights(_stored(result.parts, arrays, shapes, dtype), folder)
         tokens = special_tokens(result.facts)
-        write_json(folder / "config.json", _config(result, family, dtype, tokens))
+        config = _config(result, family, dtype, tokens)
+        write_json(folder / "config.json", config if result.parts is None else result.parts.merged(config))
+        if result.parts is not None:
+            result.parts.copy_files(folder)
         ids = {name: value for name, value in tokens.ids.items() if value is not None}
         write_json(folder / "generation_config.json", ids)
-        (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
-        write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_max_length": _reach(result), **tokens.texts,
-        })  # fmt: skip
-        if TEMPLATE in result.facts:
-            (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
+        write_tokenizer(result, folder)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
     return family
+
+
+def write_tokenizer(result: Result, folder: Path) -> None:
+    """Write the tokenizer of a result and its chat template, if it has one."""
+    (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_max_length": _reach(result), **special_tokens(result.facts).texts,
+    })  # fmt: skip
+    if TEMPLATE in result.facts:
+        (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
 
 
 def _reach(result: Result) -> int:
@@ -104,52 +117,74 @@ def _config(result: Result, family: Family, dtype: str, tokens) -> dict[str, Any
     return config | reach | tokens.ids | {"vocab_size": result.vocabulary, "dtype": dtype, "torch_dtype": dtype}
 
 
-def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: str) -> None:
-    shards = list(_shards(shapes, dtype))
+class _Stored(NamedTuple):
+    """A tensor of the export. `made` reads its array, which is of this shape and dtype and C-contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    made: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def _stored(parts: Parts | None, arrays: Theirs, shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, _Stored]:
+    """Every tensor of the export by its name: those of the text model in `dtype`, then the copied ones."""
+    found = {}
+    for name, shape in shapes.items():
+        stored_as = parts.names.get(name, name) if parts else name
+        made = functools.partial(lambda name: np.asarray(_as(arrays[name](), dtype, name), order="C"), name)
+        found[stored_as] = _Stored(shape, dtype, made)
+    for name, tensor in (parts.tensors if parts else {}).items():
+        found[name] = _Stored(tensor.shape, tensor.dtype, tensor.whole)
+    return found
+
+
+def _write_weights(tensors: dict[str, _Stored], folder: Path) -> None:
+    shards = list(_shards(tensors))
     index, total = {}, 0
     for number, names in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total += _write_shard(tensors, {one: shapes[one] for one in sorted(names)}, folder / name, dtype)
+        total += _write_shard({one: tensors[one] for one in names}, folder / name)
         index |= dict.fromkeys(names, name)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _write_shard(tensors: Theirs, shapes: dict[str, tuple[int, ...]], path: Path, dtype: str) -> int:
+def _write_shard(tensors: dict[str, _Stored], path: Path) -> int:
     """Write a safetensors file, one tensor in memory at a time. Returns the bytes of its tensors.
 
     The format: 8 bytes of length, a JSON header padded with spaces to a multiple of 8, and the tensors one after the
-    other. The library writes the same bytes, but takes all tensors at once.
+    other, those with the widest numbers first, so that each begins at a multiple of its width. The library writes the
+    same bytes, but takes all tensors at once.
     """
+    widths = list(_ITEM_BYTES)
+    tensors = dict(sorted(tensors.items(), key=lambda named: (widths.index(named[1].dtype), named[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * _itemsize(dtype)
-        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for name, one in tensors.items():
+        start, end = end, end + one.num_bytes
+        header[name] = {"dtype": _SAFETENSORS[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            array = np.ascontiguousarray(_as(tensors[name](), dtype, name))
-            assert array.shape == shape, name
+        for name, one in tensors.items():
+            array = one.made()
+            assert array.shape == one.shape and array.nbytes == one.num_bytes, name
             file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
     return end
 
 
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def _shards(shapes: dict[str, tuple[int, ...]], dtype: str) -> Iterator[list[str]]:
+def _shards(tensors: dict[str, _Stored]) -> Iterator[list[str]]:
     names, held = [], 0
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * _itemsize(dtype)
-        if names and held + num_bytes > SHARD_BYTES:
+    for name, stored in tensors.items():
+        if names and held + stored.num_bytes > SHARD_BYTES:
             yield names
             names, held = [], 0
         names.append(name)
-        held += num_bytes
+        held += stored.num_bytes
     yield names
 
 
@@ -166,7 +201,8 @@ def _as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: dict[str, Any]) -> None:
     """README.md: origin, licence and which proof the export has."""
     record = result.record
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    alone = (folder / "adapter_config.json").is_file()
+    head = {"library_name": "peft" if alone else "transformers", "pipeline_tag": "text-generation"}
     head |= {"license": record["licence"]} if record["licence"] else {}
     head |= {"base_model": record["base"]} if record["base"] else {}
     source, how = Path(record["data"].get("source") or "").name, proof["kind"]  # not where it lay on this machine
@@ -174,9 +210,12 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
         f"# {record['run']}", "",
         f"A model of the family {family.title}, exported from step {record['step']} of the run `{record['run']}`"
-        f" (recipe `{record['recipe']}`). Its weights are stored in {dtype}.", "",
+        f" (recipe `{record['recipe']}`). " + (
+            "These are its LoRA adapters alone, in float32; the base is named in `adapter_config.json`." if alone else
+            f"Its weights are stored in {dtype}."), "",
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
+        *([record["parts"], ""] if record.get("parts") else []),
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
         "## Proof", "", f"**{how}**: {proof['says']}", "",
         "`aurora verify FOLDER` repeats it.", "",

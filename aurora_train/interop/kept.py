@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from aurora_train.errors import UserError
@@ -20,8 +21,11 @@ TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, ORIGIN = (
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # in vocabularies whose `eos_token` ends a turn of a chat
 
 
-def facts_of(source: Source, family: str) -> Facts:
-    """The facts of a run with this source's weights. UserError for a tokenizer that does not fit them."""
+def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
+    """The facts of a run with this source's weights. UserError for a tokenizer that does not fit them.
+
+    `beside`: the names of the source's tensors that the text model does not have.
+    """
     config = families.text_config(source.config)
     vocabulary = families.vocabulary(source.config, str(source.path))
     facts: Facts = {"vocabulary": vocabulary}
@@ -37,6 +41,8 @@ def facts_of(source: Source, family: str) -> Facts:
         "tokens": {name: _content(value) for name, value in source.tokenizer_config.items()
                    if name.endswith("_token") and _content(value) is not None},
     }  # fmt: skip
+    if beside:
+        facts[ORIGIN]["beside"] = [len(beside), beside[0]]
     return facts
 
 

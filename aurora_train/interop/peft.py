@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from aurora_train.errors import UserError
+from aurora_train.interop import families
 from aurora_train.interop.source import Source, Tensor, open_source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # Settings that change what an adapter computes, and the value with which it is a plain LoRA.
 _PLAIN = {
-    "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-    "lora_bias": False, "trainable_token_indices": None, "layer_replication": None,
+    "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False,
+    "trainable_token_indices": None, "layer_replication": None,
 }  # fmt: skip
 
 
@@ -38,11 +39,13 @@ def open_adapter(folder: Path) -> Source:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"there is no {WEIGHTS}", where=str(folder), hint="save the adapter with safe_serialization")
     parts = _pairs(tensors_of_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
-    scale = config.get("lora_alpha", 8) / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     flips = bool(config.get("fan_in_fan_out"))
     tensors = dict(base.tensors)
     for name, (down, up) in parts.items():
-        _refuse_shapes(name, base.tensors[name], down, up, config["r"], flips, str(folder / WEIGHTS))
+        rank = _of_module(config, name, "rank_pattern", "r")
+        alpha = _of_module(config, name, "alpha_pattern", "lora_alpha")
+        _refuse_shapes(name, base.tensors[name], down, up, rank, flips, str(folder / WEIGHTS))
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         read = functools.partial(_merged, base.tensors[name], down, up, scale, flips)
         tensors[name] = Tensor(base.tensors[name].shape, "float32", read)
     return dataclasses.replace(
@@ -65,6 +68,13 @@ def _refuse_other(config: dict[str, Any], where: str) -> None:
                             hint="merge the adapter with PEFT's merge_and_unload, and import the result")  # fmt: skip
 
 
+def _of_module(config: dict[str, Any], tensor: str, patterns: str, common: str) -> Any:
+    """A setting of one module: that of the first pattern that its name ends in, else the one for all modules."""
+    module = tensor.removesuffix(".weight")
+    own = (value for end, value in (config.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({end})", module))
+    return next(own, config.get(common, 8))
+
+
 def _base_of(config: dict[str, Any], folder: Path, where: str) -> Source:
     named = config.get("base_model_name_or_path")
     if not named:
@@ -80,11 +90,13 @@ def _base_of(config: dict[str, Any], folder: Path, where: str) -> Source:
 
 def _pairs(found: dict[str, Tensor], base: Source, where: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by the name of the base's tensor. UserError for a tensor that leads nowhere, and for halves."""
+    family = families.of(base.config, str(base.path))
+    stored = {family.meant(name): name for name in base.tensors}  # PEFT has the modules' names, which may be others
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.items():
         match = _NAME.fullmatch(name)
-        target = f"{match[1]}.weight" if match else None
-        if target not in base.tensors:
+        target = stored.get(family.meant(f"{match[1]}.weight")) if match else None
+        if target is None:
             raise UserError(f"{name} belongs to no tensor of the base", where=where,
                             why="PEFT would leave it out without an error")  # fmt: skip
         halves.setdefault(target, {})[match[2]] = tensor

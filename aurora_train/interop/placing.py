@@ -220,12 +220,7 @@ def _named(source: Source, family: Family) -> tuple[dict[str, Tensor], list[str]
     """(the text model's tensors by the family's names, the names of tensors of other parts)."""
     tensors, beside = {}, []
     for name, tensor in source.tensors.items():
-        for start, meant in family.aliases:
-            if name.startswith(start):
-                stands_for = meant + name.removeprefix(start)
-                break
-        else:
-            stands_for = name
+        stands_for = family.meant(name)
         if _BESIDE.match(stands_for):
             beside.append(name)
         elif not stands_for.endswith(family.unused):

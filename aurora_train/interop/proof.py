@@ -18,9 +18,10 @@ from aurora_train.errors import MissingExtra, UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.interop.by_layer import log_probabilities
 from aurora_train.interop.families.family import Family
+from aurora_train.interop.parts import refuse_other_copies
 from aurora_train.interop.placing import Opened, matched
 from aurora_train.interop.result import Result
-from aurora_train.interop.source import open_source
+from aurora_train.interop.source import open_source, same_bits
 
 NAME = "proof.json"
 TEXTS = (
@@ -36,7 +37,9 @@ TEXTS = (
 _DIGESTED = (".json", ".safetensors", ".jinja", ".gguf")
 LONGEST = 64  # tokens of a text that are compared
 # Mean difference of log-probabilities that rounding the weights to a dtype may make, in nats.
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.5, "q4_0": 5.0}
+BOUNDS = {
+    "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2, "bf16": 5e-2, "f16": 1e-2, "q8_0": 0.5, "q4_0": 5.0, "nf4": 5.0,
+}  # fmt: skip
 INDEPENDENT_BOUND = 1e-3  # largest difference of log-probabilities between two programs on the same weights, float32
 
 
@@ -57,11 +60,14 @@ def rows_of(tokenizer: str, vocabulary: int) -> list[np.ndarray]:
 def prove(result: Result, family: Family, folder: Path, dtype: str, library: str | None) -> dict[str, Any]:
     """Compare an export with its run and write `proof.json` into it. UserError, naming a tensor, if they differ.
 
+    `dtype`: that of the export; of adapters, the one to which the run rounded their base, which is not in the export.
     `library`: "transformers" for an independent proof, or None.
     """
     opened = matched(open_source(model_in(folder)))
     if opened.source.kind == "hf":  # of a GGUF file, each block was held to its rounding when it was written
         _refuse_other_tensors(result, opened, dtype)
+        if result.parts is not None:
+            refuse_other_copies(result.parts, opened)
     rows = rows_of(opened.source.tokenizer, result.vocabulary)
     wanted = log_probabilities(result.config, result.read, rows)
     found = log_probabilities(opened.config, opened.read, rows)
@@ -69,10 +75,14 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
     if not difference <= BOUNDS[dtype]:  # a NaN is a difference, too
         raise UserError(
             f"the export's log-probabilities differ from the run's by {difference:.2g} nats on average",
-            where=str(folder), why=f"rounding to {dtype} explains {BOUNDS[dtype]:g}", hint="--dtype float32",
+            where=str(folder), why=f"rounding to {dtype} explains {BOUNDS[dtype]:g}",
+            hint="--merge writes the whole model" if opened.source.kind == "peft" else "--dtype float32",
         )  # fmt: skip
-    says = f"read back, every tensor is the run's in {dtype}; log-probabilities of {len(rows)} texts differ by " \
-           f"{difference:.1g} nats on average"  # fmt: skip
+    held = f"every tensor is the run's in {dtype}"
+    if opened.source.kind == "peft":
+        kept = "" if dtype == "float32" else f" (which kept the base in {dtype})"
+        held = f"every adapter over its base is the run's{kept}"
+    says = f"read back, {held}; log-probabilities of {len(rows)} texts differ by {difference:.1g} nats on average"
     proof = {"kind": "round trip", "dtype": dtype, "family": family.model_type, "difference": difference,
              "texts": [row.tolist() for row in rows], "target_log_probabilities": _of_targets(found, rows)}  # fmt: skip
     if library is not None:
@@ -89,19 +99,12 @@ def _refuse_other_tensors(result: Result, opened: Opened, dtype: str) -> None:
 
     for name in result.shapes:
         wanted = _as(result.read(name), dtype, name)
-        if name not in opened.shapes or not _same_bits(opened.read(name), wanted):
+        if name not in opened.shapes or not same_bits(opened.read(name), wanted):
             place = opened.places.get(name)
             raise UserError(
                 f"the tensor {place.theirs if place else name} does not read back as it was written",
                 where=str(opened.source.path),
             )  # fmt: skip
-
-
-def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    bits = np.dtype(f"uint{8 * one.itemsize}")  # compared without a second copy, and a NaN equals itself
-    return np.array_equal(one.view(bits), other.view(bits))
 
 
 def _mean_difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
+from aurora_train.files import read_json
 from aurora_train.nn import nf4
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.lora import ADAPTERS, is_adapter
+from aurora_train.run import Run
+
+if TYPE_CHECKING:
+    from aurora_train.interop.parts import Parts
+
+
+class Adapters(NamedTuple):
+    """What a run trained beside a frozen base (`nn.lora`), read when it is asked for.
+
+    Attributes:
+        rank, alpha: the change of a kernel is (alpha / rank) A B.
+        names: the canonical names of the adapted kernels.
+        pair: (A [in, rank], B [rank, out]) of one of them, float32.
+        stored: a parameter of the base by canonical name, in the run's dtype; a kernel in 4 bits as (codes, scales).
+    """
+
+    rank: int
+    alpha: float
+    names: tuple[str, ...]
+    pair: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    stored: Callable[[str], np.ndarray | tuple[np.ndarray, np.ndarray]]
 
 
 class Result(NamedTuple):
@@ -24,6 +46,8 @@ class Result(NamedTuple):
         read: a parameter by canonical name, in the dtype that the run keeps it in.
         facts: the run's.
         record: what the card says of its origin; see `origin_of`.
+        adapters: those that `read` has merged; None for a run without.
+        parts: what a Hugging Face export copies from the source beside the text model (`interop/parts.py`), or None.
     """
 
     config: DecoderConfig
@@ -32,6 +56,8 @@ class Result(NamedTuple):
     read: Callable[[str], np.ndarray]
     facts: Facts
     record: dict[str, Any]
+    adapters: Adapters | None = None
+    parts: Parts | None = None
 
 
 class Unread(NamedTuple):
@@ -65,15 +91,27 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
     if config.lora is not None and not merge:
         raise UserError(
             "this run trained adapters", where=str(found.run),
-            hint="--merge adds them to the weights that they were trained on",
+            hint="--merge adds them to the weights that they were trained on; --format peft writes them alone",
         )  # fmt: skip
     from aurora_train.interop.placing import our_shapes
 
     plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})
     shapes = our_shapes(plain, facts["vocabulary"])
     _refuse_other_model(found, shapes)
-    scale = None if config.lora is None else config.lora.alpha / config.lora.rank
-    return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(found, name, scale), facts, origin_of(found))
+    adapters = None if config.lora is None else _adapters(found, config.lora)
+    return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(found, name, adapters), facts,
+                  origin_of(found), adapters)  # fmt: skip
+
+
+def _adapters(found: Unread, lora) -> Adapters:
+    down, _ = ADAPTERS
+    names = tuple(name.removesuffix(down) for name in found.specs if name.endswith(down))
+
+    def pair(name: str) -> tuple[np.ndarray, np.ndarray]:
+        down, up = (found.read(name + end).astype(np.float32) for end in ADAPTERS)
+        return down, up
+
+    return Adapters(lora.rank, lora.alpha, names, pair, lambda name: _stored(found, name))
 
 
 def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -100,15 +138,26 @@ def origin_of(found: Unread) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _merged(found: Unread, name: str, scale: float | None) -> np.ndarray:
+def lineage(parent: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A parent as provenance records it, then that run's own parent, and so on, as far as the runs are there."""
+    while parent:
+        yield parent
+        run = Run(parent["from"])
+        parent = None if parent["step"] is None else (read_json(run.provenance, {}) or {}).get("parent")
+
+
+def _stored(found: Unread, name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """A parameter as a run keeps it: an array, or (codes, scales)."""
     if name in found.specs:
-        kernel = found.read(name)
-    else:
-        codes, scales = (found.read(name + suffix) for suffix in (nf4.CODES, nf4.SCALES))
-        kernel = np.asarray(nf4.decode(codes, scales, "float32"))
-    down, up = (name + suffix for suffix in ADAPTERS)
-    if scale is None or down not in found.specs:
+        return found.read(name)
+    return found.read(name + nf4.CODES), found.read(name + nf4.SCALES)
+
+
+def _merged(found: Unread, name: str, adapters: Adapters | None) -> np.ndarray:
+    kernel = _stored(found, name)
+    if isinstance(kernel, tuple):
+        kernel = np.asarray(nf4.decode(*kernel, "float32"))
+    if adapters is None or name not in adapters.names:
         return kernel
-    return kernel.astype(np.float32) + scale * (
-        found.read(down).astype(np.float32) @ found.read(up).astype(np.float32)
-    )
+    down, up = adapters.pair(name)
+    return kernel.astype(np.float32) + adapters.alpha / adapters.rank * (down @ up)

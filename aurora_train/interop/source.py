@@ -39,6 +39,14 @@ class Tensor(NamedTuple):
         return self.read(0, self.shape[0])
 
 
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are of one shape and dtype and equal to the bit, without a copy of either."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = np.dtype(f"uint{8 * one.itemsize}")  # a NaN equals itself
+    return np.array_equal(one.view(bits), other.view(bits))
+
+
 @dataclass(frozen=True)
 class Source:
     """An open model, as far as it is known without reading its arrays.
@@ -104,8 +112,9 @@ def is_foreign(path: str | Path) -> bool:
 
 
 def is_model(path: str | Path) -> bool:
-    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder with a config.json."""
-    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or (Path(path) / "config.json").is_file())
+    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder of a model or adapter."""
+    told = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or told)
 
 
 def open_source(path: str | Path) -> Source:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_train import facts as kept_facts
@@ -19,6 +20,7 @@ from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import digest as foreign_digest
 from aurora_train.interop.source import is_foreign, open_source
+from aurora_train.interop.tokens import NewRows, with_tokens
 
 log = logging.getLogger("aurora_train")
 
@@ -28,6 +30,7 @@ class Parent:
     """The source that `init` names for the parameters under `prefix`; `""` is for all that no other prefix covers.
 
     `step` is None for a file or a foreign source; `digest` is of the checkpoint's manifest, or of the files.
+    `facts` include the tokens that `init.tokens` adds, and `rows` are the rows that these take; None without any.
     """
 
     path: str
@@ -35,6 +38,14 @@ class Parent:
     digest: str
     facts: Facts
     prefix: str = ""
+    rows: NewRows | None = None
+
+    def with_tokens(self, tokens: Sequence[str]) -> Parent:
+        """The parent with new special tokens; the parent itself if there are none. UserError as `with_tokens` says."""
+        if not tokens:
+            return self
+        facts, rows = with_tokens(self.facts, tokens)
+        return replace(self, facts=facts, rows=rows)
 
     @classmethod
     def of(cls, prefix: str, named: str, recorded: dict | None) -> Parent:
@@ -44,7 +55,8 @@ class Parent:
             if opened.beside:
                 log.warning("%s: its text model is read, and %d tensors of other parts (%s, ...) are not", named,
                             len(opened.beside), opened.beside[0])  # fmt: skip
-            return cls(named, None, foreign_digest(named), facts_of(opened.source, opened.family.model_type), prefix)
+            facts = facts_of(opened.source, opened.family.model_type, opened.beside)
+            return cls(named, None, foreign_digest(named), facts, prefix)
         if Path(named).is_file():
             return cls(named, None, files.sha256(Path(named)), {}, prefix)
         run = runs.Run.existing(named)
@@ -104,7 +116,10 @@ def parents_of(config, recorded: dict[str, dict]) -> tuple[Parent, ...]:
     what was recorded, or if the facts of two parents differ.
     """
     refuse_missing_start(config)
-    parents = tuple(Parent.of(prefix, path, recorded.get(prefix)) for prefix, path in config.init.sources.items())
+    parents = tuple(
+        Parent.of(prefix, path, recorded.get(prefix)).with_tokens(() if prefix else config.init.tokens)
+        for prefix, path in config.init.sources.items()
+    )  # fmt: skip
     if config.init.facts != "own":
         for one, other in itertools.combinations(parents, 2):
             _refuse_clash(one, other)

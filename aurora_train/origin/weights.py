@@ -26,6 +26,7 @@ from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.nn import nf4
 from aurora_train.nn.lora import is_adapter
 from aurora_train.origin.parents import Parent
+from aurora_train.origin.widening import refuse_frozen, widened
 
 if TYPE_CHECKING:
     from aurora_train.train.state import Blueprint
@@ -46,6 +47,7 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
     has adapters and a source has none, they are among these.
     """
     tree, places = _parameters(blueprint)
+    _refuse_frozen_rows(parents, tree, places)
     flat, own = drawn, set(drawn)
     for parent in parents:
         with _opened(parent) as source:
@@ -57,6 +59,7 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
 def refuse_other_shapes(parents: tuple[Parent, ...], blueprint: Blueprint) -> None:
     """UserError if a source does not have the parameters of a model, by their names and shapes; reads no weights."""
     tree, places = _parameters(blueprint)
+    _refuse_frozen_rows(parents, tree, places)
     own = {name for name in layout.abstract(tree, places) if is_adapter(name) or _owner(_bare(name), parents) is None}
     for parent in parents:
         with _opened(parent) as source:
@@ -65,16 +68,17 @@ def refuse_other_shapes(parents: tuple[Parent, ...], blueprint: Blueprint) -> No
 
 @contextlib.contextmanager
 def _opened(parent: Parent):
-    """The stored shapes of a source by bare name, and a function that reads the wanted arrays."""
-    if is_foreign(parent.path):
-        yield _from_foreign(parent.path)
-        return
-    if parent.step is None:
-        yield _from_safetensors(Path(parent.path))
-        return
-    run = runs.Run.existing(parent.path)
-    with contextlib.closing(CheckpointStore(run.checkpoints, run.trash)) as store:
-        yield stored_parameters(store, parent.step)
+    """The shapes of a source by bare name, with the rows of new tokens, and a function that reads the wanted arrays."""
+    with contextlib.ExitStack() as closing:
+        if is_foreign(parent.path):
+            source = _from_foreign(parent.path)
+        elif parent.step is None:
+            source = _from_safetensors(Path(parent.path))
+        else:
+            run = runs.Run.existing(parent.path)
+            store = closing.enter_context(contextlib.closing(CheckpointStore(run.checkpoints, run.trash)))
+            source = stored_parameters(store, parent.step)
+        yield source if parent.rows is None else widened(*source, parent.rows, parent.path)
 
 
 def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
@@ -151,6 +155,11 @@ def _owner(bare: str, parents: tuple[Parent, ...]) -> Parent | None:
 def _parameters(blueprint: Blueprint) -> tuple[dict, dict]:
     tree = {"params": blueprint.state.params, "frozen": blueprint.state.frozen}
     return tree, {"params": blueprint.shardings.params, "frozen": blueprint.shardings.frozen}
+
+
+def _refuse_frozen_rows(parents: tuple[Parent, ...], tree: dict, places: dict) -> None:
+    if any(parent.rows is not None for parent in parents):
+        refuse_frozen(layout.abstract(tree, places))
 
 
 def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
     if Path(source).exists() and not is_foreign(source):
         raise UserError("this is a run already", where=source, hint=f"a config starts from it by model.from: {source}")
     opened = matched(open_source(source))
-    facts = kept_facts.as_kept(facts_of(opened.source, opened.family.model_type), where=source)
+    facts = kept_facts.as_kept(facts_of(opened.source, opened.family.model_type, opened.beside), where=source)
     if TEMPLATE in facts:
         facts[kept_facts.DATE] = datetime.now().isoformat(timespec="seconds")
     config = settled(_config(source, recipe, run.folder.name))

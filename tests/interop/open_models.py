@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from aurora_train.interop import families as tables
-from aurora_train.interop.placing import our_shapes, their_shapes
+from aurora_train.interop.placing import Opened, assembled, our_shapes, their_shapes
 from aurora_train.interop.tokenizer_files import tokenizer_json
 from aurora_train.nn.decoder_config import DecoderConfig
 
@@ -48,3 +48,17 @@ def write_model(folder: Path, name: str = "qwen3", *, dtype: str = "float32", **
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     return weights
+
+
+def decoder_of(opened: Opened):
+    """The whole float32 `Decoder` of an open model."""
+    from flax import nnx
+
+    from aurora_train.nn.decoder import Decoder
+
+    def drawn():
+        return Decoder(opened.config, opened.vocabulary, "float32", nnx.Rngs(params=0))
+
+    graph, state = nnx.split(nnx.eval_shape(drawn))
+    nnx.replace_by_pure_dict(state, assembled(nnx.to_pure_dict(state), opened.read))
+    return nnx.merge(graph, state)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from open_models import VOCABULARY, write_model
+from open_models import VOCABULARY, decoder_of, write_model
 
 from aurora_train.generate.sampler import _read_prompt, _read_token
-from aurora_train.interop.placing import decoder_of, matched
+from aurora_train.interop.placing import matched
 from aurora_train.interop.source import open_source
 
 LENGTHS = (3, 16, 10)  # windows are of 8 tokens; the longest prompt has no padding
@@ -23,7 +23,7 @@ def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("padding")
     write_model(folder, request.param)
     opened = matched(open_source(folder))
-    return decoder_of(opened.config, opened.vocabulary, opened.read)
+    return decoder_of(opened)
 
 
 @pytest.fixture(scope="module")

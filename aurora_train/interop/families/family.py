@@ -99,6 +99,12 @@ class Family:
     )  # fmt: skip
     unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
+    def meant(self, name: str) -> str:
+        """The family's own name of a tensor that a file may store under another beginning."""
+        found = ((start, own) for start, own in self.aliases if name.startswith(start))
+        start, own = next(found, ("", ""))
+        return own + name.removeprefix(start)
+
 
 SAME = "as num_attention_heads"  # for `absent`: as many key and value heads as query heads
 

@@ -1,0 +1,173 @@
+"""Writes the adapters of a run as the PEFT library reads them, beside the open model that they were trained over.
+
+Kernels that a family stores as one tensor (Phi's `qkv_proj`, GPT-2's `c_attn`) are one module to PEFT: their adapters
+become one, whose rank is the sum of theirs and whose B has a block for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aurora_train.errors import UserError
+from aurora_train.files import write_json
+from aurora_train.interop import families
+from aurora_train.interop.export import write_tokenizer
+from aurora_train.interop.families.family import Family
+from aurora_train.interop.peft import CONFIG, WEIGHTS
+from aurora_train.interop.placing import Opened, matched, places, theirs
+from aurora_train.interop.result import Adapters, Result, lineage
+from aurora_train.interop.source import open_source
+from aurora_train.nn import nf4
+
+_PREFIX = "base_model.model."
+
+
+def over_base(result: Result, base: Path | None) -> tuple[Callable[[Result, Path, str], Family], str]:
+    """(the function that writes a run's adapters into an empty folder, how exactly the run kept their base).
+
+    `base`: the Hugging Face folder of the base; None for the one that the run's provenance names. The second value is
+    a key of `proof.BOUNDS`: "float32" if the run kept the base's very values, else the dtype that it rounded them to.
+
+    Raises UserError for a run without adapters, one whose base is not an open model, and one whose frozen parameters
+    are not those of the base: PEFT would add the adapters to other weights.
+    """
+    if result.adapters is None:
+        raise UserError("this run trained no adapters", where=result.record["run"],
+                        hint="--format hf writes the whole model")  # fmt: skip
+    opened = _opened(base or _base_of(result.record))
+    kept = _refuse_other_base(result, result.adapters, opened)
+    return (lambda result, folder, _: _write(result, result.adapters, opened, folder)), kept
+
+
+def _write(result: Result, adapters: Adapters, base: Opened, folder: Path) -> Family:
+    from safetensors.numpy import save_file
+
+    modules = _modules(result, adapters, base.family)
+    arrays = {f"{_PREFIX}{module}.lora_{letter}.weight": array
+              for module, pair in modules.items() for letter, array in zip("AB", pair, strict=True)}  # fmt: skip
+    try:
+        save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / CONFIG, _config(adapters, modules, base))
+        write_tokenizer(result, folder)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
+    _refuse_other_sum(adapters, base, matched(open_source(folder)))
+    return base.family
+
+
+def _refuse_other_sum(adapters: Adapters, base: Opened, found: Opened) -> None:
+    """UserError unless the written folder reads back as the base with the adapters added, kernel by kernel."""
+    for name in base.shapes:
+        wanted = base.read(name)
+        if name in adapters.names:
+            down, up = adapters.pair(name)
+            wanted = wanted.astype(np.float32) + np.float32(adapters.alpha / adapters.rank) * (down @ up)
+        if not np.allclose(found.read(name).astype(np.float32), wanted.astype(np.float32), rtol=1e-5, atol=1e-6):
+            raise UserError(f"the adapter of {name} does not read back as it was written",
+                            where=str(found.source.path))  # fmt: skip
+
+
+def _base_of(record: dict[str, Any]) -> Path:
+    """The open model that a run starts from, directly or by a run at step 0 that was imported from it."""
+    for parent in lineage(record["parent"]):
+        if parent["step"] is None:
+            return Path(parent["from"])
+        if parent["step"]:
+            raise UserError(
+                f"the adapters were trained over step {parent['step']} of {parent['from']}, which PEFT cannot read",
+                where=record["run"],
+                hint=f"aurora export {parent['from']} --step {parent['step']} --to BASE, and give --base BASE; "
+                "or --merge",
+            )  # fmt: skip
+    raise UserError(
+        "its provenance names no open model that the adapters were trained over", where=record["run"],
+        hint="--base DIR names the base, which `aurora export --format hf` may have written",
+    )  # fmt: skip
+
+
+def _opened(base: Path) -> Opened:
+    opened = matched(open_source(base))
+    if opened.source.kind != "hf":
+        raise UserError(
+            f"the base is of the kind {opened.source.kind}, and PEFT reads Hugging Face folders", where=str(base),
+            hint="import it, export that run with --format hf, and name the folder with --base",
+        )  # fmt: skip
+    if opened.source.config is not families.text_config(opened.source.config):
+        raise UserError(
+            "the base is the text part of a larger model, whose modules PEFT knows under other names", where=str(base),
+            hint="--format hf --merge; or export the base with --format hf, and name that folder with --base",
+        )  # fmt: skip
+    return opened
+
+
+def _refuse_other_base(result: Result, adapters: Adapters, opened: Opened) -> str:
+    """The key of `proof.BOUNDS` for how a run kept its base. UserError if what it kept is another base."""
+    if families.essence(opened.config) != families.essence(result.config) or opened.shapes != result.shapes:
+        raise UserError("the base is of another shape than the run's model", where=str(opened.source.path))
+    kept = "float32"
+    for name in result.shapes:
+        ours, base = adapters.stored(name), opened.read(name)
+        if isinstance(ours, tuple):
+            equal, kept = _encodes_to(base, ours), "nf4"
+        else:
+            rounded = base.astype(ours.dtype)
+            equal = np.array_equal(ours, rounded)
+            exact = np.array_equal(rounded.astype(np.float32), base.astype(np.float32))
+            kept = kept if exact or kept == "nf4" else ours.dtype.name
+        if not equal:
+            raise UserError(
+                f"the run's {name} is not that of the base", where=str(opened.source.path),
+                why="PEFT would add the adapters to weights that they were not trained over",
+                hint="--base names the base they were trained over; --merge writes the whole model",
+            )  # fmt: skip
+    return kept
+
+
+def _encodes_to(kernel: np.ndarray, coded: tuple[np.ndarray, np.ndarray]) -> bool:
+    import jax
+
+    return all(np.array_equal(one, other) for one, other in zip(jax.jit(nf4.encode)(kernel), coded, strict=True))
+
+
+def _modules(result: Result, adapters: Adapters, family: Family) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(A [rank, in], B [out, rank]) of each module of the family, by its name."""
+    pieces: dict[str, list[str]] = {}
+    placed = places(family, result.shapes, result.config.heads)
+    for name in sorted(adapters.names, key=lambda name: placed[name].start):
+        pieces.setdefault(placed[name].theirs, []).append(name)
+    number_of = {name: number for names in pieces.values() for number, name in enumerate(names)}
+
+    def block(name: str) -> np.ndarray:
+        """B of one kernel in the rows that are its own, as a kernel of the joined rank by its outputs."""
+        rank = adapters.rank * len(pieces[placed[name].theirs])
+        whole = np.zeros((rank, result.shapes[name][1]), np.float32)
+        if name in number_of:
+            first = adapters.rank * number_of[name]
+            whole[first : first + adapters.rank] = adapters.pair(name)[1]
+        return whole
+
+    joined = theirs(family, result.shapes, result.config.heads, block)
+    modules = {}
+    for tensor, names in sorted(pieces.items()):
+        down = np.concatenate([adapters.pair(name)[0].T for name in names])
+        up = joined[tensor]() if placed[names[0]].transpose else joined[tensor]().T
+        modules[tensor.removesuffix(".weight")] = np.ascontiguousarray(down), np.ascontiguousarray(up)
+    return modules
+
+
+def _config(adapters: Adapters, modules: dict, base: Opened) -> dict[str, Any]:
+    """adapter_config.json. A joined module has a rank of its own, and an alpha by which it is scaled like its parts."""
+    ends = {module: ".".join(module.split(".")[-2:]) for module in modules}
+    ranks = {ends[module]: len(down) for module, (down, _) in modules.items() if len(down) != adapters.rank}
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.source.path.absolute()),
+        "r": adapters.rank, "lora_alpha": adapters.alpha, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": any(not base.places[name].transpose for name in adapters.names),
+        "target_modules": sorted(set(ends.values())), "inference_mode": True, "use_rslora": False, "use_dora": False,
+        "rank_pattern": ranks,
+        "alpha_pattern": {end: adapters.alpha * rank / adapters.rank for end, rank in ranks.items()},
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""`init.tokens`: special tokens that a base lacks get rows, are trained, and go out with a tokenizer that has them."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from kit import in_process as aurora
+from open_models import VOCABULARY, write_model
+
+import aurora_train
+from aurora_train.config import load as load_config
+from aurora_train.errors import UserError
+from aurora_train.interop.kept import facts_of
+from aurora_train.interop.placing import matched
+from aurora_train.interop.source import open_source
+from aurora_train.interop.tokens import NewRows, with_tokens
+from aurora_train.machine.precision import settled
+from aurora_train.train.session import open_start_for_reading
+
+TOKENS = [f"<|t{number}|>" for number in range(40)]  # more than the 31 rows that the model has to spare
+CONFIG = """
+recipe: language_model
+data: {source: texts, sequence: 32, holdout_test: 0.3, holdout_validation: 0.0}
+train: {steps: 2, batch: 4, precision: float32}
+optimizer: {lr: 1e-2}
+evaluate: {final: false}
+checkpoint: {every: 1, keep: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a model `open` of two matrices, a text and a config."""
+    folder = tmp_path_factory.mktemp("tokens")
+    write_model(folder / "open")
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} and {number + 1} make {2 * number + 1}. " * 30)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(here, monkeypatch):
+    monkeypatch.chdir(here)
+
+
+def facts(here, **changed):
+    opened = matched(open_source(here / "open"))
+    return facts_of(opened.source, opened.family.model_type) | changed
+
+
+def test_tokens_take_spare_rows_first_and_then_new_ones(here):
+    few, rows = with_tokens(facts(here), TOKENS[:2])
+    assert rows == NewRows(257, 2) and few["vocabulary"] == VOCABULARY
+    many, rows = with_tokens(facts(here), TOKENS)
+    assert rows == NewRows(257, 40) and many["vocabulary"] == 297
+    backend = tokenizers.Tokenizer.from_str(many["tokenizer.json"].decode())
+    assert [backend.token_to_id(token) for token in TOKENS] == list(range(257, 297))
+    assert backend.encode("a<|t3|>b", add_special_tokens=False).ids == [97, 260, 98]
+    bytewise, _ = with_tokens(facts(here) | {"tokenizer.json": b'{"kind": "byte"}'}, TOKENS)
+    assert tokenizers.Tokenizer.from_str(bytewise["tokenizer.json"].decode()).token_to_id("<|t39|>") == 296
+
+
+@pytest.mark.parametrize(
+    "tokens,said",
+    [(["<|endoftext|>"], "has '<|endoftext|>' already, as id 256"), (["<a>", "<a>"], "named twice"), ([" "], "empty")],
+)
+def test_tokens_that_cannot_be_added_are_refused(tokens, said, here):
+    with pytest.raises(UserError) as refused:
+        with_tokens(facts(here), tokens)
+    assert said in str(refused.value)
+    with pytest.raises(UserError, match="no tokenizer to which"):
+        with_tokens({}, ["<a>"])
+
+
+def rows_at_first(*overrides):
+    """The parameters with which a run would start."""
+    config = settled(load_config("tiny.yaml", list(overrides)))
+    return open_start_for_reading(config)[3].params
+
+
+def test_new_rows_begin_as_the_mean_are_trained_and_go_out_and_come_back(here):
+    asked = ("model.from=open", f"init.tokens={json.dumps(TOKENS)}")
+    run = aurora_train.train("tiny.yaml", list(asked), run="more", quiet=True)
+    assert run.tokenizer.vocab_size == 297 and run.tokenizer.controls["<|t39|>"] == 296
+    assert list(run.tokenizer.encode("<|t39|>")) == list(b"<|t39|>")  # text cannot produce a control token
+    assert run.tokenizer.encode_marked("<|t39|>").tolist() == [296]
+    base, first, last = matched(open_source(here / "open")), rows_at_first(*asked), run.state.params
+    for name, axis in (("embedding", 0), ("head", 1)):
+        before, begun, ended = (np.moveaxis(np.asarray(one), axis, 0) for one in (
+            base.read(name), first[name], last[name]))  # fmt: skip
+        assert before.shape[0] == VOCABULARY and begun.shape[0] == 297
+        assert np.array_equal(begun[:257], before[:257])
+        np.testing.assert_allclose(begun[257:], np.broadcast_to(before[:257].mean(0), (40, 32)), atol=1e-6)
+        assert axis == 0 or np.abs(ended[257:] - begun[257:]).max() > 1e-4  # no text has them, so the head alone learns
+    assert aurora("export", "more", "--to", "out", "--dtype", "float32") == 0
+    out = matched(open_source(here / "out"))
+    assert out.vocabulary == 297 and np.array_equal(out.read("head"), np.asarray(last["head"]))
+    assert tokenizers.Tokenizer.from_file("out/tokenizer.json").token_to_id("<|t39|>") == 296
+    assert json.loads((here / "out" / "config.json").read_text())["vocab_size"] == 297
+    assert aurora("import", "out", "--to", "again") == 0
+    assert aurora_train.load("again").tokenizer.controls["<|t39|>"] == 296
+
+
+def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
+    assert aurora("import", "open", "--to", "base") == 0
+    two = 'init.tokens=["<a>", "<b>"]'
+    begun = np.asarray(rows_at_first("model.from=base", two)["embedding"])
+    base = matched(open_source(here / "open")).read("embedding")
+    assert begun.shape[0] == VOCABULARY  # there were rows to spare
+    assert np.array_equal(begun[:257], base[:257]) and np.array_equal(begun[259:], base[259:])
+    np.testing.assert_allclose(begun[257:259], np.broadcast_to(base[:257].mean(0), (2, 32)), atol=1e-6)
+    assert aurora("train", "tiny.yaml", "model.from=base", two, "--run", "of-run", "--quiet") == 0
+    assert aurora("train", "tiny.yaml", "model.from=of-run", "--run", "further", "--quiet") == 0
+    assert aurora_train.load("further").tokenizer.controls["<b>"] == 258
+    assert aurora("train", "tiny.yaml", "model.from=of-run", two, "--run", "twice", "--quiet") == 2
+    assert "has '<a>' already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked,said",
+    {
+        "adapters": (("model.from=open", "model.lora.rank=2"), "`embedding` is frozen"),
+        "no source": ((), "tokens are added to the tokenizer of `from`"),
+        "own facts": (("model.from=open", "init.facts=own"), "tokens are added to the tokenizer of `from`"),
+    }.values(),
+)
+def test_a_config_that_cannot_train_new_tokens_is_refused(asked, said, capsys):
+    assert aurora("train", "tiny.yaml", 'init.tokens=["<a>"]', *asked, "--run", "none", "--quiet") == 2
+    assert said in " ".join(capsys.readouterr().err.split())

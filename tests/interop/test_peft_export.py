@@ -1,0 +1,217 @@
+"""The adapters of a run go out as PEFT reads them, and come back over the same base as the same model."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from kit import in_process as aurora
+from open_models import settings_of, weights_of, write_model
+from safetensors.numpy import load_file
+
+from aurora_train.errors import UserError
+from aurora_train.interop.by_layer import log_probabilities
+from aurora_train.interop.kept import facts_of
+from aurora_train.interop.peft_export import over_base
+from aurora_train.interop.placing import matched
+from aurora_train.interop.result import Adapters, Result
+from aurora_train.interop.source import open_source
+from aurora_train.nn import nf4
+
+KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
+ROWS = [np.arange(3, 40, dtype=np.int32)]
+CONFIG = """
+recipe: language_model
+data: {source: texts, sequence: 32, holdout_test: 0.3, holdout_validation: 0.0}
+train: {steps: 2, batch: 4, precision: float32}
+optimizer: {lr: 1e-2}
+evaluate: {final: false}
+checkpoint: {every: 2}
+model: {lora: {rank: 2}}
+"""
+
+
+def adapted(path, targets=KERNELS, facts=None) -> Result:
+    """What a run over a model in a folder would give away, with random adapters of rank 3."""
+    base, rng = matched(open_source(path)), np.random.default_rng(0)
+    chosen = [name for name, shape in base.shapes.items() if name.split(".")[-1] in targets and len(shape) == 2]
+    assert chosen
+    pairs = {name: tuple((rng.normal(size=size) / 8).astype(np.float32) for size in
+                         ((base.shapes[name][0], 3), (3, base.shapes[name][1]))) for name in chosen}  # fmt: skip
+
+    def merged(name):
+        return base.read(name) + (0 if name not in pairs else 6 / 3 * (pairs[name][0] @ pairs[name][1]))
+
+    record = {"run": "r", "sequence": 64, "parent": {"from": str(path), "step": None}}
+    return Result(base.config, base.vocabulary, base.shapes, merged, facts_of(base.source, base.family.model_type),
+                  record, Adapters(3, 6.0, tuple(pairs), pairs.__getitem__, base.read))  # fmt: skip
+
+
+def written(result, folder):
+    write, kept = over_base(result, None)
+    folder.mkdir()
+    write(result, folder, kept)
+    return kept
+
+
+# Separate kernels; joined along the outputs; the same, stored as (in, out); heads in turn with a gate; linear layers.
+FAMILIES = {"qwen3": KERNELS, "phi3": ("query", "value", "up"), "gpt2": KERNELS, "qwen3_5": KERNELS}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_come_back_over_their_base_as_the_same_model(name, tmp_path):
+    write_model(tmp_path / "base", name)
+    result = adapted(tmp_path / "base", FAMILIES[name])
+    assert written(result, tmp_path / "out") == "float32"
+    found = matched(open_source(tmp_path / "out"))
+    for one in result.shapes:
+        np.testing.assert_allclose(found.read(one), result.read(one), rtol=1e-5, atol=1e-6)
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert said["fan_in_fan_out"] == (name == "gpt2") and said["r"] == 3
+    joined = {"phi3": {"self_attn.qkv_proj": 6}, "gpt2": {"attn.c_attn": 9},
+              "qwen3_5": {"linear_attn.in_proj_qkv": 9}}  # fmt: skip
+    assert said["rank_pattern"] == joined.get(name, {})
+    assert said["alpha_pattern"] == {end: 2.0 * rank for end, rank in said["rank_pattern"].items()}
+    arrays = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(array.dtype == np.float32 for array in arrays.values())
+
+
+def test_an_adapter_over_another_base_is_refused_by_the_tensor(tmp_path):
+    write_model(tmp_path / "base")
+    result = adapted(tmp_path / "base")
+    other = matched(open_source(tmp_path / "base"))
+    changed = result._replace(adapters=result.adapters._replace(
+        stored=lambda name: other.read(name) + (name == "stack.units.0001.attention.key")))  # fmt: skip
+    with pytest.raises(UserError, match=r"the run's stack\.units\.0001\.attention\.key is not that of the base"):
+        over_base(changed, None)
+
+
+def test_a_base_that_was_rounded_to_4_bits_is_held_to_its_codes(tmp_path):
+    write_model(tmp_path / "base", hidden_size=64, intermediate_size=64)
+    result = adapted(tmp_path / "base")
+    base, kernel = matched(open_source(tmp_path / "base")), "stack.units.0000.mlp.up"
+    codes = tuple(map(np.asarray, jax.jit(nf4.encode)(base.read(kernel))))
+    for kept, said in ((codes, None), ((codes[0] ^ 1, codes[1]), "the run's stack.units.0000.mlp.up")):
+        stored = {kernel: kept}
+        run = result._replace(adapters=result.adapters._replace(
+            stored=lambda name, stored=stored: stored[name] if name in stored else base.read(name)))  # fmt: skip
+        if said is None:
+            assert over_base(run, None)[1] == "nf4"
+        else:
+            with pytest.raises(UserError, match=said):
+                over_base(run, None)
+
+
+def test_a_base_that_peft_names_otherwise_is_refused(tmp_path):
+    arrays = write_model(tmp_path / "base", "gemma3")
+    result = adapted(tmp_path / "base")
+    text = settings_of("gemma3")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    assert arrays.keys() == weights_of("gemma3", text).keys()
+    with pytest.raises(UserError, match="the text part of a larger model"):
+        over_base(result, None)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with an open model `open`, and a run `adapted` with adapters over the run `base`, its import."""
+    folder = tmp_path_factory.mktemp("peft")
+    write_model(folder / "open", dtype="bfloat16")
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} and {number + 1} make {2 * number + 1}. " * 30)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert aurora("import", "open", "--to", "base") == 0
+        assert aurora("train", "tiny.yaml", "model.from=base", "--run", "adapted", "--quiet") == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(here, monkeypatch):
+    monkeypatch.chdir(here)
+
+
+def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys):
+    assert aurora("export", "adapted", "--to", "out", "--format", "peft", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["proof"] == "round trip" and "every adapter over its base is the run's;" in said["says"]
+    config = json.loads((here / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(here / "open") and config["r"] == 2
+    assert not (here / "out" / "model.safetensors").exists() and (here / "out" / "tokenizer.json").is_file()
+    assert "library_name: \"peft\"" in (here / "out" / "README.md").read_text()
+    assert aurora("verify", "out") == 0
+    assert aurora("generate", "out", "--max-tokens", 2) == 0
+    assert aurora("import", "out", "--to", "back") == 0
+    assert aurora("export", "back", "--to", "back-hf", "--dtype", "float32") == 0
+    assert aurora("export", "adapted", "--to", "merged", "--merge", "--dtype", "float32") == 0
+    back, merged = (matched(open_source(here / one)) for one in ("back-hf", "merged"))
+    for name in merged.shapes:
+        np.testing.assert_allclose(back.read(name), merged.read(name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "asked,said",
+    {
+        "both": (("adapted", "--merge"), "--merge adds them to the base"),
+        "a dtype": (("adapted", "--dtype", "bfloat16"), "adapters are float32"),
+        "a library": (("adapted", "--verify", "transformers"), "compared with a Hugging Face folder only"),
+        "a run without": (("base",), "this run trained no adapters"),
+        "no such base": (("adapted", "--base", "nowhere"), "there is no such folder"),
+    }.values(),
+)
+def test_what_cannot_go_out_as_peft_is_refused(asked, said, here, capsys):
+    assert aurora("export", asked[0], "--to", "none", "--format", "peft", *asked[1:]) == 2
+    assert said in " ".join(capsys.readouterr().err.split()) and not (here / "none").exists()
+
+
+def test_a_base_that_moved_is_named_and_held_to_what_the_run_kept(here, capsys):
+    shutil.copytree(here / "open", here / "moved")
+    assert aurora("export", "adapted", "--to", "elsewhere", "--format", "peft", "--base", "moved") == 0
+    config = json.loads((here / "elsewhere" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(here / "moved")
+    write_model(here / "other", dtype="bfloat16", intermediate_size=96)
+    assert aurora("export", "adapted", "--to", "none", "--format", "peft", "--base", "other") == 2
+    assert "of another shape" in capsys.readouterr().err
+    assert aurora("export", "adapted", "--to", "none", "--base", "moved", "--merge") == 2
+    assert "--format hf writes the whole model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_library_reads_an_adapter_alike(name, tmp_path):
+    """By PEFT itself if it is installed, else by transformers with B A added to each module as PEFT's paper says."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    write_model(tmp_path / "base", name)
+    result = adapted(tmp_path / "base", FAMILIES[name])
+    written(result, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
+    )
+    try:
+        from peft import PeftModel
+    except ImportError:
+        _add(torch, model, tmp_path / "out")
+    else:
+        model = PeftModel.from_pretrained(model, tmp_path / "out")
+        held = {name for name, _ in model.named_parameters() if "lora_" in name}
+        assert len(held) == len(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(ROWS[0][None].astype(np.int64))).logits[0]
+    theirs = torch.log_softmax(logits, -1).numpy()
+    ours = log_probabilities(result.config, result.read, ROWS)[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def _add(torch, model, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    arrays = load_file(folder / "adapter_model.safetensors")
+    for key in (key for key in arrays if ".lora_A." in key):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        up, down = arrays[key.replace("lora_A", "lora_B")], arrays[key]
+        change = torch.from_numpy(config["lora_alpha"] / config["r"] * (up @ down))  # a joined module's ratio is alike
+        with torch.no_grad():
+            model.get_parameter(f"{module}.weight").add_(change.T if config["fan_in_fan_out"] else change)
