@@ -7,7 +7,7 @@ its own name was read back and compared with the run.
 from __future__ import annotations
 
 import json
-import shutil
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from aurora_train.interop.families.family import Family
 from aurora_train.interop.hf import INDEX
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
 from aurora_train.interop.placing import Theirs, their_shapes, theirs
-from aurora_train.interop.result import Result
+from aurora_train.interop.result import Result, told
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,7 +30,10 @@ CARD = "README.md"
 
 
 def refuse_target(folder: Path) -> None:
-    """UserError if an export would overwrite something."""
+    """UserError if an export would overwrite something, or replace the folder in which the command runs."""
+    if folder.resolve() == Path.cwd():
+        raise UserError("this is the folder in which the command runs, and an export replaces the one that it is "
+                        "written to", where=str(folder), hint="name another one with --to")  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
 
@@ -44,9 +47,9 @@ def default_dtype(result: Result) -> str:
 
 
 def beside(folder: Path) -> Path:
-    """An empty folder beside `folder`, in which an export is made."""
-    made = folder.with_name(folder.name + ".new")
-    shutil.rmtree(made, ignore_errors=True)
+    """A new folder beside `folder`, in which an export is made. Its name is drawn: no other export has the same."""
+    folder = folder.resolve()
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         made.mkdir(parents=True)
     except OSError as error:
@@ -55,11 +58,15 @@ def beside(folder: Path) -> Path:
 
 
 def put_in_place(made: Path, folder: Path) -> None:
-    """Give a folder that was made beside its name that name."""
-    if folder.exists():
-        folder.rmdir()  # empty, as `refuse_target` saw
-    made.rename(folder)
-    sync(folder.parent)
+    """Give a folder that was made beside its name that name, once its files are on the disk."""
+    folder = folder.resolve()
+    try:
+        for path in (*made.iterdir(), made):
+            sync(path)
+        made.rename(folder)  # takes the place of an empty folder
+        sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
 
 
 def write_folder(result: Result, folder: Path, dtype: str) -> Family:
@@ -75,11 +82,13 @@ def write_folder(result: Result, folder: Path, dtype: str) -> Family:
         tokens = special_tokens(result.facts)
         write_json(folder / "config.json", _config(result, family, dtype, tokens))
         ids = {name: value for name, value in tokens.ids.items() if value is not None}
-        write_json(folder / "generation_config.json", ids)
+        origin = result.facts.get(ORIGIN) or {}
+        write_json(folder / "generation_config.json", origin.get("generation", {}) | ids)
         (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_max_length": _reach(result), **tokens.texts,
+            "model_max_length": _reach(result), "model_input_names": ["input_ids", "attention_mask"],
+            **origin.get("tokenizer", {}), **tokens.texts,
         })  # fmt: skip
         if TEMPLATE in result.facts:
             (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
@@ -153,8 +162,20 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         f" (recipe `{record['recipe']}`). Its weights are stored in {dtype}.", "",
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
+        *_lineage(told(record)),
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
         "## Proof", "", f"**{how}**: {proof['says']}", "",
         "`aurora verify FOLDER` repeats it.", "",
     ]  # fmt: skip
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _lineage(origin: dict[str, Any]) -> list[str]:
+    """What the weights were made from and with, as lines of the card."""
+    parent, versions = origin["parent"], origin["versions"] or {}
+    at = "" if not parent or parent["step"] is None else f" at step {parent['step']}"
+    lines = [f"Started from: `{parent['from']}`{at} (sha256 {parent['digest']})."] if parent else []
+    lines += [f"Code: sha256 {origin['code_sha256']}."] if origin["code_sha256"] else []
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines += [f"Versions: {named}."] if named else []
+    return [one for line in lines for one in (line, "")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,12 @@ def result_of(loaded, *, merge: bool = False) -> Result:
     from aurora_train.interop.placing import our_shapes
 
     shapes = our_shapes(plain, facts["vocabulary"])
+    missing = [name for name in shapes if name not in arrays and name + nf4.CODES not in arrays]
+    if missing or getattr(loaded.model, "mask", "causal") != "causal":
+        raise UserError(
+            f"a run of {loaded.config.recipe} has no decoder to export", where=str(loaded.run),
+            why=f"it has no parameter {missing[0]}" if missing else "its tokens see those that come after them",
+        )  # fmt: skip
     return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(arrays, name, scale), facts,
                   origin_of(loaded))  # fmt: skip
 
@@ -73,6 +80,16 @@ def origin_of(loaded) -> dict[str, Any]:
         "parent": provenance.get("parent"), "base": origin.get("name"), "licence": origin.get("licence"),
         "code_sha256": provenance.get("code_sha256"), "versions": provenance.get("versions", {}),
     }  # fmt: skip
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """What an export says of its origin: a record without the folders of this machine, of which the names remain."""
+    parent, source = record.get("parent"), record["data"].get("source")
+    return {
+        **{name: record.get(name) for name in ("run", "step", "recipe", "base", "licence", "code_sha256", "versions")},
+        "data": Path(source).name if source else None,
+        "parent": parent and {"from": Path(parent["from"]).name, "step": parent["step"], "digest": parent["digest"]},
+    }
 
 
 def _joined(one: dict, other: dict) -> dict:
