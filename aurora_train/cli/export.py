@@ -55,6 +55,8 @@ def command(
 
     export.refuse_target(to)
     result = result_of(load(run, step, by="export"), merge=merge)
+    if dtype is not None or format is Format.gguf:
+        result = result._replace(dtypes={})
     write, chosen = _way(format, dtype, export.default_dtype(result), verify)
     made = export.beside(to)
     try:

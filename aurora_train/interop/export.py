@@ -72,13 +72,15 @@ def put_in_place(made: Path, folder: Path) -> None:
 def write_folder(result: Result, folder: Path, dtype: str) -> Family:
     """Write a result into an empty folder. Returns the family as which it was written.
 
-    Raises UserError for a model that no published family has, and for a disk that is full.
+    Tensors that `result.dtypes` names are stored as it says, all others in `dtype`. Raises UserError for a model that
+    no published family has, and for a disk that is full.
     """
     family = families.expressing(result.config, (result.facts.get(ORIGIN) or {}).get("family"))
     try:
         heads = result.config.heads
         shapes = their_shapes(family, result.shapes, heads)
-        _write_weights(theirs(family, result.shapes, heads, result.read), shapes, folder, dtype)
+        dtypes = {name: result.dtypes.get(name, dtype) for name in shapes}
+        _write_weights(theirs(family, result.shapes, heads, result.read), shapes, folder, dtypes)
         tokens = special_tokens(result.facts)
         write_json(folder / "config.json", _config(result, family, dtype, tokens))
         ids = {name: value for name, value in tokens.ids.items() if value is not None}
@@ -111,14 +113,14 @@ def _config(result: Result, family: Family, dtype: str, tokens) -> dict[str, Any
     return config | reach | tokens.ids | {"vocab_size": result.vocabulary, "dtype": dtype, "torch_dtype": dtype}
 
 
-def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: str) -> None:
+def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: Path, dtypes: dict[str, str]) -> None:
     from safetensors.numpy import save_file
 
-    shards = list(_shards(shapes, dtype))
+    shards = list(_shards(shapes, dtypes))
     index, total = {}, 0
     for number, names in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {one: np.ascontiguousarray(_as(tensors[one](), dtype, one)) for one in names}
+        arrays = {one: np.ascontiguousarray(_as(tensors[one](), dtypes[one], one)) for one in names}
         save_file(arrays, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(names, name)
         total += sum(array.nbytes for array in arrays.values())
@@ -126,10 +128,10 @@ def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: 
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], dtype: str) -> Iterator[list[str]]:
+def _shards(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> Iterator[list[str]]:
     names, held = [], 0
     for name, shape in shapes.items():
-        num_bytes = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
+        num_bytes = int(np.prod(shape)) * (4 if dtypes[name] == "float32" else 2)
         if names and held + num_bytes > SHARD_BYTES:
             yield names
             names, held = [], 0
@@ -159,7 +161,8 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
         f"# {record['run']}", "",
         f"A model of the family {family.title}, exported from step {record['step']} of the run `{record['run']}`"
-        f" (recipe `{record['recipe']}`). Its weights are stored in {dtype}.", "",
+        f" (recipe `{record['recipe']}`). Its weights are stored in {dtype}"
+        + (f", {len(result.dtypes)} of its tensors in the dtype of its base." if result.dtypes else "."), "",
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
         *_lineage(told(record)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ class Result(NamedTuple):
         read: a parameter by canonical name, in the dtype that the run keeps it in.
         facts: the run's.
         record: what the card says of its origin; see `origin_of`.
+        dtypes: the dtype of each tensor that its base stores otherwise than most, by the family's name for it.
     """
 
     config: DecoderConfig
@@ -32,6 +34,7 @@ class Result(NamedTuple):
     read: Callable[[str], np.ndarray]
     facts: Facts
     record: dict[str, Any]
+    dtypes: Mapping[str, str] = MappingProxyType({})
 
 
 def result_of(loaded, *, merge: bool = False) -> Result:
@@ -66,7 +69,7 @@ def result_of(loaded, *, merge: bool = False) -> Result:
             why=f"it has no parameter {missing[0]}" if missing else "its tokens see those that come after them",
         )  # fmt: skip
     return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(arrays, name, scale), facts,
-                  origin_of(loaded))  # fmt: skip
+                  origin_of(loaded), (facts.get("origin") or {}).get("dtypes", {}))  # fmt: skip
 
 
 def origin_of(loaded) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Templates come from strangers, so they run in Jinja's sandbox, with what real ones use and nothing else:
 `raise_exception`, `strftime_now`, `tojson`, `{% generation %}`, `{% break %}` and `{% continue %}`. The rendered text
-is equal to that of transformers' `apply_chat_template`. The length of the text is bounded, the time that a template
-takes is not. The date is an argument and not the clock's, so that a run
-renders a conversation alike on every day.
+is equal to that of transformers' `apply_chat_template`. The date is an argument and not the clock's, so that a run
+renders a conversation alike on every day. The length of the text, products and powers are bounded; the time that loops
+take is not.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ChatTemplate:
             kept.append(piece)
             length += len(piece)
             if length > LONGEST:
-                raise _Refused(f"its text is longer than {LONGEST:,} characters")
+                raise jinja2.TemplateRuntimeError(f"its text is longer than {LONGEST:,} characters")
         return "".join(kept)
 
 
@@ -130,9 +130,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "*":
             for many, times in ((left, right), (right, left)):
                 if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > LONGEST:
-                    raise _Refused(f"it repeats something {times:,} times")
-        elif abs(left) > 1 and abs(right) > _LARGEST_POWER:
-            raise _Refused(f"it raises a number to the power {right:,}")
+                    raise jinja2.TemplateRuntimeError(f"it repeats something {times:,} times")
+        elif isinstance(left, int) and isinstance(right, int) and abs(left) > 1 and right > _LARGEST_POWER:
+            raise jinja2.TemplateRuntimeError(f"it raises a number to the power {right:,}")
         return super().call_binop(context, operator, left, right)
 
     def unsafe_undefined(self, obj, attribute):
