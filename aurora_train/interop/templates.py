@@ -24,7 +24,7 @@ from aurora_train.errors import UserError
 Message = Mapping[str, Any]  # "role" and "content", and what else a template reads ("tool_calls", "name")
 FILE = "chat_template.jinja"
 LONGEST = 1 << 26  # characters of a rendered conversation
-_LARGEST_POWER = 1000
+_LARGEST_POWER = 10_000  # bits of an integer
 
 
 class Rendered(NamedTuple):
@@ -131,7 +131,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             for many, times in ((left, right), (right, left)):
                 if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > LONGEST:
                     raise jinja2.TemplateRuntimeError(f"it repeats something {times:,} times")
-        elif isinstance(left, int) and isinstance(right, int) and abs(left) > 1 and right > _LARGEST_POWER:
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _LARGEST_POWER:
             raise jinja2.TemplateRuntimeError(f"it raises a number to the power {right:,}")
         return super().call_binop(context, operator, left, right)
 
