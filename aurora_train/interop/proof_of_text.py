@@ -30,6 +30,11 @@ def _encoder(tokenizer: str) -> Callable[[str], list[int]]:
     return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
+def _ids(named) -> set[int]:
+    """The ids of an `eos_token_id`, which may be one, a list or None."""
+    return set(named if isinstance(named, list) else [named]) - {None}
+
+
 def refuse_other_text(facts: Facts, source: Source, texts: Sequence[str]) -> None:
     """UserError if an export cuts a text otherwise than its run, has another chat template or ends texts elsewhere."""
     where, ours, theirs = str(source.path), _encoder(facts[TOKENIZER].decode()), _encoder(source.tokenizer)
@@ -40,9 +45,8 @@ def refuse_other_text(facts: Facts, source: Source, texts: Sequence[str]) -> Non
     template = facts[TEMPLATE].decode() if TEMPLATE in facts else None
     if template != source.chat_template:
         raise UserError("the chat template does not read back as it was written", where=where)
-    ends = special_tokens(facts).ids["eos_token_id"]
-    ends = ends if isinstance(ends, list) else [ends]
-    if set(ends) != set(source.eos_ids):
+    ends = _ids(special_tokens(facts).ids["eos_token_id"])
+    if ends != set(source.eos_ids):
         raise UserError(f"texts of the export end at the ids {sorted(source.eos_ids)}, those of the run at "
                         f"{sorted(ends)}", where=where)  # fmt: skip
 
@@ -64,8 +68,7 @@ def refuse_other_text_in_transformers(folder: Path, source: Source, texts: Seque
         if wanted != found:
             raise UserError(f"transformers cuts {text[:40]!r} into {found[:8]}, we into {wanted[:8]}",
                             where=str(folder))  # fmt: skip
-    ends = ends if isinstance(ends, list) else [ends]
-    if set(ends) != set(source.eos_ids):
+    if _ids(ends) != set(source.eos_ids):
         raise UserError(f"transformers ends texts at the ids {ends}, we at {list(source.eos_ids)}", where=str(folder))
     if source.chat_template is not None:
         _refuse_other_chat(folder, source, tokenizer)
