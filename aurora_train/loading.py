@@ -174,13 +174,24 @@ def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterat
     from aurora_train.interop.result import Unread
     from aurora_train.train.session import recipe_of, refuse_facts_of_another
 
-    facts = recipe_of(config, known, progress).known
+    recipe = recipe_of(config, known, progress)
+    facts = recipe.known
     with contextlib.closing(CheckpointStore(known.checkpoints, known.trash)) as store:
         step = require_step(store, step, str(known.folder))
         refuse_damage(store, step)
         refuse_facts_of_another(store, step, facts)
         specs, read = _by_layer(store, step)
-        yield Unread(known.folder, config, facts, read_json(known.provenance, {}), step, specs, read)
+        origin, mask = read_json(known.provenance, {}), _mask(recipe, config.train.seed)
+        yield Unread(known.folder, config, facts, origin, step, specs, read, mask)
+
+
+def _mask(recipe, seed: int) -> str:
+    """The mask of a recipe's model, which only the built model knows; nothing of it is computed."""
+    from flax import nnx
+
+    from aurora_train.nn import carried
+
+    return getattr(nnx.eval_shape(lambda: carried.build(recipe, seed)), "mask", "causal")
 
 
 def _unread_source(source: Path, config) -> Unread:

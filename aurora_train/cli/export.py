@@ -66,6 +66,8 @@ def command(
     with unread(run, step, by="export") as found:
         result = result_of(found, merge=merge or format is Format.peft)
         result = with_parts(result, fits=None if format is Format.hf else f"--format {format.value} does not hold them")
+        if dtype is not None or format is not Format.hf:
+            result = result._replace(dtypes={})
         write, chosen = _way(format, dtype, result, verify, base)
         made = export.beside(to)
         try:

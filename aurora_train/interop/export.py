@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,8 @@ from aurora_train.interop.families.family import Family
 from aurora_train.interop.hf import DTYPES as STORED
 from aurora_train.interop.hf import INDEX
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
-from aurora_train.interop.parts import Parts
 from aurora_train.interop.placing import Theirs, their_shapes, theirs
-from aurora_train.interop.result import Result
+from aurora_train.interop.result import Result, told
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +35,10 @@ CARD = "README.md"
 
 
 def refuse_target(folder: Path) -> None:
-    """UserError if an export would overwrite something."""
+    """UserError if an export would overwrite something, or replace the folder in which the command runs."""
+    if folder.resolve() == Path.cwd():
+        raise UserError("this is the folder in which the command runs, and an export replaces the one that it is "
+                        "written to", where=str(folder), hint="name another one with --to")  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
 
@@ -50,9 +52,9 @@ def default_dtype(result: Result) -> str:
 
 
 def beside(folder: Path) -> Path:
-    """An empty folder beside `folder`, in which an export is made."""
-    made = folder.with_name(folder.name + ".new")
-    shutil.rmtree(made, ignore_errors=True)
+    """A new folder beside `folder`, in which an export is made. Its name is drawn: no other export has the same."""
+    folder = folder.resolve()
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         made.mkdir(parents=True)
     except OSError as error:
@@ -61,31 +63,37 @@ def beside(folder: Path) -> Path:
 
 
 def put_in_place(made: Path, folder: Path) -> None:
-    """Give a folder that was made beside its name that name."""
-    if folder.exists():
-        folder.rmdir()  # empty, as `refuse_target` saw
-    made.rename(folder)
-    sync(folder.parent)
+    """Give a folder that was made beside its name that name, once its files are on the disk."""
+    folder = folder.resolve()
+    try:
+        for path in (*made.iterdir(), made):
+            sync(path)
+        made.rename(folder)  # takes the place of an empty folder
+        sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
 
 
 def write_folder(result: Result, folder: Path, dtype: str) -> Family:
     """Write a result into an empty folder. Returns the family as which it was written.
 
-    Raises UserError for a model that no published family has, and for a disk that is full.
+    Tensors that `result.dtypes` names are stored as it says, all others in `dtype`. Raises UserError for a model that
+    no published family has, and for a disk that is full.
     """
     family = families.expressing(result.config, (result.facts.get(ORIGIN) or {}).get("family"))
     try:
         heads = result.config.heads
         shapes = their_shapes(family, result.shapes, heads)
         arrays = theirs(family, result.shapes, heads, result.read)
-        _write_weights(_stored(result.parts, arrays, shapes, dtype), folder)
+        _write_weights(_stored(result, arrays, shapes, dtype), folder)
         tokens = special_tokens(result.facts)
         config = _config(result, family, dtype, tokens)
         write_json(folder / "config.json", config if result.parts is None else result.parts.merged(config))
         if result.parts is not None:
             result.parts.copy_files(folder)
         ids = {name: value for name, value in tokens.ids.items() if value is not None}
-        write_json(folder / "generation_config.json", ids)
+        generation = (result.facts.get(ORIGIN) or {}).get("generation", {})
+        write_json(folder / "generation_config.json", generation | ids)
         write_tokenizer(result, folder)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from error
@@ -97,7 +105,8 @@ def write_tokenizer(result: Result, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(tokenizer_json(result.facts), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "model_max_length": _reach(result), **special_tokens(result.facts).texts,
+        "model_max_length": _reach(result), "model_input_names": ["input_ids", "attention_mask"],
+        **(result.facts.get(ORIGIN) or {}).get("tokenizer", {}), **special_tokens(result.facts).texts,
     })  # fmt: skip
     if TEMPLATE in result.facts:
         (folder / TEMPLATE).write_bytes(result.facts[TEMPLATE])
@@ -129,13 +138,17 @@ class _Stored(NamedTuple):
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
-def _stored(parts: Parts | None, arrays: Theirs, shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, _Stored]:
-    """Every tensor of the export by its name: those of the text model in `dtype`, then the copied ones."""
-    found = {}
+def _stored(result: Result, arrays: Theirs, shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, _Stored]:
+    """Every tensor of the export by its name: those of the text model, in `dtype` or as `result.dtypes` says, then the
+    copied ones."""
+
+    def made(name: str, kind: str) -> np.ndarray:
+        return np.asarray(_as(arrays[name](), kind, name), order="C")
+
+    found, parts = {}, result.parts
     for name, shape in shapes.items():
-        stored_as = parts.names.get(name, name) if parts else name
-        made = functools.partial(lambda name: np.asarray(_as(arrays[name](), dtype, name), order="C"), name)
-        found[stored_as] = _Stored(shape, dtype, made)
+        stored_as, kind = parts.names.get(name, name) if parts else name, result.dtypes.get(name, dtype)
+        found[stored_as] = _Stored(shape, kind, functools.partial(made, name, kind))
     for name, tensor in (parts.tensors if parts else {}).items():
         found[name] = _Stored(tensor.shape, tensor.dtype, tensor.whole)
     return found
@@ -212,12 +225,25 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         f"A model of the family {family.title}, exported from step {record['step']} of the run `{record['run']}`"
         f" (recipe `{record['recipe']}`). " + (
             "These are its LoRA adapters alone, in float32; the base is named in `adapter_config.json`." if alone else
-            f"Its weights are stored in {dtype}."), "",
+            f"Its weights are stored in {dtype}"
+            + (f", {len(result.dtypes)} of its tensors in the dtype of its base." if result.dtypes else ".")), "",
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
         *([record["parts"], ""] if record.get("parts") else []),
+        *_lineage(told(record)),
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
         "## Proof", "", f"**{how}**: {proof['says']}", "",
         "`aurora verify FOLDER` repeats it.", "",
     ]  # fmt: skip
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _lineage(origin: dict[str, Any]) -> list[str]:
+    """What the weights were made from and with, as lines of the card."""
+    parent, versions = origin["parent"], origin["versions"] or {}
+    at = "" if not parent or parent["step"] is None else f" at step {parent['step']}"
+    lines = [f"Started from: `{parent['from']}`{at} (sha256 {parent['digest']})."] if parent else []
+    lines += [f"Code: sha256 {origin['code_sha256']}."] if origin["code_sha256"] else []
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines += [f"Versions: {named}."] if named else []
+    return [one for line in lines for one in (line, "")]

@@ -13,11 +13,17 @@ from typing import Any
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
 from aurora_train.interop import families
+from aurora_train.interop.placing import _named
 from aurora_train.interop.source import Source
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, ORIGIN = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "origin",
 )  # fmt: skip
+# Of generation_config.json, what an export writes itself: the ids, and what says who wrote the file.
+_OWN_GENERATION = ("eos_token_id", "bos_token_id", "pad_token_id", "_from_model_config", "transformers_version")
+# Of tokenizer_config.json, what is no special token of its own but decides how a text begins, ends or is handed on.
+_TOKENIZER_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "additional_special_tokens",
+                   "extra_special_tokens", "model_input_names")  # fmt: skip
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # in vocabularies whose `eos_token` ends a turn of a chat
 
 
@@ -36,8 +42,11 @@ def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
     facts[ORIGIN] = {
         "family": family, "name": source.path.resolve().name, "licence": source.licence,
         "eos_ids": [int(i) for i in source.eos_ids], "bos_id": config.get("bos_token_id"),
-        "pad_id": config.get("pad_token_id"), "dtype": _dtype(source),
-        "max_length": config.get("max_position_embeddings"),
+        "pad_id": config.get("pad_token_id"), "dtype": (most := _dtype(source)),
+        "dtypes": _other_dtypes(source, most),
+        "max_length": config.get("max_position_embeddings") or config.get("n_positions"),
+        "generation": {name: value for name, value in source.generation.items() if name not in _OWN_GENERATION},
+        "tokenizer": {name: value for name, value in source.tokenizer_config.items() if name in _TOKENIZER_KEYS},
         "tokens": {name: _content(value) for name, value in source.tokenizer_config.items()
                    if name.endswith("_token") and _content(value) is not None},
     }  # fmt: skip
@@ -50,6 +59,12 @@ def _dtype(source: Source) -> str | None:
     """The dtype that most tensors are stored in."""
     counts = Counter(tensor.dtype for tensor in source.tensors.values())
     return counts.most_common(1)[0][0] if counts else None
+
+
+def _other_dtypes(source: Source, most: str | None) -> dict[str, str]:
+    """The dtype of each tensor that is stored otherwise than most, by its family's name for it."""
+    tensors, _ = _named(source, families.of(source.config, str(source.path)))
+    return {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in (most, "float64")}
 
 
 def _content(value: Any) -> str | None:

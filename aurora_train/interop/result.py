@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ class Result(NamedTuple):
         read: a parameter by canonical name, in the dtype that the run keeps it in.
         facts: the run's.
         record: what the card says of its origin; see `origin_of`.
+        dtypes: the dtype of each tensor that its base stores otherwise than most, by the family's name for it.
         adapters: those that `read` has merged; None for a run without.
         parts: what a Hugging Face export copies from the source beside the text model (`interop/parts.py`), or None.
     """
@@ -56,6 +58,7 @@ class Result(NamedTuple):
     read: Callable[[str], np.ndarray]
     facts: Facts
     record: dict[str, Any]
+    dtypes: Mapping[str, str] = MappingProxyType({})
     adapters: Adapters | None = None
     parts: Parts | None = None
 
@@ -68,6 +71,7 @@ class Unread(NamedTuple):
         facts: with which it was trained.
         specs: shape and dtype of each stored parameter by its name without `params.` or `frozen.`.
         read: one of them; at most one layer is held at a time.
+        mask: which tokens a token sees, as `nn.transformer.Transformer` says.
     """
 
     run: Path
@@ -77,6 +81,7 @@ class Unread(NamedTuple):
     step: int
     specs: dict[str, Any]
     read: Callable[[str], np.ndarray]
+    mask: str = "causal"
 
 
 def result_of(found: Unread, *, merge: bool = False) -> Result:
@@ -97,10 +102,16 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
 
     plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})
     shapes = our_shapes(plain, facts["vocabulary"])
+    missing = [name for name in shapes if name not in found.specs and name + nf4.CODES not in found.specs]
+    if missing or found.mask != "causal":
+        raise UserError(
+            f"a run of {found.config.recipe} has no decoder to export", where=str(found.run),
+            why=f"it has no parameter {missing[0]}" if missing else "its tokens see those that come after them",
+        )  # fmt: skip
     _refuse_other_model(found, shapes)
     adapters = None if config.lora is None else _adapters(found, config.lora)
     return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(found, name, adapters), facts,
-                  origin_of(found), adapters)  # fmt: skip
+                  origin_of(found), (facts.get("origin") or {}).get("dtypes", {}), adapters)  # fmt: skip
 
 
 def _adapters(found: Unread, lora) -> Adapters:
@@ -144,6 +155,16 @@ def lineage(parent: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield parent
         run = Run(parent["from"])
         parent = None if parent["step"] is None else (read_json(run.provenance, {}) or {}).get("parent")
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """What an export says of its origin: a record without the folders of this machine, of which the names remain."""
+    parent, source = record.get("parent"), record["data"].get("source")
+    return {
+        **{name: record.get(name) for name in ("run", "step", "recipe", "base", "licence", "code_sha256", "versions")},
+        "data": Path(source).name if source else None,
+        "parent": parent and {"from": Path(parent["from"]).name, "step": parent["step"], "digest": parent["digest"]},
+    }
 
 
 def _stored(found: Unread, name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:

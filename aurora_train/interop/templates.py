@@ -3,14 +3,15 @@
 Templates come from strangers, so they run in Jinja's sandbox, with what real ones use and nothing else:
 `raise_exception`, `strftime_now`, `tojson`, `{% generation %}`, `{% break %}` and `{% continue %}`. The rendered text
 is equal to that of transformers' `apply_chat_template`. The date is an argument and not the clock's, so that a run
-renders a conversation alike on every day.
+renders a conversation alike on every day. The length of the text, products and powers are bounded; the time that loops
+take is not.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from aurora_train.errors import UserError
 
 Message = Mapping[str, Any]  # "role" and "content", and what else a template reads ("tool_calls", "name")
 FILE = "chat_template.jinja"
+LONGEST = 1 << 26  # characters of a rendered conversation
+_LARGEST_POWER = 10_000  # bits of an integer
 
 
 class Rendered(NamedTuple):
@@ -97,7 +100,7 @@ class ChatTemplate:
     def _rendered(self, values: dict, fence: str) -> str:
         self._fence.text = fence
         try:
-            return self._compiled.render(**values)
+            return self._bounded(self._compiled.generate(**values))
         except _Refused as refused:
             raise UserError(f"the template refuses this conversation: {refused}", where=self.where) from refused
         except jinja2.exceptions.SecurityError as error:
@@ -108,8 +111,30 @@ class ChatTemplate:
             where = f"{self.where}:{line}" if line else self.where
             raise UserError(f"the template fails: {error}", where=where) from error
 
+    def _bounded(self, pieces: Iterable[str]) -> str:
+        """The pieces of a rendered text as one."""
+        kept, length = [], 0
+        for piece in pieces:
+            kept.append(piece)
+            length += len(piece)
+            if length > LONGEST:
+                raise jinja2.TemplateRuntimeError(f"its text is longer than {LONGEST:,} characters")
+        return "".join(kept)
+
 
 class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context, operator, left, right):
+        """Refuse a product that would fill the memory: 'a' * 10**10, or 9 ** 9 ** 9."""
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > LONGEST:
+                    raise jinja2.TemplateRuntimeError(f"it repeats something {times:,} times")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _LARGEST_POWER:
+            raise jinja2.TemplateRuntimeError(f"it raises a number to the power {right:,}")
+        return super().call_binop(context, operator, left, right)
+
     def unsafe_undefined(self, obj, attribute):
         """Raise at once; Jinja's own would show as an empty text wherever it is only printed."""
         raise jinja2.exceptions.SecurityError(f"it reads {attribute!r} of a {type(obj).__name__}")

@@ -3,14 +3,20 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from conversations import TEMPLATES
 from tiny_sources import source_of
 
 from aurora_train.cli.main import main
+from aurora_train.errors import UserError
 from aurora_train.interop.gguf import open_gguf
+from aurora_train.interop.gguf.export import write_gguf_folder
 from aurora_train.interop.gguf.modelfile import marks_of, modelfile
 from aurora_train.interop.gguf.write import write_gguf
+from aurora_train.interop.kept import facts_of
+from aurora_train.interop.placing import matched
+from aurora_train.interop.result import Result
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +82,41 @@ def test_a_template_that_ollama_cannot_express_is_left_to_the_file_and_that_is_s
     assert marks_of(source) is None
     text = modelfile(source, "m.gguf")
     assert "TEMPLATE" not in text and "# Ollama's language cannot express the chat template" in text
+
+
+@pytest.mark.parametrize("name,window,context", [("mistral", 32, 32), ("phi3", 32, 32), ("mistral", 4096, 256)])
+def test_where_llama_cpp_has_no_window_the_context_is_no_longer_than_it(name, window, context, tmp_path):
+    source = source_of(name)
+    source = dataclasses.replace(source, config=source.config | {"sliding_window": window})
+    remarks = write_gguf(source, tmp_path / "m.gguf", "bf16", "m")
+    assert open_gguf(tmp_path / "m.gguf").config["max_position_embeddings"] == context
+    assert [f"a context of {window} tokens and not of 256" in remark for remark in remarks] == [True] * (window < 256)
+
+
+def test_a_transposed_matrix_of_several_parts_is_compared_in_whole_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("aurora_train.interop.gguf.write._BUFFER", 4 * 64 * 48)  # 48 rows of a matrix of 64 at a time
+    assert write_gguf(source_of("gpt2"), tmp_path / "m.gguf", "q8_0", "m") == []
+
+
+def test_an_end_of_texts_for_which_the_file_has_no_key_is_refused(tmp_path):
+    source = dataclasses.replace(source_of("llama"), generation={"eos_token_id": [2, 0, 5, 6]})
+    with pytest.raises(UserError, match="texts end at 4 ids.*at most 3"):
+        write_gguf(source, tmp_path / "m.gguf", "bf16", "m")
+
+
+def test_each_value_of_the_file_is_rounded_once(tmp_path):
+    """A run in float32 whose base was stored in bfloat16 is not rounded to bfloat16 before it becomes Q8_0."""
+    found = matched(source_of("qwen3"))
+    facts = facts_of(found.source, "qwen3")
+    facts["origin"]["dtype"] = "bfloat16"
+    record = {"run": "m", "step": 1, "recipe": "language_model", "sequence": 64, "precision": "float32", "data": {},
+              "parent": None, "base": None, "licence": None}  # fmt: skip
+
+    def finer(name):
+        return (found.read(name) * np.float32(1.001)).astype(np.float32)
+
+    result = Result(found.config, found.vocabulary, found.shapes, finer, facts, record)
+    (tmp_path / "out").mkdir()
+    write_gguf_folder(result, tmp_path / "out", "f16")
+    back = matched(open_gguf(tmp_path / "out" / "m-f16.gguf")).read("stack.units.0000.attention.query")
+    assert np.array_equal(back, finer("stack.units.0000.attention.query").astype(np.float16))

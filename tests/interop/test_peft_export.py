@@ -45,7 +45,7 @@ def adapted(path, targets=KERNELS, facts=None) -> Result:
 
     record = {"run": "r", "sequence": 64, "parent": {"from": str(path), "step": None}}
     return Result(base.config, base.vocabulary, base.shapes, merged, facts_of(base.source, base.family.model_type),
-                  record, Adapters(3, 6.0, tuple(pairs), pairs.__getitem__, base.read))  # fmt: skip
+                  record, adapters=Adapters(3, 6.0, tuple(pairs), pairs.__getitem__, base.read))  # fmt: skip
 
 
 def written(result, folder):

@@ -84,6 +84,9 @@ def test_the_date_is_the_one_that_was_given():
         ("{{ namespace(_x=1) }}", "t.jinja", "is not safe"),
         ("{{ raise_exception('only in German') }}", "t.jinja", "refuses this conversation: only in German"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "t.jinja:1", "Range too big"),
+        ("{{ 'a' * 10 ** 10 }}", "t.jinja:1", "repeats something 10,000,000,000 times"),
+        ("{{ 9 ** (9 ** 9) }}", "t.jinja:1", "to the power 387,420,489"),
+        ("{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", "t.jinja", "longer than 67,108,864 characters"),
         ("{% include 'other' %}", "t.jinja:1", "fails"),
     ],
 )

@@ -5,6 +5,7 @@ llama.cpp knows some settings only by the architecture's name. A model that has 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from aurora_train.interop.source import Source
 
 # model_type -> architecture, where several share one.
 _ALSO = {"mistral": "llama", "olmo3": "olmo2"}
+_WITHOUT_WINDOW = ("mistral", "phi3")  # llama.cpp knows no window for llama, and disables that of phi3
 
 
 def heads_of(config: dict, hf_name: str) -> int:
@@ -25,6 +27,20 @@ def heads_of(config: dict, hf_name: str) -> int:
     config = families.text_config(config)
     heads = config["num_attention_heads"]
     return heads if ".q_proj." in hf_name else config.get("num_key_value_heads") or heads
+
+
+def within_context(source: Source) -> tuple[Source, list[str]]:
+    """(the source as llama.cpp computes it, remarks), for the architectures in which it lets a token see all others.
+
+    That is the same as long as the window holds every other, so the context that the file states is no longer.
+    """
+    window, longest = source.config.get("sliding_window"), source.config.get("max_position_embeddings")
+    if source.config.get("model_type") not in _WITHOUT_WINDOW or not window:
+        return source, []
+    remarks = [f"the file states a context of {window} tokens and not of {longest}, because llama.cpp does not have "
+               f"the window of {window} for this architecture"] if window < longest else []  # fmt: skip
+    config = source.config | {"sliding_window": None, "max_position_embeddings": min(window, longest)}
+    return dataclasses.replace(source, config=config), remarks
 
 
 def settings_of(source: Source) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -111,15 +127,12 @@ class _Settings:
     def _special(self) -> dict[str, Any]:
         config, window = self.config, self.config.get("sliding_window")
         layers = range(config["num_hidden_layers"])
-        if self.kind == "mistral":  # llama.cpp lets every token see all others: equal as long as the window holds them
-            longest = config["max_position_embeddings"]
-            return {"context_length": min(window or longest, longest)}
         if self.kind in ("qwen2", "qwen3"):
             self._hold("use_sliding_window", config.get("use_sliding_window", False), False)
         if self.kind == "smollm3":
             self._hold("no_rope_layers", config["no_rope_layers"], [int((one + 1) % 4 != 0) for one in layers])
         if self.kind == "phi3":
-            return {"attention.sliding_window": window or 0}
+            return {"attention.sliding_window": 0}  # `within_context` took it away
         if self.kind == "olmo3":
             return {"attention.sliding_window": window,
                     "attention.sliding_window_pattern": [one == "sliding_attention" for one in config["layer_types"]]}

@@ -10,6 +10,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop.gguf.tokenizer import SPLITS, Kind, tokenizer_of
 from aurora_train.interop.source import Source
 
+_OTHER_ENDS = ("eot_token_id", "eom_token_id")  # where a file names ends of texts beside `eos_token_id`
 _NEVER_MERGED = -1e9  # the score of a token that no merge makes
 # Texts that tokenizers cut in different ways: numbers, runs of spaces, endings, scripts, marks.
 _PROBES = (
@@ -109,7 +110,10 @@ def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
     ends = list(source.eos_ids)
     found.setdefault("eos_token_id", ends[0] if ends else ids.get("<|endoftext|>", 0))
     others = [number for number in ends if number != found["eos_token_id"]]
-    found |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
+    if len(others) > len(_OTHER_ENDS):
+        raise UserError(f"texts end at {1 + len(others)} ids, and a GGUF file names at most {1 + len(_OTHER_ENDS)}",
+                        where=f"{source.path}: eos_token_id", hint="--format hf")  # fmt: skip
+    found |= dict(zip(_OTHER_ENDS, others, strict=False))
     return found | {"add_bos_token": begins_by_itself(source)}
 
 

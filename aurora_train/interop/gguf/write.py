@@ -18,7 +18,7 @@ from aurora_train.errors import UserError
 from aurora_train.files import sync
 from aurora_train.interop.gguf.model import as_halves, open_gguf
 from aurora_train.interop.gguf.names import ARCHITECTURES, Architecture
-from aurora_train.interop.gguf.settings import heads_of, settings_of
+from aurora_train.interop.gguf.settings import heads_of, settings_of, within_context
 from aurora_train.interop.gguf.vocabulary import vocabulary_of
 from aurora_train.interop.placing import shape_of
 from aurora_train.interop.source import Source
@@ -51,6 +51,7 @@ def write_gguf(source: Source, path: Path, format: str, name: str) -> list[str]:
     """
     if format not in FORMATS:
         raise UserError(f"unknown GGUF format {format!r}", where="--dtype", hint=f"one of {', '.join(FORMATS)}")
+    source, context = within_context(source)
     settings, extra = settings_of(source)
     architecture = ARCHITECTURES[settings["general.architecture"]]
     stored, remarks = _plan(source, architecture, format)
@@ -70,7 +71,7 @@ def write_gguf(source: Source, path: Path, format: str, name: str) -> list[str]:
         raise UserError(f"cannot write: {error.strerror}", where=str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
-    return remarks
+    return context + remarks
 
 
 def _begun(settings: dict, extra: dict[str, np.ndarray], stored: list[Stored]):
@@ -109,9 +110,10 @@ def _plan(source: Source, architecture: Architecture, format: str) -> tuple[list
             uneven.append(name)
             kind = "F16"
         stored.append(Stored(name, hf_name, shape, kind))
-    named = ", ".join(uneven[:2])
-    what = f"{len(uneven)} matrices ({named}, ...) are stored as f16: their rows are no multiple of {_BLOCK}"
-    return stored, [what] if uneven else []
+    named, number = ", ".join(uneven[:2]) + (", ..." if len(uneven) > 2 else ""), len(uneven)
+    what = "1 matrix is" if number == 1 else f"{number} matrices are"
+    remark = f"{what} stored as f16, because the rows are no multiple of {_BLOCK}: {named}"
+    return stored, [remark] if uneven else []
 
 
 def _add(writer, key: str, value) -> None:
@@ -177,7 +179,8 @@ def _refuse_difference(back: Source, source: Source, stored: list[Stored], archi
                             f"{getattr(ours, field)}", where=str(source.path))  # fmt: skip
     for one in stored:
         wanted, found = source.tensors[one.hf_name], back.tensors[one.hf_name]
-        for part in _parts(wanted.shape):
+        whole = architecture.is_transposed(one.hf_name)  # its blocks of 32 numbers lie across the rows
+        for part in [(0, wanted.shape[0])] if whole else _parts(wanted.shape):
             error = _excess(wanted.read(*part), found.read(*part), one, architecture)
             if not error <= 0:
                 raise UserError(
