@@ -11,6 +11,7 @@ import functools
 import math
 import os
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,7 @@ class _Reader:
             factors = {name: self.file.read(f"rope_factors_{name}.weight") for name in ("long", "short")}
             return {"rope_type": "longrope"} | {f"{name}_factor": [decimal(one) for one in array]
                                                 for name, array in factors.items()}  # fmt: skip
-        kind = self._own("rope.scaling.type", "none")
+        kind = self._own("rope.scaling.type", "none", str)
         if kind == "none":
             return None
         scaling = {"rope_type": kind, "factor": decimal(self._own("rope.scaling.factor"))}
@@ -239,14 +240,17 @@ class _Reader:
     def _has(self, stem: str) -> bool:
         return f"blk.0.{stem}" in self.file.tensors
 
-    def _own(self, key: str, default=_NO_DEFAULT):
-        """A value of the architecture's own; one that differs from layer to layer is refused."""
+    def _own(self, key: str, default=_NO_DEFAULT, kind: type = Real):
+        """A value of the architecture's own. UserError for one that differs from layer to layer or is of no `kind`."""
         value = self._value(f"{self.name}.{key}", default)
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise UserError(f"{self.name}.{key} differs from layer to layer: {value[:8]}", where=self.where,
                                 why="layers of different sizes cannot be read")  # fmt: skip
-            return value[0]
+            value = value[0]
+        if not isinstance(value, kind) and value is not default:
+            raise UserError(f"{self.name}.{key} is {value!r}, of type {type(value).__name__}", where=self.where,
+                            why="this key is a text" if kind is str else "this key is a number")  # fmt: skip
         return value
 
     def _value(self, key: str, default=_NO_DEFAULT):
