@@ -18,10 +18,6 @@ from aurora_train.interop.source import Source
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, ORIGIN = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "origin",
 )  # fmt: skip
-# What decides, beside tokenizer.json, which ids a text gets in transformers.
-SETTINGS = (
-    "add_bos_token", "add_eos_token", "additional_special_tokens", "extra_special_tokens", "model_input_names",
-)  # fmt: skip
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # in vocabularies whose `eos_token` ends a turn of a chat
 
 
@@ -32,19 +28,19 @@ def facts_of(source: Source, family: str) -> Facts:
     facts: Facts = {"vocabulary": vocabulary}
     if source.tokenizer is None:
         raise _without_tokenizer(source)
-    ends = source.eos_ids or replace(source, config=config).eos_ids
-    facts |= _tokenizer_files(source, vocabulary, ends)
+    if not source.eos_ids:  # of the text part of a vision model, else none
+        source = replace(source, config=config)
+    _refuse_other_ids(config, source)
+    facts |= _tokenizer_files(source, vocabulary)
     if source.chat_template is not None:
         facts[TEMPLATE] = source.chat_template.encode()
     facts[ORIGIN] = {
         "family": family, "name": source.path.resolve().name, "licence": source.licence,
-        "eos_ids": [int(i) for i in ends], "bos_id": _id(config, "bos_token_id", source),
-        "pad_id": _id(config, "pad_token_id", source), "dtype": _dtype(source),
+        "eos_ids": [int(i) for i in source.eos_ids], "bos_id": config.get("bos_token_id"),
+        "pad_id": config.get("pad_token_id"), "dtype": _dtype(source),
         "max_length": config.get("max_position_embeddings"),
         "tokens": {name: _content(value) for name, value in source.tokenizer_config.items()
                    if name.endswith("_token") and _content(value) is not None},
-        "tokenizer_settings": {name: source.tokenizer_config[name] for name in SETTINGS
-                               if name in source.tokenizer_config},
     }  # fmt: skip
     return facts
 
@@ -62,11 +58,10 @@ def _without_tokenizer(source: Source) -> UserError:
     )  # fmt: skip
 
 
-def _id(config: dict, name: str, source: Source) -> int | None:
-    value = config.get(name)
-    if value is not None and not isinstance(value, int):
-        raise UserError(f"`{name}` is {value!r}, which is no id", where=str(source.path))
-    return value
+def _refuse_other_ids(config: dict, source: Source) -> None:
+    for name in ("bos_token_id", "pad_token_id"):
+        if config.get(name) is not None and not isinstance(config[name], int):
+            raise UserError(f"`{name}` is {config[name]!r}, which is no id", where=str(source.path))
 
 
 def _dtype(source: Source) -> str | None:
@@ -81,7 +76,7 @@ def _content(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _tokenizer_files(source: Source, vocabulary: int, ends: tuple[int, ...]) -> Facts:
+def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
     """The tokenizer in the form in which the language recipe keeps one: as the library writes it, and its separator."""
     import tokenizers
 
@@ -106,11 +101,11 @@ def _tokenizer_files(source: Source, vocabulary: int, ends: tuple[int, ...]) -> 
             f"the tokenizer has {size:,} ids, and the embedding {vocabulary:,} rows", where=where,
             why="the tokenizer belongs to another model, or tokens were added without rows for them",
         )  # fmt: skip
-    separator = _separator(source, backend, ends, where)
+    separator = _separator(source, backend, where)
     return {TOKENIZER: backend.to_str().encode(), TOKENIZER_CONFIG: json.dumps({"eos_token": separator}).encode()}
 
 
-def _separator(source: Source, backend, ends: tuple[int, ...], where: str) -> str:
+def _separator(source: Source, backend, where: str) -> str:
     """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it.
 
     `add_bos_token` of tokenizer_config.json, if it is there, wins over tokenizer.json, as in transformers.
@@ -121,7 +116,7 @@ def _separator(source: Source, backend, ends: tuple[int, ...], where: str) -> st
     if adds is not None:
         begins = [named.get("bos_token") or next(iter(begins), None)] if adds else []
     wanted = [*begins, *_DOCUMENT_ENDS, named.get("eos_token"), named.get("bos_token")]
-    wanted += [backend.id_to_token(i) for i in ends]
+    wanted += [backend.id_to_token(i) for i in source.eos_ids]
     found = next((token for token in wanted if token and backend.token_to_id(token) is not None), None)
     if found is None:
         raise UserError("the tokenizer names no token that begins or ends a text", where=where,

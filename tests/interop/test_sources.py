@@ -215,11 +215,9 @@ def test_an_empty_text_part_reads_as_transformers_reads_it(name):
 def test_documents_begin_with_what_the_tokenizer_begins_a_text_with(adds, separator, folder):
     tokenizer(folder, lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 257, "content": "<x>"}))
     settings = {"bos_token": "<x>", "eos_token": "<|endoftext|>"} | ({} if adds is None else {"add_bos_token": adds})
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": ["input_ids"]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     _, facts = opened(folder)
     assert json.loads(facts["tokenizer_config.json"])["eos_token"] == separator
-    kept = facts["origin"]["tokenizer_settings"]
-    assert kept.get("add_bos_token") is adds and kept["model_input_names"] == ["input_ids"]
 
 
 def test_a_whole_folder_and_a_sharded_one_hold_the_same(folder):
