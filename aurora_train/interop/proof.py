@@ -16,8 +16,9 @@ import numpy as np
 
 from aurora_train.errors import MissingExtra, UserError
 from aurora_train.files import read_json, write_json
+from aurora_train.interop.by_layer import log_probabilities
 from aurora_train.interop.families.family import Family
-from aurora_train.interop.placing import Opened, decoder_of, matched
+from aurora_train.interop.placing import Opened, matched
 from aurora_train.interop.result import Result
 from aurora_train.interop.source import open_source
 
@@ -53,18 +54,6 @@ def rows_of(tokenizer: str, vocabulary: int) -> list[np.ndarray]:
     return [row for row in rows if len(row) > 1 and row.max() < vocabulary]
 
 
-def log_probabilities(model, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """log p of every token at each position, float32[T, vocabulary], for each row."""
-    import jax
-    import jax.numpy as jnp
-
-    length = max(map(len, rows))
-    padded = np.stack([np.pad(row, (0, length - len(row))) for row in rows])  # causal: what comes after is not seen
-    with jax.default_matmul_precision("highest"):
-        found = np.asarray(jax.nn.log_softmax(model.logits(model(jnp.asarray(padded))), -1))
-    return [one[: len(row)] for one, row in zip(found, rows, strict=True)]
-
-
 def prove(result: Result, family: Family, folder: Path, dtype: str, library: str | None) -> dict[str, Any]:
     """Compare an export with its run and write `proof.json` into it. UserError, naming a tensor, if they differ.
 
@@ -74,8 +63,8 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
     if opened.source.kind == "hf":  # of a GGUF file, each block was held to its rounding when it was written
         _refuse_other_tensors(result, opened, dtype)
     rows = rows_of(opened.source.tokenizer, result.vocabulary)
-    wanted = log_probabilities(decoder_of(result.config, result.vocabulary, result.read), rows)
-    found = log_probabilities(decoder_of(opened.config, opened.vocabulary, opened.read), rows)
+    wanted = log_probabilities(result.config, result.read, rows)
+    found = log_probabilities(opened.config, opened.read, rows)
     difference = _mean_difference(found, wanted)
     if not difference <= BOUNDS[dtype]:  # a NaN is a difference, too
         raise UserError(
@@ -100,12 +89,19 @@ def _refuse_other_tensors(result: Result, opened: Opened, dtype: str) -> None:
 
     for name in result.shapes:
         wanted = _as(result.read(name), dtype, name)
-        if name not in opened.shapes or not np.array_equal(opened.read(name), wanted, equal_nan=True):
+        if name not in opened.shapes or not _same_bits(opened.read(name), wanted):
             place = opened.places.get(name)
             raise UserError(
                 f"the tensor {place.theirs if place else name} does not read back as it was written",
                 where=str(opened.source.path),
             )  # fmt: skip
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = np.dtype(f"uint{8 * one.itemsize}")  # compared without a second copy, and a NaN equals itself
+    return np.array_equal(one.view(bits), other.view(bits))
 
 
 def _mean_difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
@@ -163,7 +159,7 @@ def repeat(folder: Path) -> dict[str, Any]:
     except UserError as fault:
         return {"faults": [*faults, str(fault)], "proof": proof}
     rows = [np.array(row, np.int32) for row in proof["texts"]]
-    found = log_probabilities(decoder_of(opened.config, opened.vocabulary, opened.read), rows)
+    found = log_probabilities(opened.config, opened.read, rows)
     recorded, here = (np.concatenate(one) for one in (proof["target_log_probabilities"], _of_targets(found, rows)))
     largest = float(np.abs(here - recorded).max())
     if not largest <= INDEPENDENT_BOUND:
