@@ -111,6 +111,15 @@ def test_an_imported_run_can_be_resumed_and_is_not_overwritten(here, capsys):
     assert "this is a run already" in capsys.readouterr().err
     assert aurora("generate", "again", "--max-tokens", 2) == 0
     assert (here / "again" / "facts" / "facts.json").is_file()
+    capsys.readouterr()
+    assert aurora("resume", "again") == 2
+    assert "imported and not trained, so it has no data" in (said := capsys.readouterr().err) and "data.source" in said
+    small = ("data.sequence=32", "data.holdout_test=0.3", "data.holdout_validation=0", "train.batch=4",
+             "train.steps=2", "evaluate.final=false", "data.source=texts", "--quiet")  # fmt: skip
+    assert aurora("resume", "again", "model.width=64", *small) == 2 and "model.width" in capsys.readouterr().err
+    assert aurora("resume", "again", *small) == 0
+    assert json.loads((here / "again" / "provenance.json").read_text())["data"]["source"].endswith("texts")
+    assert aurora("resume", "again", "train.steps=3", "--quiet") == 0
 
 
 @pytest.mark.parametrize(
