@@ -40,10 +40,15 @@ def open_gguf(path: Path) -> Source:
 @functools.lru_cache(maxsize=1)  # a start opens its source several times, and a large vocabulary takes seconds
 def _opened(path: Path, changed_ns: int, size: int) -> Source:
     file = GgufFile(path)
-    reader = _Reader(file)
-    tokenizer, tokenizer_config, ends = tokenizer_of(file.metadata, str(path))
+    try:
+        reader = _Reader(file)
+        tokenizer, tokenizer_config, ends = tokenizer_of(file.metadata, str(path))
+        config, tensors = reader.config(), reader.tensors()
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise UserError(f"a value of the metadata is of another kind than its key means: {error}",
+                        where=str(path)) from error  # fmt: skip
     return Source(
-        path=path, kind="gguf", config=reader.config(), tensors=reader.tensors(), tokenizer=tokenizer,
+        path=path, kind="gguf", config=config, tensors=tensors, tokenizer=tokenizer,
         tokenizer_config=tokenizer_config, chat_template=file.metadata.get("tokenizer.chat_template"),
         generation={"eos_token_id": ends} if ends else {}, licence=file.metadata.get("general.license"),
     )  # fmt: skip
@@ -55,7 +60,7 @@ class _Reader:
     def __init__(self, file: GgufFile):
         self.file, self.where = file, str(file.path)
         self.name = self._value("general.architecture")
-        if self.name not in ARCHITECTURES:
+        if str(self.name) not in ARCHITECTURES:
             near = get_close_matches(str(self.name), ARCHITECTURES, 1)
             raise UserError(
                 f"the architecture {self.name!r} cannot be read from GGUF", where=self.where,
