@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.check.remarks import rate_line
 from aurora_train.config import config_hash, diff, flat, load_resolved
@@ -77,6 +78,8 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
         (key, old, new, "frozen" if _cuts_what_is_coupled(key, config) else _felt(kind, config))
         for key, old, new, kind in diff(known, config)
     ]
+    if run.step() == 0 and "data" not in (files.read_json(run.provenance) or {"data": None}):
+        changed = _chosen_for_imported(run, changed)
     code = None if config.recipe_bundled else runs.changed_code(run, config)
     if code:
         changed.append((runs.CODE, *code, "frozen"))
@@ -98,6 +101,22 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
             + "; or, if you must: " + " ".join(f"--allow-change {key}" for key in keys),
         )  # fmt: skip
     return config, run, changes
+
+
+def _chosen_for_imported(run: runs.Run, changed: list[tuple]) -> list[tuple]:
+    """The changes of an imported run's first resume: nothing but its model has begun, so all else may be chosen.
+
+    UserError if no data are named, because nobody has chosen those that its config has by default.
+    """
+    if not any(key.startswith("data.") for key, *_ in changed):
+        raise UserError(
+            f"{run.folder.name} was imported and not trained, so it has no data", where=str(run.folder),
+            hint=f"aurora resume {run.folder} data.source=FOLDER, or a config with `model: {{from: {run.folder}}}`",
+        )  # fmt: skip
+    return [
+        (key, old, new, "free" if kind == "frozen" and not key.startswith("model.") else kind)
+        for key, old, new, kind in changed
+    ]
 
 
 def _felt(kind: str, config) -> str:

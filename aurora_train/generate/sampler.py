@@ -38,6 +38,8 @@ class Generator:
         self.ends = frozenset(ends)
         self.vocab_size = model.vocab_size
         self.max_length = model.config.max_length if model.config.positions == "learned" else None
+        # With longrope, a text that grows beyond one of these lengths is turned by other angles from its beginning.
+        self._turns = {rope.scaling.original_length for rope in model.config.ropes if rope.scaling.kind == "longrope"}
         self._has_prefix = model.mask == "prefix"
         self._graph, self._state = nnx.split(model)
 
@@ -75,10 +77,7 @@ class Generator:
         of learned positions.
         """
         self._check(prompts, max_new_tokens, temperature, top_k, top_p)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        tokens = np.zeros((len(prompts), _bucket(lengths.max(), 16)), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
+        tokens, lengths = _padded(prompts)
         knobs = Knobs(
             jnp.float32(temperature),
             jnp.int32(self.vocab_size if top_k is None else top_k),
@@ -90,10 +89,12 @@ class Generator:
         logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, lengths, prefix)
 
         made: list[list[int]] = [[] for _ in prompts]
+        texts = [list(prompt) for prompt in prompts]  # with all that was drawn, also after a row's end
         open_rows = set(range(len(prompts))) if max_new_tokens else set()
         for count in range(max_new_tokens):
             drawn = _draw(logits, keys, count, knobs)
             for row, token in enumerate(np.asarray(drawn).tolist()):
+                texts[row].append(token)
                 if row in open_rows and token in self.ends:
                     open_rows.discard(row)
                 elif row in open_rows:
@@ -102,6 +103,10 @@ class Generator:
                         on_token(row, token)
             if not open_rows or count + 1 == max_new_tokens:
                 break
+            if self._turns.intersection((lengths + count).tolist()):
+                tokens, so_far = _padded(texts)
+                logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, so_far, prefix)
+                continue
             logits, caches = _read_token(self._graph, self._state, caches, drawn, lengths + count, prefix)
         return made
 
@@ -140,6 +145,15 @@ class Generator:
 def total_room(max_length: int, prompts: list[list[int]]) -> int:
     """How many tokens fit after the longest prompt."""
     return max_length - max(len(prompt) for prompt in prompts)
+
+
+def _padded(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32[B, P] padded at the end with 0, lengths int32[B])."""
+    lengths = np.array([len(text) for text in texts], np.int32)
+    tokens = np.zeros((len(texts), _bucket(lengths.max(), 16)), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    return tokens, lengths
 
 
 def _bucket(size, least: int) -> int:

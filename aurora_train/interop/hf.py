@@ -122,6 +122,9 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
     listed = read_json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise UserError("the index has no `weight_map`", where=str(folder / INDEX))
+    astray = next((name for name, file in listed.items() if not isinstance(file, str)), None)
+    if astray is not None:
+        raise UserError(f"weight_map of {astray} is {listed[astray]!r}, which names no file", where=str(folder / INDEX))
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(listed.values())):
         if not (folder / name).is_file():

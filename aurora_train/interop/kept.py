@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from aurora_train.errors import UserError
@@ -28,15 +29,19 @@ _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # in vocabularies whose `
 
 
 def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
-    """The facts of a run with this source's weights. UserError for a tokenizer that does not fit them.
+    """The facts of a run with this source's weights. UserError for no tokenizer, or one that does not fit them.
 
     `beside`: the names of the source's tensors that the text model does not have.
     """
     config = families.text_config(source.config)
     vocabulary = families.vocabulary(source.config, str(source.path))
     facts: Facts = {"vocabulary": vocabulary}
-    if source.tokenizer is not None:
-        facts |= _tokenizer_files(source, vocabulary)
+    if source.tokenizer is None:
+        raise _without_tokenizer(source)
+    if not source.eos_ids:  # of the text part of a vision model, else none
+        source = replace(source, config=config)
+    _refuse_other_ids(config, source)
+    facts |= _tokenizer_files(source, vocabulary)
     if source.chat_template is not None:
         facts[TEMPLATE] = source.chat_template.encode()
     facts[ORIGIN] = {
@@ -53,6 +58,25 @@ def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
     if beside:
         facts[ORIGIN]["beside"] = [len(beside), beside[0]]
     return facts
+
+
+def _without_tokenizer(source: Source) -> UserError:
+    """A run without its base's tokenizer would cut texts into bytes, whose ids mean nothing to the weights."""
+    others = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+    lies = next((name for name in others if source.path.is_dir() and (source.path / name).is_file()), None)
+    if source.kind == "gguf":
+        return UserError("this file holds no tokenizer", where=str(source.path), hint="convert the model again with it")
+    return UserError(
+        f"there is no {TOKENIZER}", where=str(source.path),
+        why=f"{lies} is here, which is not read" if lies else "the weights belong to the ids of one tokenizer",
+        hint=f"write {TOKENIZER} beside it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+    )  # fmt: skip
+
+
+def _refuse_other_ids(config: dict, source: Source) -> None:
+    for name in ("bos_token_id", "pad_token_id"):
+        if config.get(name) is not None and not isinstance(config[name], int):
+            raise UserError(f"`{name}` is {config[name]!r}, which is no id", where=str(source.path))
 
 
 def _dtype(source: Source) -> str | None:
@@ -103,10 +127,16 @@ def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
 
 
 def _separator(source: Source, backend, where: str) -> str:
-    """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it."""
-    empty = backend.encode("", add_special_tokens=True).tokens
+    """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it.
+
+    `add_bos_token` of tokenizer_config.json, if it is there, wins over tokenizer.json, as in transformers.
+    """
     named = {name: _content(value) for name, value in source.tokenizer_config.items() if name.endswith("_token")}
-    wanted = [*empty[:1], *_DOCUMENT_ENDS, named.get("eos_token"), named.get("bos_token")]
+    adds = source.tokenizer_config.get("add_bos_token")
+    begins = backend.encode("", add_special_tokens=True).tokens[:1]
+    if adds is not None:
+        begins = [named.get("bos_token") or next(iter(begins), None)] if adds else []
+    wanted = [*begins, *_DOCUMENT_ENDS, named.get("eos_token"), named.get("bos_token")]
     wanted += [backend.id_to_token(i) for i in source.eos_ids]
     found = next((token for token in wanted if token and backend.token_to_id(token) is not None), None)
     if found is None:

@@ -26,6 +26,16 @@ _PLAIN = {
     "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False,
     "trainable_token_indices": None, "layer_replication": None,
 }  # fmt: skip
+# Settings by which an adapter was made, or that repeat what its tensors say.
+_NEUTRAL = {
+    "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
+}
+# Beginnings of an adapter that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it.
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def open_adapter(folder: Path) -> Source:
@@ -61,7 +71,13 @@ def _refuse_other(config: dict[str, Any], where: str) -> None:
                         why="supported is LORA")  # fmt: skip
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise UserError("the adapter names no rank `r`", where=where, why="PEFT would take 8, whatever it was")
-    for name, plain in _PLAIN.items():
+    if config.get("init_lora_weights") not in _INITS:
+        named = json.dumps(config["init_lora_weights"])
+        raise UserError(f"`init_lora_weights: {named}` is not supported", where=where,
+                        why="it changes the base's weights, which this folder does not hold",
+                        hint="merge the adapter with PEFT's merge_and_unload, and import the result")  # fmt: skip
+    unknown = dict.fromkeys(name for name in config if name not in _NEUTRAL)
+    for name, plain in (unknown | _PLAIN).items():
         if config.get(name, plain) not in (plain, None, {}, [], False):
             value = json.dumps(config[name])
             raise UserError(f"`{name}: {value}` is not supported", where=where,
@@ -85,6 +101,9 @@ def _base_of(config: dict[str, Any], folder: Path, where: str) -> Source:
             f"the adapter's base {named} is not here", where=where,
             hint="download it, and write its folder as base_model_name_or_path",
         )  # fmt: skip
+    if path.resolve() == folder.resolve():
+        raise UserError("the adapter's base is the adapter itself", where=where,
+                        hint="write the folder of the base as base_model_name_or_path")  # fmt: skip
     return open_source(path)
 
 

@@ -189,7 +189,10 @@ def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
     """(family, shape) of a source, without jax. UserError as `families.of` and `read_shape` say."""
     where = str(source.path / "config.json" if source.path.is_dir() else source.path)
     family = families.of(source.config, where)
-    fields = families.read_shape(source.config, family, where)
+    try:
+        fields = families.read_shape(source.config, family, where)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json describes no model: {error}", where=where) from error
     fields["tied"] = bool(fields["tied"]) and not _has_own_head(_named(source, family)[0], family)
     try:
         return family, DecoderConfig(**fields)
@@ -232,7 +235,7 @@ def _has_own_head(tensors: dict[str, Tensor], family: Family) -> bool:
     """Whether a file holds an output head that differs from the embedding: a flag that says "tied" is no proof."""
     by_ours = {weight.ours[0]: weight.theirs for weight in family.outer}
     head, embedding = tensors.get(by_ours["head"]), tensors.get(by_ours["embedding"])
-    if head is None or embedding is None or head.shape != embedding.shape:
+    if head is None or embedding is None or head.shape != embedding.shape or len(head.shape) != 2:
         return head is not None
     rows = max(1, _BLOCK_BYTES // (4 * head.shape[1]))
     ends = [(at, min(at + rows, head.shape[0])) for at in range(0, head.shape[0], rows)]

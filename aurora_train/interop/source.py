@@ -77,8 +77,13 @@ class Source:
         """Every id that ends a text: those of the generation config, else of the config; () if none is named."""
         for holder in (self.generation, self.config):
             ids = holder.get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+            if ids is None:
+                continue
+            ids = tuple(ids) if isinstance(ids, list) else (ids,)
+            if not all(isinstance(one, int) for one in ids):
+                raise UserError(f"`eos_token_id` is {ids!r}, which are no ids", where=str(self.path),
+                                hint="write the numbers of the tokens")  # fmt: skip
+            return ids
         return ()
 
 
@@ -112,9 +117,9 @@ def is_foreign(path: str | Path) -> bool:
 
 
 def is_model(path: str | Path) -> bool:
-    """Whether a path where a run is expected is a source instead: a GGUF file, or a folder of a model or adapter."""
-    told = any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
-    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or told)
+    """Whether a path where a run is expected is a source instead: a GGUF file, an open model's or adapter's folder."""
+    configs = (Path(path) / name for name in ("config.json", "adapter_config.json"))
+    return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or any(one.is_file() for one in configs))
 
 
 def open_source(path: str | Path) -> Source:

@@ -60,20 +60,32 @@ def attention_factor(scaling: RopeScaling) -> float:
     return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
 
 
-def rope_table(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+def rope_table(positions: jax.Array, rope: Rope, real: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """int32[B, T] -> cosines and sines, float32[B, T, dims / 2] each; made once for all layers.
 
-    With longrope, a row with a position beyond the original length takes the long factors for all of its positions.
+    With longrope, a text with a position beyond the original length takes the long factors for all of its positions.
+    A text is a run of positions that follow each other. `real`: bool[B, T], False for padding, which counts for none.
     """
     frequencies, factor = rope_frequencies(rope), attention_factor(rope.scaling)
     if rope.scaling.kind == "longrope":
-        beyond = positions.max(-1)[:, None, None] >= rope.scaling.original_length
+        beyond = _last_of_text(positions, real)[..., None] >= rope.scaling.original_length
         ratio = np.asarray(rope.scaling.short_factors) / np.asarray(rope.scaling.long_factors)
         frequencies = jnp.where(beyond, (frequencies * ratio).astype(np.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     if factor == 1.0:
         return jnp.cos(angles), jnp.sin(angles)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _last_of_text(positions: jax.Array, real: jax.Array | None) -> jax.Array:
+    """int32[B, T]: the last position of the text in which each position lies."""
+    places = jnp.arange(positions.shape[1])
+    follows = positions[:, 1:] == positions[:, :-1] + 1
+    if real is not None:
+        follows &= real[:, 1:]
+    ends = jnp.pad(~follows, ((0, 0), (0, 1)), constant_values=True)
+    end = jax.lax.cummin(jnp.where(ends, places, positions.shape[1]), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, axis=1)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -73,6 +73,6 @@ class Transformer(nnx.Module):
         return x
 
 
-def make_context(config: DecoderConfig, positions: jax.Array, segments) -> Context:
-    """The inputs that all layers share, for any model built of these blocks."""
-    return Context(positions, segments, tuple(rope_table(positions, rope) for rope in config.ropes))
+def make_context(config: DecoderConfig, positions: jax.Array, segments, real=None) -> Context:
+    """The inputs that all layers share, for any model built of these blocks. `real` as in `Decoder.extend`."""
+    return Context(positions, segments, tuple(rope_table(positions, rope, real) for rope in config.ropes))

@@ -15,7 +15,7 @@ from aurora_train.check.intent import init_key, refuse_missing_start
 from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
-from aurora_train.facts import Facts
+from aurora_train.facts import DATE, Facts
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import digest as foreign_digest
@@ -137,8 +137,9 @@ def _refuse_clash(one: Parent, other: Parent) -> None:
 
 
 def inherited_facts(config, parents: tuple[Parent, ...]) -> Facts:
-    """The facts that a new run inherits: those of the parent that `init.facts` names."""
-    return next((parent.facts for parent in parents if parent.prefix == config.init.facts_from), {})
+    """The facts that a new run inherits: those of the parent that `init.facts` names, but the day on which it began."""
+    facts = next((parent.facts for parent in parents if parent.prefix == config.init.facts_from), {})
+    return {name: value for name, value in facts.items() if name != DATE}
 
 
 def record_of(parents: tuple[Parent, ...]) -> dict:

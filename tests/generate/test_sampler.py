@@ -59,6 +59,22 @@ def test_greedy_tokens_and_logits_equal_those_without_a_cache(shape):
     np.testing.assert_allclose(jnp.concatenate(found), logits, atol=1e-4)
 
 
+LONGROPE = {"kind": "longrope", "factor": 4.0, "original_length": 12, "short_factors": (1.0, 1.1, 1.3, 1.5),
+            "long_factors": (2.0, 3.0, 5.0, 8.0)}  # fmt: skip
+
+
+def test_longrope_turns_a_text_by_its_own_length_when_it_grows_beyond_the_original_one():
+    model, prompts = decoder(rope_scaling=LONGROPE), [PROMPT, PROMPT[:3]]
+    made = Generator(model, ()).generate_batch(prompts, 16, temperature=0)
+    # Each row is one text at one length; the padding has position 0 and is a text of its own.
+    texts = [prompt + new[:count] for prompt, new in zip(prompts, made, strict=True) for count in range(16)]
+    tokens = np.array([text + [0] * (24 - len(text)) for text in texts], np.int32)
+    positions = np.array([[*range(len(text))] + [0] * (24 - len(text)) for text in texts], np.int32)
+    logits = nnx.jit(lambda model: model.logits(model(tokens, None, positions)))(model)
+    last = logits[np.arange(len(texts)), [len(text) - 1 for text in texts]]
+    assert sum(made, []) == last.argmax(-1).tolist()
+
+
 def test_the_prompt_is_the_prefix_of_a_prefix_language_model():
     model, prompts = decoder("prefix"), [PROMPT, PROMPT[:3]]
     made = Generator(model, ()).generate_batch(prompts, 6, temperature=0)

@@ -1,5 +1,6 @@
 """GGUF files: what is written comes back, in the names and the order that llama.cpp knows; broken files are refused."""
 
+import re
 import struct
 
 import numpy as np
@@ -175,6 +176,22 @@ def test_a_broken_file_ends_in_one_message_that_names_it(what, good, tmp_path):
     with pytest.raises(UserError) as caught:
         open_gguf(path)
     assert says in str(caught.value) and "broken.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("llama.attention.head_count", "4", "llama.attention.head_count is '4', of type str"),
+    ("llama.rope.scaling.type", 3, "llama.rope.scaling.type is 3, of type int"),
+    ("general.architecture", ["llama"], "the architecture ['llama'] cannot be read"),
+    ("llama.embedding_length", [64, 65], "differs from layer to layer"),
+    ("tokenizer.ggml.tokens", 7, "of another kind than its key means"),
+])  # fmt: skip
+def test_a_value_of_another_kind_is_refused(key, value, says, good, tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(good)
+    file = GgufFile(tmp_path / "m.gguf")
+    file.metadata[key] = value
+    monkeypatch.setattr("aurora_train.interop.gguf.model.GgufFile", lambda path: file)
+    with pytest.raises(UserError, match=re.escape(says)):
+        open_gguf(tmp_path / "m.gguf")
 
 
 def test_a_part_of_a_split_file_is_refused_with_how_to_join_it(tmp_path):

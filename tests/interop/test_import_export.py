@@ -8,12 +8,14 @@ from kit import in_process as aurora
 from open_models import FAMILIES, settings_of, weights_of, write_model
 
 import aurora_train
+from aurora_train.config import load_values
 from aurora_train.interop import export, families
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.result import Result
 from aurora_train.interop.source import open_source
 from aurora_train.interop.tokenizer_files import tokenizer_json
+from aurora_train.origin.parents import Parent, inherited_facts
 
 CONFIG = """
 recipe: language_model
@@ -111,6 +113,21 @@ def test_an_imported_run_can_be_resumed_and_is_not_overwritten(here, capsys):
     assert "this is a run already" in capsys.readouterr().err
     assert aurora("generate", "again", "--max-tokens", 2) == 0
     assert (here / "again" / "facts" / "facts.json").is_file()
+    capsys.readouterr()
+    assert aurora("resume", "again") == 2
+    assert "imported and not trained, so it has no data" in (said := capsys.readouterr().err) and "data.source" in said
+    small = ("data.sequence=32", "data.holdout_test=0.3", "data.holdout_validation=0", "train.batch=4",
+             "train.steps=2", "evaluate.final=false", "data.source=texts", "--quiet")  # fmt: skip
+    assert aurora("resume", "again", "model.width=64", *small) == 2 and "model.width" in capsys.readouterr().err
+    assert aurora("resume", "again", *small) == 0
+    assert json.loads((here / "again" / "provenance.json").read_text())["data"]["source"].endswith("texts")
+    assert aurora("resume", "again", "train.steps=3", "--quiet") == 0
+
+
+def test_a_new_run_has_its_own_first_day_and_not_that_of_its_parent():
+    facts = {"template_date": "2026-01-01T00:00:00", "vocabulary": 9}
+    config = load_values({"recipe": "language_model", "name": "new", "init": {"from": "base"}}, "new")
+    assert inherited_facts(config, (Parent("base", 0, "", facts, ""),)) == {"vocabulary": 9}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +11,10 @@ from open_models import VOCABULARY, settings_of, weights_of, write_model
 from safetensors.numpy import save_file
 
 from aurora_train.errors import UserError
+from aurora_train.interop import families
 from aurora_train.interop.kept import facts_of
-from aurora_train.interop.placing import matched
-from aurora_train.interop.source import open_source
+from aurora_train.interop.placing import matched, shape_of
+from aurora_train.interop.source import Source, is_model, open_source
 
 
 @pytest.fixture
@@ -129,6 +131,26 @@ BAD = {
         lambda f: tokenizer(f, lambda t: t["added_tokens"].append(
             t["added_tokens"][0] | {"id": 270, "content": "<x>"})),
         "the added token '<x>' has the id 270 in the file and 257 once loaded"),
+    "layers are null": (lambda f: edit(f, num_hidden_layers=None), "config.json has no `num_hidden_layers`"),
+    "layers are no whole number": (lambda f: edit(f, num_hidden_layers=2.0), "which is not a whole number of at least"),
+    "theta is a text": (lambda f: edit(f, rope_parameters=..., rope_theta="x"), "`rope_theta` is 'x', which is not a"),
+    "theta is a text inside": (lambda f: edit(f, rope_parameters={"rope_theta": "x"}), "rope_theta is 'x'"),
+    "stretching is a text": (lambda f: edit(f, rope_scaling="linear"), "`rope_scaling` is 'linear', which is not a"),
+    "rotary parameters are a list": (lambda f: edit(f, rope_parameters=[1]), r"`rope_parameters` is \[1\], which"),
+    "model type is a list": (lambda f: edit(f, model_type=["qwen3"]), "`model_type` is .*, which is not a text"),
+    "architectures are a number": (lambda f: edit(f, architectures=5), "`architectures` is 5, which is not a list"),
+    "end is a text": (lambda f: edit(f, eos_token_id="</s>"), "`eos_token_id` is .*, which are no ids"),
+    "beginning is a text": (lambda f: edit(f, bos_token_id="<s>"), "`bos_token_id` is '<s>', which is no id"),
+    "index of numbers": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": [1]}}'),
+        r"weight_map of a.weight is \[1\], which names no file"),
+    "rank of a head": (
+        lambda f: weights(f, lambda w: w.update({
+            name: np.zeros(4, np.float32) for name in ("lm_head.weight", "model.embed_tokens.weight")})),
+        r"model.embed_tokens.weight: of shape \[4\]"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "there is no tokenizer.json"),
+    "another tokenizer": (
+        lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "tokenizer.model is here, which is not read"),
     "tokenizer is not one": (lambda f: (f / "tokenizer.json").write_text('{"a": 1}'), "not a readable tokenizer.json"),
 }  # fmt: skip
 
@@ -141,6 +163,61 @@ def test_a_bad_folder_is_refused_with_what_is_wrong_and_where(case, folder):
         opened(folder)
     assert re.search(said, str(fault.value)), str(fault.value)
     assert str(folder) in str(fault.value)
+
+
+@pytest.mark.parametrize("name, changed", [
+    ("gemma3", {"query_pre_attn_scalar": 0}), ("gemma3", {"query_pre_attn_scalar": "16"}),
+    ("gemma3", {"sliding_window_pattern": 0}), ("qwen3_5", {"full_attention_interval": 0}),
+    ("smollm3", {"no_rope_layer_interval": 0}), ("smollm3", {"no_rope_layers": 4}),
+])  # fmt: skip
+def test_a_value_that_no_layer_can_have_is_refused_by_its_key(name, changed):
+    with pytest.raises(UserError, match=f"`{next(iter(changed))}` is "):
+        shape_of(Source(Path("config.json"), "hf", settings_of(name, **changed), {}))
+
+
+def shape(**config):
+    return shape_of(Source(Path("config.json"), "hf", config, {}))[1]
+
+
+def test_a_null_is_a_value_and_not_the_default():
+    gemma = settings_of("gemma2")
+    assert shape(**{name: gemma[name] for name in gemma if name != "attn_logit_softcapping"}).attention_softcap == 50
+    assert shape(**gemma | {"attn_logit_softcapping": None}).attention_softcap is None
+    qwen = shape(**settings_of("qwen2", num_key_value_heads=None))
+    assert qwen.num_kv_heads == qwen.heads
+
+
+def test_what_the_text_part_of_a_vision_model_leaves_out_is_the_published_code_s():
+    """The config.json of Gemma 3 4B, as published: its text part states what differs from the class."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    config = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text, "vision_config": {}}
+    found = shape(**config)
+    assert (found.width, found.layers, found.heads, found.num_kv_heads, found.dim_per_head) == (2560, 34, 8, 4, 256)
+    assert families.vocabulary(config, "") == 262208 and families.text_config(config)["bos_token_id"] == 2
+    with pytest.raises(UserError, match="config.json has no `vocab_size`"):
+        families.vocabulary(text, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, family in families.known().items() if family.sparse])
+def test_an_empty_text_part_reads_as_transformers_reads_it(name):
+    mapping = pytest.importorskip("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    theirs = mapping[name]().to_dict()
+    sparse = {"model_type": "vision", "text_config": {"model_type": name}}
+    assert families.essence(shape(**sparse)) == families.essence(shape(**theirs))
+    ours = families.text_config(sparse)
+    assert {key: theirs.get(key) for key in families.known()[name].sparse} == {
+        key: ours[key] for key in families.known()[name].sparse}
+
+
+@pytest.mark.parametrize("adds, separator", [(None, "<|endoftext|>"), (True, "<x>"), (False, "<|endoftext|>")])
+def test_documents_begin_with_what_the_tokenizer_begins_a_text_with(adds, separator, folder):
+    tokenizer(folder, lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 257, "content": "<x>"}))
+    settings = {"bos_token": "<x>", "eos_token": "<|endoftext|>"} | ({} if adds is None else {"add_bos_token": adds})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _, facts = opened(folder)
+    assert json.loads(facts["tokenizer_config.json"])["eos_token"] == separator
 
 
 def test_a_whole_folder_and_a_sharded_one_hold_the_same(folder):
@@ -199,6 +276,7 @@ def test_an_adapter_is_added_to_its_base(rslora, folder, tmp_path):
     name = "stack.units.0000.attention.query"
     np.testing.assert_allclose(found.read(name), base.read(name) + scale * change.T, rtol=1e-5, atol=1e-5)
     others = [one for one in base.shapes if one != name]
+    assert is_model(path) and not is_model(tmp_path)
     assert found.source.kind == "peft" and all(np.array_equal(found.read(one), base.read(one)) for one in others)
 
 
@@ -207,6 +285,10 @@ BAD_ADAPTERS = {
     "no rank": ({"r": None}, "names no rank"),
     "DoRA": ({"use_dora": True}, "`use_dora: true` is not supported"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, "`modules_to_save: "),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights: \"pissa_niter_4\"` is not supported"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "`alora_invocation_tokens: "),
+    "QA-LoRA": ({"use_qalora": True}, "`use_qalora: true` is not supported"),
+    "its own base": ({"base_model_name_or_path": "../adapter"}, "the adapter's base is the adapter itself"),
     "no base": ({"base_model_name_or_path": None}, "names no base"),
     "base elsewhere": ({"base_model_name_or_path": "owner/name"}, "base owner/name is not here"),
     "a name that leads nowhere": ({"name": "layers.0.q"}, "belongs to no tensor of the base"),

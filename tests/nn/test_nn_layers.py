@@ -154,6 +154,18 @@ def test_linear_rope_scaling_is_a_slower_clock():
     np.testing.assert_allclose(scaled * 4, rope_frequencies(Rope(500.0, 16, RopeScaling())), rtol=1e-6)
 
 
+def test_longrope_in_a_packed_row_goes_by_each_text_alone():
+    factors = {"short_factors": (1.0, 1.0), "long_factors": (2.0, 3.0)}
+    rope = Rope(10_000.0, 4, RopeScaling(kind="longrope", factor=4.0, original_length=8, **factors))
+    long, short = np.arange(12), np.arange(5)
+    packed = rope_table(jnp.asarray([[*short, *long, *short, 0, 0]]), rope)[0][0]
+    alone = [rope_table(jnp.asarray([text]), rope)[0][0] for text in (short, long, short)]
+    np.testing.assert_array_equal(packed[:-2], np.concatenate(alone))
+    assert not np.array_equal(alone[0], alone[1][:5])
+    real = jnp.arange(12)[None] < 5  # the padding behind a prompt counts for nothing
+    np.testing.assert_array_equal(rope_table(jnp.asarray([long]), rope, real)[0][0][:5], alone[0])
+
+
 def test_llama3_rope_scaling_keeps_short_waves_and_stretches_long_ones():
     scaling = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
     plain = rope_frequencies(Rope(500_000.0, 128, RopeScaling())).astype(np.float64)

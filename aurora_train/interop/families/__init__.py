@@ -9,6 +9,7 @@ from typing import Any
 from aurora_train.errors import UserError
 from aurora_train.interop.families import gemma, gpt2, llama, olmo, qwen
 from aurora_train.interop.families.family import SAME, Family, Key
+from aurora_train.interop.families.kinds import refuse_kinds
 from aurora_train.interop.families.rows import lines_of, read_rows, write_rows
 from aurora_train.nn.decoder_config import DecoderConfig
 
@@ -21,16 +22,22 @@ def known() -> dict[str, Family]:
 
 
 def text_config(config: dict) -> dict:
-    """The part of config.json that describes the language model: all of it, or that of a vision model's text."""
+    """The part of config.json that describes the language model: all of it, or that of a vision model's text.
+
+    A vision model's file leaves out the values of its text part that are the class's own; they are filled in.
+    """
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return config
-    return {"tie_word_embeddings": config["tie_word_embeddings"]} | inner if "tie_word_embeddings" in config else inner
+    family = known().get(str(inner.get("model_type")))
+    outer = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    return {**(family.sparse if family else {}), **outer, **inner}
 
 
 def of(config: dict, where: str) -> Family:
     """The family of a config.json. UserError for one that is not supported: the nearest, and what is missing."""
     config, families = text_config(config), known()
+    refuse_kinds(config, where)
     model_type = config.get("model_type")
     if model_type in families:
         return families[model_type]
@@ -68,6 +75,7 @@ def read_shape(config: dict, family: Family, where: str) -> dict[str, Any]:
     Raises UserError for a key that is required and absent, and for a value that this project does not compute.
     """
     config = text_config(config)
+    refuse_kinds(config, where)
     for name, values in family.only.items():
         if name in config and config[name] not in values:
             raise UserError(
@@ -76,13 +84,11 @@ def read_shape(config: dict, family: Family, where: str) -> dict[str, Any]:
             )  # fmt: skip
     fields = dict(family.shape)
     for name, target in family.keys.items():
-        if name not in config and name not in family.absent:
+        if config.get(name) is None and name not in family.absent:
             raise UserError(f"config.json has no `{name}`, which {family.title} needs", where=where)
-        value = config.get(name, family.absent.get(name))
-        if value is None:
-            value = family.absent.get(name)
-        if value == SAME:
-            value = config["num_attention_heads"]
+        value = config.get(name, family.absent.get(name))  # a null is a value: a softcap of null is none
+        if value == SAME or (value is None and name == "num_key_value_heads"):
+            value = fields["heads"]
         if not isinstance(value, int | float | None) and not isinstance(target, Key):
             raise UserError(f"`{name}` is {value!r}, which is not a number", where=where)
         key = target if isinstance(target, Key) else Key(target, lambda value: value, None)
@@ -97,7 +103,8 @@ def read_shape(config: dict, family: Family, where: str) -> dict[str, Any]:
 def vocabulary(config: dict, where: str) -> int:
     """`vocab_size`: the rows of the embedding."""
     config = text_config(config)
-    if not isinstance(config.get("vocab_size"), int):
+    refuse_kinds(config, where)
+    if config.get("vocab_size") is None:
         raise UserError("config.json has no `vocab_size`", where=where)
     return config["vocab_size"]
 

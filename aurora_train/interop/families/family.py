@@ -74,6 +74,8 @@ class Family:
         shape: fields of `DecoderConfig` that all its models share.
         keys: key of config.json -> field (`section.field` inside a section), or a `Key`.
         absent: what the published code takes for a key that config.json lacks; without an entry the key is required.
+        sparse: what the published code takes for a size or an id that the `text_config` of a vision model leaves out.
+            At the top level a size is required, since files state it there.
         only: key -> the values that this project computes, the family's own first. Any other value is refused.
         rows: how its layers differ.
         block, outer: the weights of a layer, and those outside of layers.
@@ -90,6 +92,7 @@ class Family:
     keys: dict[str, str | Key]
     rows: Rows
     absent: dict[str, Any] = field(default_factory=dict)
+    sparse: dict[str, Any] = field(default_factory=dict)
     only: dict[str, tuple] = field(default_factory=dict)
     outer: tuple[Weight, ...] = ()
     layer: str = "model.layers.{}."
@@ -155,6 +158,18 @@ OUTER = (
 )
 LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "bias": "none", "positions": "rope"}
 GEMMA = LLAMA | {"activation": "geglu", "norm_place": "both", "norm_offset": True, "embed_scale": True}
+
+
+def sizes(
+    width: int, layers: int, heads: int, mlp: int, vocabulary: int, length: int, bos: int | None = None,
+    eos: int | None = None, pad: int | None = None,
+) -> dict[str, Any]:
+    """`sparse` of a family: the values of its class in transformers 5.24."""
+    return {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
+        "vocab_size": vocabulary, "max_position_embeddings": length, "bos_token_id": bos, "eos_token_id": eos,
+        "pad_token_id": pad,
+    }  # fmt: skip
 
 
 def every(period: int) -> Callable[[dict], list[str]]:

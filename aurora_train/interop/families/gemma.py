@@ -13,6 +13,7 @@ from aurora_train.interop.families.family import (
     Family,
     Rows,
     every,
+    sizes,
 )
 
 _KEYS = KEYS | {
@@ -27,19 +28,20 @@ _ONLY = NO_BIAS | {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirection
 
 
 def _gemma3_types(config: dict) -> list[str]:
-    return every(config.get("sliding_window_pattern", 6))(config)
+    return every(config.get("sliding_window_pattern") or 6)(config)
 
 
 FAMILIES = (
     Family(
         model_type="gemma2", architecture="Gemma2ForCausalLM", title="Gemma 2", shape=GEMMA, keys=_KEYS,
+        sparse=sizes(2304, 26, 8, 9216, 256000, 8192, 2, 1, 0),
         absent=_ABSENT | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, only=_ONLY,
         rows=Rows(types=every(2), window=4096, has_window=True),
         block=(*NORMS_BOTH, *ATTENTION, *MLP), outer=OUTER,
     ),
     Family(
         model_type="gemma3_text", architecture="Gemma3ForCausalLM", title="Gemma 3 (text)",
-        shape=GEMMA | {"qk_norm": "head"}, keys=_KEYS,
+        shape=GEMMA | {"qk_norm": "head"}, keys=_KEYS, sparse=sizes(2304, 26, 8, 9216, 262208, 131072, 2, 1, 0),
         absent=_ABSENT | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, only=_ONLY,
         rows=Rows(
             types=_gemma3_types, window=4096, has_window=True, theta=(1e6, 1e4), by_type=True,

@@ -19,6 +19,7 @@ from aurora_train.interop.families.family import (
     Rows,
     Weight,
     linear,
+    sizes,
 )
 
 
@@ -30,7 +31,7 @@ def _layer_types(config: dict) -> list[str]:
 
 def _linear_types(config: dict) -> list[str]:
     """Every fourth layer is full, the others linear."""
-    period = config.get("full_attention_interval", 4)
+    period = config.get("full_attention_interval") or 4
     return ["linear_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])]
 
 
@@ -39,17 +40,20 @@ _ROWS = Rows(types=_layer_types, window=4096, window_if="use_sliding_window", ha
 FAMILIES = (
     Family(
         model_type="qwen2", architecture="Qwen2ForCausalLM", title="Qwen 2 and 2.5", shape=LLAMA | {"bias": "qkv"},
+        sparse=sizes(4096, 32, 32, 22016, 151936, 32768),
         keys=KEYS, absent=ABSENT | {"num_key_value_heads": 32}, only=SILU, rows=_ROWS,
         block=(*NORMS_BEFORE, *ATTENTION, *MLP), outer=OUTER,
     ),
     Family(
         model_type="qwen3", architecture="Qwen3ForCausalLM", title="Qwen 3", shape=LLAMA | {"qk_norm": "head"},
+        sparse=sizes(4096, 32, 32, 22016, 151936, 32768),
         keys=KEYS, absent=ABSENT | {"num_key_value_heads": 32, "head_dim": 128}, only=SILU | NO_BIAS, rows=_ROWS,
         block=(*NORMS_BEFORE, *ATTENTION, *HEAD_NORMS, *MLP), outer=OUTER,
     ),
     Family(
         model_type="qwen3_5_text", architecture="Qwen3_5ForCausalLM", title="Qwen 3.5 (text)",
         shape=LLAMA | {"qk_norm": "head", "norm_offset": True, "attention_gate": True},
+        sparse=sizes(4096, 32, 16, 12288, 248320, 32768),
         keys=KEYS | {
             "linear_num_key_heads": "linear.key_heads", "linear_num_value_heads": "linear.value_heads",
             "linear_key_head_dim": "linear.key_dim", "linear_value_head_dim": "linear.value_dim",

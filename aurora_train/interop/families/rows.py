@@ -75,7 +75,7 @@ def _types(config: dict, family: Family, num_layers: int, where: str) -> tuple[l
 def _no_rope(config: dict, family: Family, num_layers: int, where: str) -> list[int]:
     if not family.rows.no_rope:
         return [1] * num_layers
-    interval = config.get("no_rope_layer_interval", 4)
+    interval = config.get("no_rope_layer_interval") or 4
     on = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(num_layers)]
     if len(on) != num_layers:
         raise UserError(f"no_rope_layers names {len(on)} layers, and num_hidden_layers is {num_layers}", where=where)
@@ -95,7 +95,12 @@ def _rope(config: dict, family: Family, kind: str, where: str) -> tuple[float, f
     older = config.get(rows.local_theta if rows.by_type and kind == SLIDING else "rope_theta")
     theta = found.get("rope_theta") or older or rows.theta[kind == SLIDING]
     rotary = found.get("partial_rotary_factor", config.get("partial_rotary_factor", rows.rotary))
-    return float(theta), float(rotary), _scaling(found, config, where)
+    try:
+        theta, rotary = float(theta), float(rotary)
+    except (TypeError, ValueError):
+        what = f"rope_theta is {theta!r} and partial_rotary_factor {rotary!r}, of which one is not a number"
+        raise UserError(what, where=where) from None
+    return theta, rotary, _scaling(found, config, where)
 
 
 def _scaling(found: dict, config: dict, where: str) -> RopeScaling:
@@ -123,7 +128,7 @@ def _scaling(found: dict, config: dict, where: str) -> RopeScaling:
             )  # fmt: skip
     except KeyError as error:
         raise UserError(f"the rotary positions of type {kind} lack {error}", where=where) from error
-    except (TypeError, ValueError) as error:  # a value of another type, or one that pydantic refuses
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # of another type, or one that pydantic refuses
         raise UserError(f"the rotary positions of type {kind} cannot be read: {error}", where=where) from error
     raise UserError(
         f"rotary positions of type {kind!r} are not supported", where=where,

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,15 @@ def open_gguf(path: Path) -> Source:
 @functools.lru_cache(maxsize=1)  # a start opens its source several times, and a large vocabulary takes seconds
 def _opened(path: Path, changed_ns: int, size: int) -> Source:
     file = GgufFile(path)
-    reader = _Reader(file)
-    tokenizer, tokenizer_config, ends = tokenizer_of(file.metadata, str(path))
+    try:
+        reader = _Reader(file)
+        tokenizer, tokenizer_config, ends = tokenizer_of(file.metadata, str(path))
+        config, tensors = reader.config(), reader.tensors()
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise UserError(f"a value of the metadata is of another kind than its key means: {error}",
+                        where=str(path)) from error  # fmt: skip
     return Source(
-        path=path, kind="gguf", config=reader.config(), tensors=reader.tensors(), tokenizer=tokenizer,
+        path=path, kind="gguf", config=config, tensors=tensors, tokenizer=tokenizer,
         tokenizer_config=tokenizer_config, chat_template=file.metadata.get("tokenizer.chat_template"),
         generation={"eos_token_id": ends} if ends else {}, licence=file.metadata.get("general.license"),
     )  # fmt: skip
@@ -54,7 +60,7 @@ class _Reader:
     def __init__(self, file: GgufFile):
         self.file, self.where = file, str(file.path)
         self.name = self._value("general.architecture")
-        if self.name not in ARCHITECTURES:
+        if str(self.name) not in ARCHITECTURES:
             near = get_close_matches(str(self.name), ARCHITECTURES, 1)
             raise UserError(
                 f"the architecture {self.name!r} cannot be read from GGUF", where=self.where,
@@ -190,7 +196,7 @@ class _Reader:
             factors = {name: self.file.read(f"rope_factors_{name}.weight") for name in ("long", "short")}
             return {"rope_type": "longrope"} | {f"{name}_factor": [decimal(one) for one in array]
                                                 for name, array in factors.items()}  # fmt: skip
-        kind = self._own("rope.scaling.type", "none")
+        kind = self._own("rope.scaling.type", "none", str)
         if kind == "none":
             return None
         scaling = {"rope_type": kind, "factor": decimal(self._own("rope.scaling.factor"))}
@@ -239,14 +245,17 @@ class _Reader:
     def _has(self, stem: str) -> bool:
         return f"blk.0.{stem}" in self.file.tensors
 
-    def _own(self, key: str, default=_NO_DEFAULT):
-        """A value of the architecture's own; one that differs from layer to layer is refused."""
+    def _own(self, key: str, default=_NO_DEFAULT, kind: type = Real):
+        """A value of the architecture's own. UserError for one that differs from layer to layer or is of no `kind`."""
         value = self._value(f"{self.name}.{key}", default)
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise UserError(f"{self.name}.{key} differs from layer to layer: {value[:8]}", where=self.where,
                                 why="layers of different sizes cannot be read")  # fmt: skip
-            return value[0]
+            value = value[0]
+        if not isinstance(value, kind) and value is not default:
+            raise UserError(f"{self.name}.{key} is {value!r}, of type {type(value).__name__}", where=self.where,
+                            why="this key is a text" if kind is str else "this key is a number")  # fmt: skip
         return value
 
     def _value(self, key: str, default=_NO_DEFAULT):
