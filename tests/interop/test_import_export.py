@@ -111,6 +111,8 @@ def test_an_imported_run_can_be_resumed_and_is_not_overwritten(here, capsys):
     assert "this is a run already" in capsys.readouterr().err
     assert aurora("generate", "again", "--max-tokens", 2) == 0
     assert (here / "again" / "facts" / "facts.json").is_file()
+    assert aurora("evaluate", "again") == 2
+    assert "error: --on: again was imported and not trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
