@@ -261,7 +261,8 @@ class Planner:
             self.refuse_misfit(choice, (choice or shortlist.smallest()).bytes)
             return choice, None
         best, real, least = self._known(shortlist)
-        for turn in range(min(self.compiles, COMPILES - (not self.tried)), COMPILES):
+        latest = COMPILES if self.tried else COMPILES - 1  # a first search compiles at least one
+        for turn in range(min(self.compiles, latest), COMPILES):
             candidate = self._next(shortlist, best, turn)
             if candidate is None or (best is not None and not self._pays(shortlist, candidate, best, real)):
                 break

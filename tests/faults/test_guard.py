@@ -79,10 +79,11 @@ def test_a_save_in_place_that_is_under_way_holds_nothing_between_two_steps(tmp_p
 
 
 def test_after_the_first_save_only_what_later_saves_take_is_asked_for(tmp_path):
-    saving = iter([True, False, False])
-    guard = Guard(4 * GIB, root=box(tmp_path, 4), saving=lambda: next(saving), later_bytes=lambda: GIB)
-    guard.look()  # a save is under way,
-    guard.look()  # and has ended
+    under_way = [True]
+    guard = Guard(4 * GIB, root=box(tmp_path, 4), saving=lambda: under_way[0], later_bytes=lambda: GIB)
+    guard.look()
+    under_way[0] = False
+    guard.look()
     assert guard.asked(1, lambda: None) is None, "a save of 1 GiB and 2 % of 64 GiB fit in 4"
 
 
