@@ -106,7 +106,7 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
 
     run = located(run)
     if is_model(run):
-        return _load_source(Path(run), step)
+        return _load_source(Path(run), step, recipe)
     known = Run.existing(run)
     config = load_resolved(known.folder, recipe=recipe and Path(recipe))
     say_changed_code(known, config, by)
@@ -122,13 +122,18 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     return Loaded(known.folder, config, opened, evaluator.model(state), step, evaluator, state)
 
 
-def _load_source(source: Path, step: int | None) -> Loaded:
+def _load_source(source: Path, step: int | None, recipe) -> Loaded:
     """An open model, by the recipe of language models and nothing else."""
     from aurora_train.config import load_values
     from aurora_train.machine.profile import prepare_environment
 
     if step is not None:
         raise UserError(f"{source.name} is an open model, and has no steps", where="--step", hint="leave --step out")
+    if recipe is not None:
+        raise UserError(
+            f"{source.name} is an open model, which only the recipe language_model reads", where="--recipe",
+            hint=f"aurora import {source} --to RUN makes a run of it, which may be read by another recipe",
+        )  # fmt: skip
     config = load_values(_started_from(source), source.name)
     prepare_environment(config)
     from aurora_train.machine.precision import settled

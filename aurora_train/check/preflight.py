@@ -11,7 +11,7 @@ from aurora_train.checkpoint import durable, frozen
 from aurora_train.checkpoint.store import MARGIN_BYTES
 from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE
-from aurora_train.plan.account import tree_bytes
+from aurora_train.plan.account import trained_bytes, tree_bytes
 from aurora_train.record.voice import Voice
 from aurora_train.units import duration, size
 
@@ -42,7 +42,7 @@ def refuse_no_room(session) -> None:
     run, store, state = session.run, session.store, session.blueprint.state
     if run.step() >= session.config.train.steps or run.follows:
         return  # everything is saved, or another process saves
-    needed = tree_bytes(state) - tree_bytes(state.frozen) + MARGIN_BYTES
+    needed = trained_bytes(state) + MARGIN_BYTES
     if not durable.is_sealed(run.checkpoints / frozen.FOLDER):
         needed += tree_bytes(state.frozen)
     there = run.checkpoints if run.checkpoints.is_dir() else run.folder

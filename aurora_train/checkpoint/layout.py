@@ -106,7 +106,12 @@ def unread(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str,
 
 def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
     """A copy on the host of the leaves whose names are `wanted`. The device buffers may be donated when it returns."""
-    return {name: leaf.read() for name, leaf in unread(tree, wanted).items()}
+    flat: dict[str, np.ndarray] = {}
+    for names, stacked, leaf in entries(tree):
+        if wanted(names[0]):
+            whole = Unread(leaf).read()  # a stacked leaf is moved once and divided here, not once for each unit
+            flat.update(zip(names, map(np.asarray, whole) if stacked else [whole], strict=True))
+    return flat
 
 
 def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,9 +20,9 @@ def command(
     json: JsonOption = False,
 ):
     """Import an open model: weights, tokenizer, chat template and licence, as a run at step 0."""
-    from aurora_train.train.bringing import bring
+    from aurora_train.train.importing import import_model
 
-    run, opened = bring(source, str(to))
+    run, opened = import_model(source, str(to))
     count = sum(_size(shape) for shape in opened.shapes.values())
     if json:
         print_json({"run": str(run.folder), "family": opened.family.model_type, "parameters": count,

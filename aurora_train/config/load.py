@@ -60,33 +60,41 @@ def load_values(values: dict, name: str) -> Core:
     return _complete(Tree(values, {}, {(): Mark(name)}), Path(name), None)
 
 
-def load_resolved(run_folder: str | Path, overrides: Iterable[str] = (), recipe: Path | None = None) -> Core:
+def load_resolved(
+    run_folder: str | Path, overrides: Iterable[str] = (), recipe: Path | None = None, *, reading: bool = True
+) -> Core:
     """The config of a run; a user's recipe is read from the copy in the run's `code/`.
 
     The values were checked when the run began. They are checked again only if there are `overrides`, because the run's
-    data may be missing on this machine. `recipe` is a file to use instead of the run's recipe.
+    data may be missing on this machine. `recipe` is a file to use instead of the run's recipe. A run that is trained
+    further, not only read (`reading`), is refused if a key of an earlier version asks for what is gone.
     """
     run_folder, overrides = Path(run_folder), list(overrides)
-    return _load_file(run_folder / "config.yaml", overrides, run_folder / "code", recipe, checked=bool(overrides))
+    file, code, checked = run_folder / "config.yaml", run_folder / "code", bool(overrides)
+    return _load_file(file, overrides, code, recipe, checked=checked, reading=reading and not checked)
 
 
 def _load_file(
-    file: Path, overrides: Iterable[str], code: Path | None, recipe: Path | None = None, *, checked: bool = True
-) -> Core:
+    file: Path, overrides: Iterable[str], code: Path | None, recipe: Path | None = None, *, checked: bool = True,
+    reading: bool = False,
+) -> Core:  # fmt: skip
     tree = _read_extended(file)
     for override in overrides:
         tree.merge(parse_override(override))
-    return _complete(tree, file, code, recipe, checked=checked)
+    return _complete(tree, file, code, recipe, checked=checked, reading=reading)
 
 
-def _complete(tree: Tree, file: Path, code: Path | None, recipe: Path | None = None, *, checked: bool = True) -> Core:
+def _complete(
+    tree: Tree, file: Path, code: Path | None, recipe: Path | None = None, *, checked: bool = True,
+    reading: bool = False,
+) -> Core:  # fmt: skip
     """The Config of a whole tree: derived values filled in, validated, checked."""
     found_recipe = load_recipe(recipe, bundled.is_bundled(recipe)) if recipe else _recipe_of(tree, file, code)
     schema = config_class(found_recipe.cls)
     if tree.value.get("name") is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         tree.merge(Tree({"name": name}, {}, {("name",): Mark(show_path(file))}))
-    removed.take_out(tree)
+    removed.take_out(tree, reading=reading)
     _write_out_parts(tree)
     unset_nulls(tree, schema, overrides_only=code is not None)
     _place_paths(tree, schema)
@@ -269,12 +277,20 @@ def _placed(fault: UserError, tree: Tree) -> UserError:
     path = tuple(str(fault.where).split("."))
     if not tree.has(path[:1]):
         return fault
-    where = messages.place(tree.mark(path), fault.where)
+    where = messages.place(_mark(tree, path), fault.where)
     if not where.startswith("override "):  # the file alone may be right, and an override against it wrong
-        named = [tree.mark(tuple(key.split("."))) for key in _NAMED.findall(str(fault))]
+        named = [_mark(tree, tuple(key.split("."))) for key in _NAMED.findall(f"{fault.what} {fault.why or ''}")]
         against = dict.fromkeys(str(mark) for mark in named if str(mark).startswith("override "))
         where = f"{', '.join(against)}, with {where}" if against else where
     return UserError(fault.what, where=where, why=fault.why, hint=fault.hint)
+
+
+def _mark(tree: Tree, path: tuple) -> Mark | None:
+    """The place of a path or of the section that encloses it, unless an override wrote another key of that section."""
+    mark = tree.mark(path)
+    written = path in tree.values or path in tree.keys
+    encloses = str(mark) in {f"override {'.'.join(path[:end])}" for end in range(1, len(path))}
+    return mark if written or encloses or not str(mark).startswith("override ") else None
 
 
 def _as_user_error(lines: list[str], file: Path) -> UserError:

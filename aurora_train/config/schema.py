@@ -176,8 +176,8 @@ class Memory(Section):
             nearest = " or ".join(f"train.batch={n}" for n in (below, below + parts) if n)
             fewer = next(n for n in range(parts, 0, -1) if batch % n == 0)
             yield UserError(
-                f"a batch of {batch} does not divide into {parts} microbatches", where="train.batch",
-                hint=f"the nearest: {nearest}; or memory.accumulation={fewer}",
+                f"a batch of {batch} does not divide into {parts} microbatches (memory.accumulation)",
+                where="train.batch", hint=f"the nearest: {nearest}; or memory.accumulation={fewer}",
             )  # fmt: skip
         if self.offload == "none" or not self.offload:
             return

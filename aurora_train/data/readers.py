@@ -68,19 +68,21 @@ def rows(path: Path, kind: str, fields: tuple[str, ...]) -> Iterator[tuple[int |
             for cells in zip(*(arrow_cells(batch, field, schema) for field in fields), strict=True):
                 yield None, cells
         return
+    # In CSV they stand for bytes that are not UTF-8, which pass unchanged; in JSON, half of a pair is rejected later.
+    surrogates = "surrogatepass" if kind == "json" else "surrogateescape"
     for line, row in _json_rows(path) if kind == "json" else _csv_rows(path, _DELIMITERS[kind], fields):
-        yield line, tuple(_cell(row, field) for field in fields)
+        yield line, tuple(_cell(row, field, surrogates) for field in fields)
 
 
-def _cell(row: object, field: str) -> Cell:
-    """The cell of a row as JSON has it: an object."""
+def _cell(row: object, field: str, surrogates: str) -> Cell:
+    """The cell of a row as JSON has it: an object. `surrogates`: how halves of surrogate pairs are encoded."""
     if isinstance(row, LeftOut):
         return row
     if not isinstance(row, dict):
         return Mistake([])
     value = row.get(field, row)
     if isinstance(value, str):
-        return value.encode(errors="surrogatepass")  # half of a surrogate pair is not UTF-8 and is rejected later
+        return value.encode(errors=surrogates)
     if value is None:
         return b""
     texts = sorted((name for name in row if isinstance(row[name], str)), key=lambda name: -len(row[name]))

@@ -24,13 +24,13 @@ def log_probabilities(config: DecoderConfig, read: Read, rows: list[np.ndarray])
     length = max(map(len, rows))
     padded = np.stack([np.pad(row, (0, length - len(row))) for row in rows])  # causal: what comes after is not seen
     with jax.default_matmul_precision("highest"):
-        hidden = _hidden(config, read, padded)
+        hidden = _hidden(config, read, padded, np.arange(length) < np.array([[len(row)] for row in rows]))
         logits = _logits(config, read, hidden)
         return [np.asarray(jax.nn.log_softmax(one[: len(row)], -1)) for one, row in zip(logits, rows, strict=True)]
 
 
-def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray):
-    """Final hidden states float32[B, T, D] of ids int32[B, T]."""
+def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray, real: np.ndarray):
+    """Final hidden states float32[B, T, D] of ids int32[B, T]. `real`: bool[B, T], False for padding."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -59,7 +59,7 @@ def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray):
         return array[used] if name == "embedding" else array
 
     outer = assembled({name: part for name, part in abstract.items() if name != "stack"}, outer_part)
-    run = jax.jit(lambda arrays, x: model(arrays).stack(x, make_context(config, positions, None))[0])
+    run = jax.jit(lambda arrays, x: model(arrays).stack(x, make_context(config, positions, None, real))[0])
     x = None
     for number in range(config.layers // period):
         arrays = None  # the unit before is released first

@@ -227,6 +227,8 @@ class DecoderConfig(Section):
         if self.lora is not None and self.lora.base == "nf4":
             inputs = {"width": self.width, "heads x head_dim": self.heads * self.dim_per_head,
                       "mlp_width": self.hidden_width}  # fmt: skip
+            if self.linear is not None and any(row.kind == LINEAR for row in self.rows):
+                inputs["linear.value_heads x value_dim"] = self.linear.value_heads * self.linear.value_dim
             for name, size in inputs.items():
                 if size % NF4_BLOCK:
                     near = max(round(size / NF4_BLOCK), 1) * NF4_BLOCK

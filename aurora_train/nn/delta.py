@@ -68,11 +68,11 @@ class DeltaNet(nnx.Module):
     def __call__(self, x: jax.Array, context, cache=None):
         """Returns (output, cache). With a cache, tokens that are not `context.real` leave it as it was."""
         shape, lead = self.shape, x.shape[:2]
-        mixed = jnp.concatenate([lora.project(self, name, x) for name in ("query", "key", "value")], -1)
+        projected = jnp.concatenate([lora.project(self, name, x) for name in ("query", "key", "value")], -1)
         before = None if cache is None else cache["conv"]
-        mixed = jax.nn.silu(convolve(mixed, self.conv[...], context.segments, before).astype(jnp.float32)), mixed
+        mixed = jax.nn.silu(convolve(projected, self.conv[...], context.segments, before).astype(jnp.float32))
         keys = shape.key_heads * shape.key_dim
-        query, key, value = jnp.split(mixed[0], (keys, 2 * keys), -1)
+        query, key, value = jnp.split(mixed, (keys, 2 * keys), -1)
         query, key = (_unit(a.reshape(*lead, shape.key_heads, shape.key_dim)) for a in (query, key))
         repeats = shape.value_heads // shape.key_heads
         query, key = (jnp.repeat(a, repeats, 2) for a in (query * shape.key_dim**-0.5, key))
@@ -85,7 +85,7 @@ class DeltaNet(nnx.Module):
         state = None if cache is None else cache["state"]
         out, state = chunked(query, key, value, log_decay, beta, starts(context.segments), state)
         if cache is not None:
-            cache = {"conv": _last_inputs(cache["conv"], mixed[1], context.real), "state": state}
+            cache = {"conv": _last_inputs(cache["conv"], projected, context.real), "state": state}
         out = checkpoint_name(out.astype(x.dtype), "delta_out")
         gate = lora.project(self, "out_gate", x).reshape(value.shape).astype(jnp.float32)
         out = (self.norm(out).astype(jnp.float32) * jax.nn.silu(gate)).astype(x.dtype)

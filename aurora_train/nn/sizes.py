@@ -46,6 +46,7 @@ _PLAIN = {
     "head_dim": None, "norm_eps": 1e-5, "norm_offset": False, "qk_norm": False, "post_norm": False, "parallel": False,
     "window": None, "window_pattern": ["local"], "attention_scale": None, "attention_softcap": None,
     "logit_softcap": None, "embed_scale": False, "norm_place": "before", "layer_table": None,
+    "attention_gate": False, "linear": None,
 }  # fmt: skip
 # Without GPT-3's banded layers between dense ones, because the width of their bands is not published.
 _GPT = {

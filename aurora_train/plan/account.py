@@ -19,7 +19,6 @@ from aurora_train.plan.verify import can_compile_for_gpu
 SAVE_COPIES = 1.1  # the memory of a save as a multiple of what it copies or reads (measured: docs/always-on.md)
 WRITTEN_PER_SECOND = 1e9  # assumed bytes/s of a save to a local solid-state disk
 ESTIMATE = "an estimate that has erred by up to 8 % (docs/planner_accuracy.md)"
-CAUSES = ("parameters", "gradients", "optimizer", "average", "frozen", "batch", "saved", "workspace")
 
 
 def tree_bytes(tree) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 
 from aurora_train.plan import account
+from aurora_train.plan.report import CAUSES
 from aurora_train.plan.residuals import trace_stack_unit
 
 HEAD_COPIES = 1.5  # what the loss holds, as a multiple of the gradients outside the stacks
@@ -72,7 +73,7 @@ class Estimate:
 
     def by_cause(self, local: int, kept: int, gradients: int) -> dict[str, int]:
         """The sum by cause. `kept` and `gradients`: bytes over all units."""
-        return dict.fromkeys(account.CAUSES, 0) | self.arguments | {
+        return dict.fromkeys(CAUSES, 0) | self.arguments | {
             "gradients": self.outer_gradients + gradients,
             "saved": kept + self.outside(local),
             "workspace": self.working_set(local),

@@ -30,6 +30,7 @@ class Plan:
     measured_bytes: int | None = None  # after the run
     details: dict = field(default_factory=dict)  # plain JSON for people and pictures; see tools/report_plan.py
     saves_in_place: bool = False  # a save has no room for a copy of the state, so training waits while it is written
+    beside_copy_bytes: int | None = None  # a step of more bytes leaves no room for that copy; None if there always is
 
     def apply(self, model, ends: int = 0) -> None:
         """Cut the stacks of a freshly constructed model, once, before it is split. `ends`: see `Stack.cut`."""
@@ -83,8 +84,8 @@ def make_plan(config, model, *, platform: str, num_devices: int, apart: bool = F
         here = tuple(tag for tag in moved if tag in offload.tags_of(stack))
         cuts[_dotted(path)] = [Segment(0, stack.num_units, save, unroll, here)]
     asked = {"save": memory.save, "accumulation": memory.accumulation, "offload": ", ".join(moved)}
-    told = ", ".join(f"{name} {value}" for name, value in asked.items() if value not in ("auto", ""))
-    return Plan(batch // accumulation, accumulation, cuts, f"as configured: {told}" if told else "")
+    settings = ", ".join(f"{name} {value}" for name, value in asked.items() if value not in ("auto", ""))
+    return Plan(batch // accumulation, accumulation, cuts, f"as configured: {settings}" if settings else "")
 
 
 def _save_set(save, tags: tuple[str, ...], platform: str) -> tuple[str, ...] | None:

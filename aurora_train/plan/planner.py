@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.plan import account, offload, unread
 from aurora_train.plan.estimate import Estimate
 from aurora_train.plan.plan import Plan
-from aurora_train.plan.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster
+from aurora_train.plan.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster, preference
 from aurora_train.plan.shortlist import Shortlist
 from aurora_train.plan.verify import compiled_bytes
 from aurora_train.units import size
@@ -43,7 +43,9 @@ class Planner:
     """One search. `budget` in bytes on one device; it may be None if only `estimated` and `compile` are used.
 
     `beside_copy`: a step of more bytes leaves a save no room for its copy of the state, so the plan says that saves are
-    made in place; None if there is always room. `in_place`: (budget, reason) used instead if nothing fits `budget`.
+    made in place; None if there is always room. `offload_beside_copy`: the same for the bytes of each device that wait
+    in the processor's memory, where that is apart. `budget_in_place`: (budget, reason) used instead if nothing fits
+    `budget`.
     """
 
     program: object
@@ -55,10 +57,12 @@ class Planner:
     progress: object = None
     compiled_later: bool = False  # the caller itself compiles a plan that needed no search
     beside_copy: int | None = None
-    in_place: tuple[int, str] | None = None
+    offload_beside_copy: int | None = None
+    budget_in_place: tuple[int, str] | None = None
     compiles: int = 0
     cpu_seconds: float = 0.0
     compiled: dict = field(default_factory=dict)
+    tried: list[tuple[Candidate, int]] = field(default_factory=list)  # plans of a search, with compiled bytes
 
     @property
     def usable(self) -> int:
@@ -101,18 +105,25 @@ class Planner:
 
     def run(self) -> Plan:
         """The plan, verified by a compiler if there is one. UserError if nothing fits."""
+        return self._beside_copy_or_in_place(self._asked_or_searched)
+
+    def _beside_copy_or_in_place(self, search) -> Plan:
+        """The result of a search within the budget or, if nothing fits that, within the budget of saves in place."""
         try:
-            return self._with_saves(self._readable_or_unread(self._asked_or_searched))
+            return self._with_saves(self._readable_or_unread(search))
         except Misfit:
-            if self.in_place is None:
+            if self.budget_in_place is None:
                 raise
-        (self.budget, self.budget_reason), self.in_place, self.beside_copy = self.in_place, None, 0
-        return self._with_saves(self._readable_or_unread(self._asked_or_searched))
+        (self.budget, self.budget_reason), self.budget_in_place, self.beside_copy = self.budget_in_place, None, 0
+        return self._with_saves(self._readable_or_unread(search))
 
     def _with_saves(self, plan: Plan) -> Plan:
         """The plan, with how saves are made: in place if a copy of the state does not fit beside the step."""
         needed = plan.compiled_bytes or plan.predicted_bytes or self.budget
-        return replace(plan, saves_in_place=self.beside_copy is not None and needed > self.beside_copy)
+        waiting = plan.details.get("host_bytes") or 0
+        in_place = self.beside_copy is not None and needed > self.beside_copy
+        in_place |= self.offload_beside_copy is not None and waiting > self.offload_beside_copy
+        return replace(plan, saves_in_place=in_place, beside_copy_bytes=self.beside_copy)
 
     def _readable_or_unread(self, search) -> Plan:
         """The result of a search, or a plan made without one if the step contains something it cannot read."""
@@ -128,7 +139,8 @@ class Planner:
     def _asked_or_searched(self) -> Plan:
         began = time.thread_time()
         whole = self._as_asked()
-        compiled = self.compile(whole) if whole and self.verify and not self.compiled_later else None
+        verify = self.verify and not self.compiled_later and self.compiles < COMPILES
+        compiled = self.compile(whole) if whole and verify else None
         self.cpu_seconds += time.thread_time() - began
         if whole and (self.is_fixed or compiled is None or compiled <= self.budget):
             return self._filled_in(whole, compiled)
@@ -136,8 +148,7 @@ class Planner:
 
     def _searched(self) -> Plan:
         began = time.thread_time()
-        space, room = self._space(), self.program.host_bytes
-        candidates = space.all()
+        (space, candidates), room = self._candidates, self.program.host_bytes
         roomy = [c for c in candidates if room is None or c.host <= room]
         if not roomy:
             offload.refuse_overflow(min(c.host for c in candidates), room)
@@ -145,6 +156,12 @@ class Planner:
         plan = self._written(space, shortlist, *self._choose(shortlist))
         self.cpu_seconds += time.thread_time() - began
         return replace(plan, details=plan.details | {"planning_seconds": round(self.cpu_seconds, 2)})
+
+    @functools.cached_property
+    def _candidates(self) -> tuple[Space, list[Candidate]]:
+        """(what can be chosen, every plan of it): the same for every budget."""
+        space = self._space()
+        return space, space.all()
 
     def _as_asked(self) -> Plan | None:
         """The plan if no search is needed: the config says what is kept, or a CPU has room for everything."""
@@ -188,7 +205,7 @@ class Planner:
         offload.refuse_overflow(cost.host, self.program.host_bytes)
         needed = compiled if compiled is not None else cost.bytes
         if needed > self.budget:
-            if self.in_place is not None:
+            if self.budget_in_place is not None:
                 self.refuse_misfit(None, needed)
             more = f"it needs {size(needed)}, more than the budget"
             plan = replace(plan, reason=f"{plan.reason}; {more}" if plan.reason else more)
@@ -200,10 +217,12 @@ class Planner:
     def smaller(self, than: Plan) -> Plan | None:
         """After an out-of-memory error: the fastest plan that needs clearly less than `than` did, or None."""
         needed = than.compiled_bytes or than.predicted_bytes
-        self.budget = min(self.budget, int(0.85 * needed))
-        self.budget_reason = f"an out-of-memory with a plan of {size(needed)}"
+        most, reason = int(0.85 * needed), f"an out-of-memory with a plan of {size(needed)}"
+        self.budget, self.budget_reason = min(self.budget, most), reason
+        if self.budget_in_place is not None:
+            self.budget_in_place = min(self.budget_in_place[0], most), reason
         try:
-            return self._with_saves(self._readable_or_unread(self._searched))
+            return self._beside_copy_or_in_place(self._searched)
         except UserError:
             return None
 
@@ -241,19 +260,29 @@ class Planner:
             choice = cheapest(shortlist.candidates, self.usable, shortlist.expected)
             self.refuse_misfit(choice, (choice or shortlist.smallest()).bytes)
             return choice, None
-        best, real, least = None, None, None
-        for turn in range(min(self.compiles, COMPILES - 1), COMPILES):
+        best, real, least = self._known(shortlist)
+        latest = COMPILES if self.tried else COMPILES - 1  # a first search compiles at least one
+        for turn in range(min(self.compiles, latest), COMPILES):
             candidate = self._next(shortlist, best, turn)
             if candidate is None or (best is not None and not self._pays(shortlist, candidate, best, real)):
                 break
             needed = self.compile(self.plan_of(candidate))
             shortlist.learn(candidate, needed)
+            self.tried.append((candidate, needed))
             least = min(needed, least or needed)
             if needed <= self.budget:
                 best, real = candidate, needed
         if best is None:
             self.refuse_misfit(None, least or shortlist.smallest().bytes)
         return best, real
+
+    def _known(self, shortlist: Shortlist) -> tuple[Candidate | None, int | None, int | None]:
+        """(the fastest of an earlier search's compiled plans that fits, its bytes, the fewest bytes of any of them)."""
+        for candidate, needed in self.tried:
+            shortlist.learn(candidate, needed)
+        fitting = [one for one in self.tried if one[1] <= self.budget]
+        best, real = min(fitting, key=lambda one: preference(one[0]), default=(None, None))
+        return best, real, min((needed for _, needed in self.tried), default=None)
 
     def _next(self, shortlist: Shortlist, best: Candidate | None, turn: int) -> Candidate | None:
         """The plan to compile next; the smallest if no other is likely enough to fit."""

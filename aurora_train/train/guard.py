@@ -53,6 +53,7 @@ class Guard:
         written_bytes: how much a save writes; by default as much.
         saving: whether a save is under way, so that its copy of the state is already there.
         in_place: whether saves make no copy: one that is under way then holds no memory between two steps.
+        later_bytes: `save_bytes` of the next save, asked for when one has ended; by default it stays.
         enabled: if False, never asks for a stop.
         root: the folder that holds /proc and /sys.
     """
@@ -64,16 +65,18 @@ class Guard:
         *,
         saving: Callable[[], bool] = lambda: False,
         in_place: bool = False,
+        later_bytes: Callable[[], int] | None = None,
         enabled: bool = True,
         root: Path = Path("/"),
     ):
         self.why: str | None = None  # the reason for the stop, once it was requested
         self._enabled, self._root, self._saving = enabled, root, saving
-        self._held_by_a_save = 0 if in_place else save_bytes
+        self._in_place, self._later_bytes = in_place, later_bytes
         if not enabled:
             return
         memory = host_memory(root)
-        self._floor, self._needed = _floor(memory), save_bytes + _floor(memory)
+        self._floor = _floor(memory)
+        self._take_in(save_bytes)
         written = save_bytes if written_bytes is None else written_bytes
         self._save_seconds, self._saving_since = _SAVE_SECONDS + written / _SAVED_PER_SECOND, None
         self._lowest = math.inf  # fewest bytes left since the last reading between two steps
@@ -134,10 +137,16 @@ class Guard:
         if self._before.step is None and self._step is not None and self._step >= self._first + _SETTLED_STEPS:
             self._before = Holders.now(self._root, self._step)
 
+    def _take_in(self, save_bytes: int) -> None:
+        self._needed = save_bytes + self._floor
+        self._held_by_a_save = 0 if self._in_place else save_bytes
+
     def _time_saves(self) -> None:
         saving, since = self._saving(), self._saving_since
         if since is not None and not saving:
             self._save_seconds = max(time.monotonic() - since, _SAVE_SECONDS)
+            if self._later_bytes is not None:  # the first save of a run also writes what is frozen
+                self._take_in(self._later_bytes())
         self._saving_since = (since or time.monotonic()) if saving else None
 
     def _grown_by(self, memory: HostMemory, seconds: float) -> float:
@@ -217,7 +226,10 @@ def falling(readings: list[tuple[float, float]]) -> float:
 def guard_of(session, saving: Callable[[], bool]) -> Guard:
     """The guard of a session's run, as `memory.guard` sets it; `saving` as in Guard."""
     written, in_place = trained_bytes(session.blueprint.state), session.plan.saves_in_place
-    return Guard(_save(session), written, saving=saving, in_place=in_place, enabled=_wanted(session))
+    return Guard(
+        _save(session), written, saving=saving, in_place=in_place, later_bytes=lambda: _save(session),
+        enabled=_wanted(session),
+    )  # fmt: skip
 
 
 def refuse_full(session) -> None:

@@ -6,7 +6,7 @@ import functools
 
 from aurora_train import files
 from aurora_train import run as runs
-from aurora_train.config import dump, parse_bytes
+from aurora_train.config import dump, parse_bytes, removed
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
@@ -68,7 +68,7 @@ def planner_here(
 def most_here(config, program: Rehearsal) -> tuple[int, str]:
     """(the most bytes that a step may take on one device of this machine, why)."""
     given, saves = _limits(config, None, program, _budget_here)
-    return saves["in_place"] or given
+    return saves["budget_in_place"] or given
 
 
 def _budget_here(setting: str) -> tuple[int, str]:
@@ -82,7 +82,7 @@ def _budget_of(target, setting: str) -> tuple[int, str]:
 
 
 def _limits(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[tuple[int, str], dict]:
-    """((bytes that a step may take on one device, why), the Planner's `beside_copy` and `in_place`).
+    """((bytes that a step may take on one device, why), the Planner's arguments that concern saves).
 
     The bytes are the budget asked for, else the machine's memory beside a save. A save copies the state to the
     processor's memory while training continues. If that is also the device's memory, the plan leaves room for the copy
@@ -92,13 +92,12 @@ def _limits(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[t
     copy, piece = (program.taken_by_a_save(in_place=in_place) for in_place in (False, True))
     setting = config.memory.budget
     if program.apart:
-        no_room = program.host_bytes is not None and copy > program.host_bytes
-        saves = {"beside_copy": 0 if no_room else None, "in_place": None}
+        saves = {"offload_beside_copy": _offload_beside(copy, program), "budget_in_place": None}
         return (budget, f"--budget {size(budget)}") if budget is not None else limit_of(setting), saves
     limit, reason = limit_of("auto")
     if budget is not None or setting != "auto":
         given = (budget, f"--budget {size(budget)}") if budget is not None else limit_of(setting)
-        return given, {"beside_copy": limit - copy, "in_place": None}
+        return given, {"beside_copy": limit - copy, "budget_in_place": None}
     if piece >= limit:
         raise UserError(
             f"the largest piece of a save takes {size(piece)} of the {size(limit)} that a device may use",
@@ -110,9 +109,20 @@ def _limits(config, budget: int | None, program: Rehearsal, limit_of) -> tuple[t
         f"{reason}, less {size(piece)} for a save in place: a copy of the state, {size(copy)}, does not fit as well",
     )
     if copy >= limit:
-        return beside, {"beside_copy": 0, "in_place": None}
+        return beside, {"beside_copy": 0, "budget_in_place": None}
     given = limit - copy, f"{reason}, less {size(copy)} for the copy that a save makes"
-    return given, {"beside_copy": limit - copy, "in_place": beside if piece < copy else None}
+    return given, {"beside_copy": limit - copy, "budget_in_place": beside if piece < copy else None}
+
+
+def _offload_beside(copy: int, program: Rehearsal) -> int | None:
+    """Bytes of each device that may wait in the processor's memory beside the copy of a save; None if unknown.
+
+    One process copies the whole state, and the memory is that of the whole machine. Negative if not even the copy fits.
+    """
+    if program.host_bytes is None:
+        return None
+    room = program.host_bytes * max(this_machine().device_count, 1)
+    return (room - copy * program.mesh.devices.size) // program.mesh.local_mesh.devices.size
 
 
 def pinned_plan(run, config, mesh) -> Plan | None:
@@ -120,7 +130,17 @@ def pinned_plan(run, config, mesh) -> Plan | None:
     known = files.read_json(run.plan)
     if not known or known["mesh"] != dict(mesh.shape) or known["device"] != device_kind(mesh):
         return None
-    return Plan.from_json(known["plan"]) if known.get("asked") == asked(config) else None
+    return Plan.from_json(known["plan"]) if _asked_alike(known.get("asked"), config) else None
+
+
+def _asked_alike(before: dict | None, config) -> bool:
+    """Whether a plan was made for the `memory` section of a config. A run of another version may record other keys: one
+    that is new had its default, and one that is gone decides nothing unless it asked for something."""
+    if before is None:
+        return False
+    now, fields = asked(config), type(config.memory).model_fields
+    same = all(before.get(key, fields[key].default) == value for key, value in now.items())
+    return same and all(removed.is_idle(("memory", key), before[key]) for key in before.keys() - now.keys())
 
 
 def asked(config) -> dict:

@@ -56,7 +56,7 @@ class Saver:
 
     @property
     def under_way(self) -> bool:
-        """Whether a save is being written, which holds a copy of the state."""
+        """Whether a save has not been committed yet. Unless it was made in place, it holds a copy of the state."""
         return self.last != self._committed and not self.failing
 
     def overdue(self) -> bool:

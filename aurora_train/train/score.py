@@ -60,12 +60,16 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     """Score a loaded run on its own test split, as `score_run` does, or on all of the data at the path `on`.
 
     The score of other data is written to `scores-on/<its name>.json` in the run's folder. Raises UserError if the run's
-    data has changed since training, and for an open model, which has no data of its own, if `on` is None.
+    data has changed since training, and for an open model or an imported run, which have no data of their own, if `on`
+    is None.
     """
     run, recipe = Run(trained.run), trained.recipe
     parts, is_run = (trained.evaluator, trained.state), run.config.is_file()
     if on is None and not is_run:
         raise UserError(f"{trained.run.name} is an open model, and has no test data of its own", where="--on",
+                        hint="--on FILE scores it on a text, or on a folder of texts")  # fmt: skip
+    if on is None and "data" not in (files.read_json(run.provenance) or {"data": None}):
+        raise UserError(f"{trained.run.name} was imported and not trained, so it has no test data", where="--on",
                         hint="--on FILE scores it on a text, or on a folder of texts")  # fmt: skip
     if on is None:
         recipe.prepare(progress)

@@ -121,8 +121,11 @@ class Session:
             compiled = self.program.compile(self.plan)
         finally:  # after an out-of-memory error, a new plan must not be compiled beside this
             self.program.await_initialiser()
+        known, needed = self.plan.compiled_bytes, compiled_bytes(compiled).peak
         # A pinned plan may have been compiled for another precision or other forms.
-        self.plan = replace(self.plan, compiled_bytes=compiled_bytes(compiled).peak)
+        self.plan = replace(self.plan, compiled_bytes=needed)
+        if known is None and self.plan.beside_copy_bytes is not None:  # how saves are made followed from an estimate
+            self.plan = replace(self.plan, saves_in_place=needed > self.plan.beside_copy_bytes)
         return together(compiled), time.perf_counter() - began
 
     def under(self, plan: Plan, *, reason: str, fault=None) -> Session:
@@ -195,7 +198,9 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
             shapes = expected_shapes(recipe)
             if shapes is not None:
                 mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-                _refuse_start(config, beginning, rehearse_here(config, recipe, mesh, shapes))
+                program = rehearse_here(config, recipe, mesh, shapes)
+                refuse_unknown_prefix(config, program.model())
+                _refuse_start(config, beginning, program)
         return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
     program, source, _ = _prepared(config, beginning, progress)
     _refuse_start(config, beginning, program)
@@ -215,7 +220,6 @@ def _prepared(config, beginning: Beginning, progress) -> tuple[Rehearsal, Any, b
 def _refuse_start(config, beginning: Beginning, program) -> None:
     """UserError if a source of `init` has other parameters than the model, or if the state alone does not fit: no plan
     can help."""
-    refuse_unknown_prefix(config, program.model())
     blueprint = program.blueprint(program.simplest_plan())
     refuse_other_shapes(beginning.parents, blueprint)
     state = blueprint.state

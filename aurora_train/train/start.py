@@ -227,7 +227,7 @@ def _attempt(session: Session, process: Process, events) -> Outcome:
         processes.meet()  # the first collective fails after 30 s, and compile times may differ by more
         gauge = Gauge()
         with refused("the state is put in place", _STATE):
-            state = _in_place(session, start)
+            state = _placed_state(session, start)
             announce(session, state, start, len(known) - len(evaluated), voice)
             preflight.say_clock(behind, start or 0, voice)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
@@ -254,7 +254,7 @@ def _status(stopped_by: str) -> int:
     return EXIT_LOW_MEMORY if stopped_by.startswith(LOW_MEMORY) else EXIT_STOPPED
 
 
-def _in_place(session: Session, start: int | None):
+def _placed_state(session: Session, start: int | None):
     """The state to continue with: the one saved at `start`, or the initial one; the same in every process."""
     refuse_full(session)
     state = _past_bad_data(session.restore(start) if start else session.fresh(), session.run, start or 0)

@@ -51,6 +51,23 @@ def test_what_an_earlier_version_saved_is_verified_restored_and_gone_on_with(ver
         assert went_on[int(step)] == pytest.approx(loss, rel=1e-4)  # another processor, perhaps
 
 
+@pytest.mark.parametrize("version", sorted(path.name for path in GOLDEN.iterdir()))
+def test_a_plan_that_an_earlier_version_pinned_is_kept_while_its_memory_section_says_the_same(version, tmp_path):
+    from aurora_train import mesh as meshes
+    from aurora_train.config import load_resolved
+    from aurora_train.run import Run
+    from aurora_train.train.planning import pinned_plan
+
+    shutil.copytree(GOLDEN / version, tmp_path / "run")
+    run, mesh = Run(tmp_path / "run"), meshes.make_mesh(1, 1)
+    assert pinned_plan(run, load_resolved(run.folder), mesh) is not None
+    assert pinned_plan(run, load_resolved(run.folder, ["memory.accumulation=1"]), mesh) is None
+    pinned = json.loads(run.plan.read_text())
+    pinned["asked"]["fuse_update"] = True
+    run.plan.write_text(json.dumps(pinned))
+    assert pinned_plan(run, load_resolved(run.folder), mesh) is None
+
+
 def write(version: str) -> None:
     """A toy run stopped at step 20 of 30, with what it went on to."""
     import tempfile

@@ -142,6 +142,11 @@ CASES = {
     "size without a unit": ({}, ["a.yaml", "memory.budget=4"],
                             ["override memory.budget: must be a size with its unit, such as 4GB, or auto; got 4"]),
     "size in quotes without a unit": ({}, ["a.yaml", 'memory.budget="16000000000"'], ["such as 16000000000B, or auto"]),
+    "an override beside the mistake": (
+        {}, ["quickstart", "data.holdout_test=0", "evaluate.examples=3"], ["error: override data.holdout_test: "]),
+    "an override of a key beside the wrong one": (
+        {"b.yaml": "recipe: language_model\ndata: {source: ., holdout_test: 0}\n"},
+        ["b.yaml", "evaluate.examples=3"], ["error: b.yaml:2:33: data.holdout_test: "]),
     "start that is no section": ({}, ["a.yaml", "init=runs/x"], ["override init: must be a section", "init.from=RUN"]),
     "unknown source of facts": ({}, ["a.yaml", "init.facts=onw"],
                                 ["init.facts: must be inherit or own; got \"onw\"; did you mean `own`?"]),

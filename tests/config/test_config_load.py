@@ -21,6 +21,7 @@ from aurora_train.config import (
 )
 from aurora_train.config.schema import Core
 from aurora_train.config.yaml import Mark, parse, plain_scalar, write, write_scalar
+from aurora_train.errors import UserError
 from aurora_train.recipe import Derived
 
 
@@ -82,6 +83,28 @@ def test_keys_of_earlier_versions_that_ask_for_what_is_always_done_are_taken_out
     """A run's config.yaml names every key, so a run of such a version could not be resumed otherwise."""
     config = load("quickstart", ["memory.fuse_update=false", "train.forms={linear: auto, units: auto}"])
     assert config == load("quickstart") and "fuse_update" not in dump(config)
+
+
+def test_a_run_that_asked_for_what_is_gone_is_read_and_not_gone_on_with(tmp_path):
+    wanted = [("fuse_update", "memory:\n", "memory:\n  fuse_update: true\n"),
+              ("train.forms.norm", "  forms: auto\n", "  forms:\n    norm: plain\n"),
+              ("log.online", "log:\n", "log:\n  online: true\n")]  # fmt: skip
+    text = dump(load("quickstart"))
+    for name, old, new in wanted:
+        assert text.count(old) == 1
+        (tmp_path / "config.yaml").write_text(text.replace(old, new))
+        assert load_resolved(tmp_path) == load("quickstart")
+        for overrides in ([], ["train.seed=1"]):
+            with pytest.raises(UserError, match=name):
+                load_resolved(tmp_path, overrides, reading=False)
+
+
+def test_the_sink_that_used_the_network_by_a_key_of_its_own_is_named_by_its_new_name(tmp_path):
+    text = dump(load("quickstart", ["log.sinks=[wandb]"]))
+    for before, after in (("true", "wandb-online"), ("false", "wandb"), ("null", "wandb")):
+        (tmp_path / "config.yaml").write_text(text.replace("log:\n", f"log:\n  online: {before}\n"))
+        for reading in (True, False):
+            assert load_resolved(tmp_path, reading=reading).log.sinks == [after]
 
 
 def test_the_hash_follows_everything_but_free_keys_and_the_name(folder):

@@ -184,6 +184,11 @@ def test_a_store_of_files_once_read_as_text_is_not_taken_for_one_of_their_rows(t
         assert open_corpus(config(path)).newly_read() == [os.path.splitext(name)[1]]
 
 
+def test_bytes_of_a_csv_cell_that_are_not_utf8_pass_unchanged(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\ncaf\xe9\n")
+    assert [cells for _, cells in readers.rows(tmp_path / "a.csv", "csv", ("text",))] == [(b"caf\xe9",)]
+
+
 def test_code_beside_json_and_csv_without_the_column_stays_text(tmp_path, caplog):
     folder = write_folder(tmp_path / "code", 6)
     (folder / "package.json").write_text('{"name": "x"}')

@@ -78,6 +78,15 @@ def test_a_save_in_place_that_is_under_way_holds_nothing_between_two_steps(tmp_p
     assert Guard(GIB // 2, 40 * GIB, **sealing).asked(1, lambda: None) is None
 
 
+def test_after_the_first_save_only_what_later_saves_take_is_asked_for(tmp_path):
+    under_way = [True]
+    guard = Guard(4 * GIB, root=box(tmp_path, 4), saving=lambda: under_way[0], later_bytes=lambda: GIB)
+    guard.look()
+    under_way[0] = False
+    guard.look()
+    assert guard.asked(1, lambda: None) is None, "a save of 1 GiB and 2 % of 64 GiB fit in 4"
+
+
 def test_too_little_within_a_step_stops_though_there_is_enough_between_two(tmp_path):
     root = box(tmp_path, 6)
     guard = Guard(4 * GIB, root=root)

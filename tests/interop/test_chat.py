@@ -50,6 +50,8 @@ def test_an_open_model_is_loaded_without_a_run(trained, model):
     assert made == trained.generate("def ", max_tokens=5, temperature=0)
     with pytest.raises(UserError, match="has no steps"):
         load(model, 3)
+    with pytest.raises(UserError, match="only the recipe language_model reads"):
+        load(model, recipe="other.py")
 
 
 def test_generate_takes_an_open_model(model, capsys):

@@ -114,6 +114,8 @@ def test_an_imported_run_can_be_resumed_and_is_not_overwritten(here, capsys):
     assert aurora("generate", "again", "--max-tokens", 2) == 0
     assert (here / "again" / "facts" / "facts.json").is_file()
     capsys.readouterr()
+    assert aurora("evaluate", "again") == 2
+    assert "error: --on: again was imported and not trained" in capsys.readouterr().err
     assert aurora("resume", "again") == 2
     assert "imported and not trained, so it has no data" in (said := capsys.readouterr().err) and "data.source" in said
     small = ("data.sequence=32", "data.holdout_test=0.3", "data.holdout_validation=0", "train.batch=4",

@@ -128,5 +128,8 @@ def test_what_a_linear_layer_cannot_do_is_refused():
         DecoderConfig(**SHAPE | {"linear": None})
     with pytest.raises(ValueError, match=r"key_heads \(2\) must divide value_heads \(3\)"):
         DecoderConfig(**SHAPE | {"linear": dict(key_heads=2, value_heads=3, key_dim=8, value_dim=6)})
+    blocks = {"width": 64, "heads": 1, "kv_heads": 1, "head_dim": 64, "mlp_width": 64, "lora": {"base": "nf4"}}
+    with pytest.raises(ValueError, match="linear.value_heads x value_dim"):
+        DecoderConfig(**SHAPE | blocks)
     with pytest.raises(UserError, match="is causal"):
         nnx.eval_shape(lambda: Decoder(DecoderConfig(**SHAPE), 50, "float32", nnx.Rngs(params=0), mask="bidirectional"))

@@ -19,6 +19,7 @@ from aurora_train.nn.stack import Segment, Stack
 from aurora_train.plan import account
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.planner import COMPILES, Planner
+from aurora_train.plan.report import CAUSES
 from aurora_train.recipe import Loss, Recipe
 from aurora_train.train.rehearsal import rehearse
 
@@ -129,7 +130,7 @@ def check(plan: Plan, batch: int, budget: int, units: dict[str, int]) -> None:
         assert [s.start for s in cut] == [0, *(s.stop for s in cut[:-1])] and cut[-1].stop == units[path]
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     causes = plan.details["by_cause"]
-    assert sum(causes.values()) == plan.predicted_bytes and set(causes) == set(account.CAUSES)
+    assert sum(causes.values()) == plan.predicted_bytes and set(causes) == set(CAUSES)
 
 
 # ---- what is chosen
@@ -172,13 +173,32 @@ def test_what_just_fits_is_found_and_what_just_does_not_is_refused():
 
 def test_what_does_not_fit_beside_the_copy_of_a_save_gets_its_memory_and_saves_in_place():
     few, more = int(0.9 * least()), int(1.003 * least())
-    plan = again(few, beside_copy=few, in_place=(more, "less a piece")).run()
+    plan = again(few, beside_copy=few, budget_in_place=(more, "less a piece")).run()
     check(plan, 8, more, {"a": 4})
     assert plan.saves_in_place and "less a piece" in plan.reason
     with pytest.raises(UserError, match="less a piece"):
-        again(few, beside_copy=few, in_place=(few, "less a piece")).run()
-    roomy = again(beside_copy=int(ROOM), in_place=(more, "less a piece")).run()
+        again(few, beside_copy=few, budget_in_place=(few, "less a piece")).run()
+    roomy = again(beside_copy=int(ROOM), budget_in_place=(more, "less a piece")).run()
     assert not roomy.saves_in_place and roomy.budget_bytes == int(ROOM)
+
+
+def test_the_search_for_saves_in_place_goes_on_from_what_is_compiled_already():
+    how = {"beside_copy": 0, "budget_in_place": (full(), "less a piece"), "compiles": COMPILES - 2}
+    search = planner(usual()["program"], 0.97 * least(), **how)
+    plan = search.run()
+    assert search.compiles == COMPILES, "a plan more may be faster, but four are compiled in all"
+    assert plan.saves_in_place and plan.compiled_bytes in search.compiled.values()
+
+
+def test_a_run_that_saves_in_place_gets_a_smaller_plan_that_saves_in_place():
+    how = {"beside_copy": 1000, "budget_in_place": (int(0.9 * full()), "less a piece")}
+    plan = again(1000, **how).smaller(Plan(8, 1, {"a": [Segment(0, 4, None, True)]}, compiled_bytes=full()))
+    assert plan.saves_in_place and plan.compiled_bytes <= 0.85 * full() and "out-of-memory" in plan.reason
+
+
+def test_what_waits_in_the_processors_memory_may_leave_no_room_for_the_copy_of_a_save():
+    assert not again(verify=False, offload_beside_copy=0).run().saves_in_place
+    assert again(verify=False, offload_beside_copy=-1).run().saves_in_place
 
 
 def test_nothing_is_compiled_where_nothing_can_fit():

@@ -128,6 +128,22 @@ def test_a_resumed_step_takes_over_the_buffers_of_the_restored_state(finished):
     session.store.close()
 
 
+def test_how_saves_are_made_is_decided_again_once_an_estimated_plan_is_compiled(finished):
+    from dataclasses import replace
+
+    from aurora_train.config import load_resolved
+    from aurora_train.run import Run
+    from aurora_train.train.session import open_session
+
+    session = open_session(load_resolved(finished), Run(finished), lambda done, total, what: None)
+    estimated = replace(session.plan, compiled_bytes=None)
+    for room, in_place in ((1, True), (10**12, False)):
+        session.plan = replace(estimated, beside_copy_bytes=room, saves_in_place=not in_place)
+        session.compile()
+        assert session.plan.saves_in_place == in_place and session.plan.compiled_bytes > 1
+    session.store.close()
+
+
 def test_a_second_trainer_is_told_who_holds_the_run_and_a_killed_one_leaves_no_lock(here, capsys):
     process = aurora(here, [*TRAIN[:-1], "train.steps=1000000", "evaluate.every=null"])
     for line in process.stderr:

@@ -24,7 +24,7 @@ from aurora_train.interop.source import digest, is_foreign, located, open_source
 from aurora_train.machine.precision import settled
 
 
-def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[runs.Run, Opened]:
+def import_model(source: str, folder: str, *, recipe: str = "language_model") -> tuple[runs.Run, Opened]:
     """Write the run folder of an open model. Returns the run and the opened source.
 
     Raises UserError for a source that cannot be read, and for a folder that holds something.
@@ -44,7 +44,7 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
         kept_facts.write(run.facts, facts)
         store = CheckpointStore(run.checkpoints, run.trash)
         store.sweep()
-        weights = {name: _Unread(opened, name) for name in opened.shapes}
+        weights = {name: _Deferred(opened, name) for name in opened.shapes}
         store.save(0, {"params": weights}, {"facts": kept_facts.sha256(facts)}, copy=False)
         store.close()
         write_json(run.provenance, {
@@ -57,7 +57,7 @@ def bring(source: str, folder: str, *, recipe: str = "language_model") -> tuple[
     return run, opened
 
 
-class _Unread:
+class _Deferred:
     """A parameter that is read when it is written, so that the whole model is never in memory."""
 
     def __init__(self, opened: Opened, name: str):
