@@ -57,17 +57,12 @@ def command(
     import shutil
 
     from aurora_train.interop import export, proof
-    from aurora_train.interop.parts import with_parts
-    from aurora_train.interop.result import result_of
     from aurora_train.loading import unread
 
     export.refuse_target(to)
     _refuse_clash(format, merge, base)
     with unread(run, step, by="export") as found:
-        result = result_of(found, merge=merge or format is Format.peft)
-        result = with_parts(result, fits=None if format is Format.hf else f"--format {format.value} does not hold them")
-        if dtype is not None or format is not Format.hf:
-            result = result._replace(dtypes={})
+        result = _result(found, format, dtype, merge)
         write, chosen = _way(format, dtype, result, verify, base)
         made = export.beside(to)
         try:
@@ -95,6 +90,16 @@ def _refuse_clash(format: Format, merge: bool, base: Path | None) -> None:
                         hint="leave one of them out")  # fmt: skip
     if format is not Format.peft and base is not None:
         raise UserError(f"--format {format.value} writes the whole model", where="--base", hint="--format peft")
+
+
+def _result(found, format: Format, dtype: Dtype | None, merge: bool):
+    """What a run gives away in a format: with the rest of a vision checkpoint and the base's own dtypes only in hf."""
+    from aurora_train.interop.parts import with_parts
+    from aurora_train.interop.result import result_of
+
+    result = result_of(found, merge=merge or format is Format.peft)
+    result = with_parts(result, fits=None if format is Format.hf else f"--format {format.value} does not hold them")
+    return result if dtype is None and format is Format.hf else result._replace(dtypes={})
 
 
 def _way(format: Format, dtype: Dtype | None, result, verify: Library | None, base: Path | None):
