@@ -131,7 +131,10 @@ def open_source(path: str | Path) -> Source:
 
 
 def digest(path: str | Path) -> str:
-    """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model."""
+    """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model.
+
+    That of an adapter covers its base.
+    """
     path, hasher = Path(path), hashlib.sha256()
     files = [path] if path.is_file() else sorted(
         one for one in path.iterdir() if one.is_file() and one.suffix in (".json", ".safetensors", ".jinja")
@@ -139,4 +142,8 @@ def digest(path: str | Path) -> str:
     for file in files:
         with file.open("rb") as handle:
             hasher.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    if (path / "adapter_config.json").is_file():
+        from aurora_train.interop.peft import base_of
+
+        hasher.update(digest(base_of(path)).encode())
     return hasher.hexdigest()

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from aurora_train.errors import UserError
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
-from aurora_train.interop.source import open_source
+from aurora_train.interop.source import digest, open_source
 
 
 @pytest.fixture
@@ -200,6 +200,14 @@ def test_an_adapter_is_added_to_its_base(rslora, folder, tmp_path):
     np.testing.assert_allclose(found.read(name), base.read(name) + scale * change.T, rtol=1e-5, atol=1e-5)
     others = [one for one in base.shapes if one != name]
     assert found.source.kind == "peft" and all(np.array_equal(found.read(one), base.read(one)) for one in others)
+
+
+def test_the_digest_of_an_adapter_covers_its_base(folder, tmp_path):
+    path, _ = adapter(tmp_path)
+    before = digest(path)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert digest(path) != before
 
 
 BAD_ADAPTERS = {
