@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.kept import ORIGIN
+from aurora_train.interop.peft import CONFIG, base_of
 from aurora_train.interop.placing import Opened, matched
 from aurora_train.interop.result import Result, lineage
 from aurora_train.interop.source import Tensor, digest, open_source, same_bits
@@ -31,7 +32,7 @@ class Parts(NamedTuple):
         tensors: by the source's names, as they are stored.
         names: the source's name of each tensor of the text model, by the family's name.
         config: the source's config.json.
-        folder: where the source lies.
+        folder: where the source lies; of an adapter, its base.
     """
 
     tensors: dict[str, Tensor]
@@ -80,14 +81,20 @@ def _found(result: Result) -> tuple[Parts | None, str | None]:
     *_, first = [*lineage(result.record["parent"])] or [None]
     if first is None or first["step"] is not None:
         return None, "the provenance names no source that has them"
-    if not Path(first["from"]).exists():
-        return None, f"{Path(first['from']).name} is no longer where the run began with it"
-    if digest(first["from"]) != first["digest"]:
-        return None, f"the files of {Path(first['from']).name} are no longer those with which the run began"
-    opened = matched(open_source(first["from"]))
+    source = Path(first["from"])
+    try:
+        same = digest(source) == first["digest"] if source.exists() else None
+        folder = base_of(source) if (source / CONFIG).is_file() else source
+    except UserError:  # the base of an adapter is gone
+        same = None
+    if same is None:
+        return None, f"{source.name} is no longer where the run began with it"
+    if not same:
+        return None, f"the files of {source.name} are no longer those with which the run began"
+    opened = matched(open_source(source))
     tensors = {name: opened.source.tensors[name] for name in opened.beside}
     names = {opened.family.meant(name): name for name in opened.source.tensors if name not in tensors}
-    return Parts(tensors, names, opened.source.config, Path(first["from"])), None
+    return Parts(tensors, names, opened.source.config, folder), None
 
 
 def refuse_other_copies(parts: Parts, opened: Opened) -> None:

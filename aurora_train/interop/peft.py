@@ -45,7 +45,7 @@ def open_adapter(folder: Path) -> Source:
     config = read_json(folder / CONFIG, required=True)
     where = str(folder / CONFIG)
     _refuse_other(config, where)
-    base = _base_of(config, folder, where)
+    base = open_source(base_of(folder))
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"there is no {WEIGHTS}", where=str(folder), hint="save the adapter with safe_serialization")
     parts = _pairs(tensors_of_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
@@ -91,8 +91,12 @@ def _of_module(config: dict[str, Any], tensor: str, patterns: str, common: str) 
     return next(own, config.get(common, 8))
 
 
-def _base_of(config: dict[str, Any], folder: Path, where: str) -> Source:
-    named = config.get("base_model_name_or_path")
+def base_of(folder: Path) -> Path:
+    """Where the base of an adapter lies. UserError if the adapter names none, and if it is not there."""
+    from aurora_train.interop.hf import read_json
+
+    where = str(folder / CONFIG)
+    named = read_json(folder / CONFIG, required=True).get("base_model_name_or_path")
     if not named:
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
     path = next((path for path in (Path(named), folder / named) if path.exists()), None)
@@ -104,7 +108,7 @@ def _base_of(config: dict[str, Any], folder: Path, where: str) -> Source:
     if path.resolve() == folder.resolve():
         raise UserError("the adapter's base is the adapter itself", where=where,
                         hint="write the folder of the base as base_model_name_or_path")  # fmt: skip
-    return open_source(path)
+    return path
 
 
 def _pairs(found: dict[str, Tensor], base: Source, where: str) -> dict[str, tuple[Tensor, Tensor]]:

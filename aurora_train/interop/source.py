@@ -147,7 +147,8 @@ def open_source(path: str | Path) -> Source:
 def digest(path: str | Path) -> str:
     """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model.
 
-    The files' own hashes are remembered (`files.sha256`), so that a second start does not read all of them again.
+    That of an adapter covers its base. The files' own hashes are remembered (`files.sha256`), so that a second start
+    does not read all of them again.
     """
     path, hasher = Path(path), hashlib.sha256()
     found = [path] if path.is_file() else sorted(
@@ -155,4 +156,8 @@ def digest(path: str | Path) -> str:
     )  # fmt: skip
     for file in found:
         hasher.update(f"{file.name} {files.sha256(file)}\n".encode())
+    if (path / "adapter_config.json").is_file():
+        from aurora_train.interop.peft import base_of
+
+        hasher.update(digest(base_of(path)).encode())
     return hasher.hexdigest()

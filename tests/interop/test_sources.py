@@ -14,7 +14,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched, shape_of
-from aurora_train.interop.source import Source, is_model, open_source
+from aurora_train.interop.source import Source, digest, is_model, open_source
 
 
 @pytest.fixture
@@ -278,6 +278,14 @@ def test_an_adapter_is_added_to_its_base(rslora, folder, tmp_path):
     others = [one for one in base.shapes if one != name]
     assert is_model(path) and not is_model(tmp_path)
     assert found.source.kind == "peft" and all(np.array_equal(found.read(one), base.read(one)) for one in others)
+
+
+def test_the_digest_of_an_adapter_covers_its_base(folder, tmp_path):
+    path, _ = adapter(tmp_path)
+    before = digest(path)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert digest(path) != before
 
 
 BAD_ADAPTERS = {
