@@ -1,15 +1,19 @@
-"""Writes small files so that a reader or a crash sees either the old or the new content; locates the cache folder."""
+"""Writes small files so that a reader or a crash sees either the old or the new content; locates the cache folder;
+hashes large files once."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 from aurora_train.errors import UserError
 
+_RACY_NS = 2_000_000_000  # a file changed this shortly before it was hashed may have changed again unnoticed
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the quota of a user or folder
 
 
@@ -70,3 +74,27 @@ def read_json(path: Path, default=None):
         return default
     except ValueError as error:
         raise UserError("this file is not JSON", where=str(path), why=str(error)) from error
+
+
+def sha256(path: Path) -> str:
+    """sha256 hex of a file's bytes. Raises OSError.
+
+    It is remembered in the cache folder under the file's path, size, times and inode, because weights take minutes to
+    hash. A file that was touched within two seconds of being hashed is not remembered.
+    """
+    path = path.resolve()
+    status = path.stat()
+    stamp = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    memory = cache_folder() / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    known = None
+    with contextlib.suppress(UserError, OSError):  # it only saves time
+        known = read_json(memory)
+    if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+        return known["sha256"]
+    settled = time.time_ns() - _RACY_NS > max(status.st_mtime_ns, status.st_ctime_ns)
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if settled:
+        with contextlib.suppress(UserError):
+            write_json(memory, {"stamp": stamp, "sha256": found})
+    return found

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aurora_train.errors import UserError
 from aurora_train.files import read_json
 from aurora_train.run import Run, say_changed_code
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aurora_train.interop.result import Unread
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (the default argument of two functions)
 
@@ -122,7 +129,7 @@ def _load_source(source: Path, step: int | None) -> Loaded:
 
     if step is not None:
         raise UserError(f"{source.name} is an open model, and has no steps", where="--step", hint="leave --step out")
-    config = load_values({"recipe": "language_model", "model": {"from": str(source.absolute())}}, source.name)
+    config = load_values(_started_from(source), source.name)
     prepare_environment(config)
     from aurora_train.machine.precision import settled
     from aurora_train.train.evaluate import Evaluator
@@ -132,6 +139,104 @@ def _load_source(source: Path, step: int | None) -> Loaded:
     recipe, blueprint, mesh, state = open_start_for_reading(config)
     evaluator = Evaluator(recipe, blueprint, mesh)
     return Loaded(source, config, recipe, evaluator.model(state), 0, evaluator, state)
+
+
+def _started_from(source: Path) -> dict:
+    return {"recipe": "language_model", "model": {"from": str(source.absolute())}}
+
+
+@contextlib.contextmanager
+def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterator[Unread]:
+    """A run or an open model as `load` takes it, whose parameters stay on disk and are read one layer at a time.
+
+    Raises UserError as `load` does.
+    """
+    from aurora_train.config import load_resolved, load_values
+    from aurora_train.interop.source import is_model, located
+    from aurora_train.machine.profile import prepare_environment
+
+    run = located(run)
+    source = Path(run) if is_model(run) else None
+    known = Run(run) if source else Run.existing(run)
+    if source and step is not None:
+        raise UserError(f"{source.name} is an open model, and has no steps", where="--step", hint="leave --step out")
+    config = load_values(_started_from(source), source.name) if source else load_resolved(known.folder)
+    if source is None:
+        say_changed_code(known, config, by)
+    prepare_environment(config)
+    from aurora_train.machine.precision import settled
+
+    config = settled(config)
+    if source:
+        yield _unread_source(source, config)
+        return
+    from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+    from aurora_train.interop.result import Unread
+    from aurora_train.train.session import recipe_of, refuse_facts_of_another
+
+    facts = recipe_of(config, known, progress).known
+    with contextlib.closing(CheckpointStore(known.checkpoints, known.trash)) as store:
+        step = require_step(store, step, str(known.folder))
+        refuse_damage(store, step)
+        refuse_facts_of_another(store, step, facts)
+        specs, read = _by_layer(store, step)
+        yield Unread(known.folder, config, facts, read_json(known.provenance, {}), step, specs, read)
+
+
+def _unread_source(source: Path, config) -> Unread:
+    import jax
+
+    from aurora_train.interop.kept import facts_of
+    from aurora_train.interop.placing import matched
+    from aurora_train.interop.result import Unread
+    from aurora_train.interop.source import open_source
+
+    opened = matched(open_source(source))
+    facts = facts_of(opened.source, opened.family.model_type)
+    specs = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+    return Unread(source, config, facts, {}, 0, specs, opened.read)
+
+
+_GIVE_BACK_BYTES = 1 << 28
+_LAYER = re.compile(r"stack\.units\.\d+\.(blocks\.\d+\.)?")
+
+
+def _by_layer(store, step: int) -> tuple[dict, Callable[[str], np.ndarray]]:
+    """(specs by bare name, reader of one parameter): the parameters of a layer are read together, and held until those
+    of another are asked for, because opening a checkpoint takes longer than reading a small array."""
+    import jax
+    import numpy as np
+
+    from aurora_train import mesh as meshes
+    from aurora_train.machine.memory import give_back_freed
+    from aurora_train.origin.weights import stored_parameters
+
+    stored, read_some = stored_parameters(store, step)
+    place = jax.sharding.NamedSharding(meshes.make_mesh(1, 1), jax.sharding.PartitionSpec())
+    specs = {name: jax.ShapeDtypeStruct(tuple(one.shape), one.dtype, sharding=place) for name, one in stored.items()}
+    groups: dict[str, list[str]] = {}
+    for name in specs:
+        groups.setdefault(_layer_of(name), []).append(name)
+    held: dict[str, Any] = {}
+    released = 0  # bytes since the allocator last gave them back, which it does not do by itself
+
+    def read(name: str) -> np.ndarray:
+        nonlocal released
+        if name not in held:
+            released += sum(array.nbytes for array in held.values())
+            held.clear()
+            if released > _GIVE_BACK_BYTES:
+                give_back_freed()
+                released = 0
+            held.update(read_some({one: specs[one] for one in groups[_layer_of(name)]}))
+        return np.asarray(held[name])
+
+    return specs, read
+
+
+def _layer_of(name: str) -> str:
+    found = _LAYER.match(name)
+    return found[0] if found else name
 
 
 def train(

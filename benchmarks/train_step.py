@@ -76,8 +76,8 @@ CASES = {
 class Ours(Training):
     """An `aurora train` that is stopped but when asked to run."""
 
-    def __init__(self, case: Case, precision: str, folder: Path):
-        super().__init__(case.config(precision), folder)
+    def __init__(self, case: Case, precision: str, folder: Path, environment=None):
+        super().__init__(case.config(precision), folder, environment)
         self.wait(3)
         self._process.send_signal(signal.SIGSTOP)
 

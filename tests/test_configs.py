@@ -10,6 +10,7 @@ from aurora_train import bundled
 from aurora_train.cli.main import main
 from aurora_train.config import load
 from aurora_train.config.find_recipe import load_recipe
+from aurora_train.nn.sizes import NAMED
 
 SHRUNK = ["train.steps=2", "train.batch=4", "memory.accumulation=1", "memory.unroll=false", "evaluate.examples=4",
           "evaluate.final=false", "checkpoint.every=2"]
@@ -24,6 +25,8 @@ SMALL = {
                           "data.tokenizer={kind: byte}"],
 }
 OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
+# A published shape, small: the size stays, and what a width of 16 cannot have is overruled.
+OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 
@@ -54,3 +57,19 @@ def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared
     assert kept.sha256 == recorded["recipe"]["sha256"], "what was hashed, and nothing less, was kept"
     assert {*kept.beside, kept.file.name} == {path.relative_to(code).as_posix() for path in code.rglob("*.py")}
     assert {path.partition("/")[0] for path in kept.beside} == KITS.get(recipe, set())
+
+
+@pytest.mark.parametrize("size", NAMED)
+def test_a_pretraining_config_is_planned_for_its_machine_as_its_comment_says(size, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path))  # rates that someone measured would give another time
+    name = f"language/{size}"
+    comment = " ".join(re.match(r"(?:#.*\n)+", CONFIGS[name].read_text())[0].replace("#", " ").split())
+    machine = re.search(rf"aurora plan {name} --machine (\S+)", comment)[1]
+    planned = r"Planned and not measured .*?: on an? .*? ([\d.]+) GB of ([\d.]+) GB, ([\d,]+) steps"
+    peak, budget, steps = re.search(planned, comment).groups()
+    assert main(["plan", name, "--machine", machine, "--no-compile", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["predicted_bytes"] / 1e9 == pytest.approx(float(peak), rel=0.05)
+    assert plan["predicted_bytes"] <= plan["budget_bytes"] == pytest.approx(float(budget) * 1e9, rel=0.01)
+    assert load(name).train.steps == int(steps.replace(",", ""))
+    assert not (tmp_path / "data").exists(), "a plan needs no data"

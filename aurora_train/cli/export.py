@@ -51,22 +51,23 @@ def command(
 
     from aurora_train.interop import export, proof
     from aurora_train.interop.result import result_of
-    from aurora_train.loading import load
+    from aurora_train.loading import unread
 
     export.refuse_target(to)
-    result = result_of(load(run, step, by="export"), merge=merge)
-    if dtype is not None or format is Format.gguf:
-        result = result._replace(dtypes={})
-    write, chosen = _way(format, dtype, export.default_dtype(result), verify)
-    made = export.beside(to)
-    try:
-        family = write(result, made, chosen)
-        proved = proof.prove(result, family, made, chosen, verify and verify.value)
-        export.write_card(result, family, made, chosen, proved)
-        export.put_in_place(made, to)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    with unread(run, step, by="export") as found:
+        result = result_of(found, merge=merge)
+        if dtype is not None or format is Format.gguf:
+            result = result._replace(dtypes={})
+        write, chosen = _way(format, dtype, export.default_dtype(result), verify)
+        made = export.beside(to)
+        try:
+            family = write(result, made, chosen)
+            proved = proof.prove(result, family, made, chosen, verify and verify.value)
+            export.write_card(result, family, made, chosen, proved)
+            export.put_in_place(made, to)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
     if json:
         print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
                     "says": proved["says"]})  # fmt: skip

@@ -7,6 +7,7 @@ its own name was read back and compared with the run.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from aurora_train.interop.placing import Theirs, their_shapes, theirs
 from aurora_train.interop.result import Result, told
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
-DTYPES = ("float32", "bfloat16", "float16")
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = tuple(_SAFETENSORS)
 SHARD_BYTES = 4 << 30
 CARD = "README.md"
 
@@ -114,24 +116,47 @@ def _config(result: Result, family: Family, dtype: str, tokens) -> dict[str, Any
 
 
 def _write_weights(tensors: Theirs, shapes: dict[str, tuple[int, ...]], folder: Path, dtypes: dict[str, str]) -> None:
-    from safetensors.numpy import save_file
-
     shards = list(_shards(shapes, dtypes))
     index, total = {}, 0
     for number, names in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {one: np.ascontiguousarray(_as(tensors[one](), dtypes[one], one)) for one in names}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
+        names.sort(key=lambda one: (-_itemsize(dtypes[one]), one))  # as the library orders them
+        total += _write_shard(tensors, {one: shapes[one] for one in names}, folder / name, dtypes)
         index |= dict.fromkeys(names, name)
-        total += sum(array.nbytes for array in arrays.values())
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_shard(tensors: Theirs, shapes: dict[str, tuple[int, ...]], path: Path, dtypes: dict[str, str]) -> int:
+    """Write a safetensors file, one tensor in memory at a time. Returns the bytes of its tensors.
+
+    The format: 8 bytes of length, a JSON header padded with spaces to a multiple of 8, and the tensors one after the
+    other. The library writes the same bytes, but takes all tensors at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * _itemsize(dtypes[name])
+        header[name] = {"dtype": _SAFETENSORS[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(_as(tensors[name](), dtypes[name], name))
+            assert array.shape == shape, name
+            file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
+    return end
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> Iterator[list[str]]:
     names, held = [], 0
     for name, shape in shapes.items():
-        num_bytes = int(np.prod(shape)) * (4 if dtypes[name] == "float32" else 2)
+        num_bytes = math.prod(shape) * _itemsize(dtypes[name])
         if names and held + num_bytes > SHARD_BYTES:
             yield names
             names, held = [], 0

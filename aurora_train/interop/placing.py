@@ -148,18 +148,6 @@ def theirs(
     return {name: functools.partial(made, pieces) for name, pieces in parts.items()}
 
 
-def decoder_of(config: DecoderConfig, vocabulary: int, read: Callable[[str], np.ndarray]):
-    """A float32 `Decoder` with the parameters that `read` returns by canonical name."""
-    from flax import nnx
-
-    from aurora_train.nn.decoder import Decoder
-
-    plain = config.model_copy(update={"lora": None})
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(plain, vocabulary, "float32", nnx.Rngs(params=0))))
-    nnx.replace_by_pure_dict(state, assembled(nnx.to_pure_dict(state), read))
-    return nnx.merge(graph, state)
-
-
 def assembled(tree, read: Callable[[str], np.ndarray]):
     """The nested dict of parameters `tree` (abstract), float32, of what `read` returns by canonical name."""
     import jax

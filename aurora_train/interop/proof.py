@@ -15,8 +15,9 @@ import numpy as np
 
 from aurora_train.errors import MissingExtra, UserError
 from aurora_train.files import read_json, write_json
+from aurora_train.interop.by_layer import log_probabilities
 from aurora_train.interop.families.family import Family
-from aurora_train.interop.placing import Opened, decoder_of, matched
+from aurora_train.interop.placing import Opened, matched
 from aurora_train.interop.proof_of_text import refuse_other_text, refuse_other_text_in_transformers
 from aurora_train.interop.result import Result, told
 from aurora_train.interop.source import open_source
@@ -68,18 +69,6 @@ def rows_of(tokenizer: str, vocabulary: int, config: DecoderConfig) -> list[np.n
     return rows
 
 
-def log_probabilities(model, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """log p of every token at each position, float32[T, vocabulary], for each row."""
-    import jax
-    import jax.numpy as jnp
-
-    length = max(map(len, rows))
-    padded = np.stack([np.pad(row, (0, length - len(row))) for row in rows])  # causal: what comes after is not seen
-    with jax.default_matmul_precision("highest"):
-        found = np.asarray(jax.nn.log_softmax(model.logits(model(jnp.asarray(padded))), -1))
-    return [one[: len(row)] for one, row in zip(found, rows, strict=True)]
-
-
 def prove(result: Result, family: Family, folder: Path, dtype: str, library: str | None) -> dict[str, Any]:
     """Compare an export with its run and write `proof.json` into it. UserError, naming a tensor, if they differ.
 
@@ -90,8 +79,8 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
         refuse_other_tensors(result, opened, dtype)
     refuse_other_text(result.facts, opened.source, TEXTS)
     rows = rows_of(opened.source.tokenizer, result.vocabulary, result.config)
-    wanted = log_probabilities(decoder_of(result.config, result.vocabulary, result.read), rows)
-    found = log_probabilities(decoder_of(opened.config, opened.vocabulary, opened.read), rows)
+    wanted = log_probabilities(result.config, result.read, rows)
+    found = log_probabilities(opened.config, opened.read, rows)
     difference = _mean_difference(found, wanted)
     bound = max(BOUNDS[one] for one in (dtype, *result.dtypes.values()))
     if not difference <= bound:  # a NaN is a difference, too
@@ -122,12 +111,18 @@ def refuse_other_tensors(result: Result, opened: Opened, dtype: str) -> None:
     for name in result.shapes:
         place = opened.places.get(name)
         kind = result.dtypes.get(place.theirs, dtype) if place else dtype
-        wanted = _as(result.read(name), kind, name)
-        if place is None or not np.array_equal(opened.read(name), wanted, equal_nan=True):
+        if place is None or not _same_bits(opened.read(name), _as(result.read(name), kind, name)):
             raise UserError(
                 f"the tensor {place.theirs if place else name} does not read back as it was written",
                 where=str(opened.source.path),
             )  # fmt: skip
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = np.dtype(f"uint{8 * one.itemsize}")  # compared without a second copy, and a NaN equals itself
+    return np.array_equal(one.view(bits), other.view(bits))
 
 
 def _mean_difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
@@ -190,7 +185,7 @@ def repeat(folder: Path) -> dict[str, Any]:
     try:
         opened = matched(open_source(model_in(folder)))
         rows = [np.array(row, np.int32) for row in proof["texts"]]
-        found = log_probabilities(decoder_of(opened.config, opened.vocabulary, opened.read), rows)
+        found = log_probabilities(opened.config, opened.read, rows)
         faults += _other_than(proof["target_log_probabilities"], _of_targets(found, rows))
         if proof["kind"] == "independent":
             independent(folder, opened, rows, found)

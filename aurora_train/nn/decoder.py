@@ -34,7 +34,7 @@ class Decoder(Transformer):
             raise UserError("a bidirectional model reads a whole text at once and cannot continue one", where="model")
         if self.mask == "prefix" and prefix is None:
             raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
-        x, context = self._embedded(tokens, positions), make_context(self.config, positions, None)
+        x, context = self.embedded(tokens, positions), make_context(self.config, positions, None)
         context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments, real=real)
         x, caches, _ = self.stack(x, context, caches=caches)
         return self.final_norm(x), caches

@@ -55,14 +55,15 @@ class Transformer(nnx.Module):
             raise UserError(f"the model {what}", where="model", hint="Transformer(..., mask='prefix')(..., prefix=...)")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = dropout(self._embedded(tokens, positions), self.config.dropout, keys, EMBEDDING_SITE)
+        x = dropout(self.embedded(tokens, positions), self.config.dropout, keys, EMBEDDING_SITE)
         context = make_context(self.config, positions, segments)
         context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
         x, _, sums = self.stack(x, context, keys)
         return self.final_norm(x), sums
 
     @jax.named_scope("embedding")
-    def _embedded(self, tokens, positions):
+    def embedded(self, tokens, positions):
+        """What the first layer reads: [B, T, width] of tokens and positions int32[B, T]."""
         config = self.config
         x = self.embedding[...][tokens].astype(self.dtype)
         if config.embed_scale:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from dataclasses import dataclass
@@ -47,8 +46,7 @@ class Parent:
                             len(opened.beside), opened.beside[0])  # fmt: skip
             return cls(named, None, foreign_digest(named), facts_of(opened.source, opened.family.model_type), prefix)
         if Path(named).is_file():
-            with Path(named).open("rb") as file:
-                return cls(named, None, hashlib.file_digest(file, "sha256").hexdigest(), {}, prefix)
+            return cls(named, None, files.sha256(Path(named)), {}, prefix)
         run = runs.Run.existing(named)
         store = CheckpointStore(run.checkpoints, run.trash)
         step = require_step(store, recorded["step"] if recorded and recorded["from"] == named else None, named)

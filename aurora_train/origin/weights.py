@@ -74,7 +74,7 @@ def _opened(parent: Parent):
         return
     run = runs.Run.existing(parent.path)
     with contextlib.closing(CheckpointStore(run.checkpoints, run.trash)) as store:
-        yield _from_store(store, parent.step)
+        yield stored_parameters(store, parent.step)
 
 
 def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def drawn_beside(parents: tuple[Parent, ...], state: dict) -> dict[str, Any]:
 def load_parameters(store: CheckpointStore, step: int, blueprint: Blueprint, *, where: str) -> tuple[dict, dict]:
     """(params, frozen) of a checkpoint of this very model; the moving average if one was kept."""
     tree, places = _parameters(blueprint)
-    flat = _poured(_from_store(store, step), tree, places, where, _Part("", ()), None)
+    flat = _poured(stored_parameters(store, step), tree, places, where, _Part("", ()), None)
     # Keep the saved dtype: the moving average of a trained run has more bits than bfloat16 masters.
     tree["params"] = _in_dtypes_of(tree["params"], flat)
     filled = layout.assemble(flat, tree, places)
@@ -277,7 +277,11 @@ def _in_dtypes_of(params, flat: dict):
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _from_store(store: CheckpointStore, step: int):
+def stored_parameters(store: CheckpointStore, step: int):
+    """(specs of a run's parameters by bare name, reader of those that are wanted, with their shardings).
+
+    The moving average stands for the trained parameters if one was kept.
+    """
     shapes, names = store.shapes(step), {}
     for place in _PLACES:
         names |= {name.removeprefix(place): name for name in shapes if name.startswith(place)}

@@ -137,7 +137,7 @@ class Rehearsal:
         if key not in self._compiled:
             traced, _ = self.trace(plan)
             with self.here(), _alone() if self.remote else contextlib.nullcontext():
-                self._compiled = {key: traced.lower().compile()}  # one at a time: programs are large
+                self._compiled = {key: _in_a_thread(traced.lower().compile).result()}  # one: programs are large
         return self._compiled[key]
 
     def initialiser(self, plan: Plan) -> Future:
@@ -148,9 +148,7 @@ class Rehearsal:
                 wait([self._initialiser[1]])  # of a cut that was not chosen
             lowered = self.blueprint(plan).initialise.lower()
             options = _DRAWN_ONCE if self.platform == "cpu" else None
-            thread = ThreadPoolExecutor(1, "initialiser")
-            self._initialiser = key, thread.submit(lowered.compile, options)
-            thread.shutdown(wait=False)  # the thread ends when its task is done
+            self._initialiser = key, _in_a_thread(lowered.compile, options)
         return self._initialiser[1]
 
     def begin_initialiser(self) -> None:
@@ -240,6 +238,18 @@ class Rehearsal:
     def stacks(self) -> dict:
         """The stacks of the model by dotted path, abstract."""
         return named_stacks(self.model())
+
+
+def _in_a_thread(work, *arguments) -> Future:
+    """Begin `work` in a thread of its own.
+
+    The main thread can then be interrupted while it waits; inside XLA it could not, and Ctrl-C would take effect only
+    once the whole program is compiled.
+    """
+    thread = ThreadPoolExecutor(1)
+    begun = thread.submit(work, *arguments)
+    thread.shutdown(wait=False)  # the thread ends when its work is done
+    return begun
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ class Session:
         here = self.blueprint._replace(shardings=meshes.local(shardings))
         state = meshes.local_view(state)
         drawn = drawn_beside(self.parents, {"params": state.params, "frozen": state.frozen})
-        state = state._replace(frozen={})  # released first, because they may be most of the model
+        state = state._replace(params={}, frozen={})  # released first, because the model may not fit twice
         params, frozen = parameters_from(self.parents, here, drawn)
         rest = state_from(self.parents, here, state.rest)
         # Compiled, what a hook keeps of the parameters has buffers of its own: the step donates both.
@@ -238,12 +238,7 @@ def make_store(config, run: runs.Run) -> CheckpointStore:
 
 def open_for_reading(config, run: runs.Run, step: int | None, progress):
     """(recipe, blueprint, mesh, state, step) of a trained run; the state holds parameters only, on one device."""
-    recipe, kept = make_recipe(config), kept_facts.read(run.facts)
-    if kept is None:  # a run from before facts existed is read with its data
-        refuse_other_data(run, recipe.ready(progress).data("train"))
-    else:
-        recipe.inherited = kept
-        recipe.use(kept)
+    recipe = recipe_of(config, run, progress)
     blueprint, mesh = _read_whole(config, recipe)
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))
@@ -254,6 +249,17 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     store.close()
     state = blueprint.state._replace(params=params, frozen=frozen, rest=rest, opt_state={}, extra={})
     return recipe, blueprint, mesh, state, step
+
+
+def recipe_of(config, run: runs.Run, progress):
+    """The recipe of a trained run, with the run's facts."""
+    recipe, kept = make_recipe(config), kept_facts.read(run.facts)
+    if kept is None:  # a run from before facts existed is read with its data
+        refuse_other_data(run, recipe.ready(progress).data("train"))
+    else:
+        recipe.inherited = kept
+        recipe.use(kept)
+    return recipe
 
 
 def open_start_for_reading(config):

@@ -61,12 +61,12 @@ def test_greedy_tokens_and_logits_equal_those_without_a_cache(shape):
 
 def test_the_prompt_is_the_prefix_of_a_prefix_language_model():
     model, prompts = decoder("prefix"), [PROMPT, PROMPT[:3]]
-    made = Generator(model, None).generate_batch(prompts, 6, temperature=0)
+    made = Generator(model, ()).generate_batch(prompts, 6, temperature=0)
     for prompt, new in zip(prompts, made, strict=True):
         text, prefix = jnp.asarray([prompt + new], jnp.int32), jnp.arange(len(prompt) + 6)[None] < len(prompt)
         logits = model.logits(model(text, prefix=prefix))[0]
         assert new == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-    assert made != Generator(decoder(), None).generate_batch(prompts, 6, temperature=0)
+    assert made != Generator(decoder(), ()).generate_batch(prompts, 6, temperature=0)
 
 
 def test_prompts_of_unlike_lengths_in_a_batch_get_what_each_gets_alone(llama):

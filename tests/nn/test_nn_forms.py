@@ -198,7 +198,7 @@ def test_the_embedding_equals_float64_where_a_token_comes_twice():
     tokens, g = np.array([[1, 3, 1, 6]]), RNG.standard_normal((1, 4, 8))
 
     def enter(state):
-        return nnx.merge(graph, state)._embedded(jnp.asarray(tokens), jnp.arange(4)[None])
+        return nnx.merge(graph, state).embedded(jnp.asarray(tokens), jnp.arange(4)[None])
 
     x, pullback = jax.vjp(jax.jit(enter), state)
     (found,) = pullback(jnp.asarray(g, jnp.float32))
