@@ -63,7 +63,7 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
     `merge`, and for a checkpoint of another model than the config describes.
     """
     config, facts = getattr(found.config, "model", None), found.facts
-    has_embedding = not {"embedding", "embedding" + nf4.CODES}.isdisjoint(found.specs)  # a classifier has none at its root
+    has_embedding = not {"embedding", "embedding" + nf4.CODES}.isdisjoint(found.specs)  # not of a classifier
     if not isinstance(config, DecoderConfig) or "vocabulary" not in facts or not has_embedding:
         raise UserError(f"a run of {found.config.recipe} has no decoder to export", where=str(found.run))
     if config.lora is not None and not merge:
