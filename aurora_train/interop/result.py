@@ -93,11 +93,6 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
     config, facts = getattr(found.config, "model", None), found.facts
     if not isinstance(config, DecoderConfig) or "vocabulary" not in facts:
         raise UserError(f"a run of {found.config.recipe} has no decoder to export", where=str(found.run))
-    if config.lora is not None and not merge:
-        raise UserError(
-            "this run trained adapters", where=str(found.run),
-            hint="--merge adds them to the weights that they were trained on; --format peft writes them alone",
-        )  # fmt: skip
     from aurora_train.interop.placing import our_shapes
 
     plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})
@@ -107,6 +102,11 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
         raise UserError(
             f"a run of {found.config.recipe} has no decoder to export", where=str(found.run),
             why=f"it has no parameter {missing[0]}" if missing else "its tokens see those that come after them",
+        )  # fmt: skip
+    if config.lora is not None and not merge:
+        raise UserError(
+            "this run trained adapters", where=str(found.run),
+            hint="--merge adds them to the weights that they were trained on; --format peft writes them alone",
         )  # fmt: skip
     _refuse_other_model(found, shapes)
     adapters = None if config.lora is None else _adapters(found, config.lora)
