@@ -16,8 +16,9 @@ from aurora_train.interop import export, proof
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.proof_of_text import refuse_other_text
-from aurora_train.interop.result import Result
+from aurora_train.interop.result import Result, result_of
 from aurora_train.interop.source import open_source
+from aurora_train.loading import unread
 from aurora_train.nn.decoder_config import DecoderConfig
 
 GENERATION = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [256]}
@@ -176,6 +177,14 @@ def test_a_run_without_a_decoder_is_refused(here, capsys):
     assert aurora("train", "classify.yaml", "--run", "classes", "--quiet") == 0
     assert aurora("export", "classes", "--to", "none") == 2
     assert "no decoder to export" in capsys.readouterr().err and not (here / "none").exists()
+
+
+def test_a_decoder_whose_tokens_see_later_ones_is_refused(here):
+    with unread("base", by="export") as found:
+        assert found.mask == "causal" and result_of(found).shapes.keys() == found.specs.keys()
+        with pytest.raises(UserError, match="no decoder to export") as refused:
+            result_of(found._replace(mask="bidirectional"))
+    assert "see those that come after them" in str(refused.value)
 
 
 @pytest.mark.slow
