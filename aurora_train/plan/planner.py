@@ -107,6 +107,18 @@ class Planner:
         """The plan, verified by a compiler if there is one. UserError if nothing fits."""
         return self._beside_copy_or_in_place(self._asked_or_searched)
 
+    def unchanged(self, earlier: Plan) -> Plan | None:
+        """The plan that `run` would make, if it is `earlier`, which an equal planner with other memory made; else None.
+
+        On a CPU that has room for everything, free memory decides nothing else (`_as_asked`).
+        """
+        searched = "planning_seconds" in earlier.details  # with more memory, a search might find a faster one
+        if self.program.platform != "cpu" or self.is_fixed or searched or not earlier.predicted_bytes:
+            return None
+        if earlier.predicted_bytes > IDLE * self.budget:
+            return None
+        return self._with_saves(replace(earlier, budget_bytes=self.budget))
+
     def _beside_copy_or_in_place(self, search) -> Plan:
         """The result of a search within the budget or, if nothing fits that, within the budget of saves in place."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.config import dump, parse_bytes, removed
@@ -50,6 +51,25 @@ def plan_config(
         limits = _limits(config, budget, program, functools.partial(_budget_of, target))
         plan = Planner(program, *limits[0], target.slug, rates, verify, progress=progress, **limits[1]).run()
         cache.store(key, plan)
+    return plan
+
+
+def plan_here(config, recipe, program: Rehearsal, progress) -> Plan:
+    """The plan for a run on this machine, whose step is compiled later. One that free memory cannot change is kept for
+    the next start: making it takes a third of the time that a warm start needs."""
+    planner = planner_here(config, recipe, program=program, progress=progress, compiled_later=True)
+    key = cache.key_of({
+        "config": dump(config), "recipe": config.recipe_sha256, "code": runs.code_hash(), "versions": runs.versions(),
+        "device": device_kind(program.mesh), "mesh": dict(program.mesh.shape), "rates": planner.rates,
+        "shapes": {name: (shape.shape, str(shape.dtype)) for name, shape in program.shapes.items()},
+        "facts": kept_facts.sha256(recipe.known),
+    })  # fmt: skip
+    earlier = cache.load(key)
+    plan = earlier and planner.unchanged(earlier)
+    if plan is None:
+        plan = planner.run()
+        if planner.unchanged(plan) is not None:
+            cache.store(key, plan)
     return plan
 
 

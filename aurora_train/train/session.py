@@ -42,7 +42,7 @@ from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
 from aurora_train.record.energy import EnergyMeter
 from aurora_train.train.beginning import Beginning, refuse_other_data
-from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, planner_here
+from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.state import Blueprint, TrainState, draw, together
@@ -176,7 +176,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     def chosen() -> Plan:
         if pinned is not None and not replan:
             return pinned
-        return planner_here(config, recipe, program=program, progress=progress, compiled_later=True).run()
+        return plan_here(config, recipe, program, progress)
 
     plan = agreed(chosen, Plan.to_json, Plan.from_json)
     dropped = {"given_up": pinned, "reason": "--replan"} if replan and pinned else {}

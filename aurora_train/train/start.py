@@ -45,6 +45,7 @@ _STATE = (
     "settings that would reduce it"
 )
 _SCORE = "every step is saved: run the same command again with more memory free, or with evaluate.final=false"
+_COMPILED_SECONDS = 1.0  # less: the step came from the compile cache, and the compiler has left no memory behind
 
 
 @dataclass
@@ -267,7 +268,8 @@ def _compiled(session: Session, progress, *, fresh: bool):
     progress.status("compiling")
     with noticed(lambda: "compiling"):
         compiled, seconds = session.compile(fresh=fresh)
-    give_back_freed()
+    if seconds > _COMPILED_SECONDS:
+        give_back_freed()
     progress.status("compiling", seconds)
     return compiled
 

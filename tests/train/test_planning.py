@@ -212,6 +212,24 @@ def test_here_the_plan_is_compiled_unless_told_not_to(language_model):
     assert "pip" not in plan.details["not_verified"][0], "here nothing is missing"
 
 
+def test_a_plan_that_free_memory_cannot_change_is_kept_for_the_next_start(language_model, plans, monkeypatch):
+    config, recipe = language_model()
+    recipe.use({"vocabulary": 257})
+
+    def plan(config):
+        return planning.plan_here(config, recipe, planning.rehearse(config, recipe), None)
+
+    first = plan(config)
+    assert len(list(plans.iterdir())) == 1 and "cached" not in first.details
+    with monkeypatch.context() as patched:
+        patched.setattr(planning.Planner, "run", lambda planner: pytest.fail("planned again"))
+        again = plan(config)
+    assert again.work == first.work and again.predicted_bytes == first.predicted_bytes and again.details["cached"]
+    tight, _ = language_model(memory={"budget": f"{int(1.9 * first.predicted_bytes)}B"})
+    assert "cached" not in plan(tight).details  # what does not fit with ease is searched for each time
+    assert "cached" not in plan(tight).details
+
+
 def test_the_configs_budget_counts_here_too(language_model):
     assert planner_here(*language_model(memory={"budget": "400MB"})).budget == 400 * MB
     auto = planner_here(*language_model())
