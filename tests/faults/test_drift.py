@@ -26,10 +26,13 @@ FITS = {
     "init.from": str(GOLDEN), "init.parts": "{policy: runs/other}", "init.facts": "own", "model.size": "d12",
     "model.activation": "gelu", "model.norm": "layernorm", "model.norm_place": "after", "model.bias": "all",
     "model.positions": "learned", "model.rope_scaling.kind": "linear", "optimizer.name": "lion", "optimizer.ema": "0.5",
-    "model.linear": "{key_heads: 1, value_heads: 2, key_dim: 4, value_dim: 4}",
+    "model.linear": "{key_heads: 1, value_heads: 2, key_dim: 4, value_dim: 4}", "init.tokens": '["<|turn|>"]',
 }  # fmt: skip
 # What must be set too.
-BESIDE = {"model.window_pattern": "model.window=64", "train.bf16_ends": "train.precision=fp8"}
+BESIDE = {
+    "init.tokens": f"init.from={GOLDEN}", "model.window_pattern": "model.window=64",
+    "train.bf16_ends": "train.precision=fp8",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -55,7 +58,8 @@ def parsed(text: str) -> object:
 def others(key: str) -> list[str]:
     """OTHER, with what is likely to fit first: the first that fits is taken, and a try takes a tenth of a second."""
     now = flat(load("quickstart"))[key][0]
-    return sorted(OTHER, key=lambda text: (text != FITS.get(key), type(parsed(text)) is not type(now)))
+    values = [*OTHER, *FITS.values()]
+    return sorted(values, key=lambda text: (text != FITS.get(key), type(parsed(text)) is not type(now)))
 
 
 @pytest.mark.parametrize("key", keys("frozen"))
