@@ -2,8 +2,8 @@
 
 Two settings make XLA:CPU compile a small step in a fifth of the time: LLVM optimises nothing, and fused operations are
 emitted one by one instead of through MLIR (jaxlib 0.10 only). Both kinds of programs compute the same mathematics; they
-may round otherwise. Processes that a test starts inherit the choice from the environment, so that their runs can be compared
-with runs in this process.
+may round otherwise. Processes that a test starts inherit the choice from the environment, so that their runs can be
+compared with runs in this process.
 """
 
 from __future__ import annotations
