@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # jax 0.10.2 on a CPU: `np.asarray` of an array is a view of its buffer and takes no memory. While such a view lives, a
-# jitted function to which that array is donated does not write into its buffer: it allocates another one. Nothing says
-# so: the donated array is deleted as usual, there is no warning, and the view keeps its old values. So a training loop
-# that hands views of its state to a thread that saves them looks as if it saved without a copy, and holds the state
-# twice from the next step on. Whether a buffer was reused shows only in its address.
+# jitted function to which that array is donated does not write into its buffer: it allocates another one. There is no
+# warning, not even the one for donated buffers that are of no use; the donated array is simply not deleted. So a training
+# loop that hands views of its state to a thread that saves them looks as if it saved without a copy, and holds the state
+# twice from the next step on. It shows only in the address of the result, or in `is_deleted()`.
 # Seen, 256 MB: without a view the result has the donated buffer's address; with one it has another, both stay resident.
 set -euo pipefail
 work=$(mktemp -d)
@@ -33,7 +33,7 @@ def taken(keep_a_view):
     if keep_a_view:
         assert view.ctypes.data == address, "np.asarray made a copy"
     result = jax.block_until_ready(step(state))
-    assert state.is_deleted() and float(result[0]) == 2.0
+    assert state.is_deleted() is not keep_a_view and float(result[0]) == 2.0
     if keep_a_view:
         assert view[0] == 1.0
     grown = round((psutil.Process().memory_info().rss - before) / 2**20)
