@@ -20,7 +20,7 @@ from aurora_train.files import write_atomically
 
 Facts = dict[str, Any]
 
-# When a run that has a chat template began: the date that the template is told. It makes no model another one.
+# When a run that has a chat template began: the date that the template is given. It makes no model another one.
 DATE = "template_date"
 _VALUES = "facts.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")

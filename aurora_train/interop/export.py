@@ -24,7 +24,7 @@ from aurora_train.interop.hf import DTYPES as STORED
 from aurora_train.interop.hf import INDEX
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
 from aurora_train.interop.placing import Theirs, their_shapes, theirs
-from aurora_train.interop.result import Result, told
+from aurora_train.interop.result import Result, published
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -230,7 +230,7 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
         *([record["parts"], ""] if record.get("parts") else []),
-        *_lineage(told(record)),
+        *_lineage(published(record)),
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
         "## Proof", "", f"**{how}**: {proof['says']}", "",
         "`aurora verify FOLDER` repeats it.", "",

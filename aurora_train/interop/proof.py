@@ -20,7 +20,7 @@ from aurora_train.interop.families.family import Family
 from aurora_train.interop.parts import refuse_other_copies
 from aurora_train.interop.placing import Opened, matched
 from aurora_train.interop.proof_of_text import refuse_other_text, refuse_other_text_in_transformers
-from aurora_train.interop.result import Result, told
+from aurora_train.interop.result import Result, published
 from aurora_train.interop.source import open_source, same_bits
 from aurora_train.nn.decoder_config import DecoderConfig
 
@@ -103,7 +103,7 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
         largest = independent(folder, opened, rows, found)
         proof |= {"kind": "independent", "library": library, "largest_difference": largest}
         says += f"; {library} on the same folder differs by at most {largest:.1g}"
-    proof |= {"says": says, "origin": told(result.record), "files": _digests(folder)}
+    proof |= {"says": says, "origin": published(result.record), "files": _digests(folder)}
     write_json(folder / NAME, proof)
     return proof
 

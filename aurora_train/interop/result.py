@@ -157,7 +157,7 @@ def lineage(parent: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         parent = None if parent["step"] is None else (read_json(run.provenance, {}) or {}).get("parent")
 
 
-def told(record: dict[str, Any]) -> dict[str, Any]:
+def published(record: dict[str, Any]) -> dict[str, Any]:
     """What an export says of its origin: a record without the folders of this machine, of which the names remain."""
     parent, source = record.get("parent"), record["data"].get("source")
     return {
