@@ -6,21 +6,15 @@ compressors: the score is shown beside those of `xz`, `gzip` and an n-gram model
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
-from aurora_train.facts import DATE
-from aurora_train.interop.kept import TEMPLATE
-from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.sizes import derive_from_size
-from aurora_train.recipe import Derived, Loss, few
+from aurora_train.recipe import few
 from aurora_train.units import size
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
-from language.starting import ModelConfig, derive_from_source
+from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer
 
 
@@ -43,23 +37,6 @@ class Recipe(Writer):
 
     Config = Config
     unit, metric = "tok", ("bits_per_byte", "min")
-    dials = ("model.size",)
-
-    @classmethod
-    def derive(cls, given: dict) -> list[Derived]:
-        model, data = given.get("model") or {}, given.get("data") or {}
-        tokenizer, size, derived = data.get("tokenizer") or {}, model.get("size"), []
-        if isinstance(model.get("from"), str):
-            derived = derive_from_source(given)
-        elif isinstance(size, str):
-            vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "auto") not in ("auto", "byte") else 257
-            derived = derive_from_size(size, given, vocab, data.get("sequence", TextDataConfig().sequence))
-        model = model | {one.key.removeprefix("model."): one.value for one in derived}
-        table = model.get("max_length", DecoderConfig().max_length)
-        if model.get("positions") == "learned" and isinstance(table, int) and 1 < table <= Samples().max_tokens:
-            formula = f"{table} learned positions, less one for the first token"
-            derived.append(Derived("samples.max_tokens", table - 1, formula, "model.positions: learned"))
-        return derived
 
     @classmethod
     def check(cls, config) -> None:
@@ -75,17 +52,7 @@ class Recipe(Writer):
     store = None  # the prepared data, once there is any
 
     def facts(self) -> dict:
-        """The tokenizer, the rows of the embedding, and what a model that this one starts from brought with it."""
-        vocabulary = max(self.store.tokenizer.vocab_size, self.inherited.get("vocabulary", 0))
-        date = {DATE: datetime.now().isoformat(timespec="seconds")} if TEMPLATE in self.inherited else {}
-        return {**date, **self.inherited, **self.store.tokenizer.facts(), "vocabulary": vocabulary}
-
-    def shapes(self) -> dict:
-        import jax
-
-        row = (self.config.data.sequence,)
-        arrays = {name: jax.ShapeDtypeStruct(row, "int32") for name in ("tokens", "targets", "segments", "positions")}
-        return arrays | {"weights": jax.ShapeDtypeStruct(row, "float32")}
+        return self.facts_with(self.store.tokenizer)
 
     def prepare(self, progress) -> None:
         from language.prepare import prepare
@@ -108,34 +75,6 @@ class Recipe(Writer):
         mix = self.config.data.mix if split == "train" else {}
         weights = {name: part.weight for name, part in mix.items()} or None
         return TokenSource(self.store, split, self.config.data.sequence, weights)
-
-    def model(self, rngs):
-        from aurora_train.nn.decoder import Decoder
-
-        return Decoder(self.config.model, self.known["vocabulary"], self.config.train.dtype, rngs)
-
-    def loss(self, model, batch: dict, key) -> Loss:
-        hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)
-        return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
-
-    def predict(self, model, batch: dict):
-        """-log p of each target in nats, float32[B, T]."""
-        hidden = model(batch["tokens"], batch["segments"], batch["positions"])
-        return model.token_nll(hidden, batch["targets"])
-
-    def flops_per_target(self, num_parameters: int) -> float:
-        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B).
-
-        What a linear layer does with its state is not counted: its share is small beside its matrices.
-        """
-        model, sequence = self.config.model, self.config.data.sequence
-        spans = [0 if row.kind == "linear" else min(sequence, row.window or sequence) for row in model.rows]
-        pairs = 6.0 * model.layers * sum(spans) / len(spans) * model.heads * model.dim_per_head
-        return 6.0 * (num_parameters - self.looked_up()) + pairs
-
-    def looked_up(self) -> int:
-        model = self.config.model
-        return 0 if model.tied else self.known["vocabulary"] * model.width
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         from language.windows import bits_per_document, windows

@@ -60,7 +60,10 @@ class Aurora:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "AURORA_"))}
         quickly = quick.settings()
         if devices > 1:
-            flags = [quickly.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={devices}"]
+            # Eight devices share two cores with another test: a collective may wait for longer than XLA's 40 s.
+            waiting = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+            count = f"--xla_force_host_platform_device_count={devices}"
+            flags = [quickly.get("XLA_FLAGS", ""), count, waiting]
             quickly["XLA_FLAGS"] = " ".join(flags).strip()
         return {**kept, **quickly, "AURORA_CACHE": str(self.cache), "JAX_PLATFORMS": "cpu"}
 

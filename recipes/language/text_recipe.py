@@ -1,17 +1,24 @@
 """What the recipes that read text share: the tokenizer of a run and the checks of a model that reads whole rows.
 
-`Writer` adds what those share whose model continues texts: samples for the report, generation, and logits.
+`Writer` adds what those share whose model continues texts: the decoder and its loss, samples for the report,
+generation, and logits.
 """
 
 from __future__ import annotations
 
 import functools
+from datetime import datetime
 
 import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
-from aurora_train.recipe import Recipe
+from aurora_train.facts import DATE
+from aurora_train.interop.kept import TEMPLATE
+from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.nn.sizes import derive_from_size
+from aurora_train.recipe import Derived, Loss, Recipe
+from language.starting import derive_from_source
 
 
 class Samples(Section):
@@ -70,7 +77,29 @@ class TextRecipe(Recipe):
 
 
 class Writer(TextRecipe):
-    """A recipe whose `model` is a `Decoder` over the tokenizer's vocabulary, with the config section `samples`."""
+    """A recipe whose model is a `Decoder` over the tokenizer's vocabulary, with the config section `samples`.
+
+    Its batches are `tokens`, `targets`, `segments`, `positions` int32[B, T] and `weights` float32[B, T].
+    """
+
+    dials = ("model.size",)
+
+    @classmethod
+    def derive(cls, given: dict) -> list[Derived]:
+        """The shape of a size or of a source, and what follows from learned positions."""
+        model, data = given.get("model") or {}, given.get("data") or {}
+        tokenizer, size, derived = data.get("tokenizer") or {}, model.get("size"), []
+        if isinstance(model.get("from"), str):
+            derived = derive_from_source(given)
+        elif isinstance(size, str):
+            vocab = tokenizer.get("vocab", 4096) if tokenizer.get("kind", "auto") not in ("auto", "byte") else 257
+            derived = derive_from_size(size, given, vocab, data.get("sequence", cls.Config().data.sequence))
+        model = model | {one.key.removeprefix("model."): one.value for one in derived}
+        table = model.get("max_length", DecoderConfig().max_length)
+        if model.get("positions") == "learned" and isinstance(table, int) and 1 < table <= Samples().max_tokens:
+            formula = f"{table} learned positions, less one for the first token"
+            derived.append(Derived("samples.max_tokens", table - 1, formula, "model.positions: learned"))
+        return derived
 
     @classmethod
     def check(cls, config) -> None:
@@ -83,6 +112,47 @@ class Writer(TextRecipe):
                 where="samples.max_tokens",
                 hint=f"samples.max_tokens={room}, model.max_length={samples.max_tokens + 1}, or model.positions=rope",
             )
+
+    def shapes(self) -> dict:
+        import jax
+
+        row = (self.config.data.sequence,)
+        arrays = {name: jax.ShapeDtypeStruct(row, "int32") for name in ("tokens", "targets", "segments", "positions")}
+        return arrays | {"weights": jax.ShapeDtypeStruct(row, "float32")}
+
+    def facts_with(self, tokenizer) -> dict:
+        """A tokenizer, the rows of the embedding, and what a model that this one starts from brought with it."""
+        vocabulary = max(tokenizer.vocab_size, self.inherited.get("vocabulary", 0))
+        date = {DATE: datetime.now().isoformat(timespec="seconds")} if TEMPLATE in self.inherited else {}
+        return {**date, **self.inherited, **tokenizer.facts(), "vocabulary": vocabulary}
+
+    def model(self, rngs):
+        from aurora_train.nn.decoder import Decoder
+
+        return Decoder(self.config.model, self.known["vocabulary"], self.config.train.dtype, rngs)
+
+    def loss(self, model, batch: dict, key) -> Loss:
+        hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)
+        return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
+
+    def predict(self, model, batch: dict):
+        """-log p of each target in nats, float32[B, T]."""
+        hidden = model(batch["tokens"], batch["segments"], batch["positions"])
+        return model.token_nll(hidden, batch["targets"])
+
+    def flops_per_target(self, num_parameters: int) -> float:
+        """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B).
+
+        What a linear layer does with its state is not counted: its share is small beside its matrices.
+        """
+        model, sequence = self.config.model, self.config.data.sequence
+        spans = [0 if row.kind == "linear" else min(sequence, row.window or sequence) for row in model.rows]
+        pairs = 6.0 * model.layers * sum(spans) / len(spans) * model.heads * model.dim_per_head
+        return 6.0 * (num_parameters - self.looked_up()) + pairs
+
+    def looked_up(self) -> int:
+        model = self.config.model
+        return 0 if model.tied else self.known["vocabulary"] * model.width
 
     def samples(self, model, key) -> list[dict]:
         """Continuations of `samples.prompts`, each with what `judged` says of it."""

@@ -39,11 +39,12 @@ def take(config: str | Path, overrides: list[str], steps: int, cut=None) -> Step
         ((name, segments),) = session.plan.stacks.items()
         session.plan = dataclasses.replace(session.plan, stacks={name: cut(segments[-1].stop)})
     step, _ = session.compile(fresh=True)
-    state, placed = session.fresh(), meshes.batch_sharding(session.mesh)
+    state, placed = jax.block_until_ready(session.fresh()), meshes.batch_sharding(session.mesh)
     before, losses = _parameters(state), []
     for number in range(steps):
         batch = read_batch(session.source, loaded.train.seed, loaded.train.batch, number)
-        state, metrics = step(state, jax.device_put(batch, placed))
+        # Every device ends a step before any begins the next: two steps' collectives may wait for each other's threads.
+        state, metrics = jax.block_until_ready(step(state, jax.device_put(batch, placed)))
         losses.append(float(metrics["loss"]))
     session.store.close()
     return Steps(losses, before, _parameters(state))
