@@ -7,14 +7,11 @@ read as tables only; otherwise each file is one document.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import os
 import platform
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +19,11 @@ from pathlib import Path
 from aurora_train.data import find, readers
 from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
-from language import tables
+from language import listing, tables
 from language.settings import TextDataConfig, check_settings, resolve
 
 log = logging.getLogger("aurora_train")
 
-_RACY_NS = 2_000_000_000  # a file changed this shortly before it was hashed may have changed again unnoticed
 _ALWAYS_READ = (".jsonl", ".parquet", ".arrow")  # as tables, by every version
 _ENOUGH = 1000  # files of a folder that `check_data` checks
 
@@ -69,33 +65,10 @@ class Corpus:
         return sorted({os.path.splitext(name)[1] for name in names}.difference(_ALWAYS_READ))
 
     def listing(self, cache: Path, progress: Callable) -> list[tuple[str, int, str]]:
-        """(id, bytes, sha256) of every file: the identity of the source, independent of its path.
-
-        Hashes are remembered in `cache` under (path, size, mtime, ctime, inode); a file that was touched within two
-        seconds of being hashed is hashed again, since its clock may not show a second change.
-        """
+        """As `listing.listed`: the identity of the source."""
         if self.hub:
             return [(self.hub, 0, str(_hub_dataset(self.hub)._fingerprint))]
-        first = hashlib.sha256(os.fsencode(self.files[0][1])).hexdigest()[:16]
-        memory = cache / f"hashes-{first}.json"
-        known = _load_hashes(memory)
-        hashed, listing, changed = {}, [], False
-        for done, (name, path) in enumerate(self.files):
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            entry = known.get(str(path))
-            if not entry or entry[:4] != stamp:
-                changed, settled = True, time.time_ns() - _RACY_NS > max(stamp[1:3])
-                entry = [*(stamp if settled else [-1] * 4), _hash_file(path)]
-                progress(done, len(self.files), "hashing the source")
-            hashed[str(path)] = entry
-            listing.append((name, status.st_size, entry[4]))
-        if changed:
-            _write_atomically(memory, json.dumps(hashed))
-        return listing
+        return listing.listed(self.files, cache, progress)
 
 
 @dataclass(frozen=True)
@@ -264,19 +237,7 @@ def _read(path: Path) -> bytes | LeftOut:
     try:
         return tables.read_text(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path, error) -> UserError:
-    return UserError(f"cannot read {path}", where="data.source", why=str(error))
+        raise listing.unreadable(path, error) from error
 
 
 def _hub_dataset(name: str):
@@ -297,16 +258,3 @@ def _import_datasets():
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs errors that it then raises, and we report them once
     return datasets
-
-
-def _load_hashes(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}  # only a cache: everything is hashed again
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may do this at once
-    temporary.write_text(text)
-    temporary.replace(path)
