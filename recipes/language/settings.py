@@ -82,7 +82,7 @@ def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
         )
     if config.mix:
         _check_mix(config)
-    _check_tokenizer(config.tokenizer, base)
+    check_tokenizer(config.tokenizer, base)
 
 
 def _check_mix(config: TextDataConfig) -> None:
@@ -101,7 +101,8 @@ def _check_mix(config: TextDataConfig) -> None:
             )  # fmt: skip
 
 
-def _check_tokenizer(config: TokenizerConfig, base: Path | None) -> None:
+def check_tokenizer(config: TokenizerConfig, base: Path | None) -> None:
+    """Raise UserError for settings of a tokenizer that are wrong for any source."""
     if config.kind != "file":
         for name in ("path", "separator"):
             if getattr(config, name) is not None:
