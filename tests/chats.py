@@ -1,4 +1,4 @@
-"""Conversations for tests: small made ones with a template for bytes, and functions of the interpreter's own library."""
+"""Conversations for tests: small made ones with a template for bytes, and functions of Python's own library."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ SMALL = {
 OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
 # A published shape, small: the size stays, and what a width of 16 cannot have is overruled.
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
-KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"}, "neural_decoding": {"neural"}}
+KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
+        "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 
 
