@@ -8,16 +8,16 @@ from chats import TEMPLATE, TUNE, chat, write_chats
 from kit import in_process, losses
 
 from aurora_train.config import load_values
-from aurora_train.config.find_recipe import load_recipe
 from aurora_train.data.inspection import LEARNED_MARKS
+from language.tune import Tune
 
+LINEAR = {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8}
+WINDOW = {"kind": "window", "window": 9}
 TABLES = {
+    "all": {"layers": 3, "layer_table": [{"kind": "linear"}, WINDOW, {}], "linear": LINEAR},
     "full": {},
-    "window": {"layer_table": [{"kind": "window", "window": 9}]},
-    "delta": {
-        "layer_table": [{"kind": "linear"}],
-        "linear": {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8},
-    },
+    "window": {"layer_table": [WINDOW]},
+    "delta": {"layer_table": [{"kind": "linear"}], "linear": LINEAR},
 }
 
 
@@ -27,11 +27,11 @@ def folder(tmp_path_factory):
 
 
 def recipe_of(folder, cache, **model):
-    data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 256,
+    data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 400,
             "holdout_test": 0.1, "holdout_validation": 0.1}  # fmt: skip
     config = load_values({"recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model},
                           "data": data, "train": {"precision": "float32"}}, "tune")  # fmt: skip
-    recipe = load_recipe("language/tune", bundled_one=True).recipe(config, cache)
+    recipe = Tune(config, cache)
     return recipe.ready(lambda *_: None)
 
 
@@ -48,7 +48,7 @@ def alone(batch):
     return {name: np.stack([one[name] for one in rows]) for name in batch}
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", ["all", *(pytest.param(one, marks=pytest.mark.slow) for one in list(TABLES)[1:])])
 def test_packed_rows_have_the_loss_and_gradients_of_single_conversations(folder, shared_cache, table):
     import jax
     from flax import nnx
@@ -100,7 +100,7 @@ def test_a_run_learns_scores_and_shows_what_it_learned(folder, tmp_path, shared_
     found = scores["score"]
     bits = found["answer_loss"] * found["learned_tokens"] / np.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits / found["bytes"]) and 0 <= found["token_accuracy"] <= 1
-    of_conversations = np.load(tmp_path / "run" / "score" / "answers.npz")
+    of_conversations = np.load(tmp_path / "run" / "work" / "answers.npz")
     assert of_conversations["learned"].sum() == found["learned_tokens"]
     samples = json.loads(next((tmp_path / "run" / "samples").glob("*.json")).read_text())
     assert all(one["prompt"].endswith("assistant: ") and one["reference"].endswith("<|endoftext|>") for one in samples)
