@@ -1,31 +1,25 @@
 """Turns a source into a prepared store. `prepare(config, cache)` is the only entry, and may be called at every start.
 
 If the store for this source, tokenizer and split exists, it is opened and only file times are read; otherwise it is
-written into a temporary folder, synced and renamed. A killed preparation leaves a temporary folder that the next one
-removes; two processes that need the same store wait for each other on a file lock.
+made, as `language.prepared` makes a folder.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from aurora_train.errors import UserError
-from aurora_train.files import sync
 from language import tokenizers
 from language.corpus import Corpus, Mixture, open_corpus
+from language.prepared import changed, key_of, made, writing
 from language.screening import Screening, left_out, screen
 from language.settings import TextDataConfig, TokenizerConfig
-from language.store import FORMAT, MANIFEST, SPLITS, DamagedStore, Store, fingerprint_of, hash_file
+from language.store import FORMAT, SPLITS, Store
 
 log = logging.getLogger("aurora_train")
 
@@ -49,34 +43,22 @@ def prepare(
     """
     corpus = open_corpus(config, base)
     known = tokenizers.known_tokenizer(config.tokenizer, base, inherited)
-    with _writing(cache):
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         listing = corpus.listing(cache, progress)
     key = _key(config, known, listing, corpus.newly_read())
-    store = _opened_or_made(corpus, config, known, cache, key, listing, progress)
+
+    def write(folder: Path) -> dict:
+        manifest = _write(corpus, config, known, key, folder, progress)
+        with writing(cache):
+            if corpus.listing(cache, progress) != listing:
+                raise changed(corpus.name)
+        return manifest
+
+    store = made(Store, cache / f"text-{key[:16]}", write, progress)
     for line in _said(store.manifest, config):
         log.warning("%s", line)
     return store
-
-
-def _opened_or_made(corpus, config: TextDataConfig, known, cache: Path, key: str, listing: list, progress) -> Store:
-    folder = cache / f"text-{key[:16]}"
-    if folder.exists():
-        try:
-            return Store(folder)
-        except DamagedStore as damage:
-            log.warning("%s; preparing it again", damage.what)
-    with _lock(cache / f"text-{key[:16]}.lock", progress):
-        _clear_debris(folder)
-        if not folder.exists():
-            _write(corpus, config, known, key, folder, progress)
-            with _writing(cache):
-                if corpus.listing(cache, progress) != listing:
-                    shutil.rmtree(folder)
-                    raise UserError(
-                        f"{corpus.name} changed while it was read", where="data.source", hint="run the command again"
-                    )
-        return Store(folder)
 
 
 def _said(manifest: dict, config: TextDataConfig) -> Iterator[str]:
@@ -104,6 +86,14 @@ def _kind(known: tokenizers.Tokenizer | None) -> str:
     return "bpe" if known is None else "byte" if known.backend is None else "file"
 
 
+def tokenizer_record(tokenizer: tokenizers.Tokenizer, known: tokenizers.Tokenizer | None) -> dict:
+    """A tokenizer as a manifest records it; `known` is None if it was trained here."""
+    return {
+        "kind": _kind(known), "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
+        "dtype": str(tokenizer.dtype), "sha256": tokenizer.sha256,
+    }  # fmt: skip
+
+
 def _key(config: TextDataConfig, known, listing: list, newly_read: list[str]) -> str:
     """sha256 hex over all that decides a store's contents. Not sequence and batch, which are index arithmetic."""
     tokenizer = {"kind": _kind(known)}
@@ -124,86 +114,27 @@ def _key(config: TextDataConfig, known, listing: list, newly_read: list[str]) ->
         decisive["newly_read"] = newly_read
     if config.mix:  # not the weights, which are index arithmetic too
         decisive["mix"] = {name: [part.text_field, part.max_documents] for name, part in config.mix.items()}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return key_of(decisive)
 
 
-@contextmanager
-def _lock(path: Path, progress: Callable) -> Iterator[None]:
-    """An exclusive lock, which the kernel releases however its holder dies."""
-    with _writing(path.parent):
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(0, None, "waiting for another process that prepares the same data")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """In this context, a full disk or a missing permission becomes a UserError, because the user has to fix it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            "cannot write the prepared data",
-            where=str(folder),
-            why=str(error),
-            hint="free some space, or name another folder in the environment variable AURORA_CACHE",
-        ) from error
-
-
-def _clear_debris(folder: Path) -> None:
-    """Under the lock: remove what killed preparations left, and a damaged store."""
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(stale)
-    if folder.exists():
-        try:
-            Store(folder)
-        except DamagedStore:
-            shutil.rmtree(folder)
-
-
-def _write(corpus: Corpus | Mixture, config: TextDataConfig, known, key: str, folder: Path, progress: Callable) -> None:
+def _write(corpus: Corpus | Mixture, config: TextDataConfig, known, key: str, folder: Path, progress: Callable) -> dict:
+    """Write every file of the store into `folder`; returns its manifest."""
     screening = screen(corpus, config, progress)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     tokenizer = known or _trained(config, screening, progress)
-    with _writing(folder.parent):
-        temporary.mkdir()
-    try:
-        splits, parts, num_lossy = _write_splits(tokenizer, screening, temporary, progress)
-        with _writing(folder.parent):
-            tokenizer.save(temporary)
-            manifest = {
-                "format": FORMAT,
-                "key": key,
-                "source": corpus.name,
-                "licence": corpus.licence,
-                "splits": splits,
-                "skipped": screening.skipped,
-                **({"cut_documents": screening.num_cut} if screening.num_cut else {}),
-                **({"mix": parts} if config.mix else {}),
-                "tokenizer": {
-                    "kind": _kind(known),
-                    "vocab_size": tokenizer.vocab_size,
-                    "eos_id": tokenizer.eos_id,
-                    "dtype": str(tokenizer.dtype),
-                    "sha256": tokenizer.sha256,
-                    "lossy_heldout_documents": num_lossy,
-                },
-                "files": {
-                    path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
-                    for path in sorted(temporary.iterdir())
-                },
-            }
-            manifest["fingerprint"] = fingerprint_of(manifest)
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _publish(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # half a store should not keep a full disk full
-        raise
+    splits, parts, num_lossy = _write_splits(tokenizer, screening, folder, progress)
+    with writing(folder.parent):
+        tokenizer.save(folder)
+    return {
+        "format": FORMAT,
+        "key": key,
+        "source": corpus.name,
+        "licence": corpus.licence,
+        "splits": splits,
+        "skipped": screening.skipped,
+        **({"cut_documents": screening.num_cut} if screening.num_cut else {}),
+        **({"mix": parts} if config.mix else {}),
+        "tokenizer": {**tokenizer_record(tokenizer, known), "lossy_heldout_documents": num_lossy},
+    }
 
 
 def _trained(config, screening: Screening, progress: Callable) -> tokenizers.Tokenizer:
@@ -278,13 +209,13 @@ def _write_splits(tokenizer, screening: Screening, folder: Path, progress: Calla
     Returns (counts per split, documents per split and source of a mixture, number of held-out documents that do not
     survive encoding and decoding).
     """
-    with _writing(folder.parent):
+    with writing(folder.parent):
         writers = [_SplitWriter(folder, split, tokenizer) for split in SPLITS]
     num_lossy = 0
     for batch in _batches(screening, screening.split >= 0, progress, "tokenizing"):
         texts = [data.decode() for _, _, data in batch]
         encoded = tokenizer.encode_batch(texts)
-        with _writing(folder.parent):
+        with writing(folder.parent):
             for (ordinal, name, data), text, ids in zip(batch, texts, encoded, strict=True):
                 if tokenizer.eos_id in ids:
                     raise _spelled(name, tokenizer)
@@ -296,7 +227,7 @@ def _write_splits(tokenizer, screening: Screening, folder: Path, progress: Calla
             "the tokenizer does not reproduce %d held-out documents exactly: bits per byte are not comparable",
             num_lossy,
         )
-    with _writing(folder.parent):
+    with writing(folder.parent):
         parts = {writer.split: writer.parts for writer in writers}
         return {writer.split: writer.finish() for writer in writers}, parts, num_lossy
 
@@ -307,11 +238,3 @@ def _spelled(name: str, tokenizer: tokenizers.Tokenizer) -> UserError:
         where="data.tokenizer.separator",
         hint="choose another of its tokens as data.tokenizer.separator, or exclude the document with data.pattern",
     )
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Make the files durable, then visible: after a power cut the store is complete or absent."""
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    temporary.rename(folder)
-    sync(folder.parent)

@@ -12,9 +12,10 @@ import pytest
 from corpora import config, text, write_folder
 
 from aurora_train.errors import UserError
-from language import store as store_module
+from language import prepared
 from language.prepare import prepare
-from language.store import DamagedStore, Store
+from language.prepared import DamagedStore
+from language.store import SPLITS, Store
 
 # A process that prepares argv[1] into argv[2] and ends itself with SIGKILL (or stops with SIGSTOP) at a moment:
 # the n-th progress call that says argv[3], or the n-th fsync.
@@ -142,9 +143,9 @@ FILES = ["tokens-train.bin", "documents-test.npy", "names-train.jsonl", "tokeniz
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_seen_named_and_mended(small, tmp_path, caplog, monkeypatch, name, damage):
-    monkeypatch.setattr(store_module, "_verified", set())  # a fresh process verifies hashes
+    monkeypatch.setattr(prepared, "_verified", set())  # a fresh process verifies hashes
     sound = prepare(config(small), tmp_path / "cache")
-    monkeypatch.setattr(store_module, "_verified", set())
+    monkeypatch.setattr(prepared, "_verified", set())
     path = sound.folder / name
     content = bytearray(path.read_bytes())
     if damage == "flip":
@@ -198,7 +199,7 @@ def test_a_copy_is_never_both_trained_on_and_held_out(tmp_path):
         (folder / f"copy{i}.py").write_text(text(i), encoding="utf-8")
     made = prepare(config(folder, holdout_test=0.3), tmp_path / "cache")
     texts = {
-        split: {made.text(split, i) for i in range(made.num_documents(split))} for split in store_module.SPLITS
+        split: {made.text(split, i) for i in range(made.num_documents(split))} for split in SPLITS
     }
     assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == 20
     assert made.manifest["skipped"]["repeats another document"]["count"] == 20
@@ -210,7 +211,7 @@ def test_a_document_keeps_its_split_when_others_come_and_go(tmp_path):
     for path in list(folder.rglob("document1*.py")):
         path.unlink()
     after = prepare(config(folder), tmp_path / "cache")
-    for split in store_module.SPLITS:
+    for split in SPLITS:
         left = {name for name in before.names(split) if "document1" not in name}
         assert left == set(after.names(split))
 
