@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 Z = 1.959964  # the 97.5 % quantile of the normal distribution
@@ -34,3 +36,60 @@ def bootstrap(sums, weights=None, *, seed: int = 0) -> tuple[float, float]:
     means = [(count @ sums) / max(count @ weights, 1e-12) for count in counts]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+class Measure(NamedTuple):
+    """One number of a score by row: sum(sums) / sum(weights).
+
+    Attributes:
+        rows: int64[N], which held-out rows, to pair them with those of another score.
+        sums, weights: float64[N].
+        is_share: whether each row counts 1 and succeeds or fails (or half): then the interval is Wilson's.
+    """
+
+    rows: np.ndarray
+    sums: np.ndarray
+    weights: np.ndarray
+    is_share: bool = False
+
+    @classmethod
+    def share(cls, rows, successes) -> Measure:
+        """The share of rows that succeed."""
+        return cls(np.asarray(rows), np.asarray(successes, np.float64), np.ones(len(rows)), True)
+
+    @property
+    def value(self) -> float:
+        """The number itself."""
+        return float(self.sums.sum() / max(self.weights.sum(), 1e-12))
+
+    def interval(self) -> list[float]:
+        """[low, high] at 95 %."""
+        made = wilson(self.sums.sum(), len(self.rows)) if self.is_share else bootstrap(self.sums, self.weights)
+        return [float(f"{bound:.4g}") for bound in made]
+
+    def at(self, places: np.ndarray) -> Measure:
+        """The same for some of the rows, by their places in `rows`."""
+        return self._replace(rows=self.rows[places], sums=self.sums[places], weights=self.weights[places])
+
+
+def interval_table(measures: dict[str, Measure]) -> dict:
+    """A table of a score's numbers with their intervals, for the report."""
+    rows = [[name, one.value, one.interval(), len(one.rows)] for name, one in measures.items()]
+    return {"title": "With 95 % intervals", "columns": ["", "value", "95 %", "rows"], "rows": rows}
+
+
+def comparison_table(before: dict[str, Measure], after: dict[str, Measure]) -> dict:
+    """A table of two scores on the rows that both have read, with the intervals of both and of their difference.
+
+    The difference's interval is a paired bootstrap: rows are drawn anew, each with its two results.
+    """
+    rows = []
+    for name in (name for name in after if name in before):
+        _, *places = np.intersect1d(before[name].rows, after[name].rows, return_indices=True)
+        was, now = (one.at(at) for one, at in zip((before[name], after[name]), places, strict=True))
+        # Both scores have the same weights, so that the difference of the sums is the sum of the differences.
+        change = Measure(now.rows, now.sums - was.sums, now.weights)
+        cells = [cell for one in (was, now, change) for cell in (one.value, one.interval())]
+        rows.append([name, *cells, len(now.rows)])
+    columns = ["", "before", "95 %", "after", "95 %", "difference", "95 %", "rows"]
+    return {"title": "Before and after training, on the same held-out rows", "columns": columns, "rows": rows}
