@@ -23,11 +23,13 @@ SMALL = {
     "vision/digits": ["model.channels=4"],
     "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
                           "data.tokenizer={kind: byte}"],
+    "language/tune": ["model.width=16", "model.heads=2", "model.layers=1", "data.tokenizer={kind: byte}"],
 }
 OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
 # A published shape, small: the size stays, and what a width of 16 cannot have is overruled.
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
-KITS = {"language_model": {"language"}, "language/classify": {"language"}, "neural_decoding": {"neural"}}
+KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
+        "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 
 

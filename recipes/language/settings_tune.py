@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from aurora_train.config import Section, setting
+from aurora_train.errors import UserError, nearest
+from language.row_formats import FIELDS
+from language.settings import check_mix, check_shares
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"]
 
@@ -53,3 +56,17 @@ class ConversationDataConfig(Section):
         0.01, ge=0, lt=1, help="share of conversations kept for evaluation while training"
     )
     online: bool = setting(False, resume="free", help="allow a hub: source to use the network")
+
+
+def check_conversations(data: ConversationDataConfig) -> None:
+    """Raise UserError for settings that are wrong for any source."""
+    check_shares(data)
+    if data.mix:
+        check_mix(data, "source", "pattern", "format", "fields", "max_rows")
+    elif data.source is None:
+        raise UserError("no data are named", where="data.source", hint="data.source=chats.jsonl")
+    for section, part in [("data", data), *((f"data.mix.{name}", part) for name, part in data.mix.items())]:
+        for field in part.fields:
+            if field not in FIELDS:
+                raise UserError(f"`{field}` is not a field of a row", where=f"{section}.fields",
+                                why=f"the fields are {', '.join(FIELDS)}", hint=nearest(field, FIELDS))  # fmt: skip
