@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aurora_train.errors import UserError
+from aurora_train.errors import UserError, nearest
 from aurora_train.files import cache_folder, make_folder, write_atomically
 
 PREFIX = "task:"
@@ -48,22 +48,17 @@ class _Draw:
         return options[self.below(len(options))]
 
 
-def names() -> list[str]:
-    """The names of the bundled tasks, without the prefix."""
-    return list(_TASKS)
-
-
-def rows(name: str) -> list[dict]:
-    """The rows of a task as a table of conversations has them. UserError for an unknown name."""
+def rows(name: str, where: str = "data.source") -> list[dict]:
+    """The rows of a task as a table of conversations has them. UserError, at the key `where`, for an unknown name."""
     if name not in _TASKS:
-        known = ", ".join(PREFIX + one for one in _TASKS)
-        raise UserError(f"there is no bundled task {name!r}", where="data.source", hint=f"one of {known}")
+        raise UserError(f"there is no bundled task {name!r}", where=where, why=f"the tasks are {', '.join(_TASKS)}",
+                        hint=nearest(name, _TASKS, f"{where}={PREFIX}calendar", form=f"{where}={PREFIX}{{}}"))  # fmt: skip
     return list(_TASKS[name]())
 
 
-def table(name: str) -> Path:
+def table(name: str, where: str = "data.source") -> Path:
     """The rows of a task as a file of JSON lines in the cache, whose name says its content. UserError as for `rows`."""
-    text = "".join(json.dumps(row) + "\n" for row in rows(name)).encode()
+    text = "".join(json.dumps(row) + "\n" for row in rows(name, where)).encode()
     path = cache_folder() / "tasks" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
     if not path.exists():
         make_folder(path.parent)
