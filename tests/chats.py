@@ -53,5 +53,6 @@ def functions(*modules: str) -> list[str]:
     for module in modules:
         text = (Path(sysconfig.get_path("stdlib")) / f"{module}.py").read_text()
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-        found += [ast.get_source_segment(text, node) for node in nodes]
+        lines = text.splitlines()
+        found += ["\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes]
     return found

@@ -37,7 +37,7 @@ class Encoding(NamedTuple):
 
     Attributes:
         name: of the rows, in the plural and in messages; it begins the folder's name.
-        read: as `conversations.read`.
+        read: as `conversations.read`, with its `say`.
         encode: a row -> its pieces, as `answers.Learned`; [] if nothing in it is learned.
         decisive: everything besides the rows and the tokenizer that decides `encode` and `arrange`; plain JSON.
         arrange: (folder, lengths int64[pieces], split int8[pieces], source int16[pieces]) -> what it adds to the
@@ -103,7 +103,7 @@ def _write(writer: _Writer, found: dict, data, encoding: Encoding, progress: Cal
                 progress(total, None, f"reading {encoding.name}")
     for name, corpus in found.items():
         writer.begin(name)
-        for row in encoding.read(corpus, data):
+        for row in encoding.read(corpus, data, say=lambda line: None):
             if done % _PROGRESS_EVERY == 0:
                 progress(done, total, f"tokenizing {encoding.name}")
             done += 1
