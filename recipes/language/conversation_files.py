@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aurora_train.data import readers
 from aurora_train.errors import UserError
-from language import tables
+from language import tables, tasks
 from language.corpus import Corpus, licence, listed, located, of_hub
 from language.settings import resolve
 from language.settings_tune import MixedConversationsConfig
@@ -32,6 +32,9 @@ def opened(
     key = f"data.mix.{name}" if name else "data"
     if part.source.startswith("hub:"):
         return of_hub(part.source, key, online, "")
+    if part.source.startswith(tasks.PREFIX):
+        path = tasks.table(part.source.removeprefix(tasks.PREFIX), f"{key}.source")
+        return Corpus(part.source, "CC0-1.0", "", [(path.name, path)], tables=True, key=key)
     remarks = []
     root, found = located(part.source, part.pattern, key, base, remarks)
     files = [(one, path) for one, path in found if tables.kind(one) and path.name not in _METADATA]

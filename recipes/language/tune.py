@@ -18,6 +18,7 @@ from aurora_train.facts import DATE
 from aurora_train.interop.kept import TEMPLATE
 from aurora_train.recipe import few
 from language import conversations
+from language.intervals import comparison_table, interval_table
 from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer
 from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig
@@ -36,6 +37,11 @@ class Scoring(Section):
     """How the held-out conversations are read."""
 
     batch: int = setting(8, resume="free", ge=1, help="packed rows at a time")
+    exact: int = setting(
+        0, resume="free", ge=0,
+        help="so many held-out conversations are answered, and compared with their own answers: the exact match",
+    )
+    exact_batch: int = setting(64, resume="free", ge=1, help="conversations answered at a time")
 
 
 class Config(Section):
@@ -49,8 +55,13 @@ class Tune(Writer):
     """One decoder, cross-entropy on the answers, scored by that of held-out conversations."""
 
     Config = Config
-    unit, metric = "answer tok", ("answer_loss", "min")
+    unit = "answer tok"
     store = None  # the prepared pieces, once there are any
+
+    @property
+    def metric(self) -> tuple[str, str]:
+        """The exact match if it is scored, else the loss of the answers."""
+        return ("exact_match", "max") if self.config.score.exact else ("answer_loss", "min")
 
     @classmethod
     def check(cls, config) -> None:
@@ -135,16 +146,37 @@ class Tune(Writer):
 
         found = answer_scores.sums(self.data(split), predict, self.config.score.batch, progress)
         np.savez(workdir / "answers.npz", **found)
+        exact = self._exact(predict, split, workdir, progress)
         more = "more conversations" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
         number = len(found["conversation"])
         return {
+            **exact,
             **answer_scores.numbers(found),
+            "tables": [interval_table(answer_scores.measures(workdir))],
             "remarks": few(number, "conversation", more),
             "notes": [
                 f"{number:,} whole conversations held out by a hash of their content; the loss is that of the answers "
                 "and their ends, each read after what came before it; bits are per byte of the answers' text"
             ],
         }  # fmt: skip
+
+    def _exact(self, predict, split: str, workdir: Path, progress) -> dict[str, float]:
+        """{"exact_match": its share} if `score.exact` asks for it. The answers are left in the work folder."""
+        from language import exact_match
+
+        pieces = self.store.of_split(split)[: self.config.score.exact]
+        if not len(pieces):
+            (workdir / "exact.npz").unlink(missing_ok=True)  # of an earlier score
+            return {}
+        generator, batch = self._generator(predict.model()), self.config.score.exact_batch
+        found = exact_match.answers(self.store, pieces, generator, batch, progress)
+        np.savez(workdir / "exact.npz", **found)
+        return {"exact_match": float(found["exact"].mean())}
+
+    def compared(self, before: Path, after: Path) -> dict:
+        from language import answer_scores
+
+        return comparison_table(*map(answer_scores.measures, (before, after)))
 
     def begun(self) -> list[tuple[str, str | list[int], dict]]:
         """`samples.prompts` as a user's messages; without any, held-out conversations up to their first answer."""
