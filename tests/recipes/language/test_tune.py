@@ -106,6 +106,13 @@ def test_a_run_learns_scores_and_shows_what_it_learned(folder, tmp_path, shared_
     assert all(one["prompt"].endswith("assistant: ") and one["reference"].endswith("<|endoftext|>") for one in samples)
     report = (tmp_path / "run" / "report.html").read_text()
     assert "What is learned, in the first row" in report and "&lt;|endoftext|&gt;</ins>" in report
+    capsys.readouterr()
+    (folder / "chat.jinja").rename(tmp_path / "away.jinja")  # the run has its template
+    try:
+        assert in_process("evaluate", "run", "--on", folder / "chats.jsonl", "--json") == 0, capsys.readouterr().err
+    finally:
+        (tmp_path / "away.jinja").rename(folder / "chat.jinja")
+    assert json.loads(capsys.readouterr().out)["score"]["conversations"] == 120
 
 
 def test_an_example_is_shown_with_marks_around_what_is_learned(folder, tmp_path, shared_cache, monkeypatch, capsys):
