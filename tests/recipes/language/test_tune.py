@@ -8,8 +8,9 @@ from chats import TEMPLATE, TUNE, chat, write_chats
 from kit import in_process, losses
 
 from aurora_train.config import load_values
-from aurora_train.data.inspection import LEARNED_MARKS
-from language.tune import Tune
+from aurora_train.data.inspection import LEARNED_MARKS, inspect_batch
+from aurora_train.errors import UserError
+from language.tune import Tune, decisive
 
 LINEAR = {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8}
 WINDOW = {"kind": "window", "window": 9}
@@ -26,13 +27,12 @@ def folder(tmp_path_factory):
     return write_chats(tmp_path_factory.mktemp("chats"))
 
 
-def recipe_of(folder, cache, **model):
+def recipe_of(folder, cache, data=None, **model):
     data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 400,
-            "holdout_test": 0.1, "holdout_validation": 0.1}  # fmt: skip
+            "holdout_test": 0.1, "holdout_validation": 0.1} | (data or {})  # fmt: skip
     config = load_values({"recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model},
                           "data": data, "train": {"precision": "float32"}}, "tune")  # fmt: skip
-    recipe = Tune(config, cache)
-    return recipe.ready(lambda *_: None)
+    return Tune(config, cache).ready(lambda *_: None)
 
 
 def alone(batch):
@@ -134,7 +134,32 @@ def test_an_example_is_shown_with_marks_around_what_is_learned(folder, tmp_path,
     assert "the train split has no example 10000" in capsys.readouterr().err
 
 
-def test_a_template_comes_from_the_base_or_from_a_file(folder, tmp_path, shared_cache):
+def test_a_template_decides_the_prepared_rows_and_its_date_only_if_it_tells_it(folder, tmp_path, shared_cache):
     recipe = recipe_of(folder, shared_cache)
     assert recipe.known["chat_template.jinja"] == TEMPLATE.encode()
     assert recipe.known["template_date"].endswith("T00:00:00")
+    assert decisive(recipe.known)["date"] is None
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%Y') }} " + TEMPLATE)
+    other = recipe_of(folder, shared_cache, {"template": str(dated)})
+    assert decisive(other.known)["date"] == other.known["template_date"]
+    assert other.data("train").fingerprint != recipe.data("train").fingerprint
+    assert other.store.shown(0)[0][0].startswith("20")
+
+
+def test_a_mixture_is_packed_source_by_source_and_trained_by_its_weights(folder, tmp_path, shared_cache):
+    few = write_chats(tmp_path / "few", 40)
+    mix = {"few": {"source": str(few / "chats.jsonl"), "weight": 3}, "many": {"source": str(folder / "chats.jsonl")}}
+    recipe = recipe_of(folder, shared_cache, {"source": None, "mix": mix, "sequence": 160})
+    rows = recipe.data("train")
+    facts = inspect_batch(rows, "train", 0, 64, 0, rows=1)
+    assert {name: part["share"] for name, part in facts["mix"].items()} == {"few": 0.75, "many": 0.25}
+    assert sum(part["rows"] for part in facts["mix"].values()) == len(rows)
+    first = {segment["document"].partition(" of ")[2] for segment in rows.shown(0)}
+    assert first == {"few/chats.jsonl"} and recipe.data("validation").mixture is None
+
+
+def test_a_model_without_a_template_is_refused_with_the_row_that_needs_one(folder, shared_cache):
+    with pytest.raises(UserError, match="no chat template") as refused:
+        recipe_of(folder, shared_cache, {"template": None})
+    assert "line 1 of chats.jsonl" in refused.value.where and "data.template=FILE" in refused.value.hint
