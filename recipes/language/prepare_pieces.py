@@ -193,9 +193,10 @@ class _Writer:
 
     def _too_long(self) -> UserError:
         longest, (first, place), row = max(self._overlong)[0], self._overlong[0], self._data.sequence
+        all_of_them = f"{len(self._overlong):,} {self._encoding.name} are longer than a row"
         return UserError(
             f"{place} has {first:,} tokens, and a row {row:,}", where="data.sequence",
-            why=f"{len(self._overlong):,} {self._encoding.name} are longer than a row; the longest has {longest:,} tokens",
+            why=f"{all_of_them}; the longest has {longest:,} tokens",
             hint=f"data.sequence={longest}; or data.overlong=leave_out, which counts such rows; or data.overlong=cut, "
             "which reads only their beginning",
         )  # fmt: skip
