@@ -20,6 +20,7 @@ _NEXT = {  # what may follow a message of a role; None: the beginning
     None: ("system", "developer", "user"), "system": ("developer", "user"), "developer": ("user",),
     "user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant"),
 }  # fmt: skip
+_DEEPEST = 100  # levels of lists and objects in arguments and schemas; templates and JSON fail at some hundreds
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 _TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
           type(None): "null"}  # fmt: skip
@@ -238,12 +239,18 @@ def _call(call: object, key: str) -> dict:
 
 def _json(value, key: str):
     """The value, if JSON can write it."""
+    if not _is_shallow(value, _DEEPEST):
+        raise BadRow("nested too deeply", key, f"it is nested more than {_DEEPEST} levels deep")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRow("not UTF-8", key, "a text holds half of a surrogate pair") from error
     except TypeError as error:
         raise BadRow("another type", key, f"JSON cannot write it: {error}", hint="write it as text") from error
-    except RecursionError as error:
-        raise BadRow("nested too deeply", key, "it is nested too deeply") from error
     return value
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested at most so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(one, levels - 1) for one in inner)

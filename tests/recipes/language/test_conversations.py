@@ -267,6 +267,9 @@ def turns(*messages) -> dict:
     return {"messages": list(messages)}
 
 
+NESTED: dict = {}
+for _ in range(100):
+    NESTED = {"a": NESTED}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD = [  # the second row of a file whose first is good: (row, key, what is wrong, the nearest thing that works)
     bad(b'{"messages": [', "", "cannot be read: not JSON"),
@@ -309,6 +312,7 @@ BAD = [  # the second row of a file whose first is good: (row, key, what is wron
     bad(turns(U, A | {"thinking": "a", "reasoning": "b"}), "messages[1].reasoning", "it is other than"),
     bad(turns(U, A | {"weight": 0}), "messages[1].weight", "the weight is 0"),
     bad(GOOD | {"tools": {"name": "f"}}, "tools", "it holds an object, not a list of JSON schemas"),
+    bad(GOOD | {"tools": [NESTED]}, "tools", "it is nested more than 100 levels"),
     bad(GOOD | {"system": 3}, "system", "it holds a number, not text"),
     bad(turns(S, U, A) | {"system": "Other."}, "messages[0].role", "system follows system"),
     bad({"instruction": "a", "output": "b"}, "instruction", "but the rows are read as `messages`", "data.mix"),
