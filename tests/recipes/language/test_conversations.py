@@ -294,6 +294,7 @@ BAD = [  # the second row of a file whose first is good: (row, key, what is wron
     bad(turns(U, {"role": 3, "content": "a"}), "messages[1].role", "it holds a number"),
     bad(turns(U, {"rol": "assistant", "content": "a"}), "messages[1].role", "the message has no role", "role and"),
     bad(turns(U | {"from": "human"}, A), "messages[0].role", "the message has all of role, from, content"),
+    bad(turns(U, {"from": "gpt", "value": "a", "content": "b"}), "messages[1].role", "all of from, content, value"),
     bad(turns(U, said("")), "messages[1].content", "the answer is empty", "write the answer"),
     bad(turns(U, said(" \n")), "messages[1].content", "the answer is empty"),
     bad(turns(U, {"role": "assistant"}), "messages[1].content", "the message has no content", '"content"'),
