@@ -194,8 +194,11 @@ def dropped(value):
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("form", ["to_parquet", "save_to_disk", "splits", "hub"])
-def test_folders_of_datasets_hold_what_datasets_reads(tmp_path, name, form):
+def test_folders_of_datasets_hold_what_datasets_reads(tmp_path, monkeypatch, name, form):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # `online` sets both to 0
+        monkeypatch.setenv(variable, "1")
     datasets.disable_progress_bars()
     if name == "JSON":
         source = lines(tmp_path / "in.jsonl", SETS[name])
