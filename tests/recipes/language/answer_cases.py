@@ -653,8 +653,8 @@ CASES = {
 CONTROLS = [
     "<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-    "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|User|>", "<|Assistant|>", "<|start|>", "<|end|>", "<|message|>",
-    "<|channel|>", "<|return|>", "<|call|>",
+    "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|User|>", "<|Assistant|>", "<|start|>", "<|end|>",
+    "<|message|>", "<|channel|>", "<|return|>", "<|call|>",
 ]  # fmt: skip
 MATCHED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added tokens that text may hold
 

@@ -215,6 +215,30 @@ def _u(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
+@pytest.mark.parametrize("adds,begins", [(None, "<s>"), (True, "<s>"), (False, "")])
+def test_the_base_s_first_token_is_there_once_whether_or_not_the_template_writes_it(adds, begins):
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_str(backend().to_str())
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
+    origin = {"tokens": CASES["alpaca"].tokens, "tokenizer": {} if adds is None else {"add_bos_token": adds}}
+    for name, wanted_begin in (("alpaca", begins), ("vicuna", "<s>")):
+        talk = Dialogue(Tokenizer(made, "</s>"), facts(CASES[name].template, origin))
+        (row,) = rows_of(talk, CONVERSATIONS["system"][0])
+        assert talk.tokenizer.decode(row.ids).startswith(f"{wanted_begin}Be brief.")
+        assert row.ids.tolist().count(made.token_to_id("<s>")) == len(wanted_begin) // 3
+
+
+def test_plain_bytes_learn_the_separator_as_the_end():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    talk = Dialogue(Tokenizer(), facts(template + "{{ 'assistant:' if add_generation_prompt }}", {}))
+    (row,) = rows_of(talk, CONVERSATIONS["turns"][0])
+    learned = [row.ids[run].tolist() for run in _runs(row)]
+    assert learned == [[*f" {text}".encode(), 256] for text in ("1, one\n\nand only", " 2 \n", "\n\n3")]
+
+
 def test_a_long_conversation_is_one_row_and_takes_no_time():
     turns = [turn for n in range(60) for turn in (_u(f"{n}?"), {"role": "assistant", "content": f"{n}."})]
     (row,) = rows_of(dialogue("chatml"), turns)
