@@ -196,19 +196,40 @@ def test_texts_without_a_template_begin_and_end_as_generated_ones():
 
 
 def test_a_tokenizer_that_cannot_be_cut_keeps_its_tokens_and_learns_those_that_hold_an_answer():
+    from tokenizers import decoders, normalizers
+
+    made, words = _of_words()
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    talk = Dialogue(Tokenizer(made, "</s>"), facts(UNMARKED, {}))
+    (row,) = rows_of(talk, [_u("c a"), {"role": "assistant", "content": "b"}])
+    assert [words[i] for i in row.ids] == ["<s>", "▁", "c", "▁ab", "</s>"]
+    assert row.learned.tolist() == [False, False, False, True, True]
+
+
+def test_a_tokenizer_that_treats_the_beginning_of_a_text_otherwise_does_so_once():
+    from tokenizers import pre_tokenizers
+
+    made, words = _of_words()
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    talk = Dialogue(Tokenizer(made, "</s>"), facts(UNMARKED, {}))
+    (row,) = rows_of(talk, [_u("c"), {"role": "assistant", "content": "b"}] * 2)
+    assert [words[i] for i in row.ids] == ["<s>", "c", "b", "</s>", "c", "b", "</s>"]
+    assert [words[i] for i in talk.tokenizer.encode("c")] == ["▁", "c"]
+
+
+UNMARKED = "<s>{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+
+
+def _of_words():
+    """(a BPE of a few words, its words)."""
     import tokenizers
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import models
 
     words = ["<unk>", "<s>", "</s>", "▁", "▁a", "b", "▁ab", "a", "c"]
     made = tokenizers.Tokenizer(models.BPE({w: n for n, w in enumerate(words)}, [("▁", "a"), ("▁a", "b")]))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.add_special_tokens(["<s>", "</s>"])
-    ours = Tokenizer(made, "</s>")
-    template = "<s>{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
-    (row,) = rows_of(Dialogue(ours, facts(template, {})), [_u("c a"), {"role": "assistant", "content": "b"}])
-    assert [words[i] for i in row.ids] == ["<s>", "▁", "c", "▁ab", "</s>"]
-    assert row.learned.tolist() == [False, False, False, True, True]
+    return made, words
 
 
 def _u(text: str) -> dict:
