@@ -3,7 +3,7 @@
 Kernels that a family stores as one tensor (Phi's `qkv_proj`, GPT-2's `c_attn`) are one module to PEFT: their adapters
 become one, whose rank is the sum of theirs and whose B has a block for each. PEFT has other names for an embedding's
 adapter than for those of kernels. Where the embedding is also the head, the head is a module of its own to PEFT: it
-gets the same adapter, transposed.
+gets the same adapter, transposed, and `ensure_weight_tying` keeps the two alike if PEFT trains them further.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def _modules(result: Result, adapters: Adapters, family: Family) -> dict[str, tu
 def _config(adapters: Adapters, modules: dict, base: Opened) -> dict[str, Any]:
     """adapter_config.json. A joined module has a rank of its own, and an alpha by which it is scaled like its parts."""
     outer = {weight.theirs.removesuffix(".weight") for weight in base.family.outer}
+    tied = base.config.tied and "embedding" in adapters.names
     ends = {module: ".".join(module.split(".")[-1 if module in outer else -2 :]) for module in modules}
     ranks = {ends[module]: len(down) for module, (down, _) in modules.items() if len(down) != adapters.rank}
     alphas = {end: adapters.scale / scale_of(1.0, rank, adapters.rank_stabilised) for end, rank in ranks.items()}
@@ -188,4 +189,4 @@ def _config(adapters: Adapters, modules: dict, base: Opened) -> dict[str, Any]:
         "fan_in_fan_out": any(not base.places[name].transpose for name in blocks),
         "target_modules": sorted(set(ends.values())), "inference_mode": True,
         "use_rslora": adapters.rank_stabilised, "use_dora": False, "rank_pattern": ranks, "alpha_pattern": alphas,
-    }  # fmt: skip
+    } | ({"ensure_weight_tying": True} if tied else {})  # fmt: skip
