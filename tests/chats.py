@@ -9,15 +9,15 @@ from pathlib import Path
 
 # For the byte tokenizer, whose one control token ends each answer.
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 # Dropout, accumulation, EMA and packing: what a resume has to get right. Formatted with `folder`.
 TUNE = """
 recipe: language/tune
 model: {{width: 32, layers: 2, heads: 2, dropout: 0.1}}
-data: {{source: {folder}/chats.jsonl, template: {folder}/chat.jinja, sequence: 128, holdout_test: 0.1,
+data: {{source: {folder}/chats.jsonl, template: {folder}/chat.jinja, sequence: 160, holdout_test: 0.1,
   holdout_validation: 0.1}}
 train: {{steps: 40, batch: 4}}
 optimizer: {{name: muon, lr: 1e-2, ema: 0.9, schedule: {{warmup: 5}}}}

@@ -4,8 +4,8 @@ Templates come from strangers, so they run in Jinja's sandbox, with what real on
 `raise_exception`, `strftime_now`, `tojson`, `{% generation %}`, `{% break %}` and `{% continue %}`. The rendered text
 is equal to that of transformers' `apply_chat_template`. The date is an argument and not the clock's, so that a run
 renders a conversation alike on every day. The length of the text, products and powers are bounded, and so is the
-processor time of loops and macros: each turn of a loop and each call of a macro looks at the clock of its own thread,
-which neither other threads nor a sleeping machine move. Threads may share a template.
+processor time of loops and macros: their turns look at the clock of the thread, which neither other threads nor a
+sleeping machine move. Threads may share a template.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FILE = "chat_template.jinja"
 LONGEST = 1 << 26  # characters of a rendered conversation
 SECONDS = 10.0  # of processor time for one text; a conversation of 2,000 messages takes a hundredth of it
 _LARGEST = 10_000  # bits of an integer
-_FENCE, _DEADLINE, _TURN = "\0fence", "\0deadline", "\0turn"  # names that no template can write
+_LOOK = 64  # turns of loops between two looks at the clock, which is a call of the system's
+_FENCE, _CLOCK, _TURN = "\0fence", "\0clock", "\0turn"  # names that no template can write
 
 
 class Rendered(NamedTuple):
@@ -56,13 +57,13 @@ class ChatTemplate:
         self.source, self.where, self._seconds = source, where, seconds
         self._marks = {name: value for name, value in marks.items() if name.endswith("_token") and value is not None}
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        environment.filters |= {"tojson": _tojson, _TURN: _in_time}
+        environment.filters |= {"tojson": _tojson, _TURN: _turn}
         environment.globals |= {
             "raise_exception": _raise, "strftime_now": now.strftime, "namespace": _Namespace, "dict": _dict,
         }  # fmt: skip
         try:
             tree = environment.parse(source)
-            _look_at_the_clock(tree)
+            _count_turns(tree)
             self._compiled = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"not a valid template: {error.message}", where=f"{where}:{error.lineno}") from error
@@ -102,7 +103,7 @@ class ChatTemplate:
         return Rendered(text, [(ends[n], ends[n + 1]) for n in range(1, len(pieces), 2)])
 
     def _rendered(self, values: dict, fence: str) -> str:
-        values = {**values, _FENCE: fence, _DEADLINE: (time.thread_time() + self._seconds, self._seconds)}
+        values = {**values, _FENCE: fence, _CLOCK: _Clock(self._seconds)}
         try:
             return self._bounded(self._compiled.generate(**values))
         except _Refused as refused:
@@ -197,28 +198,38 @@ class _Generation(Extension):
         return f"{context[_FENCE]}{caller()}{context[_FENCE]}"
 
 
-def _look_at_the_clock(tree: jinja2.nodes.Template) -> None:
-    """Let every turn of a loop, and every call of what may call itself, begin with `_in_time`.
+def _count_turns(tree: jinja2.nodes.Template) -> None:
+    """Let every turn of a loop, and every call of what may call itself, begin with `_turn`.
 
     Only these repeat anything; Jinja has no other loop.
     """
     nodes = jinja2.nodes
 
-    def looking(line: int) -> jinja2.nodes.Filter:
+    def counting(line: int) -> jinja2.nodes.Filter:
         return nodes.Filter(nodes.Const(True), _TURN, [], [], None, None, lineno=line)
 
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))):
-        node.body.insert(0, nodes.ExprStmt(looking(node.lineno), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(counting(node.lineno), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:  # an element that it leaves out has no turn
-            node.test = nodes.And(looking(node.lineno), node.test, lineno=node.lineno)
+            node.test = nodes.And(counting(node.lineno), node.test, lineno=node.lineno)
+
+
+class _Clock:
+    """The processor time that is left to one text."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._deadline, self._turns = seconds, time.thread_time() + seconds, 0
+
+    def turn(self) -> None:
+        self._turns += 1
+        if self._turns % _LOOK == 0 and time.thread_time() > self._deadline:
+            raise jinja2.TemplateRuntimeError(f"its text takes longer than {self._seconds:g} s of processor time")
 
 
 @jinja2.pass_context
-def _in_time(context, value):
+def _turn(context, value):
     """`value`; raises when the text has taken its time."""
-    deadline, seconds = context[_DEADLINE]
-    if time.thread_time() > deadline:
-        raise jinja2.TemplateRuntimeError(f"its text takes longer than {seconds:g} s of processor time")
+    context[_CLOCK].turn()
     return value
 
 

@@ -3,16 +3,16 @@
 An answer is learned as the model has to write it: after the text that the template gives a model which is asked for
 this answer (`Dialogue.text(..., asking=True)`), up to and with the first token that ends answers. So it holds what the
 template renders of thoughts (an empty `<think></think>` too) and of tool calls. Where a text begins otherwise than with
-that prompt, or the template has no words to ask for an answer, the answer is replaced by a sentinel and found by it, and
-the template's own words before it are not learned. Where the template writes no end, the row gets one and ends there.
+that prompt, or the template has no words to ask with, the answer is replaced by a sentinel and found by it, and the
+template's own words before it are not learned. Where the template writes no end, the row gets one and ends there.
 
 Ids: the prompt is encoded alone, as it is for an answer to be generated, even where a token would join its last
 character and the answer's first. Where a tokenizer cannot be cut there (it would add a blank), the whole is encoded,
 and a token that holds any learned character is learned.
 
 A row ends with an answer: nothing that follows is learned, or seen by what is. It serves earlier answers too if it
-begins with exactly the ids that they have when they are the last. Otherwise (thoughts stripped from earlier turns, tools
-moved to the last question) there are several rows, in each of which an answer is learned as it will be asked for.
+begins with exactly the ids that they have when they are the last. Otherwise (thoughts stripped from earlier turns,
+tools moved to the last question) there are several rows, in each of which an answer is learned as it is asked for.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class _Row:
 def _answer(dialogue: Dialogue, messages: Sequence[dict], tools: list | None, rows: list[_Row]) -> _Row:
     """The row in which the last of the messages is learned. `rows`: those of earlier answers."""
     tokenizer, (prompt, said, ended) = dialogue.tokenizer, _rendered(dialogue, messages, tools)
+    _refuse_forgotten(messages, said.removesuffix(ended))
     text, written = prompt + said, [] if ended else [dialogue.end]
     encoded, before = _encoded(dialogue, text, rows), _encoded(dialogue, prompt, rows)
     mark = ended or next(iter(dialogue.stops), "")
@@ -139,6 +140,18 @@ def _rendered(dialogue: Dialogue, messages: Sequence[dict], tools: list | None) 
     # Some templates write a system prompt into the last question only, and only while it has no answer.
     lost = asked is not None and not whole.startswith(asked) and not whole.startswith(plain)
     return asked if lost else whole[:start], said, end
+
+
+def _refuse_forgotten(messages: Sequence[dict], said: str) -> None:
+    """Raise UserError if the template left out a call, or all, of the last message."""
+    message, where = messages[-1], f"messages[{len(messages) - 1}]"
+    for call in message.get("tool_calls") or ():
+        name = (call.get("function") or call).get("name", "")
+        if name not in said:
+            raise UserError(f"the template does not write the call of `{name}`", where=where,
+                            hint="use a template with tools")  # fmt: skip
+    if message.get("content") and not said.strip():
+        raise UserError("the template does not write this answer", where=where)
 
 
 def _around(dialogue: Dialogue, messages: Sequence[dict], tools: list | None) -> tuple[str, str]:

@@ -127,8 +127,8 @@ def _read(
     """(place, the fields of its Conversation, Pair or Judged) of every row."""
     part = data.mix[source.key.removeprefix("data.mix.")] if data.mix else data
     if formats != TUNED and part.format != "auto":
-        raise UserError("only conversations have a format", where=f"{source.key}.format",
-                        why=f"this recipe reads {FORMATS[formats[0]].means}", hint=f"{source.key}.format=auto")  # fmt: skip
+        raise UserError("only conversations have a format", where=f"{source.key}.format", hint="leave it out",
+                        why=f"this recipe reads {FORMATS[formats[0]].means}")  # fmt: skip
     columns = tuple(part.fields.get(name, name) for name in FIELDS)
     rows = itertools.islice(conversation_files.objects(source, columns), part.max_rows)
     first = list(itertools.islice(rows, _TELLING))

@@ -7,6 +7,7 @@ of a conversation. The same recipe trains all parameters, adapters (`model.lora`
 from __future__ import annotations
 
 import functools
+import logging
 from datetime import datetime
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer
 from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer, refuse_no_test
+
+log = logging.getLogger("aurora_train")
 
 
 class DataConfig(ConversationDataConfig):
@@ -94,10 +97,12 @@ class Tune(Writer):
             functools.partial(arrange, sequence=data.sequence, names=sorted(data.mix) or [""]),
         )  # fmt: skip
         self.store = prepare(encoding, data, self.cache / "data", tokenizer, progress)
-        counts = self.store.manifest["splits"]["train"]
         rows = sum(self.store.manifest["packed_rows"]["train"].values())
-        full = f"{self.store.manifest['fill']['train'] or 0:.1%} full"
-        progress(rows, rows, f"{counts['conversations']:,} conversations in {rows:,} packed rows, {full}")
+        fill = self.store.manifest["fill"]["train"] or 0.0  # 0 where all is held out: `on`
+        full = f"{rows:,} packed rows of {data.sequence:,} tokens to train on, {fill:.1%} full"
+        for line in self.store.losses():
+            log.warning("%s", line)
+        progress(rows, rows, "; ".join([*self.store.summary(), full]))
 
     def reading(self) -> tuple:
         """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""
@@ -114,9 +119,9 @@ class Tune(Writer):
 
     def _facts_of(self, tokenizer) -> dict:
         """The tokenizer, the template with its date (the day on which a run began), and what a base brought."""
-        facts, file = self.facts_with(tokenizer), self.config.data.template
-        if file is not None:
-            facts[TEMPLATE] = Path(file).expanduser().read_bytes()
+        facts, file = self.facts_with(tokenizer), Path(self.config.data.template or "").expanduser()
+        if self.config.data.template and (TEMPLATE not in facts or file.is_file()):  # a run that has it needs no file
+            facts[TEMPLATE] = file.read_bytes()
         today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).isoformat()
         return facts | ({DATE: self.inherited.get(DATE, today)} if TEMPLATE in facts else {})
 

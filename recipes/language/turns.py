@@ -20,6 +20,7 @@ _NEXT = {  # what may follow a message of a role; None: the beginning
     None: ("system", "developer", "user"), "system": ("developer", "user"), "developer": ("user",),
     "user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant"),
 }  # fmt: skip
+_DEEPEST = 100  # levels of lists and objects in arguments and schemas; templates and JSON fail at some hundreds
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 _TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
           type(None): "null"}  # fmt: skip
@@ -132,18 +133,19 @@ def _message(turn: object, key: str) -> dict:
     calls = turn.get(call_name)
     if turn[role_name] == "function_call":
         calls, call_name, content = content, content_name, None
-    apart = (role_name, content_name, "weight", "tool_calls", "function_call")
+    text_key, apart = f"{key}.{content_name}", {role_name, content_name, "weight", "tool_calls", "function_call"}
+    written, thought = _content(content, text_key, bool(calls))
+    message = {"role": role} if written is None else {"role": role, "content": written}
     kept = {name: one for name, one in turn.items() if one is not None and name not in apart}
-    message = {"role": role} | {name: _json(one, f"{key}.{name}") for name, one in kept.items()}
+    message |= {name: _json(one, f"{key}.{name}") for name, one in kept.items()}
     if turn.get("weight", 1) not in (1, None):
         raise BadRow("a message of another weight", f"{key}.weight", f"the weight is {turn['weight']}",
                      why="every answer of a conversation is learned alike", hint="weight: 1")  # fmt: skip
-    _set_content(message, content, f"{key}.{content_name}", bool(calls))
     if calls:
         message["tool_calls"] = _calls(calls, f"{key}.{call_name}")
-    _name_thinking(message, key)
+    _name_thinking(message, thought, key)
     if role == "assistant" and not calls:
-        answer(message["content"], f"{key}.{content_name}")
+        answer(written, text_key)
     extra = next((name for name in ("tool_calls", "reasoning_content") if name in message), None)
     if role != "assistant" and extra:
         raise BadRow("an answer's key in another message", f"{key}.{extra}", f"a message of the role {role} has it",
@@ -156,11 +158,13 @@ def _names(turn: object, key: str) -> tuple[str, str]:
     if not isinstance(turn, dict):
         raise wrong_type(turn, key, "a message", '{"role": "user", "content": "Hello"}')
     names = [pair for pair in (("role", "content"), ("from", "value")) if turn.get(pair[0]) is not None]
-    if len(names) != 1:
+    mixed = [name for name in ("role", "from", "content", "value") if turn.get(name) is not None]
+    if len(names) != 1 or len(mixed) > 2:
         raise BadRow(
-            "no role", f"{key}.role", "the message has both `role` and `from`" if names else "the message has no role",
+            "no role", f"{key}.role",
+            f"the message has all of {', '.join(mixed)}" if names else "the message has no role",
             why=f"its keys are {', '.join(turn)}" if turn else "it is empty",
-            hint=nearest("role", turn) or "a message has role and content, or from and value",
+            hint="a message has role and content, or from and value",
         )  # fmt: skip
     return names[0]
 
@@ -174,16 +178,15 @@ def _role(role: object, key: str) -> str:
     return _ROLES[role]
 
 
-def _set_content(message: dict, content: object, key: str, calls: bool) -> None:
-    """Set the content of a message, and its thinking where that is among the parts of the content."""
+def _content(content: object, key: str, calls: bool) -> tuple[str | None, str]:
+    """(the text of a content, the thinking among its parts). None beside `calls` alone."""
     if content is None:
         if not calls:
             raise BadRow("no content", key, "the message has no content",
                          hint='"content": "..." (an empty text is "")')  # fmt: skip
-        return
+        return None, ""
     if not isinstance(content, list):
-        message["content"] = text(content, key)
-        return
+        return text(content, key), ""
     written, thought = [], []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -195,21 +198,17 @@ def _set_content(message: dict, content: object, key: str, calls: bool) -> None:
             )  # fmt: skip
         name = kind if kind in part else "text"
         (written if kind == "text" else thought).append(text(part.get(name), f"{key}[{number}].{name}"))
-    message["content"] = "".join(written)
-    if thought:
-        if any(message.get(name) for name in _THINKING):
-            raise BadRow("thinking in two places", key, "the message thinks in a part and in a key of its own")
-        message["reasoning_content"] = "".join(thought)
+    return "".join(written), "".join(thought)
 
 
-def _name_thinking(message: dict, key: str) -> None:
-    """Keep a message's thinking under one name."""
+def _name_thinking(message: dict, thought: str, key: str) -> None:
+    """Keep a message's thinking, which may also be a `thought` among the parts of its content, under one name."""
     given = [(name, message.pop(name)) for name in _THINKING if name in message]
-    thoughts = [(name, text(thought, f"{key}.{name}")) for name, thought in given if thought]
-    for name, thought in thoughts:
-        if thought != thoughts[0][1]:
-            raise BadRow("thinking in two places", f"{key}.{name}", f"it is other than `{thoughts[0][0]}`")
-        message["reasoning_content"] = thought
+    thoughts = [(name, text(one, f"{key}.{name}")) for name, one in [("content", thought), *given] if one]
+    for name, one in thoughts:
+        if one != thoughts[0][1]:
+            raise BadRow("thinking in two places", f"{key}.{name}", f"it is other than that in `{thoughts[0][0]}`")
+        message["reasoning_content"] = one
 
 
 def _calls(calls: object, key: str) -> list[dict]:
@@ -240,12 +239,18 @@ def _call(call: object, key: str) -> dict:
 
 def _json(value, key: str):
     """The value, if JSON can write it."""
+    if not _is_shallow(value, _DEEPEST):
+        raise BadRow("nested too deeply", key, f"it is nested more than {_DEEPEST} levels deep")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRow("not UTF-8", key, "a text holds half of a surrogate pair") from error
     except TypeError as error:
         raise BadRow("another type", key, f"JSON cannot write it: {error}", hint="write it as text") from error
-    except RecursionError as error:
-        raise BadRow("nested too deeply", key, "it is nested too deeply") from error
     return value
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested at most so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(one, levels - 1) for one in inner)

@@ -128,7 +128,8 @@ def test_a_long_conversation_is_refused_left_out_or_cut_as_the_config_says(tmp_p
     source = write(tmp_path / "a.jsonl", [*drawn(20), [[40, 2]], [[41, 30]]])
     with pytest.raises(UserError, match="line 21 of a.jsonl has 40 tokens, and a row 32") as refused:
         prepared(tmp_path, source=source)
-    assert refused.value.where == "data.sequence" and "data.sequence=40" in refused.value.hint
+    assert refused.value.where == "data.sequence" and "data.sequence=41;" in refused.value.hint
+    assert "2 rows are longer than a row; the longest has 41 tokens" in refused.value.why
     assert not list((tmp_path / "cache").glob("rows-*tmp*")), "a refusal leaves nothing behind"
     counts = prepared(tmp_path, source=source, overlong="leave_out").manifest["sources"][""]
     assert counts["kept"] == 20 and counts["left_out"] == {"longer than 32 tokens": 2}

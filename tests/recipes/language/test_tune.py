@@ -8,16 +8,17 @@ from chats import TEMPLATE, TUNE, chat, write_chats
 from kit import in_process, losses
 
 from aurora_train.config import load_values
-from aurora_train.config.find_recipe import load_recipe
-from aurora_train.data.inspection import LEARNED_MARKS
+from aurora_train.data.inspection import LEARNED_MARKS, inspect_batch
+from aurora_train.errors import UserError
+from language.tune import Tune, decisive
 
+LINEAR = {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8}
+WINDOW = {"kind": "window", "window": 9}
 TABLES = {
+    "all": {"layers": 3, "layer_table": [{"kind": "linear"}, WINDOW, {}], "linear": LINEAR},
     "full": {},
-    "window": {"layer_table": [{"kind": "window", "window": 9}]},
-    "delta": {
-        "layer_table": [{"kind": "linear"}],
-        "linear": {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8},
-    },
+    "window": {"layer_table": [WINDOW]},
+    "delta": {"layer_table": [{"kind": "linear"}], "linear": LINEAR},
 }
 
 
@@ -26,13 +27,12 @@ def folder(tmp_path_factory):
     return write_chats(tmp_path_factory.mktemp("chats"))
 
 
-def recipe_of(folder, cache, **model):
-    data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 256,
-            "holdout_test": 0.1, "holdout_validation": 0.1}  # fmt: skip
+def recipe_of(folder, cache, data=None, **model):
+    data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 400,
+            "holdout_test": 0.1, "holdout_validation": 0.1} | (data or {})  # fmt: skip
     config = load_values({"recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model},
                           "data": data, "train": {"precision": "float32"}}, "tune")  # fmt: skip
-    recipe = load_recipe("language/tune", bundled_one=True).recipe(config, cache)
-    return recipe.ready(lambda *_: None)
+    return Tune(config, cache).ready(lambda *_: None)
 
 
 def alone(batch):
@@ -48,7 +48,7 @@ def alone(batch):
     return {name: np.stack([one[name] for one in rows]) for name in batch}
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", ["all", *(pytest.param(one, marks=pytest.mark.slow) for one in list(TABLES)[1:])])
 def test_packed_rows_have_the_loss_and_gradients_of_single_conversations(folder, shared_cache, table):
     import jax
     from flax import nnx
@@ -100,12 +100,19 @@ def test_a_run_learns_scores_and_shows_what_it_learned(folder, tmp_path, shared_
     found = scores["score"]
     bits = found["answer_loss"] * found["learned_tokens"] / np.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits / found["bytes"]) and 0 <= found["token_accuracy"] <= 1
-    of_conversations = np.load(tmp_path / "run" / "score" / "answers.npz")
+    of_conversations = np.load(tmp_path / "run" / "work" / "answers.npz")
     assert of_conversations["learned"].sum() == found["learned_tokens"]
     samples = json.loads(next((tmp_path / "run" / "samples").glob("*.json")).read_text())
     assert all(one["prompt"].endswith("assistant: ") and one["reference"].endswith("<|endoftext|>") for one in samples)
     report = (tmp_path / "run" / "report.html").read_text()
     assert "What is learned, in the first row" in report and "&lt;|endoftext|&gt;</ins>" in report
+    capsys.readouterr()
+    (folder / "chat.jinja").rename(tmp_path / "away.jinja")  # the run has its template
+    try:
+        assert in_process("evaluate", "run", "--on", folder / "chats.jsonl", "--json") == 0, capsys.readouterr().err
+    finally:
+        (tmp_path / "away.jinja").rename(folder / "chat.jinja")
+    assert json.loads(capsys.readouterr().out)["score"]["conversations"] == 120
 
 
 def test_an_example_is_shown_with_marks_around_what_is_learned(folder, tmp_path, shared_cache, monkeypatch, capsys):
@@ -127,7 +134,32 @@ def test_an_example_is_shown_with_marks_around_what_is_learned(folder, tmp_path,
     assert "the train split has no example 10000" in capsys.readouterr().err
 
 
-def test_a_template_comes_from_the_base_or_from_a_file(folder, tmp_path, shared_cache):
+def test_a_template_decides_the_prepared_rows_and_its_date_only_if_it_tells_it(folder, tmp_path, shared_cache):
     recipe = recipe_of(folder, shared_cache)
     assert recipe.known["chat_template.jinja"] == TEMPLATE.encode()
     assert recipe.known["template_date"].endswith("T00:00:00")
+    assert decisive(recipe.known)["date"] is None
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%Y') }} " + TEMPLATE)
+    other = recipe_of(folder, shared_cache, {"template": str(dated)})
+    assert decisive(other.known)["date"] == other.known["template_date"]
+    assert other.data("train").fingerprint != recipe.data("train").fingerprint
+    assert other.store.shown(0)[0][0].startswith("20")
+
+
+def test_a_mixture_is_packed_source_by_source_and_trained_by_its_weights(folder, tmp_path, shared_cache):
+    few = write_chats(tmp_path / "few", 40)
+    mix = {"few": {"source": str(few / "chats.jsonl"), "weight": 3}, "many": {"source": str(folder / "chats.jsonl")}}
+    recipe = recipe_of(folder, shared_cache, {"source": None, "mix": mix, "sequence": 160})
+    rows = recipe.data("train")
+    facts = inspect_batch(rows, "train", 0, 64, 0, rows=1)
+    assert {name: part["share"] for name, part in facts["mix"].items()} == {"few": 0.75, "many": 0.25}
+    assert sum(part["rows"] for part in facts["mix"].values()) == len(rows)
+    first = {segment["document"].partition(" of ")[2] for segment in rows.shown(0)}
+    assert first == {"few/chats.jsonl"} and recipe.data("validation").mixture is None
+
+
+def test_a_model_without_a_template_is_refused_with_the_row_that_needs_one(folder, shared_cache):
+    with pytest.raises(UserError, match="no chat template") as refused:
+        recipe_of(folder, shared_cache, {"template": None})
+    assert "line 1 of chats.jsonl" in refused.value.where and "data.template=FILE" in refused.value.hint
