@@ -66,9 +66,10 @@ TABLES = {
     "gpt2": ((*KERNELS, "embedding"), {}), "gemma3": (("query", "embedding"), TIED),
     "qwen3_5": ((*KERNELS, "out_gate", "head"), {}),
 }  # fmt: skip
+_SLOW = ("gemma3", "qwen3_5")
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in TABLES])
 def test_adapters_of_embedding_and_head_come_back_as_the_same_model(name, tmp_path):
     targets, settings = TABLES[name]
     write_model(tmp_path / "base", name, **settings)
