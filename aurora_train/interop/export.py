@@ -242,6 +242,7 @@ def _lineage(origin: dict[str, Any]) -> list[str]:
     """What the weights were made from and with, as lines of the card."""
     parent, versions = origin["parent"], origin["versions"] or {}
     at = "" if not parent or parent["step"] is None else f" at step {parent['step']}"
+    at = f" at revision {parent['revision']}" if parent and "revision" in parent else at
     lines = [f"Started from: `{parent['from']}`{at} (sha256 {parent['digest']})."] if parent else []
     lines += [f"Code: sha256 {origin['code_sha256']}."] if origin["code_sha256"] else []
     named = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from aurora_train.errors import UserError
-from aurora_train.interop import families
+from aurora_train.interop import families, hub
 from aurora_train.interop.source import Source, Tensor, open_source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,6 +100,8 @@ def base_of(folder: Path) -> Path:
     if not named:
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
     path = next((path for path in (Path(named), folder / named) if path.exists()), None)
+    on_hub = hub.base_of(folder)
+    path = path or (on_hub and on_hub.copy())
     if path is None:
         raise UserError(
             f"the adapter's base {named} is not here", where=where,

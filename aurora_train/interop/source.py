@@ -13,12 +13,13 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from aurora_train import files
 from aurora_train.errors import UserError
+from aurora_train.interop import hub
 
 PACKAGE = "package:"  # how a GGUF file inside an installed Python package is named
 Kind = Literal["hf", "gguf", "peft"]
@@ -87,11 +88,15 @@ class Source:
         return ()
 
 
-def located(named: str | Path) -> str | Path:
-    """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds.
+def located(named: str | Path, *, online: bool = False, where: str | None = None) -> str | Path:
+    """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds; for
+    `hub:owner/name`, the folder of its copy in the cache, which is downloaded if `online`.
 
-    The package is not imported. UserError if it is not installed or does not hold exactly one such file.
+    The package is not imported. UserError if it is not installed or does not hold exactly one such file, and as
+    `hub.copied` says. `where`: the key or argument that names it.
     """
+    if str(named).startswith(hub.HUB):
+        return str(hub.copied(str(named), online=online, where=where))
     if not str(named).startswith(PACKAGE):
         return named
     name = str(named).removeprefix(PACKAGE)
@@ -161,3 +166,9 @@ def digest(path: str | Path) -> str:
 
         hasher.update(digest(base_of(path)).encode())
     return hasher.hexdigest()
+
+
+def as_parent(path: str | Path) -> dict[str, Any]:
+    """A source as provenance.json records the parent of a run; one from a hub with its name and commit."""
+    path = Path(path).absolute()
+    return {"from": str(path), **hub.origin(path), "step": None, "digest": digest(path)}
