@@ -40,7 +40,7 @@ _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 def open_adapter(folder: Path) -> Source:
     """The base of an adapter with the adapter added. UserError for an adapter or a base that cannot be read so."""
-    from aurora_train.interop.hf import read_json, read_text, tensors_of_file
+    from aurora_train.interop.hf import read_json, read_text, refuse_codes, tensors_of_file
 
     config = read_json(folder / CONFIG, required=True)
     where = str(folder / CONFIG)
@@ -49,6 +49,7 @@ def open_adapter(folder: Path) -> Source:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"there is no {WEIGHTS}", where=str(folder), hint="save the adapter with safe_serialization")
     parts = _pairs(tensors_of_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
+    refuse_codes({name: base.tensors[name] for name in parts}, str(base.path))
     flips = bool(config.get("fan_in_fan_out"))
     tensors = dict(base.tensors)
     for name, (down, up) in parts.items():

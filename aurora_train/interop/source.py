@@ -26,9 +26,10 @@ Kind = Literal["hf", "gguf", "peft"]
 
 
 class Tensor(NamedTuple):
-    """One stored array. `read(start, stop)` returns its rows [start, stop) of the first axis, C-contiguous.
+    """One stored array. `read(start, stop)` returns its rows [start, stop) of the first axis, C-contiguous; all of it
+    if it is a single number.
 
-    `dtype` is the NumPy name ("float32", "bfloat16", "float16") of what `read` returns; a quantised tensor is read as
+    `dtype` is the NumPy name ("float32", "bfloat16", ...) of what `read` returns; that of a quantised tensor is
     float32.
     """
 
@@ -37,7 +38,7 @@ class Tensor(NamedTuple):
     read: Callable[[int, int], np.ndarray]
 
     def whole(self) -> np.ndarray:
-        return self.read(0, self.shape[0])
+        return self.read(0, self.shape[0] if self.shape else 1)
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
