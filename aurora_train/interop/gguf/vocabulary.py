@@ -11,6 +11,7 @@ from aurora_train.interop.gguf.tokenizer import SPLITS, Kind, tokenizer_of
 from aurora_train.interop.source import Source
 
 _OTHER_ENDS = ("eot_token_id", "eom_token_id")  # where a file names ends of texts beside `eos_token_id`
+_OTHER_TOKENIZER = "--format hf; or train a model with data.tokenizer.kind=bpe and data.tokenizer.split=gpt2"
 _NEVER_MERGED = -1e9  # the score of a token that no merge makes
 # Texts that tokenizers cut in different ways: numbers, runs of spaces, endings, scripts, marks.
 _PROBES = (
@@ -68,17 +69,16 @@ def _byte_level(definition: dict, where: str) -> dict[str, Any]:
     steps = [_essence(step) for step in cut.get("pretokenizers", [cut])]
     normalizer = (definition.get("normalizer") or {}).get("type")
     whole = bool(definition["model"].get("ignore_merges"))
+    if not definition["model"]["merges"]:
+        raise UserError("the tokenizer has no merges, and llama.cpp refuses it", where=where, hint=_OTHER_TOKENIZER)
     for name, (splits, normalizer_there, whole_there) in SPLITS.items():
         if (steps, normalizer, whole) == ([_essence(step) for step in splits], normalizer_there, whole_there):
-            merges = definition["model"]["merges"]
-            if not merges:
-                raise UserError("the tokenizer has no merges, and llama.cpp refuses it", where=where)
-            return {"model": "gpt2", "pre": name, "merges": [one if isinstance(one, str) else " ".join(one)
-                                                             for one in merges]}  # fmt: skip
+            merges = [one if isinstance(one, str) else " ".join(one) for one in definition["model"]["merges"]]
+            return {"model": "gpt2", "pre": name, "merges": merges}
     raise UserError(
         "the tokenizer cuts texts by a rule that llama.cpp does not have", where=where,
         why=f"it has those named {', '.join(SPLITS)}; with another, the same text would get other ids",
-        hint="--format hf, or train with such a tokenizer (data.tokenizer.kind=file)",
+        hint=_OTHER_TOKENIZER,
     )  # fmt: skip
 
 
