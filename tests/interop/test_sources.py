@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched, shape_of
-from aurora_train.interop.source import Source, digest, is_model, open_source
+from aurora_train.interop.source import OpenModel, digest, is_model, open_source
 
 
 @pytest.fixture
@@ -175,11 +175,11 @@ def test_a_bad_folder_is_refused_with_what_is_wrong_and_where(case, folder):
 ])  # fmt: skip
 def test_a_value_that_no_layer_can_have_is_refused_by_its_key(name, changed):
     with pytest.raises(UserError, match=f"`{next(iter(changed))}` is "):
-        shape_of(Source(Path("config.json"), "hf", settings_of(name, **changed), {}))
+        shape_of(OpenModel(Path("config.json"), "hf", settings_of(name, **changed), {}))
 
 
 def shape(**config):
-    return shape_of(Source(Path("config.json"), "hf", config, {}))[1]
+    return shape_of(OpenModel(Path("config.json"), "hf", config, {}))[1]
 
 
 def test_a_null_is_a_value_and_not_the_default():

@@ -8,7 +8,7 @@ from typing import Any
 
 from aurora_train.errors import UserError
 from aurora_train.interop.gguf.tokenizer import SPLITS, Kind, tokenizer_of
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 
 _OTHER_ENDS = ("eot_token_id", "eom_token_id")  # where a file names ends of texts beside `eos_token_id`
 _OTHER_TOKENIZER = "--format hf; or train a model with data.tokenizer.kind=bpe and data.tokenizer.split=gpt2"
@@ -21,7 +21,7 @@ _PROBES = (
 )  # fmt: skip
 
 
-def vocabulary_of(source: Source, rows: int) -> dict[str, Any]:
+def vocabulary_of(source: OpenModel, rows: int) -> dict[str, Any]:
     """The `tokenizer.` part of the metadata for an embedding of `rows` rows; rows without a token become `[PADn]`.
 
     Raises UserError for a source without a tokenizer, for one that llama.cpp has no form of, for more tokens than rows,
@@ -98,7 +98,7 @@ def _sentencepiece(definition: dict, tokens: list[str]) -> dict[str, Any]:
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": '"Prepend"' in normalizer}
 
 
-def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
+def _special(source: OpenModel, tokens: list[str]) -> dict[str, Any]:
     """The ids of the tokens that begin and end texts, and whether a text begins with one of itself."""
     ids, found = {token: number for number, token in enumerate(tokens)}, {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
@@ -117,7 +117,7 @@ def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
     return found | {"add_bos_token": begins_by_itself(source)}
 
 
-def begins_by_itself(source: Source) -> bool:
+def begins_by_itself(source: OpenModel) -> bool:
     """Whether the tokenizer begins every text with a token, so that a reader of the GGUF file must do so, too."""
     import tokenizers
 
@@ -125,7 +125,7 @@ def begins_by_itself(source: Source) -> bool:
     return bool(empty) or bool(source.tokenizer_config.get("add_bos_token"))
 
 
-def _refuse_other_ids(source: Source, metadata: dict, added: list[str]) -> None:
+def _refuse_other_ids(source: OpenModel, metadata: dict, added: list[str]) -> None:
     """UserError if the tokenizer that a reader builds of the metadata cuts a text differently."""
     import tokenizers
 
