@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aurora_train.errors import UserError
-from aurora_train.interop import families
+from aurora_train.interop import families, hub
 from aurora_train.interop.families.family import Family
 from aurora_train.interop.placing import shape_of
-from aurora_train.interop.source import Source, Tensor, open_source
+from aurora_train.interop.source import OpenModel, Tensor, open_source
 from aurora_train.nn.lora_config import scale_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,9 +58,9 @@ class _Held(NamedTuple):
     saved: dict[str, Tensor]
 
 
-def open_adapter(folder: Path) -> Source:
+def open_adapter(folder: Path) -> OpenModel:
     """The base of an adapter with the adapter added. UserError for an adapter or a base that cannot be read so."""
-    from aurora_train.interop.hf import read_json, read_text, tensors_of_file
+    from aurora_train.interop.hf import read_json, read_text, refuse_codes, tensors_of_file
 
     config = read_json(folder / CONFIG, required=True)
     where = str(folder / CONFIG)
@@ -72,6 +72,7 @@ def open_adapter(folder: Path) -> Source:
     held = _held(tensors_of_file(folder / WEIGHTS), base, family, str(folder / WEIGHTS))
     _refuse_unsaved(config, held, where)
     tensors, held = _parted(base, held, family, config, where)
+    refuse_codes({name: tensors[name] for name in held.pairs}, str(base.path))
     changed = {}
     for name, (down, up) in held.pairs.items():
         rank, alpha = _number(config, name, "rank_pattern", "r", where), _number(config, name, "alpha_pattern",
@@ -88,7 +89,7 @@ def open_adapter(folder: Path) -> Source:
     )  # fmt: skip
 
 
-def _parted(base: Source, held: _Held, family: Family, config: dict, where: str) -> tuple[dict[str, Tensor], _Held]:
+def _parted(base: OpenModel, held: _Held, family: Family, config: dict, where: str) -> tuple[dict[str, Tensor], _Held]:
     """(the base's tensors with those that are stored whole in their places, what is to be added to them).
 
     The head of a tied base is a module of its own to PEFT: what changes one of the two leaves the other as it was, and
@@ -202,6 +203,8 @@ def _named_base(folder: Path) -> Path:
     if not named or not isinstance(named, str):
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
     path = next((path for path in (Path(named), folder / named) if path.exists()), None)
+    on_hub = hub.base_of(folder)
+    path = path or (on_hub and on_hub.copy())
     if path is None:
         raise UserError(
             f"the adapter's base {named} is not here", where=where,
@@ -210,7 +213,7 @@ def _named_base(folder: Path) -> Path:
     return path
 
 
-def _held(found: dict[str, Tensor], base: Source, family: Family, where: str) -> _Held:
+def _held(found: dict[str, Tensor], base: OpenModel, family: Family, where: str) -> _Held:
     """An adapter's tensors in their places. UserError for one that leads nowhere, for halves, and for another shape."""
     stored = {family.meant(name): name for name in base.tensors}  # PEFT has the modules' names, which may be others
     tied_head = next(weight.theirs for weight in family.outer if weight.ours == ("head",))

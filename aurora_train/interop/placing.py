@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.families.family import Family, Weight
-from aurora_train.interop.source import Source, Tensor
+from aurora_train.interop.hf import refuse_codes
+from aurora_train.interop.source import OpenModel, Tensor
 from aurora_train.nn.decoder_config import DecoderConfig
 
 _UNIT = re.compile(r"stack\.units\.(\d+)\.(?:blocks\.(\d+)\.)?(.+)")
@@ -168,7 +169,7 @@ class Opened(NamedTuple):
     `beside`: the names of tensors of other parts (vision, speech), which are not read.
     """
 
-    source: Source
+    source: OpenModel
     family: Family
     config: DecoderConfig
     vocabulary: int
@@ -185,7 +186,7 @@ class Opened(NamedTuple):
         return self.places[name].read(self.tensors[self.places[name].theirs])
 
 
-def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
+def shape_of(source: OpenModel) -> tuple[Family, DecoderConfig]:
     """(family, shape) of a source, without jax. UserError as `families.of` and `read_shape` say."""
     where = str(source.path / "config.json" if source.path.is_dir() else source.path)
     family = families.of(source.config, where)
@@ -193,7 +194,7 @@ def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
         fields = families.read_shape(source.config, family, where)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"config.json describes no model: {error}", where=where) from error
-    fields["tied"] = bool(fields["tied"]) and not _has_own_head(_named(source, family)[0], family)
+    fields["tied"] = bool(fields["tied"]) and not _has_own_head(text_tensors(source, family)[0], family)
     try:
         return family, DecoderConfig(**fields)
     except ValidationError as error:
@@ -205,21 +206,22 @@ def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
         ) from None
 
 
-def matched(source: Source) -> Opened:
+def matched(source: OpenModel) -> Opened:
     """A source matched with our parameters. UserError for every tensor that is missing, extra or of another shape."""
     family, config = shape_of(source)
     vocabulary = families.vocabulary(source.config, str(source.path))
     shapes = our_shapes(config, vocabulary)
-    tensors, beside = _named(source, family)
+    tensors, beside = text_tensors(source, family)
     head = next(weight.theirs for weight in family.outer if weight.ours == ("head",))
     if config.tied:
         tensors.pop(head, None)  # stored twice, and equal
+    refuse_codes(tensors, str(source.path))
     _refuse_difference(tensors, their_shapes(family, shapes, config.heads), source)
     placed = places(family, shapes, config.heads)
     return Opened(source, family, config, vocabulary, shapes, placed, tensors, beside)
 
 
-def _named(source: Source, family: Family) -> tuple[dict[str, Tensor], list[str]]:
+def text_tensors(source: OpenModel, family: Family) -> tuple[dict[str, Tensor], list[str]]:
     """(the text model's tensors by the family's names, the names of tensors of other parts)."""
     tensors, beside = {}, []
     for name, tensor in source.tensors.items():
@@ -242,7 +244,7 @@ def _has_own_head(tensors: dict[str, Tensor], family: Family) -> bool:
     return any(not np.array_equal(head.read(*part), embedding.read(*part)) for part in ends)
 
 
-def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: Source) -> None:
+def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: OpenModel) -> None:
     lines = [f"{name}: missing" for name in wanted if name not in found]
     lines += [f"{name}: not part of this architecture" for name in found if name not in wanted]
     lines += [

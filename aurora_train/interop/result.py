@@ -74,7 +74,7 @@ class Result(NamedTuple):
     parts: Parts | None = None
 
 
-class Unread(NamedTuple):
+class OnDisk(NamedTuple):
     """A run, or an open model, whose parameters are still on disk.
 
     Attributes:
@@ -95,7 +95,7 @@ class Unread(NamedTuple):
     mask: str = "causal"
 
 
-def result_of(found: Unread, *, merge: bool = False) -> Result:
+def result_of(found: OnDisk, *, merge: bool = False) -> Result:
     """What a run has to give away.
 
     `merge` adds adapters to their kernels. UserError for a run that is not one of a decoder, for adapters without
@@ -125,7 +125,7 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
                   origin_of(found), (facts.get("origin") or {}).get("dtypes", {}), adapters)  # fmt: skip
 
 
-def _adapters(found: Unread, lora) -> Adapters:
+def _adapters(found: OnDisk, lora) -> Adapters:
     down, _ = ADAPTERS
     names = tuple(name.removesuffix(down) for name in found.specs if name.endswith(down))
 
@@ -137,7 +137,7 @@ def _adapters(found: Unread, lora) -> Adapters:
     return Adapters(lora.rank, lora.alpha, names, pair, lambda name: _stored(found, name), stabilised)
 
 
-def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> None:
+def _refuse_other_model(found: OnDisk, shapes: dict[str, tuple[int, ...]]) -> None:
     import jax
 
     from aurora_train.checkpoint import layout
@@ -149,7 +149,7 @@ def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> No
     layout.refuse_difference(plain, wanted, where=str(found.run))
 
 
-def origin_of(found: Unread) -> dict[str, Any]:
+def origin_of(found: OnDisk) -> dict[str, Any]:
     """Where a run's weights come from, for the card and the proof: run, step, recipe, data, parent, licence."""
     provenance, origin = found.provenance, found.facts.get("origin") or {}
     return {
@@ -175,18 +175,22 @@ def published(record: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: record.get(name) for name in ("run", "step", "recipe", "base", "licence", "code_sha256", "versions")},
         "data": Path(source).name if source else None,
-        "parent": parent and {"from": Path(parent["from"]).name, "step": parent["step"], "digest": parent["digest"]},
+        "parent": parent and {
+            "from": parent.get("hub") or Path(parent["from"]).name,
+            **({"revision": parent["revision"]} if "revision" in parent else {}),
+            "step": parent["step"], "digest": parent["digest"],
+        },
     }
 
 
-def _stored(found: Unread, name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+def _stored(found: OnDisk, name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """A parameter as a run keeps it: an array, or (codes, scales)."""
     if name in found.specs:
         return found.read(name)
     return found.read(name + nf4.CODES), found.read(name + nf4.SCALES)
 
 
-def _merged(found: Unread, name: str, adapters: Adapters | None) -> np.ndarray:
+def _merged(found: OnDisk, name: str, adapters: Adapters | None) -> np.ndarray:
     kernel = _stored(found, name)
     if isinstance(kernel, tuple):
         kernel = np.asarray(nf4.decode(*kernel, "float32"))

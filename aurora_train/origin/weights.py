@@ -8,12 +8,15 @@ whose names then lack the part's prefix.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from aurora_train import run as runs
@@ -21,6 +24,7 @@ from aurora_train.check.intent import init_key
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
+from aurora_train.interop.hf import tensors_of_file
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.nn import nf4
@@ -33,10 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("aurora_train")
 
-_SAFETENSORS = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I32": "int32",
-}  # fmt: skip
-_READ = ", ".join(_SAFETENSORS)
 _PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
 
 
@@ -51,7 +51,8 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
     flat, own = drawn, set(drawn)
     for parent in parents:
         with _opened(parent) as source:
-            flat |= _poured(source, tree, places, parent.path, _Part.of(parent, parents), own)
+            part, lazily = _Part.of(parent, parents), parent.step is None
+            flat |= _poured(source, tree, places, parent.path, part, own, lazily=lazily)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
 
@@ -71,9 +72,13 @@ def _opened(parent: Parent):
     """The shapes of a source by bare name, with the rows of new tokens, and a function that reads the wanted arrays."""
     with contextlib.ExitStack() as closing:
         if is_foreign(parent.path):
-            source = _from_foreign(parent.path)
+            opened = matched(open_source(parent.path))
+            shapes = {name: (shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+            source = _by_name(shapes, opened.read)
         elif parent.step is None:
-            source = _from_safetensors(Path(parent.path))
+            tensors = tensors_of_file(Path(parent.path))
+            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            source = _by_name(shapes, lambda name: tensors[name].whole())
         else:
             run = runs.Run.existing(parent.path)
             store = closing.enter_context(contextlib.closing(CheckpointStore(run.checkpoints, run.trash)))
@@ -162,15 +167,22 @@ def _refuse_frozen_rows(parents: tuple[Parent, ...], tree: dict, places: dict) -
         refuse_frozen(layout.abstract(tree, places))
 
 
-def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> dict[str, Any]:
-    """The arrays that a source has for a part of the model, by canonical name. For the arguments see `_matched`."""
+def _poured(
+    source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None, *, lazily: bool = False
+) -> dict[str, Any]:
+    """The arrays that a source has for a part of the model, by canonical name. For the arguments see `_matched`.
+
+    `lazily`: functions that read them, because reading them one at a time costs nothing; not so from a checkpoint.
+    """
     specs, theirs, kernels = _matched(source, tree, places, where, part, own)
 
     def loaded(names) -> dict:
         arrays = source[1]({theirs[_bare(name)]: specs[name] for name in names})
         return {name: arrays[theirs[_bare(name)]] for name in names}
 
-    flat = loaded([name for name in specs if name not in kernels])
+    plain = [name for name in specs if name not in kernels]
+    flat = {name: functools.partial(lambda name: loaded([name])[name], name) for name in plain} if lazily else (
+        loaded(plain))  # fmt: skip
     for name in kernels:  # one at a time, because in its source it may be eight times as large
         (kernel,) = loaded([name]).values()
         flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)
@@ -302,42 +314,11 @@ def stored_parameters(store: CheckpointStore, step: int):
     return {bare: shapes[name] for bare, name in names.items()}, read
 
 
-def _from_foreign(path: str):
-    """(shapes, reader) of an open model. Each parameter is read, turned and put in its place alone."""
-    opened = matched(open_source(path))
-    stored = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+def _by_name(stored: dict[str, tuple[tuple[int, ...], str]], read_one: Callable[[str], np.ndarray]):
+    """(specs, reader) of a source with a (shape, dtype) by name. Each parameter is read and put in its place alone,
+    because a source may be larger than memory."""
 
     def read(wanted: dict) -> dict:
-        return {name: jax.device_put(opened.read(name), spec.sharding) for name, spec in wanted.items()}
+        return {name: jax.device_put(read_one(name), spec.sharding) for name, spec in wanted.items()}
 
-    return stored, read
-
-
-def _from_safetensors(path: Path):
-    """(shapes, reader) of a file. Arrays are read on demand, because a file may be larger than memory."""
-    from safetensors import SafetensorError, safe_open
-
-    def asked(what):
-        try:
-            return what()
-        except SafetensorError as error:
-            raise UserError(f"not a readable safetensors file: {error}", where=str(path)) from error
-
-    handle = asked(lambda: safe_open(path, framework="numpy"))
-    stored = {}
-    for name in handle.keys():  # noqa: SIM118 (a handle is not a dict)
-        part = handle.get_slice(name)
-        dtype = _SAFETENSORS.get(part.get_dtype())
-        if dtype is None:
-            raise UserError(
-                f"{name} is stored as {part.get_dtype()}", where=str(path), why=f"supported dtypes are {_READ}"
-            )
-        stored[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
-
-    def read(wanted: dict) -> dict:
-        return {
-            name: jax.device_put(asked(lambda name=name: handle.get_tensor(name)), spec.sharding)
-            for name, spec in wanted.items()
-        }
-
-    return stored, read
+    return {name: jax.ShapeDtypeStruct(*one) for name, one in stored.items()}, read

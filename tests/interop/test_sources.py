@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched, shape_of
-from aurora_train.interop.source import Source, digest, is_model, open_source
+from aurora_train.interop.source import OpenModel, digest, is_model, open_source
 
 
 @pytest.fixture
@@ -109,6 +109,8 @@ BAD = {
     "AWQ": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "stored in AWQ"),
     "GPTQ": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "stored in GPTQ"),
     "FP8 without a word": (float8, "model.norm.weight is stored in FP8"),
+    "codes without a word": (
+        lambda f: weights(f, lambda w: w.update({Q: w[Q].astype(np.int8)})), f"{Q} is stored in the dtype int8"),
     "pickle": (pickled, "pytorch_model.bin is a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors here"),
     "cut short": (cut, "not a whole safetensors file"),
@@ -173,11 +175,11 @@ def test_a_bad_folder_is_refused_with_what_is_wrong_and_where(case, folder):
 ])  # fmt: skip
 def test_a_value_that_no_layer_can_have_is_refused_by_its_key(name, changed):
     with pytest.raises(UserError, match=f"`{next(iter(changed))}` is "):
-        shape_of(Source(Path("config.json"), "hf", settings_of(name, **changed), {}))
+        shape_of(OpenModel(Path("config.json"), "hf", settings_of(name, **changed), {}))
 
 
 def shape(**config):
-    return shape_of(Source(Path("config.json"), "hf", config, {}))[1]
+    return shape_of(OpenModel(Path("config.json"), "hf", config, {}))[1]
 
 
 def test_a_null_is_a_value_and_not_the_default():
@@ -287,6 +289,13 @@ def test_the_digest_of_an_adapter_covers_its_base(folder, tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text() + " ")
     assert digest(path) != before
+
+
+def test_an_adapter_is_not_added_to_codes(folder, tmp_path):
+    weights(folder, lambda w: w.update({Q: w[Q].astype(np.int8)}))
+    path, _ = adapter(tmp_path)
+    with pytest.raises(UserError, match=f"{Q} is stored in the dtype int8"):
+        opened(path)
 
 
 BAD_ADAPTERS = {
