@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,13 +203,16 @@ def _named_base(folder: Path) -> Path:
     named = read_json(folder / CONFIG, required=True).get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
-    path = next((path for path in (Path(named), folder / named) if path.exists()), None)
+    path = next((path for path in (Path(named), folder / named) if os.path.exists(path)), None)
+    if path is not None:
+        return path
     on_hub = hub.base_of(folder)
-    path = path or (on_hub and on_hub.copy())
+    path = on_hub and on_hub.copy()
     if path is None:
+        fetched = f"`aurora import {on_hub} --to RUN --online` downloads it; or " if on_hub else ""
         raise UserError(
             f"the adapter's base {named} is not here", where=where,
-            hint="download it, and write its folder as base_model_name_or_path",
+            hint=f"{fetched}write the folder of a copy as base_model_name_or_path",
         )  # fmt: skip
     return path
 
