@@ -121,14 +121,19 @@ def _refuse_unsaved(config: dict[str, Any], held: _Held, where: str) -> None:
 
 
 def _refuse_unlike(held: _Held, embedding: str, head: str, where: str) -> None:
-    """UserError if the adapter of a tied head, which is stored beside that of the embedding, is not the same."""
+    """UserError if what is stored for a tied head, beside what is for the embedding, is not the same."""
+    alike = True
     if head in held.pairs:
         down, up = (part.whole() for part in held.pairs[head])
-        other = held.pairs.get(embedding)
-        if other is None or not (np.array_equal(down, other[1].whole().T) and np.array_equal(up, other[0].whole().T)):
-            raise UserError("the adapters of embedding and head differ, although `ensure_weight_tying` is set",
-                            where=where, why="they are stored apart, and PEFT would take one of them",
-                            hint="save the adapter with PEFT again")  # fmt: skip
+        first, second = (part.whole().T for part in held.pairs.get(embedding, held.pairs[head]))
+        alike = embedding in held.pairs and np.array_equal(down, second) and np.array_equal(up, first)
+    if head in held.saved:
+        whole = held.saved.get(embedding)
+        alike = alike and whole is not None and np.array_equal(held.saved[head].whole(), whole.whole())
+    if not alike:
+        raise UserError("what is stored for embedding and head differs, although `ensure_weight_tying` is set",
+                        where=where, why="they are stored apart, and PEFT would take one of them",
+                        hint="save the adapter with PEFT again")  # fmt: skip
 
 
 def _is_stored_by_input(family: Family, name: str) -> bool:

@@ -361,7 +361,7 @@ def test_the_adapters_of_a_tied_base_that_are_said_to_be_one_must_be_equal(tmp_p
     down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, VOCABULARY), (32, 2)))
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "../m"}
     (path / "adapter_config.json").write_text(json.dumps(config | {"ensure_weight_tying": True}))
-    for move, said in ((0, None), (1, "adapters of embedding and head differ")):
+    for move, said in ((0, None), (1, "what is stored for embedding and head differs")):
         table, head = "base_model.model.model.embed_tokens.lora_embedding_", "base_model.model.lm_head.lora_"
         arrays = {f"{table}A": down, f"{table}B": up, f"{head}A.weight": np.ascontiguousarray(up.T) + move,
                   f"{head}B.weight": np.ascontiguousarray(down.T)}  # fmt: skip
