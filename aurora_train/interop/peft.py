@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -154,6 +155,11 @@ def _refuse_other(config: dict[str, Any], where: str) -> None:
         raise UserError(f"`init_lora_weights: {named}` is not supported", where=where,
                         why="it changes the base's weights, which this folder does not hold",
                         hint="merge the adapter with PEFT's merge_and_unload, and import the result")  # fmt: skip
+    for name in ("use_rslora", "ensure_weight_tying"):
+        if config.get(name) not in (True, False, None):
+            raise UserError(f"`{name}` is {json.dumps(config[name])}, which is not true or false", where=where)
+    if not isinstance(saved := config.get("modules_to_save") or [], list):
+        raise UserError(f"`modules_to_save` is {json.dumps(saved)}, which is not a list", where=where)
     unknown = dict.fromkeys(name for name in config if name not in _NEUTRAL)
     for name, plain in (unknown | _PLAIN).items():
         if config.get(name, plain) not in (plain, None, {}, [], False):
@@ -176,7 +182,7 @@ def _number(config: dict[str, Any], tensor: str, patterns: str, common: str, whe
     except re.error as error:
         raise UserError(f"`{patterns}` holds what is no regular expression: {error}", where=where) from error
     kinds = int if common == "r" else (int, float)
-    if isinstance(found, bool) or not isinstance(found, kinds) or not found > 0:
+    if isinstance(found, bool) or not isinstance(found, kinds) or not 0 < found < math.inf:
         raise UserError(f"`{common}` of {module} is {json.dumps(found)}, which is no number above zero", where=where)
     return found
 
