@@ -22,7 +22,7 @@ from aurora_train.interop.families.family import Family
 from aurora_train.interop.peft import CONFIG, WEIGHTS
 from aurora_train.interop.placing import Opened, matched, places, theirs
 from aurora_train.interop.result import Adapters, Result, lineage
-from aurora_train.interop.source import open_source
+from aurora_train.interop.source import located, open_source
 from aurora_train.nn import nf4
 from aurora_train.nn.lora_config import scale_of
 
@@ -33,8 +33,9 @@ _TABLE = "embedding"
 def over_base(result: Result, base: Path | None) -> tuple[Callable[[Result, Path, str], Family], str]:
     """(the function that writes a run's adapters into an empty folder, how exactly the run kept their base).
 
-    `base`: the Hugging Face folder of the base; None for the one that the run's provenance names. The second value is
-    a key of `proof.BOUNDS`: "float32" if the run kept the base's very values, else the dtype that it rounded them to.
+    `base`: the Hugging Face folder of the base, or its name on a hub; None for the one that the run's provenance names.
+    The second value is a key of `proof.BOUNDS`: "float32" if the run kept the base's very values, else the dtype that
+    it rounded them to.
 
     Raises UserError for a run without adapters, one whose base is not an open model, and one whose frozen parameters
     are not those of the base: PEFT would add the adapters to other weights.
@@ -42,7 +43,7 @@ def over_base(result: Result, base: Path | None) -> tuple[Callable[[Result, Path
     if result.adapters is None:
         raise UserError("this run trained no adapters", where=result.record["run"],
                         hint="--format hf writes the whole model")  # fmt: skip
-    opened = _opened(base or _base_of(result.record))
+    opened = _opened(Path(located(base, where="--base")) if base else _base_of(result.record))
     kept, whole = _refuse_other_base(result, result.adapters, opened)
     return (lambda result, folder, _: _write(result, result.adapters, opened, whole, folder)), kept
 
@@ -96,6 +97,8 @@ def _refuse_other_sum(result: Result, adapters: Adapters, base: Opened, whole: s
 def _base_of(record: dict[str, Any]) -> Path:
     """The open model that a run starts from, directly or by a run at step 0 that was imported from it."""
     for parent in lineage(record["parent"]):
+        if parent["step"] is None and "hub" in parent and not Path(parent["from"]).exists():  # another cache by now
+            return Path(located(f"{hub.HUB}{parent['hub']}@{parent['revision']}", where=record["run"]))
         if parent["step"] is None:
             return Path(parent["from"])
         if parent["step"]:

@@ -86,6 +86,15 @@ def test_a_base_of_a_hub_is_named_as_the_hub_names_it(tmp_path, monkeypatch):
     assert (said["base_model_name_or_path"], said["revision"]) == ("lab/tiny", COMMIT)
     assert said["modules_to_save"] is None and str(tmp_path) not in json.dumps(said)
     assert open_source(tmp_path / "out").kind == "peft"
+    result = trained(base)
+    result.record["parent"] |= {"hub": "lab/tiny", "revision": COMMIT}
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"hub:lab/tiny@{COMMIT} is on the network, and the network is off"):
+        over_base(result, None)
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "moved"))
+    base = tmp_path / "moved" / base.relative_to(tmp_path / "cache")
+    result = result._replace(adapters=trained(base).adapters)
+    assert over_base(result, None)[1] == over_base(result, f"hub:lab/tiny@{COMMIT}")[1] == "float32"
     (tmp_path / "lab" / "tiny").mkdir(parents=True)  # PEFT would take this folder for the base
     assert written(trained(base), tmp_path / "again")["base_model_name_or_path"] == str(base)
 
