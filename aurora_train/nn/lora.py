@@ -61,7 +61,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
         y = y if bias is None else forms().add_bias(y, bias)
     else:
         y = linear(x, getattr(module, name)[...], bias)
-    if name not in module.adapted:
+    if name not in module.adapted or not current().adapters:
         return y
     # At a low rank, 8 bits would gain nothing.
     low = linear(x, getattr(module, f"{name}_lora_a")[...], wide=True) * jnp.asarray(module.lora_scale, x.dtype)
