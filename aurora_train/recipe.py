@@ -203,6 +203,7 @@ class Recipe:
         """The numbers a user would quote. `predict(batch)` runs `self.predict` on host arrays and returns numpy.
 
         `key` is one key, the same every time: `jax.random.split(key, len(batch))` makes those of a batch.
+        `predict.model()` is the model itself, for a score of what it generates.
 
         `split` is "test" (the final score), or "validation" while training, if `evaluate.score_every` is set. The first
         key of the result is the headline number. The report shows these keys: "tables", a list of {"title": str,
@@ -211,6 +212,14 @@ class Recipe:
         warnings for the reader, which are printed as well.
         """
         raise NotImplementedError
+
+    def compared(self, before: Path, after: Path) -> dict | None:
+        """One table, {"title", "columns", "rows"}, of what training changed, if `evaluate.before` is set.
+
+        `before` and `after` are the folders that were the `workdir` of `score` for the model that the run started with
+        and for the trained one. With None (the default) the table has the numbers of both scores.
+        """
+        return None
 
     def samples(self, model, key) -> list[dict]:
         """A few outputs of the model for the report ({"prompt": ..., "text": ...}); [] if it makes none."""

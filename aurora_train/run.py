@@ -41,6 +41,7 @@ class Run:
     events = property(lambda self: self.folder / "events.jsonl")
     scores = property(lambda self: self.folder / "scores.json")
     plots = property(lambda self: self.folder / "plots.json")
+    before = property(lambda self: self.folder / "before")
     code = property(lambda self: self.folder / "code")
     facts = property(lambda self: self.folder / "facts")
     checkpoints = property(lambda self: self.folder / "checkpoints")
@@ -162,7 +163,8 @@ class Run:
 
     def forget(self) -> None:
         """Remove the files of an attempt that failed before its first step. The caller holds the lock."""
-        for folder in (self.code, self.facts, self.trash, self.workdir, self.folder / "journal"):
+        folders = (self.code, self.facts, self.trash, self.workdir, self.before, self.samples, self.folder / "journal")
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()

@@ -34,6 +34,7 @@ def command(
     Of a run, it writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
     """
     from aurora_train.loading import load
+    from aurora_train.record.console import show_table
     from aurora_train.record.progress import preparation
 
     with preparation(quiet=quiet) as progress:
@@ -48,6 +49,8 @@ def command(
         print_json(record)
         return
     print("\n".join([f"step {trained.step}", *score_lines(record)]))
+    if record.get("before"):
+        show_table(record["before"]["table"])
 
 
 def _without_keys(fault: UserError, on: str | None) -> UserError:

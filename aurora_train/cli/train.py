@@ -107,6 +107,7 @@ _UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, repeated here because that module 
 def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int:
     """Print the end of a run: its score and report, or the command that resumes it."""
     from aurora_train.files import read_json
+    from aurora_train.record.console import show_table
     from aurora_train.units import decimal
 
     scores = read_json(run.scores)
@@ -128,6 +129,8 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
             for rival, value in scores["baselines"].items():
                 if isinstance(value, (int, float)):
                     print(f"  {rival} {decimal(value)}")
+            if scores.get("before"):
+                show_table(scores["before"]["table"])
             for remark in scores.get("remarks", []):
                 print(f"note: {remark}")
         print(f"report: {run.report}")

@@ -220,6 +220,9 @@ class Evaluate(Section):
         None, resume="warned", ge=1,
         help="end the run after this many evaluations in a row without a new best; null = never",
     )
+    before: bool = setting(
+        False, resume="free", help="also score the model that the run starts with, and compare the final score with it"
+    )
     final: bool = setting(True, resume="free", help="run the recipe's score after the last step")
     baselines: bool = setting(True, resume="free", help="also score the recipe's simple baselines")
 
@@ -228,6 +231,11 @@ class Evaluate(Section):
             yield UserError(
                 "it counts evaluations, and there is none before the last step", where="evaluate.patience",
                 hint="evaluate.every=N, evaluate.score_every=N, or evaluate.patience=null",
+            )  # fmt: skip
+        if self.before and not self.final:
+            yield UserError(
+                "it is compared with the final score, and there is none", where="evaluate.before",
+                hint="evaluate.final=true, or evaluate.before=false",
             )  # fmt: skip
 
 

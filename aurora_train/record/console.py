@@ -29,3 +29,16 @@ def table_of(*columns: str, left: tuple[int, ...] = (0,), rows: Iterable[Iterabl
     for row in rows:
         table.add_row(*map(str, row))
     return table
+
+
+def show_table(table: dict) -> None:
+    """Print a table of a score: {"title", "columns", "rows"}; a cell that is a list is an interval."""
+
+    def shown(cell) -> str:
+        if isinstance(cell, list | tuple):
+            return f"[{', '.join(map(shown, cell))}]"
+        return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+    console = plain_console()
+    console.print(table["title"])
+    console.print(table_of(*table["columns"], rows=[map(shown, row) for row in table["rows"]]))

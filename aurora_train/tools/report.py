@@ -147,6 +147,9 @@ def _score(scores) -> str:
         parts.append("</div></div>\n")
     made = scores.get("baselines_made") or {}
     parts += [f"<p>{escape(note)}</p>\n" for note in [*(scores.get("notes") or []), *(made.get("notes") or [])]]
+    if scores.get("before"):
+        compared = scores["before"]["table"]
+        parts += [f"<h3>{escape(compared['title'])}</h3>\n", table(compared["columns"], compared["rows"])]
     others = {words(k): v for k, v in flatten(scores["score"]) if k != headline}
     if others:
         parts += ["<h3>Also measured</h3>\n", facts(others)]
@@ -213,11 +216,14 @@ def _samples(folder: Path) -> str:
     files = sorted(folder.glob("*.json"), key=_step_of)
     if not files:
         return ""
-    parts = []
+    parts, read = [], {path: _list(read_json(path)) for path in files}
+    before = read[files[0]] if _step_of(files[0])[0] == 0 and len(files) > 1 else None
     for position, path in enumerate(reversed(files)):
-        samples = read_json(path)
-        samples = samples if isinstance(samples, list) else [samples]
-        shown = [_sample(sample) for sample in samples]
+        samples = read[path]
+        if position == 0 and before and _prompts(before) == _prompts(samples):
+            shown = [_beside(*both) for both in zip(before, samples, strict=True)]
+        else:
+            shown = [_sample(sample) for sample in samples]
         first, rest = shown[:_SAMPLES_SHOWN], shown[_SAMPLES_SHOWN:]
         block = "".join(first) + (folded(f"{len(rest)} more", "".join(rest)) if rest else "")
         if position == 0:
@@ -225,6 +231,26 @@ def _samples(folder: Path) -> str:
         else:
             parts.append(folded(words(path.stem), block))
     return section("Samples", *parts)
+
+
+def _list(samples) -> list:
+    return samples if isinstance(samples, list) else [samples]
+
+
+def _prompts(samples: list) -> list | None:
+    """The prompts of samples; None if they are not all samples with a text."""
+    sound = all(isinstance(one, dict) and "text" in one for one in samples)
+    return [str(one.get("prompt") or "") for one in samples] if sound else None
+
+
+def _beside(before: dict, after: dict) -> str:
+    """The same prompt's samples before training and after it, side by side."""
+    columns = "".join(
+        f"<figure><h3>{title}</h3>{_sample({**sample, 'prompt': ''})}</figure>"
+        for title, sample in (("before training", before), ("after", after))
+    )
+    prompt = escape(after.get("prompt") or "")
+    return f'<pre><span class="prompt">{prompt}</span></pre><div class="figures">{columns}</div>\n'
 
 
 def _step_of(path: Path) -> tuple[int, str]:

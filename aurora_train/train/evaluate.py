@@ -54,7 +54,8 @@ class Evaluator:
     def predictor(self, state) -> Callable[[dict], object]:
         """`predict(batch) -> numpy pytree`, for pytrees of arrays and of keys with a leading axis of examples.
 
-        A batch not divisible by the devices is padded and cut back.
+        A batch not divisible by the devices is padded and cut back. `predict.model()` is the model itself, for a score
+        that generates.
         """
         weights = weights_of(state)
 
@@ -67,6 +68,7 @@ class Evaluator:
             out = jax.device_get(self._predict(weights, self._put(batch)))
             return jax.tree.map(lambda a: a[:size], out) if short else out
 
+        predict.model = lambda: self._judged(weights)
         return predict
 
     def model(self, state):

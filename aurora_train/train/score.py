@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from aurora_train.train.beginning import refuse_other_data
 from aurora_train.units import decimal
 
 _SHOWN_APART = ("tables", "notes", "plots", "remarks")
+_SCORED = "score.json"  # in the folder `before`; written last
 
 
 def score_run(
@@ -36,6 +38,7 @@ def score_run(
     """
     began = time.perf_counter()
     run.workdir.mkdir(exist_ok=True)
+    before = files.read_json(run.before / _SCORED)
     record = _measured(recipe, config, run.workdir, evaluator, state, progress)
     if baselines is not False:
         key, known = _depends_on(recipe, config, run, step), files.read_json(run.scores) or {}
@@ -44,16 +47,50 @@ def score_run(
             record |= {"baselines": known["baselines"], "baselines_made": {**made, "kept": True}}
         else:
             record |= _made(recipe, run.workdir, progress, key)
+    record["score"] |= _sampled(recipe, config, run, evaluator, state, step)
+    if before is not None:
+        record["before"] = {"score": before["score"], "table": _compared(recipe, run, before["score"], record["score"])}
+    elif config.evaluate.before:
+        record["remarks"].append("the model was not scored before training, because the run had begun already")
+    files.write_json(run.plots, record.pop("plots"))
+    record |= {"step": step, "seconds": time.perf_counter() - began}
+    files.write_json(run.scores, record)
+    return record
+
+
+def score_before(recipe, config, run, evaluator, state, progress) -> None:
+    """Score the state with which a run starts on the test split, and keep the result for the comparison at its end.
+
+    What was scored before a kill is kept; what a kill interrupted is scored again.
+    """
+    if (run.before / _SCORED).exists():
+        return
+    shutil.rmtree(run.before, ignore_errors=True)
+    run.before.mkdir()
+    record = _measured(recipe, config, run.before, evaluator, state, progress)
+    record["score"] |= _sampled(recipe, config, run, evaluator, state, 0)
+    files.write_json(run.before / _SCORED, {name: record[name] for name in ("score", "tables", "notes")})
+
+
+def _sampled(recipe, config, run, evaluator, state, step: int) -> dict[str, float]:
+    """Write the recipe's samples of a state; return the share that passes each of its checks."""
     with tracing(forms=config.train.forms), recipe_code(recipe, "samples"):
         samples = recipe.samples(evaluator.model(state), stream(config.train.seed, "samples"))
     checked_samples(recipe, samples)
     if samples:
         files.write_json(run.samples / f"step-{step}.json", samples)
-    files.write_json(run.plots, record.pop("plots"))
-    record["score"] |= shares(samples)
-    record |= {"step": step, "seconds": time.perf_counter() - began}
-    files.write_json(run.scores, record)
-    return record
+    return shares(samples)
+
+
+def _compared(recipe, run, before: dict, after: dict) -> dict:
+    """The table of what training changed: the recipe's own, or one of the numbers that both scores have."""
+    with recipe_code(recipe, "compared"):
+        table = recipe.compared(run.before, run.workdir)
+    if table is not None:
+        return checked_result(recipe, {"tables": [table]}, "compared")["tables"][0]
+    both = [name for name in after if all(isinstance(score.get(name), float) for score in (before, after))]
+    rows = [[name, before[name], after[name], after[name] - before[name]] for name in both]
+    return {"title": "Before and after training", "columns": ["", "before", "after", "difference"], "rows": rows}
 
 
 def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | None = None) -> dict:
@@ -116,7 +153,7 @@ def validation_score(recipe, config, evaluator, state, progress) -> dict[str, fl
 
 def _result(recipe, config, split: str, workdir: Path, evaluator, state, progress) -> dict:
     key = stream(config.train.seed, "score")
-    with recipe_code(recipe, "score"):
+    with tracing(forms=config.train.forms), recipe_code(recipe, "score"):
         result = recipe.score(evaluator.predictor(state), split, key, workdir, progress)
     return checked_result(recipe, result)
 

@@ -60,3 +60,12 @@ class StopRequest:
         """Raise `Stopped` if a signal is allowed to but could not: C code drops the exceptions of its callbacks."""
         if self._interruptible and self.name is not None:
             raise Stopped(self.name)
+
+    def heeding(self, progress):
+        """A progress callback that also heeds a signal that arrived while nothing could be raised."""
+
+        def heed_and_show(*arguments):
+            self.heed()
+            progress(*arguments)
+
+        return heed_and_show

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from aurora_train.nn.param import parameter_count
 from aurora_train.origin.parents import record_of
 from aurora_train.record import metrics as logs
 from aurora_train.record.energy import EnergyMeter
-from aurora_train.record.progress import Progress, preparation, stderr_console
+from aurora_train.record.progress import Progress, preparation, silent, stderr_console
 from aurora_train.record.throughput import Throughput
 from aurora_train.record.voice import Voice
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
@@ -35,7 +36,7 @@ from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
-from aurora_train.train.score import score_run
+from aurora_train.train.score import score_before, score_run
 from aurora_train.train.session import Process, Session, open_session
 from aurora_train.train.signals import EXIT_STOPPED, StopRequest
 from aurora_train.train.watchdog import Watchdog
@@ -215,8 +216,8 @@ def _attempt(session: Session, process: Process, events) -> Outcome:
     logs.set_aside(run.metrics, start or 0, run.metrics_set_aside)
     known = logs.read(run.metrics)
     behind = preflight.clock_behind([*logs.read(run.events), *known])
-    evaluations = [(record["step"], record["evaluation"]) for record in known if "evaluation" in record]
-    evaluated = dict(processes.agreed(lambda: evaluations))
+    recorded = [(record["step"], record["evaluation"]) for record in known if "evaluation" in record]
+    evaluated = dict(processes.agreed(lambda: recorded))
     with Progress(
         config.train.steps, process.console, quiet=process.quiet, unit=session.recipe.unit
     ) as progress:
@@ -231,12 +232,15 @@ def _attempt(session: Session, process: Process, events) -> Outcome:
             state = _placed_state(session, start)
             announce(session, state, start, len(known) - len(evaluated), voice)
             preflight.say_clock(behind, start or 0, voice)
+        evaluations = Evaluations(session, evaluated)
+        if config.evaluate.before and not start:
+            _score_before(session, evaluations, state, process, progress)
         with logs.MetricsLog(run.metrics, sinks(config, run, start or 0)) as metrics:
             loop = Loop(
-                session, process, state, compiled, Evaluations(session, evaluated), metrics=metrics, voice=voice,
+                session, process, state, compiled, evaluations, metrics=metrics, voice=voice,
                 progress=progress, throughput=throughput(session, state), memory_bytes=gauge,
             )  # fmt: skip
-            del state, compiled
+            del state, compiled, evaluations
             with _released(loop):
                 ended = loop.run()
             stopped_by = processes.agreed(lambda: ended)
@@ -296,6 +300,21 @@ def _past_bad_data(state, run: runs.Run, step: int):
     return state._replace(data_step=meshes.put(np.int32(data_step), state.data_step.sharding))
 
 
+def _score_before(session: Session, evaluations: Evaluations, state, process: Process, progress: Progress) -> None:
+    """Score the state with which the run starts, for the comparison at its end."""
+    began = time.perf_counter()
+    progress.status("scoring the model before training")
+
+    def scored() -> None:
+        evaluator, own = evaluations.for_a_score(state)
+        heed = process.stop.heeding(silent)
+        score_before(session.recipe, session.config, session.run, evaluator, own, heed)
+
+    with refused("the model is scored before training", "start the run with evaluate.before=false"):
+        processes.agreed(scored)
+    progress.status("scoring the model before training", time.perf_counter() - began)
+
+
 def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     config, run = session.config, session.run
 
@@ -304,7 +323,7 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
         if config.evaluate.final:
             with preparation(process.console, quiet=process.quiet) as shown:
                 score_run(
-                    session.recipe, config, run, evaluator, state, loop.step, _heeding(process.stop, shown),
+                    session.recipe, config, run, evaluator, state, loop.step, process.stop.heeding(shown),
                     baselines=config.evaluate.baselines,
                 )
         return state_hash(state)
@@ -315,16 +334,6 @@ def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     steps = config.train.steps
     early = {"early": runs.early_end(config.evaluate.patience, steps)} if loop.step < steps else {}
     return Outcome(run, 0, loop.step, state_sha256=digest, remarks=early)
-
-
-def _heeding(stop: StopRequest, progress):
-    """A progress callback that also raises for a signal that arrived while nothing could be raised."""
-
-    def heed_and_show(*arguments):
-        stop.heed()
-        progress(*arguments)
-
-    return heed_and_show
 
 
 def claim(session: Session, damaged: list) -> int | None:
