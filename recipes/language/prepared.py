@@ -120,7 +120,7 @@ def made(kind: type[Kind], folder: Path, write: Callable[[Path], dict], progress
             return kind(folder)
         except DamagedStore as damage:
             log.warning("%s; preparing it again", damage.what)
-    with _lock(folder.with_name(f"{folder.name}.lock"), progress):
+    with locked(folder.with_name(f"{folder.name}.lock"), progress):
         _clear_debris(kind, folder)
         if not folder.exists():
             _make(folder, write)
@@ -147,7 +147,7 @@ def _make(folder: Path, write: Callable[[Path], dict]) -> None:
 
 
 @contextmanager
-def _lock(path: Path, progress: Callable) -> Iterator[None]:
+def locked(path: Path, progress: Callable) -> Iterator[None]:
     """An exclusive lock, which the kernel releases however its holder dies."""
     with writing(path.parent):
         file = path.open("w")
