@@ -47,9 +47,9 @@ def dpo(policy, reference, beta: float, smoothing: float = 0.0, lengths=None) ->
 def kto(policy, reference, desirable, beta: float, weights: tuple[float, float] = (1.0, 1.0)):
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, equation 7): a `Judgement`, and z.
 
-    The loss of a desirable answer is w (1 - sigmoid(beta (r - z))), of any other w (1 - sigmoid(beta (z - r))). z is the
-    reference point: the mean of r over answers to *other* prompts, at least 0 and without gradient. It estimates the
-    KL divergence of policy and reference, and depends on all examples given.
+    The loss of a desirable answer is w (1 - sigmoid(beta (r - z))), of any other w (1 - sigmoid(beta (z - r))). z, the
+    reference point, is the mean of r over answers to *other* prompts, at least 0 and without gradient. It estimates
+    the KL divergence of policy and reference, and depends on all examples given.
 
     Args:
         policy, reference: log-probabilities [B, 2] of an example's own answer and of another prompt's answer.
