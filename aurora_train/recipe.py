@@ -44,7 +44,8 @@ class Source(Protocol):
         """The data's provenance: source, licence, counts, tokenizer hash. JSON-able."""
 
     # Optional: reading(arrays, indices, rows) -> JSON-able facts for `aurora inspect` about a batch: "summary", a list
-    # of lines, and "rows", for the first rows [{"index", "segments": [{"document", "tokens", "text"}]}].
+    # of lines, and "rows", for the first rows [{"index", "segments": [{"document", "tokens", "text"}]}]. A segment may
+    # have "parts", its text as [[text, is it learned]]; `describe` may have "learned", such segments, for the report.
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ def command(
     step: Annotated[int, typer.Option(min=0, help="The data step, from 0.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which split.")] = "train",
     rows: Rows = 4,
+    example: Annotated[
+        int | None, typer.Option(min=0, help="Show this example alone, by its number in the split, from 0.")
+    ] = None,
     json: JsonOption = False,
 ):
-    """Prepare the data of a config and show one batch: text, documents, tokens, padding."""
+    """Prepare the data of a config and show one batch or example: text, documents, tokens, what is learned."""
     from aurora_train.config import load
 
-    _show(load(config, overrides or ()), None, split, step, rows, json)
+    _show(load(config, overrides or ()), None, split, step, rows, json, example)
 
 
 def of_a_run(
@@ -43,11 +46,11 @@ def of_a_run(
     known = Run.existing(run)
     config = load_resolved(known.folder)
     data_step = data_step_of_step(step, logs.read(known.metrics), logs.read(known.events), str(known.folder))
-    _show(config, known, "train", data_step, rows, json, step=step)
+    _show(config, known, "train", data_step, rows, json, None, step=step)
 
 
-def _show(config, run, split: str, data_step: int, rows: int, json: bool, **more) -> None:
-    from aurora_train.data.inspection import inspect_batch, show
+def _show(config, run, split: str, data_step: int, rows: int, json: bool, example: int | None, **more):
+    from aurora_train.data.inspection import inspect_batch, inspect_example, show
     from aurora_train.record.console import plain_console
     from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
@@ -55,7 +58,11 @@ def _show(config, run, split: str, data_step: int, rows: int, json: bool, **more
     beginning = Beginning.of(config, run)
     with preparation(quiet=json) as progress:
         beginning.ready(progress)
-    facts = inspect_batch(beginning.recipe.data(split), split, config.train.seed, config.train.batch, data_step, rows)
+    source, train = beginning.recipe.data(split), config.train
+    if example is None:
+        facts = inspect_batch(source, split, train.seed, train.batch, data_step, rows)
+    else:
+        facts = inspect_example(source, split, example)
     if json:
         print_json(facts | more)
     else:

@@ -59,6 +59,11 @@ class Decoder(Transformer):
         head, vocab_first = self._head()
         return losses.token_nll(hidden, head, targets, vocab_first=vocab_first, **self._loss_form())
 
+    def token_scores(self, hidden, targets):
+        """(-log p(target) float32[B, T], whether the target is the likeliest token, bool[B, T])."""
+        head, vocab_first = self._head()
+        return losses.token_scores(hidden, head, targets, vocab_first=vocab_first, **self._loss_form())
+
     def _loss_form(self):
         return {
             "softcap": self.config.logit_softcap,

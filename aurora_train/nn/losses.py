@@ -32,16 +32,33 @@ def chunk_tokens(setting: str | int, vocab_size: int) -> int:
 
 def token_nll(hidden, head, targets, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
     """-log p of each target, float32[B, T], for hidden[B, T, D] and targets int32[B, T]. Differentiable."""
+    return _by_token(_nll_of, hidden, head, targets, vocab_first, softcap, chunk)
+
+
+def token_scores(hidden, head, targets, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
+    """(`token_nll`, whether each target is the likeliest token: bool[B, T])."""
+
+    def measure(logits, targets):
+        return _nll_of(logits, targets), logits.argmax(-1) == targets
+
+    return _by_token(measure, hidden, head, targets, vocab_first, softcap, chunk)
+
+
+def _nll_of(logits, targets):
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+
+def _by_token(measure, hidden, head, targets, vocab_first, softcap, chunk):
+    """`measure(logits, targets)` of every token, [B, T] each, with the logits of a chunk at a time."""
 
     @jax.checkpoint
     def one(inputs):
         hidden, targets = inputs
-        logits = logits_of(hidden, head, vocab_first, softcap)
-        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return measure(logits_of(hidden, head, vocab_first, softcap), targets)
 
     length = targets.shape[1]
-    nll = jax.lax.map(one, (_cut(hidden, chunk), _cut(targets, chunk)))
-    return nll.swapaxes(0, 1).reshape(nll.shape[1], -1)[:, :length]
+    measured = jax.lax.map(one, (_cut(hidden, chunk), _cut(targets, chunk)))
+    return jax.tree.map(lambda each: each.swapaxes(0, 1).reshape(each.shape[1], -1)[:, :length], measured)
 
 
 def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):

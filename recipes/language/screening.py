@@ -82,7 +82,7 @@ def screen(corpus: Corpus, config: TextDataConfig, progress: Callable) -> Screen
         return Screening(split, np.array(draws), np.array(sizes, np.int64), skipped, corpus.documents)
     if num_kept < 1 + (config.holdout_test > 0) + (config.holdout_validation > 0):
         return _cut(corpus, np.array(kept), skipped, config)
-    split = _assign(np.array(uniforms), np.array(kept), config)
+    split = assign(np.array(uniforms), np.array(kept), config)
     return Screening(split, np.array(draws), np.array(sizes, np.int64), skipped, corpus.documents)
 
 
@@ -186,8 +186,11 @@ def _boundary(data: bytes, at: int, low: int) -> int:
     return at
 
 
-def _assign(uniforms: np.ndarray, kept: np.ndarray, config: TextDataConfig) -> np.ndarray:
-    """int8 split of each document: thresholds on its uniform number, with at least one document in every split."""
+def assign(uniforms: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
+    """int8 split of each document: thresholds on its uniform number, with at least one document in every split.
+
+    `config` has `holdout_test` and `holdout_validation`; there must be as many kept documents as splits in use.
+    """
     split = np.full(len(kept), -1, np.int8)
     order = np.flatnonzero(kept)
     order = order[np.argsort(uniforms[order], kind="stable")]

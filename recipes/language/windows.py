@@ -72,26 +72,52 @@ class Windows:
             np.asarray(self._documents[self._document[w]][self._first[w] : self._first[w] + self._length[w] + 1])
             for w in chosen
         ]
-        begins = np.cumsum(length) - length
-        position = np.arange(length.sum()) - np.repeat(begins, length)
-        place = np.repeat(row * self._sequence + self._column[chosen], length) + position
-        segment = np.arange(len(chosen)) - np.searchsorted(row, row) + 1
-        scored = position >= np.repeat(self._context[chosen], length)
+        scored = _places_within(length) >= np.repeat(self._context[chosen], length)
         document = np.where(scored, np.repeat(self._document[chosen], length), _NO_DOCUMENT)
+        shape = (self._batch, self._sequence)
+        batch = laid_out(pieces, row, self._column[chosen], scored, shape)
+        return batch | {"document": _spread(document, batch["segments"] > 0, np.int32, _NO_DOCUMENT)}
 
-        def spread(values, dtype=np.int32, filler=0):
-            flat = np.full(self._batch * self._sequence, filler, dtype)
-            flat[place] = values
-            return flat.reshape(self._batch, self._sequence)
 
-        return {
-            "tokens": spread(np.concatenate([piece[:-1] for piece in pieces])),
-            "targets": spread(np.concatenate([piece[1:] for piece in pieces])),
-            "segments": spread(np.repeat(segment, length)),
-            "positions": spread(position),
-            "weights": spread(scored, np.float32),
-            "document": spread(document, filler=_NO_DOCUMENT),
-        }
+def laid_out(
+    pieces: Sequence[np.ndarray], row: np.ndarray, column: np.ndarray, counted: np.ndarray, shape: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The arrays [B, T] of `shape` of pieces in their rows.
+
+    Args:
+        pieces: integer arrays, ordered by row and column. One of n + 1 tokens has n inputs and n targets.
+        row, column: int64[pieces], where each one's first input stands; they do not overlap.
+        counted: bool over all targets, piece after piece: those whose weight is 1.
+
+    Returns int32 `tokens`, `targets`, `segments` (a row's pieces from 1; 0 is padding), `positions` (from 0 in each
+    piece) and float32 `weights`.
+    """
+    length = np.array([len(piece) - 1 for piece in pieces], np.int64)
+    position = _places_within(length)
+    real = np.zeros(shape[0] * shape[1], bool)
+    real[np.repeat(row * shape[1] + column, length) + position] = True
+    real = real.reshape(shape)
+    segment = np.arange(len(pieces)) - np.searchsorted(row, row) + 1
+    values = {
+        "tokens": np.concatenate([piece[:-1] for piece in pieces]),
+        "targets": np.concatenate([piece[1:] for piece in pieces]),
+        "segments": np.repeat(segment, length),
+        "positions": position,
+    }
+    arrays = {name: _spread(flat, real, np.int32) for name, flat in values.items()}
+    return arrays | {"weights": _spread(counted, real, np.float32)}
+
+
+def _places_within(length: np.ndarray) -> np.ndarray:
+    """0, 1, ... in each piece of the given lengths, one piece after the other."""
+    return np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+
+
+def _spread(values: np.ndarray, real: np.ndarray, dtype, filler=0) -> np.ndarray:
+    """The values, ordered by row and column, at the `real` places; `filler` elsewhere."""
+    whole = np.full(real.shape, filler, dtype)
+    whole[real] = values
+    return whole
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
