@@ -1,8 +1,9 @@
-"""Reads the rows of JSON, CSV, Parquet and Arrow files, compressed or not: one cell for each wanted column.
+"""Reads the rows of JSON, CSV, Parquet and Arrow files, compressed or not: `rows` the text of the wanted columns,
+`objects` all that they hold.
 
-A cell is the bytes of the column's text, or the reason why there are none. Only these columns are read, so the contents
-of the others and changes of their type never matter; text is text whatever it looks like. Therefore JSON and
-CSV are read with the standard library: readers that infer types take dates for timestamps and refuse a file whose
+A cell of `rows` is the bytes of the column's text, or the reason why there are none. Only these columns are read, so
+the contents of the others and changes of their type never matter; text is text whatever it looks like. Therefore JSON
+and CSV are read with the standard library: readers that infer types take dates for timestamps and refuse a file whose
 columns change. All readers stream. Compression is detected by a file's first bytes, not by its name.
 """
 
@@ -21,6 +22,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from aurora_train.data.arrow_json import plain_rows
 
 _BLOCK = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -61,17 +64,39 @@ def rows(path: Path, kind: str, fields: tuple[str, ...]) -> Iterator[tuple[int |
     `line` is where a row begins in the decompressed file, counted from 1; Parquet and Arrow have none. A row that
     cannot be read at all is a LeftOut in every cell. Raises the types in `faults`.
     """
-    if path.stat().st_size == 0:
-        return
-    if kind in ("parquet", "arrow"):
-        for batch, schema in (_parquet_batches if kind == "parquet" else _arrow_batches)(path, fields):
+    if kind in _BATCHES:
+        for batch, schema in _batches(path, kind, fields):
             for cells in zip(*(arrow_cells(batch, field, schema) for field in fields), strict=True):
                 yield None, cells
         return
     # In CSV they stand for bytes that are not UTF-8, which pass unchanged; in JSON, half of a pair is rejected later.
     surrogates = "surrogatepass" if kind == "json" else "surrogateescape"
-    for line, row in _json_rows(path) if kind == "json" else _csv_rows(path, _DELIMITERS[kind], fields):
+    for line, row in _parsed(path, kind, fields):
         yield line, tuple(_cell(row, field, surrogates) for field in fields)
+
+
+def objects(path: Path, kind: str, fields: tuple[str, ...]) -> Iterator[tuple[int | None, object]]:
+    """(line, row) of every row, as `rows`; the row is a dict of plain JSON values with at least those `fields` that
+    the file has.
+
+    A row that is not UTF-8, or cannot be read at all, is a LeftOut; a value of a JSON file that is no object comes as
+    it is. `arrow_json` has the rules for Parquet and Arrow.
+    """
+    if kind in _BATCHES:
+        for batch, _ in _batches(path, kind, fields):
+            yield from zip(itertools.repeat(None), arrow_objects(batch, fields))
+    else:
+        yield from _parsed(path, kind, fields)
+
+
+def columns(path: Path, kind: str) -> list[str]:
+    """The names of all columns of a Parquet or Arrow file; [] for other kinds, and for a file without rows."""
+    return next((schema.names for _, schema in _batches(path, kind, ())), []) if kind in _BATCHES else []
+
+
+def _parsed(path: Path, kind: str, fields: tuple[str, ...]) -> Iterator[tuple[int, object]]:
+    if path.stat().st_size:
+        yield from _json_rows(path) if kind == "json" else _csv_rows(path, _DELIMITERS[kind], fields)
 
 
 def _cell(row: object, field: str, surrogates: str) -> Cell:
@@ -310,6 +335,14 @@ def _arrow_batches(path: Path, fields: tuple[str, ...]) -> Iterator[tuple]:
                 yield batch, batch.schema
 
 
+_BATCHES = {"parquet": _parquet_batches, "arrow": _arrow_batches}
+
+
+def _batches(path: Path, kind: str, fields: tuple[str, ...]) -> Iterator[tuple]:
+    if path.stat().st_size:
+        yield from _BATCHES[kind](path, fields)
+
+
 def _seekable(path: Path):
     """A seekable file; in memory if it is compressed."""
     import pyarrow
@@ -342,3 +375,9 @@ def arrow_cells(batch, field: str, schema=None) -> Iterator[Cell]:
                 yield value or b""
             else:
                 yield Mistake.of(value, names, type(value).__name__)
+
+
+def arrow_objects(batch, fields: tuple[str, ...]) -> Iterator[dict | LeftOut]:
+    """The rows of a pyarrow RecordBatch or Table, as in `objects`."""
+    for row in plain_rows(batch, fields):
+        yield LeftOut("not UTF-8") if row is None else row

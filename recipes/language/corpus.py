@@ -50,14 +50,17 @@ class Corpus:
         Raises UserError for a file that cannot be read, and for a table without any text in the text field.
         """
         if self.hub:
-            batches = _hub_dataset(self.hub).with_format("arrow").iter(batch_size=1024)
-            cells = (cell for batch in batches for cell in readers.arrow_cells(batch, self.text_field))
+            cells = (cell for batch in self.batches() for cell in readers.arrow_cells(batch, self.text_field))
             yield from tables.numbered(self.hub, cells, self.hub, self.text_field, self.key)
         for name, path in self.files:
             if self.tables:
                 yield from tables.documents(name, path, self.text_field, self.key)
             else:
                 yield name, _read(path)
+
+    def batches(self) -> Iterator:
+        """The pyarrow Tables of a hub source, in order."""
+        return _hub_dataset(self.hub).with_format("arrow").iter(batch_size=1024)
 
     def newly_read(self) -> list[str]:
         """Suffixes of files that earlier versions read as plain text, so that their stores hold other documents."""
@@ -155,38 +158,49 @@ def _open_one(
         files = find.below(root, "**/*.py", skip=("site-packages", "dist-packages", "__pycache__"))
         return Corpus(f"python-stdlib {platform.python_version()}", "PSF-2.0", config.text_field, files)
     if config.source.startswith("hub:"):
-        _require_online(config, key)
-        return Corpus(config.source, "see the dataset's page", config.text_field, hub=config.source[4:], key=key)
+        return of_hub(config.source, key, config.online, config.text_field)
+    root, files = located(config.source, config.pattern, key, base, remarks, limit)
+    chosen, is_table = _chosen(config, key, files, remarks)
+    return Corpus(config.source, licence(root), config.text_field, chosen, is_table, key=key)
 
-    path, lost = resolve(config.source, base), []
-    if not path.exists() and not any(character in config.source for character in "*?["):
+
+def located(
+    source: str, pattern: str, key: str, base: Path | None, remarks: list[str], limit: int | None = None
+) -> tuple[Path, list[tuple[str, Path]]]:
+    """(root, (name, path) of every file) of a source on disk, as in `find`; UserError if there is none.
+
+    `key` is the section of the config that names the source; `remarks` receives a line on what cannot be read.
+    """
+    path, lost = resolve(source, base), []
+    if not path.exists() and not any(character in source for character in "*?["):
         raise UserError(
-            f"there is no file or folder {config.source}",
+            f"there is no file or folder {source}",
             where=f"{key}.source",
             why=f"looked for {path}",
             hint=f"{key}.source=PATH names its new place, if it moved; a path is relative to the config file's folder",
         )
-    root, files = find.find(path, config.pattern, lost, limit)
+    root, files = find.find(path, pattern, lost, limit)
     if not files:
         raise UserError(
-            f"{config.source} holds no files",
+            f"{source} holds no files",
             where=f"{key}.source",
-            why=f"looked for {config.pattern} in {root}" if path.is_dir() else f"looked for {path}",
+            why=f"looked for {pattern} in {root}" if path.is_dir() else f"looked for {path}",
             hint="hidden files are left out; data.pattern is a glob such as '**/*.txt'",
         )
     if lost:
-        remarks.append(f"{config.source}: {_listed(lost)} cannot be read: a broken link, or no permission")
-    chosen, is_table = _chosen(config, key, files, remarks)
-    return Corpus(config.source, _licence(root), config.text_field, chosen, is_table, key=key)
+        remarks.append(f"{source}: {listed(lost)} cannot be read: a broken link, or no permission")
+    return root, files
 
 
-def _require_online(config: TextDataConfig, key: str) -> None:
-    if not config.online:
+def of_hub(source: str, key: str, online: bool, text_field: str) -> Corpus:
+    """The corpus of a `hub:` source. UserError without `online`."""
+    if not online:
         raise UserError(
-            f"{config.source} is on the network, and the network is off",
+            f"{source} is on the network, and the network is off",
             where=f"{key}.source",
             hint=f"add data.online=true (--online), or download the files and name their folder as {key}.source",
         )
+    return Corpus(source, "see the dataset's page", text_field, hub=source[4:], key=key)
 
 
 def _chosen(config: TextDataConfig, key: str, files: list, remarks: list[str]) -> tuple[list, bool]:
@@ -200,7 +214,7 @@ def _chosen(config: TextDataConfig, key: str, files: list, remarks: list[str]) -
         )
     packed = [name for name, _ in files if tables.suffix(name) in tables.ARCHIVES]
     if packed:
-        remarks.append(f"{config.source}: archives are not read: {_listed(packed)}")
+        remarks.append(f"{config.source}: archives are not read: {listed(packed)}")
         files = [(name, path) for name, path in files if tables.suffix(name) not in tables.ARCHIVES]
     verdicts = {name: tables.is_table(name, path, config.text_field) for name, path in files}
     if all(tables.kind(name) for name in verdicts) and not any(verdicts.values()):
@@ -211,23 +225,24 @@ def _chosen(config: TextDataConfig, key: str, files: list, remarks: list[str]) -
         if others:
             remarks.append(
                 f"{config.source} holds tables: {len(others)} other files are not read "
-                f"(data.pattern chooses): {_listed(others)}"
+                f"(data.pattern chooses): {listed(others)}"
             )
         return held, True
     as_text = [name for name, _ in files if tables.kind(name) and verdicts[name] is False]
     if as_text:
         remarks.append(
             f"{config.source}: {len(as_text)} files without a field `{config.text_field}` are read as plain text, "
-            f"like those beside them: {_listed(as_text)}"
+            f"like those beside them: {listed(as_text)}"
         )
     return files, False
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first three of them, for a remark."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _licence(root: Path) -> str:
+def licence(root: Path) -> str:
     """The name of a licence file at the root of a user's folder, which is recorded and not interpreted."""
     names = sorted(path.name for path in root.iterdir() if path.stem.upper() in ("LICENSE", "LICENCE", "COPYING"))
     return f"see {names[0]}" if names else "not stated"

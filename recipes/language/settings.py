@@ -73,6 +73,14 @@ ALL_HELD_OUT = 1.0  # a `holdout_test` that a config may not set: no text is lef
 
 def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
     """Raise UserError for settings that are wrong for any source. `base` is the folder of the config file."""
+    check_shares(config)
+    if config.mix:
+        check_mix(config, "source", "pattern", "max_documents")
+    _check_tokenizer(config.tokenizer, base)
+
+
+def check_shares(config) -> None:
+    """Raise UserError if `holdout_test` and `holdout_validation` of the `data` section leave nothing to train on."""
     if config.holdout_test != ALL_HELD_OUT and config.holdout_test + config.holdout_validation >= 1:
         raise UserError(
             "nothing would be left to train on",
@@ -80,17 +88,17 @@ def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
             why=f"holdout_test {config.holdout_test} + holdout_validation {config.holdout_validation} is 1 or more",
             hint="data.holdout_test=0.02 data.holdout_validation=0.01",
         )
-    if config.mix:
-        _check_mix(config)
-    _check_tokenizer(config.tokenizer, base)
 
 
-def _check_mix(config: TextDataConfig) -> None:
-    default = TextDataConfig.model_fields["source"].default
-    if config.source != default or config.pattern != "**/*" or config.max_documents is not None:
+def check_mix(config, *single: str) -> None:
+    """Raise UserError for a name that a source of a mixture cannot have, and if one of the fields `single` of the
+    `data` section, which describe a single source, is set beside the mixture."""
+    fields = type(config).model_fields
+    if any(getattr(config, name) != fields[name].default for name in single):
+        *first, last = (f"data.{name}" for name in single)
         raise UserError(
             "a mixture has its sources in data.mix alone", where="data.source",
-            why="data.source, data.pattern and data.max_documents belong to a run with one source",
+            why=f"{', '.join(first)} and {last} belong to a run with one source",
             hint="move it into the mixture: data.mix.NAME.source=... data.mix.NAME.weight=1",
         )  # fmt: skip
     for name in config.mix:

@@ -46,7 +46,9 @@ class ConversationDataConfig(Section):
     overlong: Literal["refuse", "leave_out", "cut"] = setting(
         "refuse", help="conversations longer than a row: refuse them, leave them out and count them, or cut their end"
     )
-    holdout_test: float = setting(0.02, ge=0, lt=1, help="share of conversations kept for the score, by hash of content")
+    holdout_test: float = setting(
+        0.02, ge=0, lt=1, help="share of conversations kept for the score, by hash of content"
+    )
     holdout_validation: float = setting(
         0.01, ge=0, lt=1, help="share of conversations kept for evaluation while training"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from aurora_train.data import readers
@@ -30,11 +30,7 @@ UNREADABLE = (
 _TELLING = 100  # first rows that decide whether a file is a table
 _GIVEN_UP_AFTER = 10_000  # rows at the start of a table without the column, after which it is refused
 _CHAT = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue", "chat")
-_FLATTEN = (
-    "chat data is not supported yet (templates and a loss on the answers alone are planned); "
-    "until then write each conversation as one text: "
-    """jq -c '{text: ([.messages[] | .role + ": " + .content] | join("\\n"))}' chat.jsonl > flat.jsonl"""
-)
+_TUNE = "conversations are learned by `recipe: language/tune`, which puts the loss on the answers alone"
 
 
 def suffix(name: str) -> str:
@@ -122,11 +118,14 @@ def column(path: Path, field: str, key: str) -> Iterator[Cell]:
     return (cell for _, (cell,) in rows(path, (field,), key))
 
 
-def rows(path: Path, fields: tuple[str, ...], key: str) -> Iterator[tuple[int | None, tuple[Cell, ...]]]:
-    """`readers.rows` of a table. UserError for a file that cannot be read."""
+def rows(
+    path: Path, fields: tuple[str, ...], key: str, read: Callable[..., Iterator] = readers.rows
+) -> Iterator[tuple[int | None, object]]:
+    """`readers.rows` of a table, or what another function of `readers` reads. UserError for a file that cannot be
+    read."""
     ending = suffix(path.name)
     try:
-        yield from readers.rows(path, KINDS[ending], fields)
+        yield from read(path, KINDS[ending], fields)
     except readers.faults() as error:
         words = str(error).splitlines()
         raise UserError(
@@ -142,7 +141,7 @@ def _no_text(mistake: Mistake, where: str, field: str, key: str) -> UserError:
     others = [*near, *(name for name in mistake.texts if name != field)]
     hint = f"{key}.text_field={others[0]}" if others else None
     if field in _CHAT or not near and any(name in _CHAT for name in mistake.fields):
-        hint = _FLATTEN
+        hint = _TUNE
     return UserError(
         f"field `{field}` of {where} holds {mistake.holds}, not text" if mistake.holds
         else f"{where} has no field `{field}`",

@@ -310,4 +310,4 @@ def test_M12_chat_data_is_refused_with_a_way_out(tmp_path, field, suffix):
     with pytest.raises(UserError, match=message) as caught:
         check_data(config(path, text_field=field))
     assert caught.value.where == "data.text_field"
-    assert "chat data is not supported yet" in caught.value.hint and "jq -c" in caught.value.hint
+    assert "recipe: language/tune" in caught.value.hint
