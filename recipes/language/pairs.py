@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from aurora_train.data.order import Part
 from aurora_train.errors import UserError
-from language.answers import Learned, learn
-from language.chat import Dialogue
+from language.answers import Learned
 from language.conversations import Conversation, Judged, Pair, read_judged, read_pairs
-from language.pieces import Encoding, Pieces, prepare
+from language.pieces import Pieces, shown
+from language.prepare_pieces import Encoding, prepare
 from language.settings_tune import ConversationDataConfig
-from language.store import SPLITS
 from language.windows import laid_out
 
 _LAYOUT = 1  # part of the fingerprint: raise it when `take` returns other arrays for the same pieces
-LABELS, SOURCES = "labels.npy", "sources.npy"
+PAIRS, JUDGED = "pairs", "judged answers"
+_LABELS, _SOURCES = "labels.npy", "sources.npy"
+
+Learn = Callable[[Conversation], list[Learned]]
 
 
-def prepare_pairs(data: ConversationDataConfig, cache: Path, dialogue: Dialogue, tokenizer, progress) -> Pieces:
-    """The pieces of pairs, two each: the chosen and the rejected answer, each with its prompt."""
+def prepare_pairs(data: ConversationDataConfig, cache: Path, learn: Learn, decisive: dict, tokenizer, progress):
+    """The `Pieces` of pairs, two each: the chosen and the rejected answer, each with its prompt.
+
+    `learn`: `answers.learn` of a conversation; `decisive`: what decides it, plain JSON.
+    """
 
     def encode(pair: Pair) -> list[Learned]:
-        both = [_one(dialogue, each) for each in pair.conversations()]
+        both = [_one(learn, each) for each in pair.conversations()]
         if all(both) and np.array_equal(both[0].ids, both[1].ids):
             raise UserError(
                 f"{pair.place}: the chosen and the rejected answer are the same tokens", where="data.source",
@@ -38,37 +45,42 @@ def prepare_pairs(data: ConversationDataConfig, cache: Path, dialogue: Dialogue,
             )  # fmt: skip
         return [one for one in both if one]
 
-    return _prepared("pairs", read_pairs, encode, True, data, cache, dialogue, tokenizer, progress)
+    def arrange(folder: Path, lengths: np.ndarray, split: np.ndarray, source: np.ndarray) -> dict:
+        np.save(folder / _SOURCES, source)
+        return {"rows_are": PAIRS}
+
+    encoding = Encoding(PAIRS, read_pairs, encode, decisive, arrange, is_whole=True, split_by=("prompt",))
+    return prepare(encoding, data, cache, tokenizer, progress)
 
 
-def prepare_judged(data: ConversationDataConfig, cache: Path, dialogue: Dialogue, tokenizer, progress) -> Pieces:
-    """The pieces of judged answers, one each, and their labels."""
+def prepare_judged(data: ConversationDataConfig, cache: Path, learn: Learn, decisive: dict, tokenizer, progress):
+    """The `Pieces` of judged answers, one each, and their labels. Arguments as those of `prepare_pairs`."""
+    labels: dict[str, bool] = {}  # by place
 
     def encode(judged: Judged) -> list[Learned]:
-        one = _one(dialogue, judged.conversation())
+        labels[judged.place] = judged.label
+        one = _one(learn, judged.conversation())
         return [one] if one else []
 
-    return _prepared("judged-answers", read_judged, encode, False, data, cache, dialogue, tokenizer, progress)
+    def arrange(folder: Path, lengths: np.ndarray, split: np.ndarray, source: np.ndarray) -> dict:
+        np.save(folder / _SOURCES, source)
+        places = [json.loads(line) for line in (folder / "places.jsonl").read_text().splitlines()]
+        np.save(folder / _LABELS, np.array([labels[place] for place in places], np.float32))
+        return {"rows_are": JUDGED}
+
+    encoding = Encoding(JUDGED, read_judged, encode, decisive, arrange, split_by=("prompt",))
+    return prepare(encoding, data, cache, tokenizer, progress)
 
 
-def _one(dialogue: Dialogue, conversation: Conversation) -> Learned | None:
+def _one(learn: Learn, conversation: Conversation) -> Learned | None:
     """The tokens of a conversation whose last answer alone is learned; None if nothing of it is."""
-    found = learn(dialogue, conversation)
+    found = learn(conversation)
     if len(found) > 1:
         raise UserError(
             f"{conversation.place}: the answer takes several turns, and the template changes the earlier ones",
             where="data.source", hint="let `chosen` and `rejected` hold one turn of the assistant each",
         )  # fmt: skip
     return found[0] if found else None
-
-
-def _prepared(name, read, encode, is_whole, data, cache, dialogue, tokenizer, progress) -> Pieces:
-    def arrange(folder: Path, lengths: np.ndarray, split: np.ndarray, source: np.ndarray) -> dict:
-        np.save(folder / SOURCES, source)
-        return {}
-
-    encoding = Encoding(name, read, encode, dialogue.decisive, arrange, is_whole)
-    return prepare(encoding, data, cache, tokenizer, progress)
 
 
 class PairSource:
@@ -81,11 +93,10 @@ class PairSource:
 
     def __init__(self, pieces: Pieces, split: str, sequence: int, weights: dict[str, float] | None = None):
         self.pieces, self.split, self.sequence, self.reference = pieces, split, sequence, None
-        own = np.flatnonzero(pieces.split == SPLITS.index(split))
-        self.is_judged = pieces.manifest["rows_are"] != "pairs"
-        self._pieces = own.reshape(-1, 1 if self.is_judged else 2)
-        self._source = np.asarray(pieces.array(SOURCES))[self._pieces[:, 0]]
-        self.labels = np.asarray(pieces.array(LABELS)[own], np.float32) if self.is_judged else None
+        self.is_judged = pieces.manifest["rows_are"] == JUDGED
+        self._pieces = pieces.of_split(split).reshape(-1, 1 if self.is_judged else 2)
+        self._source = np.asarray(pieces.array(_SOURCES))[self._pieces[:, 0]]
+        self.labels = np.asarray(pieces.array(_LABELS)[self._pieces[:, 0]]) if self.is_judged else None
         self.weights = None if weights is None else dict(sorted(weights.items()))
         self.mixture = None if weights is None else tuple(self._parts())
         decisive = f"preferences {_LAYOUT} {pieces.fingerprint} {split} {sequence} {self.weights}"
@@ -167,21 +178,22 @@ class PairSource:
         return {"summary": summary, "padding": float(padding), "rows": shown}
 
     def _shown(self, index: int) -> list[dict]:
+        """The rows of an example: what each is, its text, and that in parts, [text, is learned]."""
         names = ("chosen", "rejected")
         if self.is_judged:
-            names = ("desirable" if self.labels[index] else "undesirable", "to measure the distance")
+            names = ("desirable" if self.labels[index] else "undesirable", "an answer to another prompt")
         place = self.pieces.place(int(self._pieces[index, 0]))
         segments = []
         for name, (ids, learned) in zip(names, self._rows(index), strict=True):
-            start = int(learned.argmax())
-            prompt, answer = (self.pieces.tokenizer.decode(part) for part in (ids[:start], ids[start:]))
-            document = f"{name}, {place}; learned: {answer!r}"
-            segments.append({"document": document, "tokens": len(ids), "text": prompt + answer})
+            parts = [list(part) for part in shown(self.pieces.tokenizer, ids, learned)]
+            text = "".join(text for text, _ in parts)
+            segments.append({"document": f"{name}, {place}", "tokens": len(ids), "text": text, "parts": parts})
         return segments
 
     def describe(self) -> dict:
         """Provenance: what was prepared, this split and whether a reference is part of it."""
         return self.pieces.describe() | {
             "split": self.split, "sequence": self.sequence, "examples": len(self), "rows_fingerprint": self.fingerprint,
-            "has_reference": self.reference is not None, **({} if self.weights is None else {"weights": self.weights}),
+            "learned": self._shown(0), "has_reference": self.reference is not None,
+            **({} if self.weights is None else {"weights": self.weights}),
         }  # fmt: skip

@@ -6,6 +6,7 @@ computed once and stored beside them, or, with adapters, by the frozen base unde
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -103,6 +104,7 @@ class Prefer(Writer):
 
     def prepare(self, progress) -> None:
         from language import pairs
+        from language.answers import learn
         from language.chat import Dialogue
 
         tokenizer = self.inherited_tokenizer
@@ -111,7 +113,9 @@ class Prefer(Writer):
                             hint="start from a run or an open model, not from a file of weights")  # fmt: skip
         prepare = pairs.prepare_pairs if self.config.objective.loss == "dpo" else pairs.prepare_judged
         dialogue = Dialogue(tokenizer, self.inherited)
-        self.pieces = prepare(self.config.data, self.cache / "data", dialogue, tokenizer, progress)
+        learned = functools.partial(learn, tokenizer=tokenizer, facts=self.inherited, dialogue=dialogue)
+        cache = self.cache / "data"
+        self.pieces = prepare(self.config.data, cache, learned, decisive(self.inherited), tokenizer, progress)
         if self._is_stored:
             self.references = self._asked(progress)
 

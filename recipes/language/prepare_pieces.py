@@ -44,6 +44,7 @@ class Encoding(NamedTuple):
             manifest; it may write files. `lengths` count inputs, one less than tokens; `source` is an index of the
             sorted names of the sources.
         is_whole: whether a row that lost one of its pieces is dropped, as a pair is.
+        split_by: fields of a row; rows that are equal in these are in the same split. (): in all but the place.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Encoding(NamedTuple):
     decisive: dict
     arrange: Callable[[Path, np.ndarray, np.ndarray, np.ndarray], dict]
     is_whole: bool = False
+    split_by: tuple[str, ...] = ()
 
 
 def prepare(
@@ -160,7 +162,8 @@ class _Writer:
             )  # fmt: skip
 
     def _store(self, row, pieces: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        content = {name: value for name, value in row._asdict().items() if name != "place" and value}
+        names = self._encoding.split_by or [name for name in row._fields if name != "place"]
+        content = {name: getattr(row, name) for name in names if getattr(row, name)}
         digest = hashlib.sha256(b"aurora split " + json.dumps(content, sort_keys=True).encode()).digest()
         for ids, learned in pieces:
             self._tokens.write(ids.astype(self._dtype).tobytes())
