@@ -15,7 +15,7 @@ from aurora_train.units import size
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
 from language.starting import ModelConfig
-from language.text_recipe import Samples, Writer
+from language.text_recipe import Samples, Writer, refuse_no_test
 
 
 class Scoring(Section):
@@ -41,12 +41,7 @@ class Recipe(Writer):
     @classmethod
     def check(cls, config) -> None:
         check_data(config.data)
-        if config.evaluate.final and config.data.holdout_test == 0:
-            raise UserError(
-                "there is no test document on which to score the run",
-                where="data.holdout_test",
-                hint="set data.holdout_test=0.02 or evaluate.final=false",
-            )
+        refuse_no_test(config)
         super().check(config)
 
     store = None  # the prepared data, once there is any

@@ -47,7 +47,7 @@ def write_report(run_folder) -> Path:
             _score(held.scores),
             _plots(read_json(run.plots, [])),
             _samples(run.samples),
-            section("Data", facts(data) if data else ""),
+            _data(data),
             section("Config", f"<pre>{escape(run.config.read_text())}</pre>"),
             _machine(held.provenance),
             memory_section(plan, held.steps) or section("Memory plan", facts(plan) if plan else ""),
@@ -271,6 +271,21 @@ def _sample(sample) -> str:
 
 
 # ---- where it came from
+
+
+def _data(data) -> str:
+    """The data's provenance, and the texts of which it says what is learned (`Source.describe`, "learned")."""
+    if not data:
+        return section("Data")
+    shown = "".join(_learned(segment) for segment in data.get("learned") or [])
+    shown = f"<h3>What is learned, in the first row</h3>\n{shown}" if shown else ""
+    return section("Data", facts({name: value for name, value in data.items() if name != "learned"}), shown)
+
+
+def _learned(segment: dict) -> str:
+    text = "".join(f"<ins>{escape(part)}</ins>" if is_learned else escape(part)
+                   for part, is_learned in segment["parts"])  # fmt: skip
+    return f'<p class="soft">{escape(segment["document"])}: {segment["tokens"]:,} tokens</p>\n<pre>{text}</pre>\n'
 
 
 def _machine(provenance) -> str:

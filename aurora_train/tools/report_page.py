@@ -46,6 +46,7 @@ tr.ours td { font-weight: 600; color: var(--main); }
 pre { background: var(--card); border-radius: .5rem; padding: .9rem 1rem; margin: .5rem 0; overflow-x: auto;
   font: .82rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre .prompt { color: var(--main); font-weight: 600; }
+pre ins { color: var(--series-3); font-weight: 600; text-decoration: underline dotted; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }

@@ -115,7 +115,7 @@ class PackedRows:
         return facts
 
     def shown(self, index: int) -> list[dict]:
-        """The conversations of a row: where each stands in the data, its text, and that in parts, [text, is learned]."""
+        """The conversations of a row: the place in the data, the text, and its parts, [text, is it learned]."""
         parts = {piece: self.store.shown(piece) for piece in self.pieces_of(index)}
         return [
             {"document": self.store.place(piece), "tokens": len(self.store.ids(piece)),
@@ -124,7 +124,7 @@ class PackedRows:
         ]  # fmt: skip
 
     def describe(self) -> dict:
-        """Provenance: the sources, licence, counts and tokenizer, this split's rows, and the first one as it is read."""
+        """Provenance: the sources, licence, counts and tokenizer, this split's rows, and the first one in text."""
         return self.store.describe() | {
             "split": self.split, "sequence": self.sequence, "rows": len(self), "rows_fingerprint": self.fingerprint,
             "learned": self.shown(0), **({} if self.weights is None else {"weights": self.weights}),

@@ -76,7 +76,7 @@ def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
     check_shares(config)
     if config.mix:
         check_mix(config, "source", "pattern", "max_documents")
-    _check_tokenizer(config.tokenizer, base)
+    check_tokenizer(config.tokenizer, base)
 
 
 def check_shares(config) -> None:
@@ -109,7 +109,8 @@ def check_mix(config, *single: str) -> None:
             )  # fmt: skip
 
 
-def _check_tokenizer(config: TokenizerConfig, base: Path | None) -> None:
+def check_tokenizer(config: TokenizerConfig, base: Path | None) -> None:
+    """Raise UserError for settings of a tokenizer that are wrong for any source."""
     if config.kind != "file":
         for name in ("path", "separator"):
             if getattr(config, name) is not None:

@@ -31,6 +31,15 @@ class Samples(Section):
     prompts: list[str] = setting([], resume="free", help="texts to continue, in turn; none: from nothing")
 
 
+def refuse_no_test(config) -> None:
+    """UserError if a run is to be scored and nothing is held out for it."""
+    if config.evaluate.final and config.data.holdout_test == 0:
+        raise UserError(
+            "there is nothing held out on which to score the run", where="data.holdout_test",
+            hint="set data.holdout_test=0.02 or evaluate.final=false",
+        )  # fmt: skip
+
+
 class TextRecipe(Recipe):
     """Has the config sections `model`, a `DecoderConfig`, and `data` with a `tokenizer` and a `sequence`."""
 
@@ -155,25 +164,30 @@ class Writer(TextRecipe):
         return 0 if model.tied else self.known["vocabulary"] * model.width
 
     def samples(self, model, key) -> list[dict]:
-        """Continuations of `samples.prompts`, each with what `judged` says of it."""
+        """Continuations of what `begun` gives, each with what `judged` says of it."""
         import jax
 
         from language.tokenizers import Continuation
 
         wanted = self.config.samples
-        prompts = [(wanted.prompts or [""])[i % max(len(wanted.prompts), 1)] for i in range(wanted.count)]
-        if not prompts:
+        begun = [(prompt, Continuation(self.tokenizer, start), facts) for prompt, start, facts in self.begun()]
+        if not begun:
             return []
-        begun = [Continuation(self.tokenizer, prompt) for prompt in prompts]
         generator, seed = self._generator(model), int(jax.random.bits(key, dtype="uint32") >> 1)
-        starts, length = generator.fitted([one.start for one in begun], wanted.max_tokens)
+        starts, length = generator.fitted([one.start for _, one, _ in begun], wanted.max_tokens)
         outputs = generator.generate_batch(starts, length, wanted.temperature, None, wanted.top_p, seed)
-        for one, ids in zip(begun, outputs, strict=True):
+        for (_, one, _), ids in zip(begun, outputs, strict=True):
             one.add(ids)
         return [
-            {"prompt": prompt, "text": one.text, **self.judged(prompt + one.text)}
-            for prompt, one in zip(prompts, begun, strict=True)
+            {"prompt": prompt, "text": one.text, **facts, **self.judged(prompt + one.text)}
+            for prompt, one, facts in begun
         ]
+
+    def begun(self) -> list[tuple[str, str | list[int], dict]]:
+        """What the samples continue: (the prompt as shown, it as a text or as ids, facts about it for the report)."""
+        wanted = self.config.samples
+        prompts = [(wanted.prompts or [""])[i % max(len(wanted.prompts), 1)] for i in range(wanted.count)]
+        return [(prompt, prompt, {}) for prompt in prompts]
 
     def judged(self, text: str) -> dict:
         """Facts about a sample with its prompt, for the report."""
