@@ -6,7 +6,6 @@ computed once and stored beside them, or, with adapters, by the frozen base unde
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import numpy as np
@@ -14,10 +13,11 @@ import numpy as np
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, few
+from language import conversations
 from language.settings import ALL_HELD_OUT
-from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig
-from language.text_recipe import Samples, Writer
+from language.text_recipe import Samples
+from language.tune import DataConfig, Tune
 
 SPLITS = ("train", "validation", "test")
 
@@ -42,20 +42,20 @@ class Objective(Section):
 
 class Config(Section):
     model: ModelConfig = setting(ModelConfig())
-    data: ConversationDataConfig = setting(ConversationDataConfig())
+    data: DataConfig = setting(DataConfig())
     objective: Objective = setting(Objective())
-    samples: Samples = setting(Samples(count=0))
+    samples: Samples = setting(Samples())
 
 
 _OF_ONE_LOSS = {"dpo": ("smoothing", "length"), "kto": ("desirable", "undesirable")}
 
 
-class Prefer(Writer):
+class Prefer(Tune):
     """Batches are those of `pairs.PairSource`: two rows for each example."""
 
     Config = Config
     unit, metric = "examples", ("pair_accuracy", "max")
-    pieces, references = None, None  # the prepared data, and what the reference says of each split
+    references = None  # what the reference says of each split, once there is any
 
     @property
     def couples(self) -> str:
@@ -64,8 +64,6 @@ class Prefer(Writer):
 
     @classmethod
     def check(cls, config) -> None:
-        from language.conversations import check, read_judged, read_pairs
-
         objective = config.objective
         if config.init.from_ is None:
             raise UserError("preferences are learned by a model that answers already", where="model.from",
@@ -79,14 +77,12 @@ class Prefer(Writer):
                 if loss != objective.loss and getattr(objective, name) != getattr(Objective(), name):
                     raise UserError(f"it is for objective.loss={loss} only", where=f"objective.{name}",
                                     hint="leave it out")  # fmt: skip
-        check(config.data, reader=read_pairs if objective.loss == "dpo" else read_judged)
         super().check(config)
 
-    def expected_facts(self) -> dict | None:
-        return self.inherited or None
-
-    def facts(self) -> dict:
-        return self.facts_with(self.pieces.tokenizer)
+    @classmethod
+    def check_rows(cls, config) -> None:
+        is_pairs = config.objective.loss == "dpo"
+        conversations.check(config.data, reader=conversations.read_pairs if is_pairs else conversations.read_judged)
 
     def shapes(self) -> dict:
         import jax
@@ -104,18 +100,10 @@ class Prefer(Writer):
 
     def prepare(self, progress) -> None:
         from language import pairs
-        from language.answers import learn
-        from language.chat import Dialogue
 
-        tokenizer = self.inherited_tokenizer
-        if tokenizer is None:
-            raise UserError("the model that the run starts from has no tokenizer", where="model.from",
-                            hint="start from a run or an open model, not from a file of weights")  # fmt: skip
+        tokenizer, learned, decisive = self.reading()
         prepare = pairs.prepare_pairs if self.config.objective.loss == "dpo" else pairs.prepare_judged
-        dialogue = Dialogue(tokenizer, self.inherited)
-        learned = functools.partial(learn, tokenizer=tokenizer, facts=self.inherited, dialogue=dialogue)
-        cache = self.cache / "data"
-        self.pieces = prepare(self.config.data, cache, learned, decisive(self.inherited), tokenizer, progress)
+        self.store = prepare(self.config.data, self.cache / "data", learned, decisive, tokenizer, progress)
         if self._is_stored:
             self.references = self._asked(progress)
 
@@ -126,7 +114,7 @@ class Prefer(Writer):
         from language.reference import measured
 
         train, model = self.config.train, self.config.model.model_dump(mode="json", exclude={"from_"})
-        key = key_of({"data": self.pieces.fingerprint, "start": self.start.digest, "model": model,
+        key = key_of({"data": self.store.fingerprint, "start": self.start.digest, "model": model,
                       "computed": [train.dtype, train.precision, train.forms]})  # fmt: skip
         scorer = type(self)(self.config, self.cache).use(as_kept(self.facts(), where="facts"))
 
@@ -143,18 +131,23 @@ class Prefer(Writer):
 
         mix = self.config.data.mix if split == "train" else {}
         weights = {name: part.weight for name, part in mix.items()} or None
-        source = PairSource(self.pieces, split, self.config.data.sequence, weights)
+        source = PairSource(self.store, split, self.config.data.sequence, weights)
         return source if self.references is None else source.against(self.references[split])
 
     def data(self, split: str):
         return None if split == "validation" and self.config.data.holdout_validation == 0 else self._source(split)
 
     def on(self, path: str):
-        """A recipe whose test split is a whole source of preferences."""
-        other = self.scoring(source=path, mix={}, pattern="**/*", max_rows=None, holdout_test=ALL_HELD_OUT,
-                             holdout_validation=0.0)  # fmt: skip
+        other = super().on(path)
         other.start = self.start
         return other
+
+    def begun(self) -> list[tuple[str, list[int], dict]]:
+        """As of `Tune`; of a pair, the chosen answer is the one to compare with."""
+        if self.config.samples.prompts or self.store is None:
+            return super().begun()
+        pieces = self.store.of_split("test")[:: 1 if self.config.objective.loss == "kto" else 2]
+        return [self._held_out(int(piece)) for piece in pieces[: self.config.samples.count]]
 
     # ---- loss
 
@@ -219,7 +212,7 @@ class Prefer(Writer):
         more = "more rows" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
         return result | {
             "remarks": few(len(source), "example", more),
-            "notes": [f"{len(source):,} held-out {self.pieces.manifest['rows_are']}; the reference is "
+            "notes": [f"{len(source):,} held-out {self.store.manifest['rows_are']}; the reference is "
                       f"{'the model that the run started from' if self._is_stored else 'the base without adapters'}"],
         }  # fmt: skip
 

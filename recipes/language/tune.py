@@ -63,22 +63,23 @@ class Tune(Writer):
             )  # fmt: skip
         if data.template is not None and not Path(data.template).expanduser().is_file():
             raise UserError(f"there is no file {data.template}", where="data.template", hint="a chat_template.jinja")
-        conversations.check(data)
+        cls.check_rows(config)
         refuse_no_test(config)
         super().check(config)
 
+    @classmethod
+    def check_rows(cls, config) -> None:
+        """Raise the UserError that reading the first rows of the data would raise."""
+        conversations.check(config.data)
+
     def prepare(self, progress) -> None:
-        from language.answers import learn
         from language.packing import arrange
         from language.prepare_pieces import Encoding, prepare
-        from language.tokenizers import known_tokenizer
 
         data = self.config.data
-        tokenizer = known_tokenizer(data.tokenizer, None, self.inherited_tokenizer)
-        facts = self._facts_of(tokenizer)
-        dialogue = dialogue_of(tokenizer, facts)
+        tokenizer, learned, decisive = self.reading()
         encoding = Encoding(
-            "conversations", conversations.read, lambda one: learn(one, tokenizer, facts, dialogue), decisive(facts),
+            "conversations", conversations.read, learned, decisive,
             functools.partial(arrange, sequence=data.sequence, names=sorted(data.mix) or [""]),
         )  # fmt: skip
         self.store = prepare(encoding, data, self.cache / "data", tokenizer, progress)
@@ -86,6 +87,16 @@ class Tune(Writer):
         rows = sum(self.store.manifest["packed_rows"]["train"].values())
         full = f"{self.store.manifest['fill']['train'] or 0:.1%} full"
         progress(rows, rows, f"{counts['conversations']:,} conversations in {rows:,} packed rows, {full}")
+
+    def reading(self) -> tuple:
+        """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""
+        from language.answers import learn
+        from language.tokenizers import known_tokenizer
+
+        tokenizer = known_tokenizer(self.config.data.tokenizer, None, self.inherited_tokenizer)
+        facts = self._facts_of(tokenizer)
+        dialogue = dialogue_of(tokenizer, facts)
+        return tokenizer, lambda one: learn(one, tokenizer, facts, dialogue), decisive(facts)
 
     def facts(self) -> dict:
         return self._facts_of(self.store.tokenizer)
