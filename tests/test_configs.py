@@ -13,7 +13,7 @@ from aurora_train.config.find_recipe import load_recipe
 from aurora_train.nn.sizes import NAMED
 
 SHRUNK = ["train.steps=2", "train.batch=4", "memory.accumulation=1", "memory.unroll=false", "evaluate.examples=4",
-          "evaluate.final=false", "checkpoint.every=2"]
+          "evaluate.before=false", "evaluate.final=false", "checkpoint.every=2"]
 # What makes each recipe small; a new recipe adds its line here.
 SMALL = {
     "language_model": ["model.width=16", "model.heads=2", "model.layers=2", "data.max_documents=60",
@@ -23,11 +23,15 @@ SMALL = {
     "vision/digits": ["model.channels=4"],
     "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
                           "data.tokenizer={kind: byte}"],
+    "language/tune": ["model.width=16", "model.heads=2", "model.layers=1", "data.tokenizer={kind: byte}"],
 }
 OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
+OWN |= {f"language/smollm2_{how}": ["data.max_rows=60", "data.holdout_validation=0.2", "train.batch=1", *smaller]
+        for how, smaller in {"sft": [], "lora": ["model.lora.rank=2"], "qlora": ["model.lora.rank=2"]}.items()}
 # A published shape, small: the size stays, and what a width of 16 cannot have is overruled.
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
-KITS = {"language_model": {"language"}, "language/classify": {"language"}, "neural_decoding": {"neural"}}
+KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
+        "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 
 

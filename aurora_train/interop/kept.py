@@ -127,19 +127,25 @@ def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
 
 
 def _separator(source: Source, backend, where: str) -> str:
-    """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it.
-
-    `add_bos_token` of tokenizer_config.json, if it is there, wins over tokenizer.json, as in transformers.
-    """
+    """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it."""
     named = {name: _content(value) for name, value in source.tokenizer_config.items() if name.endswith("_token")}
-    adds = source.tokenizer_config.get("add_bos_token")
-    begins = backend.encode("", add_special_tokens=True).tokens[:1]
-    if adds is not None:
-        begins = [named.get("bos_token") or next(iter(begins), None)] if adds else []
-    wanted = [*begins, *_DOCUMENT_ENDS, named.get("eos_token"), named.get("bos_token")]
+    begins = beginning(backend, named.get("bos_token"), source.tokenizer_config.get("add_bos_token"))
+    wanted = [begins, *_DOCUMENT_ENDS, named.get("eos_token"), named.get("bos_token")]
     wanted += [backend.id_to_token(i) for i in source.eos_ids]
     found = next((token for token in wanted if token and backend.token_to_id(token) is not None), None)
     if found is None:
         raise UserError("the tokenizer names no token that begins or ends a text", where=where,
                         hint="set `eos_token` in tokenizer_config.json")  # fmt: skip
     return found
+
+
+def beginning(backend, named: str | None, adds: bool | None) -> str | None:
+    """The token that a tokenizer puts before every text, or None.
+
+    `backend` is a `tokenizers.Tokenizer` or None, `named` the `bos_token`. `adds`, the `add_bos_token` of
+    tokenizer_config.json, wins over tokenizer.json if it is there, as in transformers.
+    """
+    if backend is None or adds is False:
+        return None
+    first = next(iter(backend.encode("", add_special_tokens=True).tokens), None)
+    return (named or first) if adds else first

@@ -15,6 +15,7 @@ from aurora_train.files import read_json
 from aurora_train.nn import nf4
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.lora import ADAPTERS, is_adapter
+from aurora_train.nn.lora_config import scale_of
 from aurora_train.run import Run
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class Adapters(NamedTuple):
     """What a run trained beside a frozen base (`nn.lora`), read when it is asked for.
 
     Attributes:
-        rank, alpha: the change of a kernel is (alpha / rank) A B.
-        names: the canonical names of the adapted kernels.
+        rank, alpha, rank_stabilised: the change of a kernel is `scale` A B (`lora_config.scale_of`).
+        names: the canonical names of the adapted kernels; the embedding [vocabulary, width] and the head among them.
         pair: (A [in, rank], B [rank, out]) of one of them, float32.
         stored: a parameter of the base by canonical name, in the run's dtype; a kernel in 4 bits as (codes, scales).
     """
@@ -36,6 +37,16 @@ class Adapters(NamedTuple):
     names: tuple[str, ...]
     pair: Callable[[str], tuple[np.ndarray, np.ndarray]]
     stored: Callable[[str], np.ndarray | tuple[np.ndarray, np.ndarray]]
+    rank_stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank, self.rank_stabilised)
+
+    def change(self, name: str) -> np.ndarray:
+        """What is added to an adapted kernel, float32."""
+        down, up = self.pair(name)
+        return np.float32(self.scale) * (down @ up)
 
 
 class Result(NamedTuple):
@@ -122,7 +133,8 @@ def _adapters(found: Unread, lora) -> Adapters:
         down, up = (found.read(name + end).astype(np.float32) for end in ADAPTERS)
         return down, up
 
-    return Adapters(lora.rank, lora.alpha, names, pair, lambda name: _stored(found, name))
+    stabilised = lora.scaling == "rank_stabilised"
+    return Adapters(lora.rank, lora.alpha, names, pair, lambda name: _stored(found, name), stabilised)
 
 
 def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -180,5 +192,4 @@ def _merged(found: Unread, name: str, adapters: Adapters | None) -> np.ndarray:
         kernel = np.asarray(nf4.decode(*kernel, "float32"))
     if adapters is None or name not in adapters.names:
         return kernel
-    down, up = adapters.pair(name)
-    return kernel.astype(np.float32) + adapters.alpha / adapters.rank * (down @ up)
+    return kernel.astype(np.float32) + adapters.change(name)

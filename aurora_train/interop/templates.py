@@ -3,14 +3,16 @@
 Templates come from strangers, so they run in Jinja's sandbox, with what real ones use and nothing else:
 `raise_exception`, `strftime_now`, `tojson`, `{% generation %}`, `{% break %}` and `{% continue %}`. The rendered text
 is equal to that of transformers' `apply_chat_template`. The date is an argument and not the clock's, so that a run
-renders a conversation alike on every day. The length of the text, products and powers are bounded; the time that loops
-take is not.
+renders a conversation alike on every day. The length of the text, products and powers are bounded, and so is the
+processor time of loops and macros: their turns look at the clock of the thread, which neither other threads nor a
+sleeping machine move. Threads may share a template.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -24,7 +26,10 @@ from aurora_train.errors import UserError
 Message = Mapping[str, Any]  # "role" and "content", and what else a template reads ("tool_calls", "name")
 FILE = "chat_template.jinja"
 LONGEST = 1 << 26  # characters of a rendered conversation
-_LARGEST_POWER = 10_000  # bits of an integer
+SECONDS = 10.0  # of processor time for one text; a conversation of 2,000 messages takes a hundredth of it
+_LARGEST = 10_000  # bits of an integer
+_LOOK = 64  # turns of loops between two looks at the clock, which is a call of the system's
+_FENCE, _CLOCK, _TURN = "\0fence", "\0clock", "\0turn"  # names that no template can write
 
 
 class Rendered(NamedTuple):
@@ -42,28 +47,28 @@ class ChatTemplate:
         marks: `bos_token`, `eos_token` and others, by the names of tokenizer_config.json.
         now: what `strftime_now` tells: the date on which the run began.
         where: names the template in messages.
+        seconds: the processor time that one text may take.
 
     Raises UserError for a template that is not valid Jinja, naming its line.
     """
 
-    def __init__(self, source: str, marks: Mapping[str, Any], now: datetime, where: str = FILE):
-        self.source, self.where = source, where
+    def __init__(self, source: str, marks: Mapping[str, Any], now: datetime, where: str = FILE, *,
+                 seconds: float = SECONDS):  # fmt: skip
+        self.source, self.where, self._seconds = source, where, seconds
         self._marks = {name: value for name, value in marks.items() if name.endswith("_token") and value is not None}
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        environment.filters["tojson"] = _tojson
+        environment.filters |= {"tojson": _tojson, _TURN: _turn}
         environment.globals |= {
             "raise_exception": _raise, "strftime_now": now.strftime, "namespace": _Namespace, "dict": _dict,
         }  # fmt: skip
-        self._fence = environment.extensions[_Generation.identifier]
         try:
-            self._compiled = environment.from_string(source)
+            tree = environment.parse(source)
+            _count_turns(tree)
+            self._compiled = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"not a valid template: {error.message}", where=f"{where}:{error.lineno}") from error
-
-    @property
-    def marks_answers(self) -> bool:
-        """Whether the template says with `{% generation %}` which part of a conversation the model writes."""
-        return self._fence.used
+        # Whether the template says with `{% generation %}` which part of a conversation the model writes.
+        self.marks_answers = environment.extensions[_Generation.identifier].used
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list | None = None,
                documents: list | None = None, **variables) -> Rendered:  # fmt: skip
@@ -76,7 +81,7 @@ class ChatTemplate:
             variables: what else a template reads, such as `enable_thinking=False`.
 
         Raises UserError if a message is not a dict with a role, if the template refuses the conversation
-        (`raise_exception`), and if it fails or reaches for what the sandbox keeps from it.
+        (`raise_exception`), and if it fails, takes too long or reaches for what the sandbox keeps from it.
         """
         values = {
             **self._marks, "messages": [_plain(message, number) for number, message in enumerate(messages)],
@@ -98,7 +103,7 @@ class ChatTemplate:
         return Rendered(text, [(ends[n], ends[n + 1]) for n in range(1, len(pieces), 2)])
 
     def _rendered(self, values: dict, fence: str) -> str:
-        self._fence.text = fence
+        values = {**values, _FENCE: fence, _CLOCK: _Clock(self._seconds)}
         try:
             return self._bounded(self._compiled.generate(**values))
         except _Refused as refused:
@@ -126,12 +131,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context, operator, left, right):
-        """Refuse a product that would fill the memory: 'a' * 10**10, or 9 ** 9 ** 9."""
-        if operator == "*":
+        """Refuse a product that would fill the memory or take forever: 'a' * 10**10, or 9 ** 9 ** 9."""
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "*" and numbers:
+            if left.bit_length() + right.bit_length() > _LARGEST:
+                raise jinja2.TemplateRuntimeError(f"it multiplies to a number of more than {_LARGEST:,} bits")
+        elif operator == "*":
             for many, times in ((left, right), (right, left)):
                 if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > LONGEST:
                     raise jinja2.TemplateRuntimeError(f"it repeats something {times:,} times")
-        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _LARGEST_POWER:
+        elif numbers and left.bit_length() * right > _LARGEST:
             raise jinja2.TemplateRuntimeError(f"it raises a number to the power {right:,}")
         return super().call_binop(context, operator, left, right)
 
@@ -173,19 +182,55 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: the text inside, between two copies of `text`."""
+    """`{% generation %}...{% endgeneration %}`: the text inside, between two copies of a text of the rendering's."""
 
     tags = {"generation"}
-    text, used = "", False
+    used = False
 
     def parse(self, parser):
         self.used = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_fenced"), [], [], body).set_lineno(line)
+        fenced = self.call_method("_fenced", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(fenced, [], [], body).set_lineno(line)
 
-    def _fenced(self, caller) -> str:
-        return f"{self.text}{caller()}{self.text}"
+    def _fenced(self, context, caller) -> str:
+        return f"{context[_FENCE]}{caller()}{context[_FENCE]}"
+
+
+def _count_turns(tree: jinja2.nodes.Template) -> None:
+    """Let every turn of a loop, and every call of what may call itself, begin with `_turn`.
+
+    Only these repeat anything; Jinja has no other loop.
+    """
+    nodes = jinja2.nodes
+
+    def counting(line: int) -> jinja2.nodes.Filter:
+        return nodes.Filter(nodes.Const(True), _TURN, [], [], None, None, lineno=line)
+
+    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))):
+        node.body.insert(0, nodes.ExprStmt(counting(node.lineno), lineno=node.lineno))
+        if isinstance(node, nodes.For) and node.test is not None:  # an element that it leaves out has no turn
+            node.test = nodes.And(counting(node.lineno), node.test, lineno=node.lineno)
+
+
+class _Clock:
+    """The processor time that is left to one text."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._deadline, self._turns = seconds, time.thread_time() + seconds, 0
+
+    def turn(self) -> None:
+        self._turns += 1
+        if self._turns % _LOOK == 0 and time.thread_time() > self._deadline:
+            raise jinja2.TemplateRuntimeError(f"its text takes longer than {self._seconds:g} s of processor time")
+
+
+@jinja2.pass_context
+def _turn(context, value):
+    """`value`; raises when the text has taken its time."""
+    context[_CLOCK].turn()
+    return value
 
 
 def _plain(message: Message, number: int) -> dict:

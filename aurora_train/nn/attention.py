@@ -140,7 +140,8 @@ class Attention(nnx.Module):
             sizes = (dim, dim) if self.qk_norm == "head" else (self.heads * dim, self.kv_heads * dim)
             self.query_norm = Norm(sizes[0], "rmsnorm", config.norm_eps, config.norm_offset)
             self.key_norm = Norm(sizes[1], "rmsnorm", config.norm_eps, config.norm_offset)
-        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs)
+        plain = ("out_gate",) if self.gated else ()
+        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs, place="attention", plain=plain)
 
     @staticmethod
     def tags(backend: str) -> tuple[str, ...]:

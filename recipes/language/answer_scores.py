@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from language.intervals import Measure
 from language.packing import PackedRows
 
 
@@ -58,3 +60,18 @@ def numbers(found: dict[str, np.ndarray]) -> dict[str, float]:
         "learned_tokens": int(learned),
         "bytes": int(size),
     }
+
+
+def measures(workdir: Path) -> dict[str, Measure]:
+    """The numbers of a score by conversation, from what it left in its work folder; `exact_match` if it was scored."""
+    with np.load(workdir / "answers.npz") as found:
+        rows, nats, learned = found["conversation"], found["nats"], found["learned"]
+        made = {
+            "answer_loss": Measure(rows, nats, learned),
+            "bits_per_byte": Measure(rows, nats / np.log(2), found["bytes"]),
+            "token_accuracy": Measure(rows, found["right"], learned),
+        }
+    if not (workdir / "exact.npz").exists():
+        return made
+    with np.load(workdir / "exact.npz") as found:
+        return {"exact_match": Measure.share(found["piece"], found["exact"]), **made}

@@ -1,17 +1,24 @@
-"""A conversation as ids, and the model's answer to it: the chat template, and which tokens end a turn."""
+"""A conversation as text and ids, and the model's answer to it: the chat template, and which tokens end a turn."""
 
 from __future__ import annotations
 
+import functools
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE
-from aurora_train.generate.sampler import Generator
-from aurora_train.interop.kept import ORIGIN, TEMPLATE
+from aurora_train.interop.kept import ORIGIN, TEMPLATE, beginning
 from aurora_train.interop.templates import ChatTemplate
 from language.tokenizers import Continuation, Tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer, facts: dict) -> int:
+    """The id that a model of these facts writes when it has said all: the first that its source names."""
+    named = (facts.get(ORIGIN) or {}).get("eos_ids")
+    return int(named[0]) if named else tokenizer.eos_id
 
 
 class Dialogue:
@@ -31,43 +38,98 @@ class Dialogue:
                 "this model has no chat template", where="facts", why="it was trained to continue texts",
                 hint="`aurora generate` continues a text; --template FILE names a template",
             )  # fmt: skip
-        self._tokenizer, self._origin = tokenizer, facts.get(ORIGIN) or {}
+        self.tokenizer, self._facts, self._origin = tokenizer, facts, facts.get(ORIGIN) or {}
         now = datetime.fromisoformat(facts[DATE]) if DATE in facts else datetime.now()
         marks = self._origin.get("tokens") or {"eos_token": tokenizer.separator}
         self._template = ChatTemplate(text, marks, now, "--template" if template else TEMPLATE)
+        adds = (self._origin.get("tokenizer") or {}).get("add_bos_token")
+        self._begins = beginning(tokenizer.backend, marks.get("bos_token"), adds) or ""
 
-    def ids(self, messages: list[dict]) -> list[int]:
+    def text(self, messages: Sequence[Mapping], tools: list | None = None, *, asking: bool = False) -> str:
+        """The text of a conversation; `asking` ends it where the model's answer begins.
+
+        If the base's tokenizer begins every text with a token and the template does not write it, it is put there.
+        Raises UserError if the template refuses the conversation.
+        """
+        text = self._template.render(messages, add_generation_prompt=asking, tools=tools).text
+        return text if text.lstrip().startswith(self._begins) else self._begins + text
+
+    def ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The ids of a conversation up to where the model's answer begins.
 
-        Raises UserError for a message that writes out a control token: it would end the turn in which it stands.
+        Raises UserError as `text` and `refuse_controls` do.
         """
-        for number, message in enumerate(messages):
-            content = message.get("content")
-            written = [token for token in self._tokenizer.controls if isinstance(content, str) and token in content]
-            if written:
-                raise UserError(f"the message holds the control token {written[0]}", where=f"messages[{number}]",
-                                why="a template alone writes control tokens", hint="take it out")  # fmt: skip
-        text = self._template.render(messages, add_generation_prompt=True).text
-        return [int(i) for i in self._tokenizer.encode_marked(text)]
+        self.refuse_controls(messages, tools)
+        return self.encoded(self.text(messages, tools, asking=True))
+
+    def encoded(self, text: str) -> list[int]:
+        """The ids of a rendered text."""
+        return self.tokenizer.encode_marked(text).tolist()
+
+    def refuse_controls(self, messages: Sequence[Mapping], tools: list | None = None) -> None:
+        """Raise UserError if a message or a tool writes out a control token: it would end the turn in which it stands.
+
+        Looked at are all texts of a message: its content, what it thought, and its calls.
+        """
+        named = [(f"messages[{number}]", "message", message) for number, message in enumerate(messages)]
+        for where, what, holder in [*named, ("tools", "description", tools)]:
+            for text in _texts(holder):
+                if any(begun in text for begun in self._begun):
+                    written = next((token for token in self._controls if token in text), None)
+                    if written is not None:
+                        raise UserError(f"the {what} holds the control token {written}", where=where,
+                                        why="a template alone writes control tokens", hint="take it out")  # fmt: skip
+
+    @functools.cached_property
+    def _controls(self) -> list[str]:
+        """Control tokens, and those that end an answer even if the tokenizer does not call them so."""
+        return [*self.tokenizer.controls, *self.stops]
+
+    @functools.cached_property
+    def _begun(self) -> set[str]:
+        """How control tokens begin: a text without any of these few holds none."""
+        return {token[:2] for token in self._controls}
 
     def ends(self) -> set[int]:
         """The ids that end an answer: those that the model names, and what the template writes after an answer."""
-        ends = {self._tokenizer.eos_id, *self._origin.get("eos_ids", ())}
+        return {self.tokenizer.eos_id, *self._origin.get("eos_ids", ()), *self._after_an_answer()}
+
+    @functools.cached_property
+    def end(self) -> int:
+        """The id that ends an answer after which the template writes none: its own before a later turn, if it is one
+        that ends answers, else the model's."""
+        between = [i for i in self._after_an_answer({"role": "user", "content": "a"}) if i in self.ends()]
+        return between[0] if between else end_of_text(self.tokenizer, self._facts)
+
+    def _after_an_answer(self, *later: dict) -> list[int]:
+        """The control token that follows an answer in the template's text, as a list; [] if none does."""
         mark = secrets.token_hex(8)
         try:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-            said = self._template.render(turns).text
+            said = self.text([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}, *later])
         except UserError:  # a template may refuse so short a conversation; the model's own ends remain
-            return ends
-        after = self._tokenizer.encode_marked(said.rpartition(mark)[2])
-        return ends | {int(i) for i in after[:1] if int(i) in self._tokenizer.controls.values()}
+            return []
+        after = self.encoded(said.rpartition(mark)[2])
+        return [i for i in after[:1] if i in self.tokenizer.controls.values()]
+
+    @functools.cached_property
+    def stops(self) -> dict[str, int]:
+        """The tokens of `ends` by their text."""
+        texts = {self.tokenizer.token(number): number for number in self.ends()}
+        return {text: number for text, number in texts.items() if text and self.encoded(text) == [number]}
+
+    @functools.cached_property
+    def stop(self) -> re.Pattern:
+        """Finds the first token of `ends` in a rendered text."""
+        return re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))) or r"(?!)")
 
     def answer(self, model, messages: list[dict], options: dict, on_text: Callable[[str], None]) -> str:
         """The model's answer; `on_text` is called with each new piece of it.
 
         Raises UserError if the conversation does not fit into the length that the model was made for.
         """
-        written = Continuation(self._tokenizer, self.ids(messages))
+        from aurora_train.generate.sampler import Generator
+
+        written = Continuation(self.tokenizer, self.ids(messages))
         room = (self._origin.get("max_length") or len(written.start) + options["max_tokens"]) - len(written.start)
         if room < 1:
             raise UserError(
@@ -79,3 +141,16 @@ class Dialogue:
             options["top_p"], options["seed"], lambda token: on_text(written.add([token])),
         )
         return written.text
+
+
+def _texts(value) -> Iterator[str]:
+    """Every text within a plain JSON value, names of keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)

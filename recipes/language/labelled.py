@@ -194,7 +194,7 @@ def check_columns(table: Table) -> None:
         tables.peek(file, table.text_field, "data")
         for line, (label,) in itertools.islice(tables.rows(file, (table.label_field,), "data"), 1):
             if isinstance(label, Mistake):
-                _label(label, _place(name, line, 1), table.label_field)
+                _label(label, tables.place(name, line, 1), table.label_field)
 
 
 def _of_tables(table: Table) -> Iterator[Labelled | LeftOut]:
@@ -202,7 +202,7 @@ def _of_tables(table: Table) -> Iterator[Labelled | LeftOut]:
         rows = list(tables.rows(file, (table.text_field, table.label_field), "data"))
         texts = tables.numbered(name, (text for _, (text, _) in rows), str(file), table.text_field, "data")
         for number, ((line, (read, label)), (_, text)) in enumerate(zip(rows, texts, strict=True), 1):
-            place, text = _place(name, line, number), _text(text)
+            place, text = tables.place(name, line, number), _text(text)
             is_damaged = isinstance(read, LeftOut) or text is NOT_UTF8
             if is_damaged and table.damaged == "refuse":
                 raise UserError(
@@ -210,10 +210,6 @@ def _of_tables(table: Table) -> Iterator[Labelled | LeftOut]:
                     hint="correct it, or leave such rows out: data.damaged=leave_out",
                 )  # fmt: skip
             yield text if isinstance(text, LeftOut) else Labelled(text, _label(label, place, table.label_field), place)
-
-
-def _place(name: str, line: int | None, row: int) -> str:
-    return f"row {row} of {name}" if line is None else f"line {line} of {name}"
 
 
 def _text(cell: bytes | LeftOut) -> str | LeftOut:

@@ -87,7 +87,7 @@ class PackedRows:
         pieces = [self.pieces_of(index) for index in indices]
         counts, chosen = np.array([len(each) for each in pieces]), np.concatenate(pieces)
         row = np.repeat(np.arange(len(indices)), counts)
-        lengths = np.diff(self.store.offsets)[chosen] - 1
+        lengths = self.store.offsets[chosen + 1] - self.store.offsets[chosen] - 1
         ends = np.cumsum(lengths)
         column = ends - lengths - (ends - lengths)[np.searchsorted(row, row)]
         return self.store.laid_out(chosen, row, column, (len(indices), self.sequence))

@@ -68,6 +68,12 @@ class Pieces(Prepared):
         """For each source, a line on what was read and what became of it."""
         return [_summary(name, counts) for name, counts in self.manifest["sources"].items()]
 
+    def losses(self) -> list[str]:
+        """Those lines of the summary that tell of a row which is not learned, or not to its end."""
+        counts = self.manifest["sources"].values()
+        lost = [one["kept"] < one["rows"] or one["cut"] > 0 for one in counts]
+        return [line for line, is_lost in zip(self.summary(), lost, strict=True) if is_lost]
+
 
 def shown(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str, bool]]:
     """The text of `ids`, cut where the learned tokens begin and end.

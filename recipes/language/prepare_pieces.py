@@ -37,7 +37,7 @@ class Encoding(NamedTuple):
 
     Attributes:
         name: of the rows, in the plural and in messages; it begins the folder's name.
-        read: as `conversations.read`.
+        read: as `conversations.read`, with its `say`.
         encode: a row -> its pieces, as `answers.Learned`; [] if nothing in it is learned.
         decisive: everything besides the rows and the tokenizer that decides `encode` and `arrange`; plain JSON.
         arrange: (folder, lengths int64[pieces], split int8[pieces], source int16[pieces]) -> what it adds to the
@@ -103,7 +103,7 @@ def _write(writer: _Writer, found: dict, data, encoding: Encoding, progress: Cal
                 progress(total, None, f"reading {encoding.name}")
     for name, corpus in found.items():
         writer.begin(name)
-        for row in encoding.read(corpus, data):
+        for row in encoding.read(corpus, data, say=lambda line: None):
             if done % _PROGRESS_EVERY == 0:
                 progress(done, total, f"tokenizing {encoding.name}")
             done += 1
@@ -119,6 +119,7 @@ class _Writer:
         self._counts: dict[str, dict] = {}
         self._pieces: list[tuple[int, int, int, int]] = []  # tokens, learned tokens, conversation, source
         self._uniforms: list[float] = []  # of each conversation
+        self._overlong: list[tuple[int, str]] = []  # tokens and place of what is longer than a row, to refuse it
         with writing(folder.parent):
             self._tokens, self._learned = (folder / "tokens.bin").open("wb"), (folder / "learned.bin").open("wb")
             self._places = (folder / "places.jsonl").open("w")
@@ -137,7 +138,9 @@ class _Writer:
         encoded = [_trimmed(piece.ids, piece.learned) for piece in self._encoding.encode(row)]
         longest = max((len(ids) for ids, _ in encoded), default=0) - 1
         if longest > self._data.sequence:
-            self._refuse_overlong(row.place, longest)
+            if self._data.overlong == "refuse":
+                self._overlong.append((longest, row.place))
+                return
             if self._data.overlong == "leave_out":
                 counts["left_out"][f"longer than {self._data.sequence} tokens"] += 1
                 return
@@ -152,14 +155,6 @@ class _Writer:
         counts["cut"] += longest > self._data.sequence
         with writing(self._folder.parent):
             self._store(row, kept)
-
-    def _refuse_overlong(self, place: str, length: int) -> None:
-        if self._data.overlong == "refuse":
-            raise UserError(
-                f"{place} has {length:,} tokens, and a row {self._data.sequence:,}", where="data.sequence",
-                hint=f"data.sequence={length} or more; or data.overlong=leave_out, which counts such rows; or "
-                "data.overlong=cut, which reads only their beginning",
-            )  # fmt: skip
 
     def _store(self, row, pieces: list[tuple[np.ndarray, np.ndarray]]) -> None:
         names = self._encoding.split_by or [name for name in row._fields if name != "place"]
@@ -177,6 +172,8 @@ class _Writer:
         for file in (self._tokens, self._learned, self._places):
             with writing(self._folder.parent):
                 file.close()
+        if self._overlong:
+            raise self._too_long()
         if not self._pieces:
             raise self._nothing_learned(name)
         split = _split(np.array(self._uniforms), self._data, name, self._encoding.name)
@@ -193,6 +190,16 @@ class _Writer:
             splits[each] = {self._encoding.name: int((split == number).sum()), "pieces": int(here.sum()),
                             "tokens": int(length[here].sum()), "learned": int(learned[here].sum())}  # fmt: skip
         return {"sources": self._counts, "splits": splits, **arranged}
+
+    def _too_long(self) -> UserError:
+        longest, (first, place), row = max(self._overlong)[0], self._overlong[0], self._data.sequence
+        all_of_them = f"{len(self._overlong):,} {self._encoding.name} are longer than a row"
+        return UserError(
+            f"{place} has {first:,} tokens, and a row {row:,}", where="data.sequence",
+            why=f"{all_of_them}; the longest has {longest:,} tokens",
+            hint=f"data.sequence={longest}; or data.overlong=leave_out, which counts such rows; or data.overlong=cut, "
+            "which reads only their beginning",
+        )  # fmt: skip
 
     def _nothing_learned(self, name: str) -> UserError:
         rows, nothing = (sum(one[what] for one in self._counts.values()) for what in ("rows", "nothing_learned"))

@@ -118,6 +118,11 @@ def column(path: Path, field: str, key: str) -> Iterator[Cell]:
     return (cell for _, (cell,) in rows(path, (field,), key))
 
 
+def place(name: str, line: int | None, row: int) -> str:
+    """Where a row stands, in words: by its line where the table has lines, else by its number; both count from 1."""
+    return f"row {row} of {name}" if line is None else f"line {line} of {name}"
+
+
 def rows(
     path: Path, fields: tuple[str, ...], key: str, read: Callable[..., Iterator] = readers.rows
 ) -> Iterator[tuple[int | None, object]]:

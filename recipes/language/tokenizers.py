@@ -102,9 +102,26 @@ class Tokenizer:
             parts = [self.encode(part) for part in text.split(self.separator)]
             end = np.array([self.eos_id], self.dtype)
             return np.concatenate([part for each in parts for part in (end, each)][1:])
-        self.backend.encode_special_tokens = False
+        return np.array(self._encoding(text, marked=True).ids, self.dtype)
+
+    def ends_in_text(self, text: str, marked: bool) -> np.ndarray:
+        """int64[n]: where each token of `encode_marked(text)`, else of `encode(text)`, ends, in characters of `text`.
+
+        Not for plain bytes, of which none is shared by two characters.
+        """
+        return np.array([stop for _, stop in self._encoding(text, marked).offsets], np.int64)
+
+    def token(self, number: int) -> str | None:
+        """The text of a token as the vocabulary has it; None if there is no such id, or it is a byte."""
+        if self.backend is None:
+            return self.separator if number == self.eos_id else None
+        return self.backend.id_to_token(number)
+
+    def _encoding(self, text: str, marked: bool):
+        """The library's encoding of a text in which control tokens are written out (`marked`), or of any text."""
+        self.backend.encode_special_tokens = not marked
         try:
-            return np.array(self.backend.encode(text, add_special_tokens=False).ids, self.dtype)
+            return self.backend.encode(text, add_special_tokens=False)
         finally:
             self.backend.encode_special_tokens = True
 

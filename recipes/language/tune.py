@@ -7,6 +7,7 @@ of a conversation. The same recipe trains all parameters, adapters (`model.lora`
 from __future__ import annotations
 
 import functools
+import logging
 from datetime import datetime
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from aurora_train.facts import DATE
 from aurora_train.interop.kept import TEMPLATE
 from aurora_train.recipe import few
 from language import conversations
+from language.intervals import comparison_table, interval_table
 from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer
 from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer, refuse_no_test
+
+log = logging.getLogger("aurora_train")
 
 
 class DataConfig(ConversationDataConfig):
@@ -36,6 +40,11 @@ class Scoring(Section):
     """How the held-out conversations are read."""
 
     batch: int = setting(8, resume="free", ge=1, help="packed rows at a time")
+    exact: int = setting(
+        0, resume="free", ge=0,
+        help="so many held-out conversations are answered, and compared with their own answers: the exact match",
+    )
+    exact_batch: int = setting(64, resume="free", ge=1, help="conversations answered at a time")
 
 
 class Config(Section):
@@ -49,8 +58,13 @@ class Tune(Writer):
     """One decoder, cross-entropy on the answers, scored by that of held-out conversations."""
 
     Config = Config
-    unit, metric = "answer tok", ("answer_loss", "min")
+    unit = "answer tok"
     store = None  # the prepared pieces, once there are any
+
+    @property
+    def metric(self) -> tuple[str, str]:
+        """The exact match if it is scored, else the loss of the answers."""
+        return ("exact_match", "max") if self.config.score.exact else ("answer_loss", "min")
 
     @classmethod
     def check(cls, config) -> None:
@@ -83,10 +97,22 @@ class Tune(Writer):
             functools.partial(arrange, sequence=data.sequence, names=sorted(data.mix) or [""]),
         )  # fmt: skip
         self.store = prepare(encoding, data, self.cache / "data", tokenizer, progress)
-        counts = self.store.manifest["splits"]["train"]
         rows = sum(self.store.manifest["packed_rows"]["train"].values())
-        full = f"{self.store.manifest['fill']['train'] or 0:.1%} full"
-        progress(rows, rows, f"{counts['conversations']:,} conversations in {rows:,} packed rows, {full}")
+        fill = self.store.manifest["fill"]["train"] or 0.0  # 0 where all is held out: `on`
+        full = f"{rows:,} packed rows of {data.sequence:,} tokens to train on, {fill:.1%} full"
+        for line in self.store.losses():
+            log.warning("%s", line)
+        progress(rows, rows, "; ".join([*self.store.summary(), full]))
+
+    def reading(self) -> tuple:
+        """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""
+        from language.answers import learn
+        from language.tokenizers import known_tokenizer
+
+        tokenizer = known_tokenizer(self.config.data.tokenizer, None, self.inherited_tokenizer)
+        facts = self._facts_of(tokenizer)
+        dialogue = dialogue_of(tokenizer, facts)
+        return tokenizer, lambda one: learn(one, tokenizer, facts, dialogue), decisive(facts)
 
     def reading(self) -> tuple:
         """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""
@@ -103,9 +129,9 @@ class Tune(Writer):
 
     def _facts_of(self, tokenizer) -> dict:
         """The tokenizer, the template with its date (the day on which a run began), and what a base brought."""
-        facts, file = self.facts_with(tokenizer), self.config.data.template
-        if file is not None:
-            facts[TEMPLATE] = Path(file).expanduser().read_bytes()
+        facts, file = self.facts_with(tokenizer), Path(self.config.data.template or "").expanduser()
+        if self.config.data.template and (TEMPLATE not in facts or file.is_file()):  # a run that has it needs no file
+            facts[TEMPLATE] = file.read_bytes()
         today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).isoformat()
         return facts | ({DATE: self.inherited.get(DATE, today)} if TEMPLATE in facts else {})
 
@@ -135,16 +161,37 @@ class Tune(Writer):
 
         found = answer_scores.sums(self.data(split), predict, self.config.score.batch, progress)
         np.savez(workdir / "answers.npz", **found)
+        exact = self._exact(predict, split, workdir, progress)
         more = "more conversations" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
         number = len(found["conversation"])
         return {
+            **exact,
             **answer_scores.numbers(found),
+            "tables": [interval_table(answer_scores.measures(workdir))],
             "remarks": few(number, "conversation", more),
             "notes": [
                 f"{number:,} whole conversations held out by a hash of their content; the loss is that of the answers "
                 "and their ends, each read after what came before it; bits are per byte of the answers' text"
             ],
         }  # fmt: skip
+
+    def _exact(self, predict, split: str, workdir: Path, progress) -> dict[str, float]:
+        """{"exact_match": its share} if `score.exact` asks for it. The answers are left in the work folder."""
+        from language import exact_match
+
+        pieces = self.store.of_split(split)[: self.config.score.exact]
+        if not len(pieces):
+            (workdir / "exact.npz").unlink(missing_ok=True)  # of an earlier score
+            return {}
+        generator, batch = self._generator(predict.model()), self.config.score.exact_batch
+        found = exact_match.answers(self.store, pieces, generator, batch, progress)
+        np.savez(workdir / "exact.npz", **found)
+        return {"exact_match": float(found["exact"].mean())}
+
+    def compared(self, before: Path, after: Path) -> dict:
+        from language import answer_scores
+
+        return comparison_table(*map(answer_scores.measures, (before, after)))
 
     def begun(self) -> list[tuple[str, str | list[int], dict]]:
         """`samples.prompts` as a user's messages; without any, held-out conversations up to their first answer."""

@@ -247,3 +247,56 @@ def test_check_finds_what_the_first_rows_show(tmp_path, name):
     (tmp_path / name).write_bytes(CUT[name][0])
     with pytest.raises(UserError, match=CUT[name][1]):
         check_data(config(tmp_path))
+
+
+# ---- whole cells: `objects`
+
+CELLS = [  # (type of the column, its values, what a line of JSON would hold)
+    (pyarrow.string(), ["2021-01-02", None, ""], ["2021-01-02", None, ""]),
+    (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), ["a", None, "a"], ["a", None, "a"]),
+    (pyarrow.binary(), [b"a", None, "é".encode()], ["a", None, "é"]),
+    (pyarrow.bool_(), [True, None, False], [True, None, False]),
+    (pyarrow.struct({"a": pyarrow.int64(), "b": pyarrow.struct({"c": pyarrow.string()})}),
+     [{"a": None, "b": {"c": None}}, None, {"a": 1, "b": None}], [{"b": {}}, None, {"a": 1}]),
+    (pyarrow.large_list(pyarrow.struct({"a": pyarrow.string(), "b": pyarrow.list_(pyarrow.float64())})),
+     [[{"a": "x", "b": None}], None, [{"a": None, "b": [1.5, None]}]], [[{"a": "x"}], None, [{"b": [1.5, None]}]]),
+    (pyarrow.map_(pyarrow.string(), pyarrow.int64()), [[("k", 1), ("n", None)], None, []],
+     [{"k": 1, "n": None}, None, {}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(CELLS)))
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_whole_cells_are_plain_json(tmp_path, kind, number):
+    of_type, values, plain = CELLS[number]
+    table = pyarrow.table({"cell": pyarrow.array(values, of_type), "other": [1, 2, 3]})
+    path = tmp_path / f"in.{kind}"
+    path.write_bytes(columnar_of(table, kind))
+    assert [row for _, row in readers.objects(path, kind, ("cell", "absent"))] == [{"cell": one} for one in plain]
+    assert [row for _, row in readers.objects(path, kind, ("absent",))] == [{}, {}, {}]
+    assert readers.columns(path, kind) == ["cell", "other"]
+
+
+def columnar_of(table, kind) -> bytes:
+    file = pyarrow.BufferOutputStream()
+    write = pyarrow.parquet.write_table if kind == "parquet" else ipc(pyarrow.ipc.new_file)
+    write(table, file)
+    return file.getvalue().to_pybytes()
+
+
+def test_json_inside_of_a_column_is_parsed(tmp_path):
+    json_type = getattr(pyarrow, "json_", None)
+    if json_type is None:
+        pytest.skip("this pyarrow has no type for JSON")
+    cells = pyarrow.ExtensionArray.from_storage(json_type(), pyarrow.array(['{"a": null}', None, '"2021-01-02"']))
+    pyarrow.parquet.write_table(pyarrow.table({"cell": cells}), tmp_path / "in.parquet")
+    found = [row["cell"] for _, row in readers.objects(tmp_path / "in.parquet", "parquet", ("cell",))]
+    assert found == [{"a": None}, None, "2021-01-02"]
+
+
+def test_rows_of_json_are_as_written(tmp_path):
+    (tmp_path / "in.json").write_bytes(b'{"a": [1, {"b": null}], "c": "2021-01-02"}\n\n[1]\n"x"\n{"a": \n{}\n')
+    found = list(readers.objects(tmp_path / "in.json", "json", ("a",)))
+    assert found == [(1, {"a": [1, {"b": None}], "c": "2021-01-02"}), (3, [1]), (4, "x"), (5, "not JSON"), (6, {})]
+    assert isinstance(found[3][1], readers.LeftOut) and not isinstance(found[2][1], readers.LeftOut)
+    assert readers.columns(tmp_path / "in.json", "json") == []

@@ -1,6 +1,7 @@
 """Chat templates: rendered as transformers renders them, in a sandbox, with a date that stays."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
@@ -86,6 +87,7 @@ def test_the_date_is_the_one_that_was_given():
         ("{% for i in range(10 ** 9) %}{% endfor %}", "t.jinja:1", "Range too big"),
         ("{{ 'a' * 10 ** 10 }}", "t.jinja:1", "repeats something 10,000,000,000 times"),
         ("{{ 9 ** (9 ** 9) }}", "t.jinja:1", "to the power 387,420,489"),
+        ("{{ (2 ** 4999) * (2 ** 4999) * 2 }}", "t.jinja:1", "a number of more than 10,000 bits"),
         ("{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", "t.jinja", "longer than 67,108,864 characters"),
         ("{% include 'other' %}", "t.jinja:1", "fails"),
     ],
@@ -94,6 +96,47 @@ def test_a_bad_template_ends_in_one_message_that_names_its_line(text, where, say
     with pytest.raises(UserError) as caught:
         template(text).render(said("hello"))
     assert caught.value.where == where and says in str(caught.value)
+
+
+TWICE = "{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(9999) %}{% for j in range(9999) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% continue %}{% endfor %}{% endfor %}",
+        "{% for i in [25] recursive %}{{ loop([i - 1, i - 1]) if i }}{% endfor %}",
+        "{% macro f(n) %}" + TWICE + "{% endmacro %}{{ f(25) }}",
+        "{% set n = namespace(left=25) %}{% block f scoped %}{% if n.left %}{% set n.left = n.left - 1 %}"
+        "{{ self.f() }}{{ self.f() }}{% set n.left = n.left + 1 %}{% endif %}{% endblock %}",
+        "{% macro f(n) %}{% call g(n) %}{% endcall %}{% endmacro %}{% macro g(n) %}{{ caller() }}"
+        "{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(25) }}",
+    ],
+)
+def test_a_text_may_not_take_longer_than_its_time(text):
+    limited = ChatTemplate("{{ messages | length }}\n" + text, MARKS, NOW, "t.jinja", seconds=0.02)
+    with pytest.raises(UserError, match="^t.jinja:2: the template fails: its text takes longer than 0.02 s") as caught:
+        limited.render(said("hello"))
+    assert caught.value.where == "t.jinja:2"
+
+
+def test_long_loops_that_have_an_end_are_rendered():
+    turns = said(*map(str, range(2000)))
+    for name in ("chatml", "thinking"):
+        assert template(TEMPLATES[name]).render(turns).text.count("1999") == 1
+    pairs = "{% for m in messages %}{% for o in messages if o == m %}{{ o.content }}{% endfor %}{% endfor %}"
+    assert template(pairs).render(turns[:300]).text == "".join(map(str, range(300)))
+
+
+def test_the_time_of_a_thread_is_its_own_and_so_are_its_answers():
+    shared = ChatTemplate(TEMPLATES["answers in a macro"], MARKS, NOW, seconds=0.5)
+    talks = [said("a", f"answer {n}", "b", f"and {n * n}") for n in range(64)]
+    with ThreadPoolExecutor(4) as pool:
+        for talk, rendered in zip(talks, pool.map(shared.render, talks), strict=True):
+            wanted = [f"{message['content']}</s>" for message in talk[1::2]]
+            assert [rendered.text[start:stop] for start, stop in rendered.answers] == wanted
 
 
 @pytest.mark.parametrize("message", ["hello", {"content": "x"}, {"role": 3, "content": "x"}, None])

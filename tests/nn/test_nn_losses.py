@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_train.nn.losses import chunk_tokens, chunked_nll, logits_of, token_nll
+from aurora_train.nn.losses import chunk_tokens, chunked_nll, logits_of, token_nll, token_scores
 from aurora_train.nn.tracing import tracing
 
 # Half the compile time, the same mathematics.
@@ -142,3 +142,15 @@ def test_auto_holds_about_sixteen_million_logits():
     assert chunk_tokens("auto", 4096) == 4096
     assert chunk_tokens("auto", 128_256) == 1024
     assert chunk_tokens(77, 4096) == 77
+
+
+@pytest.mark.parametrize("vocab_first", [True, False])
+def test_token_scores_are_the_loss_and_whether_the_target_is_the_likeliest(vocab_first):
+    hidden = jax.random.normal(jax.random.key(0), (2, 24, 8))
+    targets = jax.random.randint(jax.random.key(1), (2, 24), 0, 5)
+    head = jax.random.normal(jax.random.key(2), (5, 8) if vocab_first else (8, 5))
+    nll, right = token_scores(hidden, head, targets, vocab_first=vocab_first, chunk=12)
+    np.testing.assert_array_equal(nll, token_nll(hidden, head, targets, vocab_first=vocab_first, chunk=12))
+    likeliest = logits_of(hidden, head, vocab_first).argmax(-1)
+    np.testing.assert_array_equal(right, likeliest == targets)
+    assert right.shape == (2, 24) and 0 < right.sum() < right.size
