@@ -102,7 +102,16 @@ class PairSource:
         decisive = f"preferences {_LAYOUT} {pieces.fingerprint} {split} {sequence} {self.weights}"
         self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
         if self.is_judged and len(self):
-            self._other(0)  # refuses a split with one prompt only
+            self._refuse_alike()
+
+    def _refuse_alike(self) -> None:
+        """UserError if nothing could be compared: one prompt only, or a score of answers that are all good or all bad."""
+        self._other(0)
+        if self.split != "train" and len(set(self.labels.tolist())) < 2:
+            what = "undesirable" if self.labels[0] else "desirable"
+            raise UserError(f"no {what} answer is in the {self.split} split", where=f"data.holdout_{self.split}",
+                            why="the score compares desirable answers with undesirable ones",
+                            hint="hold more out, or use more rows")  # fmt: skip
 
     def _parts(self):
         for number, (name, weight) in enumerate(self.weights.items()):

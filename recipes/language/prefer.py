@@ -6,6 +6,7 @@ computed once and stored beside them, or, with adapters, by the frozen base unde
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, few
 from language import conversations
+from language.intervals import comparison_table
 from language.settings import ALL_HELD_OUT
 from language.starting import ModelConfig
 from language.text_recipe import Samples
@@ -104,6 +106,8 @@ class Prefer(Tune):
         tokenizer, learned, decisive = self.reading()
         prepare = pairs.prepare_pairs if self.config.objective.loss == "dpo" else pairs.prepare_judged
         self.store = prepare(self.config.data, self.cache / "data", learned, decisive, tokenizer, progress)
+        examples = self.store.manifest["splits"]["train"][self.store.manifest["rows_are"]]
+        self.sum_up(progress, examples, f"{examples:,} {self.store.manifest['rows_are']} to train on")
         if self._is_stored:
             self.references = self._asked(progress)
 
@@ -193,28 +197,33 @@ class Prefer(Tune):
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         """Whether the model tells better answers from worse by its implicit reward, beta log(p / p_reference)."""
-        from language.pair_scores import measured
+        from language import pair_scores
+        from language.intervals import interval_table
         from language.reference import in_batches
 
-        source, done = self._source(split), 0
-        policy, reference, beside = [], [], []
-        for count, batch in in_batches(source):
-            progress(done, len(source), "comparing held-out answers")
-            said = predict(_rows(batch))
-            policy.append(said["policy"][:count])
-            reference.append((batch["reference"] if self._is_stored else said["reference"])[:count])
-            beside.append({name: batch[name][:count] for name in ("weights", "desirable") if name in batch})
-            done += count
-        whole = {name: np.concatenate([one[name] for one in beside]) for name in beside[0]}
-        policy, reference = np.concatenate(policy), np.concatenate(reference)
-        judged, _ = self._judged(policy, reference, whole)
-        result = measured(judged, policy, whole)
+        source, parts = self._source(split), []
+        for done, (count, batch) in enumerate(in_batches(source)):
+            progress(done * len(batch["tokens"]), len(source), "comparing held-out answers")
+            kept = {name: batch[name] for name in ("weights", "desirable", "reference") if name in batch}
+            parts.append({name: array[:count] for name, array in (kept | predict(_rows(batch))).items()})
+        progress(len(source), len(source), "comparing held-out answers")
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        judged, _ = self._judged(whole["policy"], whole["reference"], whole)
+        np.savez(workdir / pair_scores.FILE, **pair_scores.outcomes(judged, whole["policy"], whole.get("desirable")))
+        measures = pair_scores.measures(workdir)
         more = "more rows" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
-        return result | {
-            "remarks": few(len(source), "example", more),
-            "notes": [f"{len(source):,} held-out {self.store.manifest['rows_are']}; the reference is "
-                      f"{'the model that the run started from' if self._is_stored else 'the base without adapters'}"],
+        which = "the model that the run started from" if self._is_stored else "the base without its adapters"
+        return {
+            **{name: one.value for name, one in measures.items()}, "examples": len(source),
+            "tables": [interval_table(measures)], "remarks": few(len(source), "example", more),
+            "notes": [f"{len(source):,} held-out {self.store.manifest['rows_are']}, no prompt of which was trained on; "
+                      f"the reference is {which}"],
         }  # fmt: skip
+
+    def compared(self, before: Path, after: Path) -> dict:
+        from language import pair_scores
+
+        return comparison_table(*map(pair_scores.measures, (before, after)))
 
 
 def _rows(batch: dict) -> dict:
