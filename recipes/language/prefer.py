@@ -58,6 +58,7 @@ class Prefer(Tune):
     Config = Config
     unit, metric = "examples", ("pair_accuracy", "max")
     references = None  # what the reference says of each split, once there is any
+    _is_stored = property(lambda self: self.config.objective.reference == "start")
 
     @property
     def couples(self) -> str:
@@ -95,10 +96,6 @@ class Prefer(Tune):
         return rows | stored | judged
 
     # ---- data
-
-    @property
-    def _is_stored(self) -> bool:
-        return self.config.objective.reference == "start"
 
     def prepare(self, progress) -> None:
         from language import pairs
