@@ -11,7 +11,7 @@ from aurora_train.interop.gguf.write import write_gguf
 from aurora_train.machine.precision import settled
 from aurora_train.train.beginning import Beginning
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "interop"))
+sys.path.insert(0, str(Path(__file__).parent / "interop"))
 from tiny_sources import source_of  # noqa: E402
 
 CONFIG = """
