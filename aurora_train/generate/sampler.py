@@ -1,7 +1,7 @@
 """`Generator`: sampling with a key-value cache, compiled for a few fixed shapes.
 
-Prompt and cache lengths are rounded up to powers of two, so that prompts of many lengths share a compilation. A
-draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would get by itself only as
+Prompt and cache lengths are rounded up to powers of two or three quarters of them, so that prompts of many lengths
+share a compilation. A draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would get by itself only as
 far as float order allows, and nothing depends on what the other rows do.
 """
 
@@ -157,8 +157,9 @@ def _padded(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bucket(size, least: int) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, 1 << (int(size) - 1).bit_length())
+    """The next power of two, or three quarters of it if that is enough; at least `least`, a power of two."""
+    power = max(least, 1 << (int(size) - 1).bit_length())
+    return 3 * power // 4 if size <= 3 * power // 4 and power > least else power
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
