@@ -1,8 +1,8 @@
 """`Generator`: sampling with a key-value cache, compiled for a few fixed shapes.
 
 Prompt and cache lengths are rounded up to powers of two or three quarters of them, so that prompts of many lengths
-share a compilation. A draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would get by itself only as
-far as float order allows, and nothing depends on what the other rows do.
+share a compilation. A draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would
+get by itself only as far as float order allows, and nothing depends on what the other rows do.
 """
 
 from __future__ import annotations
