@@ -175,6 +175,23 @@ def test_another_start_is_another_reference_and_other_data(here, config):
     assert against.fingerprint != one.data("train").fingerprint
 
 
+@pytest.mark.slow
+def test_a_resume_without_the_numbers_asks_the_start_again_and_refuses_another(here, tmp_path, monkeypatch, capsys):
+    start = write_start(tmp_path)
+    config = write_config(tmp_path, start, pairs(30), steps=2)
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "first"))
+    assert in_process("train", config, "--run", tmp_path / "run", "--quiet") == 0
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "second"))
+    assert in_process("resume", tmp_path / "run", "train.steps=3", "--quiet") == 0
+    numbers = [next((tmp_path / name / "data").glob("reference-*.f32")).read_bytes() for name in ("first", "second")]
+    assert numbers[0] == numbers[1]
+    start.write_bytes(start.read_bytes()[:-1] + b"\x01")
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "third"))
+    capsys.readouterr()
+    assert in_process("resume", tmp_path / "run", "train.steps=4", "--quiet") == 2
+    assert "is not what this run began with" in capsys.readouterr().err
+
+
 # ---- training
 
 
