@@ -81,6 +81,7 @@ def test_a_run_learns_an_answer_by_heart_and_shows_what_changed(tmp_path, shared
         "evaluate": {"before": True, "score_every": 30, "patience": 2}, "score": {"exact": 20, "exact_batch": 8},
         "samples": {"count": 2, "max_tokens": 12, "temperature": 0},
     }))  # fmt: skip
+    assert in_process("check", "tune.yaml", "--prepare") == 0, "its score is rehearsed, with the model that it asks for"
     assert in_process("train", "tune.yaml", "--run", "run", "--quiet") == 0, capsys.readouterr().err
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["headline"] == "exact_match" and scores["better"] == "max" and scores["score"]["exact_match"] == 1.0
