@@ -126,7 +126,7 @@ def _felt(kind: str, config) -> str:
 
 def _cuts_what_is_coupled(key: str, config) -> bool:
     """Whether a change of this key splits the batch differently for a loss that depends on the split."""
-    return key == "memory.accumulation" and config.recipe_class.couples != "example"
+    return key == "memory.accumulation" and config.recipe_class(config, files.cache_folder()).couples != "example"
 
 
 def _refuse_idle(allowed, changes) -> None:
