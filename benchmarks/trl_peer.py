@@ -1,8 +1,8 @@
 """The peer of tune_peers.py: TRL's SFTTrainer over PEFT's adapters, in a process of its own.
 
 Run as a script it answers each line of stdin as torch_peer.py does: to seconds, with the median seconds of a step over
-as long. It is `trainer.train()` itself, which waits for a line at the end of a step. Needs torch, trl and peft, and
-nothing of ours.
+as long; to "steps", with how many it has taken. It is `trainer.train()` itself, which waits for a line at the end of a
+step. Needs torch, trl and peft, and nothing of ours.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def answering():
 
     class Answering(TrainerCallback):
         def __init__(self):
-            self.warm, self.marks, self.until = 0, [], None
+            self.steps, self.marks, self.until = 0, [], None
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.warm += 1
-            if self.warm < 3:
+            self.steps += 1
+            if self.steps < 3:
                 return
             if self.until is not None:
                 self.marks.append(time.perf_counter())
@@ -92,8 +92,8 @@ def answering():
 
         def _wait(self):
             for line in sys.stdin:
-                if line == "memory\n":
-                    print(peak_rss(os.getpid()), flush=True)
+                if line in ("memory\n", "steps\n"):
+                    print(peak_rss(os.getpid()) if line == "memory\n" else self.steps, flush=True)
                     continue
                 self.marks, self.until = [time.perf_counter()], time.perf_counter() + float(line)
                 return

@@ -9,7 +9,9 @@ padding-free collator. The rows are those that our preparation packed, and both 
 bfloat16. Ours is a whole `aurora train` with every step logged, stopped while TRL runs; TRL's is `SFTTrainer.train()`,
 with the base in the precision and, in bfloat16, under its autocast; as by default, where each layer is recomputed, and
 without that. Rates are medians over rounds, in tokens of a step (prompts included) a second; a round's ratio is of its
-own neighbours. Peak memory is VmHWM of the whole process, ours with preparation and compiler, from an empty cache.
+own neighbours. Beside other work rates say little, because torch's threads wait for each other: so the processor time
+of a step, over all rounds, is shown too. Peak memory is VmHWM of the whole process, ours with preparation and compiler,
+from an empty cache.
 """
 
 from __future__ import annotations
@@ -92,30 +94,52 @@ def packed_rows(case: Case, cache: Path, file: Path) -> float:
     return held / len(source)
 
 
+def processor_seconds(pid: int) -> float:
+    """Of a process so far, its threads' and the kernel's for it."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Counted:
+    """A side whose processor time and steps are added up over its rounds. `steps`: how many it has taken so far."""
+
+    def __init__(self, side, steps):
+        self.side, self._steps, self.seconds, self.steps = side, steps, 0.0, 0
+
+    def run(self, seconds: float) -> float:
+        """Seconds a step."""
+        steps, before = self._steps(), processor_seconds(self.side._process.pid)
+        found = self.side.run(seconds)
+        self.seconds += processor_seconds(self.side._process.pid) - before
+        self.steps += self._steps() - steps
+        return found
+
+
 def measure(case: Case, rows: Path, precision: str, rounds: int, tokens: float) -> dict:
     """One row: tokens a second and bytes by side, and the ratios of rounds to the faster peer."""
     with tempfile.TemporaryDirectory() as folder:
-        ours, sides = Ours(case, precision, Path(folder), {"AURORA_CACHE": f"{folder}/cache"}), {}
+        sides = {"ours": Counted(ours := Ours(case, precision, Path(folder), {"AURORA_CACHE": f"{folder}/cache"}),
+                                 lambda: len(ours.records()))}  # fmt: skip
         try:
             for name, checkpointing in PEERS.items():
                 work = Work(str(case.model), str(rows), case.batch, precision, checkpointing)
-                sides[name] = trl_side(work, stderr=Path(folder) / f"{name}.txt")
-            seconds: dict[str, list[float]] = {side: [] for side in ("ours", *sides)}
+                peer = trl_side(work, stderr=Path(folder) / f"{name}.txt")
+                sides[name] = Counted(peer, lambda peer=peer: int(peer.ask("steps")))
+            seconds: dict[str, list[float]] = {side: [] for side in sides}
             for _ in range(rounds):
-                seconds["ours"].append(ours.run(case.seconds))
                 for name, side in sides.items():
                     seconds[name].append(side.run(case.seconds))
-            memory = {"ours": ours.peak_rss()} | {name: side.peak_rss() for name, side in sides.items()}
+            memory = {name: one.side.peak_rss() for name, one in sides.items()}
             remarks = ours.remarks("plan", "attention")
         finally:
-            ours.close()
-            for side in sides.values():
-                side.close()
+            for one in sides.values():
+                one.side.close()
     medians = {side: statistics.median(values) for side, values in seconds.items()}
-    best = min(sides, key=medians.get)
+    best = min(PEERS, key=medians.get)
     ratios = [theirs / mine for theirs, mine in zip(seconds[best], seconds["ours"], strict=True)]
     return {
         "precision": precision, "tokens_per_second": {side: tokens / one for side, one in medians.items()},
+        "processor_seconds": {side: one.seconds / one.steps for side, one in sides.items()},
         "best": best, "ratio": statistics.median(ratios), "ratios": ratios, "peak_rss": memory, "remarks": remarks,
     }  # fmt: skip
 
@@ -125,7 +149,9 @@ def row(name: str, found: dict) -> str:
     rates, memory = found["tokens_per_second"], found["peak_rss"]
     told = [f"{rates[side]:,.0f}" for side in ("ours", *PEERS)]
     told += [f"**{found['ratio']:.2f}** ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})"]
-    told += [f"{memory[side] / 1e9:.2f}" for side in ("ours", *PEERS)]
+    spent = found["processor_seconds"]
+    for values, form in ((spent, "{:.1f} s"), ({name: held / 1e9 for name, held in memory.items()}, "{:.2f} GB")):
+        told += [" / ".join(form.format(values[side]) for side in ("ours", *PEERS))]
     told += [f"{memory['ours'] / memory[found['best']]:.2f}; {memory['ours'] / memory['default']:.2f}"]
     return f"| {name} | {found['precision']} | {' | '.join(told)} |"
 
@@ -152,9 +178,11 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores; {options.rounds} rounds, {options.batch} rows of "
           f"{SEQUENCE:,} tokens a step\n")  # fmt: skip
-    print("| rows | precision | ours, tokens/s | TRL without recomputing | TRL as by default | ratio to the faster | "
-          "peak RSS of ours, GB | TRL without | TRL default | ours over the faster; over the default |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| rows | precision | ours, tokens/s | TRL, nothing recomputed | TRL, as by default | ratio to the faster | "
+        "processor time of a step, ours / the two | peak RSS, ours / the two | ours over the faster; the default |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     everything = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
