@@ -1,8 +1,8 @@
 """`Generator`: sampling with a key-value cache, compiled for a few fixed shapes.
 
-Prompt and cache lengths are rounded up to powers of two, so that prompts of many lengths share a compilation. A
-draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would get by itself only as
-far as float order allows, and nothing depends on what the other rows do.
+Prompt and cache lengths are rounded up to powers of two or three quarters of them, so that prompts of many lengths
+share a compilation. A draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would
+get by itself only as far as float order allows, and nothing depends on what the other rows do.
 """
 
 from __future__ import annotations
@@ -157,8 +157,9 @@ def _padded(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bucket(size, least: int) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, 1 << (int(size) - 1).bit_length())
+    """The next power of two, or three quarters of it if that is enough; at least `least`, a power of two."""
+    power = max(least, 1 << (int(size) - 1).bit_length())
+    return 3 * power // 4 if size <= 3 * power // 4 and power > least else power
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -188,7 +189,7 @@ def _read_token(graph, state, caches, tokens, positions, prefix):
 def _draw(logits, keys, count, knobs: Knobs):
     """float32[B, V] -> int32[B]: temperature, then the k most likely, then the nucleus (Holtzman et al. 2020).
 
-    At temperature 0 nothing is sorted: sorting the scores takes longer than the model on a processor.
+    At temperature 0 nothing is sorted: on a processor that takes as long as the step of a small model.
     """
 
     def one(logits, key):

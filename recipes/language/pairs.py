@@ -105,7 +105,7 @@ class PairSource:
             self._refuse_alike()
 
     def _refuse_alike(self) -> None:
-        """UserError if nothing could be compared: one prompt only, or a score of answers that are all good or all bad."""
+        """UserError if nothing could be compared: one prompt, or a score of answers that are all good or all bad."""
         self._other(0)
         if self.split != "train" and len(set(self.labels.tolist())) < 2:
             what = "undesirable" if self.labels[0] else "desirable"

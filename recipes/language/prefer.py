@@ -58,6 +58,7 @@ class Prefer(Tune):
     Config = Config
     unit, metric = "examples", ("pair_accuracy", "max")
     references = None  # what the reference says of each split, once there is any
+    _is_stored = property(lambda self: self.config.objective.reference == "start")
 
     @property
     def couples(self) -> str:
@@ -95,10 +96,6 @@ class Prefer(Tune):
         return rows | stored | judged
 
     # ---- data
-
-    @property
-    def _is_stored(self) -> bool:
-        return self.config.objective.reference == "start"
 
     def prepare(self, progress) -> None:
         from language import pairs
@@ -203,10 +200,10 @@ class Prefer(Tune):
 
         source, parts = self._source(split), []
         for done, (count, batch) in enumerate(in_batches(source)):
-            progress(done * len(batch["tokens"]), len(source), "comparing held-out answers")
+            progress(done * len(batch["tokens"]), len(source), "scoring held-out answers")
             kept = {name: batch[name] for name in ("weights", "desirable", "reference") if name in batch}
             parts.append({name: array[:count] for name, array in (kept | predict(_rows(batch))).items()})
-        progress(len(source), len(source), "comparing held-out answers")
+        progress(len(source), len(source), "scoring held-out answers")
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         judged, _ = self._judged(whole["policy"], whole["reference"], whole)
         np.savez(workdir / pair_scores.FILE, **pair_scores.outcomes(judged, whole["policy"], whole.get("desirable")))

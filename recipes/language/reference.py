@@ -17,6 +17,7 @@ import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
+from aurora_train.machine.memory import give_back_freed
 from language.prepared import locked
 
 log = logging.getLogger("aurora_train")
@@ -79,6 +80,8 @@ def _completed(file: Path, sources: list, known: np.ndarray, predictor: Callable
                 kept = time.monotonic()
     known = np.concatenate(parts)
     _write(file, known)
+    del predict  # and the model with it, before the run's own is made
+    give_back_freed()
     return known
 
 

@@ -52,7 +52,7 @@ def rows(name: str, where: str = "data.source") -> list[dict]:
     """The rows of a task as a table of conversations has them. UserError, at the key `where`, for an unknown name."""
     if name not in _TASKS:
         raise UserError(f"there is no bundled task {name!r}", where=where, why=f"the tasks are {', '.join(_TASKS)}",
-                        hint=nearest(name, _TASKS, f"{where}={PREFIX}calendar", form=f"{where}={PREFIX}{{}}"))  # fmt: skip
+                        hint=nearest(name, _TASKS, form=f"{where}={PREFIX}{{}}"))  # fmt: skip
     return list(_TASKS[name]())
 
 

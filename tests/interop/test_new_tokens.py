@@ -123,6 +123,7 @@ def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
     "asked,said",
     {
         "adapters": (("model.from=open", "model.lora.rank=2"), "`embedding` is frozen"),
+        "no adapter of the head": (("model.from=open", "model.lora.targets=[query, embedding]"), "`head` is frozen"),
         "no source": ((), "tokens are added to the tokenizer of `from`"),
         "own facts": (("model.from=open", "init.facts=own"), "tokens are added to the tokenizer of `from`"),
     }.values(),
@@ -130,3 +131,17 @@ def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
 def test_a_config_that_cannot_train_new_tokens_is_refused(asked, said, capsys):
     assert aurora("train", "tiny.yaml", 'init.tokens=["<a>"]', *asked, "--run", "none", "--quiet") == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_adapters_of_embedding_and_head_train_new_tokens_and_go_out_merged(here, capsys):
+    forty = f"init.tokens={json.dumps(TOKENS)}"
+    adapters = ('model.lora.targets=["*"]', "model.lora.rank=2")
+    assert aurora("train", "tiny.yaml", "model.from=open", forty, *adapters, "--run", "adapted", "--quiet") == 0
+    trained = aurora_train.load("adapted").model
+    assert np.any(np.asarray(trained.embedding_lora_a[...])) and np.any(np.asarray(trained.head_lora_b[...])[:, 257:])
+    assert aurora("export", "adapted", "--to", "merged", "--merge") == 0
+    assert matched(open_source(here / "merged")).vocabulary == 297
+    capsys.readouterr()
+    assert aurora("export", "adapted", "--to", "none", "--format", "peft") == 2
+    assert "adds no rows for new tokens" in " ".join(capsys.readouterr().err.split())

@@ -29,7 +29,7 @@ train: {steps: 2, batch: 4, precision: float32}
 optimizer: {lr: 1e-2}
 evaluate: {final: false}
 checkpoint: {every: 2}
-model: {lora: {rank: 2}}
+model: {lora: {rank: 2, targets: ["*"], scaling: rank_stabilised}}
 """
 
 
@@ -66,9 +66,10 @@ TABLES = {
     "gpt2": ((*KERNELS, "embedding"), {}), "gemma3": (("query", "embedding"), TIED),
     "qwen3_5": ((*KERNELS, "out_gate", "head"), {}),
 }  # fmt: skip
+_SLOW = ("gemma3", "qwen3_5")
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in TABLES])
 def test_adapters_of_embedding_and_head_come_back_as_the_same_model(name, tmp_path):
     targets, settings = TABLES[name]
     write_model(tmp_path / "base", name, **settings)
@@ -171,6 +172,7 @@ def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys):
     assert said["proof"] == "round trip" and "every adapter over its base is the run's;" in said["says"]
     config = json.loads((here / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(here / "open") and config["r"] == 2
+    assert {"embed_tokens", "lm_head", "self_attn.q_proj"} <= set(config["target_modules"]) and config["use_rslora"]
     assert not (here / "out" / "model.safetensors").exists() and (here / "out" / "tokenizer.json").is_file()
     assert "library_name: \"peft\"" in (here / "out" / "README.md").read_text()
     assert aurora("verify", "out") == 0

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from open_models import VOCABULARY, settings_of, weights_of, write_model
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from aurora_train.errors import UserError
 from aurora_train.interop import families
@@ -317,6 +317,54 @@ def test_a_bad_adapter_is_refused(case, folder, tmp_path):
     path, _ = adapter(tmp_path, **changed)
     with pytest.raises(UserError, match=said):
         opened(path)
+
+
+def with_whole(path, **arrays):
+    """Add tensors that are stored whole to an adapter."""
+    held = load_file(path / "adapter_model.safetensors")
+    whole = {f"base_model.model.{name}.weight": array for name, array in arrays.items()}
+    save_file(held | whole, path / "adapter_model.safetensors")
+
+
+def test_a_module_that_was_trained_as_a_whole_takes_the_place_of_the_bases(folder, tmp_path):
+    path, _ = adapter(tmp_path, modules_to_save=["lm_head"])
+    head = np.random.default_rng(1).normal(size=(VOCABULARY, 32)).astype(np.float32)
+    with_whole(path, lm_head=head)
+    assert np.array_equal(opened(path)[0].read("head"), head.T)
+
+
+@pytest.mark.parametrize("rows,said", [(VOCABULARY + 2, "over a base with other rows"), (VOCABULARY, None)])
+def test_an_embedding_that_was_widened_is_refused_and_one_that_was_not_is_taken(rows, said, folder, tmp_path):
+    path, _ = adapter(tmp_path)
+    table = np.ones((rows, 32), np.float32)
+    with_whole(path, **{"model.embed_tokens": table})
+    if said is None:
+        assert np.array_equal(opened(path)[0].read("embedding"), table)
+    else:
+        with pytest.raises(UserError, match=said):
+            opened(path)
+
+
+def test_the_adapters_of_a_tied_base_that_are_said_to_be_one_must_be_equal(tmp_path):
+    write_model(tmp_path / "m", tie_word_embeddings=True)
+    path, rng = tmp_path / "adapter", np.random.default_rng(0)
+    path.mkdir()
+    down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, VOCABULARY), (32, 2)))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "../m"}
+    (path / "adapter_config.json").write_text(json.dumps(config | {"ensure_weight_tying": True}))
+    for move, said in ((0, None), (1, "adapters of embedding and head differ")):
+        table, head = "base_model.model.model.embed_tokens.lora_embedding_", "base_model.model.lm_head.lora_"
+        arrays = {f"{table}A": down, f"{table}B": up, f"{head}A.weight": np.ascontiguousarray(up.T) + move,
+                  f"{head}B.weight": np.ascontiguousarray(down.T)}  # fmt: skip
+        save_file(arrays, path / "adapter_model.safetensors")
+        if said is None:
+            found, base = opened(path)[0], opened(tmp_path / "m")[0]
+            wanted = base.read("embedding") + 4 * (up @ down).T
+            assert found.config.tied
+            np.testing.assert_allclose(found.read("embedding"), wanted, rtol=1e-5, atol=1e-5)
+        else:
+            with pytest.raises(UserError, match=said):
+                opened(path)
 
 
 def test_adapters_that_name_each_other_as_base_are_refused_as_a_circle(folder, tmp_path):

@@ -177,6 +177,9 @@ def test_a_run_that_was_cut_off_after_its_first_save_ends_as_if_it_had_not_been(
     assert [event["step"] for event in events(run, "resume")] == [2]
     assert losses(run) == losses(whole) and evaluations(run) == evaluations(whole)
     assert final_hash(run) == final_hash(whole)
+    arrays = (whole / "checkpoints" / "frozen" / "state").rglob("*")
+    stored = [one.relative_to(whole) for one in arrays if one.is_file()]
+    assert stored and all((run / one).samefile(whole / one) for one in stored), "one copy on disk serves both"
 
 
 def test_the_frozen_parameters_are_written_once_and_every_checkpoint_names_them(ready):
