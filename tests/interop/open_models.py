@@ -25,7 +25,7 @@ _BYTES = {"tokenizer.json": b'{"kind": "byte"}', "tokenizer_config.json": json.d
 def settings_of(name: str, **changed) -> dict:
     """The content of config.json."""
     ids = {"vocab_size": VOCABULARY, "eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 256}
-    return FAMILIES[name] | ids | ({"n_positions": 64} if name == "gpt2" else {}) | changed
+    return FAMILIES[name] | ids | changed
 
 
 def weights_of(name: str, settings: dict) -> dict[str, np.ndarray]:

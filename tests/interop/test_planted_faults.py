@@ -19,7 +19,7 @@ from aurora_train.interop.families.family import Weight
 from aurora_train.nn.decoder import Decoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
-from families import VOCAB, draw_weights, tokens_and_targets  # noqa: E402
+from families import VOCAB, draw_weights, of_documents, rows_of  # noqa: E402
 from test_parity import QUICK_JIT, placed, stored  # noqa: E402
 
 
@@ -100,14 +100,14 @@ def _logits(name, table, config):
     flat = placing.ours(table, ours, config.heads, draw_weights(name, stored(name)[0]))
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))))
     weights = placing.assembled(nnx.to_pure_dict(state), flat.__getitem__)
-    tokens = jnp.asarray(tokens_and_targets(name)[0])
+    tokens, _, segments, positions, _ = map(jnp.asarray, rows_of(name))
 
     def run(weights):
         nnx.replace_by_pure_dict(state, weights)
         model = nnx.merge(graph, state)
-        return model.logits(model(tokens))
+        return model.logits(model(tokens, segments, positions))
 
-    return np.asarray(QUICK_JIT(run)(weights))
+    return of_documents(np.asarray(QUICK_JIT(run)(weights)))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

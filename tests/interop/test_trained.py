@@ -29,7 +29,7 @@ from aurora_train.nn.stack import Segment
 pytestmark = pytest.mark.slow
 
 STEPS = 20
-IMPORTED = sorted(FAMILIES.keys() - {"llama_yarn", "qwen2_window", "phi3_short"})  # without second forms of a family
+IMPORTED = sorted(FAMILIES.keys() - {"llama_yarn", "qwen2_window"})  # without second forms of a family
 # Unlike in what a trainer meets: plain attention, windows and four norms, learned positions and biases, fused kernels,
 # a linear state.
 UNLIKE = ("llama2", "gemma3", "gpt2", "phi3", "qwen3_5")
