@@ -205,12 +205,12 @@ def _unread_source(source: Path, config) -> Unread:
     from aurora_train.interop.kept import facts_of
     from aurora_train.interop.placing import matched
     from aurora_train.interop.result import Unread
-    from aurora_train.interop.source import open_source
+    from aurora_train.interop.source import as_parent, open_source
 
     opened = matched(open_source(source))
     facts = facts_of(opened.source, opened.family.model_type, opened.beside)
     specs = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
-    return Unread(source, config, facts, {}, 0, specs, opened.read)
+    return Unread(source, config, facts, {"parent": as_parent(source)}, 0, specs, opened.read)
 
 
 _GIVE_BACK_BYTES = 1 << 28

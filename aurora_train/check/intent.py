@@ -173,8 +173,8 @@ def _refuse_missing(start: str, key: str) -> None:
     path = Path(start)
     hint = "a run folder, a Hugging Face folder, a GGUF file, or a safetensors file with this project's parameter names"
     if "hub:" in start and not path.exists():
-        what = "a model on a hub cannot be read as a start yet"
-        hint = "download it, and name the folder"
+        what = "a model on a hub is not named here"
+        hint = "model.from=hub:owner/name starts from it; or `aurora import` it, and name the run"
     elif path.exists() and is_foreign(path) and (path.is_file() or any(path.glob("*config.json"))):
         shape_of(open_source(path))  # which refuses what it cannot read
         return

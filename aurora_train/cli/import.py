@@ -14,15 +14,19 @@ EXAMPLE = "aurora import ~/models/Qwen3-0.6B --to runs/qwen3"
 
 def command(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A Hugging Face folder of safetensors files, or a GGUF file.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A Hugging Face folder of safetensors files, a GGUF file, or hub:owner/name."
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", metavar="RUN", help="The run folder to write; it must not exist yet.")],
+    online: Annotated[bool, typer.Option("--online", help="Download a hub: source, or what is new of it.")] = False,
     json: JsonOption = False,
 ):
     """Import an open model: weights, tokenizer, chat template and licence, as a run at step 0."""
     from aurora_train.train.importing import import_model
 
-    run, opened = import_model(source, str(to))
+    run, opened = import_model(source, str(to), online=online)
     count = sum(_size(shape) for shape in opened.shapes.values())
     if json:
         print_json({"run": str(run.folder), "family": opened.family.model_type, "parameters": count,

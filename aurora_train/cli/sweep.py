@@ -25,7 +25,7 @@ def command(
     run: Annotated[
         str | None, typer.Option("--run", metavar="DIR", help="Folder of the runs; by default runs/NAME-sweep.")
     ] = None,
-    online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,
+    online: Annotated[bool, typer.Option("--online", help="Let hub: sources and models use the network.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):

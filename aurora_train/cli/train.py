@@ -20,7 +20,7 @@ def command(
     run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="Folder (default runs/NAME-HASH).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start over.")] = False,
     replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
-    online: Annotated[bool, typer.Option("--online", help="Let data sources use the network.")] = False,
+    online: Annotated[bool, typer.Option("--online", help="Let hub: sources and models use the network.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):

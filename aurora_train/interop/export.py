@@ -29,7 +29,6 @@ from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS = {ours: theirs for theirs, ours in STORED.items()}
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # in the order of a file
 SHARD_BYTES = 4 << 30
 CARD = "README.md"
 
@@ -135,7 +134,7 @@ class _Stored(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * _numpy(self.dtype).itemsize
 
 
 def _stored(result: Result, arrays: Theirs, shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, _Stored]:
@@ -172,8 +171,8 @@ def _write_shard(tensors: dict[str, _Stored], path: Path) -> int:
     other, those with the widest numbers first, so that each begins at a multiple of its width. The library writes the
     same bytes, but takes all tensors at once.
     """
-    widths = list(_ITEM_BYTES)
-    tensors = dict(sorted(tensors.items(), key=lambda named: (widths.index(named[1].dtype), named[0])))
+    order = list(_SAFETENSORS)
+    tensors = dict(sorted(tensors.items(), key=lambda named: (order.index(named[1].dtype), named[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, one in tensors.items():
@@ -201,11 +200,14 @@ def _shards(tensors: dict[str, _Stored]) -> Iterator[list[str]]:
     yield names
 
 
-def _as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+def _numpy(dtype: str) -> np.dtype:
     import ml_dtypes
 
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    cast = array.astype(kind)
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def _as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    cast = array.astype(_numpy(dtype))
     if dtype == "float16" and not np.isfinite(cast).all() and np.isfinite(array).all():
         raise UserError(f"{name} has values beyond the range of float16", where="--dtype", hint="--dtype bfloat16")
     return cast
@@ -242,6 +244,7 @@ def _lineage(origin: dict[str, Any]) -> list[str]:
     """What the weights were made from and with, as lines of the card."""
     parent, versions = origin["parent"], origin["versions"] or {}
     at = "" if not parent or parent["step"] is None else f" at step {parent['step']}"
+    at = f" at revision {parent['revision']}" if parent and "revision" in parent else at
     lines = [f"Started from: `{parent['from']}`{at} (sha256 {parent['digest']})."] if parent else []
     lines += [f"Code: sha256 {origin['code_sha256']}."] if origin["code_sha256"] else []
     named = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -16,8 +16,13 @@ from typing import Any
 from aurora_train.errors import UserError
 from aurora_train.interop.source import Source, Tensor
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Every dtype that is read, the widest first, as safetensors orders the tensors of a file.
+DTYPES = {
+    "U64": "uint64", "I64": "int64", "F64": "float64", "F32": "float32", "U32": "uint32", "I32": "int32",
+    "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("float64", "float32", "bfloat16", "float16")
 _CONVERT = "take the release in bfloat16, or dequantise it with the library that made it"
 
 
@@ -146,7 +151,8 @@ def _more(names: list[str]) -> str | None:
 
 
 def tensors_of_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, by its header. UserError for a cut file or another dtype."""
+    """The tensors of a safetensors file by name, by its header. UserError for a cut file and for a dtype that NumPy
+    does not have."""
     from safetensors import SafetensorError, safe_open
 
     def asked(what: Callable[[], Any]):
@@ -165,9 +171,18 @@ def tensors_of_file(path: Path) -> dict[str, Tensor]:
             kind = "FP8" if stored.startswith("F8") else f"the dtype {stored}"
             raise UserError(f"{name} is stored in {kind}", where=str(path), why=f"read are {', '.join(DTYPES)}",
                             hint=_CONVERT)  # fmt: skip
-        tensors[name] = Tensor(tuple(part.get_shape()), dtype, functools.partial(_rows, handle, name, asked))
+        shape = tuple(part.get_shape())
+        tensors[name] = Tensor(shape, dtype, functools.partial(_rows, handle, name, asked, bool(shape)))
     return tensors
 
 
-def _rows(handle, name: str, asked, start: int, stop: int):
-    return asked(lambda: handle.get_slice(name)[start:stop])
+def refuse_codes(tensors: dict[str, Tensor], where: str) -> None:
+    """UserError for a tensor of whole numbers: it holds the codes of weights, or something else than weights."""
+    name = next((name for name, tensor in tensors.items() if tensor.dtype not in _WEIGHTS), None)
+    if name is not None:
+        raise UserError(f"{name} is stored in the dtype {tensors[name].dtype}", where=where,
+                        why=f"weights are {', '.join(_WEIGHTS)}", hint=_CONVERT)  # fmt: skip
+
+
+def _rows(handle, name: str, asked, has_rows: bool, start: int, stop: int):
+    return asked(lambda: handle.get_slice(name)[start:stop] if has_rows else handle.get_tensor(name))

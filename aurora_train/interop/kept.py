@@ -13,8 +13,8 @@ from typing import Any
 
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
-from aurora_train.interop import families
-from aurora_train.interop.placing import _named
+from aurora_train.interop import families, hub
+from aurora_train.interop.placing import text_tensors
 from aurora_train.interop.source import Source
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, ORIGIN = (
@@ -45,7 +45,7 @@ def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
     if source.chat_template is not None:
         facts[TEMPLATE] = source.chat_template.encode()
     facts[ORIGIN] = {
-        "family": family, "name": source.path.resolve().name, "licence": source.licence,
+        "family": family, "name": hub.public_name(source.path), "licence": source.licence,
         "eos_ids": [int(i) for i in source.eos_ids], "bos_id": config.get("bos_token_id"),
         "pad_id": config.get("pad_token_id"), "dtype": (most := _dtype(source)),
         "dtypes": _other_dtypes(source, most),
@@ -87,7 +87,7 @@ def _dtype(source: Source) -> str | None:
 
 def _other_dtypes(source: Source, most: str | None) -> dict[str, str]:
     """The dtype of each tensor that is stored otherwise than most, by its family's name for it."""
-    tensors, _ = _named(source, families.of(source.config, str(source.path)))
+    tensors, _ = text_tensors(source, families.of(source.config, str(source.path)))
     return {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in (most, "float64")}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from aurora_train.errors import UserError
-from aurora_train.interop import families
+from aurora_train.interop import families, hub
 from aurora_train.interop.source import Source, Tensor, open_source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,7 +40,7 @@ _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 def open_adapter(folder: Path) -> Source:
     """The base of an adapter with the adapter added. UserError for an adapter or a base that cannot be read so."""
-    from aurora_train.interop.hf import read_json, read_text, tensors_of_file
+    from aurora_train.interop.hf import read_json, read_text, refuse_codes, tensors_of_file
 
     config = read_json(folder / CONFIG, required=True)
     where = str(folder / CONFIG)
@@ -49,6 +49,7 @@ def open_adapter(folder: Path) -> Source:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"there is no {WEIGHTS}", where=str(folder), hint="save the adapter with safe_serialization")
     parts = _pairs(tensors_of_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
+    refuse_codes({name: base.tensors[name] for name in parts}, str(base.path))
     flips = bool(config.get("fan_in_fan_out"))
     tensors = dict(base.tensors)
     for name, (down, up) in parts.items():
@@ -100,6 +101,8 @@ def base_of(folder: Path) -> Path:
     if not named:
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
     path = next((path for path in (Path(named), folder / named) if path.exists()), None)
+    on_hub = hub.base_of(folder)
+    path = path or (on_hub and on_hub.copy())
     if path is None:
         raise UserError(
             f"the adapter's base {named} is not here", where=where,

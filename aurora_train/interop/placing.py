@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.families.family import Family, Weight
+from aurora_train.interop.hf import refuse_codes
 from aurora_train.interop.source import Source, Tensor
 from aurora_train.nn.decoder_config import DecoderConfig
 
@@ -193,7 +194,7 @@ def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
         fields = families.read_shape(source.config, family, where)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"config.json describes no model: {error}", where=where) from error
-    fields["tied"] = bool(fields["tied"]) and not _has_own_head(_named(source, family)[0], family)
+    fields["tied"] = bool(fields["tied"]) and not _has_own_head(text_tensors(source, family)[0], family)
     try:
         return family, DecoderConfig(**fields)
     except ValidationError as error:
@@ -210,16 +211,17 @@ def matched(source: Source) -> Opened:
     family, config = shape_of(source)
     vocabulary = families.vocabulary(source.config, str(source.path))
     shapes = our_shapes(config, vocabulary)
-    tensors, beside = _named(source, family)
+    tensors, beside = text_tensors(source, family)
     head = next(weight.theirs for weight in family.outer if weight.ours == ("head",))
     if config.tied:
         tensors.pop(head, None)  # stored twice, and equal
+    refuse_codes(tensors, str(source.path))
     _refuse_difference(tensors, their_shapes(family, shapes, config.heads), source)
     placed = places(family, shapes, config.heads)
     return Opened(source, family, config, vocabulary, shapes, placed, tensors, beside)
 
 
-def _named(source: Source, family: Family) -> tuple[dict[str, Tensor], list[str]]:
+def text_tensors(source: Source, family: Family) -> tuple[dict[str, Tensor], list[str]]:
     """(the text model's tensors by the family's names, the names of tensors of other parts)."""
     tensors, beside = {}, []
     for name, tensor in source.tensors.items():

@@ -163,7 +163,11 @@ def published(record: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: record.get(name) for name in ("run", "step", "recipe", "base", "licence", "code_sha256", "versions")},
         "data": Path(source).name if source else None,
-        "parent": parent and {"from": Path(parent["from"]).name, "step": parent["step"], "digest": parent["digest"]},
+        "parent": parent and {
+            "from": parent.get("hub") or Path(parent["from"]).name,
+            **({"revision": parent["revision"]} if "revision" in parent else {}),
+            "step": parent["step"], "digest": parent["digest"],
+        },
     }
 
 

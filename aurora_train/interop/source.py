@@ -13,21 +13,23 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from aurora_train import files
 from aurora_train.errors import UserError
+from aurora_train.interop import hub
 
 PACKAGE = "package:"  # how a GGUF file inside an installed Python package is named
 Kind = Literal["hf", "gguf", "peft"]
 
 
 class Tensor(NamedTuple):
-    """One stored array. `read(start, stop)` returns its rows [start, stop) of the first axis, C-contiguous.
+    """One stored array. `read(start, stop)` returns its rows [start, stop) of the first axis, C-contiguous; all of it
+    if it is a single number.
 
-    `dtype` is the NumPy name ("float32", "bfloat16", "float16") of what `read` returns; a quantised tensor is read as
+    `dtype` is the NumPy name ("float32", "bfloat16", ...) of what `read` returns; that of a quantised tensor is
     float32.
     """
 
@@ -36,7 +38,7 @@ class Tensor(NamedTuple):
     read: Callable[[int, int], np.ndarray]
 
     def whole(self) -> np.ndarray:
-        return self.read(0, self.shape[0])
+        return self.read(0, self.shape[0] if self.shape else 1)
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
@@ -87,11 +89,15 @@ class Source:
         return ()
 
 
-def located(named: str | Path) -> str | Path:
-    """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds.
+def located(named: str | Path, *, online: bool = False, where: str | None = None) -> str | Path:
+    """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds; for
+    `hub:owner/name`, the folder of its copy in the cache, which is downloaded if `online`.
 
-    The package is not imported. UserError if it is not installed or does not hold exactly one such file.
+    The package is not imported. UserError if it is not installed or does not hold exactly one such file, and as
+    `hub.copied` says. `where`: the key or argument that names it.
     """
+    if str(named).startswith(hub.HUB):
+        return str(hub.copied(str(named), online=online, where=where))
     if not str(named).startswith(PACKAGE):
         return named
     name = str(named).removeprefix(PACKAGE)
@@ -161,3 +167,9 @@ def digest(path: str | Path) -> str:
 
         hasher.update(digest(base_of(path)).encode())
     return hasher.hexdigest()
+
+
+def as_parent(path: str | Path) -> dict[str, Any]:
+    """A source as provenance.json records the parent of a run; one from a hub with its name and commit."""
+    path = Path(path).absolute()
+    return {"from": str(path), **hub.origin(path), "step": None, "digest": digest(path)}

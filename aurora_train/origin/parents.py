@@ -16,6 +16,7 @@ from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE, Facts
+from aurora_train.interop import hub
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import digest as foreign_digest
@@ -75,7 +76,7 @@ class Parent:
         """The parent as provenance.json and events.jsonl record it."""
         facts = {"facts_sha256": kept_facts.sha256(self.facts)} if self.facts else {}
         prefix = {"prefix": self.prefix} if self.prefix else {}
-        return {**prefix, "from": self.path, "step": self.step, "digest": self.digest, **facts}
+        return {**prefix, "from": self.path, **hub.origin(self.path), "step": self.step, "digest": self.digest, **facts}
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from aurora_train import run as runs
@@ -21,6 +23,7 @@ from aurora_train.check.intent import init_key
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
+from aurora_train.interop.hf import tensors_of_file
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.nn import nf4
@@ -33,10 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("aurora_train")
 
-_SAFETENSORS = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I32": "int32",
-}  # fmt: skip
-_READ = ", ".join(_SAFETENSORS)
 _PLACES = ("frozen.", "params.", "extra.ema.")  # the later one wins
 
 
@@ -71,9 +70,13 @@ def _opened(parent: Parent):
     """The shapes of a source by bare name, with the rows of new tokens, and a function that reads the wanted arrays."""
     with contextlib.ExitStack() as closing:
         if is_foreign(parent.path):
-            source = _from_foreign(parent.path)
+            opened = matched(open_source(parent.path))
+            shapes = {name: (shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+            source = _by_name(shapes, opened.read)
         elif parent.step is None:
-            source = _from_safetensors(Path(parent.path))
+            tensors = tensors_of_file(Path(parent.path))
+            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            source = _by_name(shapes, lambda name: tensors[name].whole())
         else:
             run = runs.Run.existing(parent.path)
             store = closing.enter_context(contextlib.closing(CheckpointStore(run.checkpoints, run.trash)))
@@ -302,42 +305,11 @@ def stored_parameters(store: CheckpointStore, step: int):
     return {bare: shapes[name] for bare, name in names.items()}, read
 
 
-def _from_foreign(path: str):
-    """(shapes, reader) of an open model. Each parameter is read, turned and put in its place alone."""
-    opened = matched(open_source(path))
-    stored = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
+def _by_name(stored: dict[str, tuple[tuple[int, ...], str]], read_one: Callable[[str], np.ndarray]):
+    """(specs, reader) of a source with a (shape, dtype) by name. Each parameter is read and put in its place alone,
+    because a source may be larger than memory."""
 
     def read(wanted: dict) -> dict:
-        return {name: jax.device_put(opened.read(name), spec.sharding) for name, spec in wanted.items()}
+        return {name: jax.device_put(read_one(name), spec.sharding) for name, spec in wanted.items()}
 
-    return stored, read
-
-
-def _from_safetensors(path: Path):
-    """(shapes, reader) of a file. Arrays are read on demand, because a file may be larger than memory."""
-    from safetensors import SafetensorError, safe_open
-
-    def asked(what):
-        try:
-            return what()
-        except SafetensorError as error:
-            raise UserError(f"not a readable safetensors file: {error}", where=str(path)) from error
-
-    handle = asked(lambda: safe_open(path, framework="numpy"))
-    stored = {}
-    for name in handle.keys():  # noqa: SIM118 (a handle is not a dict)
-        part = handle.get_slice(name)
-        dtype = _SAFETENSORS.get(part.get_dtype())
-        if dtype is None:
-            raise UserError(
-                f"{name} is stored as {part.get_dtype()}", where=str(path), why=f"supported dtypes are {_READ}"
-            )
-        stored[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
-
-    def read(wanted: dict) -> dict:
-        return {
-            name: jax.device_put(asked(lambda name=name: handle.get_tensor(name)), spec.sharding)
-            for name, spec in wanted.items()
-        }
-
-    return stored, read
+    return {name: jax.ShapeDtypeStruct(*one) for name, one in stored.items()}, read

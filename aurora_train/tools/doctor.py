@@ -35,7 +35,8 @@ from aurora_train.units import percent, size
 
 _CORE = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "pyarrow", "pydantic", "ruamel.yaml",
-    "typer", "rich", "tokenizers", "safetensors", "gguf", "jinja2", "xxhash", "matplotlib", "psutil", "numpy",
+    "typer", "rich", "tokenizers", "huggingface_hub", "safetensors", "gguf", "jinja2", "xxhash", "matplotlib", "psutil",
+    "numpy",
 )  # fmt: skip
 _EXTRAS = {  # extra -> (modules, any one of which suffices; its purpose)
     "neural": (("h5py",), "neural recordings (NWB, HDF5)"),

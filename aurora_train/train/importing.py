@@ -20,19 +20,22 @@ from aurora_train.errors import UserError
 from aurora_train.files import write_atomically, write_json
 from aurora_train.interop.kept import TEMPLATE, facts_of
 from aurora_train.interop.placing import Opened, matched
-from aurora_train.interop.source import digest, is_foreign, located, open_source
+from aurora_train.interop.source import as_parent, is_foreign, located, open_source
 from aurora_train.machine.precision import settled
 
 
-def import_model(source: str, folder: str, *, recipe: str = "language_model") -> tuple[runs.Run, Opened]:
+def import_model(
+    source: str, folder: str, *, online: bool = False, recipe: str = "language_model"
+) -> tuple[runs.Run, Opened]:
     """Write the run folder of an open model. Returns the run and the opened source.
 
-    Raises UserError for a source that cannot be read, and for a folder that holds something.
+    `online`: a source on a hub may be downloaded. Raises UserError for a source that cannot be read, and for a folder
+    that holds something.
     """
     run = runs.Run(folder)
     if run.config.is_file() or run.holds_something_else():
         raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
-    source = str(located(source))
+    source = str(located(source, online=online))
     if Path(source).exists() and not is_foreign(source):
         raise UserError("this is a run already", where=source, hint=f"a config starts from it by model.from: {source}")
     opened = matched(open_source(source))
@@ -51,7 +54,7 @@ def import_model(source: str, folder: str, *, recipe: str = "language_model") ->
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "recipe": {"name": config.recipe, "sha256": config.recipe_sha256}, "code_sha256": runs.code_hash(),
             "facts_sha256": kept_facts.sha256(facts), "versions": runs.versions(),
-            "parent": {"from": str(Path(source).absolute()), "step": None, "digest": digest(source)},
+            "parent": as_parent(source),
         })  # fmt: skip
         write_atomically(run.config, dump(config))  # last: it makes the folder a run
     return run, opened

@@ -65,7 +65,7 @@ class TextDataConfig(Section):
     holdout_test: float = setting(0.02, ge=0, lt=1, help="share of documents kept for the score, by hash of path")
     holdout_validation: float = setting(0.01, ge=0, lt=1, help="share of documents kept for evaluation while training")
     max_documents: int | None = setting(None, ge=1, help="read only the first documents of the source, in its order")
-    online: bool = setting(False, resume="free", help="allow a hub: source to use the network")
+    online: bool = setting(False, resume="free", help="allow a hub: source or model to use the network")
 
 
 ALL_HELD_OUT = 1.0  # a `holdout_test` that a config may not set: no text is left to train on

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aurora_train.config import load_resolved, setting
 from aurora_train.errors import UserError
+from aurora_train.interop.hub import HUB, public_name
 from aurora_train.interop.source import PACKAGE, located
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.recipe import Derived
@@ -23,18 +24,20 @@ class ModelConfig(DecoderConfig):
     """A decoder whose shape is written out, follows from a size, or is that of an existing model."""
 
     from_: str | None = setting(
-        None, alias="from", resume="located", path_unless=("hub:", PACKAGE),
+        None, alias="from", resume="located", path_unless=(HUB, PACKAGE),
         help="start from this model: a Hugging Face folder, a GGUF file (package:NAME: that of an installed package), "
-        "or a run; its shape, weights, tokenizer and template follow",
+        "hub:owner/name (downloaded with data.online), or a run; its shape, weights, tokenizer and template follow",
     )
 
 
 def derive_from_source(given: dict) -> list[Derived]:
     """Shape and `init.from` of a config with `model.from`. UserError, by key, for what the config says otherwise."""
-    model, start = given["model"], str(located(given["model"]["from"]))
+    model, online = given["model"], bool((given.get("data") or {}).get("online"))
+    start = str(located(model["from"], online=online, where="model.from"))
+    source = public_name(start)
     shape, formula = _shape_of(start)
     if model.get("size") is not None:
-        raise UserError(f"the model from {Path(start).name} has its own size", where="model.size", hint="leave it out")
+        raise UserError(f"the model from {source} has its own size", where="model.size", hint="leave it out")
     derived = []
     for name, field in DecoderConfig.model_fields.items():
         if name in _FREE:
@@ -44,7 +47,7 @@ def derive_from_source(given: dict) -> list[Derived]:
             if _written(name, model[name]) != value:
                 plain = shape.model_dump(mode="json")[name]
                 raise UserError(
-                    f"the model from {Path(start).name} has {name}: {plain}", where=f"model.{name}",
+                    f"the model from {source} has {name}: {plain}", where=f"model.{name}",
                     why="a model's shape is that of its weights", hint=f"leave {name} out",
                 )  # fmt: skip
         elif value != field.default:
@@ -63,8 +66,6 @@ def _shape_of(start: str) -> tuple[DecoderConfig, str]:
     from aurora_train.interop.placing import shape_of
     from aurora_train.interop.source import is_foreign, open_source
 
-    if start.startswith("hub:"):
-        raise UserError("a model on a hub cannot be read yet", where="model.from", hint="download it; name the folder")
     if is_foreign(start) or not Path(start).exists():
         family, shape = shape_of(open_source(start))
         return shape, f"a model of the family {family.model_type}"

@@ -20,6 +20,9 @@ PIXELS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 BESIDE = {
     "vision_tower.patches.weight": PIXELS.astype(ml_dtypes.bfloat16), "vision_tower.odd.weight": PIXELS,
     "multi_modal_projector.scale": PIXELS[0].astype(np.float16),
+    # As a batch normalisation and a table of positions store them: a single number, whole numbers, flags.
+    "vision_tower.bn.num_batches_tracked": np.array(7), "vision_tower.scale": np.array(0.5, ml_dtypes.bfloat16),
+    "vision_tower.position_ids": np.arange(6).reshape(1, 6), "vision_tower.seen": np.array([True, False, True]),
 }  # fmt: skip
 
 
@@ -56,7 +59,7 @@ def test_an_export_is_the_checkpoint_that_came_in_to_the_bit(here, capsys):
     assert config["vision_config"] == {"model_type": "siglip_vision_model"}
     assert config["text_config"]["model_type"] == "gemma3_text" and config["eos_token_id"] == 1
     assert (here / "out" / "preprocessor_config.json").read_text() == '{"size": 224}'
-    assert "3 tensors of other parts of its base (" in (here / "out" / "README.md").read_text()
+    assert "7 tensors of other parts of its base (" in (here / "out" / "README.md").read_text()
     assert aurora("verify", "out") == 0
     assert aurora("import", "out", "--to", "again") == 0
     assert aurora("export", "again", "--to", "twice") == 0  # the run's source is now the export
@@ -65,6 +68,19 @@ def test_an_export_is_the_checkpoint_that_came_in_to_the_bit(here, capsys):
     wide = load_file(here / "wide" / "model.safetensors")
     assert all(wide[one].tobytes() == array.tobytes() for one, array in BESIDE.items())
     assert wide["language_model.model.norm.weight"].dtype == np.float32
+
+
+def test_an_open_vision_model_goes_out_whole_without_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = write_vision(tmp_path / "open")
+    assert aurora("export", "open", "--to", "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "open" / "model.safetensors").read_bytes()
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == before.keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "7 tensors of other parts of its base (" in card and "Started from: `open` (sha256 " in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]
+    assert aurora("verify", "out") == 0
 
 
 @pytest.mark.parametrize("case", ["gone", "changed"])

@@ -108,6 +108,8 @@ BAD = {
     "AWQ": (lambda f: edit(f, quantization_config={"quant_method": "awq"}), "stored in AWQ"),
     "GPTQ": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "stored in GPTQ"),
     "FP8 without a word": (float8, "model.norm.weight is stored in FP8"),
+    "codes without a word": (
+        lambda f: weights(f, lambda w: w.update({Q: w[Q].astype(np.int8)})), f"{Q} is stored in the dtype int8"),
     "pickle": (pickled, "pytorch_model.bin is a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors here"),
     "cut short": (cut, "not a whole safetensors file"),
@@ -286,6 +288,13 @@ def test_the_digest_of_an_adapter_covers_its_base(folder, tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text() + " ")
     assert digest(path) != before
+
+
+def test_an_adapter_is_not_added_to_codes(folder, tmp_path):
+    weights(folder, lambda w: w.update({Q: w[Q].astype(np.int8)}))
+    path, _ = adapter(tmp_path)
+    with pytest.raises(UserError, match=f"{Q} is stored in the dtype int8"):
+        opened(path)
 
 
 BAD_ADAPTERS = {
