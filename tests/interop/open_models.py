@@ -50,6 +50,13 @@ def write_model(folder: Path, name: str = "qwen3", *, dtype: str = "float32", **
     return weights
 
 
+def write_texts(folder: Path) -> None:
+    """`texts`, which a byte tokenizer cuts into rows of 32 tokens."""
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} and {number + 1} make {2 * number + 1}. " * 30)
+
+
 def decoder_of(opened: Opened):
     """The whole float32 `Decoder` of an open model."""
     from flax import nnx

@@ -61,6 +61,11 @@ def test_an_export_is_the_checkpoint_that_came_in_to_the_bit(here, capsys):
     assert (here / "out" / "preprocessor_config.json").read_text() == '{"size": 224}'
     assert "7 tensors of other parts of its base (" in (here / "out" / "README.md").read_text()
     assert aurora("verify", "out") == 0
+
+
+@pytest.mark.slow
+def test_an_export_is_itself_a_source_and_another_dtype_leaves_the_other_parts_alone(here):
+    assert aurora("export", "run", "--to", "out") == 0
     assert aurora("import", "out", "--to", "again") == 0
     assert aurora("export", "again", "--to", "twice") == 0  # the run's source is now the export
     assert (here / "twice" / "model.safetensors").read_bytes() == (here / "out" / "model.safetensors").read_bytes()
