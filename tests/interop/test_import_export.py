@@ -136,6 +136,7 @@ def test_what_a_config_says_alike_is_accepted(capsys):
     assert "a model of the family qwen3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_when_asked(here, adapted, capsys):
     assert aurora("export", "adapted", "--to", "merged") == 2 and "--merge" in capsys.readouterr().err
     assert aurora("export", "adapted", "--to", "merged", "--merge", "--dtype", "float32") == 0

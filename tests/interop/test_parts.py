@@ -88,7 +88,7 @@ def test_an_open_vision_model_goes_out_whole_without_a_run(tmp_path, monkeypatch
     assert aurora("verify", "out") == 0
 
 
-@pytest.mark.parametrize("case", ["gone", "changed"])
+@pytest.mark.parametrize("case", [pytest.param("gone", marks=pytest.mark.slow), "changed"])
 def test_parts_that_cannot_be_copied_are_left_out_and_the_card_says_why(case, here, caplog):
     if case == "gone":
         shutil.move(here / "open", here / "moved")

@@ -109,6 +109,7 @@ def run(here, adapted):
     """The current folder has a model `open`, the run `base` imported from it, and adapters over that, `adapted`."""
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys, run):
     assert aurora("export", "adapted", "--to", "peft", "--format", "peft", "--json") == 0
     said = json.loads(capsys.readouterr().out)
@@ -127,6 +128,7 @@ def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys, run):
         np.testing.assert_allclose(back.read(name), merged.read(name), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked,said",
     {
@@ -142,6 +144,7 @@ def test_what_cannot_go_out_as_peft_is_refused(asked, said, here, capsys, run):
     assert said in " ".join(capsys.readouterr().err.split()) and not (here / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_is_named_and_held_to_what_the_run_kept(here, capsys, run):
     shutil.copytree(here / "open", here / "moved")
     assert aurora("export", "adapted", "--to", "elsewhere", "--format", "peft", "--base", "moved") == 0
