@@ -16,7 +16,7 @@ from aurora_train.run import Run, say_changed_code
 if TYPE_CHECKING:
     import numpy as np
 
-    from aurora_train.interop.result import Unread
+    from aurora_train.interop.result import OnDisk
 
 _SILENT = lambda done, total, what: None  # noqa: E731 (the default argument of two functions)
 
@@ -151,7 +151,7 @@ def _started_from(source: Path) -> dict:
 
 
 @contextlib.contextmanager
-def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterator[Unread]:
+def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterator[OnDisk]:
     """A run or an open model as `load` takes it, whose parameters stay on disk and are read one layer at a time.
 
     Raises UserError as `load` does.
@@ -176,7 +176,7 @@ def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterat
         yield _unread_source(source, config)
         return
     from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
-    from aurora_train.interop.result import Unread
+    from aurora_train.interop.result import OnDisk
     from aurora_train.train.session import recipe_of, refuse_facts_of_another
 
     recipe = recipe_of(config, known, progress)
@@ -187,7 +187,7 @@ def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterat
         refuse_facts_of_another(store, step, facts)
         specs, read = _by_layer(store, step)
         origin, mask = read_json(known.provenance, {}), _mask(recipe, config.train.seed)
-        yield Unread(known.folder, config, facts, origin, step, specs, read, mask)
+        yield OnDisk(known.folder, config, facts, origin, step, specs, read, mask)
 
 
 def _mask(recipe, seed: int) -> str:
@@ -199,18 +199,18 @@ def _mask(recipe, seed: int) -> str:
     return getattr(nnx.eval_shape(lambda: carried.build(recipe, seed)), "mask", "causal")
 
 
-def _unread_source(source: Path, config) -> Unread:
+def _unread_source(source: Path, config) -> OnDisk:
     import jax
 
     from aurora_train.interop.kept import facts_of
     from aurora_train.interop.placing import matched
-    from aurora_train.interop.result import Unread
+    from aurora_train.interop.result import OnDisk
     from aurora_train.interop.source import as_parent, open_source
 
     opened = matched(open_source(source))
     facts = facts_of(opened.source, opened.family.model_type, opened.beside)
     specs = {name: jax.ShapeDtypeStruct(shape, opened.dtype(name)) for name, shape in opened.shapes.items()}
-    return Unread(source, config, facts, {"parent": as_parent(source)}, 0, specs, opened.read)
+    return OnDisk(source, config, facts, {"parent": as_parent(source)}, 0, specs, opened.read)
 
 
 _GIVE_BACK_BYTES = 1 << 28

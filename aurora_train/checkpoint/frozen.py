@@ -2,16 +2,29 @@
 
 They are stored in `frozen/` beside the checkpoints, in the same form. The folder is sealed before the first checkpoint
 that needs it, and retention never deletes it, because no checkpoint can be read without it.
+
+Runs in one folder that freeze the same parameters, such as several adapters of one base, share the bytes on disk: the
+files of the later run are hard links to those of the earlier. Each folder is whole for whoever reads or copies it, and
+the bytes are there until the last run is deleted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
+
 from aurora_train.checkpoint import durable, writer
 from aurora_train.errors import UserError
+from aurora_train.files import sync, write_atomically
+
+log = logging.getLogger("aurora_train")
 
 FOLDER = "frozen"
 _PREFIX = "frozen."
@@ -22,7 +35,58 @@ def is_frozen(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
-def write(folder: Path, flat: dict[str, Any]) -> str:
+def shared(folder: Path, content: str) -> str | None:
+    """Make `folder`, which must not exist, of hard links to the same parameters of another run. Returns its digest.
+
+    The other run lies beside this one, and every byte is read and compared with its manifest. None, and no folder, if
+    there is no such run; a link that cannot be made, and damage, are told in the log.
+    """
+    for seal in sorted(folder.parents[2].glob(f"*/{folder.parent.name}/{FOLDER}/{durable.MANIFEST}")):
+        other = seal.parent
+        if durable.manifest(other).get("content") != content:
+            continue
+        try:
+            _link(other, folder)
+            faults = durable.faults(folder)
+        except (OSError, UserError) as error:
+            faults = [getattr(error, "strerror", None) or str(error)]
+        if not faults:
+            log.info("frozen parameters: %d bytes shared with %s", durable.num_bytes(folder), other.parents[1])
+            return _digest(folder)
+        log.warning("the frozen parameters are stored once more, because those of %s cannot be shared: %s",
+                    other.parents[1], faults[0])  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _link(other: Path, folder: Path) -> None:
+    """Hard links to the files of a sealed folder, and a manifest of its own, written last. Raises OSError."""
+    folder.mkdir()
+    for path in sorted(other.rglob("*")):  # a folder comes before what it holds
+        mine = folder / path.relative_to(other)
+        if path.is_dir():
+            mine.mkdir()
+        elif path.name != durable.MANIFEST:
+            os.link(path, mine)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync(path)
+    write_atomically(folder / durable.MANIFEST, (other / durable.MANIFEST).read_bytes())
+    sync(folder.parent)
+
+
+def content_of(flat: dict[str, Any]) -> str:
+    """xxh3 (128 bits) over names, shapes, dtypes and bytes of the named leaves, read one at a time.
+
+    Of two runs of one base it is the same, while the files that Orbax writes have random names.
+    """
+    hasher = xxhash.xxh3_128()
+    for name, leaf in sorted(flat.items()):
+        hasher.update(f"{name} {leaf.dtype} {list(leaf.shape)}\n".encode())
+        hasher.update(np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8))
+    return hasher.hexdigest()
+
+
+def write(folder: Path, flat: dict[str, Any], content: str) -> str:
     """Save the named leaves as `folder`, which must not exist, and seal it. Returns its digest.
 
     They never change, so they are read as they are written (`layout.Unread`), and no copy of them all is made.
@@ -31,7 +95,7 @@ def write(folder: Path, flat: dict[str, Any]) -> str:
 
     with writer.options():
         ocp.save_checkpointables(folder, {writer.STATE: flat})
-    return durable.seal(folder, {"frozen": len(flat)})["digest"]
+    return durable.seal(folder, {"frozen": len(flat), "content": content})["digest"]
 
 
 def shapes(folder: Path, digest: str) -> dict[str, Any]:

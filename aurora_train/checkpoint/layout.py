@@ -127,14 +127,20 @@ def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:
 def assemble(flat: dict[str, Any], tree, shardings):
     """Canonical arrays -> the pytree of `tree` (abstract), in its dtypes. Empties `flat` as it goes.
 
-    Every leaf passes through a jitted copy with its sharding, because arrays straight from a restore may not be
-    donatable and may be placed differently from those of a fresh start.
+    A function in the place of an array is called when the array is needed: a stacked leaf of such parts is filled part
+    by part, so that memory never holds the parts beside it. Every leaf passes through a jitted copy with its sharding,
+    because arrays straight from a restore may not be donatable and may be placed differently from those of a fresh
+    start.
     """
     leaves = []
     for (names, stacked, leaf), sharding in zip(entries(tree), jax.tree.leaves(shardings), strict=True):
         parts = [flat.pop(name) for name in names]
-        join = jax.jit(_stack if stacked else _copy, static_argnums=1, out_shardings=sharding)
-        leaves.append(jax.block_until_ready(join(parts, leaf.dtype)))
+        if stacked and callable(parts[0]):
+            leaves.append(_filled(parts, leaf, sharding))
+        else:
+            join = jax.jit(_stack if stacked else _copy, static_argnums=1, out_shardings=sharding)
+            parts = [part() if callable(part) else part for part in parts]
+            leaves.append(jax.block_until_ready(join(parts, leaf.dtype)))
         assert leaves[-1].shape == leaf.shape, names[0]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
@@ -156,6 +162,20 @@ def refuse_difference(stored, wanted, where: str) -> None:
     if lines:
         more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise UserError("the checkpoint does not fit this model", where=where, why="\n  ".join(lines[:8]) + more)
+
+
+def _filled(parts: list[Callable[[], Any]], leaf, sharding):
+    """A stacked leaf of parts that are read one after the other."""
+    # Compiled, zeros are made where they stay; and XLA updates a slice in place, where `at[].set` takes a copy.
+    whole = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+    put = jax.jit(_with_part, donate_argnums=0, out_shardings=sharding)
+    for at, read in enumerate(parts):
+        whole = jax.block_until_ready(put(whole, read(), at))  # else a part is read before the last one is released
+    return whole
+
+
+def _with_part(whole, part, at):
+    return jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), at, 0)
 
 
 def _stack(parts, dtype):

@@ -196,17 +196,20 @@ class CheckpointStore:
         self._unsettled.discard(step)
 
     def _write_frozen(self, step: int, tree) -> dict:
-        """The manifest's entry for the frozen parameters; {} if there are none. Writes them if that is still to do."""
+        """The manifest's entry for the frozen parameters; {} if there are none. Stores them if that is still to do."""
         if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
             return {}
         if self._frozen is None:
-            flat = layout.unread(tree, frozen.is_frozen)
-            self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
-            folder = self.folder / frozen.FOLDER
+            flat, folder = layout.unread(tree, frozen.is_frozen), self.folder / frozen.FOLDER
+            content = frozen.content_of(flat)
             with self._reported(step):
                 if folder.exists():  # left by an attempt that was killed before its first checkpoint
                     self._delete(folder)
-                self._frozen = frozen.write(folder, flat)
+                self._frozen = frozen.shared(folder, content)
+            if self._frozen is None:
+                self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
+                with self._reported(step):
+                    self._frozen = frozen.write(folder, flat, content)
         return {"frozen": self._frozen}
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_train.errors import UserError
-from aurora_train.interop.source import Source, Tensor
+from aurora_train.interop.source import OpenModel, Tensor
 
 # Every dtype that is read, the widest first, as safetensors orders the tensors of a file.
 DTYPES = {
@@ -26,13 +26,13 @@ _WEIGHTS = ("float64", "float32", "bfloat16", "float16")
 _CONVERT = "take the release in bfloat16, or dequantise it with the library that made it"
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path) -> OpenModel:
     """The source in a folder. UserError as `open_source` says."""
     config = read_json(folder / "config.json", required=True)
     _refuse_quantised(config, folder)
     config_of_text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     tokenizer_config = read_json(folder / "tokenizer_config.json")
-    return Source(
+    return OpenModel(
         path=folder, kind="hf", config=config, tensors=_tensors(folder), tokenizer=read_text(folder / "tokenizer.json"),
         tokenizer_config=tokenizer_config, chat_template=_template(folder, tokenizer_config),
         generation=read_json(folder / "generation_config.json") or _ids(config) or _ids(config_of_text),

@@ -88,10 +88,13 @@ def copied(named: str, *, online: bool, where: str | None = None) -> Path:
     """
     model = Model.named(named, where or named)
     if online:
-        folder = _downloaded(model, where or named)
-        base = base_of(folder)
-        if base is not None and base.copy() is None:
-            _downloaded(base, f"{named}: adapter_config.json")
+        folder = at = _downloaded(model, where or named)
+        seen = {folder}
+        while (base := base_of(at)) is not None:  # of an adapter, which may be an adapter too
+            at = base.copy() or _downloaded(base, f"{named}: adapter_config.json")
+            if at in seen:
+                break  # they name each other, which the reader of adapters refuses
+            seen.add(at)
         return folder
     folder = model.copy()
     if folder is None:
@@ -122,7 +125,7 @@ def public_name(path: str | Path) -> str:
 def base_of(folder: Path) -> Model | None:
     """The base of an adapter, if it has the name of a model on a hub."""
     named = files.read_json(folder / "adapter_config.json", {})
-    base, revision = (named.get(key) for key in ("base_model_name_or_path", "revision"))
+    base, revision = map((named if isinstance(named, dict) else {}).get, ("base_model_name_or_path", "revision"))
     is_named = isinstance(base, str) and _NAMED.fullmatch(base) and not Path(base).exists()
     return Model(base, revision if isinstance(revision, str) else "main") if is_named else None
 

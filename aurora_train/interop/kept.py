@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.facts import Facts
 from aurora_train.interop import families, hub
 from aurora_train.interop.placing import text_tensors
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, ORIGIN = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "origin",
@@ -28,7 +28,7 @@ _TOKENIZER_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "additi
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # in vocabularies whose `eos_token` ends a turn of a chat
 
 
-def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
+def facts_of(source: OpenModel, family: str, beside: Sequence[str] = ()) -> Facts:
     """The facts of a run with this source's weights. UserError for no tokenizer, or one that does not fit them.
 
     `beside`: the names of the source's tensors that the text model does not have.
@@ -60,7 +60,7 @@ def facts_of(source: Source, family: str, beside: Sequence[str] = ()) -> Facts:
     return facts
 
 
-def _without_tokenizer(source: Source) -> UserError:
+def _without_tokenizer(source: OpenModel) -> UserError:
     """A run without its base's tokenizer would cut texts into bytes, whose ids mean nothing to the weights."""
     others = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
     lies = next((name for name in others if source.path.is_dir() and (source.path / name).is_file()), None)
@@ -73,19 +73,19 @@ def _without_tokenizer(source: Source) -> UserError:
     )  # fmt: skip
 
 
-def _refuse_other_ids(config: dict, source: Source) -> None:
+def _refuse_other_ids(config: dict, source: OpenModel) -> None:
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None and not isinstance(config[name], int):
             raise UserError(f"`{name}` is {config[name]!r}, which is no id", where=str(source.path))
 
 
-def _dtype(source: Source) -> str | None:
+def _dtype(source: OpenModel) -> str | None:
     """The dtype that most tensors are stored in."""
     counts = Counter(tensor.dtype for tensor in source.tensors.values())
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _other_dtypes(source: Source, most: str | None) -> dict[str, str]:
+def _other_dtypes(source: OpenModel, most: str | None) -> dict[str, str]:
     """The dtype of each tensor that is stored otherwise than most, by its family's name for it."""
     tensors, _ = text_tensors(source, families.of(source.config, str(source.path)))
     return {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in (most, "float64")}
@@ -97,7 +97,7 @@ def _content(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
+def _tokenizer_files(source: OpenModel, vocabulary: int) -> Facts:
     """The tokenizer in the form in which the language recipe keeps one: as the library writes it, and its separator."""
     import tokenizers
 
@@ -126,7 +126,7 @@ def _tokenizer_files(source: Source, vocabulary: int) -> Facts:
     return {TOKENIZER: backend.to_str().encode(), TOKENIZER_CONFIG: json.dumps({"eos_token": separator}).encode()}
 
 
-def _separator(source: Source, backend, where: str) -> str:
+def _separator(source: OpenModel, backend, where: str) -> str:
     """The token between documents: the one that begins a text if the tokenizer adds one, else the one that ends it.
 
     `add_bos_token` of tokenizer_config.json, if it is there, wins over tokenizer.json, as in transformers.

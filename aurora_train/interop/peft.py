@@ -11,19 +11,25 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.interop import families, hub
-from aurora_train.interop.source import Source, Tensor, open_source
+from aurora_train.interop.families.family import Family
+from aurora_train.interop.placing import shape_of
+from aurora_train.interop.source import OpenModel, Tensor, open_source
+from aurora_train.nn.lora_config import scale_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
+# The embedding's two matrices are parameters of its module; those of the other modules are modules with a weight.
+_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])(?:\.default)?\.weight|embedding_([AB])(?:\.default)?)")
+# A tensor that is stored whole: the base's own, because its module has an adapter, or one trained as a whole.
+_WHOLE = re.compile(r"base_model\.model\.(.+?)(\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)")
 # Settings that change what an adapter computes, and the value with which it is a plain LoRA.
 _PLAIN = {
-    "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False,
+    "use_dora": False, "bias": "none", "lora_bias": False,
     "trainable_token_indices": None, "layer_replication": None,
 }  # fmt: skip
 # Settings by which an adapter was made, or that repeat what its tensors say.
@@ -31,14 +37,28 @@ _NEUTRAL = {
     "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
 }
 # Beginnings of an adapter that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def open_adapter(folder: Path) -> Source:
+class _Held(NamedTuple):
+    """What an adapter's file holds, by the name of the base's tensor.
+
+    Attributes:
+        pairs: A and B.
+        based: tensors of the base as they were in training, which PEFT stores beside an embedding's adapter.
+        saved: tensors that were trained as a whole (`modules_to_save`).
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    based: dict[str, Tensor]
+    saved: dict[str, Tensor]
+
+
+def open_adapter(folder: Path) -> OpenModel:
     """The base of an adapter with the adapter added. UserError for an adapter or a base that cannot be read so."""
     from aurora_train.interop.hf import read_json, read_text, refuse_codes, tensors_of_file
 
@@ -48,22 +68,73 @@ def open_adapter(folder: Path) -> Source:
     base = open_source(base_of(folder))
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"there is no {WEIGHTS}", where=str(folder), hint="save the adapter with safe_serialization")
-    parts = _pairs(tensors_of_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
-    refuse_codes({name: base.tensors[name] for name in parts}, str(base.path))
-    flips = bool(config.get("fan_in_fan_out"))
-    tensors = dict(base.tensors)
-    for name, (down, up) in parts.items():
-        rank = _of_module(config, name, "rank_pattern", "r")
-        alpha = _of_module(config, name, "alpha_pattern", "lora_alpha")
-        _refuse_shapes(name, base.tensors[name], down, up, rank, flips, str(folder / WEIGHTS))
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        read = functools.partial(_merged, base.tensors[name], down, up, scale, flips)
-        tensors[name] = Tensor(base.tensors[name].shape, "float32", read)
+    family = families.of(base.config, str(base.path))
+    held = _held(tensors_of_file(folder / WEIGHTS), base, family, str(folder / WEIGHTS))
+    _refuse_unsaved(config, held, where)
+    tensors, held = _parted(base, held, family, config, where)
+    refuse_codes({name: tensors[name] for name in held.pairs}, str(base.path))
+    changed = {}
+    for name, (down, up) in held.pairs.items():
+        rank, alpha = _number(config, name, "rank_pattern", "r", where), _number(config, name, "alpha_pattern",
+                                                                                "lora_alpha", where)  # fmt: skip
+        flips = _is_stored_by_input(family, name)
+        _refuse_shapes(name, tensors[name], down, up, rank, flips, str(folder / WEIGHTS))
+        scale = scale_of(alpha, rank, bool(config.get("use_rslora")))
+        read = functools.partial(_merged, tensors[name], down, up, scale, flips)
+        changed[name] = Tensor(tensors[name].shape, "float32", read)
     return dataclasses.replace(
-        base, path=folder, kind="peft", tensors=tensors,
+        base, path=folder, kind="peft", tensors=tensors | changed,
         tokenizer=read_text(folder / "tokenizer.json") or base.tokenizer,
         chat_template=read_text(folder / "chat_template.jinja") or base.chat_template,
     )  # fmt: skip
+
+
+def _parted(base: OpenModel, held: _Held, family: Family, config: dict, where: str) -> tuple[dict[str, Tensor], _Held]:
+    """(the base's tensors with those that are stored whole in their places, what is to be added to them).
+
+    The head of a tied base is a module of its own to PEFT: what changes one of the two leaves the other as it was, and
+    the model is tied no more, unless both are changed alike, or `ensure_weight_tying` says that one adapter is both's.
+    """
+    stored = {family.meant(name): name for name in base.tensors}
+    outer = {weight.ours[0]: weight.theirs for weight in family.outer}
+    embedding, head = (stored.get(outer[one], outer[one]) for one in ("embedding", "head"))
+    tensors = base.tensors | held.based
+    changed = held.pairs.keys() | held.saved.keys()
+    if changed & {embedding, head} and shape_of(base)[1].tied:
+        tensors[head] = held.based.get(head, tensors[embedding])
+        if config.get("ensure_weight_tying"):
+            _refuse_unlike(held, embedding, head, where)
+            del tensors[head]
+            held = held._replace(**{part: {name: value for name, value in getattr(held, part).items() if name != head}
+                                    for part in ("pairs", "saved")})  # fmt: skip
+    return tensors | held.saved, held
+
+
+def _refuse_unsaved(config: dict[str, Any], held: _Held, where: str) -> None:
+    """UserError for a module that is said to be stored whole and is not: PEFT would leave it as it is in the base."""
+    modules = [name.rpartition(".")[0] for name in held.saved]
+    for one in config.get("modules_to_save") or []:
+        if not any(module == one or module.endswith(f".{one}") for module in modules):
+            raise UserError(f"`modules_to_save: {json.dumps(one)}` is not in {WEIGHTS}", where=where,
+                            hint="save the adapter with PEFT again")  # fmt: skip
+
+
+def _refuse_unlike(held: _Held, embedding: str, head: str, where: str) -> None:
+    """UserError if the adapter of a tied head, which is stored beside that of the embedding, is not the same."""
+    if head in held.pairs:
+        down, up = (part.whole() for part in held.pairs[head])
+        other = held.pairs.get(embedding)
+        if other is None or not (np.array_equal(down, other[1].whole().T) and np.array_equal(up, other[0].whole().T)):
+            raise UserError("the adapters of embedding and head differ, although `ensure_weight_tying` is set",
+                            where=where, why="they are stored apart, and PEFT would take one of them",
+                            hint="save the adapter with PEFT again")  # fmt: skip
+
+
+def _is_stored_by_input(family: Family, name: str) -> bool:
+    """Whether a tensor is stored as (in, out): an embedding, and GPT-2's kernels. PEFT goes by the module as well."""
+    name = family.meant(name)
+    flat = [weight.theirs for weight in (*family.outer, *family.block) if not weight.transpose]
+    return any(name == theirs or name.endswith(f".{theirs}") for theirs in flat)
 
 
 def _refuse_other(config: dict[str, Any], where: str) -> None:
@@ -85,20 +156,51 @@ def _refuse_other(config: dict[str, Any], where: str) -> None:
                             hint="merge the adapter with PEFT's merge_and_unload, and import the result")  # fmt: skip
 
 
-def _of_module(config: dict[str, Any], tensor: str, patterns: str, common: str) -> Any:
-    """A setting of one module: that of the first pattern that its name ends in, else the one for all modules."""
-    module = tensor.removesuffix(".weight")
-    own = (value for end, value in (config.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({end})", module))
-    return next(own, config.get(common, 8))
+def _number(config: dict[str, Any], tensor: str, patterns: str, common: str, where: str) -> Any:
+    """A setting of one module: that of the first pattern that its name ends in, else the one for all modules.
+
+    UserError for a pattern that is no regular expression, and for a value that is no number above zero.
+    """
+    module, own = tensor.removesuffix(".weight"), config.get(patterns) or {}
+    if not isinstance(own, dict):
+        raise UserError(f"`{patterns}` is not a mapping from names of modules to numbers", where=where)
+    try:
+        ends = (value for end, value in own.items() if re.fullmatch(rf"(.*\.)?({end})", module))
+        found = next(ends, config.get(common, 8))
+    except re.error as error:
+        raise UserError(f"`{patterns}` holds what is no regular expression: {error}", where=where) from error
+    kinds = int if common == "r" else (int, float)
+    if isinstance(found, bool) or not isinstance(found, kinds) or not found > 0:
+        raise UserError(f"`{common}` of {module} is {json.dumps(found)}, which is no number above zero", where=where)
+    return found
 
 
 def base_of(folder: Path) -> Path:
-    """Where the base of an adapter lies. UserError if the adapter names none, and if it is not there."""
+    """Where the base of an adapter lies, which may be an adapter too.
+
+    UserError if the adapter names none, if it is not there, and if the bases lead back to one of the adapters.
+    """
+    path, chain = _named_base(folder), [folder.resolve()]
+    if path.resolve() == chain[0]:
+        raise UserError("the adapter's base is the adapter itself", where=str(folder / CONFIG),
+                        hint="write the folder of the base as base_model_name_or_path")  # fmt: skip
+    at = path
+    while (at / CONFIG).is_file():
+        chain.append(at.resolve())
+        at = _named_base(at)
+        if at.resolve() in chain:
+            circle = " -> ".join(one.name for one in (*chain[chain.index(at.resolve()) :], at.resolve()))
+            raise UserError(f"adapters name each other as their base: {circle}", where=str(folder / CONFIG),
+                            hint="write the folder of a whole model as base_model_name_or_path of one")  # fmt: skip
+    return path
+
+
+def _named_base(folder: Path) -> Path:
     from aurora_train.interop.hf import read_json
 
     where = str(folder / CONFIG)
     named = read_json(folder / CONFIG, required=True).get("base_model_name_or_path")
-    if not named:
+    if not named or not isinstance(named, str):
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
     path = next((path for path in (Path(named), folder / named) if path.exists()), None)
     on_hub = hub.base_of(folder)
@@ -108,32 +210,41 @@ def base_of(folder: Path) -> Path:
             f"the adapter's base {named} is not here", where=where,
             hint="download it, and write its folder as base_model_name_or_path",
         )  # fmt: skip
-    if path.resolve() == folder.resolve():
-        raise UserError("the adapter's base is the adapter itself", where=where,
-                        hint="write the folder of the base as base_model_name_or_path")  # fmt: skip
     return path
 
 
-def _pairs(found: dict[str, Tensor], base: Source, where: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the name of the base's tensor. UserError for a tensor that leads nowhere, and for halves."""
-    family = families.of(base.config, str(base.path))
+def _held(found: dict[str, Tensor], base: OpenModel, family: Family, where: str) -> _Held:
+    """An adapter's tensors in their places. UserError for one that leads nowhere, for halves, and for another shape."""
     stored = {family.meant(name): name for name in base.tensors}  # PEFT has the modules' names, which may be others
+    tied_head = next(weight.theirs for weight in family.outer if weight.ours == ("head",))
+    stored.setdefault(tied_head, tied_head)  # a module of its own to PEFT
     halves: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, dict[str, Tensor]] = {"based": {}, "saved": {}}
     for name, tensor in found.items():
-        match = _NAME.fullmatch(name)
-        target = stored.get(family.meant(f"{match[1]}.weight")) if match else None
+        match, other = _NAME.fullmatch(name), _WHOLE.fullmatch(name)
+        module, end = (match[1], "weight") if match else (other[1], other[3]) if other else ("", "")
+        target = stored.get(family.meant(f"{module}.{end}"))
         if target is None:
             raise UserError(f"{name} belongs to no tensor of the base", where=where,
                             why="PEFT would leave it out without an error")  # fmt: skip
-        halves.setdefault(target, {})[match[2]] = tensor
+        if match:
+            halves.setdefault(target, {})[match[2] or match[3]] = tensor
+            continue
+        if target in base.tensors and tensor.shape != base.tensors[target].shape:
+            raise UserError(
+                f"{name} is of shape {list(tensor.shape)}, and in the base of {list(base.tensors[target].shape)}",
+                where=where, why="the adapter was trained over a base with other rows, such as those of new tokens",
+                hint="merge the adapter with PEFT's merge_and_unload, and import the result",
+            )  # fmt: skip
+        whole["based" if other[2] == ".base_layer" else "saved"][target] = tensor
     for target, held in halves.items():
         if len(held) < 2:
             raise UserError(f"the adapter of {target} has only lora_{next(iter(held))}", where=where)
-    if not halves:
+    if not halves and not whole["saved"]:
         raise UserError("the adapter holds no tensor", where=where)
-    if not any(np.any(held["B"].whole()) for held in halves.values()):
+    if not whole["saved"] and not any(all(np.any(half.whole()) for half in held.values()) for held in halves.values()):
         raise UserError("every lora_B is zero: the adapter changes nothing", where=where)
-    return {target: (held["A"], held["B"]) for target, held in halves.items()}
+    return _Held({target: (held["A"], held["B"]) for target, held in halves.items()}, **whole)
 
 
 def _refuse_shapes(name: str, base: Tensor, down: Tensor, up: Tensor, rank: int, flips: bool, where: str) -> None:
@@ -147,9 +258,10 @@ def _refuse_shapes(name: str, base: Tensor, down: Tensor, up: Tensor, rank: int,
 
 
 def _merged(base: Tensor, down: Tensor, up: Tensor, scale: float, flips: bool, start: int, stop: int) -> np.ndarray:
-    """Rows of W + scale B A, float32; with `fan_in_fan_out` W is stored as (in, out)."""
-    if flips:
-        change = down.whole().astype(np.float32).T[start:stop] @ up.whole().astype(np.float32).T
-    else:
-        change = up.read(start, stop).astype(np.float32) @ down.whole().astype(np.float32)
+    """Rows of W + scale B A, float32; if it `flips`, W is stored as (in, out).
+
+    The factors are contiguous, so that an embedding and a head with one adapter come out equal to the bit.
+    """
+    first, second = (down.whole().T[start:stop], up.whole().T) if flips else (up.read(start, stop), down.whole())
+    change = np.ascontiguousarray(first, np.float32) @ np.ascontiguousarray(second, np.float32)
     return base.read(start, stop).astype(np.float32) + np.float32(scale) * change

@@ -1,7 +1,9 @@
 """Writes the adapters of a run as the PEFT library reads them, beside the open model that they were trained over.
 
 Kernels that a family stores as one tensor (Phi's `qkv_proj`, GPT-2's `c_attn`) are one module to PEFT: their adapters
-become one, whose rank is the sum of theirs and whose B has a block for each.
+become one, whose rank is the sum of theirs and whose B has a block for each. PEFT has other names for an embedding's
+adapter than for those of kernels. Where the embedding is also the head, the head is a module of its own to PEFT: it
+gets the same adapter, transposed, and `ensure_weight_tying` keeps the two alike if PEFT trains them further.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from aurora_train.interop.placing import Opened, matched, places, theirs
 from aurora_train.interop.result import Adapters, Result, lineage
 from aurora_train.interop.source import open_source
 from aurora_train.nn import nf4
+from aurora_train.nn.lora_config import scale_of
 
 _PREFIX = "base_model.model."
 
@@ -47,8 +50,14 @@ def _write(result: Result, adapters: Adapters, base: Opened, folder: Path) -> Fa
     from safetensors.numpy import save_file
 
     modules = _modules(result, adapters, base.family)
-    arrays = {f"{_PREFIX}{module}.lora_{letter}.weight": array
-              for module, pair in modules.items() for letter, array in zip("AB", pair, strict=True)}  # fmt: skip
+    outer = {weight.ours[0]: weight.theirs.removesuffix(".weight") for weight in base.family.outer}
+    if base.config.tied and outer["embedding"] in modules:
+        down, up = modules[outer["embedding"]]
+        modules[outer["head"]] = np.ascontiguousarray(up.T), np.ascontiguousarray(down.T)
+    arrays = {}
+    for module, pair in modules.items():
+        form = "lora_embedding_{}" if module == outer["embedding"] else "lora_{}.weight"
+        arrays |= {f"{_PREFIX}{module}.{form.format(letter)}": array for letter, array in zip("AB", pair, strict=True)}
     try:
         save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, _config(adapters, modules, base))
@@ -61,11 +70,12 @@ def _write(result: Result, adapters: Adapters, base: Opened, folder: Path) -> Fa
 
 def _refuse_other_sum(adapters: Adapters, base: Opened, found: Opened) -> None:
     """UserError unless the written folder reads back as the base with the adapters added, kernel by kernel."""
+    if found.shapes != base.shapes:
+        raise UserError("the adapters do not read back over their base as one model", where=str(found.source.path))
     for name in base.shapes:
         wanted = base.read(name)
         if name in adapters.names:
-            down, up = adapters.pair(name)
-            wanted = wanted.astype(np.float32) + np.float32(adapters.alpha / adapters.rank) * (down @ up)
+            wanted = wanted.astype(np.float32) + adapters.change(name)
         if not np.allclose(found.read(name).astype(np.float32), wanted.astype(np.float32), rtol=1e-5, atol=1e-6):
             raise UserError(f"the adapter of {name} does not read back as it was written",
                             where=str(found.source.path))  # fmt: skip
@@ -106,6 +116,12 @@ def _opened(base: Path) -> Opened:
 
 def _refuse_other_base(result: Result, adapters: Adapters, opened: Opened) -> str:
     """The key of `proof.BOUNDS` for how a run kept its base. UserError if what it kept is another base."""
+    if opened.vocabulary != result.vocabulary and opened.config == result.config:
+        raise UserError(
+            f"the run's embedding has {result.vocabulary} rows, and its base {opened.vocabulary}",
+            where=str(opened.source.path), why="an adapter of PEFT adds no rows for new tokens to its base",
+            hint="--merge writes the whole model",
+        )  # fmt: skip
     if families.essence(opened.config) != families.essence(result.config) or opened.shapes != result.shapes:
         raise UserError("the base is of another shape than the run's model", where=str(opened.source.path))
     kept = "float32"
@@ -161,13 +177,16 @@ def _modules(result: Result, adapters: Adapters, family: Family) -> dict[str, tu
 
 def _config(adapters: Adapters, modules: dict, base: Opened) -> dict[str, Any]:
     """adapter_config.json. A joined module has a rank of its own, and an alpha by which it is scaled like its parts."""
-    ends = {module: ".".join(module.split(".")[-2:]) for module in modules}
+    outer = {weight.theirs.removesuffix(".weight") for weight in base.family.outer}
+    tied = base.config.tied and "embedding" in adapters.names
+    ends = {module: ".".join(module.split(".")[-1 if module in outer else -2 :]) for module in modules}
     ranks = {ends[module]: len(down) for module, (down, _) in modules.items() if len(down) != adapters.rank}
+    alphas = {end: adapters.scale / scale_of(1.0, rank, adapters.rank_stabilised) for end, rank in ranks.items()}
+    blocks = [name for name in adapters.names if base.places[name].theirs.removesuffix(".weight") not in outer]
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.source.path.absolute()),
         "r": adapters.rank, "lora_alpha": adapters.alpha, "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": any(not base.places[name].transpose for name in adapters.names),
-        "target_modules": sorted(set(ends.values())), "inference_mode": True, "use_rslora": False, "use_dora": False,
-        "rank_pattern": ranks,
-        "alpha_pattern": {end: adapters.alpha * rank / adapters.rank for end, rank in ranks.items()},
-    }  # fmt: skip
+        "fan_in_fan_out": any(not base.places[name].transpose for name in blocks),
+        "target_modules": sorted(set(ends.values())), "inference_mode": True,
+        "use_rslora": adapters.rank_stabilised, "use_dora": False, "rank_pattern": ranks, "alpha_pattern": alphas,
+    } | ({"ensure_weight_tying": True} if tied else {})  # fmt: skip

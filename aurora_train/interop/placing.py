@@ -14,7 +14,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.families.family import Family, Weight
 from aurora_train.interop.hf import refuse_codes
-from aurora_train.interop.source import Source, Tensor
+from aurora_train.interop.source import OpenModel, Tensor
 from aurora_train.nn.decoder_config import DecoderConfig
 
 _UNIT = re.compile(r"stack\.units\.(\d+)\.(?:blocks\.(\d+)\.)?(.+)")
@@ -176,7 +176,7 @@ class Opened(NamedTuple):
     `beside`: the names of tensors of other parts (vision, speech), which are not read.
     """
 
-    source: Source
+    source: OpenModel
     family: Family
     config: DecoderConfig
     vocabulary: int
@@ -193,7 +193,7 @@ class Opened(NamedTuple):
         return self.places[name].read(self.tensors[self.places[name].theirs])
 
 
-def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
+def shape_of(source: OpenModel) -> tuple[Family, DecoderConfig]:
     """(family, shape) of a source, without jax. UserError as `families.of` and `read_shape` say."""
     where = str(source.path / "config.json" if source.path.is_dir() else source.path)
     family = families.of(source.config, where)
@@ -213,7 +213,7 @@ def shape_of(source: Source) -> tuple[Family, DecoderConfig]:
         ) from None
 
 
-def matched(source: Source) -> Opened:
+def matched(source: OpenModel) -> Opened:
     """A source matched with our parameters. UserError for every tensor that is missing, extra or of another shape."""
     family, config = shape_of(source)
     vocabulary = families.vocabulary(source.config, str(source.path))
@@ -228,7 +228,7 @@ def matched(source: Source) -> Opened:
     return Opened(source, family, config, vocabulary, shapes, placed, tensors, beside)
 
 
-def text_tensors(source: Source, family: Family) -> tuple[dict[str, Tensor], list[str]]:
+def text_tensors(source: OpenModel, family: Family) -> tuple[dict[str, Tensor], list[str]]:
     """(the text model's tensors by the family's names, the names of tensors of other parts)."""
     tensors, beside = {}, []
     for name, tensor in source.tensors.items():
@@ -251,7 +251,7 @@ def _has_own_head(tensors: dict[str, Tensor], family: Family) -> bool:
     return any(not np.array_equal(head.read(*part), embedding.read(*part)) for part in ends)
 
 
-def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: Source) -> None:
+def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: OpenModel) -> None:
     lines = [f"{name}: missing" for name in wanted if name not in found]
     lines += [f"{name}: not part of this architecture" for name in found if name not in wanted]
     lines += [

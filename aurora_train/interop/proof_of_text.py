@@ -10,7 +10,7 @@ from pathlib import Path
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
 from aurora_train.interop.kept import TEMPLATE, TOKENIZER
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 from aurora_train.interop.templates import ChatTemplate
 from aurora_train.interop.tokenizer_files import special_tokens
 
@@ -35,7 +35,7 @@ def _ids(named) -> set[int]:
     return set(named if isinstance(named, list) else [named]) - {None}
 
 
-def refuse_other_text(facts: Facts, source: Source, texts: Sequence[str]) -> None:
+def refuse_other_text(facts: Facts, source: OpenModel, texts: Sequence[str]) -> None:
     """UserError if an export cuts a text otherwise than its run, has another chat template or ends texts elsewhere."""
     where, ours, theirs = str(source.path), _encoder(facts[TOKENIZER].decode()), _encoder(source.tokenizer)
     other = next((text for text in texts if ours(text) != theirs(text)), None)
@@ -51,7 +51,7 @@ def refuse_other_text(facts: Facts, source: Source, texts: Sequence[str]) -> Non
                         f"{sorted(ends)}", where=where)  # fmt: skip
 
 
-def refuse_other_text_in_transformers(folder: Path, source: Source, texts: Sequence[str], ends) -> None:
+def refuse_other_text_in_transformers(folder: Path, source: OpenModel, texts: Sequence[str], ends) -> None:
     """UserError if transformers' tokenizer, chat template or ends of texts in a folder are not those of our reader.
 
     `ends`: the `eos_token_id` of the model's generation config as transformers loaded it.
@@ -74,7 +74,7 @@ def refuse_other_text_in_transformers(folder: Path, source: Source, texts: Seque
         _refuse_other_chat(folder, source, tokenizer)
 
 
-def _refuse_other_chat(folder: Path, source: Source, tokenizer) -> None:
+def _refuse_other_chat(folder: Path, source: OpenModel, tokenizer) -> None:
     template = ChatTemplate(source.chat_template, source.tokenizer_config, datetime.now())
     for messages in _CONVERSATIONS:
         try:

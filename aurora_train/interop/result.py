@@ -15,6 +15,7 @@ from aurora_train.files import read_json
 from aurora_train.nn import nf4
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.lora import ADAPTERS, is_adapter
+from aurora_train.nn.lora_config import scale_of
 from aurora_train.run import Run
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class Adapters(NamedTuple):
     """What a run trained beside a frozen base (`nn.lora`), read when it is asked for.
 
     Attributes:
-        rank, alpha: the change of a kernel is (alpha / rank) A B.
-        names: the canonical names of the adapted kernels.
+        rank, alpha, rank_stabilised: the change of a kernel is `scale` A B (`lora_config.scale_of`).
+        names: the canonical names of the adapted kernels; the embedding [vocabulary, width] and the head among them.
         pair: (A [in, rank], B [rank, out]) of one of them, float32.
         stored: a parameter of the base by canonical name, in the run's dtype; a kernel in 4 bits as (codes, scales).
     """
@@ -36,6 +37,16 @@ class Adapters(NamedTuple):
     names: tuple[str, ...]
     pair: Callable[[str], tuple[np.ndarray, np.ndarray]]
     stored: Callable[[str], np.ndarray | tuple[np.ndarray, np.ndarray]]
+    rank_stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank, self.rank_stabilised)
+
+    def change(self, name: str) -> np.ndarray:
+        """What is added to an adapted kernel, float32."""
+        down, up = self.pair(name)
+        return np.float32(self.scale) * (down @ up)
 
 
 class Result(NamedTuple):
@@ -63,7 +74,7 @@ class Result(NamedTuple):
     parts: Parts | None = None
 
 
-class Unread(NamedTuple):
+class OnDisk(NamedTuple):
     """A run, or an open model, whose parameters are still on disk.
 
     Attributes:
@@ -84,7 +95,7 @@ class Unread(NamedTuple):
     mask: str = "causal"
 
 
-def result_of(found: Unread, *, merge: bool = False) -> Result:
+def result_of(found: OnDisk, *, merge: bool = False) -> Result:
     """What a run has to give away.
 
     `merge` adds adapters to their kernels. UserError for a run that is not one of a decoder, for adapters without
@@ -114,7 +125,7 @@ def result_of(found: Unread, *, merge: bool = False) -> Result:
                   origin_of(found), (facts.get("origin") or {}).get("dtypes", {}), adapters)  # fmt: skip
 
 
-def _adapters(found: Unread, lora) -> Adapters:
+def _adapters(found: OnDisk, lora) -> Adapters:
     down, _ = ADAPTERS
     names = tuple(name.removesuffix(down) for name in found.specs if name.endswith(down))
 
@@ -122,10 +133,11 @@ def _adapters(found: Unread, lora) -> Adapters:
         down, up = (found.read(name + end).astype(np.float32) for end in ADAPTERS)
         return down, up
 
-    return Adapters(lora.rank, lora.alpha, names, pair, lambda name: _stored(found, name))
+    stabilised = lora.scaling == "rank_stabilised"
+    return Adapters(lora.rank, lora.alpha, names, pair, lambda name: _stored(found, name), stabilised)
 
 
-def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> None:
+def _refuse_other_model(found: OnDisk, shapes: dict[str, tuple[int, ...]]) -> None:
     import jax
 
     from aurora_train.checkpoint import layout
@@ -137,7 +149,7 @@ def _refuse_other_model(found: Unread, shapes: dict[str, tuple[int, ...]]) -> No
     layout.refuse_difference(plain, wanted, where=str(found.run))
 
 
-def origin_of(found: Unread) -> dict[str, Any]:
+def origin_of(found: OnDisk) -> dict[str, Any]:
     """Where a run's weights come from, for the card and the proof: run, step, recipe, data, parent, licence."""
     provenance, origin = found.provenance, found.facts.get("origin") or {}
     return {
@@ -171,18 +183,17 @@ def published(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stored(found: Unread, name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+def _stored(found: OnDisk, name: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """A parameter as a run keeps it: an array, or (codes, scales)."""
     if name in found.specs:
         return found.read(name)
     return found.read(name + nf4.CODES), found.read(name + nf4.SCALES)
 
 
-def _merged(found: Unread, name: str, adapters: Adapters | None) -> np.ndarray:
+def _merged(found: OnDisk, name: str, adapters: Adapters | None) -> np.ndarray:
     kernel = _stored(found, name)
     if isinstance(kernel, tuple):
         kernel = np.asarray(nf4.decode(*kernel, "float32"))
     if adapters is None or name not in adapters.names:
         return kernel
-    down, up = adapters.pair(name)
-    return kernel.astype(np.float32) + adapters.alpha / adapters.rank * (down @ up)
+    return kernel.astype(np.float32) + adapters.change(name)

@@ -1,9 +1,9 @@
 """A source of weights that this project did not write: a Hugging Face folder, a GGUF file, a PEFT adapter.
 
-`open_source(path)` reads headers only and returns a `Source`; arrays are read by rows when they are asked for. Whatever
-the file format, a source speaks the language of a Hugging Face folder: the keys of its config.json, its names and
-layouts of tensors (weights are (out, in), rotary halves), its tokenizer.json. So a family is described once
-(`interop/families`), and a format is a reader that returns a `Source`. Free of jax: `aurora check` opens sources.
+`open_source(path)` reads headers only and returns an `OpenModel`; arrays are read by rows when they are asked for.
+Whatever the file format, a source speaks the language of a Hugging Face folder: the keys of its config.json, its names
+and layouts of tensors (weights are (out, in), rotary halves), its tokenizer.json. So a family is described once
+(`interop/families`), and a format is a reader that returns an `OpenModel`. Free of jax: `aurora check` opens sources.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenModel:
     """An open model, as far as it is known without reading its arrays.
 
     Attributes:
@@ -128,7 +128,7 @@ def is_model(path: str | Path) -> bool:
     return is_foreign(path) and (Path(path).suffix.lower() == ".gguf" or any(one.is_file() for one in configs))
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> OpenModel:
     """The source at a path, by headers alone.
 
     Raises UserError for a path that is none, a format that is refused (pickle, FP8, bitsandbytes, AWQ, GPTQ), a file

@@ -16,7 +16,7 @@ from aurora_train.nn.cpu.blocked import blocked
 from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.positions import rotate
-from aurora_train.nn.tracing import current, form, platform
+from aurora_train.nn.tracing import current, form_name, platform
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "blocked": blocked}
 
@@ -61,7 +61,7 @@ def choose_attention(config: DecoderConfig, dtype: str, mask: str = "causal") ->
         return Choice("cudnn", "asked for by the config")
     if setting != "auto":
         return Choice(setting, "asked for by the config")
-    if form() == "cpu":
+    if form_name() == "cpu":
         return Choice("blocked", "by blocks of queries, a form for CPU")
     if obstacle is None:
         return Choice("cudnn", "cuDNN flash attention serves this shape")
@@ -140,7 +140,8 @@ class Attention(nnx.Module):
             sizes = (dim, dim) if self.qk_norm == "head" else (self.heads * dim, self.kv_heads * dim)
             self.query_norm = Norm(sizes[0], "rmsnorm", config.norm_eps, config.norm_offset)
             self.key_norm = Norm(sizes[1], "rmsnorm", config.norm_eps, config.norm_offset)
-        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs)
+        plain = ("out_gate",) if self.gated else ()
+        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs, place="attention", plain=plain)
 
     @staticmethod
     def tags(backend: str) -> tuple[str, ...]:

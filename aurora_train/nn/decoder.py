@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.nn import losses, param
+from aurora_train.nn import lora, losses, param
 from aurora_train.nn.block import empty_caches
 from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.nn.transformer import Transformer, make_context
@@ -23,6 +23,7 @@ class Decoder(Transformer):
         super().__init__(config, vocab_size, dtype, rngs, mask)
         if not config.tied:
             self.head = param.kernel(rngs, (config.width, vocab_size), ("embed", "vocab"))
+            lora.adapt(self, config.lora, (), rngs, plain=("head",))
 
     def extend(self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None, real=None):
         """A call with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier tokens of their row.
@@ -45,19 +46,19 @@ class Decoder(Transformer):
 
     def logits(self, hidden):
         """float32[..., vocab]."""
-        return losses.logits_of(hidden, *self._head(), self.config.logit_softcap)
+        return losses.logits_of(*self._products(hidden), self.config.logit_softcap)
 
     @jax.named_scope("loss")
     def nll(self, hidden, targets, weights):
         """(sum of weights x -log p(target), sum of weights), float32 scalars."""
-        head, vocab_first = self._head()
-        total = losses.chunked_nll(hidden, head, targets, weights, vocab_first=vocab_first, **self._loss_form())
+        products, head, vocab_first = self._products(hidden)
+        total = losses.chunked_nll(products, head, targets, weights, vocab_first=vocab_first, **self._loss_form())
         return total, weights.sum()
 
     def token_nll(self, hidden, targets):
         """-log p(target) of each token, float32[B, T]."""
-        head, vocab_first = self._head()
-        return losses.token_nll(hidden, head, targets, vocab_first=vocab_first, **self._loss_form())
+        products, head, vocab_first = self._products(hidden)
+        return losses.token_nll(products, head, targets, vocab_first=vocab_first, **self._loss_form())
 
     def _loss_form(self):
         return {
@@ -65,5 +66,7 @@ class Decoder(Transformer):
             "chunk": losses.chunk_tokens(self.config.loss_chunk, self.vocab_size),
         }
 
-    def _head(self):
-        return (self.embedding[...], True) if self.config.tied else (self.head[...], False)
+    def _products(self, hidden):
+        """(hidden, head, vocab_first) as `nn.losses` takes them, with the product of an adapter where there is one."""
+        name, vocab_first = (lora.TABLE, True) if self.config.tied else ("head", False)
+        return *lora.head_products(self, name, hidden, vocab_first), vocab_first

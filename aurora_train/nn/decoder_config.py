@@ -13,12 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import model_validator
 
 from aurora_train.config import Section, setting
+from aurora_train.nn.lora_config import KERNELS, NF4_BLOCK, Lora, refuse_targets, refuse_unfit_blocks  # noqa: F401
 
 GATED = ("swiglu", "geglu")
-KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
 KINDS = ("full", "window", "cross")  # the built-in kinds of layers with attention
 LINEAR = "linear"  # the built-in kind with a state instead of keys (`nn.delta`)
-NF4_BLOCK = 64  # inputs of a kernel that share a scale in 4-bit storage
 
 
 class RopeScaling(Section):
@@ -105,24 +104,6 @@ class Linear(Section):
         if self.value_heads % self.key_heads:
             raise ValueError(f"key_heads ({self.key_heads}) must divide value_heads ({self.value_heads})")
         return self
-
-
-class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021). With them, nothing else is trained."""
-
-    rank: int = setting(16, resume="frozen", ge=1, help="inner size r of the adapter of each kernel")
-    alpha: float = setting(32.0, resume="frozen", gt=0, help="the adapter's output is multiplied by alpha / rank")
-    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = setting(
-        KERNELS,
-        resume="frozen",
-        min_length=1,
-        strict=False,
-        help="kernels of every block that get one; a plain MLP has no gate",
-    )
-    base: Literal["compute", "nf4"] = setting(
-        "compute", resume="frozen",
-        help="how the frozen kernels of the blocks are stored: as they are computed with, or in 4 bits (QLoRA)",
-    )
 
 
 class DecoderConfig(Section):
@@ -222,19 +203,10 @@ class DecoderConfig(Section):
             raise ValueError("window_pattern alternates, but window is not set")
         if self.norm_offset and self.norm == "layernorm":
             raise ValueError("norm_offset belongs to rmsnorm (Gemma), but norm is layernorm")
-        if self.lora is not None and set(self.lora.targets) == {"gate"} and self.activation not in GATED:
-            raise ValueError(f"lora.targets names only the gate, and {self.activation} has none")
-        if self.lora is not None and self.lora.base == "nf4":
-            inputs = {"width": self.width, "heads x head_dim": self.heads * self.dim_per_head,
-                      "mlp_width": self.hidden_width}  # fmt: skip
-            if self.linear is not None and any(row.kind == LINEAR for row in self.rows):
-                inputs["linear.value_heads x value_dim"] = self.linear.value_heads * self.linear.value_dim
-            for name, size in inputs.items():
-                if size % NF4_BLOCK:
-                    near = max(round(size / NF4_BLOCK), 1) * NF4_BLOCK
-                    raise ValueError(
-                        f"lora.base: nf4 needs {name} ({size}) to be a multiple of {NF4_BLOCK}; {near} would be"
-                    )
+        if self.lora is not None:
+            refuse_targets(self.lora, self.kernels, self.tied)
+            if self.lora.base == "nf4":
+                refuse_unfit_blocks(self._inputs())
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 0:
             raise ValueError(f"loss_chunk is a number of tokens, 0 for all, or auto; got {self.loss_chunk}")
         return self
@@ -269,6 +241,29 @@ class DecoderConfig(Section):
                     f"row {number} of layer_table turns {self.rotary_dims(row)} of a head's {self.dim_per_head} "
                     f"entries, but rope turns pairs: rotary: {near:g} would"
                 )
+
+    def _inputs(self) -> dict[str, int]:
+        """The inputs of the kernels of the blocks, by the settings they follow from."""
+        inputs = {"width": self.width, "heads x head_dim": self.heads * self.dim_per_head,
+                  "mlp_width": self.hidden_width}  # fmt: skip
+        if self.linear is not None and any(row.kind == LINEAR for row in self.rows):
+            inputs["linear.value_heads x value_dim"] = self.linear.value_heads * self.linear.value_dim
+        return inputs
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """All that may get an adapter: `attention.query`, ..., `mlp.down`, `embedding`, and `head` unless it is tied.
+
+        Of a recipe's own layer kinds, those that are named like attention's.
+        """
+        found = []
+        for row in self.rows:
+            gated = row.kind == LINEAR or (self.attention_gate and row.kind in KINDS)
+            place = "attention" if row.kind in KINDS else row.kind
+            found += [f"{place}.{name}" for name in (*KERNELS[:4], *(["out_gate"] if gated else []))]
+            if row.mlp:
+                found += [f"mlp.{name}" for name in KERNELS[4 if self.activation in GATED else 5 :]]
+        return (*dict.fromkeys(found), "embedding", *([] if self.tied else ["head"]))
 
     @property
     def rows(self) -> tuple[Layer, ...]:

@@ -52,7 +52,7 @@ class DeltaNet(nnx.Module):
         self.forget_bias = param.ones(shape.value_heads, "norm")
         self.conv = param.kernel(rngs, (shape.taps, 2 * keys + values), ("norm", "heads"))
         self.norm = Norm(shape.value_dim, "rmsnorm", config.norm_eps)
-        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs)
+        lora.adapt(self, config.lora, ("query", "key", "value", "out"), rngs, place="linear", plain=("out_gate",))
 
     @staticmethod
     def empty_cache(config: DecoderConfig, row: Layer, batch: int, length: int, dtype: str):

@@ -1,9 +1,11 @@
-"""Low-rank adapters (Hu et al. 2021, section 4.1): y = x W + (alpha / rank) (x A) B, with W unchanged.
+"""Low-rank adapters (Hu et al. 2021, section 4.1): y = x W + scale (x A) B, with W unchanged (`Lora.scale`).
 
 The frozen kernels of the blocks may be stored in 4 bits (`nn.nf4`): QLoRA.
 
 An adapted kernel `query` [in, out] stands beside `query_lora_a` [in, rank], normal, and `query_lora_b` [rank, out],
-zero: before the first step they add exactly nothing. Both are `nnx.LoRAParam`. A model that has adapters trains only
+zero: before the first step they add exactly nothing. Of the embedding [V, width], whose rows are looked up, A [V, rank]
+is zero and B is normal, as in the authors' own code. Where the embedding is also the head (`tied`), its adapter is part
+of both: the model remains tied. Both matrices are `nnx.LoRAParam`. A model that has adapters trains only
 these, and all its other parameters are frozen, unless its recipe says otherwise (`Recipe.trainable`): `mark` marks the
 trained parameters, and only `split` reads the marks.
 """
@@ -24,28 +26,39 @@ from aurora_train.nn.param import named
 from aurora_train.nn.tracing import current, forms
 
 ADAPTERS = ("_lora_a", "_lora_b")  # suffixes of the adapters' names
+TABLE = "embedding"  # the parameter whose rows are looked up
 _STREAM = 0x4C6F5241  # "LoRA": far from the counts with which the kernels' own keys are folded
 
 
-def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs) -> None:
+def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs, *, place: str = "", plain=()) -> None:
     """Add adapters to the targeted kernels among `names` of a module, and encode all of them if `base` is nf4.
 
-    `config`: a `Lora` section, or None.
+    Args:
+        config: a `Lora` section, or None.
+        place: the module's name in its block, by which patterns may name its kernels (`mlp.*`).
+        plain: names of further kernels, which are never encoded.
 
-    The keys are folded separately and take nothing from the stream, so kernels are drawn as without adapters.
+    The keys are folded separately and take nothing from the stream, so kernels are drawn as without adapters. A second
+    call for a module adds to the first.
     """
-    module.lora_scale = None if config is None else config.alpha / config.rank
+    module.lora_scale = None if config is None else config.scale
     module.coded = () if config is None or config.base != "nf4" else names
-    module.adapted = () if config is None else tuple(name for name in names if name in config.targets)
-    for name in module.adapted:
+    chosen = () if config is None else tuple(name for name in (*names, *plain) if config.adapts(place, name))
+    module.adapted = (*getattr(module, "adapted", ()), *chosen)
+    for name in chosen:
         kernel = getattr(module, name)
         (inputs, outputs), (input_axis, output_axis) = kernel.shape, kernel.get_metadata()["out_sharding"]
         key = rngs.params.key[...]
         for number in (_STREAM, rngs.params.count[...], zlib.crc32(name.encode())):
             key = jax.random.fold_in(key, number)
-        down = jax.random.normal(key, (inputs, config.rank), jnp.float32) * inputs**-0.5
+        if name == TABLE:
+            down = jnp.zeros((inputs, config.rank), jnp.float32)
+            up = jax.random.normal(key, (config.rank, outputs), jnp.float32)
+        else:
+            down = jax.random.normal(key, (inputs, config.rank), jnp.float32) * inputs**-0.5
+            up = jnp.zeros((config.rank, outputs), jnp.float32)
         setattr(module, f"{name}_lora_a", _named(down, (input_axis, "lora")))
-        setattr(module, f"{name}_lora_b", _named(jnp.zeros((config.rank, outputs), jnp.float32), ("lora", output_axis)))
+        setattr(module, f"{name}_lora_b", _named(up, ("lora", output_axis)))
     for name in module.coded:
         kernel = getattr(module, name)
         delattr(module, name)
@@ -66,6 +79,29 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
     # At a low rank, 8 bits would gain nothing.
     low = linear(x, getattr(module, f"{name}_lora_a")[...], wide=True) * jnp.asarray(module.lora_scale, x.dtype)
     return y + linear(low, getattr(module, f"{name}_lora_b")[...], wide=True)
+
+
+def look_up(module: nnx.Module, tokens: jax.Array, dtype) -> jax.Array:
+    """The rows of a module's embedding for tokens int[...], its adapter's included: [..., width] in `dtype`."""
+    rows = getattr(module, TABLE)[...][tokens].astype(dtype)
+    if TABLE not in module.adapted:
+        return rows
+    low = getattr(module, f"{TABLE}_lora_a")[...][tokens].astype(dtype) * jnp.asarray(module.lora_scale, dtype)
+    return rows + linear(low, getattr(module, f"{TABLE}_lora_b")[...], wide=True)
+
+
+def head_products(module: nnx.Module, name: str, hidden: jax.Array, vocab_first: bool):
+    """(hidden, head) as `nn.losses` takes them: two pairs, if the head [D, V], or the embedding, has an adapter.
+
+    The second product is that of hidden states brought down to the rank with the matrix that has the vocabulary.
+    """
+    head = getattr(module, name)[...]
+    if name not in module.adapted:
+        return hidden, head
+    down, up = (getattr(module, name + end)[...] for end in ADAPTERS)
+    first, second = (up.T, down) if vocab_first else (down, up)
+    low = linear(hidden, first, wide=True) * jnp.asarray(module.lora_scale, hidden.dtype)
+    return (hidden, low), (head, second)
 
 
 def _refuse_both() -> None:

@@ -3,11 +3,15 @@
 The time axis is cut into chunks and scanned. `chunked_nll`, used for training, computes the gradients of hidden states
 and head while it has each chunk's logits, so the backward pass only scales them: three products per chunk instead of
 four. The batch axis is never cut, so that it stays sharded over devices.
+
+`hidden` and `head` may be tuples of arrays, whose products add up to the logits: those of a head with an adapter
+(`nn.lora.head_products`). A head that is frozen costs no gradient, because each has its own.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +22,13 @@ from aurora_train.nn.tracing import forms
 
 def logits_of(hidden, head, vocab_first: bool, softcap: float | None = None):
     """hidden[..., D] times head -> float32[..., V]. `head` is [V, D] if `vocab_first` (tied), else [D, V]."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = dot(flat, head.astype(hidden.dtype), 1, 1 if vocab_first else 0)
+    hidden, head = _parts(hidden), _parts(head)
+    flat = [part.reshape(-1, part.shape[-1]) for part in hidden]
+    products = (dot(x, one.astype(x.dtype), 1, 1 if vocab_first else 0) for x, one in zip(flat, head, strict=True))
+    logits = functools.reduce(operator.add, products)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+    return logits.reshape(*hidden[0].shape[:-1], logits.shape[-1])
 
 
 def chunk_tokens(setting: str | int, vocab_size: int) -> int:
@@ -40,7 +46,7 @@ def token_nll(hidden, head, targets, *, vocab_first: bool, softcap: float | None
         return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
     length = targets.shape[1]
-    nll = jax.lax.map(one, (_cut(hidden, chunk), _cut(targets, chunk)))
+    nll = jax.lax.map(one, _chunks(chunk, hidden, targets))
     return nll.swapaxes(0, 1).reshape(nll.shape[1], -1)[:, :length]
 
 
@@ -54,7 +60,7 @@ def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: f
         softcap: logits become softcap x tanh(logits / softcap).
         chunk: about how many tokens' logits to hold at a time; 0 holds all.
     """
-    return _nll(forms(), vocab_first, softcap, chunk, hidden, head, targets, weights)
+    return _nll(forms(), vocab_first, softcap, chunk, _parts(hidden), _parts(head), targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -69,15 +75,15 @@ def _nll(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
 
 
 def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
-    low = head.astype(hidden.dtype)
-    wide = low.shape[0] if vocab_first else low.shape[1]
+    low = tuple(one.astype(x.dtype) for one, x in zip(head, hidden, strict=True))
+    wide = low[0].shape[0] if vocab_first else low[0].shape[1]
     # The head's gradient is summed in the layout of its product, and transposed once at the end.
-    turned = vocab_first and form.TURNS_TIED_GRADIENT and hidden.dtype != jnp.float32
+    turned = vocab_first and form.TURNS_TIED_GRADIENT and hidden[0].dtype != jnp.float32
 
     def add(carry, inputs):
         total, d_head = carry
         hidden, targets, weights = inputs
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = tuple(x.reshape(-1, x.shape[-1]) for x in hidden)
         logits = logits_of(flat, head, vocab_first, softcap)
         lse = jax.nn.logsumexp(logits, -1, keepdims=True)
         targets, weights = targets.reshape(-1, 1), weights.reshape(-1, 1)
@@ -85,30 +91,42 @@ def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weigh
         d_logits = (jnp.exp(logits - lse) - (jnp.arange(wide) == targets)) * weights
         if softcap is not None:
             d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
-        d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = dot(d_logits, low, 1, 0 if vocab_first else 1).astype(hidden.dtype)
-        d_chunk = form.outer(d_logits, flat) if vocab_first and not turned else form.outer(flat, d_logits)
-        return (total + ((lse - hit) * weights).sum(), d_head + d_chunk), d_hidden.reshape(hidden.shape)
+        d_logits = d_logits.astype(hidden[0].dtype)
+        d_hidden = tuple(
+            dot(d_logits, one, 1, 0 if vocab_first else 1).astype(x.dtype).reshape(x.shape)
+            for one, x in zip(low, hidden, strict=True)
+        )  # fmt: skip
+        outers = (form.outer(d_logits, x) if vocab_first and not turned else form.outer(x, d_logits) for x in flat)
+        return (total + ((lse - hit) * weights).sum(), tuple(map(operator.add, d_head, outers))), d_hidden
 
-    shape = head.shape[::-1] if turned else head.shape
-    start = (jnp.float32(0), jnp.zeros(shape, jnp.float32))
-    (total, d_head), d_hidden = jax.lax.scan(add, start, _chunks(chunk, hidden, targets, weights))
+    start = tuple(jnp.zeros(one.shape[::-1] if turned else one.shape, jnp.float32) for one in head)
+    (total, d_head), d_hidden = jax.lax.scan(add, (jnp.float32(0), start), _chunks(chunk, hidden, targets, weights))
     if turned:
-        d_head = jax.lax.optimization_barrier(d_head).T  # folded into the product, XLA:CPU would crash
-    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
-    return total, (d_hidden, d_head.astype(head.dtype))
+        # folded into the product, XLA:CPU would crash
+        d_head = tuple(jax.lax.optimization_barrier(one).T for one in d_head)
+    d_hidden = tuple(_joined(one, x.shape) for one, x in zip(d_hidden, hidden, strict=True))
+    return total, (d_hidden, tuple(one.astype(was.dtype) for one, was in zip(d_head, head, strict=True)))
 
 
 def _nll_backward(form, vocab_first, softcap, chunk, residuals, g):
-    d_hidden, d_head = residuals
-    return (d_hidden * g).astype(d_hidden.dtype), (d_head * g).astype(d_head.dtype), None, None
+    d_hidden, d_head = jax.tree.map(lambda one: (one * g).astype(one.dtype), residuals)
+    return d_hidden, d_head, None, None
 
 
 _nll.defvjp(_nll_forward, _nll_backward)
 
 
+def _parts(arrays) -> tuple:
+    return arrays if isinstance(arrays, tuple) else (arrays,)
+
+
 def _chunks(chunk, *arrays):
-    return tuple(_cut(array, chunk) for array in arrays)
+    return jax.tree.map(lambda x: _cut(x, chunk), arrays)
+
+
+def _joined(chunks, shape):
+    """The inverse of `_cut`, of an array [B, T, D] of this shape."""
+    return chunks.swapaxes(0, 1).reshape(shape[0], -1, shape[2])[:, : shape[1]]
 
 
 def _cut(x, chunk):

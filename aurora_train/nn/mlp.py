@@ -81,7 +81,7 @@ class Mlp(nnx.Module):
                 self.gate_bias = param.zeros(hidden, "mlp")
             self.up_bias = param.zeros(hidden, "mlp")
             self.down_bias = param.zeros(width, "embed")
-        lora.adapt(self, config.lora, ("gate", "up", "down") if self.gated else ("up", "down"), rngs)
+        lora.adapt(self, config.lora, ("gate", "up", "down") if self.gated else ("up", "down"), rngs, place="mlp")
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:

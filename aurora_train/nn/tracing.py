@@ -45,7 +45,7 @@ def platform() -> str:
     return _current.value.target or jax.default_backend()
 
 
-def form() -> str:
+def form_name() -> str:
     """The name of the current forms, "plain" or "cpu"."""
     asked = _current.value.forms
     return asked if asked != "auto" else "cpu" if platform() == "cpu" else "plain"
@@ -53,4 +53,4 @@ def form() -> str:
 
 def forms() -> ModuleType:
     """The module with the current forms: `nn.plain` or `nn.cpu.forms`."""
-    return FORMS[form()]
+    return FORMS[form_name()]

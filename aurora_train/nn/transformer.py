@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.nn import param
+from aurora_train.nn import lora, param
 from aurora_train.nn.attention import Context, choose_attention
 from aurora_train.nn.block import unit_maker
 from aurora_train.nn.decoder_config import DecoderConfig
@@ -35,6 +35,7 @@ class Transformer(nnx.Module):
         make_unit, num_units = unit_maker(config, self.attention.name, mask)
         self.stack = Stack(make_unit, num_units, rngs)
         self.final_norm = Norm(config.width, config.norm, config.norm_eps, config.norm_offset)
+        lora.adapt(self, config.lora, (), rngs, plain=(lora.TABLE,))
 
     def __call__(self, tokens, segments=None, positions=None, keys=None, **beside):
         """Final hidden states, without the sums: see `run`."""
@@ -65,7 +66,7 @@ class Transformer(nnx.Module):
     def embedded(self, tokens, positions):
         """What the first layer reads: [B, T, width] of tokens and positions int32[B, T]."""
         config = self.config
-        x = self.embedding[...][tokens].astype(self.dtype)
+        x = lora.look_up(self, tokens, self.dtype)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, self.dtype)
         if config.positions == "learned":

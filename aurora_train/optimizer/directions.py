@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from aurora_train.optimizer.moments import TABLES
+
 
 def make_direction(config) -> Callable[[Any], optax.GradientTransformation]:
     """A function from a (per-layer) parameter tree to a transformation: Muon depends on which leaves are matrices."""
@@ -43,4 +45,4 @@ def _as_adamw_rms(updates, params):
 
 def _muon_label(path, leaf) -> str:
     names = {str(getattr(key, "key", key)) for key in path}
-    return "muon" if leaf.ndim == 2 and not names & {"embedding", "positions", "head"} else "adam"
+    return "muon" if leaf.ndim == 2 and not names & {*TABLES, "head"} else "adam"

@@ -16,7 +16,8 @@ from aurora_train.optimizer import codes, rounding
 
 SMALLEST = 4096  # fewest elements of a unit's leaf that are coded in 8 bits; bitsandbytes' `min_8bit_size`
 NARROWEST = 64  # shortest last axis that is coded: below it the scales would take more than the codes save
-TABLES = {"embedding", "positions"}  # looked up by row: 32 bits, as in Dettmers et al. 2022, section 2.3
+# Looked up by row: 32 bits, as in Dettmers et al. 2022, section 2.3.
+TABLES = {"embedding", "embedding_lora_a", "positions"}
 
 CODES = {"mu": jnp.int8, "nu": jnp.uint8}  # the first moment has a sign
 

@@ -8,6 +8,7 @@ whose names then lack the part's prefix.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -50,7 +51,8 @@ def parameters_from(parents: tuple[Parent, ...], blueprint: Blueprint, drawn: di
     flat, own = drawn, set(drawn)
     for parent in parents:
         with _opened(parent) as source:
-            flat |= _poured(source, tree, places, parent.path, _Part.of(parent, parents), own)
+            part, lazily = _Part.of(parent, parents), parent.step is None
+            flat |= _poured(source, tree, places, parent.path, part, own, lazily=lazily)
     filled = layout.assemble(flat, tree, places)
     return filled["params"], filled["frozen"]
 
@@ -165,15 +167,22 @@ def _refuse_frozen_rows(parents: tuple[Parent, ...], tree: dict, places: dict) -
         refuse_frozen(layout.abstract(tree, places))
 
 
-def _poured(source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None) -> dict[str, Any]:
-    """The arrays that a source has for a part of the model, by canonical name. For the arguments see `_matched`."""
+def _poured(
+    source, tree: dict, places: dict, where: str, part: _Part, own: set[str] | None, *, lazily: bool = False
+) -> dict[str, Any]:
+    """The arrays that a source has for a part of the model, by canonical name. For the arguments see `_matched`.
+
+    `lazily`: functions that read them, because reading them one at a time costs nothing; not so from a checkpoint.
+    """
     specs, theirs, kernels = _matched(source, tree, places, where, part, own)
 
     def loaded(names) -> dict:
         arrays = source[1]({theirs[_bare(name)]: specs[name] for name in names})
         return {name: arrays[theirs[_bare(name)]] for name in names}
 
-    flat = loaded([name for name in specs if name not in kernels])
+    plain = [name for name in specs if name not in kernels]
+    flat = {name: functools.partial(lambda name: loaded([name])[name], name) for name in plain} if lazily else (
+        loaded(plain))  # fmt: skip
     for name in kernels:  # one at a time, because in its source it may be eight times as large
         (kernel,) = loaded([name]).values()
         flat[name + nf4.CODES], flat[name + nf4.SCALES] = _encode(kernel)

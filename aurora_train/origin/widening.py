@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_train.errors import UserError
 from aurora_train.interop.tokens import WHERE, NewRows
+from aurora_train.nn.lora import ADAPTERS
 
 AXES = {"embedding": 0, "head": 1}  # the axis of the tokens
 
@@ -45,11 +46,13 @@ def widened(stored: dict, read: Callable[[dict], dict], rows: NewRows, where: st
 
 def refuse_frozen(wanted: dict) -> None:
     """UserError if the rows of new tokens would not be trained. `wanted`: the model's parameters by canonical name."""
-    name = next((name for name in AXES if f"frozen.{name}" in wanted), None)
+    frozen = (name for name in AXES if f"frozen.{name}" in wanted and f"params.{name}{ADAPTERS[0]}" not in wanted)
+    name = next(frozen, None)
     if name is not None:
         raise UserError(
             f"the rows of new tokens would stay as they begin, because `{name}` is frozen", where=WHERE,
-            hint="train without model.lora, and start the run with adapters from that run",
+            hint=f"name it in model.lora.targets: [\"*\"] or [..., {name}]; or train without model.lora, and start the "
+            "run with adapters from that run",
         )  # fmt: skip
 
 

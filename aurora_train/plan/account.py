@@ -11,7 +11,7 @@ from aurora_train.nn import fp8
 from aurora_train.nn.attention import Choice
 from aurora_train.nn.decoder_config import NF4_BLOCK
 from aurora_train.nn.param import parameter_count
-from aurora_train.nn.tracing import form
+from aurora_train.nn.tracing import form_name
 from aurora_train.optimizer import partition
 from aurora_train.plan.search import Candidate
 from aurora_train.plan.verify import can_compile_for_gpu
@@ -147,7 +147,7 @@ def standing(planner, plan, activations: int | None = None) -> dict:
     program = planner.program
     blueprint = program.blueprint(plan)
     with program.here():
-        taken = form()
+        taken = form_name()
     return {
         "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
         "levers": [_with_speed(lever, planner.rates) for lever in levers(program, blueprint, plan, activations)],

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from aurora_train.compat import is_unreadable
 from aurora_train.errors import UserError
-from aurora_train.plan import account, offload, unread
+from aurora_train.plan import account, offload, unreadable
 from aurora_train.plan.estimate import Estimate
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster, preference
@@ -122,12 +122,12 @@ class Planner:
     def _beside_copy_or_in_place(self, search) -> Plan:
         """The result of a search within the budget or, if nothing fits that, within the budget of saves in place."""
         try:
-            return self._with_saves(self._readable_or_unread(search))
+            return self._with_saves(self._readable_or_not(search))
         except Misfit:
             if self.budget_in_place is None:
                 raise
         (self.budget, self.budget_reason), self.budget_in_place, self.beside_copy = self.budget_in_place, None, 0
-        return self._with_saves(self._readable_or_unread(search))
+        return self._with_saves(self._readable_or_not(search))
 
     def _with_saves(self, plan: Plan) -> Plan:
         """The plan, with how saves are made: in place if a copy of the state does not fit beside the step."""
@@ -137,7 +137,7 @@ class Planner:
         in_place |= self.offload_beside_copy is not None and waiting > self.offload_beside_copy
         return replace(plan, saves_in_place=in_place, beside_copy_bytes=self.beside_copy)
 
-    def _readable_or_unread(self, search) -> Plan:
+    def _readable_or_not(self, search) -> Plan:
         """The result of a search, or a plan made without one if the step contains something it cannot read."""
         try:
             return search()
@@ -146,7 +146,7 @@ class Planner:
                 raise
             fault = error  # handled outside of this block, so that a later error is not shown as its consequence
         devices = self.program.mesh.devices.size
-        return unread.plan_unread(self, microbatches(self.program.config, self.program.recipe, devices), fault)
+        return unreadable.plan_unreadable(self, microbatches(self.program.config, self.program.recipe, devices), fault)
 
     def _asked_or_searched(self) -> Plan:
         began = time.thread_time()

@@ -86,7 +86,7 @@ class Classify(TextRecipe):
         progress(1, 2, "preparing the tokenizer")
         known = known_tokenizer(data.tokenizer, None, self.inherited_tokenizer)
         training = [self.rows[i].text for i in self.split["train"]]
-        self.prepared = known or train_bpe([training], data.tokenizer.vocab)
+        self.prepared = known or train_bpe([training], data.tokenizer.vocab, data.tokenizer.split)
         progress(2, 2, f"{len(self.rows):,} texts")
 
     def facts(self) -> dict:

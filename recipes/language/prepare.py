@@ -108,8 +108,9 @@ def _key(config: TextDataConfig, known, listing: list, newly_read: list[str]) ->
     """sha256 hex over all that decides a store's contents. Not sequence and batch, which are index arithmetic."""
     tokenizer = {"kind": _kind(known)}
     if known is None:
-        vocab = config.tokenizer.vocab
-        tokenizer |= {"vocab": vocab, "split": tokenizers.SPLIT, "trained_on": _bpe_training_bytes(vocab)}
+        vocab, split = config.tokenizer.vocab, config.tokenizer.split
+        split = tokenizers.SPLIT if split == "code" else split
+        tokenizer |= {"vocab": vocab, "split": split, "trained_on": _bpe_training_bytes(vocab)}
     elif known.backend is not None:
         tokenizer["sha256"] = known.sha256
     decisive = {
@@ -218,7 +219,7 @@ def _trained(config, screening: Screening, progress: Callable) -> tokenizers.Tok
         for batch in _batches(screening, chosen, progress, "training the tokenizer"):
             yield [data.decode() for _, _, data in batch]
 
-    return tokenizers.train_bpe(texts(), config.tokenizer.vocab)
+    return tokenizers.train_bpe(texts(), config.tokenizer.vocab, config.tokenizer.split)
 
 
 def _batches(screening: Screening, chosen: np.ndarray, progress: Callable, what: str) -> Iterator[list[tuple]]:

@@ -20,6 +20,9 @@ class TokenizerConfig(Section):
         "run that init.from names, else byte",
     )
     vocab: int = setting(4096, ge=257, le=1_000_000, help="entries of the trained bpe vocabulary")
+    split: Literal["code", "gpt2"] = setting(
+        "code", help="where bpe does not merge: code (fewer tokens on code), gpt2 (a rule of llama.cpp, for GGUF)"
+    )
     path: str | None = setting(None, resume="located", path_unless=(), help="a tokenizer.json")
     separator: str | None = setting(None, help="for kind: file, the token between documents; detected when unset")
 
@@ -32,6 +35,12 @@ class TokenizerConfig(Section):
         if "vocab" in given and "kind" not in given:
             raise ValueError("a tokenizer.json (path) has its own vocabulary: leave vocab out")
         return {**given, "kind": "file"}
+
+    @model_validator(mode="after")
+    def _split_is_of_bpe(self):
+        if self.split != "code" and self.kind != "bpe":
+            raise ValueError(f"split: {self.split} is for a tokenizer that is trained here: kind: bpe")
+        return self
 
 
 class MixedSourceConfig(Section):

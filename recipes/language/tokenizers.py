@@ -154,22 +154,20 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(definition), separator)
 
 
-def train_bpe(texts: Iterable[list[str]], vocab: int) -> Tokenizer:
+def train_bpe(texts: Iterable[list[str]], vocab: int, split: str = "code") -> Tokenizer:
     """Train a byte-level BPE of `vocab` entries on batches of texts. The same texts give the same file.
 
     Id 0 is the separator and 1..256 are the bytes, so that any text can be encoded. A small corpus may give fewer
-    entries than requested.
+    entries than requested. `split`: the pieces between which it does not merge: those of `SPLIT` for "code", those of
+    GPT-2 for "gpt2".
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == "gpt2")  # its regex is GPT-2's
+    ours = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    backend.pre_tokenizer = by_bytes if split == "gpt2" else pre_tokenizers.Sequence([ours, by_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,

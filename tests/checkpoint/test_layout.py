@@ -1,5 +1,7 @@
 """The canonical form on disk: the same names and bits whatever the cut of a stack."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,26 @@ def test_names_on_disk_are_one_per_layer_and_never_change(cut):
     assert sorted(name for name in flat if "units" not in name or "units.0000" in name) == GOLDEN
     assert {name.split("units.")[1][:4] for name in flat if "units" in name} == {f"000{i}" for i in range(6)}
     assert flat["params.blocks.units.0003.mlp.kernel"].shape == (4, 6)
+
+
+def test_parts_that_are_read_when_they_are_needed_give_the_same_bits_and_are_released_one_by_one():
+    """No part is read before the one before it is in its place, so that none waits beside the leaf that it is of."""
+    whole, made, most = state(CUTS[1]), [], []
+
+    def reader(array):
+        def read():
+            most.append(sum(reference() is not None for reference in made))
+            part = jnp.asarray(array)
+            made.append(weakref.ref(part))
+            return part
+
+        return read
+
+    flat = {name: reader(array) for name, array in layout.snapshot(whole).items()}
+    back = layout.assemble(flat, jax.eval_shape(lambda: whole), shardings(whole))
+    assert not flat and max(most) <= 1
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(back), strict=True):
+        assert one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 @pytest.mark.parametrize("written", CUTS, ids=str)

@@ -27,6 +27,7 @@ FITS = {
     "model.activation": "gelu", "model.norm": "layernorm", "model.norm_place": "after", "model.bias": "all",
     "model.positions": "learned", "model.rope_scaling.kind": "linear", "optimizer.name": "lion", "optimizer.ema": "0.5",
     "model.linear": "{key_heads: 1, value_heads: 2, key_dim: 4, value_dim: 4}", "init.tokens": '["<|turn|>"]',
+    "data.tokenizer.split": "gpt2",
 }  # fmt: skip
 # What must be set too.
 BESIDE = {

@@ -42,10 +42,10 @@ def here(home, shared_cache, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def adapted(home, shared_cache) -> Path:
-    """The run `adapted` in `home`: adapters over the run `base`, trained."""
+    """The run `adapted` in `home`: adapters of every matrix over the run `base`, of rank-stabilised scale, trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("AURORA_CACHE", str(shared_cache))
-        asked = ("model.from=base", "model.lora.rank=2")
+        asked = ("model.from=base", 'model.lora={rank: 2, targets: ["*"], scaling: rank_stabilised}')
         assert in_process("train", "tiny.yaml", *asked, "--run", "adapted", "--quiet") == 0
     return home / "adapted"

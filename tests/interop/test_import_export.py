@@ -146,7 +146,7 @@ def test_adapters_are_merged_when_asked(here, adapted, capsys):
     attention = trained.state.params["stack"]["segments"][0]["attention"]
     change = attention["query_lora_a"][1] @ attention["query_lora_b"][1]
     assert np.abs(change).max() > 0
-    np.testing.assert_allclose(kernel, base + trained.config.model.lora.alpha / 2 * change, atol=1e-6)
+    np.testing.assert_allclose(kernel, base + trained.config.model.lora.alpha / 2**0.5 * change, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -110,10 +110,29 @@ def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
     "asked,said",
     [
         pytest.param(("model.from=plain", "model.lora.rank=2"), "`embedding` is frozen", marks=pytest.mark.slow),
+        pytest.param(("model.from=plain", "model.lora.targets=[query, embedding]"), "`head` is frozen",
+                     marks=pytest.mark.slow),
         ((), "tokens are added to the tokenizer of `from`"),
         (("model.from=plain", "init.facts=own"), "tokens are added to the tokenizer of `from`"),
-    ],
+    ],  # fmt: skip
 )
 def test_a_config_that_cannot_train_new_tokens_is_refused(asked, said, capsys):
     assert aurora("train", "tiny.yaml", 'init.tokens=["<a>"]', *asked, "--run", "none", "--quiet") == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_adapters_of_embedding_and_head_train_new_tokens_and_go_out_merged(here, capsys):
+    forty = f"init.tokens={json.dumps(TOKENS)}"
+    adapters = ('model.lora.targets=["*"]', "model.lora.rank=2")
+    assert aurora("train", "tiny.yaml", "model.from=plain", forty, *adapters, "--run", "wide-adapted", "--quiet") == 0
+    other = (forty, "model.lora.targets=[query, embedding, head]", "model.lora.rank=2")
+    assert aurora("train", "tiny.yaml", "model.from=plain", *other, "--run", "wide-adapted", "--quiet") == 2
+    assert "holds a run of another config" in capsys.readouterr().err  # what differs is a list
+    trained = aurora_train.load("wide-adapted").model
+    assert np.any(np.asarray(trained.embedding_lora_a[...])) and np.any(np.asarray(trained.head_lora_b[...])[:, 257:])
+    assert aurora("export", "wide-adapted", "--to", "wide-merged", "--merge") == 0
+    assert matched(open_source(here / "wide-merged")).vocabulary == 297
+    capsys.readouterr()
+    assert aurora("export", "wide-adapted", "--to", "none", "--format", "peft") == 2
+    assert "adds no rows for new tokens" in " ".join(capsys.readouterr().err.split())

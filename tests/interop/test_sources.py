@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched, shape_of
-from aurora_train.interop.source import Source, digest, is_model, open_source
+from aurora_train.interop.source import OpenModel, digest, is_model, open_source
 
 
 @pytest.fixture
@@ -174,11 +175,11 @@ def test_a_bad_folder_is_refused_with_what_is_wrong_and_where(case, folder):
 ])  # fmt: skip
 def test_a_value_that_no_layer_can_have_is_refused_by_its_key(name, changed):
     with pytest.raises(UserError, match=f"`{next(iter(changed))}` is "):
-        shape_of(Source(Path("config.json"), "hf", settings_of(name, **changed), {}))
+        shape_of(OpenModel(Path("config.json"), "hf", settings_of(name, **changed), {}))
 
 
 def shape(**config):
-    return shape_of(Source(Path("config.json"), "hf", config, {}))[1]
+    return shape_of(OpenModel(Path("config.json"), "hf", config, {}))[1]
 
 
 def test_a_null_is_a_value_and_not_the_default():
@@ -311,6 +312,10 @@ BAD_ADAPTERS = {
     "a name that leads nowhere": ({"name": "layers.0.q"}, "belongs to no tensor of the base"),
     "half of it": ({"half": True}, "has only lora_A"),
     "it changes nothing": ({"zero": True}, "every lora_B is zero"),
+    "an alpha of text": ({"lora_alpha": "8"}, r'`lora_alpha` of .*q_proj is "8", which is no number above zero'),
+    "no pattern": ({"rank_pattern": {"q_proj(": 2}}, "`rank_pattern` holds what is no regular expression"),
+    "a list of patterns": ({"alpha_pattern": ["q_proj"]}, "`alpha_pattern` is not a mapping"),
+    "a rank of its own": ({"rank_pattern": {"layers.0.self_attn.q_proj": 3}}, "where rank 3 means"),
     "another rank": ({"r": 4}, r"lora_A of .* is of shape \[2, 32\], where rank 4 means \[4, 32\]"),
 }
 
@@ -321,3 +326,24 @@ def test_a_bad_adapter_is_refused(case, folder, tmp_path):
     path, _ = adapter(tmp_path, **changed)
     with pytest.raises(UserError, match=said):
         opened(path)
+
+
+def test_adapters_that_name_each_other_as_base_are_refused_as_a_circle(folder, tmp_path):
+    path, _ = adapter(tmp_path)
+    for one, base in (("a", "../b"), ("b", "../c"), ("c", "../a"), ("d", "../b")):
+        shutil.copytree(path, tmp_path / one)
+        (tmp_path / one / "adapter_config.json").write_text(json.dumps(
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": base}))  # fmt: skip
+    for one, circle in (("a", "a -> b -> c -> a"), ("d", "b -> c -> a -> b")):
+        for read in (open_source, digest):
+            with pytest.raises(UserError, match=circle):
+                read(tmp_path / one)
+
+
+def test_an_adapter_over_an_adapter_is_added_to_its_sum(folder, tmp_path):
+    path, change = adapter(tmp_path)
+    shutil.copytree(path, tmp_path / "second")
+    (tmp_path / "second" / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "../adapter"}))  # fmt: skip
+    found, base, name = opened(tmp_path / "second")[0], opened(folder)[0], "stack.units.0000.attention.query"
+    np.testing.assert_allclose(found.read(name), base.read(name) + 8 * change.T, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from aurora_train.interop.placing import our_shapes, shape_of, their_shapes
-from aurora_train.interop.source import Source, Tensor
+from aurora_train.interop.source import OpenModel, Tensor
 
 WIDTH, ROWS = 64, 300
 CHATML = (
@@ -62,15 +62,15 @@ def tensor_of(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, str(array.dtype), lambda start, stop: np.ascontiguousarray(array[start:stop]))
 
 
-def source_of(name: str, arrays: dict[str, np.ndarray] | None = None) -> Source:
+def source_of(name: str, arrays: dict[str, np.ndarray] | None = None) -> OpenModel:
     """The tiny model of a family, from `arrays` by Hugging Face name, else random."""
     config = dict(CONFIGS[name])
     if arrays is None:
         head = {} if config["tie_word_embeddings"] else {"lm_head.weight": np.zeros((ROWS, WIDTH), np.float32)}
-        family, shape = shape_of(Source(Path(name), "hf", config, {one: tensor_of(a) for one, a in head.items()}))
+        family, shape = shape_of(OpenModel(Path(name), "hf", config, {one: tensor_of(a) for one, a in head.items()}))
         shapes = their_shapes(family, our_shapes(shape, ROWS), shape.heads)
         arrays = {one: exact(size, seed) for seed, (one, size) in enumerate(shapes.items())}
-    return Source(
+    return OpenModel(
         Path(name), "hf", config, {one: tensor_of(array) for one, array in arrays.items()}, bpe(),
         {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, CHATML, {"eos_token_id": [2, 0]}, "apache-2.0",
     )  # fmt: skip

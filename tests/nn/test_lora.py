@@ -98,8 +98,101 @@ def test_a_model_with_adapters_trains_these_alone_and_one_without_trains_all():
 def test_a_plain_mlp_has_no_gate_and_a_target_that_is_nowhere_is_refused():
     _, state = make(activation="gelu", lora=Lora(rank=2))
     assert not any("gate" in name for name in flat(state))
-    with pytest.raises(ValueError, match="gelu has none"):
+    with pytest.raises(ValueError, match="nothing in this model is called 'gate'"):
         DecoderConfig(activation="gelu", lora=Lora(targets=("gate",)))
+
+
+NOWHERE = {
+    "a slip": (("quary",), "did you mean 'query'"), "PEFT's name": (("query", "q_proj"), "did you mean 'query'"),
+    "a pattern": (("mpl.*",), "called 'mpl.\\*'"), "a tied head": (("head",), "name the embedding"),
+    "a block's place": (("linear.*",), "nothing in this model"), "nothing": (("",), "there are query, key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets,said", NOWHERE.values(), ids=NOWHERE)
+def test_a_target_that_nothing_is_called_is_refused_with_what_there_is(targets, said):
+    with pytest.raises(ValueError, match=said):
+        DecoderConfig(lora=Lora(targets=targets))
+
+
+CHOSEN = {
+    ("*",): {*KERNELS, "embedding", "head"}, ("mlp.*",): {"gate", "up", "down"},
+    ("attention.[qk]*", "head"): {"query", "key", "head"}, ("[!eh]*",): set(KERNELS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets,chosen", CHOSEN.items())
+def test_targets_are_names_and_patterns(targets, chosen):
+    _, state = make(lora=Lora(rank=2, targets=targets))
+    assert {n.split(".")[-1].removesuffix("_lora_a") for n in flat(state) if n.endswith("_lora_a")} == chosen
+
+
+def test_a_rank_stabilised_adapter_is_scaled_by_the_root_of_its_rank():
+    assert Lora(rank=16, alpha=8).scale == 0.5 and Lora(rank=16, alpha=8, scaling="rank_stabilised").scale == 2.0
+    model = nnx.merge(*make(lora=Lora(rank=16, alpha=8, scaling="rank_stabilised", targets=("embedding",))))
+    assert model.lora_scale == 2.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_adapters_of_embedding_and_head_are_those_of_the_merged_tables(tied, softcap):
+    """Loss, gradients, token losses, logits and hidden states against a model whose tables hold the sum."""
+    targets = ("embedding",) if tied else ("embedding", "head")
+    settings = {"tied": tied, "logit_softcap": softcap, "embed_scale": True, "loss_chunk": 12}
+    graph, state = make(lora=Lora(rank=3, alpha=6, targets=targets), **settings)
+    base_graph, base = make(**settings)
+    weights, merged, draw = nnx.to_pure_dict(state), nnx.to_pure_dict(base), np.random.default_rng(1)
+    pairs = {}
+    for name in targets:
+        first, second = (name + end for end in lora.ADAPTERS)
+        assert np.any(weights[second if name == "embedding" else first])
+        assert not np.any(weights[first if name == "embedding" else second])
+        for one in (first, second):
+            weights[one] = jnp.asarray(draw.standard_normal(weights[one].shape) * 0.2, jnp.float32)
+        pairs[name] = weights[first], weights[second]
+        merged[name] = merged[name] + 2.0 * pairs[name][0] @ pairs[name][1]
+    nnx.replace_by_pure_dict(state, weights)
+    nnx.replace_by_pure_dict(base, merged)
+    (found, given), (wanted, slopes) = outcome(graph, state), outcome(base_graph, base)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    for name, (down, up) in pairs.items():  # by the chain rule, from the gradient of the merged table
+        for end, slope in zip(lora.ADAPTERS, (slopes[name] @ up.T, down.T @ slopes[name]), strict=True):
+            np.testing.assert_allclose(given[name + end], 2.0 * slope, rtol=1e-3, atol=1e-3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outcome(graph, state):
+    """((loss, (token losses, logits)), gradients as a nested dict)."""
+
+    def loss(state):
+        model = nnx.merge(graph, state)
+        hidden = model(TOKENS)
+        total = model.nll(hidden, TOKENS, jnp.linspace(0.0, 2.0, TOKENS.size).reshape(TOKENS.shape))[0]
+        return total, (model.token_nll(hidden, TOKENS), model.logits(hidden))
+
+    found, slopes = jax.value_and_grad(loss, has_aux=True)(state)
+    return found, nnx.to_pure_dict(slopes)
+
+
+def test_a_frozen_head_with_an_adapter_costs_no_gradient_of_its_own():
+    """By the compiler's count, of a head that is most of the model: it has two products of three, as without one."""
+
+    def flops(lora_settings):
+        shape = {"width": 64, "layers": 1, "heads": 2, "kv_heads": 1, "mlp_width": 16, "tied": False}
+        model = nnx.eval_shape(lambda: Decoder(DecoderConfig(**shape, lora=lora_settings), 4096, "bfloat16",
+                                               nnx.Rngs(params=0)))  # fmt: skip
+        graph, variables, rest = nnx.split(model, nnx.Param, ...)
+        trained, frozen = lora.split(variables)
+
+        def loss(trained, frozen):
+            model = nnx.merge(graph, trained, frozen, rest)
+            return model.nll(model(TOKENS), TOKENS, jnp.ones(TOKENS.shape))[0]
+
+        return jax.jit(jax.grad(loss)).lower(trained, frozen).compile().cost_analysis()["flops"]
+
+    alone = flops(Lora(rank=1, targets=("query",)))
+    assert flops(Lora(rank=1, targets=("head",))) < 1.1 * alone and flops(None) > 1.25 * alone
 
 
 @pytest.mark.parametrize("save", [None, ()])

@@ -30,7 +30,7 @@ from aurora_train.nn.nf4 import encode
 from aurora_train.nn.nf4 import linear as linear_nf4
 from aurora_train.nn.norms import normalise
 from aurora_train.nn.stack import Segment, Stack
-from aurora_train.nn.tracing import FORMS, current, form, forms, tracing
+from aurora_train.nn.tracing import FORMS, current, form_name, forms, tracing
 from aurora_train.optimizer import global_norm
 from aurora_train.plan.verify import pretend_cudnn
 
@@ -58,18 +58,18 @@ def test_both_modules_have_the_same_functions_of_the_same_arguments():
                                                     ("tpu", "plain", "xla")])  # fmt: skip
 def test_a_platform_takes_its_own_forms(target, taken, attention):
     with tracing(target=target):
-        assert form() == taken and forms() is FORMS[taken]
+        assert form_name() == taken and forms() is FORMS[taken]
         assert choose_attention(DecoderConfig(), "bfloat16").name == attention
 
 
 def test_what_is_asked_for_is_taken_on_any_platform():
-    assert form() == "cpu"
+    assert form_name() == "cpu"
     with tracing(forms="plain"):
-        assert form() == "plain" and choose_attention(DecoderConfig(), "bfloat16").name == "xla"
+        assert form_name() == "plain" and choose_attention(DecoderConfig(), "bfloat16").name == "xla"
         with tracing(target="tpu", forms="cpu"):
-            assert form() == "cpu"
+            assert form_name() == "cpu"
         assert current().target is None
-    assert form() == "cpu"
+    assert form_name() == "cpu"
 
 
 # ---- the traced program

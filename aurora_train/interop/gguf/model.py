@@ -1,4 +1,4 @@
-"""A GGUF file as a `Source`: its metadata as the config of a Hugging Face folder, its tensors by the names there.
+"""A GGUF file as an `OpenModel`: its metadata as the config of a Hugging Face folder, its tensors by the names there.
 
 What llama.cpp's converter did to names and values is undone, so that a family needs to be described once, for
 Hugging Face folders. A setting that the file does not state is never guessed: it is what llama.cpp itself assumes for
@@ -20,7 +20,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop.gguf.file import GgufFile
 from aurora_train.interop.gguf.names import ARCHITECTURES, Architecture
 from aurora_train.interop.gguf.tokenizer import tokenizer_of
-from aurora_train.interop.source import Source, Tensor
+from aurora_train.interop.source import OpenModel, Tensor
 
 _NO_DEFAULT = object()
 LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -28,7 +28,7 @@ LOCAL_THETA = 10_000.0  # of Gemma 3's windowed layers, which older files do not
 LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # llama.cpp tells this size by its layers: it scales queries otherwise
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(path: Path) -> OpenModel:
     """The model of a GGUF file. Raises UserError for a file or an architecture that cannot be read, naming it."""
     try:
         stat = os.stat(path)
@@ -38,7 +38,7 @@ def open_gguf(path: Path) -> Source:
 
 
 @functools.lru_cache(maxsize=1)  # a start opens its source several times, and a large vocabulary takes seconds
-def _opened(path: Path, changed_ns: int, size: int) -> Source:
+def _opened(path: Path, changed_ns: int, size: int) -> OpenModel:
     file = GgufFile(path)
     try:
         reader = _Reader(file)
@@ -47,7 +47,7 @@ def _opened(path: Path, changed_ns: int, size: int) -> Source:
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise UserError(f"a value of the metadata is of another kind than its key means: {error}",
                         where=str(path)) from error  # fmt: skip
-    return Source(
+    return OpenModel(
         path=path, kind="gguf", config=config, tensors=tensors, tokenizer=tokenizer,
         tokenizer_config=tokenizer_config, chat_template=file.metadata.get("tokenizer.chat_template"),
         generation={"eos_token_id": ends} if ends else {}, licence=file.metadata.get("general.license"),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from aurora_train.errors import UserError
 from aurora_train.interop.gguf.vocabulary import begins_by_itself
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 from aurora_train.interop.templates import ChatTemplate
 
 _ROLES = ("system", "user", "assistant")
@@ -35,7 +35,7 @@ class Marks(NamedTuple):
         return "".join(said) + self.before["assistant"]
 
 
-def modelfile(source: Source, file: str) -> str:
+def modelfile(source: OpenModel, file: str) -> str:
     """The content of a Modelfile for a model written to `file`, which lies beside it."""
     lines = [f"FROM ./{file}"]
     marks = marks_of(source)
@@ -52,7 +52,7 @@ def modelfile(source: Source, file: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ends(source: Source) -> list[str]:
+def _ends(source: OpenModel) -> list[str]:
     """The texts of the tokens that end an answer."""
     import tokenizers
 
@@ -62,7 +62,7 @@ def _ends(source: Source) -> list[str]:
     return [text for text in map(backend.id_to_token, source.eos_ids) if text]
 
 
-def marks_of(source: Source) -> Marks | None:
+def marks_of(source: OpenModel) -> Marks | None:
     """The marks around the messages of a conversation; None if there is no template of that kind."""
     if source.chat_template is None:
         return None

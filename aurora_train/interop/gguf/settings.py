@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.gguf.model import LAYERS_OF_27B, LLAMA3_BANDS, LOCAL_THETA, llama3_factors
 from aurora_train.interop.gguf.names import ARCHITECTURES
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 
 # model_type -> architecture, where several share one.
 _ALSO = {"mistral": "llama", "olmo3": "olmo2"}
@@ -29,7 +29,7 @@ def heads_of(config: dict, hf_name: str) -> int:
     return heads if ".q_proj." in hf_name else config.get("num_key_value_heads") or heads
 
 
-def within_context(source: Source) -> tuple[Source, list[str]]:
+def within_context(source: OpenModel) -> tuple[OpenModel, list[str]]:
     """(the source as llama.cpp computes it, remarks), for the architectures in which it lets a token see all others.
 
     That is the same as long as the window holds every other, so the context that the file states is no longer.
@@ -43,7 +43,7 @@ def within_context(source: Source) -> tuple[Source, list[str]]:
     return dataclasses.replace(source, config=config), remarks
 
 
-def settings_of(source: Source) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def settings_of(source: OpenModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(metadata by key, tensors that hold settings by name) of a source's config.
 
     Raises UserError for a model_type that has no architecture here, and for a setting that llama.cpp would assume
@@ -53,7 +53,7 @@ def settings_of(source: Source) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 class _Settings:
-    def __init__(self, source: Source):
+    def __init__(self, source: OpenModel):
         self.config = families.text_config(source.config)
         self.where = str(source.path)
         kind = self.config.get("model_type")

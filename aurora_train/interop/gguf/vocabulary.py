@@ -8,9 +8,10 @@ from typing import Any
 
 from aurora_train.errors import UserError
 from aurora_train.interop.gguf.tokenizer import SPLITS, Kind, tokenizer_of
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 
 _OTHER_ENDS = ("eot_token_id", "eom_token_id")  # where a file names ends of texts beside `eos_token_id`
+_OTHER_TOKENIZER = "--format hf; or train a model with data.tokenizer.kind=bpe and data.tokenizer.split=gpt2"
 _NEVER_MERGED = -1e9  # the score of a token that no merge makes
 # Texts that tokenizers cut in different ways: numbers, runs of spaces, endings, scripts, marks.
 _PROBES = (
@@ -20,7 +21,7 @@ _PROBES = (
 )  # fmt: skip
 
 
-def vocabulary_of(source: Source, rows: int) -> dict[str, Any]:
+def vocabulary_of(source: OpenModel, rows: int) -> dict[str, Any]:
     """The `tokenizer.` part of the metadata for an embedding of `rows` rows; rows without a token become `[PADn]`.
 
     Raises UserError for a source without a tokenizer, for one that llama.cpp has no form of, for more tokens than rows,
@@ -68,17 +69,16 @@ def _byte_level(definition: dict, where: str) -> dict[str, Any]:
     steps = [_essence(step) for step in cut.get("pretokenizers", [cut])]
     normalizer = (definition.get("normalizer") or {}).get("type")
     whole = bool(definition["model"].get("ignore_merges"))
+    if not definition["model"]["merges"]:
+        raise UserError("the tokenizer has no merges, and llama.cpp refuses it", where=where, hint=_OTHER_TOKENIZER)
     for name, (splits, normalizer_there, whole_there) in SPLITS.items():
         if (steps, normalizer, whole) == ([_essence(step) for step in splits], normalizer_there, whole_there):
-            merges = definition["model"]["merges"]
-            if not merges:
-                raise UserError("the tokenizer has no merges, and llama.cpp refuses it", where=where)
-            return {"model": "gpt2", "pre": name, "merges": [one if isinstance(one, str) else " ".join(one)
-                                                             for one in merges]}  # fmt: skip
+            merges = [one if isinstance(one, str) else " ".join(one) for one in definition["model"]["merges"]]
+            return {"model": "gpt2", "pre": name, "merges": merges}
     raise UserError(
         "the tokenizer cuts texts by a rule that llama.cpp does not have", where=where,
         why=f"it has those named {', '.join(SPLITS)}; with another, the same text would get other ids",
-        hint="--format hf, or train with such a tokenizer (data.tokenizer.kind=file)",
+        hint=_OTHER_TOKENIZER,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _sentencepiece(definition: dict, tokens: list[str]) -> dict[str, Any]:
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": '"Prepend"' in normalizer}
 
 
-def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
+def _special(source: OpenModel, tokens: list[str]) -> dict[str, Any]:
     """The ids of the tokens that begin and end texts, and whether a text begins with one of itself."""
     ids, found = {token: number for number, token in enumerate(tokens)}, {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
@@ -117,7 +117,7 @@ def _special(source: Source, tokens: list[str]) -> dict[str, Any]:
     return found | {"add_bos_token": begins_by_itself(source)}
 
 
-def begins_by_itself(source: Source) -> bool:
+def begins_by_itself(source: OpenModel) -> bool:
     """Whether the tokenizer begins every text with a token, so that a reader of the GGUF file must do so, too."""
     import tokenizers
 
@@ -125,7 +125,7 @@ def begins_by_itself(source: Source) -> bool:
     return bool(empty) or bool(source.tokenizer_config.get("add_bos_token"))
 
 
-def _refuse_other_ids(source: Source, metadata: dict, added: list[str]) -> None:
+def _refuse_other_ids(source: OpenModel, metadata: dict, added: list[str]) -> None:
     """UserError if the tokenizer that a reader builds of the metadata cuts a text differently."""
     import tokenizers
 

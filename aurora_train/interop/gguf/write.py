@@ -21,7 +21,7 @@ from aurora_train.interop.gguf.names import ARCHITECTURES, Architecture
 from aurora_train.interop.gguf.settings import heads_of, settings_of, within_context
 from aurora_train.interop.gguf.vocabulary import vocabulary_of
 from aurora_train.interop.placing import shape_of
-from aurora_train.interop.source import Source
+from aurora_train.interop.source import OpenModel
 
 # The format's name on the command line -> (type of matrices, type of embedding and head, `general.file_type`).
 FORMATS = {"f16": ("F16", "F16", 1), "bf16": ("BF16", "BF16", 32), "q8_0": ("Q8_0", "Q8_0", 7),
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     kind: str  # a key of `_BOUNDS`
 
 
-def write_gguf(source: Source, path: Path, format: str, name: str) -> list[str]:
+def write_gguf(source: OpenModel, path: Path, format: str, name: str) -> list[str]:
     """Write a source's model to `path` in one of `FORMATS`. Returns remarks on what is stored otherwise than asked.
 
     Raises UserError for an unknown format, for a model, a setting or a tokenizer that llama.cpp does not know, and if
@@ -91,7 +91,7 @@ def _begun(settings: dict, extra: dict[str, np.ndarray], stored: list[Stored]):
     return writer
 
 
-def _plan(source: Source, architecture: Architecture, format: str) -> tuple[list[Stored], list[str]]:
+def _plan(source: OpenModel, architecture: Architecture, format: str) -> tuple[list[Stored], list[str]]:
     """What is written as what: vectors in float32, matrices as asked if their rows are whole blocks."""
     matrices, outer, _ = FORMATS[format]
     tied = source.config.get("tie_word_embeddings", True)
@@ -130,7 +130,9 @@ def _add(writer, key: str, value) -> None:
         writer.add_array(key, value)
 
 
-def _write(writer, path: Path, extra: dict, stored: list[Stored], source: Source, architecture: Architecture) -> None:
+def _write(
+    writer, path: Path, extra: dict, stored: list[Stored], source: OpenModel, architecture: Architecture
+) -> None:
     import gguf
 
     writer.write_header_to_file(path)
@@ -150,7 +152,7 @@ def _write(writer, path: Path, extra: dict, stored: list[Stored], source: Source
     writer.close()
 
 
-def _blocks(source: Source, one: Stored, architecture: Architecture) -> Iterator[np.ndarray]:
+def _blocks(source: OpenModel, one: Stored, architecture: Architecture) -> Iterator[np.ndarray]:
     """The rows of a tensor as the file has them, float32, a few at a time where their order is the same."""
     tensor = source.tensors[one.hf_name]
     if architecture.is_transposed(one.hf_name):
@@ -170,7 +172,7 @@ def _parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return ((start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
-def _refuse_difference(back: Source, source: Source, stored: list[Stored], architecture: Architecture) -> None:
+def _refuse_difference(back: OpenModel, source: OpenModel, stored: list[Stored], architecture: Architecture) -> None:
     """UserError if the file that was written does not hold the source's model, naming the key or the tensor."""
     ours, theirs = shape_of(source)[1], shape_of(back)[1]
     for field in type(ours).model_fields:

@@ -14,7 +14,7 @@ from aurora_train.plan import account
 from aurora_train.plan.plan import Plan
 
 
-def plan_unread(planner, pairs: list[tuple[int, int]], error: Exception) -> Plan:
+def plan_unreadable(planner, pairs: list[tuple[int, int]], error: Exception) -> Plan:
     """The plan with the largest microbatches that fits when compiled; the smallest if nothing may be compiled.
 
     Args:
