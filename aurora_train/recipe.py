@@ -92,6 +92,7 @@ class Recipe:
         self.config, self.cache = config, Path(cache)
         self.known: Facts = {}  # what `facts` returned when the run began, on any machine; see `use`
         self.inherited: Facts = {}  # the facts of this run so far, or of its parent; for `prepare`
+        self.start: Any = None  # the model that the run starts from, a `train.starting.Start`, if any; for `prepare`
 
     def use(self, facts: Facts) -> Recipe:
         """Set `facts` as `known`. The trainer calls this before it asks for data or a model."""

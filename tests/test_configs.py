@@ -24,13 +24,16 @@ SMALL = {
     "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
                           "data.tokenizer={kind: byte}"],
     "language/tune": ["model.width=16", "model.heads=2", "model.layers=1", "data.tokenizer={kind: byte}"],
+    "language/prefer": [],  # always from a model that exists
 }
 OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
 OWN |= {f"language/smollm2_{how}": ["data.max_rows=60", "data.holdout_validation=0.2", "train.batch=1", *smaller]
         for how, smaller in {"sft": [], "lora": ["model.lora.rank=2"], "qlora": ["model.lora.rank=2"]}.items()}
+OWN["language/smollm2_dpo"] = ["data.max_rows=16", "data.holdout_validation=0.2", "train.batch=1", "model.lora.rank=2"]
 # A published shape, small: the size stays, and what a width of 16 cannot have is overruled.
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
+        "language/prefer": {"language"},
         "neural_decoding": {"neural"}}
 CONFIGS = bundled.configs()
 

@@ -2,8 +2,9 @@
 
 It has what the trainer has to get right: a stack with tags, dropout, biases and norms, targets that do not count, and
 on request one example whose loss is not a number. `TOY_SIGNAL=take:13:SIGTERM` sends its own process a real signal
-when the batch of that data step is read, `TOY_SIGNAL=prepare:0:SIGINT` while it prepares, `take:13:HANG` never returns
-from reading it and `take:13:DIE` ends the thread that reads; `TOY_HANG=step` and `TOY_HANG=save` hang there.
+when the batch of that data step is read, `TOY_SIGNAL=prepare:0:SIGINT` while it prepares, `score:0:SIGKILL` in its
+score, `take:13:HANG` never returns from reading it and `take:13:DIE` ends the thread that reads; `TOY_HANG=step` and
+`TOY_HANG=save` hang there.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ class Toy(Base):
         return model(batch["x"])
 
     def score(self, predict, split, key, workdir, progress):
+        told("score", 0)
         batch = self.data(split).take(np.arange(40))
         return {"mse": float(np.square(predict(batch) - batch["y"]).mean())}
 '''

@@ -25,7 +25,7 @@ _WHY = {
 
 
 # (key, old, new): since 2026-11-29 the default is `auto`; before that it was the value to which `auto` resolves.
-_SETTLED = {("data.tokenizer.kind", "byte", "auto")}
+_SETTLED = (("data.tokenizer.kind", "byte", "auto"),)  # compared, not hashed: a value may be a list
 
 
 def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
@@ -126,7 +126,7 @@ def _felt(kind: str, config) -> str:
 
 def _cuts_what_is_coupled(key: str, config) -> bool:
     """Whether a change of this key splits the batch differently for a loss that depends on the split."""
-    return key == "memory.accumulation" and config.recipe_class.couples != "example"
+    return key == "memory.accumulation" and config.recipe_class(config, files.cache_folder()).couples != "example"
 
 
 def _refuse_idle(allowed, changes) -> None:

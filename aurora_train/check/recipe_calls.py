@@ -223,6 +223,7 @@ def _score_and_samples(config, recipe) -> list[str]:
         in_time()
         return jax.device_get(jitted(arrays, batch))
 
+    predict.model = lambda: model
     with tracing(forms=config.train.forms), tempfile.TemporaryDirectory() as folder:
         try:
             with recipe_code(recipe, "score"):

@@ -50,11 +50,16 @@ def of_a_run(
 
 
 def _show(config, run, split: str, data_step: int, rows: int, json: bool, example: int | None, **more):
+    from aurora_train.machine.profile import prepare_environment
+
+    prepare_environment(config)  # a recipe may measure its data by the model that the run starts from
     from aurora_train.data.inspection import inspect_batch, inspect_example, show
+    from aurora_train.machine.precision import settled
     from aurora_train.record.console import plain_console
     from aurora_train.record.progress import preparation
     from aurora_train.train.beginning import Beginning
 
+    config = settled(config, run)
     beginning = Beginning.of(config, run)
     with preparation(quiet=json) as progress:
         beginning.ready(progress)

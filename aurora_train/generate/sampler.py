@@ -1,8 +1,8 @@
 """`Generator`: sampling with a key-value cache, compiled for a few fixed shapes.
 
 Prompt and cache lengths are rounded up to powers of two or three quarters of them, so that prompts of many lengths
-share a compilation. A draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would get by itself only as
-far as float order allows, and nothing depends on what the other rows do.
+share a compilation. A draw depends on (seed, row, number of the token) alone: a prompt in a batch gets what it would
+get by itself only as far as float order allows, and nothing depends on what the other rows do.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _read_token(graph, state, caches, tokens, positions, prefix):
 def _draw(logits, keys, count, knobs: Knobs):
     """float32[B, V] -> int32[B]: temperature, then the k most likely, then the nucleus (Holtzman et al. 2020).
 
-    At temperature 0 nothing is sorted: sorting the scores takes longer than the model on a processor.
+    At temperature 0 nothing is sorted: on a processor that takes as long as the step of a small model.
     """
 
     def one(logits, key):

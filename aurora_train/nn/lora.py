@@ -74,7 +74,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
         y = y if bias is None else forms().add_bias(y, bias)
     else:
         y = linear(x, getattr(module, name)[...], bias)
-    if name not in module.adapted:
+    if not _is_adapted(module, name):
         return y
     # At a low rank, 8 bits would gain nothing.
     low = linear(x, getattr(module, f"{name}_lora_a")[...], wide=True) * jnp.asarray(module.lora_scale, x.dtype)
@@ -84,7 +84,7 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
 def look_up(module: nnx.Module, tokens: jax.Array, dtype) -> jax.Array:
     """The rows of a module's embedding for tokens int[...], its adapter's included: [..., width] in `dtype`."""
     rows = getattr(module, TABLE)[...][tokens].astype(dtype)
-    if TABLE not in module.adapted:
+    if not _is_adapted(module, TABLE):
         return rows
     low = getattr(module, f"{TABLE}_lora_a")[...][tokens].astype(dtype) * jnp.asarray(module.lora_scale, dtype)
     return rows + linear(low, getattr(module, f"{TABLE}_lora_b")[...], wide=True)
@@ -96,12 +96,17 @@ def head_products(module: nnx.Module, name: str, hidden: jax.Array, vocab_first:
     The second product is that of hidden states brought down to the rank with the matrix that has the vocabulary.
     """
     head = getattr(module, name)[...]
-    if name not in module.adapted:
+    if not _is_adapted(module, name):
         return hidden, head
     down, up = (getattr(module, name + end)[...] for end in ADAPTERS)
     first, second = (up.T, down) if vocab_first else (down, up)
     low = linear(hidden, first, wide=True) * jnp.asarray(module.lora_scale, hidden.dtype)
     return (hidden, low), (head, second)
+
+
+def _is_adapted(module: nnx.Module, name: str) -> bool:
+    """Whether an adapter adds to a parameter here: a trace may be of the frozen base alone (`nn.tracing`)."""
+    return name in module.adapted and current().adapters
 
 
 def _refuse_both() -> None:

@@ -24,6 +24,7 @@ class Tracing(NamedTuple):
     forms: str = "auto"  # `train.forms`: "auto" is the platform's own; a name of `FORMS` is taken on any platform
     fp8_ends: int | None = None  # units at either end of a stack that stay in bfloat16 in an fp8 step; None: no fp8
     in_8_bits: bool = False  # whether a unit is being traced that multiplies in 8 bits
+    adapters: bool = True  # False: as the frozen base alone, without what low-rank adapters add (`nn.lora`)
 
 
 # Part of jax's cache key: what was traced in another context is not reused.

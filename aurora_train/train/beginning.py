@@ -21,6 +21,7 @@ from aurora_train.facts import Facts
 from aurora_train.origin.parents import Parent, inherited_facts, parents_of, recorded_parents
 from aurora_train.recipe import Recipe
 from aurora_train.train.rehearsal import make_recipe
+from aurora_train.train.starting import Start
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Beginning:
         kept = kept_facts.read(run.facts) if begun else None
         recipe = make_recipe(config)
         recipe.inherited = kept or inherited_facts(config, parents)
+        if records := {one.prefix: one.record() for one in parents} or recorded:
+            recipe.start = Start(config, records)
         return cls(config, recipe, run, parents, kept)
 
     def ready(self, progress):

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from flax import nnx
 
 from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import mesh as meshes
-from aurora_train import optimizer as optimizers
 from aurora_train import run as runs
 from aurora_train.check.recipe_calls import rehearse_recipe
 from aurora_train.check.source import source_of
@@ -26,9 +24,7 @@ from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, requir
 from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from aurora_train.machine.processes import agreed, count
-from aurora_train.nn import carried
-from aurora_train.nn.stack import Segment, named_stacks
-from aurora_train.origin.parents import Parent, inherited_facts, parents_of
+from aurora_train.origin.parents import Parent, inherited_facts, parents_of, recorded_parents
 from aurora_train.origin.weights import (
     drawn_beside,
     load_parameters,
@@ -45,7 +41,8 @@ from aurora_train.train.beginning import Beginning, refuse_other_data
 from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
-from aurora_train.train.state import Blueprint, TrainState, draw, together
+from aurora_train.train.starting import Start, read_whole
+from aurora_train.train.state import Blueprint, TrainState, together
 from aurora_train.train.watchdog import Watchdog
 from aurora_train.units import size
 
@@ -243,7 +240,7 @@ def make_store(config, run: runs.Run) -> CheckpointStore:
 def open_for_reading(config, run: runs.Run, step: int | None, progress):
     """(recipe, blueprint, mesh, state, step) of a trained run; the state holds parameters only, on one device."""
     recipe = recipe_of(config, run, progress)
-    blueprint, mesh = _read_whole(config, recipe)
+    blueprint, mesh = read_whole(config, recipe)
     store = CheckpointStore(run.checkpoints, run.trash)
     step = require_step(store, step, str(run.folder))
     refuse_damage(store, step)
@@ -258,6 +255,8 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
 def recipe_of(config, run: runs.Run, progress):
     """The recipe of a trained run, with the run's facts."""
     recipe, kept = make_recipe(config), kept_facts.read(run.facts)
+    if records := recorded_parents(files.read_json(run.provenance, {})):
+        recipe.start = Start(config, records)
     if kept is None:  # a run from before facts existed is read with its data
         refuse_other_data(run, recipe.ready(progress).data("train"))
     else:
@@ -275,16 +274,9 @@ def open_start_for_reading(config):
     recipe = make_recipe(config)
     recipe.inherited = inherited_facts(config, parents)
     recipe.use(recipe.inherited)
-    blueprint, mesh = _read_whole(config, recipe)
+    blueprint, mesh = read_whole(config, recipe)
     params, frozen = parameters_from(parents, blueprint, {})
     return recipe, blueprint, mesh, blueprint.state._replace(params=params, frozen=frozen, opt_state={}, extra={})
-
-
-def _read_whole(config, recipe) -> tuple[Blueprint, Any]:
-    """(blueprint, mesh) of a model on one device, with every stack whole."""
-    mesh = meshes.make_mesh(1, 1)
-    optimizer = optimizers.build(config.optimizer, config.train.steps, seed=config.train.seed)
-    return draw(recipe, whole_plan(config, recipe), optimizer, mesh, seed=config.train.seed), mesh
 
 
 def _pinned(session: Session) -> dict:
@@ -323,13 +315,6 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
     if changed and session.config.recipe_bundled:
         changes.append(("recipe", *changed))
     return changes + [(key, known[key], here[key]) for key in here if key in known and known[key] != here[key]]
-
-
-def whole_plan(config, recipe) -> Plan:
-    """A plan with every stack whole: for reading a run, where nothing is kept for a backward pass."""
-    model = nnx.eval_shape(lambda: carried.build(recipe, config.train.seed))
-    cuts = {name: [Segment(0, stack.num_units)] for name, stack in named_stacks(model).items()}
-    return Plan(config.train.batch, 1, cuts, "reading")
 
 
 def refuse_facts_of_another(store: CheckpointStore, step: int, facts: kept_facts.Facts) -> None:

@@ -176,7 +176,8 @@ class _Writer:
             raise self._too_long()
         if not self._pieces:
             raise self._nothing_learned(name)
-        split = _split(np.array(self._uniforms), self._data, name, self._encoding.name)
+        rows = "prompts" if self._encoding.split_by else self._encoding.name
+        split = _split(np.array(self._uniforms), self._data, name, rows)
         length, learned, conversation, source = np.array(self._pieces, np.int64).T
         arrays = {"offsets": np.concatenate([[0], np.cumsum(length)]), "conversation": conversation,
                   "split": split[conversation]}  # fmt: skip

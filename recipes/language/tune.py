@@ -99,10 +99,13 @@ class Tune(Writer):
         self.store = prepare(encoding, data, self.cache / "data", tokenizer, progress)
         rows = sum(self.store.manifest["packed_rows"]["train"].values())
         fill = self.store.manifest["fill"]["train"] or 0.0  # 0 where all is held out: `on`
-        full = f"{rows:,} packed rows of {data.sequence:,} tokens to train on, {fill:.1%} full"
+        self.sum_up(progress, rows, f"{rows:,} packed rows of {data.sequence:,} tokens to train on, {fill:.1%} full")
+
+    def sum_up(self, progress, rows: int, made_of_them: str) -> None:
+        """Say what was read, what was left out of it, and what was made of the rest."""
         for line in self.store.losses():
             log.warning("%s", line)
-        progress(rows, rows, "; ".join([*self.store.summary(), full]))
+        progress(rows, rows, "; ".join([*self.store.summary(), made_of_them]))
 
     def reading(self) -> tuple:
         """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""

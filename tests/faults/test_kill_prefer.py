@@ -1,0 +1,28 @@
+"""It comes back, preferences too: preparation, the reference's pass, steps, saves and scores are killed with -9."""
+
+from __future__ import annotations
+
+import pytest
+from killing import assert_same_run, kill_again_and_again
+from kit import Aurora, losses
+from preferring import pairs, write_config, write_start
+
+STEPS, SEED = 24, 20261130
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_run_on_preferences_change_no_bit(tmp_path):
+    config = write_config(tmp_path, write_start(tmp_path), pairs(600), STEPS)
+    text = config.read_text().replace(", schedule", ", ema: 0.9, schedule").replace(".gguf}", ".gguf, dropout: 0.1}")
+    config.write_text(text + "memory: {accumulation: 2}\n")  # and dropout and a moving average: what a resume needs
+    Aurora(tmp_path, tmp_path / "undisturbed").good("train", config, "--run", tmp_path / "run")
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
+    phases = ["prepare", "reference", "reference", "step", "save", "score", "compile", "step", "save", "last step"]
+    tally = kill_again_and_again(Aurora(tmp_path, tmp_path / "cache"), config, STEPS, phases, SEED)
+    print(f"{sum(tally.kills.values())} kills {tally.kills}, {tally.missed} missed their phase")
+    assert not tally.failed_restarts, tally.failed_restarts[0]
+    assert sum(tally.kills.values()) == len(phases)
+    for run in tally.finished_runs:
+        assert_same_run(run, tmp_path / "run")
+    (kept,), (wanted,) = ((tmp_path / name / "data").glob("reference-*.f32") for name in ("cache", "undisturbed"))
+    assert kept.read_bytes() == wanted.read_bytes()
