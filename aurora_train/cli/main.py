@@ -23,6 +23,7 @@ import typer
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
+from aurora_train.record.console import printable
 
 # `train.signals.EXIT_STOPPED` and `train.guard.EXIT_LOW_MEMORY`, repeated here because those modules import jax.
 _STOPPED = (75, 77)
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
         return status if isinstance(status, int) else 0
     except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {printable(str(fault))}", file=sys.stderr)  # it may quote the data
         return fault.status
     except _UsageError as fault:
         fault.show()
