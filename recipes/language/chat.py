@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE
@@ -19,6 +20,19 @@ def end_of_text(tokenizer: Tokenizer, facts: dict) -> int:
     """The id that a model of these facts writes when it has said all: the first that its source names."""
     named = (facts.get(ORIGIN) or {}).get("eos_ids")
     return int(named[0]) if named else tokenizer.eos_id
+
+
+def read_template(path: Path) -> bytes:
+    """The template in a user's file. UserError if it cannot be read, is empty, or is not Jinja."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}", where="data.template", why=str(error),
+                        hint="a chat_template.jinja in UTF-8") from error  # fmt: skip
+    if not text.strip():
+        raise UserError(f"{path} is empty", where="data.template", hint="a chat_template.jinja in UTF-8")
+    ChatTemplate(text, {}, datetime.now(), str(path))
+    return text.encode()
 
 
 class Dialogue:
@@ -94,12 +108,19 @@ class Dialogue:
         """The ids that end an answer: those that the model names, and what the template writes after an answer."""
         return {self.tokenizer.eos_id, *self._origin.get("eos_ids", ()), *self._after_an_answer()}
 
+    def end(self, answer: Mapping) -> int:
+        """The id that ends an answer after which the template writes none: its own before a later turn, a tool's if the
+        answer calls one and else the user's, if it is one that ends answers; else the model's."""
+        return self._ends_before["tool" if answer.get("tool_calls") else "user"]
+
     @functools.cached_property
-    def end(self) -> int:
-        """The id that ends an answer after which the template writes none: its own before a later turn, if it is one
-        that ends answers, else the model's."""
-        between = [i for i in self._after_an_answer({"role": "user", "content": "a"}) if i in self.ends()]
-        return between[0] if between else end_of_text(self.tokenizer, self._facts)
+    def _ends_before(self) -> dict[str, int]:
+        """`end` by the role of the later turn."""
+        found, ends = {}, end_of_text(self.tokenizer, self._facts)
+        for role in ("user", "tool"):
+            between = [i for i in self._after_an_answer({"role": role, "content": "a"}) if i in self.ends()]
+            found[role] = ends = between[0] if between else ends
+        return found
 
     def _after_an_answer(self, *later: dict) -> list[int]:
         """The control token that follows an answer in the template's text, as a list; [] if none does."""

@@ -32,6 +32,11 @@ class Pieces(Prepared):
         """int64[pieces]: the number of the conversation that each piece belongs to. Those left out have no number."""
         return self.array("conversation.npy")
 
+    @property
+    def source(self) -> np.ndarray:
+        """int16[pieces]: the source of each piece, as its number among the names in the manifest's "sources"."""
+        return self.array("source.npy")
+
     def of_split(self, split: str) -> np.ndarray:
         """int64: the pieces of a split, in the order of the sources."""
         return np.flatnonzero(self.array("split.npy") == SPLITS.index(split))
@@ -69,9 +74,9 @@ class Pieces(Prepared):
         return [_summary(name, counts) for name, counts in self.manifest["sources"].items()]
 
     def losses(self) -> list[str]:
-        """Those lines of the summary that tell of a row which is not learned, or not to its end."""
+        """Those lines of the summary that tell of a row which is not learned, or not all of it."""
         counts = self.manifest["sources"].values()
-        lost = [one["kept"] < one["rows"] or one["cut"] > 0 for one in counts]
+        lost = [one["kept"] < one["rows"] or one["cut"] > 0 or bool(one["unwritten"]) for one in counts]
         return [line for line, is_lost in zip(self.summary(), lost, strict=True) if is_lost]
 
 
@@ -99,5 +104,7 @@ def _summary(name: str, counts: dict) -> str:
         line += f", {counts['cut']:,} of them without their end (data.overlong)"
     if counts["nothing_learned"]:
         line += f"; in {counts['nothing_learned']:,} nothing is learned"
+    line += "".join(f"; in {number:,} the template does not write {what}"
+                    for what, number in sorted(counts["unwritten"].items()))  # fmt: skip
     reasons = sorted(counts["left_out"].items())
     return line + "".join(f"; {number:,} left out: {why}" for why, number in reasons)

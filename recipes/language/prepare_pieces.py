@@ -27,7 +27,7 @@ from language.settings_tune import ConversationDataConfig
 from language.store import SPLITS
 from language.tokenizers import Tokenizer
 
-FORMAT = 1  # part of the key: raise it when the same conversations give other files
+FORMAT = 2  # part of the key: raise it when the same conversations give other files
 _PROGRESS_EVERY = 64
 _DECISIVE = ("format", "fields", "max_rows", "damaged", "sequence", "overlong", "holdout_test", "holdout_validation")
 
@@ -126,7 +126,8 @@ class _Writer:
 
     def begin(self, source: str) -> None:
         self._counts[source] = {"rows": 0, "kept": 0, "pieces": 0, "in_several_pieces": 0, "cut": 0,
-                                "nothing_learned": 0, "left_out": Counter()}  # fmt: skip
+                                "nothing_learned": 0, "inputs": 0, "learned": 0, "left_out": Counter(),
+                                "unwritten": Counter()}  # fmt: skip
 
     def add(self, row) -> None:
         """Encode a row of the source begun last, and write its pieces; or count why it has none."""
@@ -135,7 +136,8 @@ class _Writer:
         if isinstance(row, LeftOut):
             counts["left_out"][str(row)] += 1
             return
-        encoded = [_trimmed(piece.ids, piece.learned) for piece in self._encoding.encode(row)]
+        pieces = self._encoding.encode(row)
+        encoded = [_trimmed(piece.ids, piece.learned) for piece in pieces]
         longest = max((len(ids) for ids, _ in encoded), default=0) - 1
         if longest > self._data.sequence:
             if self._data.overlong == "refuse":
@@ -153,6 +155,9 @@ class _Writer:
         counts["pieces"] += len(kept)
         counts["in_several_pieces"] += len(kept) > 1 and not self._encoding.is_whole
         counts["cut"] += longest > self._data.sequence
+        counts["inputs"] += sum(len(ids) - 1 for ids, _ in kept)
+        counts["learned"] += sum(int(learned.sum()) for _, learned in kept)
+        counts["unwritten"].update({what for piece in pieces for what in piece.unwritten})
         with writing(self._folder.parent):
             self._store(row, kept)
 
@@ -179,7 +184,7 @@ class _Writer:
         split = _split(np.array(self._uniforms), self._data, name, self._encoding.name)
         length, learned, conversation, source = np.array(self._pieces, np.int64).T
         arrays = {"offsets": np.concatenate([[0], np.cumsum(length)]), "conversation": conversation,
-                  "split": split[conversation]}  # fmt: skip
+                  "split": split[conversation], "source": source.astype(np.int16)}  # fmt: skip
         with writing(self._folder.parent):
             for file, array in arrays.items():
                 np.save(self._folder / f"{file}.npy", array)
