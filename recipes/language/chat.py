@@ -35,6 +35,17 @@ def read_template(path: Path) -> bytes:
     return text.encode()
 
 
+def decisive(facts: dict) -> dict:
+    """What decides how a conversation is encoded, besides the tokenizer: its template, with the date if that tells it,
+    and the tokens that begin and end a text."""
+    template = facts.get(TEMPLATE, b"").decode()
+    origin = facts.get(ORIGIN) or {}
+    return {
+        "template": template, "date": facts.get(DATE) if "strftime_now" in template else None,
+        **{name: origin.get(name) for name in ("tokens", "eos_ids", "bos_id", "tokenizer")},
+    }  # fmt: skip
+
+
 class Dialogue:
     """Conversations by one template.
 

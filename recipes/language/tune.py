@@ -109,6 +109,7 @@ class Tune(Writer):
     def reading(self) -> tuple:
         """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""
         from language.answers import learn
+        from language.chat import decisive
         from language.tokenizers import known_tokenizer
 
         tokenizer = known_tokenizer(self.config.data.tokenizer, None, self.inherited_tokenizer)
@@ -235,14 +236,3 @@ def dialogue_of(tokenizer, facts: dict):
     from language.chat import Dialogue
 
     return Dialogue(tokenizer, facts) if TEMPLATE in facts else None
-
-
-def decisive(facts: dict) -> dict:
-    """What decides how a conversation is encoded, besides the tokenizer: its template, with the date if that tells it,
-    and the tokens that begin and end a text."""
-    template = facts.get(TEMPLATE, b"").decode()
-    origin = facts.get("origin") or {}
-    return {
-        "template": template, "date": facts.get(DATE) if "strftime_now" in template else None,
-        **{name: origin.get(name) for name in ("tokens", "eos_ids", "bos_id", "tokenizer")},
-    }  # fmt: skip

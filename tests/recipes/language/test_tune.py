@@ -12,7 +12,8 @@ from aurora_train.data.inspection import LEARNED_MARKS, inspect_batch
 from aurora_train.data.order import Part
 from aurora_train.errors import UserError
 from language import answer_scores
-from language.tune import Tune, decisive
+from language.chat import decisive
+from language.tune import Tune
 
 LINEAR = {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8}
 WINDOW = {"kind": "window", "window": 9}
