@@ -25,7 +25,7 @@ def end_of_text(tokenizer: Tokenizer, facts: dict) -> int:
 def read_template(path: Path) -> bytes:
     """The template in a user's file. UserError if it cannot be read, is empty, or is not Jinja."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}", where="data.template", why=str(error),
                         hint="a chat_template.jinja in UTF-8") from error  # fmt: skip
