@@ -33,9 +33,23 @@ from aurora_train.errors import UserError
 from language.chat import Dialogue, end_of_text
 from language.conversations import Conversation
 from language.tokenizers import Tokenizer
+from language.turns import LEAVE_OUT
 
 Text = list[tuple[str, bool]]  # pieces, each with whether it is learned
 _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # of an answer
+
+
+class RefusedRow(UserError):
+    """A conversation that its template refuses, or that holds what only a template may write.
+
+    `reason`: the fault without the conversation's content, for counting.
+    """
+
+    def __init__(self, error: UserError, place: str):
+        where = f"{place}, {error.where}" if error.where else place
+        hint = "; ".join(filter(None, [error.hint, LEAVE_OUT]))
+        super().__init__(error.what, where=where, why=error.why, hint=hint)
+        self.reason = re.split(":| `", error.what)[0]
 
 
 class Learned(NamedTuple):
@@ -59,7 +73,7 @@ def learn(conversation: Conversation, tokenizer: Tokenizer, facts: dict, dialogu
         tokenizer, facts: those of the run.
         dialogue: its template; None for a run without one, which takes conversations of `parts` alone.
 
-    Raises UserError, placed at the conversation, if the template refuses it or a text holds a control token.
+    Raises RefusedRow if the template refuses the conversation, or a text of it holds a control token.
     """
     if conversation.messages is None:
         return _of_parts(conversation.parts, tokenizer, end_of_text(tokenizer, facts))
@@ -76,8 +90,7 @@ def learn(conversation: Conversation, tokenizer: Tokenizer, facts: dict, dialogu
         if rows and conversation.tools and not _reads_tools(dialogue, conversation.messages, conversation.tools):
             rows[-1].unwritten |= {"the tools"}
     except UserError as error:
-        where = f"{conversation.place}, {error.where}" if error.where else conversation.place
-        raise UserError(error.what, where=where, why=error.why, hint=error.hint) from error
+        raise RefusedRow(error, conversation.place) from error
     return [row.learned() for row in rows]
 
 
@@ -160,7 +173,7 @@ def _refuse_forgotten(messages: Sequence[dict], said: str) -> None:
     for call in message.get("tool_calls") or ():
         name = (call.get("function") or call).get("name", "")
         if name not in said:
-            raise UserError(f"the template does not write the call of `{name}`", where=where,
+            raise UserError(f"the template does not write a call: {name}", where=where,
                             hint="use a template with tools")  # fmt: skip
     if message.get("content") and not said.strip():
         raise UserError("the template does not write this answer", where=where)

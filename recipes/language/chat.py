@@ -102,7 +102,7 @@ class Dialogue:
                 if any(begun in text for begun in self._begun):
                     written = next((token for token in self._controls if token in text), None)
                     if written is not None:
-                        raise UserError(f"the {what} holds the control token {written}", where=where,
+                        raise UserError(f"the {what} holds the control token `{written}`", where=where,
                                         why="a template alone writes control tokens", hint="take it out")  # fmt: skip
 
     @functools.cached_property

@@ -17,6 +17,7 @@ import numpy as np
 
 from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
+from language.answers import RefusedRow
 from language.conversations import sources
 from language.pieces import Pieces
 from language.prepare import tokenizer_record
@@ -38,7 +39,8 @@ class Encoding(NamedTuple):
     Attributes:
         name: of the rows, in the plural and in messages; it begins the folder's name.
         read: as `conversations.read`, with its `say`.
-        encode: a row -> its pieces, as `answers.Learned`; [] if nothing in it is learned.
+        encode: a row -> its pieces, as `answers.Learned`; [] if nothing in it is learned. It raises RefusedRow for a
+            row that `data.damaged` may leave out.
         decisive: everything besides the rows and the tokenizer that decides `encode` and `arrange`; plain JSON.
         arrange: (folder, lengths int64[pieces], split int8[pieces], source int16[pieces]) -> what it adds to the
             manifest; it may write files. `lengths` count inputs, one less than tokens; `source` is an index of the
@@ -136,7 +138,13 @@ class _Writer:
         if isinstance(row, LeftOut):
             counts["left_out"][str(row)] += 1
             return
-        pieces = self._encoding.encode(row)
+        try:
+            pieces = self._encoding.encode(row)
+        except RefusedRow as refused:
+            if self._data.damaged == "refuse":
+                raise
+            counts["left_out"][refused.reason] += 1
+            return
         encoded = [_trimmed(piece.ids, piece.learned) for piece in pieces]
         longest = max((len(ids) for ids, _ in encoded), default=0) - 1
         if longest > self._data.sequence:

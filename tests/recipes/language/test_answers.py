@@ -155,7 +155,8 @@ def test_context_is_not_learned(prefix):
 def test_a_text_that_writes_out_a_control_token_is_refused_by_its_row(messages, tools, where):
     with pytest.raises(UserError, match="holds the control token") as caught:
         rows_of(dialogue("tagged"), messages, tools)
-    assert caught.value.where == f"row 7 of t.jsonl, {where}"
+    assert caught.value.where == f"row 7 of t.jsonl, {where}" and "data.damaged=leave_out" in caught.value.hint
+    assert caught.value.reason.endswith(" holds the control token"), "counted without the row's content"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,8 @@ def test_an_answer_without_an_end_ends_as_the_next_turn_begins():
     ends = [ours.controls[end] for end in ("<|endoftext|>", "<|start|>", "<|call|>")]
     talk = Dialogue(ours, facts(template, {"eos_ids": ends}))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}], "content": ""}
-    rows = rows_of(talk, [_u("Rain?"), call, {"role": "tool", "content": "no"}, {"role": "assistant", "content": "No."}])
+    rest = [{"role": "tool", "content": "no"}, {"role": "assistant", "content": "No."}]
+    rows = rows_of(talk, [_u("Rain?"), call, *rest])
     learned = [ours.decode(row.ids[run]) for row in rows for run in _runs(row)]
     assert learned == ["weather<|call|>", "No.<|start|>"]
 

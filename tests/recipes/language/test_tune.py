@@ -33,8 +33,10 @@ def folder(tmp_path_factory):
 def recipe_of(folder, cache, data=None, **model):
     data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 400,
             "holdout_test": 0.1, "holdout_validation": 0.1} | (data or {})  # fmt: skip
-    config = load_values({"recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model},
-                          "data": data, "train": {"precision": "float32"}, "evaluate": {"final": False}}, "tune")  # fmt: skip
+    config = load_values({
+        "recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model}, "data": data,
+        "train": {"precision": "float32"}, "evaluate": {"final": False},
+    }, "tune")  # fmt: skip
     return Tune(config, cache).ready(lambda *_: None)
 
 
@@ -222,8 +224,28 @@ def test_a_template_that_is_none_is_refused_by_its_file(folder, tmp_path, conten
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=said) as refused:
-        load_values({"recipe": "language/tune", "data": {"source": str(folder / "chats.jsonl"), "template": str(file)}}, "tune")
+        recipe_of(folder, tmp_path, {"template": str(file)})
     assert str(file) in str(refused.value) and "chat_template.jinja" not in (refused.value.where or "")
+
+
+def test_a_conversation_that_the_template_refuses_may_be_left_out(folder, tmp_path, shared_cache):
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no ' ~ messages[0].content) }}{% endif %}" + TEMPLATE
+    )
+    rows = [chat(number) for number in range(20)]
+    rows[3].insert(0, {"role": "system", "content": "three"})
+    rows[5].insert(0, {"role": "system", "content": "five"})
+    rows[7][1]["content"] = "a <|endoftext|> b"
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    settings = {"source": str(source), "template": str(tmp_path / "strict.jinja")}
+    with pytest.raises(UserError, match="line 4 of rows.jsonl, .*refuses this conversation: no three") as refused:
+        recipe_of(folder, shared_cache, settings)
+    assert "data.damaged=leave_out" in refused.value.hint
+    counts = recipe_of(folder, shared_cache, settings | {"damaged": "leave_out"}).store.manifest["sources"][""]
+    assert counts["kept"] == 17 and counts["left_out"] == {
+        "the template refuses this conversation": 2, "the message holds the control token": 1,
+    }  # fmt: skip
 
 
 def test_what_would_steer_a_terminal_is_written_out(folder, tmp_path, shared_cache, monkeypatch, capsys):
