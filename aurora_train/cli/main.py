@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     gc.set_threshold(*_COLLECT)
     arguments = sys.argv[1:] if arguments is None else arguments
+    logging.getLogger("aurora_train").addFilter(_printable)
     for name, value in _STAY_HOME.items():
         os.environ.setdefault(name, value)
     try:
@@ -77,6 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (`| head`) has closed the pipe; the interpreter's own flush at exit must not report that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # the status that typer gives a pipe that breaks inside a verb
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    """A filter that makes a record's message `printable`: it may name files, or quote the data."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def _verb(arguments: list[str]) -> str | None:

@@ -28,7 +28,8 @@ def read_template(path: Path) -> bytes:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}", where="data.template", why=str(error),
-                        hint="a chat_template.jinja in UTF-8") from error  # fmt: skip
+                        hint="a chat_template.jinja in UTF-8; that of a run is kept as RUN/facts/chat_template.jinja"
+                        ) from error  # fmt: skip
     if not text.strip():
         raise UserError(f"{path} is empty", where="data.template", hint="a chat_template.jinja in UTF-8")
     ChatTemplate(text, {}, datetime.now(), str(path))

@@ -15,6 +15,8 @@ from language.store import SPLITS
 from language.tokenizers import Tokenizer
 from language.windows import laid_out
 
+_CONTEXT = 8  # tokens before a part with which it is decoded; a character has at most 4
+
 
 class Pieces(Prepared):
     """The pieces of all splits, in the order of the sources.
@@ -83,14 +85,13 @@ class Pieces(Prepared):
 def shown(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str, bool]]:
     """The text of `ids`, cut where the learned tokens begin and end.
 
-    Decoded up to each cut and not part by part, because a decoder may treat the first token of a text differently.
+    A part is decoded with a few tokens before it, because a decoder may treat the first token of a text differently.
     """
-    cuts = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
-    before, parts = "", []
+    cuts, parts = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)], []
     for start, end in zip([0, *cuts], cuts, strict=False):
-        text = tokenizer.decode(ids[:end])
+        begin = max(start - _CONTEXT, 0)
+        before, text = tokenizer.decode(ids[begin:start]), tokenizer.decode(ids[begin:end])
         parts.append((text[len(os.path.commonprefix([before, text])) :], bool(learned[start])))
-        before = text
     return parts
 
 

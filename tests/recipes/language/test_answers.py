@@ -14,6 +14,7 @@ from aurora_train.interop.templates import ChatTemplate
 from language.answers import learn
 from language.chat import Dialogue
 from language.conversations import Conversation
+from language.pieces import shown
 from language.tokenizers import Tokenizer
 
 
@@ -255,6 +256,10 @@ def test_a_tokenizer_that_cannot_be_cut_keeps_its_tokens_and_learns_those_that_h
     (row,) = rows_of(talk, [_u("c a"), {"role": "assistant", "content": "b"}])
     assert [words[i] for i in row.ids] == ["<s>", "▁", "c", "▁ab", "</s>"]
     assert row.learned.tolist() == [False, False, False, True, True]
+    assert shown(talk.tokenizer, row.ids, row.learned) == [("<s> c", False), (" ab</s>", True)]
+    many = np.tile(row.ids, 9), np.tile(row.learned, 9)
+    parts = shown(talk.tokenizer, *many)
+    assert "".join(text for text, _ in parts) == talk.tokenizer.decode(many[0]) and len(parts) == 18
 
 
 def test_a_tokenizer_that_treats_the_beginning_of_a_text_otherwise_does_so_once():

@@ -248,16 +248,18 @@ def test_a_conversation_that_the_template_refuses_may_be_left_out(folder, tmp_pa
     }  # fmt: skip
 
 
-def test_what_would_steer_a_terminal_is_written_out(folder, tmp_path, shared_cache, monkeypatch, capsys):
+def test_what_would_steer_a_terminal_is_written_out(folder, tmp_path, shared_cache, monkeypatch, capsys, caplog):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     config, rows = tmp_path / "tune.yaml", [{"messages": chat(number)} for number in range(12)]
     for row in rows:
         row["messages"][0]["content"] += "\x1b]0;owned\x07\x9b2J\u202e\tend\n"
     (tmp_path / "\x1b[31mred.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.write_text(TUNE.format(folder=folder))
-    more = [f"data.source={tmp_path}/*.jsonl", "data.sequence=300"]
+    (tmp_path / "\x1b[5mnote.txt").write_text("no table")
+    more = [f"data.source={tmp_path}", "data.sequence=300"]
     assert in_process("inspect", config, "--example", 0, *more) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "are not read: \\x1b[5mnote.txt" in caplog.text + said and "\x1b" not in caplog.text + said
     assert "\\x1b]0;owned\\x07\\x9b2J\\u202e" in shown and "\\x1b[31mred.jsonl" in shown
     assert not set(shown) & set("\x1b\x07\x9b\u202e")
     (tmp_path / "\x1b[31mred.jsonl").write_text(json.dumps({"messages": [{"role": "\x1b[2J", "content": "a"}]}))
