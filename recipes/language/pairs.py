@@ -25,7 +25,7 @@ from language.windows import laid_out
 
 _LAYOUT = 1  # part of the fingerprint: raise it when `take` returns other arrays for the same pieces
 PAIRS, JUDGED = "pairs", "judged answers"
-_LABELS, _SOURCES = "labels.npy", "sources.npy"
+_LABELS = "labels.npy"
 
 Learn = Callable[[Conversation], list[Learned]]
 
@@ -46,7 +46,6 @@ def prepare_pairs(data: ConversationDataConfig, cache: Path, learn: Learn, decis
         return [one for one in both if one]
 
     def arrange(folder: Path, lengths: np.ndarray, split: np.ndarray, source: np.ndarray) -> dict:
-        np.save(folder / _SOURCES, source)
         return {"rows_are": PAIRS}
 
     encoding = Encoding(PAIRS, read_pairs, encode, decisive, arrange, is_whole=True, split_by=("prompt",))
@@ -63,7 +62,6 @@ def prepare_judged(data: ConversationDataConfig, cache: Path, learn: Learn, deci
         return [one] if one else []
 
     def arrange(folder: Path, lengths: np.ndarray, split: np.ndarray, source: np.ndarray) -> dict:
-        np.save(folder / _SOURCES, source)
         places = [json.loads(line) for line in (folder / "places.jsonl").read_text().splitlines()]
         np.save(folder / _LABELS, np.array([labels[place] for place in places], np.float32))
         return {"rows_are": JUDGED}
@@ -95,7 +93,7 @@ class PairSource:
         self.pieces, self.split, self.sequence, self.reference = pieces, split, sequence, None
         self.is_judged = pieces.manifest["rows_are"] == JUDGED
         self._pieces = pieces.of_split(split).reshape(-1, 1 if self.is_judged else 2)
-        self._source = np.asarray(pieces.array(_SOURCES))[self._pieces[:, 0]]
+        self._source = np.asarray(pieces.source)[self._pieces[:, 0]]
         self.labels = np.asarray(pieces.array(_LABELS)[self._pieces[:, 0]]) if self.is_judged else None
         self.weights = None if weights is None else dict(sorted(weights.items()))
         self.mixture = None if weights is None else tuple(self._parts())

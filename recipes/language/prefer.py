@@ -18,7 +18,7 @@ from language import conversations
 from language.intervals import comparison_table
 from language.settings import ALL_HELD_OUT
 from language.starting import ModelConfig
-from language.text_recipe import Samples
+from language.text_recipe import Samples, Writer
 from language.tune import DataConfig, Tune
 
 SPLITS = ("train", "validation", "test")
@@ -57,6 +57,7 @@ class Prefer(Tune):
 
     Config = Config
     unit, metric = "examples", ("pair_accuracy", "max")
+    targets_per_example = 1.0
     references = None  # what the reference says of each split, once there is any
     _is_stored = property(lambda self: self.config.objective.reference == "start")
 
@@ -185,10 +186,10 @@ class Prefer(Tune):
         weights = (of.desirable, of.undesirable)
         return preferences.kto(policy, reference, batch["desirable"], of.beta, weights)
 
-    def flops_per_target(self, num_parameters: int) -> float:
-        """Of an example, whose two rows are computed to their ends, padding included; the base is run forward only."""
-        passes = 1 if self._is_stored else 4 / 3
-        return 2 * passes * self.config.data.sequence * super().flops_per_target(num_parameters)
+    def flops(self, num_trained: int, num_frozen: int) -> float:
+        """Of an example: its two rows to their ends, padding included, and once more forward for the frozen base."""
+        again = 0.0 if self._is_stored else self.flops_per_target(num_trained + num_frozen) / 3
+        return 2 * self.config.data.sequence * (Writer.flops(self, num_trained, num_frozen) + again)
 
     # ---- score
 
