@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+from chats import TEMPLATE
 from kit import bundled_configs, losses
 
 from aurora_train import bundled
@@ -39,10 +40,11 @@ OWN["language/smollm2_dpo"] = ["data.max_rows=16", "data.holdout_validation=0.2"
 # A published shape that names no model, and so has no tokenizer: small, with random weights and bytes.
 TUNED = {"language/qwen3-8b_qlora": ("rtx-5090", "dgx-spark"), "language/32b_lora": ("dgx-spark", "dgx-station"),
          "language/70b_qlora": ("dgx-spark", "dgx-station")}  # fmt: skip
-OWN |= {name: ["model.width=64", "model.heads=2", "model.kv_heads=1", "model.head_dim=32", "model.layers=1",
-               "model.mlp_width=64", "model.lora.rank=2", "data.tokenizer={kind: byte}", "data.sequence=256",
-               "data.max_rows=60", "data.holdout_validation=0.2", "evaluate.every=2", "samples.max_tokens=4"]
-        for name in TUNED}  # fmt: skip
+OWN |= dict.fromkeys(TUNED, [
+    "model.width=64", "model.heads=2", "model.kv_heads=1", "model.head_dim=32", "model.layers=1", "model.mlp_width=64",
+    "model.lora.rank=2", "data.tokenizer={kind: byte}", "data.template=chat.jinja", "data.sequence=256",
+    "data.max_rows=60", "data.holdout_validation=0.2", "evaluate.every=2", "samples.max_tokens=4",
+])  # fmt: skip
 # A published shape, small: the size stays, and what a width of 16 cannot have is overruled.
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
@@ -63,13 +65,14 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow))
+@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=tuple(TUNED)))
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)
     recipe = load(name).recipe
     assert recipe in SMALL, f"tests/test_configs.py does not know how to make {recipe} small"
     small = OWN.get(name, SMALL[recipe])
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
     assert main(["train", name, *SHRUNK, *small, "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
     code, recorded = tmp_path / "run" / "code", json.loads((tmp_path / "run" / "provenance.json").read_text())
@@ -99,7 +102,7 @@ def test_a_pretraining_config_is_planned_for_its_machine_as_its_comment_says(siz
     pytest.param(name, machine, marks=[] if (name, machine) == ("language/qwen3-8b_qlora", "rtx-5090") else
                  pytest.mark.slow) for name, machines in TUNED.items() for machine in machines
 ])  # fmt: skip
-def test_a_tuning_config_is_planned_without_its_weights_as_its_comment_says(name, machine, tmp_path, monkeypatch, capsys):
+def test_a_tuning_config_is_planned_without_weights_as_its_comment_says(name, machine, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path))  # rates that someone measured would give another time
     comment = re.match(r"(?:#.*\n)+", CONFIGS[name].read_text())[0]
     assert f"aurora plan {name} --machine {TUNED[name][0]} " in comment
@@ -115,7 +118,8 @@ def test_a_tuning_config_is_planned_without_its_weights_as_its_comment_says(name
 # What the published config.json of each model says of its shape.
 _QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
           "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False, "rope_scaling": None,
-          "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "sliding_window": None}  # fmt: skip
+          "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
+          "sliding_window": None}  # fmt: skip
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8192}  # fmt: skip
 PUBLISHED = {
@@ -133,7 +137,7 @@ PUBLISHED = {
 
 
 def write_headers(folder, settings: dict) -> None:
-    """A Hugging Face folder of the size of the real one, whose weights are a hole in the file: only its header is read."""
+    """A Hugging Face folder of the real one's size. Its weights are a hole in the file: only the header is read."""
     table = families.of(settings, str(folder))
     shape = DecoderConfig(**families.read_shape(settings, table, str(folder)))
     shapes = their_shapes(table, our_shapes(shape, settings["vocab_size"]), shape.heads)

@@ -16,8 +16,8 @@ class TokenizerConfig(Section):
 
     kind: Literal["auto", "byte", "bpe", "file", "inherited"] = setting(
         "auto",
-        help="byte, bpe (trained here), file (a tokenizer.json), inherited (that of the model or run that model.from or "
-        "init.from names), or auto: file if a path is given, else inherited, else byte",
+        help="byte, bpe (trained here), file (a tokenizer.json), inherited (that of the model or run which "
+        "model.from or init.from names), or auto: file if a path is given, else inherited, else byte",
     )
     vocab: int = setting(
         4096, ge=257, le=1_000_000,

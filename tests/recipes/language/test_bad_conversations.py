@@ -8,13 +8,14 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
-from rows_of_chats import CALL, CALLS, GOOD, TOOL, TOOLS, A, S, U, lines, rows_of, said, user
+from rows_of_chats import GOOD, TOOL, TOOLS, A, S, U, lines, rows_of, said, user
 
 from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
 from language import conversations
 from language.conversations import Conversation, check, read, read_judged, read_pairs
 from language.settings_tune import ConversationDataConfig, MixedConversationsConfig
+
 
 def bad(row, where, what, hint="", reader=read, **settings):
     return pytest.param(row, where, what, hint, reader, settings, id=f"{where or 'row'}: {what}"[:70])
