@@ -23,12 +23,13 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL) for
 CONFIGS = {text.splitlines()[0].removeprefix("# "): text for text in re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)}
 # What makes a config of the document tiny; its other settings stay.
 TINY = {
-    "notes.yaml": ["data.sequence=256", "data.holdout_test=0.1", "data.holdout_validation=0.1", "train.steps=2",
-                   "train.batch=2", "score.exact=4", "samples.count=1", "samples.max_tokens=4", "evaluate.examples=2",
-                   "train.precision=float32", "memory.accumulation=1"],
-    "pairs.yaml": ["data.sequence=64", "data.holdout_test=0.2", "train.steps=2", "train.batch=2", "samples.count=1",
-                   "samples.max_tokens=4", "evaluate.examples=2", "train.precision=float32", "memory.accumulation=1"],
-}  # fmt: skip
+    "notes.yaml": ["data.sequence=256", "data.holdout_test=0.1", "data.holdout_validation=0.1", "score.exact=4"],
+    "pairs.yaml": ["data.sequence=64", "data.holdout_test=0.2", "data.holdout_validation=0.2"],
+}
+for settings in TINY.values():
+    settings += ["train.steps=2", "train.batch=2", "train.precision=float32", "memory.accumulation=1",
+                 "evaluate.examples=2", "samples.count=1", "samples.max_tokens=4"]  # fmt: skip
+FEWER = ["samples.count=0", "evaluate.baselines=false"]  # of runs after the first
 AT_ONCE = "aurora inspect notes.yaml"  # what the default tier runs
 
 
@@ -74,7 +75,8 @@ def arguments_of(line: str) -> tuple[list[str], str]:
     words = shlex.split(command, comments=True)
     assert words.pop(0) == "aurora" and (not typed or typed.startswith("echo "))
     if words[1] in TINY:
-        words[2:2] = TINY[words[1]]
+        shorter = FEWER if words[0] == "train" and "runs/notes" not in words else ()
+        words[2:2] = [*TINY[words[1]], *shorter]
     return words, shlex.split(typed)[1] + "\n" if typed else ""
 
 
@@ -95,10 +97,13 @@ def test_the_document_shows_what_is_learned(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_every_command_of_the_document_works_in_its_order(here, capsys, monkeypatch):
-    said = {line: runs(line, capsys, monkeypatch) for line in COMMANDS}
-    assert len(said) == len(COMMANDS) >= 20
+    lines = [line for line in COMMANDS if not line.startswith("aurora plan language/")]  # tests/test_configs.py
+    assert len(lines) >= 18
+    for line in lines:
+        runs(line, capsys, monkeypatch)
     trained = [shlex.split(line, comments=True)[-1] for line in COMMANDS if line.startswith("aurora train ")]
-    assert len(trained) == 6 and all([step for step, _ in losses(here / run)] == [1, 2] for run in trained)
+    assert len(trained) == 6
+    assert all([step for step, _ in losses(here / run)] == [1, 2] for run in trained)
     for run in trained[:-1]:
         scores = json.loads((here / run / "scores.json").read_text())
         assert scores["before"], run
