@@ -251,6 +251,9 @@ class Recipe:
         """Lines for the log about the model as built, such as which attention was chosen and why."""
         return []
 
+    # Real targets in an example on average, such as answers' tokens in a row; None: all entries of `weights` are real.
+    targets_per_example: float | None = None
+
     def flops_per_target(self, num_parameters: int) -> float | None:
         """Training FLOPs (forward and backward) for one real target; None if unknown."""
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ import typer
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
+from aurora_train.record.console import printable
 
 # `train.signals.EXIT_STOPPED` and `train.guard.EXIT_LOW_MEMORY`, repeated here because those modules import jax.
 _STOPPED = (75, 77)
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     gc.set_threshold(*_COLLECT)
     arguments = sys.argv[1:] if arguments is None else arguments
+    logging.getLogger("aurora_train").addFilter(_printable)
     for name, value in _STAY_HOME.items():
         os.environ.setdefault(name, value)
     try:
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
         return status if isinstance(status, int) else 0
     except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {printable(str(fault))}", file=sys.stderr)  # it may quote the data
         return fault.status
     except _UsageError as fault:
         fault.show()
@@ -76,6 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (`| head`) has closed the pipe; the interpreter's own flush at exit must not report that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # the status that typer gives a pipe that breaks inside a verb
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    """A filter that makes a record's message `printable`: it may name files, or quote the data."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def _verb(arguments: list[str]) -> str | None:

@@ -89,14 +89,17 @@ def not_finite(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, l
 def show(facts: dict, console) -> None:
     """Print facts on a rich console; each document has its own colour, each row a rule above.
 
-    Of a document in parts, what is learned is green and the rest dim; without colours it stands between marks.
+    Characters of the data that would steer the terminal are written out. Of a document in parts, what is learned is
+    green and the rest dim; without colours it stands between marks.
     """
     from rich.table import Table
     from rich.text import Text
 
+    from aurora_train.record.console import printable
+
     console.print(_heading(facts), highlight=False)
     for line in facts.get("summary", ()):
-        console.print(line, highlight=False)
+        console.print(printable(line), highlight=False)
     for name, part in facts.get("mix", {}).items():
         console.print(
             f"{name}: {part['share']:.2%} of the rows, {part['in_batch']} here; {part['passes']:.2f} times through its "
@@ -114,11 +117,12 @@ def show(facts: dict, console) -> None:
         console.rule(f"row {row['index']}")
         for number, segment in enumerate(row["segments"]):
             colour = _COLOURS[number % len(_COLOURS)]
-            console.print(Text(f"[{segment['document']}: {segment['tokens']} tokens]", style=f"bold {colour}"))
+            heading = printable(f"[{segment['document']}: {segment['tokens']} tokens]")
+            console.print(Text(heading, style=f"bold {colour}"))
             if "parts" in segment:
                 console.print(_learned(segment["parts"], bool(console.color_system)))
             else:
-                console.print(Text(segment["text"], style=colour))
+                console.print(Text(printable(segment["text"]), style=colour))
         if "last_target" in row:
             console.print(Text(f"last target: {row['last_target']!r}", style="dim"))
 
@@ -135,8 +139,10 @@ def _learned(parts: list, has_colours: bool):
     """The text of [[text, is it learned]] with its learned parts distinct."""
     from rich.text import Text
 
+    from aurora_train.record.console import printable
+
     styled = Text()
     for text, is_learned in parts:
         opening, closing = LEARNED_MARKS if is_learned and not has_colours else ("", "")
-        styled.append(f"{opening}{text}{closing}", style="bold green" if is_learned else "dim")
+        styled.append(f"{opening}{printable(text)}{closing}", style="bold green" if is_learned else "dim")
     return styled

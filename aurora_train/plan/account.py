@@ -225,7 +225,7 @@ def _time(planner, cost: Candidate, blueprint) -> dict | None:
         return None
     flops = per_target * targets * config.train.batch
     out = {
-        "steps": config.train.steps, "tokens": config.train.steps * targets * config.train.batch,
+        "steps": config.train.steps, "tokens": round(config.train.steps * targets * config.train.batch),
         "flops": flops * config.train.steps, "recompute_flops": cost.flops,
         "step_seconds": None, "seconds": None, "rates": "unknown", "source": "",
     }  # fmt: skip
@@ -242,8 +242,10 @@ def product_rate(rates, config) -> float:
     return rates.matmul.get(config.train.dtype) or max(rates.matmul.values())
 
 
-def _targets(program) -> int | None:
-    """Number of targets in one example, for recipes whose batch has a weight for each; otherwise None."""
+def _targets(program) -> float | None:
+    """Number of targets in one example, for recipes that state it or whose batch has a weight for each; else None."""
+    if program.recipe.targets_per_example is not None:
+        return program.recipe.targets_per_example
     weights = program.shapes.get("weights")
     if weights is None:
         return None

@@ -18,8 +18,8 @@ def sums(rows: PackedRows, predict: Callable[[dict], tuple], batch: int, progres
         predict: a batch -> (-log p of each target in nats, whether it is the likeliest token), [B, T] each.
         batch: rows at a time. The last batch is filled up with its last row, so that one shape is compiled.
 
-    Returns `conversation` (its number in the store), `nats` float64, `learned` and `right` (tokens), and `bytes` of the
-    answers' text in UTF-8, without control tokens.
+    Returns `conversation` (its number in the store), `source` (the number of its source), `nats` float64, `learned` and
+    `right` (tokens), and `bytes` of the answers' text in UTF-8, without control tokens.
     """
     pieces = rows.store.of_split(rows.split)
     totals = {name: np.zeros(pieces.max() + 1) for name in ("nats", "learned", "right")}
@@ -35,10 +35,10 @@ def sums(rows: PackedRows, predict: Callable[[dict], tuple], batch: int, progres
             totals[name] += np.bincount(piece, np.asarray(values, np.float64)[counted], len(totals[name]))
     progress(len(rows), len(rows), "scoring held-out conversations")
     sizes = np.array([rows.store.answer_bytes(piece) for piece in pieces])
-    numbers, owner = np.unique(rows.store.conversation[pieces], return_inverse=True)
+    numbers, first, owner = np.unique(rows.store.conversation[pieces], return_index=True, return_inverse=True)
     by_piece = {name: total[pieces] for name, total in totals.items()} | {"bytes": sizes}
     found = {name: np.bincount(owner, values, len(numbers)) for name, values in by_piece.items()}
-    return {"conversation": numbers, **found}
+    return {"conversation": numbers, "source": rows.store.source[pieces[first]], **found}
 
 
 def _numbers(arrays: dict, counted: np.ndarray) -> list[np.ndarray]:
@@ -60,6 +60,17 @@ def numbers(found: dict[str, np.ndarray]) -> dict[str, float]:
         "learned_tokens": int(learned),
         "bytes": int(size),
     }
+
+
+def by_source(found: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
+    """Loss and bits per byte of each source of a mixture that has held-out conversations. `names`: of all, in order."""
+    made = {}
+    for source, name in enumerate(names if len(names) > 1 else ()):
+        here = found["source"] == source
+        if here.any():
+            of_it = numbers({what: values[here] for what, values in found.items()})
+            made |= {f"{what}_{name}": of_it[what] for what in ("answer_loss", "bits_per_byte")}
+    return made
 
 
 def measures(workdir: Path) -> dict[str, Measure]:

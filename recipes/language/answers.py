@@ -18,9 +18,12 @@ tools moved to the last question) there are several rows, in each of which an an
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,17 +33,35 @@ from aurora_train.errors import UserError
 from language.chat import Dialogue, end_of_text
 from language.conversations import Conversation
 from language.tokenizers import Tokenizer
+from language.turns import LEAVE_OUT
 
 Text = list[tuple[str, bool]]  # pieces, each with whether it is learned
 _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # of an answer
 
 
+class RefusedRow(UserError):
+    """A conversation that its template refuses, or that holds what only a template may write.
+
+    `reason`: the fault without the conversation's content, for counting.
+    """
+
+    def __init__(self, error: UserError, place: str):
+        where = f"{place}, {error.where}" if error.where else place
+        hint = "; ".join(filter(None, [error.hint, LEAVE_OUT]))
+        super().__init__(error.what, where=where, why=error.why, hint=hint)
+        self.reason = re.split(":| `", error.what)[0]
+
+
 class Learned(NamedTuple):
-    """One row: `ids` int32[n], the first of which no model predicts, `learned` bool[n], and the same as text."""
+    """One row: `ids` int32[n], the first of which no model predicts, `learned` bool[n], and the same as text.
+
+    `unwritten`: what of the conversation the template leaves out, in words.
+    """
 
     ids: np.ndarray
     learned: np.ndarray
     text: Text
+    unwritten: frozenset[str] = frozenset()
 
 
 def learn(conversation: Conversation, tokenizer: Tokenizer, facts: dict, dialogue: Dialogue | None) -> list[Learned]:
@@ -52,7 +73,7 @@ def learn(conversation: Conversation, tokenizer: Tokenizer, facts: dict, dialogu
         tokenizer, facts: those of the run.
         dialogue: its template; None for a run without one, which takes conversations of `parts` alone.
 
-    Raises UserError, placed at the conversation, if the template refuses it or a text holds a control token.
+    Raises RefusedRow if the template refuses the conversation, or a text of it holds a control token.
     """
     if conversation.messages is None:
         return _of_parts(conversation.parts, tokenizer, end_of_text(tokenizer, facts))
@@ -66,9 +87,10 @@ def learn(conversation: Conversation, tokenizer: Tokenizer, facts: dict, dialogu
             if message.get("role") == "assistant" and number >= conversation.context and not message.get("prefix"):
                 row = _answer(dialogue, conversation.messages[: number + 1], conversation.tools, rows)
                 rows = [earlier for earlier in rows if not row.takes(earlier)] + [row]
+        if rows and conversation.tools and not _reads_tools(dialogue, conversation.messages, conversation.tools):
+            rows[-1].unwritten |= {"the tools"}
     except UserError as error:
-        where = f"{conversation.place}, {error.where}" if error.where else conversation.place
-        raise UserError(error.what, where=where, why=error.why, hint=error.hint) from error
+        raise RefusedRow(error, conversation.place) from error
     return [row.learned() for row in rows]
 
 
@@ -87,12 +109,14 @@ class _Row:
     end: str
     tokens: list[tuple[int, int]] = field(default_factory=list)
     characters: list[tuple[int, int]] = field(default_factory=list)
+    unwritten: frozenset[str] = frozenset()
 
     def takes(self, earlier: _Row) -> bool:
         """Learn the answers of an earlier row here, if this row begins with it."""
         begins = self.text.startswith(earlier.text) and self.ids[: len(earlier.ids)] == earlier.ids
         if begins:
             self.tokens, self.characters = earlier.tokens + self.tokens, earlier.characters + self.characters
+            self.unwritten |= earlier.unwritten
         return begins
 
     def learned(self) -> Learned:
@@ -102,20 +126,21 @@ class _Row:
         for start, stop in self.characters:
             text += [(self.text[shown:start], False), (self.text[start:stop], True)]
             shown = stop
-        return Learned(np.array(self.ids, np.int32), learned, [piece for piece in text if piece[0]])
+        return Learned(np.array(self.ids, np.int32), learned, [piece for piece in text if piece[0]], self.unwritten)
 
 
 def _answer(dialogue: Dialogue, messages: Sequence[dict], tools: list | None, rows: list[_Row]) -> _Row:
     """The row in which the last of the messages is learned. `rows`: those of earlier answers."""
     tokenizer, (prompt, said, ended) = dialogue.tokenizer, _rendered(dialogue, messages, tools)
     _refuse_forgotten(messages, said.removesuffix(ended))
-    text, written = prompt + said, [] if ended else [dialogue.end]
+    text, written = prompt + said, [] if ended else [dialogue.end(messages[-1])]
     encoded, before = _encoded(dialogue, text, rows), _encoded(dialogue, prompt, rows)
     mark = ended or next(iter(dialogue.stops), "")
     rest = (lambda: dialogue.encoded(mark + said)[1:]) if mark else None
     ids, first = _joined(tokenizer, (before, encoded), (text, len(prompt)), rest, marked=True)
     row = _Row(text + "".join(map(tokenizer.token, written)), ids + written, ended if ids == encoded else "")
     row.tokens, row.characters = [(first, len(row.ids))], [(len(prompt), len(row.text))]
+    row.unwritten = frozenset(_unwritten(messages, text))
     return row
 
 
@@ -148,10 +173,37 @@ def _refuse_forgotten(messages: Sequence[dict], said: str) -> None:
     for call in message.get("tool_calls") or ():
         name = (call.get("function") or call).get("name", "")
         if name not in said:
-            raise UserError(f"the template does not write the call of `{name}`", where=where,
+            raise UserError(f"the template does not write a call: {name}", where=where,
                             hint="use a template with tools")  # fmt: skip
     if message.get("content") and not said.strip():
         raise UserError("the template does not write this answer", where=where)
+
+
+def _reads_tools(dialogue: Dialogue, messages: Sequence[dict], tools: list) -> bool:
+    """Whether the template writes the conversation otherwise without the tools."""
+    try:
+        return dialogue.text(messages, tools) != dialogue.text(messages)
+    except UserError:  # without tools it refuses a call
+        return True
+
+
+def _unwritten(messages: Sequence[dict], text: str) -> Iterator[str]:
+    """What the template left out of the text, of the last message and of those since the answer before it.
+
+    A message counts as written if its longest word is: templates trim, join, cut thoughts off and write JSON.
+    """
+    *before, last = messages
+    new = itertools.takewhile(lambda message: message["role"] != "assistant", reversed(before))
+    yield from (f"a {one['role']}'s message" for one in new if not _is_written(one.get("content"), text))
+    if not _is_written(last.get("reasoning_content"), text):
+        yield "an answer's thoughts"
+    if last.get("tool_calls") and not _is_written(last.get("content"), text):
+        yield "what an answer says beside a call"
+
+
+def _is_written(value: object, text: str) -> bool:
+    word = max(re.findall(r"\w+", value), key=len, default="") if isinstance(value, str) else ""
+    return word in text or json.dumps(word)[1:-1] in text
 
 
 def _around(dialogue: Dialogue, messages: Sequence[dict], tools: list | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE
@@ -19,6 +20,31 @@ def end_of_text(tokenizer: Tokenizer, facts: dict) -> int:
     """The id that a model of these facts writes when it has said all: the first that its source names."""
     named = (facts.get(ORIGIN) or {}).get("eos_ids")
     return int(named[0]) if named else tokenizer.eos_id
+
+
+def read_template(path: Path) -> bytes:
+    """The template in a user's file. UserError if it cannot be read, is empty, or is not Jinja."""
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}", where="data.template", why=str(error),
+                        hint="a chat_template.jinja in UTF-8; that of a run is kept as RUN/facts/chat_template.jinja"
+                        ) from error  # fmt: skip
+    if not text.strip():
+        raise UserError(f"{path} is empty", where="data.template", hint="a chat_template.jinja in UTF-8")
+    ChatTemplate(text, {}, datetime.now(), str(path))
+    return text.encode()
+
+
+def decisive(facts: dict) -> dict:
+    """What decides how a conversation is encoded, besides the tokenizer: its template, with the date if that tells it,
+    and the tokens that begin and end a text."""
+    template = facts.get(TEMPLATE, b"").decode()
+    origin = facts.get(ORIGIN) or {}
+    return {
+        "template": template, "date": facts.get(DATE) if "strftime_now" in template else None,
+        **{name: origin.get(name) for name in ("tokens", "eos_ids", "bos_id", "tokenizer")},
+    }  # fmt: skip
 
 
 class Dialogue:
@@ -77,7 +103,7 @@ class Dialogue:
                 if any(begun in text for begun in self._begun):
                     written = next((token for token in self._controls if token in text), None)
                     if written is not None:
-                        raise UserError(f"the {what} holds the control token {written}", where=where,
+                        raise UserError(f"the {what} holds the control token `{written}`", where=where,
                                         why="a template alone writes control tokens", hint="take it out")  # fmt: skip
 
     @functools.cached_property
@@ -94,12 +120,19 @@ class Dialogue:
         """The ids that end an answer: those that the model names, and what the template writes after an answer."""
         return {self.tokenizer.eos_id, *self._origin.get("eos_ids", ()), *self._after_an_answer()}
 
+    def end(self, answer: Mapping) -> int:
+        """The id that ends an answer after which the template writes none: its own before a later turn, a tool's if the
+        answer calls one and else the user's, if it is one that ends answers; else the model's."""
+        return self._ends_before["tool" if answer.get("tool_calls") else "user"]
+
     @functools.cached_property
-    def end(self) -> int:
-        """The id that ends an answer after which the template writes none: its own before a later turn, if it is one
-        that ends answers, else the model's."""
-        between = [i for i in self._after_an_answer({"role": "user", "content": "a"}) if i in self.ends()]
-        return between[0] if between else end_of_text(self.tokenizer, self._facts)
+    def _ends_before(self) -> dict[str, int]:
+        """`end` by the role of the later turn."""
+        found, ends = {}, end_of_text(self.tokenizer, self._facts)
+        for role in ("user", "tool"):
+            between = [i for i in self._after_an_answer({"role": role, "content": "a"}) if i in self.ends()]
+            found[role] = ends = between[0] if between else ends
+        return found
 
     def _after_an_answer(self, *later: dict) -> list[int]:
         """The control token that follows an answer in the template's text, as a list; [] if none does."""

@@ -58,7 +58,8 @@ class PackedRows:
         self._packed, self._rows = store.array(f"packed-{split}.npy"), store.array(f"rows-{split}.npy")
         if not len(self):
             where = "data.source" if split == "train" else f"data.holdout_{split}"
-            raise UserError(f"the {split} split is empty", where=where, hint=f"data.holdout_{split}=0.1")
+            hint = "use more data, or hold less of it out" if split == "train" else f"{where}=0.1"
+            raise UserError(f"the {split} split is empty", where=where, hint=hint)
         self.weights = None if weights is None else dict(sorted(weights.items()))
         self.mixture = None if weights is None else self._parts()
         decisive = f"packed {_LAYOUT} {store.fingerprint} {split} {sequence}"
@@ -77,6 +78,15 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self._rows) - 1
+
+    @property
+    def learned_share(self) -> float:
+        """Of the inputs in these rows, the share whose targets are learned. In a mixture each source counts by its
+        weight, as if the rows of all were equally full."""
+        counts = self.store.manifest["sources"]
+        weights = self.weights or self.store.manifest["packed_rows"][self.split]
+        shares = {name: counts[name]["learned"] / counts[name]["inputs"] for name, weight in weights.items() if weight}
+        return sum(weights[name] * share for name, share in shares.items()) / sum(weights.values())
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """int64[B] -> tokens, targets, segments, positions int32[B, T] and weights float32[B, T].

@@ -15,6 +15,8 @@ from language.store import SPLITS
 from language.tokenizers import Tokenizer
 from language.windows import laid_out
 
+_CONTEXT = 8  # tokens before a part with which it is decoded; a character has at most 4
+
 
 class Pieces(Prepared):
     """The pieces of all splits, in the order of the sources.
@@ -31,6 +33,11 @@ class Pieces(Prepared):
     def conversation(self) -> np.ndarray:
         """int64[pieces]: the number of the conversation that each piece belongs to. Those left out have no number."""
         return self.array("conversation.npy")
+
+    @property
+    def source(self) -> np.ndarray:
+        """int16[pieces]: the source of each piece, as its number among the names in the manifest's "sources"."""
+        return self.array("source.npy")
 
     def of_split(self, split: str) -> np.ndarray:
         """int64: the pieces of a split, in the order of the sources."""
@@ -69,23 +76,22 @@ class Pieces(Prepared):
         return [_summary(name, counts) for name, counts in self.manifest["sources"].items()]
 
     def losses(self) -> list[str]:
-        """Those lines of the summary that tell of a row which is not learned, or not to its end."""
+        """Those lines of the summary that tell of a row which is not learned, or not all of it."""
         counts = self.manifest["sources"].values()
-        lost = [one["kept"] < one["rows"] or one["cut"] > 0 for one in counts]
+        lost = [one["kept"] < one["rows"] or one["cut"] > 0 or bool(one["unwritten"]) for one in counts]
         return [line for line, is_lost in zip(self.summary(), lost, strict=True) if is_lost]
 
 
 def shown(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str, bool]]:
     """The text of `ids`, cut where the learned tokens begin and end.
 
-    Decoded up to each cut and not part by part, because a decoder may treat the first token of a text differently.
+    A part is decoded with a few tokens before it, because a decoder may treat the first token of a text differently.
     """
-    cuts = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
-    before, parts = "", []
+    cuts, parts = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)], []
     for start, end in zip([0, *cuts], cuts, strict=False):
-        text = tokenizer.decode(ids[:end])
+        begin = max(start - _CONTEXT, 0)
+        before, text = tokenizer.decode(ids[begin:start]), tokenizer.decode(ids[begin:end])
         parts.append((text[len(os.path.commonprefix([before, text])) :], bool(learned[start])))
-        before = text
     return parts
 
 
@@ -99,5 +105,7 @@ def _summary(name: str, counts: dict) -> str:
         line += f", {counts['cut']:,} of them without their end (data.overlong)"
     if counts["nothing_learned"]:
         line += f"; in {counts['nothing_learned']:,} nothing is learned"
+    line += "".join(f"; in {number:,} the template does not write {what}"
+                    for what, number in sorted(counts["unwritten"].items()))  # fmt: skip
     reasons = sorted(counts["left_out"].items())
     return line + "".join(f"; {number:,} left out: {why}" for why, number in reasons)

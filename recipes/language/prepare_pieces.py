@@ -17,6 +17,7 @@ import numpy as np
 
 from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
+from language.answers import RefusedRow
 from language.conversations import sources
 from language.pieces import Pieces
 from language.prepare import tokenizer_record
@@ -27,7 +28,7 @@ from language.settings_tune import ConversationDataConfig
 from language.store import SPLITS
 from language.tokenizers import Tokenizer
 
-FORMAT = 1  # part of the key: raise it when the same conversations give other files
+FORMAT = 2  # part of the key: raise it when the same conversations give other files
 _PROGRESS_EVERY = 64
 _DECISIVE = ("format", "fields", "max_rows", "damaged", "sequence", "overlong", "holdout_test", "holdout_validation")
 
@@ -38,7 +39,8 @@ class Encoding(NamedTuple):
     Attributes:
         name: of the rows, in the plural and in messages; it begins the folder's name.
         read: as `conversations.read`, with its `say`.
-        encode: a row -> its pieces, as `answers.Learned`; [] if nothing in it is learned.
+        encode: a row -> its pieces, as `answers.Learned`; [] if nothing in it is learned. It raises RefusedRow for a
+            row that `data.damaged` may leave out.
         decisive: everything besides the rows and the tokenizer that decides `encode` and `arrange`; plain JSON.
         arrange: (folder, lengths int64[pieces], split int8[pieces], source int16[pieces]) -> what it adds to the
             manifest; it may write files. `lengths` count inputs, one less than tokens; `source` is an index of the
@@ -126,7 +128,8 @@ class _Writer:
 
     def begin(self, source: str) -> None:
         self._counts[source] = {"rows": 0, "kept": 0, "pieces": 0, "in_several_pieces": 0, "cut": 0,
-                                "nothing_learned": 0, "left_out": Counter()}  # fmt: skip
+                                "nothing_learned": 0, "inputs": 0, "learned": 0, "left_out": Counter(),
+                                "unwritten": Counter()}  # fmt: skip
 
     def add(self, row) -> None:
         """Encode a row of the source begun last, and write its pieces; or count why it has none."""
@@ -135,7 +138,14 @@ class _Writer:
         if isinstance(row, LeftOut):
             counts["left_out"][str(row)] += 1
             return
-        encoded = [_trimmed(piece.ids, piece.learned) for piece in self._encoding.encode(row)]
+        try:
+            pieces = self._encoding.encode(row)
+        except RefusedRow as refused:
+            if self._data.damaged == "refuse":
+                raise
+            counts["left_out"][refused.reason] += 1
+            return
+        encoded = [_trimmed(piece.ids, piece.learned) for piece in pieces]
         longest = max((len(ids) for ids, _ in encoded), default=0) - 1
         if longest > self._data.sequence:
             if self._data.overlong == "refuse":
@@ -153,6 +163,9 @@ class _Writer:
         counts["pieces"] += len(kept)
         counts["in_several_pieces"] += len(kept) > 1 and not self._encoding.is_whole
         counts["cut"] += longest > self._data.sequence
+        counts["inputs"] += sum(len(ids) - 1 for ids, _ in kept)
+        counts["learned"] += sum(int(learned.sum()) for _, learned in kept)
+        counts["unwritten"].update({what for piece in pieces for what in piece.unwritten})
         with writing(self._folder.parent):
             self._store(row, kept)
 
@@ -180,7 +193,7 @@ class _Writer:
         split = _split(np.array(self._uniforms), self._data, name, rows)
         length, learned, conversation, source = np.array(self._pieces, np.int64).T
         arrays = {"offsets": np.concatenate([[0], np.cumsum(length)]), "conversation": conversation,
-                  "split": split[conversation]}  # fmt: skip
+                  "split": split[conversation], "source": source.astype(np.int16)}  # fmt: skip
         with writing(self._folder.parent):
             for file, array in arrays.items():
                 np.save(self._folder / f"{file}.npy", array)

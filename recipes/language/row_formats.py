@@ -77,7 +77,8 @@ def missing_field(row: Row, formats: tuple[str, ...], names: list[str], key: str
         what = "the field is null" if absent in row.values else f"the row has no field `{absent}`"
     else:
         absent, what = "", f"no fields of a known format ({'; '.join(map(', '.join, ways))})"
-    return BadRow("no such field", absent, what, why=f"its fields are {', '.join(names)}" if names else "it is empty",
+    named = ", ".join(f"{name} (null)" if row.values.get(name, "") is None else name for name in names)
+    return BadRow("no such field", absent, what, why=f"its fields are {named}" if names else "it is empty",
                   hint=hint or f"{key}.fields names the columns")  # fmt: skip
 
 

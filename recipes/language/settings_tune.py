@@ -46,7 +46,8 @@ class ConversationDataConfig(Section):
     fields: dict[str, str] = setting({}, help=_FIELDS)
     max_rows: int | None = setting(None, ge=1, help="read only the first rows of the source, in its order")
     damaged: Literal["refuse", "leave_out"] = setting(
-        "refuse", help="rows that cannot be read or are no conversation: refuse them, or leave them out and count them"
+        "refuse", help="rows that cannot be read, are no conversation, or are refused by the template: refuse them, or "
+        "leave them out and count them"
     )
     sequence: int = setting(1024, ge=2, help="tokens per packed row")
     overlong: Literal["refuse", "leave_out", "cut"] = setting(

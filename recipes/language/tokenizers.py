@@ -6,6 +6,7 @@ tokenizer.json may not be; preparation measures that and reports it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -126,11 +127,14 @@ class Tokenizer:
 
     def _encoding(self, text: str, marked: bool):
         """The library's encoding of a text in which control tokens are written out (`marked`), or of any text."""
-        self.backend.encode_special_tokens = not marked
-        try:
-            return self.backend.encode(text, add_special_tokens=False)
-        finally:
-            self.backend.encode_special_tokens = True
+        return (self._marking if marked else self.backend).encode(text, add_special_tokens=False)
+
+    @functools.cached_property
+    def _marking(self):
+        """A copy of the backend that finds control tokens in a text: threads share a tokenizer, and a flag with it."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._definition)
 
     @property
     def controls(self) -> dict[str, int]:

@@ -75,8 +75,10 @@ class Tune(Writer):
                 "conversations train no tokenizer", where="data.tokenizer.kind",
                 hint="model.from=SOURCE brings one, data.tokenizer.path=FILE names one, and kind: byte needs none",
             )  # fmt: skip
-        if data.template is not None and not Path(data.template).expanduser().is_file():
-            raise UserError(f"there is no file {data.template}", where="data.template", hint="a chat_template.jinja")
+        if data.template is not None:
+            from language.chat import read_template
+
+            read_template(Path(data.template).expanduser())
         cls.check_rows(config)
         refuse_no_test(config)
         super().check(config)
@@ -110,6 +112,7 @@ class Tune(Writer):
     def reading(self) -> tuple:
         """(the tokenizer, `answers.learn` as a function of a conversation, and what decides it besides)."""
         from language.answers import learn
+        from language.chat import decisive
         from language.tokenizers import known_tokenizer
 
         tokenizer = known_tokenizer(self.config.data.tokenizer, None, self.inherited_tokenizer)
@@ -122,11 +125,17 @@ class Tune(Writer):
 
     def _facts_of(self, tokenizer) -> dict:
         """The tokenizer, the template with its date (the day on which a run began), and what a base brought."""
+        from language.chat import read_template
+
         facts, file = self.facts_with(tokenizer), Path(self.config.data.template or "").expanduser()
         if self.config.data.template and (TEMPLATE not in facts or file.is_file()):  # a run that has it needs no file
-            facts[TEMPLATE] = file.read_bytes()
-        today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).isoformat()
-        return facts | ({DATE: self.inherited.get(DATE, today)} if TEMPLATE in facts else {})
+            facts[TEMPLATE] = read_template(file)
+        return facts | ({DATE: self.inherited.get(DATE, self._today)} if TEMPLATE in facts else {})
+
+    @functools.cached_property
+    def _today(self) -> str:
+        """Asked once: the rows that are prepared and the facts of the run have the same date, past midnight too."""
+        return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).isoformat()
 
     def on(self, path: str):
         """A recipe whose test split is all conversations of a source, in this run's tokenizer and template."""
@@ -144,6 +153,21 @@ class Tune(Writer):
         weights = {name: part.weight for name, part in mix.items()} or None
         return PackedRows(self.store, split, self.config.data.sequence, weights)
 
+    @property
+    def _learned_share(self) -> float | None:
+        """Of the tokens that training reads, the share that is learned; None before rows are packed."""
+        is_packed = self.store is not None and "packed_rows" in self.store.manifest
+        return self.data("train").learned_share if is_packed else None
+
+    @property
+    def targets_per_example(self) -> float | None:
+        share = self._learned_share
+        return share and share * self.store.manifest["fill"]["train"] * self.config.data.sequence
+
+    def flops(self, num_trained: int, num_frozen: int) -> float:
+        """For each learned token, those of all tokens that are read for it: a prompt is computed as an answer is."""
+        return super().flops(num_trained, num_frozen) / (self._learned_share or 1.0)
+
     def predict(self, model, batch: dict):
         """(-log p of each target in nats, float32[B, T]; whether the target is the likeliest token, bool[B, T])."""
         hidden = model(batch["tokens"], batch["segments"], batch["positions"])
@@ -160,6 +184,7 @@ class Tune(Writer):
         return {
             **exact,
             **answer_scores.numbers(found),
+            **answer_scores.by_source(found, list(self.store.manifest["sources"])),
             "tables": [interval_table(answer_scores.measures(workdir))],
             "remarks": few(number, "conversation", more),
             "notes": [
@@ -214,14 +239,3 @@ def dialogue_of(tokenizer, facts: dict):
     from language.chat import Dialogue
 
     return Dialogue(tokenizer, facts) if TEMPLATE in facts else None
-
-
-def decisive(facts: dict) -> dict:
-    """What decides how a conversation is encoded, besides the tokenizer: its template, with the date if that tells it,
-    and the tokens that begin and end a text."""
-    template = facts.get(TEMPLATE, b"").decode()
-    origin = facts.get("origin") or {}
-    return {
-        "template": template, "date": facts.get(DATE) if "strftime_now" in template else None,
-        **{name: origin.get(name) for name in ("tokens", "eos_ids", "bos_id", "tokenizer")},
-    }  # fmt: skip

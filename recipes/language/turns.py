@@ -26,6 +26,9 @@ _TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number"
           type(None): "null"}  # fmt: skip
 
 
+LEAVE_OUT = "data.damaged=leave_out leaves such rows out and counts them"  # a way out, for hints
+
+
 class BadRow(Exception):
     """A row that cannot be used.
 
@@ -42,7 +45,7 @@ class BadRow(Exception):
 
     def refusal(self, place: str) -> UserError:
         """The error that refuses the row at this place."""
-        way_out = None if self.always else "data.damaged=leave_out leaves such rows out and counts them"
+        way_out = None if self.always else LEAVE_OUT
         hint = "; ".join(filter(None, [self.hint or "correct the row", way_out]))
         return UserError(self.what, where=f"{place}, {self.key}" if self.key else place, why=self.why, hint=hint)
 
@@ -141,6 +144,8 @@ def _message(turn: object, key: str) -> dict:
     if turn.get("weight", 1) not in (1, None):
         raise BadRow("a message of another weight", f"{key}.weight", f"the weight is {turn['weight']}",
                      why="every answer of a conversation is learned alike", hint="weight: 1")  # fmt: skip
+    if not isinstance(turn.get("prefix") or False, bool):
+        raise wrong_type(turn["prefix"], f"{key}.prefix", "true (an answer that somebody else began) or false")
     if calls:
         message["tool_calls"] = _calls(calls, f"{key}.{call_name}")
     _name_thinking(message, thought, key)

@@ -98,7 +98,7 @@ def test_commands_begin_again_and_set_the_system_prompt(trained, typed, capsys):
         ("/save", "/save needs the name of a file"),
         ("/save taken.json", "taken.json: this file exists"),
         ("/save missing/talk.json", "No such file or directory"),
-        ("Say <|im_end|> now", "the message holds the control token <|im_end|>"),
+        ("Say <|im_end|> now", "the message holds the control token `<|im_end|>`"),
     ],
 )
 def test_a_line_that_cannot_be_done_is_refused_and_loses_nothing(line, says, model, typed, capsys, tmp_path):

@@ -14,6 +14,7 @@ from aurora_train.interop.templates import ChatTemplate
 from language.answers import learn
 from language.chat import Dialogue
 from language.conversations import Conversation
+from language.pieces import shown
 from language.tokenizers import Tokenizer
 
 
@@ -155,7 +156,57 @@ def test_context_is_not_learned(prefix):
 def test_a_text_that_writes_out_a_control_token_is_refused_by_its_row(messages, tools, where):
     with pytest.raises(UserError, match="holds the control token") as caught:
         rows_of(dialogue("tagged"), messages, tools)
-    assert caught.value.where == f"row 7 of t.jsonl, {where}"
+    assert caught.value.where == f"row 7 of t.jsonl, {where}" and "data.damaged=leave_out" in caught.value.hint
+    assert caught.value.reason.endswith(" holds the control token"), "counted without the row's content"
+
+
+@pytest.mark.parametrize(
+    "name,conversation,unwritten",
+    [
+        ("chatml", "thinking", {"an answer's thoughts"}), ("chatml", "empty thinking", set()),
+        ("qwen 3", "thinking", set()), ("qwen 3.5", "tools and thoughts", set()), ("qwen 3.5", "turns", set()),
+        ("tagged", "tools", {"the tools"}), ("mistral", "tools", set()), ("llama 3", "turns", set()),
+        ("llama 3", "tools and thoughts", {"an answer's thoughts", "what an answer says beside a call"}),
+        ("gemma", "system", set()), ("tools last", "tools", set()),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_is_told(name, conversation, unwritten):
+    rows = rows_of(dialogue(name), *CONVERSATIONS[conversation])
+    assert set().union(*(row.unwritten for row in rows)) == unwritten
+
+
+def test_a_message_that_the_template_leaves_out_is_told():
+    template = UNMARKED.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}")
+    talk = Dialogue(tokenizer(), facts(template, {}))
+    system = {"role": "system", "content": "日本語 only."}
+    rows = rows_of(talk, [system, _u("c"), {"role": "assistant", "content": "d"}])
+    assert [row.unwritten for row in rows] == [{"a system's message"}]
+
+
+def test_an_answer_without_an_end_ends_as_the_next_turn_begins():
+    """As GLM 4 has it: a turn has no end, and the model stops by writing how the next one begins."""
+    template = ("{% for m in messages %}<|{{ {'user': 'start', 'tool': 'call'}[m.role] or 'message' }}|>{{ m.content }}"
+                "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endfor %}"
+                "{{ '<|message|>' if add_generation_prompt }}")  # fmt: skip
+    ours = tokenizer()
+    ends = [ours.controls[end] for end in ("<|endoftext|>", "<|start|>", "<|call|>")]
+    talk = Dialogue(ours, facts(template, {"eos_ids": ends}))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}], "content": ""}
+    rest = [{"role": "tool", "content": "no"}, {"role": "assistant", "content": "No."}]
+    rows = rows_of(talk, [_u("Rain?"), call, *rest])
+    learned = [ours.decode(row.ids[run]) for row in rows for run in _runs(row)]
+    assert learned == ["weather<|call|>", "No.<|start|>"]
+
+
+def test_threads_may_share_a_tokenizer():
+    from concurrent.futures import ThreadPoolExecutor
+
+    ours, text = tokenizer(), "a</s>b" * 200
+    plain, marked = ours.encode(text).tolist(), ours.encode_marked(text).tolist()
+    assert ours.controls["</s>"] not in plain and marked.count(ours.controls["</s>"]) == 200
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda n: (ours.encode_marked if n % 2 else ours.encode)(text).tolist(), range(200))
+    assert all(ids == (marked if n % 2 else plain) for n, ids in enumerate(found))
 
 
 def test_what_cannot_be_found_is_refused():
@@ -205,6 +256,10 @@ def test_a_tokenizer_that_cannot_be_cut_keeps_its_tokens_and_learns_those_that_h
     (row,) = rows_of(talk, [_u("c a"), {"role": "assistant", "content": "b"}])
     assert [words[i] for i in row.ids] == ["<s>", "▁", "c", "▁ab", "</s>"]
     assert row.learned.tolist() == [False, False, False, True, True]
+    assert shown(talk.tokenizer, row.ids, row.learned) == [("<s> c", False), (" ab</s>", True)]
+    many = np.tile(row.ids, 9), np.tile(row.learned, 9)
+    parts = shown(talk.tokenizer, *many)
+    assert "".join(text for text, _ in parts) == talk.tokenizer.decode(many[0]) and len(parts) == 18
 
 
 def test_a_tokenizer_that_treats_the_beginning_of_a_text_otherwise_does_so_once():

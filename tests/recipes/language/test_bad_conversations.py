@@ -70,6 +70,7 @@ BAD = [  # the second row of a file whose first is good: (row, key, what is wron
     bad(turns(U | {"thinking": "hm"}, A), "messages[0].reasoning_content", "a message of the role user has it"),
     bad(turns(U, A | {"thinking": "a", "reasoning": "b"}), "messages[1].reasoning", "it is other than"),
     bad(turns(U, A | {"weight": 0}), "messages[1].weight", "the weight is 0"),
+    bad(turns(U, A | {"prefix": "false"}), "messages[1].prefix", "it holds text, not true"),
     bad(GOOD | {"tools": {"name": "f"}}, "tools", "it holds an object, not a list of JSON schemas"),
     bad(GOOD | {"tools": [NESTED]}, "tools", "it is nested more than 100 levels"),
     bad(GOOD | {"system": 3}, "system", "it holds a number, not text"),

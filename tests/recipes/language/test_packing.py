@@ -151,6 +151,15 @@ def test_rows_without_anything_to_learn_are_counted_and_a_set_of_them_is_refused
     assert "of 2 rows, 2 have no answer" in refused.value.why
 
 
+def test_what_a_template_leaves_out_is_counted_by_conversations_and_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "encode", lambda row, once=encode: [
+        piece._replace(unwritten=frozenset(["the tools"] if len(row.pieces) > 1 else [])) for piece in once(row)
+    ])  # fmt: skip
+    store = prepared(tmp_path, source=write(tmp_path / "a.jsonl", drawn(20) + [[[5, 2], [9, 3]]]))
+    assert store.manifest["sources"][""]["unwritten"] == {"the tools": 1}
+    assert store.losses() == store.summary() and "; in 1 the template does not write the tools" in store.summary()[0]
+
+
 def test_what_decides_the_rows_decides_their_fingerprint(tmp_path):
     source = write(tmp_path / "a.jsonl", drawn(30))
     first = prepared(tmp_path, source=source)

@@ -9,8 +9,11 @@ from kit import in_process, losses
 
 from aurora_train.config import load_values
 from aurora_train.data.inspection import LEARNED_MARKS, inspect_batch
+from aurora_train.data.order import Part
 from aurora_train.errors import UserError
-from language.tune import Tune, decisive
+from language import answer_scores
+from language.chat import decisive
+from language.tune import Tune
 
 LINEAR = {"key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8}
 WINDOW = {"kind": "window", "window": 9}
@@ -30,8 +33,10 @@ def folder(tmp_path_factory):
 def recipe_of(folder, cache, data=None, **model):
     data = {"source": str(folder / "chats.jsonl"), "template": str(folder / "chat.jinja"), "sequence": 400,
             "holdout_test": 0.1, "holdout_validation": 0.1} | (data or {})  # fmt: skip
-    config = load_values({"recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model},
-                          "data": data, "train": {"precision": "float32"}}, "tune")  # fmt: skip
+    config = load_values({
+        "recipe": "language/tune", "model": {"width": 32, "layers": 2, "heads": 2, **model}, "data": data,
+        "train": {"precision": "float32"}, "evaluate": {"final": False},
+    }, "tune")  # fmt: skip
     return Tune(config, cache).ready(lambda *_: None)
 
 
@@ -160,6 +165,106 @@ def test_a_mixture_is_packed_source_by_source_and_trained_by_its_weights(folder,
     assert sum(part["rows"] for part in facts["mix"].values()) == len(rows)
     first = {segment["document"].partition(" of ")[2] for segment in rows.shown(0)}
     assert first == {"few/chats.jsonl"} and recipe.data("validation").mixture is None
+
+
+def test_the_work_of_a_learned_token_is_that_of_all_tokens_read_for_it(folder, tmp_path, shared_cache):
+    few = write_chats(tmp_path / "few", 40)
+    (few / "few.jsonl").write_text("".join(
+        json.dumps({"instruction": f"Say {n} {'please ' * 12}", "output": f"{n}"}) + "\n" for n in range(40)
+    ))  # fmt: skip
+    mix = {"few": {"source": str(few / "few.jsonl"), "weight": 1}, "many": {"source": str(folder / "chats.jsonl")}}
+    for settings in ({}, {"source": None, "mix": mix}):
+        recipe = recipe_of(folder, shared_cache, {"holdout_test": 0, "holdout_validation": 0, **settings})
+        of_every_token, rows = super(Tune, recipe).flops(1000, 100), recipe.data("train")
+        assert recipe.flops(1000, 100) * rows.learned_share == pytest.approx(of_every_token)
+        shares = []
+        for part in rows.mixture or [Part(1, 0, len(rows))]:
+            batch = rows.take(np.arange(part.first, part.first + part.count))
+            shares.append(batch["weights"].sum() / (batch["segments"] > 0).sum())
+        assert rows.learned_share == pytest.approx(np.mean(shares)), "nothing is held out, so the counts are exact"
+        assert len(shares) == 1 or shares[0] < shares[1] / 2
+    learned = recipe_of(folder, shared_cache, {"holdout_test": 0, "holdout_validation": 0})
+    rows = learned.data("train")
+    weights = rows.take(np.arange(len(rows)))["weights"].sum()
+    assert learned.targets_per_example == pytest.approx(weights / len(rows))
+
+
+def test_each_source_of_a_mixture_has_a_score_of_its_own():
+    found = {"conversation": np.arange(3), "source": np.array([0, 2, 2]), "nats": np.array([1.0, 2.0, 6.0]),
+             "learned": np.array([1, 1, 3]), "right": np.array([1, 0, 0]), "bytes": np.array([2, 1, 1])}  # fmt: skip
+    assert answer_scores.by_source(found, ["a", "b", "c"]) == {
+        "answer_loss_a": 1.0, "bits_per_byte_a": 0.5 / np.log(2), "answer_loss_c": 2.0,
+        "bits_per_byte_c": 4 / np.log(2),
+    }  # fmt: skip
+    assert answer_scores.by_source(found, [""]) == {}
+
+
+def test_the_scores_of_the_sources_add_up_to_that_of_all(folder, tmp_path, shared_cache):
+    few = write_chats(tmp_path / "few", 40)
+    mix = {"few": {"source": str(few / "chats.jsonl")}, "many": {"source": str(folder / "chats.jsonl"), "weight": 3}}
+    recipe = recipe_of(folder, shared_cache, {"source": None, "mix": mix, "sequence": 160})
+
+    def predict(batch):
+        return batch["targets"] / 7.0, batch["targets"] % 2 == 0
+
+    found = answer_scores.sums(recipe.data("test"), predict, 3, lambda *_: None)
+    for row, source in zip(found["conversation"], found["source"], strict=True):
+        piece = int(np.flatnonzero(recipe.store.conversation == row)[0])
+        assert recipe.store.place(piece).partition(" of ")[2] == ("few", "many")[source] + "/chats.jsonl"
+    assert set(answer_scores.by_source(found, ["few", "many"])) == {
+        f"{what}_{name}" for what in ("answer_loss", "bits_per_byte") for name in mix
+    }
+
+
+@pytest.mark.parametrize("content,said", [
+    (b"{# \xe9 #}", "cannot read"), (b" \n", "is empty"), (b"{% for %}", "not a valid template"), (None, "cannot read"),
+])  # fmt: skip
+def test_a_template_that_is_none_is_refused_by_its_file(folder, tmp_path, content, said):
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=said) as refused:
+        recipe_of(folder, tmp_path, {"template": str(file)})
+    assert str(file) in str(refused.value) and "chat_template.jinja" not in (refused.value.where or "")
+
+
+def test_a_conversation_that_the_template_refuses_may_be_left_out(folder, tmp_path, shared_cache):
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no ' ~ messages[0].content) }}{% endif %}" + TEMPLATE
+    )
+    rows = [chat(number) for number in range(20)]
+    rows[3].insert(0, {"role": "system", "content": "three"})
+    rows[5].insert(0, {"role": "system", "content": "five"})
+    rows[7][1]["content"] = "a <|endoftext|> b"
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    settings = {"source": str(source), "template": str(tmp_path / "strict.jinja")}
+    with pytest.raises(UserError, match="line 4 of rows.jsonl, .*refuses this conversation: no three") as refused:
+        recipe_of(folder, shared_cache, settings)
+    assert "data.damaged=leave_out" in refused.value.hint
+    counts = recipe_of(folder, shared_cache, settings | {"damaged": "leave_out"}).store.manifest["sources"][""]
+    assert counts["kept"] == 17 and counts["left_out"] == {
+        "the template refuses this conversation": 2, "the message holds the control token": 1,
+    }  # fmt: skip
+
+
+def test_what_would_steer_a_terminal_is_written_out(folder, tmp_path, shared_cache, monkeypatch, capsys, caplog):
+    monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
+    config, rows = tmp_path / "tune.yaml", [{"messages": chat(number)} for number in range(12)]
+    for row in rows:
+        row["messages"][0]["content"] += "\x1b]0;owned\x07\x9b2J\u202e\tend\n"
+    (tmp_path / "\x1b[31mred.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.write_text(TUNE.format(folder=folder))
+    (tmp_path / "\x1b[5mnote.txt").write_text("no table")
+    more = [f"data.source={tmp_path}", "data.sequence=300"]
+    assert in_process("inspect", config, "--example", 0, *more) == 0
+    shown, said = capsys.readouterr()
+    assert "are not read: \\x1b[5mnote.txt" in caplog.text + said and "\x1b" not in caplog.text + said
+    assert "\\x1b]0;owned\\x07\\x9b2J\\u202e" in shown and "\\x1b[31mred.jsonl" in shown
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+    (tmp_path / "\x1b[31mred.jsonl").write_text(json.dumps({"messages": [{"role": "\x1b[2J", "content": "a"}]}))
+    assert in_process("check", config, *more) == 2
+    assert "`\\x1b[2J` is not a role" in (said := capsys.readouterr().err) and "\x1b" not in said
 
 
 def test_a_model_without_a_template_is_refused_with_the_row_that_needs_one(folder, shared_cache):
