@@ -25,7 +25,7 @@ _WHY = {
 
 
 # (key, old, new): since 2026-11-29 the default is `auto`; before that it was the value to which `auto` resolves.
-_SETTLED = {("data.tokenizer.kind", "byte", "auto")}
+_SETTLED = (("data.tokenizer.kind", "byte", "auto"),)  # compared, not hashed: a value may be a list
 
 
 def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:

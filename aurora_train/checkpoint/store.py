@@ -115,9 +115,11 @@ class CheckpointStore:
         self._frozen = self._frozen_digest(step)
         return layout.assemble(self._load(step, wanted), tree, shardings)
 
-    def restore_some(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Only the named leaves, by canonical name (for evaluation, generation, `init.from`)."""
-        layout.refuse_difference({n: s for n, s in self.shapes(step).items() if n in wanted}, wanted, str(self.folder))
+    def restore_some(self, step: int, wanted: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Only the named leaves, by canonical name (for evaluation, generation, `init.from`). `stored`: the `shapes` of
+        this step, if they are known; to read them takes longer than to read a small leaf."""
+        stored = self.shapes(step) if stored is None else stored
+        layout.refuse_difference({n: s for n, s in stored.items() if n in wanted}, wanted, str(self.folder))
         return self._load(step, wanted)
 
     def shapes(self, step: int) -> dict[str, Any]:

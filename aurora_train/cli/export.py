@@ -48,7 +48,7 @@ def command(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option("--base", metavar="DIR", help="With --format peft: the base, if it is not where the run began."),
+        typer.Option("--base", metavar="DIR", help="With --format peft: the base, or hub:owner/name, if it has moved."),
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint; by default the newest.")] = None,
     json: JsonOption = False,

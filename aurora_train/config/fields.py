@@ -27,6 +27,17 @@ class Section(BaseModel):
     )
 
 
+class WrongKey(ValueError):
+    """Raised by a validator of a whole section for one key of it: `key` is its path from there, `lora.targets`.
+
+    A message for a user then has the place of that key.
+    """
+
+    def __init__(self, what: str, *, key: str):
+        super().__init__(what)
+        self.below = tuple(key.split("."))
+
+
 def setting(
     default: Any = ...,
     *,

@@ -35,6 +35,7 @@ def explain(fault: ValidationError, tree: Tree, schema: type[BaseModel], final: 
         whole_section = error["type"] in _FROM_VALIDATORS and isinstance(error["input"], dict)
         if final or not (whole_section or error["type"] == "missing"):
             path, through_union = _path(error, tree.value)
+            path += getattr(error.get("ctx", {}).get("error"), "below", ())
             grouped.setdefault(path, []).append((error, through_union))
     lines = []
     for path, errors in grouped.items():

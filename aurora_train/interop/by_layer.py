@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,26 +31,48 @@ def log_probabilities(config: DecoderConfig, read: Read, rows: list[np.ndarray])
         return [np.asarray(jax.nn.log_softmax(one[: len(row)], -1)) for one, row in zip(logits, rows, strict=True)]
 
 
-def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray, real: np.ndarray):
-    """Final hidden states float32[B, T, D] of ids int32[B, T]. `real`: bool[B, T], False for padding."""
+class _Unit(NamedTuple):
+    """A decoder of one unit: its parameters (abstract), the model of given ones, and its stack, compiled.
+
+    `run` takes (parameters, x, positions, `real`).
+    """
+
+    abstract: dict
+    model: Callable
+    run: Callable
+
+
+@functools.lru_cache(maxsize=2)  # the two sides of a proof run the same program
+def _unit_of(config: DecoderConfig, rows: int) -> _Unit:
+    """`config`: of one unit. `rows`: of the embedding."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     from aurora_train.nn.decoder import Decoder
     from aurora_train.nn.transformer import make_context
 
-    used, numbers = np.unique(tokens, return_inverse=True)  # of the embedding, only the rows of these tokens are needed
-    period = len(config.rows)
-    one_unit = config.model_copy(update={"layers": period, "tied": True, "lora": None})
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(one_unit, len(used), "float32", nnx.Rngs(params=0))))
-    abstract = nnx.to_pure_dict(state)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rows, "float32", nnx.Rngs(params=0))))
 
     def model(arrays) -> Decoder:
         filled = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(filled, arrays)
         return nnx.merge(graph, filled)
+
+    def run(arrays, x, positions, real):
+        return model(arrays).stack(x, make_context(config, positions, None, real))[0]
+
+    return _Unit(nnx.to_pure_dict(state), model, jax.jit(run))
+
+
+def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray, real: np.ndarray):
+    """Final hidden states float32[B, T, D] of ids int32[B, T]. `real`: bool[B, T], False for padding."""
+    import jax.numpy as jnp
+
+    used, numbers = np.unique(tokens, return_inverse=True)  # of the embedding, only the rows of these tokens are needed
+    period = len(config.rows)
+    one_unit = config.model_copy(update={"layers": period, "tied": True, "lora": None})
+    abstract, model, run = _unit_of(one_unit, len(used))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def unit(number: int):
         at = f"stack.units.{number:04d}"
@@ -59,14 +83,13 @@ def _hidden(config: DecoderConfig, read: Read, tokens: np.ndarray, real: np.ndar
         return array[used] if name == "embedding" else array
 
     outer = assembled({name: part for name, part in abstract.items() if name != "stack"}, outer_part)
-    run = jax.jit(lambda arrays, x: model(arrays).stack(x, make_context(config, positions, None, real))[0])
     x = None
     for number in range(config.layers // period):
         arrays = None  # the unit before is released first
         arrays = outer | unit(number)
         if x is None:
             x = model(arrays).embedded(jnp.asarray(numbers.reshape(tokens.shape), jnp.int32), positions)
-        x = run(arrays, x)
+        x = run(arrays, x, positions, real)
     return model(arrays).final_norm(x)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import fnmatch
 import hashlib
+import json
 import logging
 import os
 import re
@@ -27,7 +28,9 @@ from aurora_train.errors import UserError
 log = logging.getLogger("aurora_train")
 
 HUB = "hub:"  # how a model on a hub is named
-_NAMED = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
+_PART_OF_A_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_PART_OF_A_NAME}/{_PART_OF_A_NAME}", re.ASCII)  # so hubs name them
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,79}", re.ASCII)  # short enough for the name of a file when quoted
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"[\w.-]+", re.ASCII)
 _KEPT = ("*.safetensors", "*.json", "*.jinja", "README.md")
@@ -45,11 +48,12 @@ class Model(NamedTuple):
     @classmethod
     def named(cls, text: str, where: str) -> Model:
         """The model of `hub:owner/name[@REVISION]`. UserError for any other text."""
-        found = _NAMED.fullmatch(text.removeprefix(HUB))
-        if found is None or ".." in text or "--" in found[1]:
+        repository, at, revision = text.removeprefix(HUB).partition("@")
+        revision = revision if at else "main"
+        if not _REPOSITORY.fullmatch(repository) or not _REVISION.fullmatch(revision):
             raise UserError(f"{text} names no model on a hub", where=where, hint="write hub:owner/name, and "
                             "hub:owner/name@REVISION for a branch, a tag or a commit")  # fmt: skip
-        return cls(found[1], found[2] or "main")
+        return cls(repository, revision)
 
     def __str__(self) -> str:
         return HUB + self.repository + ("" if self.revision == "main" else f"@{self.revision}")
@@ -88,13 +92,8 @@ def copied(named: str, *, online: bool, where: str | None = None) -> Path:
     """
     model = Model.named(named, where or named)
     if online:
-        folder = at = _downloaded(model, where or named)
-        seen = {folder}
-        while (base := base_of(at)) is not None:  # of an adapter, which may be an adapter too
-            at = base.copy() or _downloaded(base, f"{named}: adapter_config.json")
-            if at in seen:
-                break  # they name each other, which the reader of adapters refuses
-            seen.add(at)
+        folder = _downloaded(model, where or named)
+        bring_bases(folder)
         return folder
     folder = model.copy()
     if folder is None:
@@ -106,6 +105,16 @@ def copied(named: str, *, online: bool, where: str | None = None) -> Path:
             "name the folder of a copy",
         )  # fmt: skip
     return folder
+
+
+def bring_bases(folder: Path) -> None:
+    """Download the base of an adapter, which may be an adapter too, if it is named on a hub and not in the cache."""
+    seen = {folder}
+    while (base := base_of(folder)) is not None:
+        folder = base.copy() or _downloaded(base, str(folder / "adapter_config.json"))
+        if folder in seen:
+            break  # they name each other, which the reader of adapters refuses
+        seen.add(folder)
 
 
 def origin(path: str | Path) -> dict[str, str]:
@@ -123,11 +132,20 @@ def public_name(path: str | Path) -> str:
 
 
 def base_of(folder: Path) -> Model | None:
-    """The base of an adapter, if it has the name of a model on a hub."""
-    named = files.read_json(folder / "adapter_config.json", {})
-    base, revision = map((named if isinstance(named, dict) else {}).get, ("base_model_name_or_path", "revision"))
-    is_named = isinstance(base, str) and _NAMED.fullmatch(base) and not Path(base).exists()
-    return Model(base, revision if isinstance(revision, str) else "main") if is_named else None
+    """The base of an adapter, if it has the name of a model on a hub and not that of a folder here.
+
+    UserError if the `revision` beside it is none: another one would be another base.
+    """
+    config = files.read_json(folder / "adapter_config.json", {})
+    base, revision = map((config if isinstance(config, dict) else {}).get, ("base_model_name_or_path", "revision"))
+    if not isinstance(base, str) or not _REPOSITORY.fullmatch(base) or Path(base).exists() or (folder / base).exists():
+        return None
+    if revision is not None and not (isinstance(revision, str) and _REVISION.fullmatch(revision)):
+        raise UserError(
+            f"`revision` is {json.dumps(revision)[:60]}, which names none of {base}",
+            where=str(folder / "adapter_config.json"), hint="write a branch, a tag, a commit or null",
+        )  # fmt: skip
+    return Model(base, revision or "main")
 
 
 def _downloaded(model: Model, where: str) -> Path:

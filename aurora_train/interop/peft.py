@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,14 +122,19 @@ def _refuse_unsaved(config: dict[str, Any], held: _Held, where: str) -> None:
 
 
 def _refuse_unlike(held: _Held, embedding: str, head: str, where: str) -> None:
-    """UserError if the adapter of a tied head, which is stored beside that of the embedding, is not the same."""
+    """UserError if what is stored for a tied head, beside what is for the embedding, is not the same."""
+    alike = True
     if head in held.pairs:
         down, up = (part.whole() for part in held.pairs[head])
-        other = held.pairs.get(embedding)
-        if other is None or not (np.array_equal(down, other[1].whole().T) and np.array_equal(up, other[0].whole().T)):
-            raise UserError("the adapters of embedding and head differ, although `ensure_weight_tying` is set",
-                            where=where, why="they are stored apart, and PEFT would take one of them",
-                            hint="save the adapter with PEFT again")  # fmt: skip
+        first, second = (part.whole().T for part in held.pairs.get(embedding, held.pairs[head]))
+        alike = embedding in held.pairs and np.array_equal(down, second) and np.array_equal(up, first)
+    if head in held.saved:
+        whole = held.saved.get(embedding)
+        alike = alike and whole is not None and np.array_equal(held.saved[head].whole(), whole.whole())
+    if not alike:
+        raise UserError("what is stored for embedding and head differs, although `ensure_weight_tying` is set",
+                        where=where, why="they are stored apart, and PEFT would take one of them",
+                        hint="save the adapter with PEFT again")  # fmt: skip
 
 
 def _is_stored_by_input(family: Family, name: str) -> bool:
@@ -148,6 +155,11 @@ def _refuse_other(config: dict[str, Any], where: str) -> None:
         raise UserError(f"`init_lora_weights: {named}` is not supported", where=where,
                         why="it changes the base's weights, which this folder does not hold",
                         hint="merge the adapter with PEFT's merge_and_unload, and import the result")  # fmt: skip
+    for name in ("use_rslora", "ensure_weight_tying"):
+        if config.get(name) not in (True, False, None):
+            raise UserError(f"`{name}` is {json.dumps(config[name])}, which is not true or false", where=where)
+    if not isinstance(saved := config.get("modules_to_save") or [], list):
+        raise UserError(f"`modules_to_save` is {json.dumps(saved)}, which is not a list", where=where)
     unknown = dict.fromkeys(name for name in config if name not in _NEUTRAL)
     for name, plain in (unknown | _PLAIN).items():
         if config.get(name, plain) not in (plain, None, {}, [], False):
@@ -170,7 +182,7 @@ def _number(config: dict[str, Any], tensor: str, patterns: str, common: str, whe
     except re.error as error:
         raise UserError(f"`{patterns}` holds what is no regular expression: {error}", where=where) from error
     kinds = int if common == "r" else (int, float)
-    if isinstance(found, bool) or not isinstance(found, kinds) or not found > 0:
+    if isinstance(found, bool) or not isinstance(found, kinds) or not 0 < found < math.inf:
         raise UserError(f"`{common}` of {module} is {json.dumps(found)}, which is no number above zero", where=where)
     return found
 
@@ -202,13 +214,16 @@ def _named_base(folder: Path) -> Path:
     named = read_json(folder / CONFIG, required=True).get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         raise UserError("the adapter names no base (`base_model_name_or_path`)", where=where)
-    path = next((path for path in (Path(named), folder / named) if path.exists()), None)
+    path = next((path for path in (Path(named), folder / named) if os.path.exists(path)), None)
+    if path is not None:
+        return path
     on_hub = hub.base_of(folder)
-    path = path or (on_hub and on_hub.copy())
+    path = on_hub and on_hub.copy()
     if path is None:
+        fetched = f"`aurora import {on_hub} --to RUN --online` downloads it; or " if on_hub else ""
         raise UserError(
             f"the adapter's base {named} is not here", where=where,
-            hint="download it, and write its folder as base_model_name_or_path",
+            hint=f"{fetched}write the folder of a copy as base_model_name_or_path",
         )  # fmt: skip
     return path
 

@@ -60,18 +60,25 @@ class Place(NamedTuple):
 
 
 def our_shapes(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a decoder by its canonical name (`stack.units.0003.attention.query`), adapters left out."""
+    """Every parameter of a decoder by its canonical name (`stack.units.0003.attention.query`), adapters left out.
+
+    In the order of the names, so layer by layer: a run's parameters are read by layer.
+    """
+    return dict(_shapes(config.model_copy(update={"lora": None, "attention": "reference"}), vocabulary))
+
+
+@functools.lru_cache(maxsize=8)  # one command opens a model several times, and has it built only once
+def _shapes(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
     from flax import nnx
 
     from aurora_train.checkpoint import layout
     from aurora_train.nn.decoder import Decoder
 
-    plain = config.model_copy(update={"lora": None, "attention": "reference"})
-    model = nnx.eval_shape(lambda: Decoder(plain, vocabulary, "float32", nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: Decoder(config, vocabulary, "float32", nnx.Rngs(params=0)))
     shapes = {}
     for names, stacked, leaf in layout.entries(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
         shapes |= dict.fromkeys(names, tuple(leaf.shape[1:] if stacked else leaf.shape))
-    return shapes
+    return dict(sorted(shapes.items()))
 
 
 def places(family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int) -> dict[str, Place]:

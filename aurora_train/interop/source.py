@@ -91,7 +91,7 @@ class OpenModel:
 
 def located(named: str | Path, *, online: bool = False, where: str | None = None) -> str | Path:
     """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds; for
-    `hub:owner/name`, the folder of its copy in the cache, which is downloaded if `online`.
+    `hub:owner/name`, the folder of its copy in the cache, which is downloaded if `online`, as is an adapter's base.
 
     The package is not imported. UserError if it is not installed or does not hold exactly one such file, and as
     `hub.copied` says. `where`: the key or argument that names it.
@@ -99,6 +99,8 @@ def located(named: str | Path, *, online: bool = False, where: str | None = None
     if str(named).startswith(hub.HUB):
         return str(hub.copied(str(named), online=online, where=where))
     if not str(named).startswith(PACKAGE):
+        if online and Path(named).is_dir():
+            hub.bring_bases(Path(named))
         return named
     name = str(named).removeprefix(PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None

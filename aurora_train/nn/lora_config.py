@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from aurora_train.config import Section, setting
+from aurora_train.config import Section, WrongKey, setting
 
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
 NF4_BLOCK = 64  # inputs of a kernel that share a scale in 4-bit storage
@@ -55,7 +55,7 @@ def scale_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
 
 
 def refuse_targets(lora: Lora, kernels: Iterable[str], tied: bool) -> None:
-    """ValueError for a target that no kernel of a model has. The default names a gate, which a plain MLP lacks.
+    """WrongKey for a target that no kernel of a model has. The default names a gate, which a plain MLP lacks.
 
     `kernels`: what may get an adapter, with its place (`attention.query`).
     """
@@ -65,9 +65,10 @@ def refuse_targets(lora: Lora, kernels: Iterable[str], tied: bool) -> None:
         if any(one.adapts(*name) for name in known) or lora.targets == KERNELS:
             continue
         if pattern == "head" and tied:
-            raise ValueError("lora.targets names the head, which is the embedding in a tied model: name the embedding, "
-                             "whose adapter then serves both")  # fmt: skip
-        raise ValueError(f"lora.targets: nothing in this model is called {pattern!r}; {_nearest(pattern, known)}")
+            raise WrongKey("the head is the embedding in a tied model: name the embedding, whose adapter then serves "
+                           "both", key="lora.targets")  # fmt: skip
+        nearest = _nearest(pattern, known)
+        raise WrongKey(f"nothing in this model is called {pattern!r}; {nearest}", key="lora.targets")
 
 
 def _nearest(pattern: str, known: Sequence[tuple[str, str]]) -> str:
@@ -77,8 +78,9 @@ def _nearest(pattern: str, known: Sequence[tuple[str, str]]) -> str:
 
 
 def refuse_unfit_blocks(inputs: dict[str, int]) -> None:
-    """ValueError for a size of a kernel's inputs, by the setting it follows from, that 4-bit storage cannot cut."""
+    """WrongKey for a size of a kernel's inputs, by the setting it follows from, that 4-bit storage cannot cut."""
     for name, size in inputs.items():
         if size % NF4_BLOCK:
             near = max(round(size / NF4_BLOCK), 1) * NF4_BLOCK
-            raise ValueError(f"lora.base: nf4 needs {name} ({size}) to be a multiple of {NF4_BLOCK}; {near} would be")
+            what = f"nf4 needs {name} ({size}) to be a multiple of {NF4_BLOCK}; {near} would be"
+            raise WrongKey(what, key="lora.base")

@@ -14,6 +14,7 @@ from aurora_train import run as runs
 from aurora_train.check.intent import init_key, refuse_missing_start
 from aurora_train.checkpoint import durable
 from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.config.yaml import read_file
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE, Facts
 from aurora_train.interop import hub
@@ -22,6 +23,7 @@ from aurora_train.interop.placing import matched
 from aurora_train.interop.source import digest as foreign_digest
 from aurora_train.interop.source import is_foreign, open_source
 from aurora_train.interop.tokens import NewRows, with_tokens
+from aurora_train.nn.lora_config import Lora, scale_of
 
 log = logging.getLogger("aurora_train")
 
@@ -82,6 +84,24 @@ class Parent:
         at = "" if self.step is None else f" at step {self.step}"
         return f"{self.path}{at} ({self.digest[:12]})"
 
+    def refuse_other_scale(self, config) -> None:
+        """UserError if a parent's adapters would be multiplied by another number than they were trained with."""
+        lora = getattr(getattr(config, "model", None), "lora", None)
+        if self.step is None or not isinstance(lora, Lora):
+            return
+        model = read_file(runs.Run(self.path).config).value.get("model")
+        known = model.get("lora") if isinstance(model, dict) else None
+        if not known or known.get("rank") != lora.rank:  # of another rank, they do not fit at all
+            return
+        scaling = known.get("scaling", "standard")  # earlier versions had no other
+        if scale_of(known["alpha"], known["rank"], scaling == "rank_stabilised") != lora.scale:
+            raise UserError(
+                f"the adapters of {self.path} were trained with alpha {known['alpha']:g} and scaling {scaling}",
+                where="model.lora.alpha", why="with another scale, their output is not what was trained",
+                hint=f"model.lora.alpha={known['alpha']:g} model.lora.scaling={scaling}; or start anew over what "
+                f"`aurora export {self.path} --to DIR --merge` writes",
+            )  # fmt: skip
+
     def refuse_other_tokenizer(self, source) -> None:
         """UserError if a parent from before facts existed was trained with another tokenizer, by its data's record."""
         if self.facts or self.step is None:
@@ -114,13 +134,15 @@ def parents_of(config, recorded: dict[str, dict]) -> tuple[Parent, ...]:
 
     `recorded`: the parents' records, by prefix, of a run that has begun but has no step yet: a parent may have more
     steps by now. Raises UserError if a source does not exist, if its bytes are not those that were saved, if it is not
-    what was recorded, or if the facts of two parents differ.
+    what was recorded, if its adapters had another scale, or if the facts of two parents differ.
     """
     refuse_missing_start(config)
     parents = tuple(
         Parent.of(prefix, path, recorded.get(prefix)).with_tokens(() if prefix else config.init.tokens)
         for prefix, path in config.init.sources.items()
     )  # fmt: skip
+    for parent in parents:
+        parent.refuse_other_scale(config)
     if config.init.facts != "own":
         for one, other in itertools.combinations(parents, 2):
             _refuse_clash(one, other)

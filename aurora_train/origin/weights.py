@@ -308,7 +308,7 @@ def stored_parameters(store: CheckpointStore, step: int):
         names |= {name.removeprefix(place): name for name in shapes if name.startswith(place)}
 
     def read(wanted: dict) -> dict:
-        arrays = store.restore_some(step, {names[bare]: spec for bare, spec in wanted.items()})
+        arrays = store.restore_some(step, {names[bare]: spec for bare, spec in wanted.items()}, shapes)
         return {bare: arrays[names[bare]] for bare in wanted}
 
     return {bare: shapes[name] for bare, name in names.items()}, read

@@ -188,6 +188,8 @@ def _disk(plan: Plan) -> list[str]:
     if disk.get("frozen_bytes"):
         line += f", {amount(disk['frozen_bytes'])} of frozen parameters, stored once"
     lines = [line + (f", {amount(disk['disk_bytes'])} in all" if disk.get("disk_bytes") is not None else "")]
+    if disk.get("frozen_bytes"):
+        lines[0] += ", or less: a run beside one that froze the same parameters shares them"
     if plan.saves_in_place:
         lines.append(
             "saves: in place, because a copy of the state does not fit beside a step; training waits for each about "

@@ -57,6 +57,9 @@ class Classify(TextRecipe):
             labelled.check_columns(_table(config.data))
         if len(set(config.data.labels)) < len(config.data.labels):
             raise UserError("a class is named twice", where="data.labels", hint="name each class once")
+        if config.model.lora is not None and "head" in config.model.lora.targets:
+            raise UserError("the head of a classifier begins at random and is trained as a whole",
+                            where="model.lora.targets", hint="leave head out")  # fmt: skip
         super().check(config)
 
     def shapes(self) -> dict:
@@ -138,6 +141,10 @@ class Classify(TextRecipe):
 
         known = self.known
         return Classifier(self.config.model, known["vocabulary"], len(known["labels"]), self.config.train.dtype, rngs)
+
+    def trainable(self, path: str) -> bool:
+        """What scores the classes begins at random, so it is trained beside adapters, too."""
+        return path in ("head", "head_bias") or super().trainable(path)
 
     def loss(self, model, batch, key) -> Loss:
         """Cross-entropy, summed over the texts."""

@@ -157,11 +157,17 @@ class Writer(TextRecipe):
         model, sequence = self.config.model, self.config.data.sequence
         spans = [0 if row.kind == "linear" else min(sequence, row.window or sequence) for row in model.rows]
         pairs = 6.0 * model.layers * sum(spans) / len(spans) * model.heads * model.dim_per_head
-        return 6.0 * (num_parameters - self.looked_up()) + pairs
+        return 6.0 * (num_parameters - self.looked_up() - self._adapter_looked_up()) + pairs
 
     def looked_up(self) -> int:
         model = self.config.model
         return 0 if model.tied else self.known["vocabulary"] * model.width
+
+    def _adapter_looked_up(self) -> int:
+        """Of an embedding's adapter, the matrix whose rows are looked up; in a tied model it is multiplied as well."""
+        model = self.config.model
+        adapted = model.lora is not None and not model.tied and model.lora.adapts("", "embedding")
+        return self.known["vocabulary"] * model.lora.rank if adapted else 0
 
     def samples(self, model, key) -> list[dict]:
         """Continuations of what `begun` gives, each with what `judged` says of it."""

@@ -41,6 +41,13 @@ CASES = {
                               ["b.yaml:3:17: optimizer.lr", "greater than 0; got 0"]),
     "infinite learning rate": ({"b.yaml": OK + "optimizer: {lr: .inf}\n"}, ["b.yaml"],
                                ["b.yaml:3:17: optimizer.lr", "finite"]),
+    "an adapter of what no model has": (
+        {"b.yaml": OK.replace("tiny.py", "language_model").replace("path", "source") +
+         "model:\n  lora:\n    targets: [query, quary]\n"}, ["b.yaml"],
+        ["b.yaml:5:14: model.lora.targets", "nothing in this model is called 'quary'", "did you mean 'query'?"]),
+    "4 bits that do not fit the width": (
+        {}, ["quickstart", "model={width: 96, heads: 2, mlp_width: 256, lora: {rank: 2, base: nf4}}"],
+        ["override model", "model.lora.base: nf4 needs width (96) to be a multiple of 64", "128 would be"]),
     "unknown optimizer": ({"b.yaml": OK + "optimizer: {name: adam}\n"}, ["b.yaml"],
                           ["b.yaml:3:19: optimizer.name", "adamw or lion", "did you mean `adamw`?"]),
     "typo in the forms": ({"b.yaml": OK + "train: {forms: plan}\n"}, ["b.yaml"],

@@ -11,11 +11,12 @@ import shutil
 import sys
 from collections import Counter
 
+import disk_model
 import powercut
 import pytest
+from disk_model import Disk, Image, replay
 from killing import assert_same_run
 from kit import TINY, Aurora, losses
-from powercut import Disk, Image, replay
 
 from aurora_train.checkpoint import audit
 from aurora_train.checkpoint.store import CheckpointStore
@@ -106,7 +107,7 @@ def recorded(on_disk, tmp_path_factory, corpus):
     aurora = Aurora(folder, CACHE)
     log = powercut.on_such_a_disk(aurora.command(*command(config)), folder, aurora.environment())
     *_, (_, disk) = replay(log, [len(log)])
-    return config, log, powercut.now(disk, folder / "whole") / "run"
+    return config, log, disk_model.now(disk, folder / "whole") / "run"
 
 
 def kind_of(path: str) -> str:
@@ -266,7 +267,7 @@ def test_a_sync_that_fails_once_and_then_succeeds_loses_nothing_to_a_later_cut(r
     (failed,) = (cut for cut, operation in enumerate(log) if operation[0] == "fsync_failed")
     assert cut_at((config, log, whole), tmp_path, range(failed, len(log) + 1, 3), "strict") == []
     *_, (_, disk) = replay(log, [len(log)])
-    assert_same_run(powercut.now(disk, tmp_path / "whole") / "run", whole)
+    assert_same_run(disk_model.now(disk, tmp_path / "whole") / "run", whole)
     assert_same_run(Image(disk).make(tmp_path / "image") / "run", whole)
 
 

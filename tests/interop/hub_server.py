@@ -25,11 +25,13 @@ class Hub:
         breaks_after: bytes of a safetensors file after which the connection ends; such a file is then not served
             until this is None again.
         lies: the name of a file whose stated hash is of other content.
+        store: the address to which requests for weights are sent on.
+        tokens: the header Authorization of every request.
     """
 
     def __init__(self, models: dict[str, Path]):
         self.models, self.requests, self.breaks_after, self.lies = models, [], None, None
-        self.broken = False
+        self.broken, self.tokens = False, []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,7 +42,7 @@ class Hub:
                 hub.answer(self)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.endpoint = self.store = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     @contextmanager
     def running(self):
@@ -54,6 +56,7 @@ class Hub:
             thread.join()
 
     def answer(self, handler):
+        self.tokens.append(handler.headers.get("Authorization"))
         parts = [unquote(part) for part in urlsplit(handler.path).path.strip("/").split("/")]
         if parts[:2] == ["api", "models"]:
             self._describe(handler, "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
@@ -63,7 +66,7 @@ class Hub:
             folder = self.models["/".join(parts[:2])]
             self.requests.append((parts[4], handler.headers.get("Range")))
             if parts[4].endswith(".safetensors"):
-                self._send(handler, 302, b"", Location=f"{self.endpoint}/store/{parts[0]}/{parts[1]}/{parts[4]}")
+                self._send(handler, 302, b"", Location=f"{self.store}/store/{parts[0]}/{parts[1]}/{parts[4]}")
             else:
                 self._send_file(handler, folder / parts[4])
 

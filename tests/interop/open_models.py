@@ -25,7 +25,7 @@ _BYTES = {"tokenizer.json": b'{"kind": "byte"}', "tokenizer_config.json": json.d
 def settings_of(name: str, **changed) -> dict:
     """The content of config.json."""
     ids = {"vocab_size": VOCABULARY, "eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 256}
-    return FAMILIES[name] | ids | ({"n_positions": 64} if name == "gpt2" else {}) | changed
+    return FAMILIES[name] | ids | changed
 
 
 def weights_of(name: str, settings: dict) -> dict[str, np.ndarray]:
@@ -48,6 +48,13 @@ def write_model(folder: Path, name: str = "qwen3", *, dtype: str = "float32", **
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     return weights
+
+
+def write_texts(folder: Path) -> None:
+    """`texts`, which a byte tokenizer cuts into rows of 32 tokens."""
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} and {number + 1} make {2 * number + 1}. " * 30)
 
 
 def decoder_of(opened: Opened):

@@ -180,6 +180,7 @@ evaluate: {{final: false, examples: 4}}
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_began_from_an_open_model_talks_by_its_template_and_keeps_its_first_day(
     model, typed, corpus, shared_cache, tmp_path, capsys, monkeypatch
 ):

@@ -170,6 +170,7 @@ def test_there_are_always_8_rows_and_none_is_longer_than_learned_positions(tmp_p
         proof.rows_of(digits, 1, DecoderConfig())
 
 
+@pytest.mark.slow
 def test_a_run_without_a_decoder_is_refused(here, capsys):
     lines = [f"{word} number {number},{word}" for number in range(10) for word in ("good", "bad")]
     (here / "table.csv").write_text("\n".join(["text,label", *lines]))

@@ -130,10 +130,40 @@ def test_an_adapter_brings_its_base(hub, tmp_path):
     assert aurora("import", "hub:lab/adapter", "--to", "again") == 0
 
 
+def test_an_adapter_in_a_folder_brings_its_base_and_what_names_no_base_is_refused(hub, tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    folder, _ = adapter(tmp_path, base_model_name_or_path="lab/tiny")
+    assert aurora("import", str(folder), "--to", "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "base lab/tiny is not here" in said and "`aurora import hub:lab/tiny --to RUN --online` downloads it" in said
+    assert aurora("import", str(folder), "--to", "run", "--online") == 0
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for base, revision, what in (
+        ("lab/tiny", "../x", '`revision` is "../x", which names none of lab/tiny'), ("lab/tiny", 3, "`revision` is 3"),
+        ("lab--tiny/x", None, "base lab--tiny/x is not here"),  # in the cache, the folder of lab/tiny--x
+        ("x" * 300 + "/y", None, "is not here"),
+    ):
+        changed = config | {"base_model_name_or_path": base, "revision": revision}
+        (folder / "adapter_config.json").write_text(json.dumps(changed))
+        assert aurora("import", str(folder), "--to", "none", "--online") == 2
+        assert what in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "none").exists()
+
+
+def test_a_token_is_not_sent_to_the_store_of_another_address(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with Hub({"lab/tiny": tmp_path / "tiny"}).running() as store:
+        hub.store = store.endpoint
+        assert aurora("import", "hub:lab/tiny", "--to", "run", "--online") == 0
+        assert store.tokens == [None] and set(hub.tokens) == {"Bearer hf_secret"}
+
+
 BAD = {
     "no owner": ("hub:tiny", "names no model on a hub"),
     "a path": ("hub:../../etc/x", "names no model on a hub"),
     "a revision that climbs": ("hub:lab/tiny@../x", "names no model on a hub"),
+    "a name as no hub allows": ("hub:a-/-b", "names no model on a hub"),
+    "a name too long": ("hub:lab/" + "x" * 300, "names no model on a hub"),
+    "a revision too long": ("hub:lab/tiny@" + "x" * 300, "names no model on a hub"),
     "nobody has it": ("hub:lab/other", "the hub has no model lab/other"),
     "no such revision": ("hub:lab/tiny@v9", "lab/tiny has no revision v9"),
     "another content": ("hub:lab/tiny", "config.json of hub:lab/tiny is not what the hub states: its sha1 differs"),

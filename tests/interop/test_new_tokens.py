@@ -19,35 +19,21 @@ from aurora_train.machine.precision import settled
 from aurora_train.train.session import open_start_for_reading
 
 TOKENS = [f"<|t{number}|>" for number in range(40)]  # more than the 31 rows that the model has to spare
-CONFIG = """
-recipe: language_model
-data: {source: texts, sequence: 32, holdout_test: 0.3, holdout_validation: 0.0}
-train: {steps: 2, batch: 4, precision: float32}
-optimizer: {lr: 1e-2}
-evaluate: {final: false}
-checkpoint: {every: 1, keep: 4}
-"""
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder with a model `open` of two matrices, a text and a config."""
-    folder = tmp_path_factory.mktemp("tokens")
-    write_model(folder / "open")
-    (folder / "texts").mkdir()
-    for number in range(12):
-        (folder / "texts" / f"{number}.txt").write_text(f"{number} and {number + 1} make {2 * number + 1}. " * 30)
-    (folder / "tiny.yaml").write_text(CONFIG)
-    return folder
+@pytest.fixture(scope="module", autouse=True)
+def plain(home):
+    """An open model `plain` of two matrices in float32."""
+    write_model(home / "plain")
 
 
 @pytest.fixture(autouse=True)
-def inside(here, monkeypatch):
-    monkeypatch.chdir(here)
+def inside(here):
+    """In the folder of `home`."""
 
 
 def facts(here, **changed):
-    opened = matched(open_source(here / "open"))
+    opened = matched(open_source(here / "plain"))
     return facts_of(opened.source, opened.family.model_type) | changed
 
 
@@ -82,12 +68,12 @@ def rows_at_first(*overrides):
 
 
 def test_new_rows_begin_as_the_mean_are_trained_and_go_out_and_come_back(here):
-    asked = ("model.from=open", f"init.tokens={json.dumps(TOKENS)}")
+    asked = ("model.from=plain", f"init.tokens={json.dumps(TOKENS)}")
     run = aurora_train.train("tiny.yaml", list(asked), run="more", quiet=True)
     assert run.tokenizer.vocab_size == 297 and run.tokenizer.controls["<|t39|>"] == 296
     assert list(run.tokenizer.encode("<|t39|>")) == list(b"<|t39|>")  # text cannot produce a control token
     assert run.tokenizer.encode_marked("<|t39|>").tolist() == [296]
-    base, first, last = matched(open_source(here / "open")), rows_at_first(*asked), run.state.params
+    base, first, last = matched(open_source(here / "plain")), rows_at_first(*asked), run.state.params
     for name, axis in (("embedding", 0), ("head", 1)):
         before, begun, ended = (np.moveaxis(np.asarray(one), axis, 0) for one in (
             base.read(name), first[name], last[name]))  # fmt: skip
@@ -95,24 +81,25 @@ def test_new_rows_begin_as_the_mean_are_trained_and_go_out_and_come_back(here):
         assert np.array_equal(begun[:257], before[:257])
         np.testing.assert_allclose(begun[257:], np.broadcast_to(before[:257].mean(0), (40, 32)), atol=1e-6)
         assert axis == 0 or np.abs(ended[257:] - begun[257:]).max() > 1e-4  # no text has them, so the head alone learns
-    assert aurora("export", "more", "--to", "out", "--dtype", "float32") == 0
-    out = matched(open_source(here / "out"))
+    assert aurora("export", "more", "--to", "wider", "--dtype", "float32") == 0
+    out = matched(open_source(here / "wider"))
     assert out.vocabulary == 297 and np.array_equal(out.read("head"), np.asarray(last["head"]))
-    assert tokenizers.Tokenizer.from_file("out/tokenizer.json").token_to_id("<|t39|>") == 296
-    assert json.loads((here / "out" / "config.json").read_text())["vocab_size"] == 297
-    assert aurora("import", "out", "--to", "again") == 0
-    assert aurora_train.load("again").tokenizer.controls["<|t39|>"] == 296
+    assert tokenizers.Tokenizer.from_file("wider/tokenizer.json").token_to_id("<|t39|>") == 296
+    assert json.loads((here / "wider" / "config.json").read_text())["vocab_size"] == 297
+    assert aurora("import", "wider", "--to", "wider-run") == 0
+    assert aurora_train.load("wider-run").tokenizer.controls["<|t39|>"] == 296
 
 
+@pytest.mark.slow
 def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
-    assert aurora("import", "open", "--to", "base") == 0
+    assert aurora("import", "plain", "--to", "plain-run") == 0
     two = 'init.tokens=["<a>", "<b>"]'
-    begun = np.asarray(rows_at_first("model.from=base", two)["embedding"])
-    base = matched(open_source(here / "open")).read("embedding")
+    begun = np.asarray(rows_at_first("model.from=plain-run", two)["embedding"])
+    base = matched(open_source(here / "plain")).read("embedding")
     assert begun.shape[0] == VOCABULARY  # there were rows to spare
     assert np.array_equal(begun[:257], base[:257]) and np.array_equal(begun[259:], base[259:])
     np.testing.assert_allclose(begun[257:259], np.broadcast_to(base[:257].mean(0), (2, 32)), atol=1e-6)
-    assert aurora("train", "tiny.yaml", "model.from=base", two, "--run", "of-run", "--quiet") == 0
+    assert aurora("train", "tiny.yaml", "model.from=plain-run", two, "--run", "of-run", "--quiet") == 0
     assert aurora("train", "tiny.yaml", "model.from=of-run", "--run", "further", "--quiet") == 0
     assert aurora_train.load("further").tokenizer.controls["<b>"] == 258
     assert aurora("train", "tiny.yaml", "model.from=of-run", two, "--run", "twice", "--quiet") == 2
@@ -121,12 +108,13 @@ def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
 
 @pytest.mark.parametrize(
     "asked,said",
-    {
-        "adapters": (("model.from=open", "model.lora.rank=2"), "`embedding` is frozen"),
-        "no adapter of the head": (("model.from=open", "model.lora.targets=[query, embedding]"), "`head` is frozen"),
-        "no source": ((), "tokens are added to the tokenizer of `from`"),
-        "own facts": (("model.from=open", "init.facts=own"), "tokens are added to the tokenizer of `from`"),
-    }.values(),
+    [
+        pytest.param(("model.from=plain", "model.lora.rank=2"), "`embedding` is frozen", marks=pytest.mark.slow),
+        pytest.param(("model.from=plain", "model.lora.targets=[query, embedding]"), "`head` is frozen",
+                     marks=pytest.mark.slow),
+        ((), "tokens are added to the tokenizer of `from`"),
+        (("model.from=plain", "init.facts=own"), "tokens are added to the tokenizer of `from`"),
+    ],  # fmt: skip
 )
 def test_a_config_that_cannot_train_new_tokens_is_refused(asked, said, capsys):
     assert aurora("train", "tiny.yaml", 'init.tokens=["<a>"]', *asked, "--run", "none", "--quiet") == 2
@@ -137,11 +125,14 @@ def test_a_config_that_cannot_train_new_tokens_is_refused(asked, said, capsys):
 def test_adapters_of_embedding_and_head_train_new_tokens_and_go_out_merged(here, capsys):
     forty = f"init.tokens={json.dumps(TOKENS)}"
     adapters = ('model.lora.targets=["*"]', "model.lora.rank=2")
-    assert aurora("train", "tiny.yaml", "model.from=open", forty, *adapters, "--run", "adapted", "--quiet") == 0
-    trained = aurora_train.load("adapted").model
+    assert aurora("train", "tiny.yaml", "model.from=plain", forty, *adapters, "--run", "wide-adapted", "--quiet") == 0
+    other = (forty, "model.lora.targets=[query, embedding, head]", "model.lora.rank=2")
+    assert aurora("train", "tiny.yaml", "model.from=plain", *other, "--run", "wide-adapted", "--quiet") == 2
+    assert "holds a run of another config" in capsys.readouterr().err  # what differs is a list
+    trained = aurora_train.load("wide-adapted").model
     assert np.any(np.asarray(trained.embedding_lora_a[...])) and np.any(np.asarray(trained.head_lora_b[...])[:, 257:])
-    assert aurora("export", "adapted", "--to", "merged", "--merge") == 0
-    assert matched(open_source(here / "merged")).vocabulary == 297
+    assert aurora("export", "wide-adapted", "--to", "wide-merged", "--merge") == 0
+    assert matched(open_source(here / "wide-merged")).vocabulary == 297
     capsys.readouterr()
-    assert aurora("export", "adapted", "--to", "none", "--format", "peft") == 2
+    assert aurora("export", "wide-adapted", "--to", "none", "--format", "peft") == 2
     assert "adds no rows for new tokens" in " ".join(capsys.readouterr().err.split())

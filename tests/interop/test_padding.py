@@ -1,7 +1,8 @@
-"""Rows of unlike length in one batch: padding on either side of a text changes none of its logits.
+"""Prompts of unlike length are continued in one batch: the padding behind a text changes none of its logits.
 
 A softmax, a windowed and a linear family, because each forgets padding in its own way: attention must not see it, a
-window must be counted from real tokens, and a state must pass over it.
+window must be counted from real tokens, and a state must pass over it. `tests/parity` holds packed rows and padding on
+the left to transformers, for every family.
 """
 
 import jax
@@ -18,7 +19,10 @@ from aurora_train.interop.source import open_source
 LENGTHS = (3, 16, 10)  # windows are of 8 tokens; the longest prompt has no padding
 
 
-@pytest.fixture(scope="module", params=["llama3", "gemma3", "qwen3_5"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "qwen3_5")]
+
+
+@pytest.fixture(scope="module", params=["gemma3", *SLOW])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("padding")
     write_model(folder, request.param)
@@ -28,12 +32,14 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """(texts, float32 logits of each after each of its tokens), every text by itself and without a cache."""
+    """(texts, float32 logits of each after each of its tokens), every text in a row of its own and without a cache."""
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, VOCABULARY, length + 4) for length in LENGTHS]
-    read = jax.jit(lambda state, tokens: (m := nnx.merge(graph, state)).logits(m(tokens)))
+    longest = max(map(len, texts))
+    rows = np.stack([np.pad(text, (0, longest - len(text))) for text in texts])  # causal: what follows is not seen
     graph, state = nnx.split(model)
-    return texts, [np.asarray(read(state, jnp.asarray(text)[None]))[0] for text in texts]
+    read = jax.jit(lambda state, tokens: (m := nnx.merge(graph, state)).logits(m(tokens)))
+    return texts, np.asarray(read(state, jnp.asarray(rows)))
 
 
 def test_prompts_of_unlike_length_are_continued_together_with_the_logits_of_each_alone(model, alone):
@@ -50,16 +56,3 @@ def test_prompts_of_unlike_length_are_continued_together_with_the_logits_of_each
         if step < 4:
             drawn = jnp.asarray([text[length + step] for text, length in zip(texts, LENGTHS, strict=True)], jnp.int32)
             logits, caches = _read_token(graph, state, caches, drawn, jnp.asarray(lengths + step), None)
-
-
-def test_padding_on_the_left_is_a_document_of_its_own(model, alone):
-    texts, wanted = alone
-    size = max(map(len, texts))
-    tokens = np.full((len(texts), size), 7, np.int32)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, text in enumerate(texts):
-        tokens[row, -len(text) :], segments[row, -len(text) :] = text, 1
-        positions[row, -len(text) :] = np.arange(len(text))
-    found = model.logits(model(*map(jnp.asarray, (tokens, segments, positions))))
-    for row, text in enumerate(texts):
-        np.testing.assert_allclose(found[row, -len(text) :], wanted[row], atol=1e-4)

@@ -61,6 +61,11 @@ def test_an_export_is_the_checkpoint_that_came_in_to_the_bit(here, capsys):
     assert (here / "out" / "preprocessor_config.json").read_text() == '{"size": 224}'
     assert "7 tensors of other parts of its base (" in (here / "out" / "README.md").read_text()
     assert aurora("verify", "out") == 0
+
+
+@pytest.mark.slow
+def test_an_export_is_itself_a_source_and_another_dtype_leaves_the_other_parts_alone(here):
+    assert aurora("export", "run", "--to", "out") == 0
     assert aurora("import", "out", "--to", "again") == 0
     assert aurora("export", "again", "--to", "twice") == 0  # the run's source is now the export
     assert (here / "twice" / "model.safetensors").read_bytes() == (here / "out" / "model.safetensors").read_bytes()
@@ -83,7 +88,7 @@ def test_an_open_vision_model_goes_out_whole_without_a_run(tmp_path, monkeypatch
     assert aurora("verify", "out") == 0
 
 
-@pytest.mark.parametrize("case", ["gone", "changed"])
+@pytest.mark.parametrize("case", [pytest.param("gone", marks=pytest.mark.slow), "changed"])
 def test_parts_that_cannot_be_copied_are_left_out_and_the_card_says_why(case, here, caplog):
     if case == "gone":
         shutil.move(here / "open", here / "moved")

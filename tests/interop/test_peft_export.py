@@ -22,18 +22,9 @@ from aurora_train.nn import nf4
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
 TIED = {"tie_word_embeddings": True}
 ROWS = [np.arange(3, 40, dtype=np.int32)]
-CONFIG = """
-recipe: language_model
-data: {source: texts, sequence: 32, holdout_test: 0.3, holdout_validation: 0.0}
-train: {steps: 2, batch: 4, precision: float32}
-optimizer: {lr: 1e-2}
-evaluate: {final: false}
-checkpoint: {every: 2}
-model: {lora: {rank: 2, targets: ["*"], scaling: rank_stabilised}}
-"""
 
 
-def adapted(path, targets=KERNELS, stabilised=False) -> Result:
+def with_adapters(path, targets=KERNELS, stabilised=False) -> Result:
     """What a run over a model in a folder would give away, with random adapters of rank 3."""
     base, rng = matched(open_source(path)), np.random.default_rng(0)
     chosen = [name for name, shape in base.shapes.items() if name.split(".")[-1] in targets and len(shape) == 2]
@@ -73,7 +64,7 @@ _SLOW = ("gemma3", "qwen3_5")
 def test_adapters_of_embedding_and_head_come_back_as_the_same_model(name, tmp_path):
     targets, settings = TABLES[name]
     write_model(tmp_path / "base", name, **settings)
-    result = adapted(tmp_path / "base", targets, stabilised=True)
+    result = with_adapters(tmp_path / "base", targets, stabilised=True)
     assert result.config.tied == ("head" not in targets)
     written(result, tmp_path / "out")
     found = matched(open_source(tmp_path / "out"))
@@ -94,7 +85,7 @@ def test_adapters_of_embedding_and_head_come_back_as_the_same_model(name, tmp_pa
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_come_back_over_their_base_as_the_same_model(name, tmp_path):
     write_model(tmp_path / "base", name)
-    result = adapted(tmp_path / "base", FAMILIES[name])
+    result = with_adapters(tmp_path / "base", FAMILIES[name])
     assert written(result, tmp_path / "out") == "float32"
     found = matched(open_source(tmp_path / "out"))
     for one in result.shapes:
@@ -111,7 +102,7 @@ def test_adapters_come_back_over_their_base_as_the_same_model(name, tmp_path):
 
 def test_an_adapter_over_another_base_is_refused_by_the_tensor(tmp_path):
     write_model(tmp_path / "base")
-    result = adapted(tmp_path / "base")
+    result = with_adapters(tmp_path / "base")
     other = matched(open_source(tmp_path / "base"))
     changed = result._replace(adapters=result.adapters._replace(
         stored=lambda name: other.read(name) + (name == "stack.units.0001.attention.key")))  # fmt: skip
@@ -121,7 +112,7 @@ def test_an_adapter_over_another_base_is_refused_by_the_tensor(tmp_path):
 
 def test_a_base_that_was_rounded_to_4_bits_is_held_to_its_codes(tmp_path):
     write_model(tmp_path / "base", hidden_size=64, intermediate_size=64)
-    result = adapted(tmp_path / "base")
+    result = with_adapters(tmp_path / "base")
     base, kernel = matched(open_source(tmp_path / "base")), "stack.units.0000.mlp.up"
     codes = tuple(map(np.asarray, jax.jit(nf4.encode)(base.read(kernel))))
     for kept, said in ((codes, None), ((codes[0] ^ 1, codes[1]), "the run's stack.units.0000.mlp.up")):
@@ -137,7 +128,7 @@ def test_a_base_that_was_rounded_to_4_bits_is_held_to_its_codes(tmp_path):
 
 def test_a_base_that_peft_names_otherwise_is_refused(tmp_path):
     arrays = write_model(tmp_path / "base", "gemma3")
-    result = adapted(tmp_path / "base")
+    result = with_adapters(tmp_path / "base")
     text = settings_of("gemma3")
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
     assert arrays.keys() == weights_of("gemma3", text).keys()
@@ -145,46 +136,32 @@ def test_a_base_that_peft_names_otherwise_is_refused(tmp_path):
         over_base(result, None)
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder with an open model `open`, and a run `adapted` with adapters over the run `base`, its import."""
-    folder = tmp_path_factory.mktemp("peft")
-    write_model(folder / "open", dtype="bfloat16")
-    (folder / "texts").mkdir()
-    for number in range(12):
-        (folder / "texts" / f"{number}.txt").write_text(f"{number} and {number + 1} make {2 * number + 1}. " * 30)
-    (folder / "tiny.yaml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert aurora("import", "open", "--to", "base") == 0
-        assert aurora("train", "tiny.yaml", "model.from=base", "--run", "adapted", "--quiet") == 0
-    return folder
+@pytest.fixture
+def run(here, adapted):
+    """The current folder has a model `open`, the run `base` imported from it, and adapters over that, `adapted`."""
 
 
-@pytest.fixture(autouse=True)
-def inside(here, monkeypatch):
-    monkeypatch.chdir(here)
-
-
-def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys):
-    assert aurora("export", "adapted", "--to", "out", "--format", "peft", "--json") == 0
+@pytest.mark.slow
+def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys, run):
+    assert aurora("export", "adapted", "--to", "peft", "--format", "peft", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["proof"] == "round trip" and "every adapter over its base is the run's;" in said["says"]
-    config = json.loads((here / "out" / "adapter_config.json").read_text())
+    config = json.loads((here / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(here / "open") and config["r"] == 2
     assert {"embed_tokens", "lm_head", "self_attn.q_proj"} <= set(config["target_modules"]) and config["use_rslora"]
-    assert not (here / "out" / "model.safetensors").exists() and (here / "out" / "tokenizer.json").is_file()
-    assert "library_name: \"peft\"" in (here / "out" / "README.md").read_text()
-    assert aurora("verify", "out") == 0
-    assert aurora("generate", "out", "--max-tokens", 2) == 0
-    assert aurora("import", "out", "--to", "back") == 0
+    assert not (here / "peft" / "model.safetensors").exists() and (here / "peft" / "tokenizer.json").is_file()
+    assert "library_name: \"peft\"" in (here / "peft" / "README.md").read_text()
+    assert aurora("verify", "peft") == 0
+    assert aurora("generate", "peft", "--max-tokens", 2) == 0
+    assert aurora("import", "peft", "--to", "back") == 0
     assert aurora("export", "back", "--to", "back-hf", "--dtype", "float32") == 0
-    assert aurora("export", "adapted", "--to", "merged", "--merge", "--dtype", "float32") == 0
-    back, merged = (matched(open_source(here / one)) for one in ("back-hf", "merged"))
+    assert aurora("export", "adapted", "--to", "whole", "--merge", "--dtype", "float32") == 0
+    back, merged = (matched(open_source(here / one)) for one in ("back-hf", "whole"))
     for name in merged.shapes:
         np.testing.assert_allclose(back.read(name), merged.read(name), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked,said",
     {
@@ -195,12 +172,13 @@ def test_a_run_with_adapters_goes_out_as_peft_and_is_proved(here, capsys):
         "no such base": (("adapted", "--base", "nowhere"), "there is no such folder"),
     }.values(),
 )
-def test_what_cannot_go_out_as_peft_is_refused(asked, said, here, capsys):
+def test_what_cannot_go_out_as_peft_is_refused(asked, said, here, capsys, run):
     assert aurora("export", asked[0], "--to", "none", "--format", "peft", *asked[1:]) == 2
     assert said in " ".join(capsys.readouterr().err.split()) and not (here / "none").exists()
 
 
-def test_a_base_that_moved_is_named_and_held_to_what_the_run_kept(here, capsys):
+@pytest.mark.slow
+def test_a_base_that_moved_is_named_and_held_to_what_the_run_kept(here, capsys, run):
     shutil.copytree(here / "open", here / "moved")
     assert aurora("export", "adapted", "--to", "elsewhere", "--format", "peft", "--base", "moved") == 0
     config = json.loads((here / "elsewhere" / "adapter_config.json").read_text())
@@ -226,7 +204,7 @@ def test_another_library_reads_an_adapter_alike(case, tmp_path):
     if stabilised:
         pytest.importorskip("peft")
     write_model(tmp_path / "base", name, **settings)
-    result = adapted(tmp_path / "base", targets, stabilised)
+    result = with_adapters(tmp_path / "base", targets, stabilised)
     written(result, tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
@@ -243,7 +221,7 @@ def test_another_library_reads_an_adapter_alike(case, tmp_path):
         logits = model.eval()(torch.from_numpy(ROWS[0][None].astype(np.int64))).logits[0]
     theirs = torch.log_softmax(logits, -1).numpy()
     ours = log_probabilities(result.config, result.read, ROWS)[0]
-    # Delta layers sum in another order: without adapters they differ as much.
+    # In float32 the linear layers' sums differ from transformers': 0.9e-4 without adapters, 3.7e-4 with.
     np.testing.assert_allclose(ours, theirs, atol=1e-3 if name == "qwen3_5" else 1e-4)
 
 

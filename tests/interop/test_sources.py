@@ -313,6 +313,9 @@ BAD_ADAPTERS = {
     "half of it": ({"half": True}, "has only lora_A"),
     "it changes nothing": ({"zero": True}, "every lora_B is zero"),
     "an alpha of text": ({"lora_alpha": "8"}, r'`lora_alpha` of .*q_proj is "8", which is no number above zero'),
+    "an infinite alpha": ({"lora_alpha": float("inf")}, "`lora_alpha` of .*q_proj is Infinity, which is no number"),
+    "a truth of text": ({"use_rslora": "false"}, '`use_rslora` is "false", which is not true or false'),
+    "one module for a list": ({"modules_to_save": "lm_head"}, '`modules_to_save` is "lm_head", which is not a list'),
     "no pattern": ({"rank_pattern": {"q_proj(": 2}}, "`rank_pattern` holds what is no regular expression"),
     "a list of patterns": ({"alpha_pattern": ["q_proj"]}, "`alpha_pattern` is not a mapping"),
     "a rank of its own": ({"rank_pattern": {"layers.0.self_attn.q_proj": 3}}, "where rank 3 means"),
@@ -361,7 +364,7 @@ def test_the_adapters_of_a_tied_base_that_are_said_to_be_one_must_be_equal(tmp_p
     down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, VOCABULARY), (32, 2)))
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "../m"}
     (path / "adapter_config.json").write_text(json.dumps(config | {"ensure_weight_tying": True}))
-    for move, said in ((0, None), (1, "adapters of embedding and head differ")):
+    for move, said in ((0, None), (1, "what is stored for embedding and head differs")):
         table, head = "base_model.model.model.embed_tokens.lora_embedding_", "base_model.model.lm_head.lora_"
         arrays = {f"{table}A": down, f"{table}B": up, f"{head}A.weight": np.ascontiguousarray(up.T) + move,
                   f"{head}B.weight": np.ascontiguousarray(down.T)}  # fmt: skip

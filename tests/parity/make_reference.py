@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from families import FAMILIES, VOCAB, draw_weights, tokens_and_targets
+from families import DOCUMENTS, FAMILIES, draw_weights, of_documents, rows_of
 
 HERE = Path(__file__).parent
 
 
 def reference(family: str) -> dict:
-    """{"shapes": name -> shape, "logits", "loss", "gradients": name -> array} in float32, attention in plain form."""
+    """{"shapes": name -> shape, "logits": [tokens of DOCUMENTS, VOCAB], "loss", "gradients": name -> array} in float32,
+    attention in plain form."""
     settings = dict(FAMILIES[family])
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().train()
@@ -26,9 +27,16 @@ def reference(family: str) -> dict:
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(torch.from_numpy(weights[name]))
-    tokens, targets = (torch.from_numpy(x).long() for x in tokens_and_targets(family))
-    logits = model(tokens, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
+    rows = rows_of(family)
+    tokens, targets, positions = (torch.from_numpy(x).long() for x in (rows.tokens, rows.targets, rows.positions))
+    # Every document alone, but for the one behind padding, which shares a batch with the longest.
+    found = [model(tokens[row, None, start:stop], use_cache=False).logits[0] for row, start, stop in DOCUMENTS[:-1]]
+    last, start, stop = DOCUMENTS[-1]
+    both = [0, last]
+    padded = {"attention_mask": torch.from_numpy(rows.weights[both]).long(), "position_ids": positions[both]}
+    found.append(model(tokens[both], use_cache=False, **padded).logits[1, start:stop])
+    logits = torch.cat(found)
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(of_documents(rows.targets)).long())
     loss.backward()
     return {
         "shapes": {name: tuple(p.shape) for name, p in trained.items()},

@@ -1,5 +1,7 @@
 """Tiny models of the published families, placed by our tables, give the logits and gradients of transformers on torch.
 
+There every document is read alone, or behind padding; here they are rows of one batch, packed and padded.
+
 The stored references need no torch; with torch installed the slow tier makes them afresh and compares again.
 """
 
@@ -21,7 +23,7 @@ from aurora_train.nn.decoder_config import DecoderConfig
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from families import FAMILIES, VOCAB, draw_weights, tokens_and_targets  # noqa: E402
+from families import FAMILIES, VOCAB, draw_weights, of_documents, rows_of  # noqa: E402
 
 # A third of the compile time, the same mathematics.
 QUICK_JIT = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -42,23 +44,31 @@ def assert_parity(family, shapes, logits, loss, gradients, **settings):
     assert their_shapes(table, ours, config.heads) == shapes
     flat = placing.ours(table, ours, config.heads, draw_weights(family, shapes))
     weights = assembled(nnx.to_pure_dict(state), flat.__getitem__)
-    tokens, targets = tokens_and_targets(family)
-    ones = jnp.ones(targets.shape)
+    tokens, targets, segments, positions, counted = map(jnp.asarray, rows_of(family))
 
     def run(weights):
         nnx.replace_by_pure_dict(state, weights)
         model = nnx.merge(graph, state)
-        hidden = model(tokens, ones.astype(jnp.int32))
-        total, weight = model.nll(hidden, targets, ones)
+        hidden = model(tokens, segments, positions)
+        total, weight = model.nll(hidden, targets, counted.astype(jnp.float32))
         return total / weight, model.logits(hidden)
 
     (our_loss, our_logits), found = QUICK_JIT(jax.value_and_grad(run, has_aux=True))(weights)
+    our_logits = of_documents(np.asarray(our_logits))
     np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
+    decided = leads_by(logits) > 1e-3
+    assert decided.mean() > 0.95 and (our_logits.argmax(-1) == logits.argmax(-1))[decided].all()
     np.testing.assert_allclose(our_loss, loss, rtol=1e-5)
     found = layout.snapshot(found)
     for name, expected in placing.ours(table, ours, config.heads, gradients).items():
         scale = max(np.abs(expected).max(), 1e-4)  # GPT-2's key bias has no gradient but rounding
         np.testing.assert_allclose(found[name], expected, atol=1e-3 * scale, rtol=0, err_msg=name)
+
+
+def leads_by(logits):
+    """By how much the best token of each row is above the second."""
+    second, first = np.sort(logits, -1)[..., -2:].T
+    return first - second
 
 
 def stored(family):

@@ -76,6 +76,17 @@ def test_a_language_models_step_is_what_its_recipe_states_and_the_masked_half_of
     assert program.product_flops(plan) == pytest.approx(tokens * (stated + masked), rel=0.005)  # norms are in N
 
 
+@pytest.mark.parametrize("targets", [["embedding"], ["head", "query"]])
+def test_of_an_adapter_only_what_is_multiplied_counts(targets):
+    program = language_model(tied=False, lora={"rank": 32, "targets": targets})
+    plan = plan_of(program, None)
+    state = program.blueprint(plan).state
+    stated = program.recipe.flops(parameter_count(state.params), parameter_count(state.frozen))
+    masked = 6 * LAYERS * LENGTH * WIDTH
+    removed = 2 * 257 * WIDTH  # the gradient of a frozen head: the jaxpr has it, and the compiler removes it
+    assert program.product_flops(plan) == pytest.approx(BATCH * LENGTH * (stated + masked + removed), rel=0.005)
+
+
 def test_what_a_plan_recomputes_is_counted():
     program = language_model()
     kept, again = (program.product_flops(plan_of(program, save)) for save in (None, ()))

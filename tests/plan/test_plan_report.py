@@ -125,6 +125,12 @@ def test_the_page_says_what_else_could_be_had_and_what_is_not_known(told):
     assert told in shown(plan())
 
 
+def test_frozen_parameters_are_said_to_be_shared_with_runs_beside_this_one():
+    disk = {"bytes": 1 * GB, "kept": 3, "frozen_bytes": 16 * GB, "disk_bytes": 20 * GB}
+    assert "20.0 GB in all, or less: a run beside one that froze the same" in shown(plan(checkpoint=disk))
+    assert "or less" not in shown(plan())
+
+
 def test_a_time_that_nobody_knows_names_the_command_that_would_tell():
     assert "time: unknown, run `aurora doctor --calibrate`" in shown(plan(time=None))
     partly = shown(plan(time={"steps": 10, "flops": 3e12, "step_seconds": None, "seconds": None}))

@@ -219,6 +219,20 @@ def test_inspect_shows_the_texts_of_a_batch_with_their_lines_and_labels(trained,
     assert "of 114 texts fill all 40 tokens" in out
 
 
+def test_beside_adapters_the_head_is_trained_as_a_whole(trained, capsys):
+    from aurora_train.config import load
+    from aurora_train.train.rehearsal import rehearse
+
+    config = load("machines.yaml", ["model.lora.rank=2", "data.labels=[fine, worn, hot]", "train.precision=float32"])
+    recipe = config.recipe_class(config, Path())
+    recipe.known = recipe.expected_facts()
+    program = rehearse(config, recipe)
+    state = program.blueprint(program.simplest_plan()).state
+    assert state.params.keys() == {"encoder", "head", "head_bias"} and state.frozen.keys() == {"encoder"}
+    assert main(["check", "machines.yaml", "model.lora.targets=[head, query]", "model.tied=false"]) == 2
+    assert "model.lora.targets: the head of a classifier begins at random" in capsys.readouterr().err
+
+
 def test_new_texts_are_classified_where_the_table_is_not(trained, capsys):
     folder, run = trained
     (folder / "machines.csv").rename(folder / "gone.csv")

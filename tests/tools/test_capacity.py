@@ -1,11 +1,14 @@
 """The table of what a machine trains: a walk over a ladder, and cells that are estimated steps of the real trainer."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from aurora_train.cli import plan as verb
+from aurora_train.cli.main import main
 from aurora_train.errors import UserError
 from aurora_train.machine import targets
 from aurora_train.nn.stack import Segment
@@ -209,3 +212,44 @@ def test_a_capacity_is_compiled_only_where_it_was_asked_for(compile, verify, mon
 
 def test_contexts_are_whole_thousands():
     assert [report_capacity._binary(c) for c in CONTEXTS] == ["2k", "4k", "8k", "32k", "64k", "128k"]
+
+
+# ---- the 8B shape as tuned, in docs/capacity.md
+
+DOCS = Path(__file__).parents[2] / "docs" / "capacity.md"
+
+
+def tuned_cells() -> list:
+    """(command, settings, machine, cell) of the table."""
+    section = DOCS.read_text().split("## An 8B model, tuned\n")[1].split("\n## ")[0]
+    command = re.search(r"^aurora (plan .*) SETTINGS --machine NAME (.*)$", section, re.MULTILINE)
+    head, _, *rows = ([one.strip(" `") for one in line.strip("|").split("|")]
+                      for line in section.splitlines() if line.startswith("|"))  # fmt: skip
+    return [
+        pytest.param(command, "" if settings == "the defaults" else settings, machine, cell, id=f"{name}, {machine}")
+        for name, settings, *cells in rows for machine, cell in zip(head[2:], cells, strict=True)
+    ]  # fmt: skip
+
+
+def test_the_docs_have_every_way_of_tuning_on_every_machine():
+    ways = {(machine, settings) for _, settings, machine, _ in (one.values for one in tuned_cells())}
+    assert {machine for machine, _ in ways} == {"dgx-spark", "dgx-station", "h200", "rtx-5090"}
+    assert {settings for _, settings in ways} >= {"", "model.lora.rank=16", "model.lora.rank=16 model.lora.base=nf4"}
+    assert len(ways) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command,settings,machine,cell", tuned_cells())
+def test_a_tuned_8b_is_planned_as_the_docs_say(command, settings, machine, cell, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path))  # rates that someone measured would give another plan
+    asked = [*command[1].split(), *settings.split(), "--machine", machine, *command[2].split(), "--json"]
+    status = main(asked)
+    out, err = capsys.readouterr()
+    if cell.startswith("does not fit"):
+        assert status == 2 and f"the smallest needs {cell.removeprefix('does not fit: ')}" in err
+        return
+    assert status == 0, err
+    plan = json.loads(out)
+    peak, budget = plan["predicted_bytes"] / 1e9, plan["budget_bytes"] / 1e9
+    assert cell == f"{peak:.1f} of {budget:.1f} GB, {plan['microbatch']} x {plan['accumulation']}"
+    assert plan["predicted_bytes"] <= plan["budget_bytes"]

@@ -263,6 +263,12 @@ def test_adapters_start_from_a_run_that_has_them_and_a_plain_model_refuses_it(he
         session.store.close()
 
 
+@pytest.mark.parametrize("changed", ["model.lora.alpha=16", "model.lora.scaling=rank_stabilised"])
+def test_adapters_keep_the_scale_that_they_were_trained_with(changed, here):
+    with pytest.raises(UserError, match="the adapters of .* were trained with alpha 32 and scaling standard"):
+        opened(here, "init.from=adapted", changed)
+
+
 def test_a_trained_run_is_read_with_both_parts_and_scores_as_it_did(here, capsys):
     known = json.loads((here / "adapted" / "scores.json").read_text())
     assert main(["evaluate", "adapted", "--quiet", "--json"]) == 0
