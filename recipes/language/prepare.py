@@ -74,7 +74,8 @@ def _said(manifest: dict, config: TextDataConfig) -> Iterator[str]:
             f"out; the end of {'each' if num_cut > 1 else 'it'} is held out: {held}"
         )
     tokenizer, vocab = manifest["tokenizer"], config.tokenizer.vocab
-    if tokenizer["kind"] != "bpe" and vocab not in (TokenizerConfig().vocab, tokenizer["vocab_size"]):
+    expected = (TokenizerConfig().vocab, tokenizer["vocab_size"])
+    if tokenizer["kind"] != "bpe" and config.tokenizer.kind != "inherited" and vocab not in expected:
         yield (
             f"data.tokenizer.vocab={vocab} is not used: it is for kind: bpe, and the tokenizer of kind: "
             f"{tokenizer['kind']} has {tokenizer['vocab_size']:,} entries"

@@ -14,12 +14,15 @@ from aurora_train.errors import UserError
 class TokenizerConfig(Section):
     """How text becomes numbers. `byte` needs no training; `bpe` is trained only on the train split."""
 
-    kind: Literal["auto", "byte", "bpe", "file"] = setting(
+    kind: Literal["auto", "byte", "bpe", "file", "inherited"] = setting(
         "auto",
-        help="byte, bpe (trained here), file (a tokenizer.json), or auto: file if a path is given, else that of the "
-        "run that init.from names, else byte",
+        help="byte, bpe (trained here), file (a tokenizer.json), inherited (that of the model or run which "
+        "model.from or init.from names), or auto: file if a path is given, else inherited, else byte",
     )
-    vocab: int = setting(4096, ge=257, le=1_000_000, help="entries of the trained bpe vocabulary")
+    vocab: int = setting(
+        4096, ge=257, le=1_000_000,
+        help="entries of the trained bpe vocabulary; kind: inherited: those of a plan whose model is not named yet",
+    )
     split: Literal["code", "gpt2"] = setting(
         "code", help="where bpe does not merge: code (fewer tokens on code), gpt2 (a rule of llama.cpp, for GGUF)"
     )

@@ -34,20 +34,27 @@ _KNOWN_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"
 
 def expected_vocabulary(config) -> int:
     """Entries of the vocabulary that `data.tokenizer` asks for, without reading any text. bpe may result in fewer."""
-    known = known_tokenizer(config, None)
+    known = None if config.kind == "inherited" else known_tokenizer(config, None)
     return config.vocab if known is None else known.vocab_size
 
 
 def known_tokenizer(config, base: Path | None, inherited: Tokenizer | None = None) -> Tokenizer | None:
     """The tokenizer that `data.tokenizer` asks for; None if it must still be trained.
 
-    `inherited`: that of the run from which a new one starts, for kind: auto.
+    `inherited`: that of the run from which a new one starts, for kind: auto and inherited. UserError if kind: inherited
+    asks for it and there is none: a config may have the shape of a model that the user has yet to name.
     """
     if config.kind == "bpe":
         return None
+    if config.kind == "inherited" and inherited is None:
+        raise UserError(
+            "the config has the shape of an open model, and does not name the model", where="model.from",
+            why="its tokenizer is to be the model's, and adapters need its weights (data.tokenizer.kind: inherited)",
+            hint="model.from=FOLDER, a GGUF file or a run, or model.from=hub:owner/name data.online=true",
+        )  # fmt: skip
     if config.kind == "file":
         return open_file(config, base)
-    return inherited if config.kind == "auto" and inherited is not None else Tokenizer()
+    return inherited if config.kind in ("auto", "inherited") and inherited is not None else Tokenizer()
 
 
 class Tokenizer:

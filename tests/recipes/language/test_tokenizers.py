@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aurora_train.errors import UserError
 from language.settings import TokenizerConfig
-from language.tokenizers import SEPARATOR, Tokenizer, open_file, train_bpe
+from language.tokenizers import SEPARATOR, Tokenizer, expected_vocabulary, known_tokenizer, open_file, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,11 @@ def test_a_tokenizer_json_that_will_not_do_is_one_message(bpe, tmp_path, content
     (tmp_path / "t.json").write_text(content or bpe.backend.to_str())
     with pytest.raises(UserError, match=message):
         open_file(TokenizerConfig(kind="file", path="t.json", **settings), tmp_path)
+
+
+def test_an_inherited_tokenizer_is_the_sources_and_a_plan_expects_its_entries():
+    config, source = TokenizerConfig(kind="inherited", vocab=151_936), Tokenizer(separator="<end>")
+    assert known_tokenizer(config, None, source) is source and expected_vocabulary(config) == 151_936
+    with pytest.raises(UserError, match="does not name the model") as caught:
+        known_tokenizer(config, None)
+    assert caught.value.where == "model.from"
