@@ -78,7 +78,7 @@ def answering():
 
         def on_step_end(self, args, state, control, **kwargs):
             self.steps += 1
-            if self.steps < 3:
+            if self.steps < 2:
                 return
             if self.until is not None:
                 self.marks.append(time.perf_counter())

@@ -56,8 +56,7 @@ class Prefer(Tune):
     """Batches are those of `pairs.PairSource`: two rows for each example."""
 
     Config = Config
-    unit, metric = "examples", ("pair_accuracy", "max")
-    targets_per_example = 1.0
+    unit, metric, targets_per_example = "examples", ("pair_accuracy", "max"), 1.0
     references = None  # what the reference says of each split, once there is any
     _is_stored = property(lambda self: self.config.objective.reference == "start")
 

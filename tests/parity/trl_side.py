@@ -27,10 +27,10 @@ class Side:
     """One trainer with every adapter matrix drawn, so that both of a pair have a gradient.
 
     `kind`: "SFT", "DPO" or "KTO". `model`: transformers' model, which is changed. `settings`: of the trainer's config.
-    `adapters`: float32 arrays by our names.
+    `spread`: standard deviation of the adapters. `adapters`: float32 arrays by our names.
     """
 
-    def __init__(self, kind: str, model, tokenizer, rows: list[dict], folder: Path, **settings):
+    def __init__(self, kind: str, model, tokenizer, rows: list[dict], folder: Path, spread: float = 0.125, **settings):
         import torch
         import trl
         from datasets import Dataset
@@ -49,7 +49,7 @@ class Side:
         self._trained = {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
         self.adapters = {}
         for name, parameter in self._trained.items():
-            array = (draws.normal(size=tuple(parameter.shape)) / 8).astype(np.float32)
+            array = (draws.normal(size=tuple(parameter.shape)) * spread).astype(np.float32)
             parameter.data = torch.from_numpy(array.copy())
             self.adapters[ours(name)] = np.ascontiguousarray(array.T)
 
