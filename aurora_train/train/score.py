@@ -61,15 +61,20 @@ def score_run(
 def score_before(recipe, config, run, evaluator, state, progress) -> None:
     """Score the state with which a run starts on the test split, and keep the result for the comparison at its end.
 
-    What was scored before a kill is kept; what a kill interrupted is scored again.
+    What was scored before a kill is kept, if nothing that it depends on has changed since; what a kill interrupted is
+    scored again.
     """
-    if (run.before / _SCORED).exists():
+    key = [_depends_on(recipe, config, run, 0), recipe.start and recipe.start.digest]
+    if files.read_json(run.before / _SCORED, {}).get("key") == key:
         return
     shutil.rmtree(run.before, ignore_errors=True)
     run.before.mkdir()
     record = _measured(recipe, config, run.before, evaluator, state, progress)
     record["score"] |= _sampled(recipe, config, run, evaluator, state, 0)
-    files.write_json(run.before / _SCORED, {name: record[name] for name in ("score", "tables", "notes")})
+    for path in run.before.rglob("*"):  # a power cut leaves no score beside half of what it is compared by
+        files.sync(path)
+    known = {name: record[name] for name in ("score", "tables", "notes")}
+    files.write_json(run.before / _SCORED, {"key": key, **known})
 
 
 def _sampled(recipe, config, run, evaluator, state, step: int) -> dict[str, float]:

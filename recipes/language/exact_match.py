@@ -8,7 +8,7 @@ upper and lower case differ. An answer that does not end where it should is no m
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -20,6 +20,13 @@ _LONGER = 4  # tokens beyond the reference's: the same text may be other tokens,
 def normalised(text: str) -> str:
     """A text as it is compared."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def whole(store: Pieces, pieces: np.ndarray, room: int, ends: Collection[int]) -> np.ndarray:
+    """Of some pieces, those whose last answer was not cut off where a row of `room` tokens ends, before its own end."""
+    end = store.offsets[pieces + 1]
+    is_short = end - store.offsets[pieces] <= room
+    return pieces[is_short | np.isin(store.array("tokens.bin")[end - 1], list(ends))]
 
 
 def answers(store: Pieces, pieces: np.ndarray, generator, batch: int, progress: Callable) -> dict[str, np.ndarray]:

@@ -54,6 +54,6 @@ def measures(workdir: Path) -> dict[str, Measure]:
         }  # fmt: skip
 
 
-def wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """1 where `first` is greater, 1/2 where both are equal, else 0."""
+def wins(first, second):
+    """1 where `first` is greater, 1/2 where both are equal, else 0; of arrays of numpy or of jax."""
     return (first > second) + 0.5 * (first == second)

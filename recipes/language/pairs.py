@@ -23,7 +23,7 @@ from language.prepare_pieces import Encoding, prepare
 from language.settings_tune import ConversationDataConfig
 from language.windows import laid_out
 
-_LAYOUT = 1  # part of the fingerprint: raise it when `take` returns other arrays for the same pieces
+LAYOUT = 1  # part of the keys of data and reference: raise it when `take` returns other arrays for the same pieces
 PAIRS, JUDGED = "pairs", "judged answers"
 _LABELS = "labels.npy"
 
@@ -97,7 +97,7 @@ class PairSource:
         self.labels = np.asarray(pieces.array(_LABELS)[self._pieces[:, 0]]) if self.is_judged else None
         self.weights = None if weights is None else dict(sorted(weights.items()))
         self.mixture = None if weights is None else tuple(self._parts())
-        decisive = f"preferences {_LAYOUT} {pieces.fingerprint} {split} {sequence} {self.weights}"
+        decisive = f"preferences {LAYOUT} {pieces.fingerprint} {split} {sequence} {self.weights}"
         self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
         if self.is_judged and len(self):
             self._refuse_alike()

@@ -105,18 +105,20 @@ class Prefer(Tune):
         self.store = prepare(self.config.data, self.cache / "data", learned, decisive, tokenizer, progress)
         examples = self.store.manifest["splits"]["train"][self.store.manifest["rows_are"]]
         self.sum_up(progress, examples, f"{examples:,} {self.store.manifest['rows_are']} to train on")
-        if self._is_stored:
-            self.references = self._asked(progress)
+        self.references = self._asked(progress) if self._is_stored else None
 
     def _asked(self, progress) -> dict[str, np.ndarray]:
         """What the reference says of each split: log-probabilities, float32[examples, 2]."""
         from aurora_train.facts import as_kept
+        from language.pairs import LAYOUT
         from language.prepared import key_of
-        from language.reference import measured
+        from language.reference import ROWS, measured
 
-        train, model = self.config.train, self.config.model.model_dump(mode="json", exclude={"from_"})
-        key = key_of({"data": self.store.fingerprint, "start": self.start.digest, "model": model,
-                      "computed": [train.dtype, train.precision, train.forms]})  # fmt: skip
+        config, train = self.config, self.config.train
+        key = key_of({"data": self.store.fingerprint, "rows": [LAYOUT, ROWS], "start": self.start.digest,
+                      "model": config.model.model_dump(mode="json", exclude={"from_"}),
+                      "code": None if config.recipe_bundled else config.recipe_sha256,
+                      "computed": [train.dtype, train.precision, train.forms, config.optimizer.master]})  # fmt: skip
         scorer = type(self)(self.config, self.cache).use(as_kept(self.facts(), where="facts"))
 
         def predictor():
@@ -130,9 +132,7 @@ class Prefer(Tune):
     def _source(self, split: str):
         from language.pairs import PairSource
 
-        mix = self.config.data.mix if split == "train" else {}
-        weights = {name: part.weight for name, part in mix.items()} or None
-        source = PairSource(self.store, split, self.config.data.sequence, weights)
+        source = PairSource(self.store, split, self.config.data.sequence, self.weights_of(split))
         return source if self.references is None else source.against(self.references[split])
 
     def data(self, split: str):
@@ -159,7 +159,7 @@ class Prefer(Tune):
     def loss(self, model, batch: dict, key) -> Loss:
         import jax.numpy as jnp
 
-        from language.preferences import wins
+        from language.pair_scores import wins
 
         reference = batch["reference"] if self._is_stored else _by_base(model, batch)
         judged, more = self._judged(_answers(model, batch, key), reference, batch)
@@ -182,8 +182,7 @@ class Prefer(Tune):
         if of.loss == "dpo":
             lengths = batch["weights"].sum(-1) if of.length == "mean" else None
             return preferences.dpo(policy, reference, of.beta, of.smoothing, lengths), None
-        weights = (of.desirable, of.undesirable)
-        return preferences.kto(policy, reference, batch["desirable"], of.beta, weights)
+        return preferences.kto(policy, reference, batch["desirable"], of.beta, (of.desirable, of.undesirable))
 
     def flops(self, num_trained: int, num_frozen: int) -> float:
         """Of an example: its two rows to their ends, padding included, and once more forward for the frozen base."""
@@ -201,7 +200,8 @@ class Prefer(Tune):
         source, parts = self._source(split), []
         for done, (count, batch) in enumerate(in_batches(source)):
             progress(done * len(batch["tokens"]), len(source), "scoring held-out answers")
-            kept = {name: batch[name] for name in ("weights", "desirable", "reference") if name in batch}
+            kept = {name: batch[name] for name in ("desirable", "reference") if name in batch}
+            kept["weights"] = batch["weights"].sum(-1, keepdims=True)  # the answers' lengths are all that is needed
             parts.append({name: array[:count] for name, array in (kept | predict(_rows(batch))).items()})
         progress(len(source), len(source), "scoring held-out answers")
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

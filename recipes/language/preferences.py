@@ -61,8 +61,3 @@ def kto(policy, reference, desirable, beta: float, weights: tuple[float, float] 
     signs, importance = 2.0 * desirable - 1.0, jnp.where(desirable > 0, *weights)
     losses = importance * jax.nn.sigmoid(-signs * beta * (ratios[:, 0] - z))  # 1 - sigmoid(x) = sigmoid(-x)
     return Judgement(losses, beta * ratios), z
-
-
-def wins(first, second):
-    """1 where `first` is greater, 1/2 where both are equal, else 0; float32."""
-    return (first > second).astype(jnp.float32) + 0.5 * (first == second).astype(jnp.float32)

@@ -45,7 +45,7 @@ class Encoding(NamedTuple):
         arrange: (folder, lengths int64[pieces], split int8[pieces], source int16[pieces]) -> what it adds to the
             manifest; it may write files. `lengths` count inputs, one less than tokens; `source` is an index of the
             sorted names of the sources.
-        is_whole: whether a row that lost one of its pieces is dropped, as a pair is.
+        is_whole: whether a row is dropped that lost one of its pieces, or what told them apart, as a pair is.
         split_by: fields of a row; rows that are equal in these are in the same split. (): in all but the place.
     """
 
@@ -156,7 +156,7 @@ class _Writer:
                 return
             encoded = [_trimmed(ids[: self._data.sequence + 1], learned) for ids, learned in encoded]
         kept = [(ids, learned) for ids, learned in encoded if len(ids)]
-        if not kept or self._encoding.is_whole and len(kept) < len(encoded):
+        if not kept or self._encoding.is_whole and (len(kept) < len(encoded) or _alike(kept)):
             counts["nothing_learned"] += 1
             return
         counts["kept"] += 1
@@ -224,6 +224,11 @@ class _Writer:
             why="; ".join([f"of {rows:,} rows, {nothing:,} have no answer with a token to learn", *reasons]),
             hint="the loss is on the messages of the role assistant; `aurora inspect CONFIG --example 0` shows it",
         )  # fmt: skip
+
+
+def _alike(pieces: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    """Whether all of several pieces are the same tokens, as two answers that differ beyond the end of a row."""
+    return len(pieces) > 1 and all(np.array_equal(pieces[0][0], ids) for ids, _ in pieces[1:])
 
 
 def _trimmed(ids: np.ndarray, learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

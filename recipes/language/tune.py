@@ -149,9 +149,11 @@ class Tune(Writer):
 
         if split == "validation" and self.config.data.holdout_validation == 0:
             return None
-        mix = self.config.data.mix if split == "train" else {}
-        weights = {name: part.weight for name, part in mix.items()} or None
-        return PackedRows(self.store, split, self.config.data.sequence, weights)
+        return PackedRows(self.store, split, self.config.data.sequence, self.weights_of(split))
+
+    def weights_of(self, split: str) -> dict[str, float] | None:
+        """The weights of a mixture's sources, which are for training alone; None without a mixture."""
+        return {name: part.weight for name, part in self.config.data.mix.items() if split == "train"} or None
 
     @property
     def _learned_share(self) -> float | None:
@@ -197,11 +199,14 @@ class Tune(Writer):
         """{"exact_match": its share} if `score.exact` asks for it. The answers are left in the work folder."""
         from language import exact_match
 
-        pieces = self.store.of_split(split)[: self.config.score.exact]
+        generator, batch = self._generator(predict.model()), self.config.score.exact_batch
+        pieces = self.store.of_split(split)
+        if self.config.data.overlong == "cut":
+            pieces = exact_match.whole(self.store, pieces, self.config.data.sequence, generator.ends)
+        pieces = pieces[: self.config.score.exact]
         if not len(pieces):
             (workdir / "exact.npz").unlink(missing_ok=True)  # of an earlier score
             return {}
-        generator, batch = self._generator(predict.model()), self.config.score.exact_batch
         found = exact_match.answers(self.store, pieces, generator, batch, progress)
         np.savez(workdir / "exact.npz", **found)
         return {"exact_match": float(found["exact"].mean())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import toy
@@ -39,6 +40,23 @@ def test_a_run_that_has_begun_is_not_scored_as_if_it_had_not(tmp_path, monkeypat
     assert in_process("resume", "run", "train.steps=20", BEFORE, "--quiet") == 0
     assert not (tmp_path / "run" / "before").exists() and "before" not in scores(tmp_path / "run")
     assert "not scored before training, because the run had begun already" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_score_of_another_start_is_not_taken(tmp_path, monkeypatch):
+    """Killed between that score and the first step, and started again with other data in the same place."""
+    monkeypatch.chdir(tmp_path)
+    config = toy.write(tmp_path)
+    assert in_process("train", config, BEFORE, "train.steps=2", "--run", "run", "--quiet") == 0
+    known, file = scores(tmp_path / "run")["before"], tmp_path / "run" / "before" / "score.json"
+    stale = json.loads(file.read_text())
+    for key, wanted in ((stale["key"], 1e6), (["of another start", None], known["score"]["mse"])):
+        for name in ("checkpoints", "metrics.jsonl", "events.jsonl"):
+            path = tmp_path / "run" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        file.write_text(json.dumps(stale | {"key": key, "score": {"mse": 1e6}}))
+        assert in_process("train", config, BEFORE, "train.steps=2", "--run", "run", "--quiet") == 0
+        assert scores(tmp_path / "run")["before"]["score"]["mse"] == wanted
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from chats import TEMPLATE
 from kit import in_process
 
 from aurora_train.config import load_values
-from language.exact_match import answers, normalised
+from language.exact_match import answers, normalised, whole
 from language.tune import Tune
 
 END = "<|endoftext|>"
@@ -67,6 +67,19 @@ def test_an_answer_matches_if_its_text_is_the_same_and_ends(tmp_path, shared_cac
     lengths = [len(text) for batch in generator.asked for text in batch]
     assert lengths == sorted(lengths) and {len(batch) for batch in generator.asked} == {3}
     assert normalised(" A\t b ") == "A b" != normalised("a b")
+
+
+def test_an_answer_that_was_cut_off_where_its_row_ends_is_not_asked_for(tmp_path, shared_cache):
+    said = ["yes" * 40, "yes", "no" * 100, "so" * 3, "a" * 4, "b"]
+    data = rows(tmp_path, said) | {"sequence": 120, "overlong": "cut", "holdout_test": 0.98, "holdout_validation": 0.0}
+    config = load_values({"recipe": "language/tune", "model": {"width": 32, "layers": 1, "heads": 2}, "data": data,
+                          "train": {"precision": "float32"}, "evaluate": {"final": False}}, "tune")  # fmt: skip
+    store = Tune(config, shared_cache).ready(lambda *_: None).store
+    pieces = np.arange(len(said))
+    kept = whole(store, pieces, 120, {store.tokenizer.eos_id})
+    assert [said[store.conversation[piece]] for piece in kept] == ["yes", "so" * 3, "a" * 4, "b"]
+    exact = int(store.offsets[2] - store.offsets[1]) - 1  # a row that the second conversation just fills
+    assert 1 in whole(store, pieces, exact, {store.tokenizer.eos_id})
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from kit import in_process, losses, records
-from preferring import judged, pairs, prepared, user, write_config, write_start
+from preferring import assistant, judged, pairs, prepared, source_of, user, write_config, write_start
 
 from aurora_train.config import load as load_config
 from aurora_train.errors import UserError
+from aurora_train.interop.gguf.write import write_gguf
 from aurora_train.loading import load
 from aurora_train.nn.tracing import tracing
 from language import pair_scores, reference
@@ -77,6 +78,14 @@ def test_pairs_of_one_prompt_are_in_one_split(here):
         starts = (batch["weights"][:, 0] > 0).argmax(-1) + 1
         prompts[split] = {tuple(row[:start]) for row, start in zip(batch["tokens"][:, 0], starts, strict=True)}
     assert sum(map(len, prompts.values())) == len(set().union(*prompts.values())) == 20
+
+
+def test_answers_that_differ_beyond_the_end_of_a_row_alone_are_no_pair(here):
+    long = [{**pairs(1)[0], "prompt": user("long"), "chosen": assistant("the same " * 30 + end), "rejected": assistant(
+        "the same " * 30 + other)} for end, other in (("a", "b"), ("c", "d"))]  # fmt: skip
+    config = write_config(here, here / "tiny.gguf", [*pairs(20), *long], name="long")
+    counts = prepared(config, *BASE, "data.overlong=cut").store.manifest["sources"][""]
+    assert (counts["rows"], counts["kept"], counts["nothing_learned"]) == (22, 20, 2)
 
 
 def test_a_judged_answer_stands_beside_one_to_another_prompt(here):
@@ -166,13 +175,31 @@ def test_a_damaged_file_is_said_and_made_again_and_numbers_that_are_none_are_ref
 
 
 @pytest.mark.slow
-def test_another_start_is_another_reference_and_other_data(here, config):
+def test_another_reference_is_other_data_and_adapters_that_are_new_add_nothing(here, config):
     one = prepared(config)
     other = prepared(config, "model.lora.rank=2")
-    assert np.array_equal(one.references["train"], other.references["train"]), "new adapters add nothing"
+    assert np.array_equal(one.references["train"], other.references["train"])
     assert one.data("train").fingerprint == other.data("train").fingerprint
     against = one._source("train").against(one.references["train"] + np.float32(1e-6))
     assert against.fingerprint != one.data("train").fingerprint
+
+
+@pytest.mark.slow
+def test_what_decides_the_start_s_numbers_names_their_file(here, tmp_path, monkeypatch):
+    """Start, precision and the format of the masters: none takes the numbers of another."""
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path))
+    other = here / "fine.gguf"
+    draws, weights = np.random.default_rng(9), source_of("llama").tensors
+    arrays = {name: one.whole() + draws.normal(0, 0.01, one.shape) for name, one in weights.items()}
+    write_gguf(source_of("llama", {name: a.astype(np.float32) for name, a in arrays.items()}), other, "f32", "fine")
+    config = write_config(here, other, pairs(20), name="decides")
+    overrides = [[], ["optimizer.master=bfloat16"], ["train.precision=bfloat16"], [f"model.from={here / 'tiny.gguf'}"]]
+    found = [prepared(config, *each).references["train"] for each in overrides]
+    assert len(list((tmp_path / "data").glob("reference-*.f32"))) == len(overrides)
+    assert len({each.tobytes() for each in found}) == len(overrides)
+    again = prepared(config, "optimizer.lr=1e-5", "objective.beta=0.2", "train.batch=4")
+    assert np.array_equal(again.references["train"], found[0]), "what decides nothing is in no key"
+    assert len(list((tmp_path / "data").glob("reference-*.f32"))) == len(overrides)
 
 
 @pytest.mark.slow

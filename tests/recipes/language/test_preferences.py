@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from language import preferences
+from language.pair_scores import wins
 
 DRAWS = np.random.default_rng(0)
 POLICY, REFERENCE = (DRAWS.normal(-40, 12, (3, 7, 2)) for _ in range(2))  # three batches of seven examples
@@ -88,7 +89,7 @@ def test_log_probabilities_are_sums_over_the_learned_tokens():
     nll, weights = float32(DRAWS.gamma(2, 1, (4, 9)), DRAWS.integers(0, 2, (4, 9)))
     expected = [-sum(float(a) for a, b in zip(*row, strict=True) if b) for row in zip(nll, weights, strict=True)]
     np.testing.assert_allclose(preferences.log_probabilities(nll, weights), expected, rtol=1e-6)
-    np.testing.assert_array_equal(preferences.wins(jnp.array([2.0, 1, 1]), jnp.array([1.0, 1, 2])), [1, 0.5, 0])
+    np.testing.assert_array_equal(wins(jnp.array([2.0, 1, 1]), jnp.array([1.0, 1, 2])), [1, 0.5, 0])
 
 
 @pytest.mark.slow
