@@ -188,10 +188,10 @@ def test_another_reference_is_other_data_and_adapters_that_are_new_add_nothing(h
 def test_what_decides_the_start_s_numbers_names_their_file(here, tmp_path, monkeypatch):
     """Start, precision and the format of the masters: none takes the numbers of another."""
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path))
-    other = here / "fine.gguf"
+    other = here / "other.gguf"
     draws, weights = np.random.default_rng(9), source_of("llama").tensors
-    arrays = {name: one.whole() + draws.normal(0, 0.01, one.shape) for name, one in weights.items()}
-    write_gguf(source_of("llama", {name: a.astype(np.float32) for name, a in arrays.items()}), other, "f32", "fine")
+    arrays = {name: one.whole() + draws.normal(0, 0.01, one.shape).astype(np.float32) for name, one in weights.items()}
+    write_gguf(source_of("llama", arrays), other, "f16", "other")
     config = write_config(here, other, pairs(20), name="decides")
     overrides = [[], ["optimizer.master=bfloat16"], ["train.precision=bfloat16"], [f"model.from={here / 'tiny.gguf'}"]]
     found = [prepared(config, *each).references["train"] for each in overrides]
