@@ -67,12 +67,17 @@ class Parent:
         step = require_step(store, recorded["step"] if recorded and recorded["from"] == named else None, named)
         refuse_damage(store, step)
         digest = durable.manifest(run.checkpoints / str(step)).get("digest", "")
-        if recorded and recorded["from"] == named and recorded["digest"] != digest:
-            raise UserError(
-                f"step {step} of {named} is not the checkpoint that this run began with", where=init_key(prefix),
-                hint="start over: `aurora train CONFIG --fresh`",
-            )  # fmt: skip
         return cls(named, step, digest, kept_facts.read(run.facts) or {}, prefix)
+
+    def refuse_changed(self, recorded: dict | None) -> None:
+        """UserError if the parent is not what a run began with, by the run's record of it, if there is one."""
+        if recorded and recorded["digest"] != self.digest:
+            step = "" if self.step is None else f"step {self.step} of "
+            raise UserError(
+                f"{step}{self.path} is not what this run began with", where=init_key(self.prefix),
+                why=f"its sha256 began with {recorded['digest'][:12]}, it is now {self.digest[:12]}",
+                hint="restore it, or start over: `aurora train CONFIG --fresh`",
+            )  # fmt: skip
 
     def record(self) -> dict:
         """The parent as provenance.json and events.jsonl record it."""
@@ -142,6 +147,8 @@ def parents_of(config, recorded: dict[str, dict]) -> tuple[Parent, ...]:
         for prefix, path in config.init.sources.items()
     )  # fmt: skip
     for parent in parents:
+        known = recorded.get(parent.prefix)
+        parent.refuse_changed(known if known and known["from"] == parent.path else None)
         parent.refuse_other_scale(config)
     if config.init.facts != "own":
         for one, other in itertools.combinations(parents, 2):

@@ -18,7 +18,6 @@ from flax import nnx
 
 from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
-from aurora_train.errors import UserError
 from aurora_train.machine.profile import choose_devices
 from aurora_train.nn import carried
 from aurora_train.nn.stack import Segment, named_stacks
@@ -66,12 +65,7 @@ class Start:
         if not parents:  # an imported run is trained further
             parents = tuple(Parent.of(prefix, one["from"], one) for prefix, one in self.records.items())
         for parent in parents:
-            if parent.digest != self.records[parent.prefix]["digest"]:
-                raise UserError(
-                    f"{parent.path} is not what this run began with", where="init.from",
-                    why=f"its sha256 began with {self.records[parent.prefix]['digest'][:12]}, it is now "
-                    f"{parent.digest[:12]}", hint="restore it, or start over: `aurora train CONFIG --fresh`",
-                )  # fmt: skip
+            parent.refuse_changed(self.records[parent.prefix])
         return parents
 
 

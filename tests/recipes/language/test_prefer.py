@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop.gguf.write import write_gguf
 from aurora_train.loading import load
 from aurora_train.nn.tracing import tracing
+from aurora_train.origin.parents import parents_of
 from language import pair_scores, reference
 from language.preferences import Judgement
 
@@ -217,6 +219,18 @@ def test_a_resume_without_the_numbers_asks_the_start_again_and_refuses_another(h
     capsys.readouterr()
     assert in_process("resume", tmp_path / "run", "train.steps=4", "--quiet") == 2
     assert "is not what this run began with" in capsys.readouterr().err
+
+
+def test_a_start_that_changes_before_the_first_step_is_refused(here, tmp_path):
+    start = tmp_path / "tiny.gguf"
+    shutil.copy(here / "tiny.gguf", start)
+    config = load_config(write_config(tmp_path, start, pairs(5)))
+    (parent,) = parents_of(config, {})
+    begun = {"": parent.record()}
+    assert parents_of(config, begun) == (parent,)
+    start.write_bytes(start.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="tiny.gguf is not what this run began with"):
+        parents_of(config, begun)
 
 
 # ---- training
