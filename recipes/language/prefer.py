@@ -75,6 +75,10 @@ class Prefer(Tune):
         if objective.reference == "base" and config.model.lora is None:
             raise UserError("there is no frozen base without adapters", where="objective.reference",
                             hint="model.lora.rank=16, or objective.reference=start")  # fmt: skip
+        if objective.reference == "start" and config.train.precision == "fp8":
+            raise UserError("the reference is asked in bfloat16, as all that is not trained", where="train.precision",
+                            why="the loss would compare it with a policy in fp8",
+                            hint="train.precision=bfloat16, or objective.reference=base")  # fmt: skip
         for loss, names in _OF_ONE_LOSS.items():
             for name in names:
                 if loss != objective.loss and getattr(objective, name) != getattr(Objective(), name):
@@ -137,11 +141,6 @@ class Prefer(Tune):
 
     def data(self, split: str):
         return None if split == "validation" and self.config.data.holdout_validation == 0 else self._source(split)
-
-    def on(self, path: str):
-        other = super().on(path)
-        other.start = self.start
-        return other
 
     def begun(self) -> list[tuple[str, list[int], dict]]:
         """As of `Tune`; of a pair, the chosen answer is the one to compare with."""

@@ -81,7 +81,7 @@ class TextRecipe(Recipe):
         """A recipe with this one's facts and other settings of `data`, for `on`."""
         config = self.config.model_copy(update={"data": self.config.data.model_copy(update=data)})
         other = type(self)(config, self.cache)
-        other.inherited = self.known
+        other.inherited, other.start = self.known, self.start
         return other.use(self.known)
 
 

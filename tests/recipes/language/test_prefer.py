@@ -309,6 +309,7 @@ def test_outcomes_are_counted_over_all_pairs_with_ties_as_halves(tmp_path):
         (["objective.loss=kto", "objective.smoothing=0.1"], "it is for objective.loss=dpo only"),
         (["objective.desirable=2.0"], "it is for objective.loss=kto only"),
         (["objective.smoothing=0.5"], "less than 0.5"),
+        (["train.precision=fp8"], "the reference is asked in bfloat16"),
         (["objective.loss=kto"], "its fields are prompt, chosen, rejected"),
     ],
 )
