@@ -207,13 +207,14 @@ class Prefer(Tune):
         judged, _ = self._judged(whole["policy"], whole["reference"], whole)
         np.savez(workdir / pair_scores.FILE, **pair_scores.outcomes(judged, whole["policy"], whole.get("desirable")))
         measures = pair_scores.measures(workdir)
-        more = "more rows" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
+        more, apart = "raise data.holdout_test", " held out, no prompt of which was trained on"
+        if self.config.data.holdout_test == ALL_HELD_OUT:  # other data, which may hold the same prompts
+            more, apart = "more rows", ""
         which = "the model that the run started from" if self._is_stored else "the base without its adapters"
         return {
             **{name: one.value for name, one in measures.items()}, "examples": len(source),
             "tables": [interval_table(measures)], "remarks": few(len(source), "example", more),
-            "notes": [f"{len(source):,} held-out {self.store.manifest['rows_are']}, no prompt of which was trained on; "
-                      f"the reference is {which}"],
+            "notes": [f"{len(source):,} {self.store.manifest['rows_are']}{apart}; the reference is {which}"],
         }  # fmt: skip
 
     def compared(self, before: Path, after: Path) -> dict:

@@ -181,7 +181,9 @@ class Tune(Writer):
         found = answer_scores.sums(self.data(split), predict, self.config.score.batch, progress)
         np.savez(workdir / "answers.npz", **found)
         exact = self._exact(predict, split, workdir, progress)
-        more = "more conversations" if self.config.data.holdout_test == ALL_HELD_OUT else "raise data.holdout_test"
+        more, apart = "raise data.holdout_test", " held out by a hash of their content"
+        if self.config.data.holdout_test == ALL_HELD_OUT:  # other data, which may hold the same conversations
+            more, apart = "more conversations", ""
         number = len(found["conversation"])
         return {
             **exact,
@@ -190,8 +192,8 @@ class Tune(Writer):
             "tables": [interval_table(answer_scores.measures(workdir))],
             "remarks": few(number, "conversation", more),
             "notes": [
-                f"{number:,} whole conversations held out by a hash of their content; the loss is that of the answers "
-                "and their ends, each read after what came before it; bits are per byte of the answers' text"
+                f"{number:,} whole conversations{apart}; the loss is that of the answers and their ends, each read "
+                "after what came before it; bits are per byte of the answers' text"
             ],
         }  # fmt: skip
 

@@ -237,7 +237,7 @@ def test_a_start_that_changes_before_the_first_step_is_refused(here, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_begins_at_log_2_and_learns_what_is_preferred(trained):
+def test_training_begins_at_log_2_and_learns_what_is_preferred(here, trained, capsys):
     first = records(trained)[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["accuracy"] == 0.5
     assert first["margin"] == pytest.approx(0, abs=1e-5)
@@ -246,6 +246,12 @@ def test_training_begins_at_log_2_and_learns_what_is_preferred(trained):
     assert scores["headline"] == "pair_accuracy" and scores["score"]["pair_accuracy"] == 1.0
     before = {row[0]: row for row in scores["before"]["table"]["rows"]}
     assert before["pair_accuracy"][1] == 0.5 and before["loss"][1] == pytest.approx(np.log(2), abs=1e-6)
+    assert "no prompt of which was trained on" in scores["notes"][0]
+    (here / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(9)))
+    capsys.readouterr()
+    assert in_process("evaluate", trained, "--on", here / "other.jsonl", "--json") == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["score"]["examples"] == 9 and "trained on" not in other["notes"][0], "here, most of them were"
 
 
 @pytest.mark.slow

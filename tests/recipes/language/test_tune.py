@@ -120,7 +120,9 @@ def test_a_run_learns_scores_and_shows_what_it_learned(folder, tmp_path, shared_
         assert in_process("evaluate", "run", "--on", folder / "chats.jsonl", "--json") == 0, capsys.readouterr().err
     finally:
         (tmp_path / "away.jinja").rename(folder / "chat.jinja")
-    assert json.loads(capsys.readouterr().out)["score"]["conversations"] == 120
+    other = json.loads(capsys.readouterr().out)
+    assert other["score"]["conversations"] == 120 and "held out" in scores["notes"][0]
+    assert "held out" not in other["notes"][0], "nothing is known of what else was trained on"
 
 
 def test_an_example_is_shown_with_marks_around_what_is_learned(folder, tmp_path, shared_cache, monkeypatch, capsys):
