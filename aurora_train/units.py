@@ -1,8 +1,12 @@
-"""Formats numbers for people: bytes, rates, durations, shares. Bytes are decimal (1 GB = 1e9 bytes)."""
+"""Formats numbers and texts for people: bytes, rates, durations, shares. Bytes are decimal (1 GB = 1e9 bytes)."""
 
 from __future__ import annotations
 
+import re
+
 _UNKNOWN = "n/a"
+# Control characters but for tab and line break, which could steer a terminal, and those that turn a text around.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def counted(number: float, noun: str) -> str:
@@ -61,3 +65,8 @@ def _scaled(value: float, suffixes: tuple[str, ...]) -> str:
         return f"{int(value)}{suffixes[0]}"
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:.{digits}f}{suffixes[power]}"
+
+
+def printable(text: str) -> str:
+    """A text of someone else's for a terminal: characters that would steer it are written out, as `\\x1b`."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -24,7 +24,7 @@ import typer
 from aurora_train.errors import UserError
 from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
-from aurora_train.record.console import printable
+from aurora_train.units import printable
 
 # `train.signals.EXIT_STOPPED` and `train.guard.EXIT_LOW_MEMORY`, repeated here because those modules import jax.
 _STOPPED = (75, 77)

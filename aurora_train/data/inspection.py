@@ -7,7 +7,7 @@ import numpy as np
 from aurora_train.data.order import examples_at, slots
 from aurora_train.errors import UserError
 from aurora_train.recipe import Source
-from aurora_train.units import counted
+from aurora_train.units import counted, printable
 
 LEARNED_MARKS = ("[[", "]]")  # around what is learned, where there are no colours
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
@@ -95,8 +95,6 @@ def show(facts: dict, console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from aurora_train.record.console import printable
-
     console.print(_heading(facts), highlight=False)
     for line in facts.get("summary", ()):
         console.print(printable(line), highlight=False)
@@ -138,8 +136,6 @@ def _heading(facts: dict) -> str:
 def _learned(parts: list, has_colours: bool):
     """The text of [[text, is it learned]] with its learned parts distinct."""
     from rich.text import Text
-
-    from aurora_train.record.console import printable
 
     styled = Text()
     for text, is_learned in parts:
