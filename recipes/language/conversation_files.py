@@ -34,7 +34,7 @@ def opened(
         return of_hub(part.source, key, online, "")
     if part.source.startswith(tasks.PREFIX):
         path = tasks.table(part.source.removeprefix(tasks.PREFIX), f"{key}.source")
-        return Corpus(part.source, "CC0-1.0", "", [(path.name, path)], tables=True, key=key)
+        return Corpus(part.source, "CC0-1.0", "", _named(name, [(path.name, path)]), tables=True, key=key)
     remarks = []
     root, found = located(part.source, part.pattern, key, base, remarks)
     files = [(one, path) for one, path in found if tables.kind(one) and path.name not in _METADATA]
@@ -51,16 +51,21 @@ def opened(
         files = _training(files, part.source, remarks)
     for remark in remarks:
         say(remark)
-    files = [(f"{name}/{one}" if name else one, path) for one, path in files]
-    return Corpus(part.source, licence(root), "", files, tables=True, key=key)
+    return Corpus(part.source, licence(root), "", _named(name, files), tables=True, key=key)
+
+
+def _named(name: str, files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files of a mixture's source, whose names begin with its own: a row's place is that of no other row."""
+    return [(f"{name}/{one}" if name else one, path) for one, path in files]
 
 
 def objects(source: Corpus, fields: tuple[str, ...]) -> Iterator[tuple[str, object, Callable[[], list[str]]]]:
     """(place, row as in `readers.objects`, a function for the names of all columns) of every row."""
     if source.hub:
         rows = ((row, batch.schema.names) for batch in source.batches() for row in readers.arrow_objects(batch, fields))
+        name = f"{source.key.removeprefix('data.mix.')}/{source.name}" if source.key != "data" else source.name
         for number, (row, names) in enumerate(rows, 1):
-            yield f"row {number} of {source.name}", row, partial(list, names)
+            yield tables.place(name, None, number), row, partial(list, names)
     for name, path in source.files:
         for number, (line, row) in enumerate(tables.rows(path, fields, source.key, readers.objects), 1):
             yield tables.place(name, line, number), row, partial(_names, path, row)

@@ -63,3 +63,13 @@ def test_a_source_reads_a_task(tmp_path, monkeypatch):
     assert tasks.table("calendar").name == "calendar-ef89a61f41ba5823.jsonl"
     with pytest.raises(UserError, match="no bundled task 'calender'(?s:.*)task:calendar"):
         conversations.sources(ConversationDataConfig(source="task:calender"))
+
+
+def test_rows_of_a_task_that_a_mixture_holds_twice_have_places_of_their_own(tmp_path, monkeypatch):
+    """KTO finds the label of a piece by its place: one of another source would be wrong, and nothing would say so."""
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path))
+    part = {"source": "task:calendar-judged", "max_rows": 3}
+    data = ConversationDataConfig(mix={"a": part, "b": part})
+    places = [row.place for source in conversations.sources(data).values()
+              for row in conversations.read_judged(source, data)]  # fmt: skip
+    assert len(set(places)) == 6 and places[0].split(" of ")[1].startswith("a/calendar-judged")
