@@ -25,7 +25,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "int
 from open_models import END, VOCABULARY, write_model  # noqa: E402
 from trl_side import ALPHA, RANK, Side  # noqa: E402
 
-pytestmark = pytest.mark.slow
 for package in ("torch", "transformers", "trl", "peft"):
     pytest.importorskip(package)
 
@@ -175,6 +174,7 @@ def of_tiny(kind: str, tiny: Path, rows: list[dict], folder: Path, **settings) -
     return Side(kind, model, tokenizer, rows, folder / "trl", **settings)
 
 
+@pytest.mark.slow
 def test_a_tuning_step_is_that_of_sft_trainer(tiny, tmp_path):
     ours = Ours("language/tune", tiny, chats(), tmp_path / "ours", 200)
     side = of_tiny("SFT", tiny, chats(), tmp_path, assistant_only_loss=True)
@@ -205,6 +205,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_dpo_step_is_that_of_dpo_trainer(case, tiny, tmp_path):
     objective, settings, count, metrics = CASES[case]
@@ -216,6 +217,7 @@ def test_a_dpo_step_is_that_of_dpo_trainer(case, tiny, tmp_path):
         assert_alike(step(ours.source.take(chosen)), side.step(side.examples(chosen)), metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_kto_step_is_that_of_kto_trainer(batch, tiny, tmp_path):
     rows = judged(batch)
@@ -255,6 +257,7 @@ def without_line_feed(examples: list[dict], tokenizer) -> list[dict]:
     return cut
 
 
+@pytest.mark.release
 def test_a_tuning_step_of_real_weights_is_that_of_sft_trainer(real, tmp_path):
     path, made = real
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs()[:PAIRS]]
@@ -267,6 +270,7 @@ def test_a_tuning_step_of_real_weights_is_that_of_sft_trainer(real, tmp_path):
     assert_alike(ours.step_with(side.adapters)(ours.source.take(indices)), side.step(examples))
 
 
+@pytest.mark.release
 def test_a_dpo_step_of_real_weights_is_that_of_dpo_trainer(real, tmp_path):
     path, made = real
     rows = pairs()[:2]

@@ -226,7 +226,8 @@ def tuned_cells() -> list:
     head, _, *rows = ([one.strip(" `") for one in line.strip("|").split("|")]
                       for line in section.splitlines() if line.startswith("|"))  # fmt: skip
     return [
-        pytest.param(command, "" if settings == "the defaults" else settings, machine, cell, id=f"{name}, {machine}")
+        pytest.param(command, "" if settings == "the defaults" else settings, machine, cell, id=f"{name}, {machine}",
+                     marks=pytest.mark.slow if machine == "dgx-spark" else pytest.mark.release)
         for name, settings, *cells in rows for machine, cell in zip(head[2:], cells, strict=True)
     ]  # fmt: skip
 
@@ -238,7 +239,6 @@ def test_the_docs_have_every_way_of_tuning_on_every_machine():
     assert len(ways) == 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command,settings,machine,cell", tuned_cells())
 def test_a_tuned_8b_is_planned_as_the_docs_say(command, settings, machine, cell, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path))  # rates that someone measured would give another plan
