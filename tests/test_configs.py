@@ -37,12 +37,13 @@ OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_d
 OWN |= {f"language/smollm2_{how}": ["data.max_rows=60", "data.holdout_validation=0.2", "train.batch=1", *smaller]
         for how, smaller in {"sft": [], "lora": ["model.lora.rank=2"], "qlora": ["model.lora.rank=2"]}.items()}
 OWN["language/smollm2_dpo"] = ["data.max_rows=16", "data.holdout_validation=0.2", "train.batch=1", "model.lora.rank=2"]
-# A published shape that names no model, and so has no tokenizer: small, with random weights and bytes.
+# A published shape that names no model, and so has no tokenizer: small, with random weights and bytes,
+# all of which are trained.
 TUNED = {"language/qwen3-8b_qlora": ("rtx-5090", "dgx-spark"), "language/32b_lora": ("dgx-spark", "dgx-station"),
          "language/70b_qlora": ("dgx-spark", "dgx-station")}  # fmt: skip
 OWN |= dict.fromkeys(TUNED, [
     "model.width=64", "model.heads=2", "model.kv_heads=1", "model.head_dim=32", "model.layers=1", "model.mlp_width=64",
-    "model.lora.rank=2", "data.tokenizer={kind: byte}", "data.template=chat.jinja", "data.sequence=256",
+    "model.lora=null", "data.tokenizer={kind: byte}", "data.template=chat.jinja", "data.sequence=256",
     "data.max_rows=60", "data.holdout_validation=0.2", "evaluate.every=2", "samples.max_tokens=4",
 ])  # fmt: skip
 # A published shape, small: the size stays, and what a width of 16 cannot have is overruled.

@@ -34,6 +34,7 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
     if fresh:
         run.move_aside()
     if not run.config.is_file():
+        refuse_adapters_on_nothing(config)
         if run.holds_something_else():
             raise UserError(
                 "this is not a run folder and not empty", where=str(run.folder), hint="name another one with --run"
@@ -44,6 +45,7 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
         change for change in diff(known, as_in(config, known)) if change[3] != "free" and change[:3] not in _SETTLED
     ]
     if changes and not run.has_begun():
+        refuse_adapters_on_nothing(config)
         with run.lock():
             run.forget()  # nothing was trained, so a corrected config may use the folder
         return run
@@ -162,6 +164,23 @@ def refuse_missing_start(config) -> None:
     """UserError if `init` names a path that is not a valid source, judged by its files; no weights are read."""
     for prefix, start in config.init.sources.items():
         _refuse_missing(start, init_key(prefix))
+
+
+def refuse_adapters_on_nothing(config) -> None:
+    """UserError for a new run of adapters whose base would be random.
+
+    A config with the shape of a published model (kind: inherited) may be checked and planned before it names the model;
+    without it, it finds no tokenizer to train with.
+    """
+    lora = getattr(getattr(config, "model", None), "lora", None)
+    tokenizer = getattr(getattr(config, "data", None), "tokenizer", None)
+    if lora is None or config.init.sources or getattr(tokenizer, "kind", None) == "inherited":
+        return
+    raise UserError(
+        "adapters need a model under them", where="model.lora",
+        why="nothing names the weights to start from: adapters beside random weights, which stay frozen, learn nothing",
+        hint="init.from=SOURCE (model.from, where the recipe has it), an open model or a run; or model.lora=null",
+    )  # fmt: skip
 
 
 def init_key(prefix: str) -> str:

@@ -11,6 +11,7 @@ from aurora_train.learning_rate import rate
 
 EPOCHS = 10  # beyond, a model memorises its training text (Muennighoff et al. 2023: little is gained after 4)
 HELD_OUT = 30  # documents; with fewer, the score depends more on their choice than on the model
+_ENOUGH = 8  # recorded losses; those of fewer batches differ by chance
 _GRID = 10_000  # steps at which a schedule is sampled
 
 
@@ -51,6 +52,20 @@ def remarks_on_data(config, source) -> list[str]:
             f"examples; {EPOCHS} times would be train.steps={enough}"
         )
     return lines + _on_held_out(config, source.describe().get("splits"))
+
+
+def remarks_on_losses(losses: list[float], lr: float) -> list[str]:
+    """A remark if a run's last losses are not below that of its first step, in which the model was untrained."""
+    if len(losses) < _ENOUGH:
+        return []
+    number = len(losses) // 4
+    last = float(np.median(losses[-number:]))
+    if last < losses[0] - 0.01 * abs(losses[0]):
+        return []
+    return [
+        f"the training loss has not fallen: it was {losses[0]:.4g} in the first step and {last:.4g} in the last "
+        f"{number}; optimizer.lr={lr:g} may be too large, or too small"
+    ]
 
 
 def _on_held_out(config, splits) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.check.intent import refuse_missing_start
+from aurora_train.check.intent import refuse_adapters_on_nothing, refuse_missing_start
 from aurora_train.check.remarks import remarks_on_config
 from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
 from aurora_train.config import config_hash, derived_lines, dump, load, tree_of
@@ -37,6 +37,7 @@ def command(
     """
     checked = load(config, overrides or ())
     refuse_missing_start(checked)
+    refuse_adapters_on_nothing(checked)
     digest, remarks = config_hash(checked), remarks_on_config(checked)
     if prepare or (rehearse if rehearse is not None else not checked.recipe_bundled or checked.init.sources):
         prepare_environment(checked)

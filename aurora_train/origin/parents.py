@@ -90,14 +90,21 @@ class Parent:
         return f"{self.path}{at} ({self.digest[:12]})"
 
     def refuse_other_scale(self, config) -> None:
-        """UserError if a parent's adapters would be multiplied by another number than they were trained with."""
+        """UserError if a parent's adapters have another rank, or would be multiplied by another number than in training."""
         lora = getattr(getattr(config, "model", None), "lora", None)
         if self.step is None or not isinstance(lora, Lora):
             return
         model = read_file(runs.Run(self.path).config).value.get("model")
         known = model.get("lora") if isinstance(model, dict) else None
-        if not known or known.get("rank") != lora.rank:  # of another rank, they do not fit at all
+        if not known:
             return
+        if known.get("rank") != lora.rank:
+            raise UserError(
+                f"the adapters of {self.path} have rank {known.get('rank')}", where="model.lora.rank",
+                why="a run that starts from adapters trains these on",
+                hint=f"model.lora.rank={known.get('rank')}; or start anew over what `aurora export {self.path} --to DIR "
+                "--merge` writes",
+            )  # fmt: skip
         scaling = known.get("scaling", "standard")  # earlier versions had no other
         if scale_of(known["alpha"], known["rank"], scaling == "rank_stabilised") != lora.scale:
             raise UserError(

@@ -12,11 +12,14 @@ from pathlib import Path
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.check.blame import recipe_code
+from aurora_train.check.remarks import remarks_on_losses
 from aurora_train.check.results import checked_result, checked_samples
 from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.nn.tracing import tracing
 from aurora_train.random import stream
+from aurora_train.recipe import makes_experience
+from aurora_train.record import metrics as logs
 from aurora_train.record.metrics import now
 from aurora_train.run import Run
 from aurora_train.train.beginning import refuse_other_data
@@ -48,6 +51,9 @@ def score_run(
         else:
             record |= _made(recipe, run.workdir, progress, key)
     record["score"] |= _sampled(recipe, config, run, evaluator, state, step)
+    if not makes_experience(recipe):
+        losses = [one["loss"] for one in logs.read(run.metrics) if "loss" in one]
+        record["remarks"] += remarks_on_losses(losses, config.optimizer.lr)
     if before is not None:
         record["before"] = {"score": before["score"], "table": _compared(recipe, run, before["score"], record["score"])}
     elif config.evaluate.before:

@@ -6,7 +6,7 @@ import re
 import pytest
 from kit import evaluations, events
 
-from aurora_train.check.remarks import remarks_on_data
+from aurora_train.check.remarks import remarks_on_data, remarks_on_losses
 from aurora_train.cli.main import main
 from aurora_train.config import load, load_resolved
 from aurora_train.errors import UserError
@@ -121,6 +121,14 @@ def test_M7_epochs_a_large_batch_and_few_held_out_documents_are_remarked_on(here
     assert "a batch of 1,000,000 takes each of the" in batch and "epochs" in many
     assert "for test and" in few and "data.holdout_test and data.holdout_validation" in few
     assert remarks("data.holdout_validation=0.9", "data.holdout_test=0")[-1:] == [], "enough are held out"
+
+
+def test_losses_that_do_not_fall_are_remarked_on():
+    falling, dead = [6.0 - 0.1 * n for n in range(20)], [2.5, 90.0, 40.0, *[5.9965] * 17]
+    assert remarks_on_losses(falling, 1e-3) == remarks_on_losses(dead[:7], 1e6) == []
+    (remark,) = remarks_on_losses(dead, 1e6)
+    assert "2.5 in the first step and 5.996 in the last 5; optimizer.lr=1e+06 may be too large" in remark
+    assert remarks_on_losses([5.9965] * 20, 1e6), "nothing learned is no better"
 
 
 @pytest.mark.parametrize("settings, share", [

@@ -256,17 +256,26 @@ def test_adapters_start_from_a_run_that_has_them_and_a_plain_model_refuses_it(he
     jax.tree.map(np.testing.assert_array_equal, state.params, known.params)
     jax.tree.map(np.testing.assert_array_equal, state.frozen, known.frozen)
     session.store.close()
-    for overrides, said in (["model.lora=null"], "lora_a: .*not in this model"), (["model.lora.rank=5"], "3. stored"):
-        session = opened(here, "init.from=adapted", *overrides)
-        with pytest.raises(UserError, match=said):
-            session.fresh()
-        session.store.close()
+    session = opened(here, "init.from=adapted", "model.lora=null")
+    with pytest.raises(UserError, match="lora_a: .*not in this model"):
+        session.fresh()
+    session.store.close()
 
 
 @pytest.mark.parametrize("changed", ["model.lora.alpha=16", "model.lora.scaling=rank_stabilised"])
-def test_adapters_keep_the_scale_that_they_were_trained_with(changed, here):
+def test_adapters_keep_the_scale_and_the_rank_that_they_were_trained_with(changed, here):
     with pytest.raises(UserError, match="the adapters of .* were trained with alpha 32 and scaling standard"):
         opened(here, "init.from=adapted", changed)
+    with pytest.raises(UserError, match="the adapters of .* have rank 3") as refused:
+        opened(here, "init.from=adapted", changed, "model.lora.rank=5")
+    assert "model.lora.rank=3" in refused.value.hint
+
+
+def test_adapters_beside_random_weights_are_refused(here, capsys):
+    for command in ("check",), ("train", "--run", "new"):
+        assert main([command[0], "counted.yaml", *ADAPTED, *command[1:]]) == 2
+        assert "adapters need a model under them" in capsys.readouterr().err
+    assert not (here / "new").exists()
 
 
 def test_a_trained_run_is_read_with_both_parts_and_scores_as_it_did(here, capsys):
