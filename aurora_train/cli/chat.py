@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -120,9 +121,12 @@ def command(
 ):
     """Talk to a run or an open model; each line is a message, and /help shows the commands."""
     from aurora_train.config.yaml import read_text
+    from aurora_train.interop.templates import ChatTemplate
     from aurora_train.loading import load
 
     text = None if template is None else read_text(template, "template")
+    if text:  # refused by its name and line before the model is read
+        ChatTemplate(text, {}, datetime.now(), f"--template {template}")
     trained = load(run, step, by="chat")
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
                "template": text}  # fmt: skip

@@ -91,7 +91,8 @@ class OpenModel:
 
 def located(named: str | Path, *, online: bool = False, where: str | None = None) -> str | Path:
     """A path as it is; for `package:NAME`, the GGUF file that an installed Python package of that name holds; for
-    `hub:owner/name`, the folder of its copy in the cache, which is downloaded if `online`, as is an adapter's base.
+    `hub:owner/name`, the folder of its copy in the cache, which is downloaded if `online`, as is an adapter's base; for
+    a folder as `aurora export --format gguf` writes it, its GGUF file.
 
     The package is not imported. UserError if it is not installed or does not hold exactly one such file, and as
     `hub.copied` says. `where`: the key or argument that names it.
@@ -101,7 +102,7 @@ def located(named: str | Path, *, online: bool = False, where: str | None = None
     if not str(named).startswith(PACKAGE):
         if online and Path(named).is_dir():
             hub.bring_bases(Path(named))
-        return named
+        return _exported(Path(named)) or named
     name = str(named).removeprefix(PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -112,6 +113,13 @@ def located(named: str | Path, *, online: bool = False, where: str | None = None
         raise UserError(f"the package {name!r} holds {len(held)} GGUF files, not one", where=str(named),
                         hint="name the file itself")  # fmt: skip
     return str(held[0])
+
+
+def _exported(folder: Path) -> str | None:
+    """The GGUF file of a folder that holds a single one and no other model."""
+    held = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    others = any((folder / name).exists() for name in ("config.json", "adapter_config.json", "config.yaml"))
+    return str(held[0]) if len(held) == 1 and not others else None
 
 
 def is_foreign(path: str | Path) -> bool:

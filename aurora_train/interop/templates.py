@@ -114,7 +114,7 @@ class ChatTemplate:
         except Exception as error:  # a template is code of a stranger and may fail in any way
             line = _line_of(error)
             where = f"{self.where}:{line}" if line else self.where
-            raise UserError(f"the template fails: {error}", where=where) from error
+            raise UserError(f"the template fails: {error}", where=where, hint="correct the template") from error
 
     def _bounded(self, pieces: Iterable[str]) -> str:
         """The pieces of a rendered text as one."""

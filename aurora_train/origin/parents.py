@@ -90,7 +90,7 @@ class Parent:
         return f"{self.path}{at} ({self.digest[:12]})"
 
     def refuse_other_scale(self, config) -> None:
-        """UserError if a parent's adapters have another rank, or would be multiplied by another number than in training."""
+        """UserError if a parent's adapters have another rank, or would be multiplied by another number than they were."""
         lora = getattr(getattr(config, "model", None), "lora", None)
         if self.step is None or not isinstance(lora, Lora):
             return
@@ -102,8 +102,8 @@ class Parent:
             raise UserError(
                 f"the adapters of {self.path} have rank {known.get('rank')}", where="model.lora.rank",
                 why="a run that starts from adapters trains these on",
-                hint=f"model.lora.rank={known.get('rank')}; or start anew over what `aurora export {self.path} --to DIR "
-                "--merge` writes",
+                hint=f"model.lora.rank={known.get('rank')}; or start anew over what `aurora export {self.path} --to "
+                "DIR --merge` writes",
             )  # fmt: skip
         scaling = known.get("scaling", "standard")  # earlier versions had no other
         if scale_of(known["alpha"], known["rank"], scaling == "rank_stabilised") != lora.scale:

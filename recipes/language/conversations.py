@@ -25,6 +25,7 @@ from language.turns import BadRow, type_of
 
 log = logging.getLogger("aurora_train")
 Say = Callable[[str], None]
+_READ_BY = {"pairs": "objective.loss=dpo learns from such rows", "judged": "objective.loss=kto learns from such rows"}
 _TELLING = 100  # first rows that decide the format
 
 
@@ -151,7 +152,8 @@ def _read(
     if not good:
         why = "; ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items()))
         what = f"no row of {source.name} can be learned from" if reasons else f"{source.name} holds no rows"
-        raise UserError(what, where=f"{source.key}.source", why=why or None)
+        hint = "`role: assistant` marks what is learned; data.damaged=refuse names the first row that is left out"
+        raise UserError(what, where=f"{source.key}.source", why=why or None, hint=hint if reasons else None)
 
 
 def _row(values: object, columns: dict[str, str]) -> Row:
@@ -208,6 +210,11 @@ def _check_format(row: Row, kind: str, is_auto: bool, names: Callable[[], list[s
             f"the row has the fields of {' and of '.join(f'`{name}`' for name in found)}, but the rows are read as "
             f"`{kind}`", why="the rows of a source are of one format",
             hint="data.mix holds several sources, each of a format of its own",
+        )  # fmt: skip
+    if not fits and kind not in TUNED and found not in ([], ["text"]):
+        raise BadRow(
+            "of another format", "", f"the row has {FORMATS[found[0]].means}, not {FORMATS[kind].means}",
+            hint=_READ_BY.get(found[0], "recipe: language/tune learns from conversations"),
         )  # fmt: skip
     if not fits:
         raise missing_field(row, (kind,), names(), key)

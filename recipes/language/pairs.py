@@ -173,8 +173,11 @@ class PairSource:
             if not np.array_equal(prompt, self._prompt(other)):
                 return other
         raise UserError(
-            f"the {self.split} split has answers to one prompt only", where="data.source",
-            why="KTO measures how far the model has moved by answers to other prompts", hint="use rows of more prompts",
+            f"the {self.split} split has answers to one prompt only",
+            where="data.source" if self.split == "train" else f"data.holdout_{self.split}",
+            why="KTO measures how far the model has moved by answers to other prompts",
+            hint={"train": "use rows of more prompts", "test": "hold more out, or use more rows"}.get(
+                self.split, f"data.holdout_{self.split}=0 holds none out; or hold more out, or use more rows"),
         )  # fmt: skip
 
     def reading(self, arrays: dict[str, np.ndarray], indices: np.ndarray, rows: int) -> dict:

@@ -121,6 +121,7 @@ class _Writer:
         self._counts: dict[str, dict] = {}
         self._pieces: list[tuple[int, int, int, int]] = []  # tokens, learned tokens, conversation, source
         self._uniforms: list[float] = []  # of each conversation
+        self._longest = 0  # tokens of the longest piece, cut or not
         self._overlong: list[tuple[int, str]] = []  # tokens and place of what is longer than a row, to refuse it
         with writing(folder.parent):
             self._tokens, self._learned = (folder / "tokens.bin").open("wb"), (folder / "learned.bin").open("wb")
@@ -147,6 +148,7 @@ class _Writer:
             return
         encoded = [_trimmed(piece.ids, piece.learned) for piece in pieces]
         longest = max((len(ids) for ids, _ in encoded), default=0) - 1
+        self._longest = max(self._longest, longest)
         if longest > self._data.sequence:
             if self._data.overlong == "refuse":
                 self._overlong.append((longest, row.place))
@@ -219,10 +221,13 @@ class _Writer:
         rows, nothing = (sum(one[what] for one in self._counts.values()) for what in ("rows", "nothing_learned"))
         left_out = sum((one["left_out"] for one in self._counts.values()), Counter())
         reasons = [f"{number:,} left out: {why}" for why, number in sorted(left_out.items())]
+        hint = "the loss is on the messages of the role assistant; `aurora inspect CONFIG --example 0` shows it"
+        if self._longest > self._data.sequence:
+            hint = f"data.sequence={self._longest} holds the longest; {hint}"
         return UserError(
             f"nothing in {name} can be learned", where="data.source",
             why="; ".join([f"of {rows:,} rows, {nothing:,} have no answer with a token to learn", *reasons]),
-            hint="the loss is on the messages of the role assistant; `aurora inspect CONFIG --example 0` shows it",
+            hint=hint,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from aurora_train.data.readers import LeftOut
-from language.turns import BadRow, answer, in_order, messages, schemas, text
+from language.turns import BadRow, answer, in_order, messages, schemas, text, wrong_type
 
 Placed = list[tuple[str, dict]]  # messages, each with its place in the row
 FIELDS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "chosen",
@@ -179,7 +179,8 @@ def _judged(row: Row) -> dict:
             "no label" if label is None else "a label of another type", key,
             "the row has no label" if label is None else f"the label is {label!r}",
             why="true is a good answer, false a bad one", always=True,
-            hint="write true or false, without quotes" if row.has("label") or not near else f"data.fields.label={near}",
+            hint="write true or false, without quotes" if row.has("label") else f"data.fields.label={near}" if near
+            else "write true or false into each row; recipe: language/tune learns from rows without",
         )  # fmt: skip
     if row.has("completion"):
         asked, said = _asked_and_said(row)
@@ -201,6 +202,8 @@ def _turns(row: Row, name: str, role: str) -> Placed:
     value, key = row.get(name), row.key(name)
     if isinstance(value, str):
         return [(key, {"role": role, "content": (answer if role == "assistant" else text)(value, key)})]
+    if not isinstance(value, list):
+        raise wrong_type(value, key, "text or a list of messages", '"Hello", or [{"role": "user", "content": "Hello"}]')
     return messages(value, key)
 
 

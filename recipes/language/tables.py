@@ -137,7 +137,8 @@ def rows(
             f"cannot read {path} as {ending[1:]}",
             where=f"{key}.source",
             why=f"{type(error).__name__}: {words[0] if words else 'the error has no message'}",
-            hint="the file may be cut short or of another kind; data.pattern can exclude it",
+            hint="the file may not be read by this user; `chmod u+r` allows it" if isinstance(error, PermissionError)
+            else "the file may be cut short or of another kind; data.pattern can exclude it",
         ) from error
 
 

@@ -85,8 +85,15 @@ def text(value: object, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("not UTF-8", key, "the text holds half of a surrogate pair") from error
+        raise _not_utf8(error, key) from error
     return value
+
+
+def _not_utf8(error: UnicodeEncodeError, key: str) -> BadRow:
+    """The error for a text that UTF-8 cannot write. Python reads a byte that is not UTF-8 as one of U+DC80 to U+DCFF."""
+    if "\udc80" <= error.object[error.start] <= "\udcff":
+        return BadRow("not UTF-8", key, "the text is not UTF-8", hint="write the file in UTF-8; it may be in Latin-1")
+    return BadRow("not UTF-8", key, "the text holds half of a surrogate pair")
 
 
 def answer(value: object, key: str) -> str:
@@ -137,7 +144,9 @@ def _message(turn: object, key: str) -> dict:
     if turn[role_name] == "function_call":
         calls, call_name, content = content, content_name, None
     text_key, apart = f"{key}.{content_name}", {role_name, content_name, "weight", "tool_calls", "function_call"}
-    written, thought = _content(content, text_key, bool(calls))
+    if content is None and not calls:
+        raise _no_content(turn, role, text_key)
+    written, thought = _content(content, text_key)
     message = {"role": role} if written is None else {"role": role, "content": written}
     kept = {name: one for name, one in turn.items() if one is not None and name not in apart}
     message |= {name: _json(one, f"{key}.{name}") for name, one in kept.items()}
@@ -183,12 +192,18 @@ def _role(role: object, key: str) -> str:
     return _ROLES[role]
 
 
-def _content(content: object, key: str, calls: bool) -> tuple[str | None, str]:
-    """(the text of a content, the thinking among its parts). None beside `calls` alone."""
+def _no_content(turn: dict, role: str, key: str) -> BadRow:
+    """The error for a message without content, that of an answer apart: no answer may be empty."""
+    name = key.rpartition(".")[2]
+    write = f'"{name}": "..."'
+    hint = f"{write}; or remove the row" if role == "assistant" else f'{write} (an empty text is "")'
+    near = next((one for one in turn if one != name and nearest(one, [name])), None)
+    return BadRow("no content", key, "the message has no content", hint=f"rename `{near}`: `{name}`" if near else hint)
+
+
+def _content(content: object, key: str) -> tuple[str | None, str]:
+    """(the text of a content, the thinking among its parts). None if there is no content."""
     if content is None:
-        if not calls:
-            raise BadRow("no content", key, "the message has no content",
-                         hint='"content": "..." (an empty text is "")')  # fmt: skip
         return None, ""
     if not isinstance(content, list):
         return text(content, key), ""
@@ -249,7 +264,7 @@ def _json(value, key: str):
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise BadRow("not UTF-8", key, "a text holds half of a surrogate pair") from error
+        raise _not_utf8(error, key) from error
     except TypeError as error:
         raise BadRow("another type", key, f"JSON cannot write it: {error}", hint="write it as text") from error
     return value

@@ -151,7 +151,7 @@ def test_a_template_of_ones_own_is_read_and_a_bad_one_named(model, typed, capsys
     assert main(["chat", str(model), "--max-tokens", "3", "--template", "plain.jinja"]) == 0
     typed("Hello")
     assert main(["chat", str(model), "--template", "bad.jinja"]) == 2
-    assert "--template:2: not a valid template" in capsys.readouterr().err
+    assert "--template bad.jinja:2: not a valid template" in capsys.readouterr().err
     assert main(["chat", str(model), "--template", "none.jinja"]) == 2
     assert "no such template file" in capsys.readouterr().err
 

@@ -127,7 +127,7 @@ def test_losses_that_do_not_fall_are_remarked_on():
     falling, dead = [6.0 - 0.1 * n for n in range(20)], [2.5, 90.0, 40.0, *[5.9965] * 17]
     assert remarks_on_losses(falling, 1e-3) == remarks_on_losses(dead[:7], 1e6) == []
     (remark,) = remarks_on_losses(dead, 1e6)
-    assert "2.5 in the first step and 5.996 in the last 5; optimizer.lr=1e+06 may be too large" in remark
+    assert "2.5 in the first step and 5.997 in the last 5; optimizer.lr=1e+06 may be too large" in remark
     assert remarks_on_losses([5.9965] * 20, 1e6), "nothing learned is no better"
 
 

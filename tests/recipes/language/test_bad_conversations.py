@@ -56,7 +56,15 @@ BAD = [  # the second row of a file whose first is good: (row, key, what is wron
     bad(turns(U, said("")), "messages[1].content", "the answer is empty", "write the answer"),
     bad(turns(U, said(" \n")), "messages[1].content", "the answer is empty"),
     bad(turns(U, {"role": "assistant"}), "messages[1].content", "the message has no content", '"content"'),
-    bad(turns(user(None), A), "messages[0].content", "the message has no content"),
+    bad(turns(user(None), A), "messages[0].content", "the message has no content", '(an empty text is "")'),
+    bad(turns(U, said(None)), "messages[1].content", "the message has no content", "or remove the row"),
+    bad(turns({"role": "user", "contents": "a"}, A), "messages[0].content", "no content", "rename `contents`: `content`"),
+    bad(PAIR, "", "a chosen and a rejected answer, not an answer and its label", "objective.loss=dpo", read_judged),
+    bad({"prompt": "a", "completion": "b", "label": True}, "", "an answer and its label, not a chosen", "loss=kto",
+        read_pairs),
+    bad(GOOD, "", "lists of role and content, not a chosen and a rejected answer", "language/tune", read_pairs),
+    bad({"prompt": 5, "completion": "a"}, "prompt", "it holds a number, not text or a list of messages", '"Hello"',
+        format="prompt"),
     bad(turns(user({"a": 1}), A), "messages[0].content", "it holds an object, not text"),
     bad(turns(user(7), A), "messages[0].content", "it holds a number, not text"),
     bad(turns(user([{"type": "image", "url": "x"}]), A), "messages[0].content[0]", "a part of the type `image`"),
@@ -169,6 +177,13 @@ def test_a_format_that_cannot_be_told_is_refused(tmp_path, row, what, hint):
     with pytest.raises(UserError, match=what) as caught:
         rows_of(tmp_path / "in.parquet")
     assert caught.value.where == "row 1 of in.parquet" and hint in caught.value.hint
+
+
+def test_a_file_that_is_not_utf8_is_said_to_be_none(tmp_path):
+    (tmp_path / "in.json").write_bytes(json.dumps([turns(user("naïve"), A)], ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match="the text is not UTF-8") as caught:
+        rows_of(tmp_path / "in.json")
+    assert "Latin-1" in caught.value.hint
 
 
 def test_tables_that_took_text_for_dates_are_refused(tmp_path):
