@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     gc.set_threshold(*_COLLECT)
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.getLogger("aurora_train").addFilter(_printable)
+    if not logging.getLogger().handlers:  # else the first library that logs adds one, which writes `WARNING:root:`
+        logging.getLogger().addHandler(logging.lastResort)
     for name, value in _STAY_HOME.items():
         os.environ.setdefault(name, value)
     try:

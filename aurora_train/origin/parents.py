@@ -90,7 +90,7 @@ class Parent:
         return f"{self.path}{at} ({self.digest[:12]})"
 
     def refuse_other_scale(self, config) -> None:
-        """UserError if a parent's adapters have another rank, or would be multiplied by another number than they were."""
+        """UserError if a parent's adapters have another rank, or would be multiplied by another number than before."""
         lora = getattr(getattr(config, "model", None), "lora", None)
         if self.step is None or not isinstance(lora, Lora):
             return

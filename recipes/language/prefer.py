@@ -16,7 +16,7 @@ from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, few
 from language import conversations
 from language.intervals import comparison_table
-from language.settings import ALL_HELD_OUT
+from language.settings import ALL_HELD_OUT, use_of
 from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer
 from language.tune import DataConfig, Tune
@@ -107,8 +107,8 @@ class Prefer(Tune):
         tokenizer, learned, decisive = self.reading()
         prepare = pairs.prepare_pairs if self.config.objective.loss == "dpo" else pairs.prepare_judged
         self.store = prepare(self.config.data, self.cache / "data", learned, decisive, tokenizer, progress)
-        examples = self.store.manifest["splits"]["train"][self.store.manifest["rows_are"]]
-        self.sum_up(progress, examples, f"{examples:,} {self.store.manifest['rows_are']} to train on")
+        (split, use), rows = use_of(self.config.data), self.store.manifest["rows_are"]
+        self.sum_up(progress, n := self.store.manifest["splits"][split][rows], f"{n:,} {rows} to {use}")
         self.references = self._asked(progress) if self._is_stored else None
 
     def _asked(self, progress) -> dict[str, np.ndarray]:

@@ -83,6 +83,11 @@ class TextDataConfig(Section):
 ALL_HELD_OUT = 1.0  # a `holdout_test` that a config may not set: no text is left to train on
 
 
+def use_of(data) -> tuple[str, str]:
+    """(the split that data are prepared for, what is done with it), in a line to the user: all of `on` is scored."""
+    return ("test", "score") if data.holdout_test == ALL_HELD_OUT else ("train", "train on")
+
+
 def check_settings(config: TextDataConfig, base: Path | None = None) -> None:
     """Raise UserError for settings that are wrong for any source. `base` is the folder of the config file."""
     check_shares(config)

@@ -20,7 +20,7 @@ from aurora_train.interop.kept import TEMPLATE
 from aurora_train.recipe import few
 from language import conversations
 from language.intervals import comparison_table, interval_table
-from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer
+from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer, use_of
 from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer, refuse_no_test
@@ -99,9 +99,9 @@ class Tune(Writer):
             functools.partial(arrange, sequence=data.sequence, names=sorted(data.mix) or [""]),
         )  # fmt: skip
         self.store = prepare(encoding, data, self.cache / "data", tokenizer, progress)
-        rows = sum(self.store.manifest["packed_rows"]["train"].values())
-        fill = self.store.manifest["fill"]["train"] or 0.0  # 0 where all is held out: `on`
-        self.sum_up(progress, rows, f"{rows:,} packed rows of {data.sequence:,} tokens to train on, {fill:.1%} full")
+        split, use = use_of(data)
+        rows, fill = sum(self.store.manifest["packed_rows"][split].values()), self.store.manifest["fill"][split] or 0.0
+        self.sum_up(progress, rows, f"{rows:,} packed rows of {data.sequence:,} tokens to {use}, {fill:.1%} full")
 
     def sum_up(self, progress, rows: int, made_of_them: str) -> None:
         """Say what was read, what was left out of it, and what was made of the rest."""

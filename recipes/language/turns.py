@@ -90,7 +90,7 @@ def text(value: object, key: str) -> str:
 
 
 def _not_utf8(error: UnicodeEncodeError, key: str) -> BadRow:
-    """The error for a text that UTF-8 cannot write. Python reads a byte that is not UTF-8 as one of U+DC80 to U+DCFF."""
+    """The error for a text that UTF-8 cannot write. A byte that is not UTF-8 was read as one of U+DC80 to U+DCFF."""
     if "\udc80" <= error.object[error.start] <= "\udcff":
         return BadRow("not UTF-8", key, "the text is not UTF-8", hint="write the file in UTF-8; it may be in Latin-1")
     return BadRow("not UTF-8", key, "the text holds half of a surrogate pair")

@@ -17,6 +17,7 @@ from aurora_train.interop.gguf.write import write_gguf
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.result import Result
+from aurora_train.interop.source import located
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_a_run_goes_out_as_gguf_with_a_modelfile_and_a_proof(run, tmp_path, caps
     assert json.loads((folder / "proof.json").read_text())["dtype"] == "q8_0"
     assert (folder / "Modelfile").read_text().startswith("FROM ./tiny-q8_0.gguf\nTEMPLATE")
     assert main(["verify", str(folder)]) == 0
+    assert located(folder) == str(folder / "tiny-q8_0.gguf"), "the folder names its only model"
+    assert located(run) == run
 
 
 def test_bf16_is_the_default_and_what_came_in_goes_out_bitwise(run, tmp_path):

@@ -58,7 +58,7 @@ BAD = [  # the second row of a file whose first is good: (row, key, what is wron
     bad(turns(U, {"role": "assistant"}), "messages[1].content", "the message has no content", '"content"'),
     bad(turns(user(None), A), "messages[0].content", "the message has no content", '(an empty text is "")'),
     bad(turns(U, said(None)), "messages[1].content", "the message has no content", "or remove the row"),
-    bad(turns({"role": "user", "contents": "a"}, A), "messages[0].content", "no content", "rename `contents`: `content`"),
+    bad(turns({"role": "user", "contents": "a"}, A), "messages[0].content", "no content", "rename `contents`"),
     bad(PAIR, "", "a chosen and a rejected answer, not an answer and its label", "objective.loss=dpo", read_judged),
     bad({"prompt": "a", "completion": "b", "label": True}, "", "an answer and its label, not a chosen", "loss=kto",
         read_pairs),

@@ -148,7 +148,11 @@ def test_rows_without_anything_to_learn_are_counted_and_a_set_of_them_is_refused
     assert "in 2 nothing is learned" in store.summary()[0]
     with pytest.raises(UserError, match="nothing in .* can be learned") as refused:
         prepared(tmp_path, source=write(tmp_path / "b.jsonl", nothing))
-    assert "of 2 rows, 2 have no answer" in refused.value.why
+    assert "of 2 rows, 2 have no answer" in refused.value.why and "data.sequence" not in refused.value.hint
+    for overlong in ("leave_out", "cut"):
+        with pytest.raises(UserError, match="nothing in .* can be learned") as refused:
+            prepared(tmp_path, source=write(tmp_path / "c.jsonl", [[[40, 2]]]), overlong=overlong)
+        assert "data.sequence=40 holds the longest" in refused.value.hint
 
 
 def test_what_a_template_leaves_out_is_counted_by_conversations_and_said(tmp_path, monkeypatch):

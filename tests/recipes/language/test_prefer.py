@@ -316,7 +316,7 @@ def test_outcomes_are_counted_over_all_pairs_with_ties_as_halves(tmp_path):
         (["objective.desirable=2.0"], "it is for objective.loss=kto only"),
         (["objective.smoothing=0.5"], "less than 0.5"),
         (["train.precision=fp8"], "the reference is asked in bfloat16"),
-        (["objective.loss=kto"], "its fields are prompt, chosen, rejected"),
+        (["objective.loss=kto"], "objective.loss=dpo learns from such rows"),
     ],
 )
 def test_a_setting_without_effect_is_refused(config, overrides, says):
@@ -346,3 +346,4 @@ def test_judged_answers_with_nothing_to_compare_are_refused(here, change, says):
         prepared(write_config(here, here / "tiny.gguf", rows, name="alike"), "objective.loss=kto",
                  "data.holdout_validation=0.2")  # fmt: skip
     assert says in str(refused.value)
+    assert "one prompt" not in says or "hold more out" in refused.value.hint and "data.holdout_" in refused.value.where
