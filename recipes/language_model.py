@@ -10,8 +10,10 @@ import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.interop.kept import ORIGIN, TEMPLATE
 from aurora_train.recipe import few
 from aurora_train.units import size
+from language import conversations
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
 from language.starting import ModelConfig
@@ -56,11 +58,23 @@ class Recipe(Writer):
         self.store = prepare(self.config.data, self.cache / "data", progress=progress, inherited=inherited)
 
     def on(self, path: str):
-        """A recipe whose test split is a whole source, tokenized like the training text."""
+        """A recipe whose test split is a whole source, tokenized like the training text. Conversations are scored as
+        `language/tune` does, if the model has a template."""
+        if TEMPLATE in self.known and conversations.are_in(path):
+            return self._tuning().on(path)
         return self.scoring(
             source=path, mix={}, pattern="**/*", max_documents=None, tokenizer=TokenizerConfig(),
             holdout_test=ALL_HELD_OUT, holdout_validation=0.0,
         )  # fmt: skip
+
+    def _tuning(self):
+        """The same model under `language/tune`; conversations longer than its default row are left out and counted."""
+        from language.tune import DataConfig, Scoring, Tune
+
+        default, room = DataConfig().sequence, (self.known.get(ORIGIN) or {}).get("max_length")
+        sequence = max(self.config.data.sequence, min(default, room or default))
+        data = DataConfig(sequence=sequence, overlong="leave_out")
+        return Tune(self.config.model_copy(update={"data": data, "score": Scoring()}), self.cache).use(self.known)
 
     def data(self, split: str):
         from language.rows import TokenSource

@@ -23,6 +23,10 @@ class Evaluator:
         self._sums, self._predict = jax.jit(self._loss), jax.jit(self._outputs)
         self._compiled: dict[tuple, Callable] = {}
 
+    def under(self, recipe) -> Evaluator:
+        """The evaluator of another recipe for the same model."""
+        return Evaluator(recipe, self._blueprint, self._mesh)
+
     def _loss(self, weights, batch):
         with tracing(forms=self._recipe.config.train.forms):
             return Loss(*self._recipe.loss(self._judged(weights), batch, None))

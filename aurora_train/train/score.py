@@ -128,9 +128,10 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
         raise UserError(f"there is no file or folder {place}", where="--on")
     other = recipe.on(str(place))
     other.prepare(progress)
+    evaluator = trained.evaluator if isinstance(other, type(recipe)) else trained.evaluator.under(other)
     with tempfile.TemporaryDirectory() as folder:  # the run's work folder belongs to the score of its own data
         workdir = Path(folder)
-        record = _measured(other, trained.config, workdir, *parts, progress)
+        record = _measured(other, trained.config, workdir, evaluator, trained.state, progress)
         record |= {} if baselines is False else _made(other, workdir, progress)
     record.pop("plots")  # plots.json belongs to the score of the run's own data
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}

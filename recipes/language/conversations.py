@@ -122,6 +122,17 @@ def check(data: ConversationDataConfig, base: Path | None = None, reader: Callab
                 pass
 
 
+def are_in(path: str) -> bool:
+    """Whether the first row of the tables at a path is a conversation of messages, which only a template can read."""
+    data = ConversationDataConfig(source=path)
+    try:
+        (source,) = sources(data, say=lambda *_: None).values()
+        first = next(read(source, data, say=lambda *_: None))
+    except UserError:
+        return False
+    return isinstance(first, Conversation) and first.messages is not None
+
+
 def _read(
     source: Corpus, data: ConversationDataConfig, formats: tuple[str, ...], say: Say
 ) -> Iterator[tuple[str, dict | LeftOut]]:

@@ -176,8 +176,9 @@ class PairSource:
             f"the {self.split} split has answers to one prompt only",
             where="data.source" if self.split == "train" else f"data.holdout_{self.split}",
             why="KTO measures how far the model has moved by answers to other prompts",
-            hint={"train": "use rows of more prompts", "test": "hold more out, or use more rows"}.get(
-                self.split, f"data.holdout_{self.split}=0 holds none out; or hold more out, or use more rows"),
+            hint={"train": "use rows of more prompts, or lower data.holdout_test and data.holdout_validation",
+                  "validation": "data.holdout_validation=0 holds none out; or hold more out, or use more rows",
+                  "test": "hold more out, or use more rows"}[self.split],
         )  # fmt: skip
 
     def reading(self, arrays: dict[str, np.ndarray], indices: np.ndarray, rows: int) -> dict:

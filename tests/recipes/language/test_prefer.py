@@ -18,6 +18,9 @@ from aurora_train.loading import load
 from aurora_train.nn.tracing import tracing
 from aurora_train.origin.parents import parents_of
 from language import pair_scores, reference
+from language.answers import learn
+from language.chat import Dialogue
+from language.conversations import Conversation
 from language.preferences import Judgement
 
 BASE = ["model.lora.rank=4", "model.lora.targets=['*']", "objective.reference=base"]  # with a reference for nothing
@@ -305,6 +308,22 @@ def test_outcomes_are_counted_over_all_pairs_with_ties_as_halves(tmp_path):
     assert pair_scores.measures(tmp_path)["pair_accuracy"].value == pytest.approx(np.mean(every))
 
 
+def test_an_open_model_is_scored_on_conversations_by_the_loss_of_their_answers(here, capsys):
+    """Beside a sum over the logits of one conversation."""
+    said = [user("is 3 a number")[0], assistant("yes 3")[0]]
+    (here / "chats.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    capsys.readouterr()
+    assert in_process("evaluate", here / "tiny.gguf", "--on", here / "chats.jsonl", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    model = load(here / "tiny.gguf")
+    dialogue = Dialogue(model.tokenizer, model.recipe.known)
+    (row,) = learn(Conversation("", said), model.tokenizer, model.recipe.known, dialogue)
+    logs = jax.nn.log_softmax(np.asarray(model.logits(row.ids[:-1]), np.float32))
+    wanted = -np.asarray(logs)[np.arange(len(row.ids) - 1), row.ids[1:]][row.learned[1:]].mean()
+    assert found["headline"] == "answer_loss" and found["score"]["learned_tokens"] == row.learned.sum()
+    assert found["score"]["answer_loss"] == pytest.approx(float(wanted), abs=1e-3)
+
+
 # ---- mistakes
 
 
@@ -346,4 +365,10 @@ def test_judged_answers_with_nothing_to_compare_are_refused(here, change, says):
         prepared(write_config(here, here / "tiny.gguf", rows, name="alike"), "objective.loss=kto",
                  "data.holdout_validation=0.2")  # fmt: skip
     assert says in str(refused.value)
-    assert "one prompt" not in says or "hold more out" in refused.value.hint and "data.holdout_" in refused.value.where
+
+
+def test_one_prompt_held_out_for_validation_is_refused_by_its_key(here):
+    with pytest.raises(UserError, match="the validation split has answers to one prompt only") as refused:
+        prepared(write_config(here, here / "tiny.gguf", judged(), name="one"), "objective.loss=kto",
+                 "data.holdout_validation=0.001")  # fmt: skip
+    assert refused.value.where == "data.holdout_validation" and "data.holdout_validation=0 " in refused.value.hint
