@@ -26,8 +26,9 @@ _HELP = """/system TEXT  begin a new conversation under this system prompt; with
 class Conversation:
     """The messages so far, and what a line of the user does with them."""
 
-    def __init__(self, trained, system: str | None, options: dict):
+    def __init__(self, trained, system: str | None, options: dict, template: Path | None = None):
         self._trained, self._options, self._interactive = trained, options, sys.stdin.isatty()
+        self._template = template
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
@@ -70,7 +71,9 @@ class Conversation:
         try:
             answer = self._trained.chat(asked, **self._options, on_text=show)
         except UserError as fault:
-            raise by_option(fault) from fault
+            found = by_option(fault)
+            where = found.where and found.where.replace("--template", f"--template {self._template}", 1)
+            raise UserError(found.what, where=where, why=found.why, hint=found.hint) from fault
         except KeyboardInterrupt:
             answer = "".join(pieces)
         print(answer[len("".join(pieces)) :])  # all of it, if the recipe does not write piece by piece
@@ -132,4 +135,4 @@ def command(
                "template": text}  # fmt: skip
     if sys.stdin.isatty():
         print(f"{trained!r}; /help shows the commands", file=sys.stderr)
-    Conversation(trained, system, options).run()
+    Conversation(trained, system, options, template).run()

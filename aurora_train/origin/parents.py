@@ -18,7 +18,7 @@ from aurora_train.config.yaml import read_file
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE, Facts
 from aurora_train.interop import hub
-from aurora_train.interop.kept import facts_of
+from aurora_train.interop.kept import TEMPLATE, facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import digest as foreign_digest
 from aurora_train.interop.source import is_foreign, open_source
@@ -133,6 +133,7 @@ class Parent:
             ours, theirs = kept_facts.shown(facts[name]), kept_facts.shown(self.facts[name])
             what = "another tokenizer" if name.startswith("tokenizer") else f"another `{name}`"
             inherit = "leave out `data.tokenizer` to use the run's own; or " if name.startswith("tokenizer") else ""
+            inherit = "leave out `data.template` to use the model's own; or " if name == TEMPLATE else inherit
             inherit = f"init.facts={self.prefix} uses those of that part; or " if self.prefix else inherit
             raise UserError(
                 f"{self.path} was trained with {what}", where=init_key(self.prefix),

@@ -152,6 +152,10 @@ def test_a_template_of_ones_own_is_read_and_a_bad_one_named(model, typed, capsys
     typed("Hello")
     assert main(["chat", str(model), "--template", "bad.jinja"]) == 2
     assert "--template bad.jinja:2: not a valid template" in capsys.readouterr().err
+    (tmp_path / "fails.jinja").write_text("\n{{ messages[0].contnt.strip() }}")
+    typed("Hello")
+    assert main(["chat", str(model), "--template", "fails.jinja"]) == 2
+    assert "--template fails.jinja:2: the template fails" in capsys.readouterr().err
     assert main(["chat", str(model), "--template", "none.jinja"]) == 2
     assert "no such template file" in capsys.readouterr().err
 

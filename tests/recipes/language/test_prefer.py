@@ -314,7 +314,9 @@ def test_an_open_model_is_scored_on_conversations_by_the_loss_of_their_answers(h
     (here / "chats.jsonl").write_text(json.dumps({"messages": said}) + "\n")
     capsys.readouterr()
     assert in_process("evaluate", here / "tiny.gguf", "--on", here / "chats.jsonl", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    written = capsys.readouterr()
+    found = json.loads(written.out)
+    assert "packed rows of 256 tokens to score" in written.err
     model = load(here / "tiny.gguf")
     dialogue = Dialogue(model.tokenizer, model.recipe.known)
     (row,) = learn(Conversation("", said), model.tokenizer, model.recipe.known, dialogue)
