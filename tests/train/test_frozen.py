@@ -224,7 +224,7 @@ def test_a_frozen_folder_that_is_not_what_was_written_is_one_clear_error(here, c
     else:
         shutil.rmtree(folder)
     if harm == "another run's":
-        assert main(["train", "counted.yaml", *ADAPTED, "--run", "other", "--quiet"]) == 0
+        assert main(["train", "counted.yaml", *ADAPTED, "init.final_norm=base", "--run", "other", "--quiet"]) == 0
         shutil.copytree(here / "other" / "checkpoints" / "frozen", folder)
     capsys.readouterr()
     for arguments in (["resume", "adapted", "train.steps=7"], ["evaluate", "adapted"]):
@@ -327,7 +327,9 @@ def test_a_base_is_coded_as_it_is_read_and_the_run_resumes_scores_and_counts_as_
 
 @pytest.mark.slow
 def test_a_base_of_4_bits_is_not_read_as_one_of_more(here):
-    assert main(["train", "counted.yaml", *CODED, "train.steps=2", "--run", "coded", "--quiet"]) == 0
+    assert main(["train", "counted.yaml", *WIDE, "train.steps=1", "--run", "wide", "--quiet"]) == 0
+    coded = [*CODED, "init.from=wide", "train.steps=2"]
+    assert main(["train", "counted.yaml", *coded, "--run", "coded", "--quiet"]) == 0
     for adapters in ([], ADAPTED):
         config = load(here / "counted.yaml", [*WIDE, *adapters, "init.from=coded"])
         session = open_session(config, Run(here / "plain"), silent)
