@@ -36,7 +36,8 @@ def import_model(
     """
     run = runs.Run(folder)
     taken = UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
-    if run.config.is_file() or run.holds_something_else() and not _was_broken_off(run):
+    left, ours = _was_broken_off(run), not run.folder.exists()
+    if run.config.is_file() or run.holds_something_else() and not left:
         raise taken
     source = str(located(source, online=online))
     if Path(source).is_file() and not is_foreign(source):
@@ -52,12 +53,14 @@ def import_model(
     with run.lock():
         if run.config.is_file():  # another process was faster
             raise taken
-        run.forget()  # what an import that was killed has left
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        if left:
+            run.forget()
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
         try:
             _write(run, source, opened, facts, config)
         except BaseException:  # nothing of it is a run before the config is there
-            shutil.rmtree(run.folder, ignore_errors=True)
+            if left or ours:
+                shutil.rmtree(run.folder, ignore_errors=True)
             raise
     return run, opened
 

@@ -133,14 +133,19 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
     if not is_run:  # there is no folder of its own to keep the score in
         return record
+    try:
+        _keep_beside(run, place, record)
+    except (UserError, OSError) as fault:  # it took long to make
+        log.warning("the score is shown and not kept: %s", fault)
+    return record
+
+
+def _keep_beside(run: Run, place: Path, record: dict) -> None:
+    """Write the score of other data than the run's own into its folder."""
     target = run.folder / "scores-on" / f"{place.name}.json"
     if (files.read_json(target) or record)["on"] != str(place):  # another of the same name
         target = target.with_stem(f"{target.stem}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}")
-    try:
-        files.write_json(target, record)
-    except UserError as fault:
-        log.warning("the score is shown and not kept: %s", fault)
-    return record
+    files.write_json(target, record)
 
 
 def _scored_where_possible(run: Run, trained, parts: tuple, progress, baselines: bool | None) -> dict:
