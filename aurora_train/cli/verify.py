@@ -68,6 +68,7 @@ def _verify_export(folder, json: bool) -> None:
 
 
 def _show(rows: list[dict]) -> None:
+    from aurora_train.checkpoint.frozen import FOLDER
     from aurora_train.units import counted, size
 
     for row in rows:
@@ -77,7 +78,7 @@ def _show(rows: list[dict]) -> None:
         for line in row["faults"]:
             print(f"{name}: damaged: {line}")
     steps = [row for row in rows if row["step"] is not None]
-    if any(row["faults"] and Path(row["folder"]).name == "frozen" for row in rows):
+    if any(row["faults"] and Path(row["folder"]).name == FOLDER for row in rows):
         print("Every checkpoint needs the frozen parameters, which are stored once: restore that folder from a copy.")
     elif all(row["faults"] for row in steps):
         print("None of these checkpoints can be resumed from: restore one from a copy.")
