@@ -172,12 +172,9 @@ class PairSource:
             other = int(first + (index - first + step) % (end - first))
             if not np.array_equal(prompt, self._prompt(other)):
                 return other
-        held_out = "" if self.split == "train" else (
-            f"raise data.holdout_{self.split}, or set data.holdout_{self.split}=0; or ")  # fmt: skip
         raise UserError(
             f"the {self.split} split has answers to one prompt only", where="data.source",
-            why="KTO measures how far the model has moved by answers to other prompts",
-            hint=f"{held_out}use rows of more prompts",
+            why="KTO measures how far the model has moved by answers to other prompts", hint="use rows of more prompts",
         )  # fmt: skip
 
     def reading(self, arrays: dict[str, np.ndarray], indices: np.ndarray, rows: int) -> dict:
