@@ -76,6 +76,12 @@ def read_json(path: Path, default=None):
         raise UserError("this file is not JSON", where=str(path), why=str(error)) from error
 
 
+def gguf_in(folder: Path) -> str | None:
+    """A hint that names a GGUF file in a folder that was named instead; None if there is none."""
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    return f"name the file in it: {found[0]}" if found else None
+
+
 def sha256(path: Path) -> str:
     """sha256 hex of a file's bytes. Raises OSError.
 

@@ -175,17 +175,20 @@ def unread(run, step: int | None = None, *, by: str, progress=_SILENT) -> Iterat
     if source:
         yield _unread_source(source, config)
         return
-    from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+    from aurora_train.checkpoint.reading import opened
+    from aurora_train.checkpoint.store import CheckpointStore
     from aurora_train.interop.result import OnDisk
     from aurora_train.train.session import recipe_of, refuse_facts_of_another
 
     recipe = recipe_of(config, known, progress)
     facts = recipe.known
     with contextlib.closing(CheckpointStore(known.checkpoints, known.trash)) as store:
-        step = require_step(store, step, str(known.folder))
-        refuse_damage(store, step)
-        refuse_facts_of_another(store, step, facts)
-        specs, read = _by_layer(store, step)
+
+        def begun(step: int):
+            refuse_facts_of_another(store, step, facts)
+            return _by_layer(store, step)
+
+        step, (specs, read) = opened(store, step, str(known.folder), begun)
         origin, mask = read_json(known.provenance, {}), _mask(recipe, config.train.seed)
         yield OnDisk(known.folder, config, facts, origin, step, specs, read, mask)
 
@@ -224,6 +227,7 @@ def _by_layer(store, step: int) -> tuple[dict, Callable[[str], np.ndarray]]:
     import numpy as np
 
     from aurora_train import mesh as meshes
+    from aurora_train.checkpoint.reading import reading
     from aurora_train.machine.memory import give_back_freed
     from aurora_train.origin.weights import stored_parameters
 
@@ -244,7 +248,8 @@ def _by_layer(store, step: int) -> tuple[dict, Callable[[str], np.ndarray]]:
             if released > _GIVE_BACK_BYTES:
                 give_back_freed()
                 released = 0
-            held.update(read_some({one: specs[one] for one in groups[_layer_of(name)]}))
+            with reading(store, step):
+                held.update(read_some({one: specs[one] for one in groups[_layer_of(name)]}))
         return np.asarray(held[name])
 
     return specs, read

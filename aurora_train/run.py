@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aurora_train import facts
 from aurora_train.errors import UserError
-from aurora_train.files import make_folder, read_json, write_atomically, write_json
+from aurora_train.files import gguf_in, make_folder, read_json, write_atomically, write_json
 from aurora_train.units import counted
 
 _ATTEMPTS = 6  # to take the lock, which `is_held` of another process holds for an instant
@@ -64,7 +64,8 @@ class Run:
         if not run.config.is_file():
             nearby = sorted(p.parent.name for p in run.folder.parent.glob("*/config.yaml"))[:5]
             hint = f"runs there: {', '.join(nearby)}" if nearby else "`aurora train CONFIG` starts one"
-            raise UserError("not a run folder (it has no config.yaml)", where=str(folder), hint=hint)
+            raise UserError("not a run folder (it has no config.yaml)", where=str(folder),
+                            hint=gguf_in(run.folder) or hint)  # fmt: skip
         return run
 
     @contextlib.contextmanager
@@ -120,6 +121,11 @@ class Run:
         except OSError:  # never held, or not readable by us
             return False
         return False
+
+    def is_writable(self) -> bool:
+        """Whether this process may write what a score leaves in the folder."""
+        written = (self.folder, self.workdir, self.samples)
+        return all(os.access(path, os.W_OK) for path in written if path.exists())
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
@@ -258,6 +264,21 @@ class FollowedRun(Run):
     def journal(self, process: int) -> Path:
         """The journal in the leader's run folder, because this process's answers are recorded nowhere else."""
         return self._leaders.journal(process)
+
+
+class UnwritableRun(Run):
+    """A run in a folder that this process cannot write: what is made of it goes to another folder."""
+
+    def __init__(self, run: Run, beside):
+        super().__init__(run.folder)
+        self._beside = Path(beside)
+        if run.scores.is_file():  # the baselines in it may be kept
+            shutil.copyfile(run.scores, self.scores)
+
+    workdir = property(lambda self: self._beside / "work")
+    samples = property(lambda self: self._beside / "samples")
+    scores = property(lambda self: self._beside / "scores.json")
+    plots = property(lambda self: self._beside / "plots.json")
 
 
 def provenance(config, session, machine: dict, parents: dict) -> dict:

@@ -10,7 +10,7 @@ class FollowedStore(CheckpointStore):
 
     def restore(self, step, tree, shardings):
         """Like the leader's, and it sees every checkpoint that the leader has saved by now."""
-        self._outdated = True
+        self.outdated = True
         return super().restore(step, tree, shardings)
 
     def save(self, step, tree, record, *, copy=True) -> None:

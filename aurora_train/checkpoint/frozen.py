@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ def shared(folder: Path, content: str) -> str | None:
             continue
         try:
             _link(other, folder)
-            faults = durable.faults(folder)
+            lines = durable.faults(folder)
         except (OSError, UserError) as error:
-            faults = [getattr(error, "strerror", None) or str(error)]
-        if not faults:
+            lines = [getattr(error, "strerror", None) or str(error)]
+        if not lines:
             log.info("frozen parameters: %d bytes shared with %s", durable.num_bytes(folder), other.parents[1])
             return _digest(folder)
         log.warning("the frozen parameters are stored once more, because those of %s cannot be shared: %s",
-                    other.parents[1], faults[0])  # fmt: skip
+                    other.parents[1], lines[0])  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
@@ -108,7 +109,12 @@ def shapes(folder: Path, digest: str) -> dict[str, Any]:
 
 def refuse_damage(folder: Path, digest: str) -> None:
     """Raise UserError if the folder is missing, has another digest, or has a changed byte. Reads all of it."""
-    _refuse(durable.faults(folder) if _digest(folder) == digest else _other(folder), folder)
+    _refuse(faults(folder, digest), folder)
+
+
+def faults(folder: Path, digest: str, read: Callable[[int], None] | None = None) -> list[str]:
+    """What differs between a folder and the frozen parameters of a digest, as `durable.faults` says it."""
+    return durable.faults(folder, read) if _digest(folder) == digest else _other(folder)
 
 
 def _digest(folder: Path) -> str | None:

@@ -49,7 +49,7 @@ class CheckpointStore:
         self.folder, self.trash = folder, trash
         self.keep, self.keep_every, self.best = keep, keep_every, best
         self.ledger = Ledger(folder)
-        self._orbax, self._outdated = None, False  # outdated: Orbax lists a step whose save was undone
+        self._orbax, self.outdated = None, False  # outdated: Orbax lists a step whose save was undone
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._pending: Future | None = None
         self._unsettled: set[int] = set()  # steps whose save failed after a manifest may have been written
@@ -232,7 +232,7 @@ class CheckpointStore:
         """Remove the remains of an unfinished save: the next one needs the space."""
         with contextlib.suppress(OSError, UserError):  # the next attempt tries again and reports the error
             self._take_back(step)
-        self._outdated = True
+        self.outdated = True
         for path in self.folder.glob(f"{step}*"):
             if path.name.split(".")[0] == str(step) and not durable.is_sealed(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -329,15 +329,15 @@ class CheckpointStore:
 
     def _close_orbax(self) -> None:
         orbax, self._orbax = self._orbax, None
-        already_reported = (OSError, ValueError) if self._outdated else ()  # errors of the save that failed
+        already_reported = (OSError, ValueError) if self.outdated else ()  # errors of the save that failed
         with contextlib.suppress(*already_reported):
             if orbax is not None:
                 orbax.close()
 
     def _checkpointer(self):
-        if self._outdated:
+        if self.outdated:
             self._close_orbax()
-        self._outdated = False
+        self.outdated = False
         if self._orbax is None:
             self._orbax = writer.checkpointer(self.folder)
         return self._orbax

@@ -32,6 +32,7 @@ def command(
     """Score a trained run on its test data, or a run or an open model on other data (not part of the run's record).
 
     Of a run, it writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
+    If that folder cannot be written, the score is shown and not kept.
     """
     from aurora_train.loading import load
     from aurora_train.record.console import show_table

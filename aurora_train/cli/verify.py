@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,7 @@ def _verify_export(folder, json: bool) -> None:
 
 
 def _show(rows: list[dict]) -> None:
+    from aurora_train.checkpoint.frozen import FOLDER
     from aurora_train.units import counted, size
 
     for row in rows:
@@ -76,7 +78,9 @@ def _show(rows: list[dict]) -> None:
         for line in row["faults"]:
             print(f"{name}: damaged: {line}")
     steps = [row for row in rows if row["step"] is not None]
-    if all(row["faults"] for row in steps):
+    if any(row["faults"] and Path(row["folder"]).name == FOLDER for row in rows):
+        print("Every checkpoint needs the frozen parameters, which are stored once: restore that folder from a copy.")
+    elif all(row["faults"] for row in steps):
         print("None of these checkpoints can be resumed from: restore one from a copy.")
     elif any(row["faults"] for row in rows):
         print("`aurora resume RUN` sets damaged checkpoints aside and continues from the newest intact one.")

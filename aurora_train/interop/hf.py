@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_train.errors import UserError
+from aurora_train.files import gguf_in
 from aurora_train.interop.source import OpenModel, Tensor
 
 # Every dtype that is read, the widest first, as safetensors orders the tensors of a file.
@@ -52,7 +53,7 @@ def read_json(path: Path, *, required: bool = False) -> dict:
         hint = "a folder with config.json and *.safetensors, a *.gguf file, or a run folder"
         what = f"this folder has no {path.name}" if path.parent.is_dir() else "this is not a folder"
         what = f"{pickles[0].name} is a pickle, which may run any code when read" if pickles else what
-        raise UserError(what, where=str(path.parent), hint=hint)
+        raise UserError(what, where=str(path.parent), hint=gguf_in(path.parent) or hint)
     if text is None:
         return {}
     try:

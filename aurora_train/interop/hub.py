@@ -46,7 +46,7 @@ class Model(NamedTuple):
     revision: str = "main"
 
     @classmethod
-    def named(cls, text: str, where: str) -> Model:
+    def named(cls, text: str, where: str | None) -> Model:
         """The model of `hub:owner/name[@REVISION]`. UserError for any other text."""
         repository, at, revision = text.removeprefix(HUB).partition("@")
         revision = revision if at else "main"
@@ -90,16 +90,16 @@ def copied(named: str, *, online: bool, where: str | None = None) -> Path:
     cache while the network is off, for a hub that cannot be reached or has no such model, and for a model that is not
     stored as safetensors.
     """
-    model = Model.named(named, where or named)
+    model = Model.named(named, where)
     if online:
-        folder = _downloaded(model, where or named)
+        folder = _downloaded(model, where)
         bring_bases(folder)
         return folder
     folder = model.copy()
     if folder is None:
         begun = any((model.folder / _SNAPSHOTS).glob(f"*{_PART}"))
         raise UserError(
-            f"{model} is on the network, and the network is off", where=where or named,
+            f"{model} is on the network, and the network is off", where=where,
             why="a download of it was broken off; the next one continues it" if begun else None,
             hint="`aurora import` and `aurora train` download it once with --online (data.online=true in a config); or "
             "name the folder of a copy",
@@ -148,7 +148,7 @@ def base_of(folder: Path) -> Model | None:
     return Model(base, revision or "main")
 
 
-def _downloaded(model: Model, where: str) -> Path:
+def _downloaded(model: Model, where: str | None) -> Path:
     """The folder of what a revision is now, downloaded unless it is here already."""
     with _library() as hub, _explained(model, where):
         endpoint = os.environ.get("HF_ENDPOINT") or None
@@ -170,7 +170,7 @@ def _downloaded(model: Model, where: str) -> Path:
     return folder
 
 
-def _wanted(siblings: list[Any], model: Model, where: str) -> list[_File]:
+def _wanted(siblings: list[Any], model: Model, where: str | None) -> list[_File]:
     """The files of a model that are read. UserError, before any of them is downloaded, if its weights are not among
     them."""
     names = [one.rfilename for one in siblings]
@@ -193,7 +193,9 @@ def _wanted(siblings: list[Any], model: Model, where: str) -> list[_File]:
     return found
 
 
-def _fill(hub, endpoint: str | None, model: Model, commit: str, wanted: list[_File], folder: Path, where: str) -> None:
+def _fill(
+    hub, endpoint: str | None, model: Model, commit: str, wanted: list[_File], folder: Path, where: str | None
+) -> None:
     """Download into a folder what it lacks of the wanted files, each from where an earlier download broke off."""
     files.make_folder(folder)
     here = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -256,7 +258,7 @@ def _library() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _explained(model: Model, where: str) -> Iterator[None]:
+def _explained(model: Model, where: str | None) -> Iterator[None]:
     """A fault of the hub or of the way to it as a UserError."""
     from huggingface_hub import errors
 
@@ -273,5 +275,7 @@ def _explained(model: Model, where: str) -> Iterator[None]:
         here = model.copy()
         hint = f"without --online the copy of {here.name[:12]} in the cache is read" if here else (
             "the same command continues the download")  # fmt: skip
+        if getattr(error, "response", None) is None and getattr(error, "errno", None) is None:  # nobody answered
+            hint = f"is there a network? HF_ENDPOINT names another hub, such as a mirror; {hint}"
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{model} cannot be downloaded", where=where, why=why, hint=hint) from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from aurora_train.config.yaml import read_file
 from aurora_train.errors import UserError
 from aurora_train.files import write_json
 from aurora_train.interop import families, hub
@@ -25,6 +26,7 @@ from aurora_train.interop.result import Adapters, Result, lineage
 from aurora_train.interop.source import located, open_source
 from aurora_train.nn import nf4
 from aurora_train.nn.lora_config import scale_of
+from aurora_train.run import Run
 
 _PREFIX = "base_model.model."
 _TABLE = "embedding"
@@ -95,13 +97,17 @@ def _refuse_other_sum(result: Result, adapters: Adapters, base: Opened, whole: s
 
 
 def _base_of(record: dict[str, Any]) -> Path:
-    """The open model that a run starts from, directly or by a run at step 0 that was imported from it."""
+    """The open model that a run's adapters were trained over: what it starts from, directly, by a run at step 0 that
+    was imported from it, or by runs that trained adapters too, whose frozen base it then has."""
     for parent in lineage(record["parent"]):
         if parent["step"] is None and "hub" in parent and not Path(parent["from"]).exists():  # another cache by now
             return Path(located(f"{hub.HUB}{parent['hub']}@{parent['revision']}", where=record["run"]))
         if parent["step"] is None:
+            if not Path(parent["from"]).exists():
+                raise UserError(f"the base that the adapters were trained over is not here: {parent['from']}",
+                                where=record["run"], hint="--base DIR names it where it is now")  # fmt: skip
             return Path(parent["from"])
-        if parent["step"]:
+        if parent["step"] and not _has_adapters(parent["from"]):
             raise UserError(
                 f"the adapters were trained over step {parent['step']} of {parent['from']}, which PEFT cannot read",
                 where=record["run"],
@@ -112,6 +118,12 @@ def _base_of(record: dict[str, Any]) -> Path:
         "its provenance names no open model that the adapters were trained over", where=record["run"],
         hint="--base DIR names the base, which `aurora export --format hf` may have written",
     )  # fmt: skip
+
+
+def _has_adapters(folder: str) -> bool:
+    file = Run(folder).config
+    model = read_file(file).value.get("model") if file.is_file() else None
+    return isinstance(model, dict) and bool(model.get("lora"))
 
 
 def _opened(base: Path) -> Opened:

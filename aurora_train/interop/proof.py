@@ -8,6 +8,7 @@ a family, say). "independent" compares with another library as well, transformer
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ TEXTS = (
 # What a program may read of an export: the card, a licence and files such as .gitattributes may be added and edited.
 _DIGESTED = (".json", ".safetensors", ".jinja", ".gguf", ".bin", ".pt", ".pth", ".model", ".py", ".txt")
 _ALSO_DIGESTED = ("Modelfile",)
+ADAPTERS, _BASE = "adapter_config.json", ("base_model_name_or_path", "revision")
 LONGEST = 64  # tokens of a text that are compared
 # Mean difference of log-probabilities that rounding the weights to a dtype may make, in nats.
 BOUNDS = {
@@ -104,6 +106,7 @@ def prove(result: Result, family: Family, folder: Path, dtype: str, library: str
         proof |= {"kind": "independent", "library": library, "largest_difference": largest}
         says += f"; {library} on the same folder differs by at most {largest:.1g}"
     proof |= {"says": says, "origin": published(result.record), "files": _digests(folder)}
+    proof |= {"without_base": _without_base(folder)} if opened.source.kind == "peft" else {}
     write_json(folder / NAME, proof)
     return proof
 
@@ -189,6 +192,8 @@ def repeat(folder: Path) -> dict[str, Any]:
     """
     proof = _recorded(folder)
     now = _digests(folder)
+    if proof.get("without_base") and _without_base(folder) == proof["without_base"]:
+        now[ADAPTERS] = proof["files"].get(ADAPTERS, "")
     faults = [f"{name} was changed or is missing" for name, digest in proof["files"].items() if now.get(name) != digest]
     faults += [f"{name} was added after the proof" for name in now if name not in proof["files"]]
     try:
@@ -245,4 +250,19 @@ def _digests(folder: Path) -> dict[str, str]:
             with path.open("rb") as handle:
                 digests[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
     return digests
+
+
+def _without_base(folder: Path) -> str | None:
+    """sha256 of an adapter's settings but the name of its base, which differs from place to place; None without any.
+
+    Another base under that name gives other log-probabilities, which the proof holds.
+    """
+    try:
+        config = read_json(folder / ADAPTERS)
+    except UserError:
+        return None
+    if not isinstance(config, dict):
+        return None
+    kept = {name: value for name, value in config.items() if name not in _BASE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

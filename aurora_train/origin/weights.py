@@ -22,6 +22,7 @@ from flax import nnx
 from aurora_train import run as runs
 from aurora_train.check.intent import init_key
 from aurora_train.checkpoint import layout
+from aurora_train.checkpoint.reading import reading
 from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
 from aurora_train.interop.hf import tensors_of_file
@@ -82,6 +83,7 @@ def _opened(parent: Parent):
         else:
             run = runs.Run.existing(parent.path)
             store = closing.enter_context(contextlib.closing(CheckpointStore(run.checkpoints, run.trash)))
+            closing.enter_context(reading(store, parent.step))
             source = stored_parameters(store, parent.step)
         yield source if parent.rows is None else widened(*source, parent.rows, parent.path)
 

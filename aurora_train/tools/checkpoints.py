@@ -45,8 +45,9 @@ def verify(folder: Path, steps: Iterable[int], progress: Callable[[int, int], No
     Keys: step (None for what all share), files, bytes, faults (one line per file; [] if it is intact), folder.
     `progress(done, total)` is called with the number of bytes read so far and the number to read.
     """
-    folders = [(step, folder / str(step)) for step in steps]
-    if (folder / frozen.FOLDER).is_dir():
+    folders: list[tuple[int | None, Path]] = [(step, folder / str(step)) for step in steps]
+    needed = next((one for _, path in folders if (one := durable.manifest(path).get("frozen"))), None)
+    if needed or (folder / frozen.FOLDER).is_dir():
         folders.append((None, folder / frozen.FOLDER))
     in_all = sum(durable.num_bytes(path) for _, path in folders)
     done, rows = 0, []
@@ -58,7 +59,10 @@ def verify(folder: Path, steps: Iterable[int], progress: Callable[[int, int], No
             progress(done, in_all)
 
     for step, path in folders:
-        lines = step_faults(folder, step, read) if step is not None else durable.faults(path, read)
+        if step is not None:
+            lines = step_faults(folder, step, read)
+        else:
+            lines = frozen.faults(path, needed, read) if needed else durable.faults(path, read)
         rows.append({
             "step": step, "files": len(durable.manifest(path).get("files", ())), "bytes": durable.num_bytes(path),
             "faults": lines, "folder": str(path),

@@ -20,7 +20,7 @@ from aurora_train.tools.report_plots import curve, running_mean, thin
 from aurora_train.tools.runs import Row, described, differences, find
 from aurora_train.units import count, decimal, duration, words
 
-_NOT_COMPARED = ("failed start", "unreadable")
+_NOT_COMPARED = ("failed start", "imported", "unreadable")
 
 
 @dataclass(frozen=True)

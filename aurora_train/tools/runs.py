@@ -28,9 +28,10 @@ _KEYS_SHOWN = 6
 class Row:
     """One run. `name` is its path below the listed folder; `written` is in seconds since 1970.
 
-    `state`: "training" (a process holds it now), "finished", "stopped" (it can be resumed), "failed start" (no step
-    was taken) or "unreadable", with the reason in `why`. `score` is {"name", "value", "better"} of the headline;
-    `differs` has the config keys whose values differ among the listed runs of the same recipe.
+    `state`: "training" (a process holds it now), "finished", "stopped" (it can be resumed), "imported" (an open model,
+    at step 0, which has no data and no length of its own yet), "failed start" (no step was taken) or "unreadable", with
+    the reason in `why`. `score` is {"name", "value", "better"} of the headline; `differs` has the config keys whose
+    values differ among the listed runs of the same recipe, the imported ones apart.
     """
 
     name: str
@@ -61,8 +62,8 @@ def listing(folder: Path | None = None) -> list[Row]:
     for path, name in find(folder):
         row, known[name] = described(path, name)
         rows.append(row)
-    apart = differences({row.name: known[row.name] for row in rows})
-    rows = [replace(row, differs=apart[row.name]) for row in rows]
+    apart = differences({row.name: known[row.name] for row in rows if row.state != "imported"})
+    rows = [replace(row, differs=apart.get(row.name, {})) for row in rows]
     return sorted(rows, key=lambda row: -row.written)
 
 
@@ -88,6 +89,11 @@ def is_run(folder: Path) -> bool:
     """Whether a run was started in a folder; a user's own config.yaml alone does not make it one."""
     run = Run(folder)
     return (folder / ".lock").exists() or (run.config.is_file() and (run.events.exists() or run.provenance.exists()))
+
+
+def is_imported(run: Run) -> bool:
+    """Whether a run is an imported model that was not trained: what it has by default, nobody has chosen."""
+    return run.config.is_file() and run.has_checkpoint() and "data" not in read_json(run.provenance, {"data": None})
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -121,6 +127,8 @@ def _looked_at(run: Run, row: Row, known: dict) -> Row:
         return replace(row, state="training", step=recorded, why=run.holder())
     if finish is not None and is_end(finish, steps, known.get("evaluate.patience")):
         return replace(row, state="finished", step=finish["step"], why=early_words(finish))
+    if not (recorded or saved) and is_imported(run):
+        return replace(row, state="imported", steps=None)
     if not (recorded or saved):
         return replace(row, why="it took no step; start it again, or delete the folder")
     stop = newest(run.events, "event", "stop")

@@ -6,6 +6,8 @@ and a resume begins its training with the weights that it holds.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,9 +35,14 @@ def import_model(
     that holds something.
     """
     run = runs.Run(folder)
-    if run.config.is_file() or run.holds_something_else():
-        raise UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
+    taken = UserError("this folder exists and is not empty", where=str(folder), hint="name another one with --to")
+    left, ours = _was_broken_off(run), not run.folder.exists()
+    if run.config.is_file() or run.holds_something_else() and not left:
+        raise taken
     source = str(located(source, online=online))
+    if Path(source).is_file() and not is_foreign(source):
+        raise UserError("this file is no open model", where=source, hint="name a folder with config.json and "
+                        "*.safetensors, a GGUF file, or hub:owner/name")  # fmt: skip
     if Path(source).exists() and not is_foreign(source):
         raise UserError("this is a run already", where=source, hint=f"a config starts from it by model.from: {source}")
     opened = matched(open_source(source))
@@ -44,20 +51,40 @@ def import_model(
         facts[kept_facts.DATE] = datetime.now().isoformat(timespec="seconds")
     config = settled(_config(source, recipe, run.folder.name))
     with run.lock():
-        kept_facts.write(run.facts, facts)
-        store = CheckpointStore(run.checkpoints, run.trash)
+        if run.config.is_file():  # another process was faster
+            raise taken
+        if left:
+            run.forget()
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+        try:
+            _write(run, source, opened, facts, config)
+        except BaseException:  # nothing of it is a run before the config is there
+            if left or ours:
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+    return run, opened
+
+
+def _was_broken_off(run: runs.Run) -> bool:
+    """Whether a folder holds no more than an import that was killed leaves, which can be made again."""
+    left = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
+    known = {".lock", ".trash", "facts", "checkpoints", "provenance.json", "provenance.json.new", "config.yaml.new"}
+    return {".lock", "facts"} <= left <= known and run.step() == 0 and not run.is_held()
+
+
+def _write(run: runs.Run, source: str, opened: Opened, facts: kept_facts.Facts, config) -> None:
+    kept_facts.write(run.facts, facts)
+    with contextlib.closing(CheckpointStore(run.checkpoints, run.trash)) as store:
         store.sweep()
         weights = {name: _Deferred(opened, name) for name in opened.shapes}
         store.save(0, {"params": weights}, {"facts": kept_facts.sha256(facts)}, copy=False)
-        store.close()
-        write_json(run.provenance, {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "recipe": {"name": config.recipe, "sha256": config.recipe_sha256}, "code_sha256": runs.code_hash(),
-            "facts_sha256": kept_facts.sha256(facts), "versions": runs.versions(),
-            "parent": as_parent(source),
-        })  # fmt: skip
-        write_atomically(run.config, dump(config))  # last: it makes the folder a run
-    return run, opened
+    write_json(run.provenance, {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": {"name": config.recipe, "sha256": config.recipe_sha256}, "code_sha256": runs.code_hash(),
+        "facts_sha256": kept_facts.sha256(facts), "versions": runs.versions(),
+        "parent": as_parent(source),
+    })  # fmt: skip
+    write_atomically(run.config, dump(config))  # last: it makes the folder a run
 
 
 class _Deferred:

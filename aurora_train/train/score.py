@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -24,6 +25,8 @@ from aurora_train.record.metrics import now
 from aurora_train.run import Run
 from aurora_train.train.beginning import refuse_other_data
 from aurora_train.units import decimal
+
+log = logging.getLogger("aurora_train")
 
 _SHOWN_APART = ("tables", "notes", "plots", "remarks")
 _SCORED = "score.json"  # in the folder `before`; written last
@@ -122,7 +125,7 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     if on is None:
         recipe.prepare(progress)
         refuse_other_data(run, recipe.data("train"))
-        return score_run(recipe, trained.config, run, *parts, trained.step, progress, baselines=baselines)
+        return _scored_where_possible(run, trained, parts, progress, baselines)
     began, place = time.perf_counter(), Path(on).expanduser().absolute()
     if not place.exists():
         raise UserError(f"there is no file or folder {place}", where="--on")
@@ -137,11 +140,32 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     record |= {"on": str(place), "step": trained.step, "seconds": time.perf_counter() - began}
     if not is_run:  # there is no folder of its own to keep the score in
         return record
+    try:
+        _keep_beside(run, place, record)
+    except (UserError, OSError) as fault:  # it took long to make
+        log.warning("the score is shown and not kept: %s", fault)
+    return record
+
+
+def _keep_beside(run: Run, place: Path, record: dict) -> None:
+    """Write the score of other data than the run's own into its folder."""
     target = run.folder / "scores-on" / f"{place.name}.json"
     if (files.read_json(target) or record)["on"] != str(place):  # another of the same name
         target = target.with_stem(f"{target.stem}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}")
     files.write_json(target, record)
-    return record
+
+
+def _scored_where_possible(run: Run, trained, parts: tuple, progress, baselines: bool | None) -> dict:
+    """`score_run`, in a temporary folder if the run's cannot be written."""
+
+    def scored(run: Run) -> dict:
+        return score_run(trained.recipe, trained.config, run, *parts, trained.step, progress, baselines=baselines)
+
+    if run.is_writable():
+        return scored(run)
+    log.warning("%s cannot be written: the score is shown and not kept", run.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        return scored(runs.UnwritableRun(run, folder))
 
 
 def _measured(recipe, config, workdir: Path, evaluator, state, progress) -> dict:

@@ -20,7 +20,8 @@ from aurora_train import run as runs
 from aurora_train.check.recipe_calls import rehearse_recipe
 from aurora_train.check.source import source_of
 from aurora_train.checkpoint.following import FollowedStore
-from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.checkpoint.reading import opened
+from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from aurora_train.machine.processes import agreed, count
@@ -242,11 +243,12 @@ def open_for_reading(config, run: runs.Run, step: int | None, progress):
     recipe = recipe_of(config, run, progress)
     blueprint, mesh = read_whole(config, recipe)
     store = CheckpointStore(run.checkpoints, run.trash)
-    step = require_step(store, step, str(run.folder))
-    refuse_damage(store, step)
-    refuse_facts_of_another(store, step, recipe.known)
-    params, frozen = load_parameters(store, step, blueprint, where=str(run.folder))
-    rest = load_state(store, step, blueprint)
+
+    def read(step: int):
+        refuse_facts_of_another(store, step, recipe.known)
+        return *load_parameters(store, step, blueprint, where=str(run.folder)), load_state(store, step, blueprint)
+
+    step, (params, frozen, rest) = opened(store, step, str(run.folder), read)
     store.close()
     state = blueprint.state._replace(params=params, frozen=frozen, rest=rest, opt_state={}, extra={})
     return recipe, blueprint, mesh, state, step

@@ -66,7 +66,13 @@ def _shape_of(start: str) -> tuple[DecoderConfig, str]:
     from aurora_train.interop.placing import shape_of
     from aurora_train.interop.source import is_foreign, open_source
 
-    if is_foreign(start) or not Path(start).exists():
+    if not Path(start).exists():
+        raise UserError(
+            "there is no such folder or file", where="model.from", why=f"it names {start}",
+            hint="a run folder, a folder with config.json, or *.gguf; a run that has begun continues without it: "
+            "aurora resume RUN",
+        )  # fmt: skip
+    if is_foreign(start):
         family, shape = shape_of(open_source(start))
         return shape, f"a model of the family {family.model_type}"
     model = getattr(load_resolved(start), "model", None)

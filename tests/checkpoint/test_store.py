@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import durable, layout, writer
+from aurora_train.checkpoint.reading import Deleted, opened, reading
 from aurora_train.checkpoint.store import CheckpointStore, Damage, SaveFailed, refuse_damage, require_step
 from aurora_train.errors import UserError
 
@@ -338,3 +339,25 @@ def test_a_save_that_failed_in_the_background_is_told_once(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     store.close()
     assert store.steps() == []
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(saved):
+    """As a trainer does it: the next one is sealed, and then this one is moved away."""
+    store, trainer, read = open_store(saved), open_store(saved), []
+
+    def read_it(step):
+        read.append(step)
+        shapes = store.shapes(step)  # Orbax lists the steps now
+        if step == 30:
+            trainer.save(40, tree(40), {})
+            trainer.wait()
+            shutil.rmtree(saved / "checkpoints" / "30")
+        return store.restore_some(step, {"step": shapes["step"]})["step"]
+
+    assert opened(store, None, "the run", read_it) == (40, 40) and read == [30, 40]
+    with pytest.raises(Deleted, match="the checkpoint of step 20 was deleted while it was read"):
+        opened(store, 20, "the run", lambda step: shutil.rmtree(saved / "checkpoints" / "20") or store.shapes(step))
+    with pytest.raises(ZeroDivisionError), reading(store, 40):  # which has nothing to do with it
+        1 / 0  # noqa: B018
+    trainer.close()
+    store.close()

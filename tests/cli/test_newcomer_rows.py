@@ -1,12 +1,14 @@
 """Rows of what a newcomer met in the verbs: what they say of ends, small numbers, moved data and other data."""
 
 import json
+import shutil
 
 import pytest
 import toy
 from tools.folders import make
 
 from aurora_train.cli.main import VERBS, main
+from aurora_train.run import Run, UnwritableRun
 from aurora_train.units import counted, decimal
 
 
@@ -70,6 +72,19 @@ def test_evaluate_names_no_key_that_it_does_not_take(language_run, here, capsys)
     assert "--on empty: " in err and "data." not in err
     out = said(["evaluate", "run", "--quiet", "--on", "corpus", "--no-baselines"], capsys).out
     assert "the score rests on" in out and "more text" in out and "data.holdout_test" not in out
+
+
+def test_a_score_that_cannot_be_kept_is_shown(language_run, here, capsys, caplog):
+    shutil.rmtree(language_run / "scores-on", ignore_errors=True)
+    (language_run / "scores-on").touch()  # no folder can be made here, not even by root
+    done = said(["evaluate", "run", "--quiet", "--on", "corpus", "--no-baselines"], capsys)
+    assert "bits_per_byte" in done.out and "the score is shown and not kept" in done.err + caplog.text
+    (language_run / "scores-on").unlink()
+    run, kept = Run(language_run), (language_run / "scores.json").read_bytes()
+    (here / "beside").mkdir()
+    beside = UnwritableRun(run, here / "beside")
+    assert beside.scores.read_bytes() == kept and beside.before == run.before and run.is_writable()
+    assert all(one.is_relative_to(here / "beside") for one in (beside.workdir, beside.samples, beside.plots))
 
 
 def test_evaluate_of_a_run_whose_data_moved_says_what_it_can_do(language_run, here, capsys):

@@ -68,6 +68,7 @@ def test_a_model_is_downloaded_once_and_read_without_the_network_afterwards(hub,
     assert aurora("import", "hub:lab/tiny", "--to", "third", "--online") == 2  # no silent step back to the copy
     said = capsys.readouterr().err
     assert "hub:lab/tiny cannot be downloaded" in said and f"without --online the copy of {commit[:12]}" in said
+    assert "is there a network? HF_ENDPOINT" in said and "hub:lab/tiny: hub:lab/tiny" not in said
 
 
 def test_a_download_that_broke_off_is_continued_where_it_ended(hub, tmp_path, monkeypatch, capsys):

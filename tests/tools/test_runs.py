@@ -37,13 +37,17 @@ def test_M10_runs_are_listed_by_state_step_score_and_what_sets_them_apart(here, 
     make(here / "runs" / "c", recipe="neural_decoding", lr=5, score=("r2", 0.9))
     (here / "runs" / "ft-1811e584").mkdir()
     (here / "runs" / "ft-1811e584" / ".lock").touch()
+    imported = make(here / "runs" / "open", lr=7, done=0, score=None)
+    (imported / "provenance.json").write_text("{}")  # nobody has chosen its data
     (here / "runs" / "notes").mkdir()  # no run
     (here / "runs" / "compare.html").touch()
     rows = by_name()
     assert {name: (row.state, row.step, row.steps) for name, row in rows.items()} == {
         "a": ("finished", 30, 30), "b": ("stopped", 20, 30), "c": ("finished", 30, 30),
-        "toy-sweep/lr=0.1": ("finished", 30, 30), "ft-1811e584": ("failed start", 0, None),
+        "toy-sweep/lr=0.1": ("finished", 30, 30), "open": ("imported", 0, None),
+        "ft-1811e584": ("failed start", 0, None),
     }  # fmt: skip
+    assert rows["open"].why == "" and rows["open"].differs == {}
     assert rows["a"].differs == {"optimizer.lr": 0.01} and rows["c"].differs == {}  # alone of its recipe
     assert rows["b"].validation_loss == 4 * 0.001 / 20 and rows["b"].why == "by SIGINT" and rows["a"].bytes > 1000
     assert main(["runs"]) == 0

@@ -227,6 +227,9 @@ def test_a_frozen_folder_that_is_not_what_was_written_is_one_clear_error(here, c
         assert main(["train", "counted.yaml", *ADAPTED, "init.final_norm=base", "--run", "other", "--quiet"]) == 0
         shutil.copytree(here / "other" / "checkpoints" / "frozen", folder)
     capsys.readouterr()
+    assert main(["verify", "adapted", "--quiet"]) == 3
+    said = capsys.readouterr().out
+    assert "shared by all: damaged: " in said and "restore that folder from a copy" in said and "resume" not in said
     for arguments in (["resume", "adapted", "train.steps=7"], ["evaluate", "adapted"]):
         assert main([*arguments, "--quiet"]) == 2
         said = capsys.readouterr().err
