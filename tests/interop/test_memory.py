@@ -1,6 +1,7 @@
 """Import, export and proof take at most the weights as they are kept and 1.5 GB, seen from outside each process.
 
-`pytest -m release -s tests/interop/test_memory.py` does it with the shape of Llama 3 8B, and writes 16 GB to the disk.
+`pytest -m release -s tests/interop/test_memory.py` does it with 1.1 GB and with the shape of Llama 3 8B, and writes 16
+GB to the disk.
 """
 
 import json
@@ -130,9 +131,8 @@ print(sum(leaf.nbytes for leaf in jax.tree.leaves(kept)))
 """
 
 
-@pytest.mark.parametrize(
-    "shape", [pytest.param("1.1 GB", marks=pytest.mark.slow), pytest.param("Llama 3 8B", marks=pytest.mark.release)]
-)
+@pytest.mark.release
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_model_comes_in_and_goes_out_within_the_bound(shape, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "cache"))
