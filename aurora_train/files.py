@@ -77,9 +77,9 @@ def read_json(path: Path, default=None):
 
 
 def gguf_in(folder: Path) -> str | None:
-    """A hint that names a GGUF file in a folder that was named instead; None if there is none."""
+    """A hint that names the GGUF files in a folder that was named instead; None if there are none."""
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-    return f"name the file in it: {found[0]}" if found else None
+    return f"name the file in it: {' or '.join(map(str, found))}" if found else None
 
 
 def sha256(path: Path) -> str:

@@ -121,7 +121,8 @@ def test_an_import_that_was_broken_off_leaves_nothing_or_is_made_again(here, mon
 def test_a_file_of_another_kind_and_a_folder_with_a_gguf_say_what_to_name(here, capsys):
     (here / "lines.jsonl").write_text("{}")
     (here / "gguf").mkdir()
-    (here / "gguf" / "model-q8_0.gguf").touch()
+    for name in ("model-f16.gguf", "model-q8_0.gguf"):  # one alone would stand for the folder
+        (here / "gguf" / name).touch()
     assert aurora("import", "lines.jsonl", "--to", "none") == 2 and "is no open model" in capsys.readouterr().err
     for verb in (("import", "gguf", "--to", "none"), ("generate", "gguf")):
         assert aurora(*verb) == 2 and "name the file in it: " in (said := capsys.readouterr().err)
