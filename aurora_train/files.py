@@ -76,10 +76,14 @@ def read_json(path: Path, default=None):
         raise UserError("this file is not JSON", where=str(path), why=str(error)) from error
 
 
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, by name; [] if it is none."""
+    return sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+
+
 def gguf_in(folder: Path) -> str | None:
     """A hint that names the GGUF files in a folder that was named instead; None if there are none."""
-    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-    return f"name the file in it: {' or '.join(map(str, found))}" if found else None
+    return f"name the file in it: {' or '.join(map(str, found))}" if (found := gguf_files(folder)) else None
 
 
 def sha256(path: Path) -> str:

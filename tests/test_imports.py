@@ -128,3 +128,9 @@ def test_an_import_is_seen_wherever_it_stands():
         Import("x", "aurora_train.files", True), Import("x", "recipes.neural.spikes", False),
         Import("x", "aurora_train.nn.stack", False),
     ]  # fmt: skip
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest cannot collect the second one in a process that has the first."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

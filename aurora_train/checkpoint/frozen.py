@@ -40,7 +40,7 @@ def shared(folder: Path, content: str) -> str | None:
     """Make `folder`, which must not exist, of hard links to the same parameters of another run. Returns its digest.
 
     The other run lies beside this one, and every byte is read and compared with its manifest. None, and no folder, if
-    there is no such run; a link that cannot be made, and damage, are told in the log.
+    there is no such run; a link that cannot be made, and damage, are reported in the log.
     """
     for seal in sorted(folder.parents[2].glob(f"*/{folder.parent.name}/{FOLDER}/{durable.MANIFEST}")):
         other = seal.parent

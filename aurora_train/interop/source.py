@@ -120,7 +120,7 @@ def located(named: str | Path, *, online: bool = False, where: str | None = None
 
 def _exported(folder: Path) -> str | None:
     """The GGUF file of a folder that holds a single one and no other model."""
-    held = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    held = files.gguf_files(folder)
     others = any((folder / name).exists() for name in ("config.json", "adapter_config.json", "config.yaml"))
     return str(held[0]) if len(held) == 1 and not others else None
 

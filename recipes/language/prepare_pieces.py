@@ -96,7 +96,7 @@ def _key(encoding: Encoding, data: ConversationDataConfig, tokenizer: Tokenizer,
 
 
 def _write(writer: _Writer, found: dict, data, encoding: Encoding, progress: Callable) -> None:
-    """Read every source twice: a fault in its last row is told before the long work on the first one."""
+    """Read every source twice: a fault in its last row is reported before the long work on the first one."""
     total = done = 0
     for corpus in found.values():
         for _ in encoding.read(corpus, data):

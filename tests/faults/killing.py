@@ -163,6 +163,19 @@ def kill_again_and_again(aurora: Aurora, config: Path, steps: int, phases: list[
     return killer.tally
 
 
+def assert_kills_change_no_bit(
+    aurora: Aurora, config: Path, steps: int, phases: list[str], seed: int, undisturbed: Path
+) -> None:
+    """Kill a run in each of the phases; what finishes is the run that was never killed."""
+    tally = kill_again_and_again(aurora, config, steps, phases, seed)
+    print(f"seed {seed}: {sum(tally.kills.values())} kills {tally.kills}, {tally.missed} missed their phase")
+    assert not tally.failed_restarts, tally.failed_restarts[0]
+    assert sum(tally.kills.values()) == len(phases)
+    assert tally.finished_runs
+    for run in tally.finished_runs:
+        assert_same_run(run, undisturbed)
+
+
 def assert_whole(run: Path, undisturbed: Path) -> None:
     """The other run's, to the bit, and no byte of its checkpoints is damaged."""
     assert_same_run(run, undisturbed)
