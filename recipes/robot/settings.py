@@ -16,7 +16,9 @@ class Vision(Section):
     """What turns a camera's picture into tokens; all cameras share its parameters."""
 
     kind: Literal["cnn", "vit"] = setting("cnn", help="four strided convolutions, or patches and a transformer")
-    channels: int = setting(32, ge=8, multiple_of=8, help="cnn: channels of the first convolution; then 2, 4 and 4 times")
+    channels: int = setting(
+        32, ge=8, multiple_of=8, help="cnn: channels of the first convolution; the next have 2, 4 and 4 times as many"
+    )
     patch: int = setting(8, ge=2, help="vit: edge of a patch in pixels")
     layers: int = setting(2, ge=1, help="vit: blocks over the patches of one picture")
     shift: int = setting(4, ge=0, help="pixels by which a picture is moved at random in training (Yarats et al. 2021)")
@@ -42,7 +44,9 @@ class ModelConfig(Section):
     width: int = setting(128, ge=2, multiple_of=2, help="size of the residual stream")
     heads: int = setting(4, ge=1, help="attention heads")
     layers: int = setting(2, ge=1, help="blocks of the encoder")
-    decoder_layers: int = setting(2, ge=1, help="layers of the decoder: attention to itself, to the encoder, and an MLP")
+    decoder_layers: int = setting(
+        2, ge=1, help="layers of the decoder: attention to itself, to the encoder, and an MLP"
+    )
     mlp_width: int | None = setting(None, ge=1, help="hidden size of the MLPs; none: 4 width")
     activation: Literal["gelu", "relu"] = setting("gelu", help="of the MLPs")
     norm_place: Literal["before", "sum"] = setting(
@@ -75,6 +79,12 @@ class DataConfig(Section):
         None, ge=2, help="how many demonstrations: the first of a dataset (none: all), or so many are recorded (100)"
     )
     seed: int = setting(0, ge=0, help="seed of recorded demonstrations, separate from the run's")
+    noise: float = setting(
+        0.0, ge=0, lt=1,
+        help="deviation of what is added to the expert's actions while recording, as a share of their half range: so "
+        "demonstrations show how to come back from errors (Laskey et al. 2017)",
+    )  # fmt: skip
+    image: int = setting(64, ge=8, help="edge in pixels of the pictures of a recorded world")
     chunk: int = setting(16, ge=1, help="actions that are predicted at once")
     state: list[str] | None = setting(
         None, min_length=1, help=f"vector features that the policy sees; none: {' and '.join(VECTORS)}, where they are"

@@ -10,6 +10,7 @@ from flax import nnx
 
 from aurora_train.errors import UserError
 from aurora_train.nn.norms import Norm
+from robot.blocks import Affine, Blocks, sinusoid_2d
 from robot.settings import ModelConfig
 
 SHIFT_SITE = 0x51
@@ -19,8 +20,6 @@ class Convolutions(nnx.Module):
     """float[B, H, W, 3] -> [B, H / 16, W / 16, width], rounded up: four 3x3 convolutions of stride 2 and a map."""
 
     def __init__(self, config: ModelConfig, dtype: str, rngs: nnx.Rngs):
-        from robot.trunk import Affine
-
         first = config.vision.channels
         sizes = [3, first, 2 * first, 4 * first, 4 * first]
         self.layers = nnx.List([
@@ -40,15 +39,11 @@ class Patches(nnx.Module):
     """float[B, H, W, 3] -> [B, H / patch, W / patch, width]: a ViT (Dosovitskiy et al. 2021) without a class token."""
 
     def __init__(self, config: ModelConfig, dtype: str, rngs: nnx.Rngs):
-        from robot.trunk import Affine, Blocks
-
         self.patch = config.vision.patch
         self.entry = Affine(3 * self.patch**2, config.width, rngs)
         self.blocks = Blocks(config, config.vision.layers, dtype, rngs)
 
     def __call__(self, picture, keys=None):
-        from robot.trunk import sinusoid_2d
-
         batch, height, width = picture.shape[0], picture.shape[1] // self.patch, picture.shape[2] // self.patch
         x = picture.reshape(batch, height, self.patch, width, self.patch, 3).swapaxes(2, 3)
         x = self.entry(x.reshape(batch, height * width, -1))
