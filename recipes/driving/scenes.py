@@ -1,7 +1,7 @@
 """A traffic scene: what every reader and generator of driving data makes, and all that models and scores see of one.
 
-The words are those of Argoverse 2 (Wilson et al. 2021, "Argoverse 2: Next Generation Datasets"). Positions are centres of
-boxes in metres, headings are radians counterclockwise from the x axis, and a step is 0.1 s. Maps are immutable and
+The words are those of Argoverse 2 (Wilson et al. 2021, "Argoverse 2: Next Generation Datasets"). Positions are centres
+of boxes in metres, headings are radians counterclockwise from the x axis, and a step is 0.1 s. Maps are immutable and
 shared: the scenes of one map hold the same `lanes` and `drivable`.
 """
 
