@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from aurora_train.check.blame import recipe_code
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.run import Run
 
 EXCEEDED = 4  # exit status
+HINT = '--override-limits "REASON" overrides them for one command, and puts the reason on record'
 
 
 class LimitExceeded(UserError):
@@ -24,6 +24,8 @@ class LimitExceeded(UserError):
 
 def exceeded(recipe, scores: dict) -> list[str]:
     """`Recipe.exceeded`, checked to be a list of lines."""
+    from aurora_train.check.blame import recipe_code  # which imports jax
+
     with recipe_code(recipe, "exceeded"):
         lines = recipe.exceeded({name: value for name, value in scores.items() if isinstance(value, int | float)})
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -36,27 +38,32 @@ def scored(run: Run) -> dict:
     return (read_json(run.scores) or {}).get("score", {})
 
 
-def accept(run: Run, lines: list[str], by: str, reason: str | None, step: int) -> list[str]:
-    """Go on despite exceeded limits, if the user gave a reason, which is put on record; what to tell them, as lines.
+def judged(run: Run, lines: list[str], by: str, reason: str | None, step: int) -> tuple[int, list[str]]:
+    """(exit status, lines for the user) of a command `by` whose run exceeds the limits named by `lines`.
 
-    Raises LimitExceeded for limits without a reason, and UserError for a reason that cannot be recorded.
+    With a reason the command goes on, and the reason is put on record. UserError for a reason that cannot be recorded.
     """
     if reason is not None and not reason.strip():
         raise UserError("an override needs a reason, which is put on record", where="--override-limits",
                         hint='--override-limits "in simulation only"')  # fmt: skip
     if not lines:
-        return [] if reason is None else ["no limit is exceeded: --override-limits had nothing to override"]
+        return 0, [] if reason is None else ["no limit is exceeded: --override-limits had nothing to override"]
     if reason is None:
-        raise LimitExceeded(
-            f"{by} is refused by the limits of this run's config", where=str(run.folder), why="\n  ".join(lines),
-            hint='--override-limits "REASON" goes on, and puts the reason on record',
-        )  # fmt: skip
-    override(run, lines, by, reason, step)
-    return [f"limits overridden ({reason}):", *(f"  {line}" for line in lines)]
+        return EXCEEDED, [f"limits of the config are exceeded; {HINT}", *(f"limit exceeded: {one}" for one in lines)]
+    _record(run, lines, by, reason, step)
+    return 0, [f"limit overridden: {line} ({reason})" for line in lines]
 
 
-def override(run: Run, lines: list[str], by: str, reason: str, step: int) -> None:
-    """Record an override in the run's events and provenance. UserError if that cannot be written."""
+def refuse_exceeded(run: Run, lines: list[str], by: str, reason: str | None, step: int) -> list[str]:
+    """As `judged`, for a command that would begin now. Raises LimitExceeded instead of returning a status."""
+    status, said = judged(run, lines, by, reason, step)
+    if status:
+        raise LimitExceeded(f"this run exceeds limits of its config, and so there is no `aurora {by}` of it",
+                            where=str(run.folder), why="\n  ".join(lines), hint=HINT)  # fmt: skip
+    return said
+
+
+def _record(run: Run, lines: list[str], by: str, reason: str, step: int) -> None:
     from aurora_train.record.metrics import EventLog
 
     record = {"by": by, "reason": reason, "exceeded": lines, "step": step}

@@ -50,19 +50,23 @@ def command(
     trained = load(run, step, by=verb)
     recipe, folder = trained.recipe, Run(trained.run)
     scores = limits.scored(folder)
-    for line in limits.accept(folder, limits.exceeded(recipe, scores), verb, override_limits, trained.step):
+    known = limits.exceeded(recipe, scores)
+    for line in limits.refuse_exceeded(folder, known, verb, override_limits, trained.step):
         print(line, file=sys.stderr)
     predict = trained.evaluator.predictor(trained.state)
     with _until_asked() as stop, contextlib.closing(LineServer(lambda: recipe.responder(predict), place)) as server:
         print(f"{trained!r} listens on {server.place}; Ctrl-C ends it", file=sys.stderr)
         server.run(stop, lambda line: print(line, file=sys.stderr), every)
     found = server.latencies.summary()
-    found["exceeded"] = limits.exceeded(recipe, {**scores, **found})
+    found["exceeded"] = [line for line in limits.exceeded(recipe, scores | found) if line not in known]
+    status, said = limits.judged(folder, found["exceeded"], verb, override_limits, trained.step)
     if json:
         print_json(found)
     else:
-        print("\n".join([server.latencies.line(), *(f"limit exceeded: {line}" for line in found["exceeded"])]))
-    return limits.EXCEEDED if found["exceeded"] and override_limits is None else 0
+        print(server.latencies.line())
+    for line in said:
+        print(line, file=sys.stderr)
+    return status
 
 
 @contextlib.contextmanager

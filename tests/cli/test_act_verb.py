@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import toy
-from kit import Aurora, in_process
+from kit import Aurora, events, in_process
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
@@ -59,18 +59,19 @@ class Served(Toy):
 '''
 SMALL = {"recipe: toy.py": "recipe: served.py", "steps: 30": "steps: 2", "every: 10, keep": "every: 2, keep",
          "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, "}  # fmt: skip
+TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "--run", "run", "--quiet")
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, shared_cache):
-    """The command line in the folder of a trained run, `run`."""
+    """The command line in the folder of a trained run, `run`, which exceeds a limit."""
     folder = tmp_path_factory.mktemp("served")
     toy.write(folder, **SMALL)
     (folder / "served.py").write_text(SERVED)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("AURORA_CACHE", str(shared_cache))
-        assert in_process("train", "toy.yaml", "--run", "run", "--quiet") == 0
+        assert in_process(*TRAIN) == 4
         yield Aurora(folder, shared_cache)
 
 
@@ -101,8 +102,30 @@ class Acting:
         return self.process.returncode, out, self.said + err
 
 
+def test_a_run_that_exceeds_a_limit_says_which_unless_that_is_overridden_on_record(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    run = served.folder / "run"
+    assert len(json.loads((run / "scores.json").read_text())["exceeded"]) == 1
+    assert "limit exceeded: mse" in (run / "report.html").read_text()
+    assert len(events(run, "finish")) == 1 and not events(run, "limits_overridden")
+    for arguments in (TRAIN, ("resume", "run"), ("act", "run", "--port", 0)):
+        assert in_process(*arguments) == 4, "it is refused again, and by every verb"
+        said = capsys.readouterr().err
+        assert "mse is " in said and "--override-limits" in said
+    assert in_process("act", "run", "--port", 0, "--override-limits", " ") == 2
+    assert "needs a reason" in capsys.readouterr().err
+    assert in_process(*TRAIN, "--override-limits", "a test") == 0
+    assert "limit overridden: mse is " in capsys.readouterr().err
+    (event,) = events(run, "limits_overridden")
+    (record,) = json.loads((run / "provenance.json").read_text())["limits_overridden"]
+    assert event["reason"] == record["reason"] == "a test" and event["time"] and record["time"]
+    assert event["exceeded"] == record["exceeded"] and record["by"] == "train"
+    assert in_process("act", "run", "--port", 0) == 4, "an override holds for one command"
+
+
 def test_a_run_answers_until_a_signal_and_prints_its_latencies(served):
-    acting = Acting(served, "run", "--port", 0, "--json")
+    acting = Acting(served, "run", "--port", 0, "--json", "--override-limits", "a test")
     first, second = acting(x=[1] * 8), acting(x=[1] * 8)
     assert first["y"] == first["total"] and second["y"] == first["y"]
     assert second["total"] == pytest.approx([2 * one for one in first["y"]])
@@ -118,3 +141,17 @@ def test_a_recipe_that_answers_nothing_says_so(tmp_path):
     config = load("quickstart")
     with pytest.raises(UserError, match="answers no requests"):
         config.recipe_class(config, tmp_path).responder(None)
+
+
+@pytest.mark.slow
+def test_a_server_that_was_too_slow_ends_with_the_status_of_limits(served):
+    config = served.folder / "run" / "config.yaml"
+    text = config.read_text()
+    assert "latency_p99_ms: null" in text and "mse_max: 1e-09" in text
+    text = text.replace("mse_max: 1e-09", "mse_max: null")
+    config.write_text(text.replace("latency_p99_ms: null", "latency_p99_ms: 0.0"))
+    acting = Acting(served, "run", "--port", 0)
+    acting(x=[1] * 8)
+    status, _, err = acting.end(signal.SIGINT)
+    config.write_text(text)
+    assert status == 4 and "limit exceeded: latency_ms_p99 is " in err
