@@ -14,11 +14,10 @@ from functools import cached_property
 import numpy as np
 
 from driving.roads import SPACING_M, YELLOW_S, Roads, build_roads
-from driving.scenes import GREEN, RED, STEP_S, YELLOW, Scene
+from driving.scenes import GREEN, HISTORY, RED, STEP_S, STEPS, YELLOW, Scene
 
 FORMAT = 1  # raised whenever a seed means other traffic
 WARM_UP_STEPS = 250  # until the roads have filled
-HISTORY, STEPS = 50, 110  # as in Argoverse 2: 5 s of history, 6 s of future
 FIRM_BRAKING = 3.0  # m/s2; who would need more to stop for a yellow light goes on
 HARDEST_BRAKING = 8.0
 

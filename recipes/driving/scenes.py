@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 STEP_S = 0.1
+HISTORY, STEPS = 50, 110  # of a whole scene in Argoverse 2: 5 s of history, 6 s of future
 # Argoverse 2's object types, in a fixed order: the index is what models see.
 KINDS = (
     "vehicle", "pedestrian", "motorcyclist", "cyclist", "bus", "static", "background", "construction",
