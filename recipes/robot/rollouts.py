@@ -162,7 +162,9 @@ class Expert:
     def __call__(self, tapes: list[Tape], step: int) -> np.ndarray:
         if step == 0:
             self._draws = [np.random.default_rng([self.seed, tape.seed, 1]) for tape in tapes]
-        return np.stack([tape.world.expert(tape.observation, rng) for tape, rng in zip(tapes, self._draws, strict=True)])
+        return np.stack(
+            [tape.world.expert(tape.observation, rng) for tape, rng in zip(tapes, self._draws, strict=True)]
+        )
 
 
 class Uniform(Expert):
