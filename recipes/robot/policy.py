@@ -8,15 +8,12 @@ that succeed. The model works on scaled values; their scale, the features and th
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 
-from aurora_train.errors import UserError, nearest
+from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe
-from robot.settings import VECTORS, WORLD, Config
-
-RECORDED = 100  # demonstrations of a world, unless the config says how many
+from robot.settings import WORLD, Config
 
 
 class Policy(Recipe):
@@ -25,6 +22,7 @@ class Policy(Recipe):
 
     Config = Config
     unit = "chunks"
+    _read = None  # the episodes, once they are read
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -58,28 +56,20 @@ class Policy(Recipe):
         progress(len(found), len(found), f"{len(found)} episodes of {found.lengths.sum():,} frames")
 
     def _episodes(self, progress=lambda done, total, what: None):
-        if not hasattr(self, "_read"):
-            self._read = self._found(progress)
+        if self._read is None:
+            from robot.sources import read
+
+            self._read = read(self.config.data, self.cache, progress)
         return self._read
-
-    def _found(self, progress):
-        data = self.config.data
-        if data.source.startswith(WORLD):
-            from robot.demonstrations import record
-
-            return record(data.source.removeprefix(WORLD), data.episodes or RECORDED, data.seed, progress,
-                          cache=self.cache, noise=data.noise, cameras=data.cameras, size=data.image)  # fmt: skip
-        from robot.lerobot import read
-
-        return read(Path(data.source).expanduser(), self.cache, progress, episodes=data.episodes)
 
     def facts(self) -> dict:
         """Features with their shapes and names, their scale over the training frames, instructions, the rate."""
         from robot.chunks import CAMERA, split_of
+        from robot.sources import vectors
         from robot.statistics import of
 
         episodes, data = self._episodes(), self.config.data
-        state, cameras = self._state_of(episodes.arrays), list(data.cameras)
+        state, cameras = vectors(data, episodes.arrays), list(data.cameras)
         used = {**{name: name for name in state}, **{name: CAMERA + name for name in cameras}, "action": data.action}
         shapes = {name: list(episodes.feature(feature).shape[1:]) for name, feature in used.items()}
         numbers = of(episodes, split_of(episodes, data.test, data.validation)["train"], list(used.values()))
@@ -92,37 +82,19 @@ class Policy(Recipe):
         # A run that starts from another keeps the scale of its inputs and outputs, and the instructions it knows.
         return mine | {name: self.inherited[name] for name in ("scale", "tasks") if name in self.inherited}
 
-    def _state_of(self, there) -> list[str]:
-        """The vector features that the policy sees. UserError if one is missing, or if it would see nothing."""
-        wanted = self.config.data.state
-        for name in wanted or ():
-            if name not in there:
-                raise UserError(f"the episodes have no feature `{name}`", where="data.state",
-                                hint=nearest(name, there, f"they have: {', '.join(there)}"))  # fmt: skip
-        state = list(wanted) if wanted is not None else [name for name in VECTORS if name in there]
-        if not state and not self.config.data.cameras:
-            raise UserError("the policy would see nothing", where="data.state",
-                            hint=f"data.state=[...] or data.cameras=[...] of: {', '.join(there)}")  # fmt: skip
-        return state
-
     def expected_facts(self) -> dict | None:
         """Those of a world, by looking at it once. A dataset is read first."""
-        data = self.config.data
-        if not data.source.startswith(WORLD):
-            return None
-        from robot.worlds import world
+        from robot.sources import glimpse
 
-        on = world(data.source.removeprefix(WORLD), data.cameras, data.image)
-        try:
-            seen = on.reset(0)
-        finally:
-            on.close()
-        state = self._state_of(seen)
-        shapes = {name: list(seen[name].shape) for name in state} | {"action": list(on.action_low.shape)}
-        shapes |= {name: [data.image, data.image, 3] for name in data.cameras}
-        one = {name: {"mean": np.zeros(shape[-1]), "std": np.ones(shape[-1]), "min": -np.ones(shape[-1]),
-                      "max": np.ones(shape[-1])} for name, shape in shapes.items()}  # fmt: skip
-        return {"state": state, "cameras": list(data.cameras), "shapes": shapes, "scale": one, "tasks": [on.task]}
+        seen = glimpse(self.config.data)
+        if seen is None:
+            return None
+        shapes, cameras = seen[0], list(self.config.data.cameras)
+        expected = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+        scale = {name: {end: np.full(shape[-1], value) for end, value in expected.items()}
+                 for name, shape in shapes.items()}  # fmt: skip
+        state = [name for name in shapes if name not in (*cameras, "action")]
+        return {"state": state, "cameras": cameras, "shapes": shapes, "scale": scale, "tasks": [seen[1]]}
 
     def shapes(self) -> dict | None:
         import jax

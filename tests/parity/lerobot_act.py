@@ -1,6 +1,6 @@
-"""LeRobot's ACT on torch: a program for a Python that has `lerobot`, of which it writes a loss with all that decides it.
+"""LeRobot's ACT on torch: a program for a Python that has `lerobot`, whose loss it writes with all that decides it.
 
-    LEROBOT_PYTHON tests/parity/lerobot_act.py OUT.npz [--seed N]
+    $AURORA_LEROBOT_PYTHON tests/parity/lerobot_act.py OUT.npz [--seed N]
 
 The file has the weights, a batch whose last chunks are padded, the noise of the latent, the loss and its two parts, the
 gradients and the chunk that the policy would do. `tests/parity/test_lerobot_act.py` compares ours with it.
