@@ -32,7 +32,8 @@ class Limits(Section):
     @field_validator("action_bound")
     @classmethod
     def _above_zero(cls, value):
-        if value is not None and not all(0 < one < float("inf") for one in (value if isinstance(value, list) else [value])):
+        bounds = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(0 < one < float("inf") for one in bounds):
             raise ValueError("a bound is a finite number above 0")
         return value
 

@@ -37,6 +37,12 @@ class Policy(Recipe):
         source = self.config.data.source
         return self.config.score.world or (source.removeprefix(WORLD) if source.startswith(WORLD) else None)
 
+    @property
+    def executed(self) -> int:
+        """How many actions of a chunk are carried out before the policy is asked again."""
+        score, chunk = self.config.score, self.config.data.chunk
+        return 1 if score.ensemble is not None else score.execute or max(chunk // 2, 1)
+
     @classmethod
     def check(cls, config) -> None:
         data, score = config.data, config.score
