@@ -249,7 +249,8 @@ class Recipe:
         function remembers between requests is its own. `predict` is that of `score`; call it once here, so that it is
         compiled before a client waits. Requests and answers are JSON; arrays of a request are nested lists or NumPy
         arrays, and an answer may hold arrays. A UserError is the answer to a bad request: it says what was expected.
-        The text "warning" in an answer is shown to whoever runs the server. UserError if the recipe answers nothing.
+        The texts in the list "warnings" of an answer are counted, and the first of each kind (the words before a colon)
+        is shown to whoever runs the server. UserError if the recipe answers nothing.
         """
         raise UserError(f"the recipe {self.config.recipe!r} answers no requests", where="recipe",
                         hint="a recipe does by defining `responder(predict)`: docs/extend.md")  # fmt: skip
