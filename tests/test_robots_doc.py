@@ -18,8 +18,8 @@ from kit import free_address, in_process, losses
 sys.path.insert(0, str(Path(__file__).parent / "recipes" / "robot"))
 from recorded_episodes import episodes  # noqa: E402
 
-SMALL = ["train.steps=2", "train.batch=4", "model.width=16", "model.heads=2", "model.layers=1", "model.decoder_layers=1",
-         "evaluate.examples=4"]  # fmt: skip
+SMALL = ["train.steps=2", "train.batch=4", "model.width=16", "model.heads=2", "model.layers=1",
+         "model.decoder_layers=1", "evaluate.examples=4"]  # fmt: skip
 TINY = {
     "arm.yaml": [*SMALL, "data.chunk=4", "model.vision.channels=8", "model.posterior_layers=1", "model.noising.steps=2",
                  "limits.latency_p99_ms=60000", "limits.action_bound=1000"],
