@@ -262,7 +262,8 @@ def _place(folder: Path, info: dict, camera: str, found: tuple[str, dict], fps: 
     first, end = float(row[f"{prefix}from_timestamp"]), float(row[f"{prefix}to_timestamp"])
     if not first >= 0 or abs(end - first - row["length"] / fps) > 0.5 / fps:
         raise fault(folder, table, f"episode {row['episode_index']} lies at {first:g} to {end:g} s of {file}",
-                    why=f"its {row['length']} frames last {row['length'] / fps:g} s")  # fmt: skip
+                    why=f"its {row['length']} frames last {row['length'] / fps:g} s at the {fps:g} frames per second "
+                    f"of {INFO}")  # fmt: skip
     return Place(file, first)
 
 
