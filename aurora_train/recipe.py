@@ -212,8 +212,9 @@ class Recipe:
         `split` is "test" (the final score), or "validation" while training, if `evaluate.score_every` is set. The first
         key of the result is the headline number. The report shows these keys: "tables", a list of {"title": str,
         "columns": [str], "rows": [[cell]]}; "plots", a list of {"title", "x_label", "y_label", "series": {name: (x,
-        y)}} with equally long lists of numbers; "notes", a list of str on how it was measured; and "remarks", a list of
-        warnings for the reader, which are printed as well.
+        y)}} with equally long lists of numbers, or of {"title", "file"} with the name of an SVG, PNG or GIF in
+        `workdir`; "notes", a list of str on how it was measured; and "remarks", a list of warnings for the reader,
+        which are printed as well.
         """
         raise NotImplementedError
 
