@@ -15,6 +15,8 @@ from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe
 from robot.settings import WORLD, Config
 
+RECORDED = 100  # demonstrations of a world, unless the config says how many
+
 
 class Policy(Recipe):
     """Batches are those of `robot.chunks.Chunks`: state f32[B, S], image.NAME u8[B, H, W, 3], action f32[B, K, A],
@@ -66,20 +68,30 @@ class Policy(Recipe):
 
     def _episodes(self, progress=lambda done, total, what: None):
         if self._read is None:
-            from robot.sources import read
-
-            self._read = read(self.config.data, self.cache, progress)
+            self._read = self._found(progress)
         return self._read
+
+    def _found(self, progress):
+        data = self.config.data
+        if data.source.startswith(WORLD):
+            from robot.demonstrations import record
+
+            return record(data.source.removeprefix(WORLD), data.episodes or RECORDED, data.seed, progress,
+                          cache=self.cache, noise=data.noise, cameras=data.cameras, size=data.image)  # fmt: skip
+        from robot import lerobot
+        from robot.chunks import used_features
+
+        used = list(used_features(data, lerobot.features(data.source)).values())
+        return lerobot.read(data.source, self.cache, used, progress, episodes=data.episodes)
 
     def facts(self) -> dict:
         """Features with their shapes and names, their scale over the training frames, instructions, the rate."""
-        from robot.chunks import CAMERA, split_of
-        from robot.sources import vectors
+        from robot.chunks import split_of, state_features, used_features
         from robot.statistics import of
 
         episodes, data = self._episodes(), self.config.data
-        state, cameras = vectors(data, episodes.arrays), list(data.cameras)
-        used = {**{name: name for name in state}, **{name: CAMERA + name for name in cameras}, "action": data.action}
+        used = used_features(data, episodes.arrays)
+        state, cameras = state_features(data, episodes.arrays), list(data.cameras)
         shapes = {name: list(episodes.feature(feature).shape[1:]) for name, feature in used.items()}
         numbers = of(episodes, split_of(episodes, data.test, data.validation)["train"], list(used.values()))
         mine = {
@@ -93,17 +105,24 @@ class Policy(Recipe):
 
     def expected_facts(self) -> dict | None:
         """Those of a world, by looking at it once. A dataset is read first."""
-        from robot.sources import glimpse
-
-        seen = glimpse(self.config.data)
-        if seen is None:
+        data = self.config.data
+        if not data.source.startswith(WORLD):
             return None
-        shapes, cameras = seen[0], list(self.config.data.cameras)
+        from robot.chunks import state_features
+        from robot.worlds import world
+
+        on = world(data.source.removeprefix(WORLD), data.cameras, data.image)
+        try:
+            seen = on.reset(0)
+        finally:
+            on.close()
+        state = state_features(data, seen)
+        shapes = {name: list(seen[name].shape) for name in state} | {"action": list(on.action_low.shape)}
+        shapes |= {name: [data.image, data.image, 3] for name in data.cameras}
         expected = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
         scale = {name: {end: np.full(shape[-1], value) for end, value in expected.items()}
                  for name, shape in shapes.items()}  # fmt: skip
-        state = [name for name in shapes if name not in (*cameras, "action")]
-        return {"state": state, "cameras": cameras, "shapes": shapes, "scale": scale, "tasks": [seen[1]]}
+        return {"state": state, "cameras": list(data.cameras), "shapes": shapes, "scale": scale, "tasks": [on.task]}
 
     def shapes(self) -> dict | None:
         import jax

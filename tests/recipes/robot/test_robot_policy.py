@@ -10,8 +10,8 @@ from aurora_train.cli.main import main
 from aurora_train.config import load_values
 from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
-from robot import sources
 from robot.blocks import blocks_config, sinusoid
+from robot.chunks import state_features
 from robot.episodes import Episode, Episodes
 from robot.instruction import SIZE, features
 from robot.scaling import Scaling
@@ -167,16 +167,6 @@ def test_the_two_modes_are_both_right_and_their_mean_is_wrong():
     assert on.render(48).shape == (48, 48, 3) and len(np.unique(on.render(48).reshape(-1, 3), axis=0)) == 4
 
 
-def test_the_first_episodes_are_those_of_a_smaller_dataset():
-    episodes = recorded()
-    few = sources.first(episodes, 2)
-    assert len(few) == 2 and few.digests == episodes.digests[:2] and len(few.arrays["action"]) == few.lengths.sum()
-    assert sources.first(episodes, None) is episodes
-    with pytest.raises(UserError, match="there are 6 episodes") as caught:
-        sources.first(episodes, 7)
-    assert caught.value.where == "data.episodes"
-
-
 WRONG = [
     ({"model": {"width": 30, "heads": 4}}, "model", "heads: 5 would"),
     ({"data": {"chunk": 4}, "score": {"execute": 5}}, "score.execute", "score.execute=4"),
@@ -199,7 +189,7 @@ def test_settings_that_cannot_be_are_refused_with_what_would_work(given, where, 
 def test_a_policy_without_its_inputs_is_refused(given, where):
     there = ["observation.state", "action"] if given["state"] else ["observation.velocity", "action"]
     with pytest.raises(UserError) as caught:
-        sources.vectors(DataConfig(**given), there)
+        state_features(DataConfig(**given), there)
     assert caught.value.where == where and "observation." in caught.value.hint
 
 
