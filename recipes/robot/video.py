@@ -63,7 +63,8 @@ class Video:
     def take(self, first_s: float, length: int, episode: int, fit: Callable = lambda image: image) -> np.ndarray:
         """uint8[length, H, W, 3]: the frames at first_s + k / fps, each as `fit` leaves it.
 
-        `episode` is its number, for messages. Raises UserError if one is missing, lies at another time, or cannot be decoded.
+        `episode` is its number, for messages. Raises UserError if one is missing, lies at another time, or
+        cannot be decoded.
         """
         av = av_module()
         images, done = np.empty((0, 0, 0, 3), np.uint8), 0
