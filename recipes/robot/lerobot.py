@@ -29,14 +29,15 @@ def features(folder: str | Path) -> dict[str, Feature]:
 
 def read(
     folder: str | Path, cache: Path, features: Sequence[str], progress: Callable = lambda done, total, what: None,
-    *, episodes: int | None = None,
+    *, episodes: int | None = None, edge: int | None = None,
 ) -> Episodes:  # fmt: skip
     """The episodes of the dataset in `folder` with the named features, from a store below `cache`, made if need be.
 
     With `episodes`, only so many, from the first; the rows of all are checked nevertheless. Vectors become
-    float32[N, D], also those that have one entry or are stored as doubles, integers or booleans; cameras become
-    uint8[N, H, W, 3]. A reading that was killed continues after the last whole episode. Raises UserError with the file,
-    and the episode or row, for every fault of the dataset.
+    float32[N, D], also those that have one entry or are stored as doubles, integers or booleans. Cameras become
+    uint8[N, H, W, 3], or with `edge` squares of so many pixels, each the mean of the area that it stands for (Pillow's
+    `resize` with BOX). A reading that was killed continues after the last whole episode. Raises UserError with the
+    file, and the episode or row, for every fault of the dataset.
     """
     meta = read_meta(folder)
     _check_wanted(meta, features)
@@ -44,7 +45,7 @@ def read(
     files = sorted({INFO, TASKS, *meta.data, *_tables(meta), *_films(meta, cameras)})
     count = _count(meta, episodes)
     progress(0, len(files), "hashing the dataset")
-    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "files": {
+    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "edge": edge, "files": {
         file: sha256(meta.folder / file) for file in files}}  # fmt: skip
     key = key_of(decisive)
     names = {name: meta.features[name].names for name in features if meta.features[name].names}
@@ -56,7 +57,7 @@ def read(
 
     def grow(notes: list[dict]) -> Iterator[Episode]:
         vectors = _read_vectors(meta, [name for name in features if name not in cameras])
-        starts, pictures = np.cumsum(meta.lengths) - meta.lengths, _Pictures(meta)
+        starts, pictures = np.cumsum(meta.lengths) - meta.lengths, _Pictures(meta, edge)
         for e in range(len(notes), count):
             rows = slice(starts[e], starts[e] + meta.lengths[e])
             arrays = {name: vectors[name][rows] if name in vectors else pictures.take(name, e) for name in features}
@@ -201,8 +202,8 @@ class _Rows:
 class _Pictures:
     """The images of one episode after the other: from the video files, or those that are embedded in the data files."""
 
-    def __init__(self, meta: Meta):
-        self.meta = meta
+    def __init__(self, meta: Meta, edge: int | None):
+        self.meta, self.edge = meta, edge
         self._open: dict[str, tuple[str, Video]] = {}  # camera -> its current file
         self._first = {e: k for _, episodes in _by_file(meta) for k, e in enumerate(episodes)}
 
@@ -218,7 +219,14 @@ class _Pictures:
                 video.close()
             video = Video(meta.folder / place.file, one.shape[:2], meta.fps)
             self._open[camera] = place.file, video
-        return video.take(place.from_s, int(meta.lengths[e]), e)
+        return video.take(place.from_s, int(meta.lengths[e]), e, self._fit)
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        if self.edge is None:
+            return image
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).resize((self.edge, self.edge), Image.Resampling.BOX))
 
     def _embedded(self, camera: str, e: int) -> np.ndarray:
         import pyarrow.parquet as pq
@@ -226,10 +234,10 @@ class _Pictures:
 
         meta, file = self.meta, self.meta.data[e]
         shape = meta.features[camera].shape
-        images = np.empty((meta.lengths[e], *shape), np.uint8)
+        images = []
         before = int(meta.lengths[e - self._first[e] : e].sum())
         column = pq.read_table(meta.folder / file, columns=[camera], memory_map=True)[camera]
-        for frame, cell in enumerate(column.slice(before, len(images)).to_pylist()):
+        for frame, cell in enumerate(column.slice(before, int(meta.lengths[e])).to_pylist()):
             at = f"row {before + frame} (episode {e}, frame {frame})"
             content = cell.get("bytes") if isinstance(cell, dict) else None
             if content is None:
@@ -241,5 +249,5 @@ class _Pictures:
             if image.shape != shape:
                 raise fault(meta.folder, file, f"{at}: `{camera}` has the shape {list(image.shape)}, "
                             f"info.json says {list(shape)}")  # fmt: skip
-            images[frame] = image
-        return images
+            images.append(self._fit(image))
+        return np.stack(images)

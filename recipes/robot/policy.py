@@ -13,7 +13,7 @@ import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe
-from robot.settings import WORLD, Config
+from robot.settings import PICTURE, WORLD, Config
 
 RECORDED = 100  # demonstrations of a world, unless the config says how many
 
@@ -77,12 +77,13 @@ class Policy(Recipe):
             from robot.demonstrations import record
 
             return record(data.source.removeprefix(WORLD), data.episodes or RECORDED, data.seed, progress,
-                          cache=self.cache, noise=data.noise, cameras=data.cameras, size=data.image)  # fmt: skip
+                          cache=self.cache, noise=data.noise, cameras=data.cameras,
+                          size=data.image or PICTURE)  # fmt: skip
         from robot import lerobot
         from robot.chunks import used_features
 
         used = list(used_features(data, lerobot.features(data.source)).values())
-        return lerobot.read(data.source, self.cache, used, progress, episodes=data.episodes)
+        return lerobot.read(data.source, self.cache, used, progress, episodes=data.episodes, edge=data.image)
 
     def facts(self) -> dict:
         """Features with their shapes and names, their scale over the training frames, instructions, the rate."""
@@ -111,14 +112,14 @@ class Policy(Recipe):
         from robot.chunks import state_features
         from robot.worlds import world
 
-        on = world(data.source.removeprefix(WORLD), data.cameras, data.image)
+        on = world(data.source.removeprefix(WORLD), data.cameras, data.image or PICTURE)
         try:
             seen = on.reset(0)
         finally:
             on.close()
         state = state_features(data, seen)
         shapes = {name: list(seen[name].shape) for name in state} | {"action": list(on.action_low.shape)}
-        shapes |= {name: [data.image, data.image, 3] for name in data.cameras}
+        shapes |= {name: [data.image or PICTURE] * 2 + [3] for name in data.cameras}
         expected = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
         scale = {name: {end: np.full(shape[-1], value) for end, value in expected.items()}
                  for name, shape in shapes.items()}  # fmt: skip
