@@ -1,0 +1,48 @@
+"""What can be set of the recipe `driving/motion`, section by section."""
+
+from __future__ import annotations
+
+from aurora_train.config import Section, setting
+
+SIMULATED = "simulated"
+
+
+class ModelConfig(Section):
+    """Agents x time attention over motion tokens."""
+
+    width: int = setting(64, ge=8, help="size of the residual stream")
+    layers: int = setting(2, ge=1, help="units of time, lane and agent attention and an MLP")
+    heads: int = setting(4, ge=1, help="attention heads")
+    relation: int = setting(16, ge=4, help="features of a pair that attention reads")
+    tokens: int = setting(384, ge=16, help="templates of half a second of motion")
+
+
+class DataConfig(Section):
+    """The scenes, and how much of each is seen."""
+
+    source: str = setting(SIMULATED, resume="located", path_unless=(SIMULATED,),
+                          help="simulated, or a folder of Argoverse 2 scenarios")  # fmt: skip
+    agents: int = setting(12, ge=1, help="agents of a scene that are kept, the nearest to the focal agent")
+    lanes: int = setting(32, ge=0, help="lanes of a scene that are kept, likewise")
+    points: int = setting(10, ge=2, help="points of a lane")
+    noise: float = setting(0.1, ge=0, help="metres; how far tokens stray from the recording in training")
+    simulated_maps: int = setting(200, ge=5, help="simulated: roads by seed, each with its own traffic")
+    simulated_scenes: int = setting(4, ge=1, help="simulated: scenes of 11 s a map")
+    simulated_seed: int = setting(0, ge=0, help="simulated: seed of the traffic, separate from the run's")
+    held_out: float = setting(0.2, gt=0, lt=0.6, help="share of the maps for the test; half as many for validation")
+
+
+class RolloutConfig(Section):
+    """How the model drives when it is scored."""
+
+    scenes: int = setting(64, ge=1, resume="free", help="test scenes that are rolled out")
+    samples: int = setting(16, ge=6, resume="free", help="rollouts of a scene, from which six modes are chosen")
+    temperature: float = setting(1.0, ge=0, resume="free", help="of the draw of a template; 0 takes the likeliest")
+    top_p: float = setting(0.95, gt=0, le=1, resume="free", help="share of the likeliest templates drawn from")
+    batch: int = setting(64, ge=1, resume="free", help="rollouts at once")
+
+
+class Config(Section):
+    model: ModelConfig = setting(ModelConfig())
+    data: DataConfig = setting(DataConfig())
+    rollout: RolloutConfig = setting(RolloutConfig())
