@@ -239,6 +239,26 @@ class Recipe:
         """
         raise UserError(f"the recipe {self.config.recipe!r} cannot hold a conversation", where="recipe")
 
+    def responder(self, predict: Callable[[dict], Any]) -> Callable[[dict], dict]:
+        """The function that answers one client of `aurora act` or `aurora stream`, from an episode's beginning.
+
+        Called once before the server listens, and then for each client and whenever a client begins anew: what the
+        function remembers between requests is its own. `predict` is that of `score`; call it once here, so that it is
+        compiled before a client waits. Requests and answers are JSON; arrays of a request are nested lists or NumPy
+        arrays, and an answer may hold arrays. A UserError is the answer to a bad request: it says what was expected.
+        The text "warning" in an answer is shown to whoever runs the server. UserError if the recipe answers nothing.
+        """
+        raise UserError(f"the recipe {self.config.recipe!r} answers no requests", where="recipe",
+                        hint="a recipe does by defining `responder(predict)`: docs/extend.md")  # fmt: skip
+
+    def exceeded(self, scores: dict[str, float]) -> list[str]:
+        """The limits of the config that these numbers of `score` exceed, a line for each that names key and number.
+
+        A limit whose number is missing counts as exceeded. A run, an export or a server that exceeds any says so and
+        ends with a status of its own, unless its user overrides that on record.
+        """
+        return []
+
     def logits(self, model, tokens):
         """Scores of the next token after each position, float32[..., T, vocabulary]; UserError without a vocabulary."""
         raise UserError(f"the recipe {self.config.recipe!r} has no vocabulary to score", where="recipe")

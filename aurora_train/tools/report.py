@@ -136,7 +136,8 @@ def _score(scores) -> str:
     rows += [(words(name), value, False) for name, value in rivals.items() if value is not None]
     rows = [row for row in rows if isinstance(row[1], (int, float)) and np.isfinite(row[1])]
     parts = [f"<p>{escape(words(headline))} on held-out data, after step {number(scores.get('step'))}.</p>\n"]
-    parts += [f"<p><b>{escape(remark)}</b></p>\n" for remark in scores.get("remarks") or []]
+    exceeded = [f"limit exceeded: {line}" for line in scores.get("exceeded") or []]
+    parts += [f"<p><b>{escape(remark)}</b></p>\n" for remark in [*exceeded, *(scores.get("remarks") or [])]]
     if rows:
         rows.sort(key=lambda row: row[1])
         ours = next((i for i, row in enumerate(rows) if row[2]), None)

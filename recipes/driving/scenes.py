@@ -1,7 +1,7 @@
 """A traffic scene: what every reader and generator of driving data makes, and all that models and scores see of one.
 
-The words are those of Argoverse 2 (Wilson et al. 2021, "Argoverse 2: Next Generation Datasets"). Positions are centres of
-boxes in metres, headings are radians counterclockwise from the x axis, and a step is 0.1 s. Maps are immutable and
+The words are those of Argoverse 2 (Wilson et al. 2021, "Argoverse 2: Next Generation Datasets"). Positions are centres
+of boxes in metres, headings are radians counterclockwise from the x axis, and a step is 0.1 s. Maps are immutable and
 shared: the scenes of one map hold the same `lanes` and `drivable`.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 STEP_S = 0.1
+HISTORY, STEPS = 50, 110  # of a whole scene in Argoverse 2: 5 s of history, 6 s of future
 # Argoverse 2's object types, in a fixed order: the index is what models see.
 KINDS = (
     "vehicle", "pedestrian", "motorcyclist", "cyclist", "bus", "static", "background", "construction",
