@@ -1,26 +1,17 @@
-"""A batch of `scene_batches.SceneBatches` as the network and the world take it. Only jax."""
+"""A batch of `moves.Moves` as the network and the world take it. Only jax."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
+from aurora_train.generate.sampler import Knobs
 from driving.agents import Agents, Seen
-from driving.closed_loop import Log, in_end_frame
+from driving.closed_loop import Cast, Log, in_end_frame, rollout
 from driving.relations import Lanes
-from driving.scenes import HISTORY, LANE_KINDS, UNKNOWN
+from driving.scenes import HISTORY, LANE_KINDS, STEPS, UNKNOWN
+from driving.tokens import STEPS as TOKEN_STEPS
 from driving.tokens import TOKEN_S, anchors, relative, rotated, tokenised
-
-READ = ("states", "valid", "sizes", "kinds", "pieces", "pieces_valid", "pieces_kind", "pieces_about", "pieces_light",
-        "lights")  # fmt: skip
-
-
-def blind(batch: dict) -> dict:
-    """The batch (numpy) as it is known at the last step of the history: nobody is seen later, the lights stay."""
-    valid, lights = batch["valid"].copy(), batch["lights"].copy()
-    valid[:, :, HISTORY:] = False
-    lights[..., HISTORY:] = lights[..., HISTORY - 1 : HISTORY]
-    return batch | {"states": np.where(valid[..., None], batch["states"], 0), "valid": valid, "lights": lights}
 
 
 def agents_of(batch: dict) -> Agents:
@@ -53,3 +44,20 @@ def seen_of(templates, batch: dict, noise: float = 0.0, keys=None) -> tuple[Seen
     lights = jnp.where((batch["pieces_light"] >= 0)[..., None], governed, UNKNOWN)
     following = jnp.concatenate([nearest[:, :, 1:], jnp.full_like(nearest[:, :, :1], count)], 2)
     return Seen(reached, motion, taken, valid, lights), following
+
+
+def rolled_out(model, templates, batch: dict, temperature: float, top_p: float) -> dict:
+    """One rollout of the 6 s after the history; see `motion.Motion.predict`."""
+    templates, keys = jnp.asarray(templates), batch.get("key")
+    seen, _ = seen_of(templates, batch)
+    log, agents = log_of(batch), agents_of(batch)
+    replayed = batch.get("replayed", jnp.zeros(log.valid.shape[:2], bool))
+    steered = batch.get("steered", jnp.zeros(len(replayed), bool))
+    if keys is None:
+        keys, temperature = jax.random.split(jax.random.key(0), len(replayed)), 0.0
+    knobs = Knobs(jnp.float32(temperature), jnp.int32(len(templates)), jnp.float32(top_p))
+    past = anchors(HISTORY, HISTORY - 1).size
+    seen = seen._replace(**{name: getattr(seen, name)[:, :, :past] for name in ("poses", "motion", "token", "valid")})
+    cast, number = Cast(replayed, steered), (STEPS - HISTORY) // TOKEN_STEPS
+    states, present, collided = rollout(model, templates, agents, seen, log, cast, keys, knobs, number)
+    return {"states": states, "present": present, "collided": collided}

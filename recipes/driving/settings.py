@@ -22,23 +22,24 @@ class DataConfig(Section):
 
     source: str = setting(SIMULATED, resume="located", path_unless=(SIMULATED,),
                           help="simulated, or a folder of Argoverse 2 scenarios")  # fmt: skip
-    agents: int = setting(12, ge=1, help="agents of a scene that are kept, the nearest to the focal agent")
-    lanes: int = setting(32, ge=0, help="lanes of a scene that are kept, likewise")
-    points: int = setting(10, ge=2, help="points of a lane")
+    agents: int = setting(12, ge=1, help="agents of a scene that are seen, the nearest to the focal agent")
+    pieces: int = setting(32, ge=1, help="pieces of lanes that are seen, likewise")
+    piece_m: float = setting(120.0, gt=1, help="metres; longer lanes are cut into pieces")
+    lights: int = setting(8, ge=1, help="traffic lights that are seen, likewise")
     noise: float = setting(0.1, ge=0, help="metres; how far tokens stray from the recording in training")
-    simulated_maps: int = setting(200, ge=5, help="simulated: roads by seed, each with its own traffic")
-    simulated_scenes: int = setting(4, ge=1, help="simulated: scenes of 11 s a map")
+    simulated_maps: int = setting(200, ge=2, help="simulated: roads by seed, to train on")
+    simulated_held_out: int = setting(24, ge=1, help="simulated: other roads for the test; a third of it to validate")
+    simulated_scenes: int = setting(4, ge=1, help="simulated: scenes of 11 s on each map")
     simulated_seed: int = setting(0, ge=0, help="simulated: seed of the traffic, separate from the run's")
-    held_out: float = setting(0.2, gt=0, lt=0.6, help="share of the maps for the test; half as many for validation")
 
 
 class RolloutConfig(Section):
     """How the model drives when it is scored."""
 
-    scenes: int = setting(64, ge=1, resume="free", help="test scenes that are rolled out")
-    samples: int = setting(16, ge=6, resume="free", help="rollouts of a scene, from which six modes are chosen")
+    scenes: int = setting(96, ge=1, resume="free", help="scenes of the split that are rolled out")
+    samples: int = setting(16, ge=6, resume="free", help="forecasts of a scene, from which six modes are chosen")
     temperature: float = setting(1.0, ge=0, resume="free", help="of the draw of a template; 0 takes the likeliest")
-    top_p: float = setting(0.95, gt=0, le=1, resume="free", help="share of the likeliest templates drawn from")
+    top_p: float = setting(0.95, gt=0, le=1, resume="free", help="share of the likeliest templates that are drawn from")
     batch: int = setting(64, ge=1, resume="free", help="rollouts at once")
 
 

@@ -123,7 +123,7 @@ def tokenised(templates, poses, valid, noise=0.0, keys=None):
     import jax
     import jax.numpy as jnp
 
-    ends, count = templates[:, -1], len(templates)
+    ends, count = jnp.asarray(templates)[:, -1], len(templates)
 
     def step(before, now):
         reached, was_valid = before
