@@ -17,8 +17,8 @@ from driving.agents import Agents, Seen
 from driving.scenes import STEP_S
 from driving.tokens import STEPS, distances, moved, relative, rotated
 
-# What a car can do: m/s2, rad of the front wheels, rad/s of steering; the wheelbase as a share of the length.
-HARDEST_BRAKING, HARDEST_ACCELERATION, MOST_STEERING, WHEELBASE = 8.0, 4.0, 0.6, 0.6
+# What a car can do: m/s2 along and across, rad of the front wheels; its wheelbase as a share of its length.
+HARDEST_BRAKING, HARDEST_ACCELERATION, MOST_SIDEWAYS, MOST_STEERING, WHEELBASE = 8.0, 4.0, 6.0, 0.6, 0.6
 
 
 class Log(NamedTuple):
@@ -61,21 +61,22 @@ def step(log: Log, state: State, action: Action, others=None) -> State:
 
 
 def bicycle(car, action: Action, length):
-    """float32[5] after 0.1 s of a kinematic bicycle whose centre lies between its axles.
+    """float32[5] after 0.1 s of a kinematic bicycle.
 
-    Kong et al. 2015 ("Kinematic and Dynamic Vehicle Models for Autonomous Driving Control Design"), eq. 1; a car does not
-    drive backwards. The velocity points where the centre goes.
+    Kong et al. 2015 ("Kinematic and Dynamic Vehicle Models for Autonomous Driving Control Design"), eq. 1 with l_r = 0:
+    what is steered moves where it points, as recorded boxes do. A car does not drive backwards.
     """
     acceleration = jnp.clip(action.acceleration, -HARDEST_BRAKING, HARDEST_ACCELERATION)
-    steering = jnp.clip(action.steering, -MOST_STEERING, MOST_STEERING)
     before = jnp.hypot(car[3], car[4])
+    grip = jnp.arctan(MOST_SIDEWAYS * WHEELBASE * length / jnp.maximum(jnp.square(before), 1.0))
+    most = jnp.minimum(MOST_STEERING, grip)  # with more its tyres would slide
+    steering = jnp.clip(action.steering, -most, most)
     after = jnp.maximum(before + acceleration * STEP_S, 0.0)
-    way, slip = (before + after) / 2 * STEP_S, jnp.arctan(jnp.tan(steering) / 2)
-    turn = way * jnp.cos(slip) * jnp.tan(steering) / (WHEELBASE * length)
-    course = car[2] + turn / 2 + slip
+    way = (before + after) / 2 * STEP_S
+    turn = way * jnp.tan(steering) / (WHEELBASE * length)
+    course, heading = car[2] + turn / 2, car[2] + turn
     xy = car[:2] + way * jnp.stack([jnp.cos(course), jnp.sin(course)])
-    course, heading = car[2] + turn + slip, car[2] + turn
-    return jnp.concatenate([xy, heading[None], after * jnp.stack([jnp.cos(course), jnp.sin(course)])])
+    return jnp.concatenate([xy, heading[None], after * jnp.stack([jnp.cos(heading), jnp.sin(heading)])])
 
 
 def follow(car, path, left, length) -> Action:
