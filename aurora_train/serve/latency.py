@@ -50,5 +50,5 @@ class Latencies:
         found = self.summary()
         times = "" if "latency_ms_p50" not in found else (
             f"; latency p50 {found['latency_ms_p50']:.2f} ms, p99 {found['latency_ms_p99']:.2f} ms")  # fmt: skip
-        warned = f", {sum(found['warnings'].values()):,} with a warning" if found["warnings"] else ""
-        return f"{found['answers']:,} answers{warned}, {found['refused']:,} requests refused{times}"
+        warned = f", {sum(found['warnings'].values()):,} warnings" if found["warnings"] else ""
+        return f"{found['answers']:,} answers, {found['refused']:,} requests refused{warned}{times}"

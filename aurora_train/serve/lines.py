@@ -155,8 +155,9 @@ class _Handler(socketserver.StreamRequestHandler):
             self._send(known | {"error": f"the server failed: {type(error).__name__}: {error}"})
             return respond
         owner.latencies.answered(time.perf_counter() - began)
-        if "warning" in answer and owner.latencies.warned(str(answer["warning"]).split(":")[0]):
-            log.warning("%s", answer["warning"])
+        for warning in answer.get("warnings", ()):
+            if owner.latencies.warned(warning.split(":")[0]):  # the first of its kind
+                log.warning("%s", warning)
         self.wfile.write(text)
         return respond
 

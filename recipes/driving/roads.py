@@ -108,7 +108,7 @@ def build_roads(seed: int) -> Roads:
         map_id=f"roads-{FORMAT}-{seed}",
         lanes=tuple(lanes),
         drivable=_drivable(arms, half + SHOULDER_M),
-        crossings=tuple(_strip(arm.beside(half)[:4], arm.beside(-half)[:4]) for arm in arms) if num_arms > 2 else (),
+        crossings=tuple(_crossing(arm, half) for arm in arms) if num_arms > 2 else (),
         routes=tuple(routes),
         footpaths=tuple(tuple(arm.beside(side * (half + 1.5 + 0.9 * row)) for arm in arms for side in (1, -1))
                         for row in range(FOOTPATHS)),
@@ -159,7 +159,7 @@ def _connect(lanes: list[Lane], ends: dict, num_arms: int, lanes_a_side: int, wi
                 continue
             leaving = ends[target, "out", lane]
             centre = _curve(lanes[entry].centre, lanes[leaving].centre)
-            left = np.stack([-np.sin(_headings(centre)), np.cos(_headings(centre))], axis=1) * width / 2
+            left = np.stack([-np.sin(headings(centre)), np.cos(headings(centre))], axis=1) * width / 2
             name = f"{1000 + len(lanes)}"
             successors.setdefault(entry, []).append(name)
             more = {"successors": (lanes[leaving].id,), "is_intersection": num_arms > 2}
@@ -195,13 +195,9 @@ def _route(lanes, parts, arm: int, limit: float) -> Route:
     lengths = [np.linalg.norm(np.diff(line, axis=0), axis=1).sum() for line in lines]
     line = np.concatenate([lines[0], lines[1][1:], lines[2][1:]])
     xy, end = resample(line, SPACING_M)
-    heading = _headings(xy)
-    bend = np.abs(np.gradient(heading, SPACING_M))
-    smooth = np.convolve(np.pad(bend, 4, mode="edge"), np.full(9, 1 / 9), "valid")
-    speed = np.minimum(limit, np.sqrt(SIDE_ACCELERATION / np.maximum(smooth, 1e-4)))
-    for k in range(len(speed) - 2, -1, -1):  # as fast as one may go here and still be slow enough there
-        speed[k] = min(speed[k], np.sqrt(speed[k + 1] ** 2 + 2 * APPROACH_BRAKING * SPACING_M))
-    return Route(parts, arm, np.column_stack([xy, heading, speed]), np.cumsum([0.0, *lengths[:2]]), end)
+    heading = headings(xy)
+    path = np.column_stack([xy, heading, speeds(heading, limit)])
+    return Route(parts, arm, path, np.cumsum([0.0, *lengths[:2]]), end)
 
 
 def resample(line: np.ndarray, spacing: float) -> tuple[np.ndarray, float]:
@@ -211,7 +207,18 @@ def resample(line: np.ndarray, spacing: float) -> tuple[np.ndarray, float]:
     return np.stack([np.interp(at, along, line[:, axis]) for axis in (0, 1)], axis=1), float(along[-1])
 
 
-def _headings(line: np.ndarray) -> np.ndarray:
+def speeds(heading: np.ndarray, limit) -> np.ndarray:
+    """m/s that drivers allow themselves at points SPACING_M apart; `limit` is one number or float64[P] as `heading`."""
+    bend = np.abs(np.gradient(heading, SPACING_M))
+    smooth = np.convolve(np.pad(bend, 4, mode="edge"), np.full(9, 1 / 9), "valid")
+    speed = np.minimum(limit, np.sqrt(SIDE_ACCELERATION / np.maximum(smooth, 1e-4)))
+    for k in range(len(speed) - 2, -1, -1):  # as fast as one may go here and still be slow enough there
+        speed[k] = min(speed[k], np.sqrt(speed[k + 1] ** 2 + 2 * APPROACH_BRAKING * SPACING_M))
+    return speed
+
+
+def headings(line: np.ndarray) -> np.ndarray:
+    """float64[P], unwrapped, of a polyline [P, 2] with P of at least 2."""
     tangent = np.gradient(line, axis=0)
     return np.unwrap(np.arctan2(tangent[:, 1], tangent[:, 0]))
 
@@ -225,6 +232,11 @@ def _drivable(arms, half: float) -> tuple[np.ndarray, ...]:
     corners = np.concatenate([arm.beside(sign * half)[:3] for arm in arms for sign in (1, -1)])
     strips = [_strip(arm.beside(half), arm.beside(-half)) for arm in arms]
     return (*strips, _hull(corners).astype(np.float32))
+
+
+def _crossing(arm: _Arm, half: float) -> np.ndarray:
+    near, far = ([arm.beside(side * half)[metres] for side in (1, -1)] for metres in (0, 3))
+    return _strip(np.array(near), np.array(far))
 
 
 def _strip(left: np.ndarray, right: np.ndarray) -> np.ndarray:

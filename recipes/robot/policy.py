@@ -24,7 +24,7 @@ class Policy(Recipe):
     padded bool[B, K], task i32[B]."""
 
     Config = Config
-    unit = "chunks"
+    unit, formats = "chunks", ("policy",)
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -36,6 +36,12 @@ class Policy(Recipe):
         """The name of the world in which the policy is scored; None if there is none."""
         source = self.config.data.source
         return self.config.score.world or (source.removeprefix(WORLD) if source.startswith(WORLD) else None)
+
+    @property
+    def executed(self) -> int:
+        """How many actions of a chunk are carried out before the policy is asked again."""
+        score, chunk = self.config.score, self.config.data.chunk
+        return 1 if score.ensemble is not None else score.execute or max(chunk // 2, 1)
 
     @classmethod
     def check(cls, config) -> None:
@@ -50,6 +56,10 @@ class Policy(Recipe):
                 "a dataset without a world needs episodes that are held out, by whose actions it is scored",
                 where="data.test", hint="data.test=0.1, score.world=NAME, or evaluate.final=false",
             )  # fmt: skip
+
+        if config.limits.success_min is not None and not data.source.startswith(WORLD) and score.world is None:
+            raise UserError("success is counted in a world, and there is none", where="limits.success_min",
+                            hint="score.world=NAME, or limits.action_error_max")  # fmt: skip
 
     # Data and facts
 
@@ -204,3 +214,24 @@ class Policy(Recipe):
         from robot.robot_scores import baselines
 
         return baselines(self, workdir, progress)
+
+    # Use
+
+    def exceeded(self, scores: dict) -> list[str]:
+        from robot.limits import exceeded
+
+        return exceeded(self.config.limits, scores)
+
+    def responder(self, predict):
+        """Answers observations with chunks of actions; see `robot.answering`."""
+        from aurora_train.random import stream
+        from robot.answering import Answers
+        from robot.limits import bound_of
+
+        bound = bound_of(self.config.limits, self.known["shapes"]["action"][-1])
+        return Answers(self.known, predict, self.executed, bound, stream(self.config.train.seed, "act"))
+
+    def probe(self, examples: int) -> dict:
+        from robot.answering import probe
+
+        return probe(self.known, examples)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from aurora_train.config import Section, setting
+from robot.limits import Limits
 
 WORLD = "world:"  # begins a source whose demonstrations are recorded by a world's own expert
 VECTORS = ("observation.state", "observation.environment_state")
@@ -121,3 +122,4 @@ class Config(Section):
     model: ModelConfig = setting(ModelConfig())
     data: DataConfig = setting(DataConfig())
     score: Scoring = setting(Scoring())
+    limits: Limits = setting(Limits())

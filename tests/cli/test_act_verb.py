@@ -1,19 +1,26 @@
-"""`aurora act` as a robot has it: another process, a real socket, a real signal; and the limits it is held to."""
+"""`aurora act` as a robot has it: another process, a real socket, a real signal; the limits it is held to, and
+`aurora export` of what it serves."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
+import threading
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import toy
 from kit import Aurora, events, in_process
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
+from aurora_train.loading import load as load_model
 
 # The toy recipe with a client's function that adds up what it has answered, and a limit of its score.
 SERVED = '''"""The toy, served."""
@@ -36,6 +43,10 @@ class Config(ToyConfig):
 
 class Served(Toy):
     Config = Config
+    formats = ("toy",)
+
+    def probe(self, examples):
+        return {"x": np.random.default_rng(0).normal(size=(examples, 8)).astype(np.float32)}
 
     def responder(self, predict):
         total = np.zeros(8, np.float32)
@@ -124,6 +135,31 @@ def test_a_run_that_exceeds_a_limit_says_which_unless_that_is_overridden_on_reco
     assert in_process("act", "run", "--port", 0) == 4, "an override holds for one command"
 
 
+def test_a_run_answers_in_this_process(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    answers = []
+
+    def client():
+        deadline = time.monotonic() + 60
+        with socket.socket(socket.AF_UNIX) as end:
+            while end.connect_ex("a.sock") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            file = end.makefile("rwb")
+            file.write(json.dumps({"x": [1] * 8}).encode() + b"\n")
+            file.flush()
+            answers.append(json.loads(file.readline()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert in_process("stream", "run", "--socket", "a.sock", "--json", "--override-limits", "a test") == 0
+    thread.join()
+    assert len(answers[0]["y"]) == 8 and json.loads(capsys.readouterr().out)["answers"] == 1
+    assert events(served.folder / "run", "limits_overridden")[-1]["by"] == "stream"
+
+
+@pytest.mark.slow
 def test_a_run_answers_until_a_signal_and_prints_its_latencies(served):
     acting = Acting(served, "run", "--port", 0, "--json", "--override-limits", "a test")
     first, second = acting(x=[1] * 8), acting(x=[1] * 8)
@@ -141,6 +177,36 @@ def test_a_recipe_that_answers_nothing_says_so(tmp_path):
     config = load("quickstart")
     with pytest.raises(UserError, match="answers no requests"):
         config.recipe_class(config, tmp_path).responder(None)
+
+
+def test_an_export_stands_alone_and_is_the_run_to_the_bit(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    export = ("export", "run", "--to", "toy", "--format", "toy")
+    assert in_process(*export) == 4 and not Path("toy").exists()
+    assert in_process("export", "run", "--to", "toy", "--format", "onnx") == 2
+    assert "one of toy, hf, gguf, peft" in capsys.readouterr().err
+    assert in_process(*export, "--dtype", "float16") == 2
+    capsys.readouterr()
+    assert in_process(*export, "--override-limits", "to be compared", "--json") == 0
+    assert "to the bit" in json.loads(capsys.readouterr().out)["says"]
+    moved = served.folder / "elsewhere" / "toy"
+    moved.parent.mkdir()
+    Path("toy").rename(moved)
+    x = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
+    own, other = load_model("run"), load_model(moved)
+    assert np.array_equal(own.predict({"x": x}), other.predict({"x": x})) and other.step == own.step == 2
+    assert "respond" in repr(other.recipe.responder(other.predict))
+    assert in_process("act", moved, "--port", 0) == 4, "its limits went with it"
+    card = (moved / "README.md").read_text()
+    assert "Limits that it exceeds" in card and "to be compared" in card and str(served.folder) not in card
+    assert in_process("verify", moved) == 0
+    weights = bytearray((moved / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (moved / "weights.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    assert in_process("verify", moved) == 3 and "weights.safetensors was changed" in capsys.readouterr().out
+    assert in_process("act", moved, "--port", 0) == 2 and "not those that were exported" in capsys.readouterr().err
 
 
 @pytest.mark.slow

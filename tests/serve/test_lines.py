@@ -32,7 +32,7 @@ def connect():
             raise ValueError("a mistake of the recipe")
         total += float(np.sum(request["x"]))
         answer = {"total": total, "double": 2 * np.asarray(request["x"], np.float32)}
-        return answer | ({"warning": f"large: {total}"} if total > 100 else {})
+        return answer | ({"warnings": [f"large: {total}"]} if total > 100 else {})
 
     return respond
 
@@ -115,9 +115,9 @@ def test_what_would_not_end_or_comes_from_a_browser_closes_the_connection(server
 
 def test_a_warning_is_counted_and_shown_once(server, caplog):
     client = Client(server.place)
-    assert "warning" in client(x=[101]) and "warning" in client(x=[1])
+    assert "warnings" in client(x=[101]) and "warnings" in client(x=[1])
     assert [record.getMessage() for record in caplog.records] == ["large: 101.0"]
-    assert "2 with a warning" in server.latencies.line()
+    assert "1 answers" not in server.latencies.line() and "2 warnings" in server.latencies.line()
 
 
 def test_the_latencies_are_said_while_it_runs(server):
