@@ -8,6 +8,7 @@ the ego car as a bicycle among agents that replay the recording, or that the mod
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Motion(Recipe):
 
     Config = Config
     unit, metric = "moves", ("minADE1_3s", "min")
+    is_test_alone = False  # set by `on`: all scenes are in the test split
 
     @classmethod
     def check(cls, config) -> None:
@@ -40,19 +42,35 @@ class Motion(Recipe):
         return self._open(lambda *_: None)
 
     def _open(self, progress):
+        data, folder = self.config.data, self.cache / "data"
+        if data.source != SIMULATED:
+            from driving.recorded import recorded_scenes
+
+            # On other data everything is the test.
+            store = recorded_scenes(folder, Path(data.source), 1.0 if self.is_test_alone else data.held_out, progress)
+            wanted = ("test",) if self.is_test_alone else ("train", "test")
+            return _with_scenes(store, wanted, data.source)
         from driving.generated import generated_scenes
 
-        data = self.config.data
         maps = {"train": data.simulated_maps, "validation": max(data.simulated_held_out // 3, 1),
                 "test": data.simulated_held_out}  # fmt: skip
-        return generated_scenes(self.cache / "data", maps, data.simulated_scenes, data.simulated_seed, progress)
+        return generated_scenes(folder, maps, data.simulated_scenes, data.simulated_seed, progress)
+
+    def on(self, path: str):
+        """The same model on all scenarios of another Argoverse 2 folder."""
+        data = self.config.data.model_copy(update={"source": str(Path(path).absolute())})
+        other = type(self)(self.config.model_copy(update={"data": data}), self.cache)
+        other.is_test_alone = True
+        return other.use(self.known)
 
     @functools.cache  # noqa: B019 - a recipe lives as long as its run
     def data(self, split: str):
-        """Scenes of one split: "train", "validation" or "test"."""
+        """Scenes of one split: "train", "validation" or "test"; None for a validation split without scenes."""
         from driving.moves import Moves
 
         data = self.config.data
+        if split == "validation" and not self._store.count(split):
+            return None
         return Moves(self._store, split, data.agents, data.pieces, data.lights, data.piece_m)
 
     def shapes(self) -> dict:
@@ -123,3 +141,20 @@ class Motion(Recipe):
         from driving.rollouts import scored
 
         return scored(predict, self.data(split), self.config.rollout, key, progress)
+
+    def baselines(self, workdir, progress) -> dict:
+        """The headline's error of constant velocity, CTRV and IDM in the same test scenes."""
+        from driving.rollouts import baseline_errors
+
+        return baseline_errors(self.data("test"), self.config.rollout, progress)
+
+    def exceeded(self, scores) -> list[str]:
+        return self.config.limits.exceeded(scores)
+
+
+def _with_scenes(store, splits, source: str):
+    for split in splits:
+        if not store.count(split):
+            raise UserError(f"no scene is left for the {split} split", where="data.source", why=source,
+                            hint="more scenarios, of several maps, or another data.held_out")  # fmt: skip
+    return store

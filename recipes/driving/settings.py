@@ -27,6 +27,7 @@ class DataConfig(Section):
     piece_m: float = setting(120.0, gt=1, help="metres; longer lanes are cut into pieces")
     lights: int = setting(8, ge=1, help="traffic lights that are seen, likewise")
     noise: float = setting(0.1, ge=0, help="metres; how far tokens stray from the recording in training")
+    held_out: float = setting(0.2, gt=0, lt=0.6, help="recordings: share of the maps for the test; half as many to validate")
     simulated_maps: int = setting(200, ge=2, help="simulated: roads by seed, to train on")
     simulated_held_out: int = setting(24, ge=1, help="simulated: other roads for the test; a third of it to validate")
     simulated_scenes: int = setting(4, ge=1, help="simulated: scenes of 11 s on each map")
@@ -43,7 +44,27 @@ class RolloutConfig(Section):
     batch: int = setting(64, ge=1, resume="free", help="rollouts at once")
 
 
+class LimitsConfig(Section):
+    """The largest rates, in closed loop within 6 s among agents that replay, with which anyone goes on."""
+
+    collision_max: float | None = setting(None, ge=0, le=1, resume="free", help="share of scenes with a collision")
+    off_road_max: float | None = setting(None, ge=0, le=1, resume="free", help="share that leaves the drivable area")
+    red_light_max: float | None = setting(None, ge=0, le=1, resume="free", help="share that runs a red light")
+    infeasible_max: float | None = setting(None, ge=0, le=1, resume="free", help="share that moves as no car can")
+
+    def exceeded(self, scores: dict[str, float]) -> list[str]:
+        """A line for each limit that the numbers of a score exceed; one that is missing or nan exceeds it, too."""
+        lines = []
+        for name in ("collision", "off_road", "red_light", "infeasible"):
+            most, value = getattr(self, f"{name}_max"), scores.get(f"driven_{name}_6s")
+            if most is not None and (value is None or not value <= most):
+                measured = "no number" if value is None else f"{value:.3f}"
+                lines.append(f"limits.{name}_max is {most:g}, and driven_{name}_6s is {measured}")
+        return lines
+
+
 class Config(Section):
     model: ModelConfig = setting(ModelConfig())
     data: DataConfig = setting(DataConfig())
     rollout: RolloutConfig = setting(RolloutConfig())
+    limits: LimitsConfig = setting(LimitsConfig())
