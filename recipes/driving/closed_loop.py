@@ -151,8 +151,8 @@ def rollout(model, templates, agents: Agents, seen: Seen, log: Log, cast: Cast, 
     """`number` tokens of all agents together, drawn one after the other from the model.
 
     Args:
-        seen: the history's anchors; log: the recording, [B, ...], whose step `now` is the last anchor and whose future is
-            read for replayed agents alone; its lights are in `lights`.
+        seen: the history's anchors, with the lights of the future as well; log: the recording, [B, ...], which ends
+            `number` tokens after the last anchor, and whose future is read for replayed agents alone.
         keys: key[B]; knobs: `aurora_train.generate.sampler.Knobs`.
 
     Returns the states float32[B, A, 5 number, 5], whether each agent is there bool[B, A, 5 number], and whether the ego

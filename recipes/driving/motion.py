@@ -1,8 +1,8 @@
-"""Traffic: all road users of a scene, half a second at a time, as tokens of motion; forecast, and driven in closed loop.
+"""Traffic: road users, half a second at a time, as tokens of motion; forecast, and driven in closed loop.
 
-A transformer over agents and time sees lanes, lights and the other agents by relative poses, and gives each agent's next
-token. Forecasts are rollouts of all agents together on roads that training has not seen. In closed loop the model drives
-the ego car as a bicycle among agents that replay the recording, or that the model moves as well.
+A transformer over agents and time sees lanes, lights and other agents by relative poses, and gives each agent's next
+token. Forecasts are rollouts of all agents together on roads that training has not seen. In closed loop the model
+drives the ego car as a bicycle, among agents that replay the recording or that the model moves as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scenes as the recipe `driving/motion` trains on them: some arrays of `scene_batches`, and the templates. Only numpy."""
+"""Scenes as `driving/motion` trains on them: some arrays of `scene_batches`, and the templates. Only numpy."""
 
 from __future__ import annotations
 

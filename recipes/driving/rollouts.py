@@ -1,4 +1,4 @@
-"""Scores of a model that drives: forecasts on roads it has not seen, and closed loop, beside baselines in the same scenes.
+"""Scores of a model that drives: forecasts on unseen roads, and closed loop, beside baselines in the same scenes.
 
 A forecast knows the history alone. In closed loop the lights go on as recorded, since nobody in a scene decides them.
 """
@@ -28,8 +28,8 @@ def scored(predict, source: Moves, config, key, progress) -> dict:
     errors = {"the model": of_focal(modes_of(paths), batch)} | baseline_scores(scenes, batch, progress)
     rates = driven(predict, source, scenes, batch, config, key, progress)
     tables = [
-        _table("Forecasts of the focal agent: metres, and the share missed by 2 m", "forecast by", errors, FORECAST_COLUMNS),
-        _table("Closed loop: the share of scenes in which the ego car does this within 3 or 6 s", "the ego car is", rates),
+        _table("Forecasts of the focal agent: metres, and the share missed by 2 m", errors, FORECAST_COLUMNS),
+        _table("Closed loop: the share of scenes in which the ego car does this within 3 or 6 s", rates),
     ]
     notes = [
         f"{len(scenes)} scenes of {len({scene.map_id for scene in scenes})} maps that training has not seen; the focal "
@@ -64,10 +64,10 @@ def _can_be_scored(scene: Scene) -> bool:
     return there and scene.steps >= scene.observed + FUTURE
 
 
-def _table(title: str, first: str, rows: dict[str, dict], columns=None) -> dict:
+def _table(title: str, rows: dict[str, dict], columns=None) -> dict:
     columns = list(columns or next(iter(rows.values())))
-    return {"title": title, "columns": [first, *columns],
-            "rows": [[name, *(row.get(column, float("nan")) for column in columns)] for name, row in rows.items()]}  # fmt: skip
+    cells = [[name, *(row.get(column, float("nan")) for column in columns)] for name, row in rows.items()]
+    return {"title": title, "columns": ["by", *columns], "rows": cells}
 
 
 # Forecasts

@@ -16,7 +16,7 @@ from driving.roads import resample
 from driving.scene_store import SceneStore
 from driving.scenes import HISTORY, KINDS, LANE_KINDS, STEPS, Lane, Scene
 
-PIECE_M, PIECE_POINTS = 20.0, 11  # a lane is cut into pieces of at most this length by default, each with so many points
+PIECE_M, PIECE_POINTS = 20.0, 11  # a lane is cut into pieces of at most this length, each with so many points
 
 
 class SceneBatches:

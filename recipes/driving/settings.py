@@ -27,7 +27,7 @@ class DataConfig(Section):
     piece_m: float = setting(120.0, gt=1, help="metres; longer lanes are cut into pieces")
     lights: int = setting(8, ge=1, help="traffic lights that are seen, likewise")
     noise: float = setting(0.1, ge=0, help="metres; how far tokens stray from the recording in training")
-    held_out: float = setting(0.2, gt=0, lt=0.6, help="recordings: share of the maps for the test; half as many to validate")
+    held_out: float = setting(0.2, gt=0, lt=0.6, help="recordings: share of maps to test on; half as many to validate")
     simulated_maps: int = setting(200, ge=2, help="simulated: roads by seed, to train on")
     simulated_held_out: int = setting(24, ge=1, help="simulated: other roads for the test; a third of it to validate")
     simulated_scenes: int = setting(4, ge=1, help="simulated: scenes of 11 s on each map")

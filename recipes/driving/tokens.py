@@ -2,8 +2,7 @@
 
 The templates come from k-disks (Philion et al. 2023, "Trajeglish", section 3.1): a motion drawn from the data becomes a
 template, all motions within a radius of it are discarded, and so on. Tracks are tokenised step by step from where the
-previous templates have led, so that errors do not add up (the same, section 3.2). Only numpy is needed to learn, and jax
-to tokenise.
+previous templates have led, so that errors do not add up (the same, section 3.2). To learn needs only numpy.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_attention_by_relations_is_that_of_float64(network):
         read, felt = np.zeros((heads, width // heads)), np.zeros((heads, features))
         for h in range(heads):
             seen = np.flatnonzero(visible[i])
-            logits = np.array([query[i, h] @ key[j, h] / np.sqrt(width / heads) + wish[i, h] @ pairs[i, j] for j in seen])
+            logits = query[i, h] @ key[seen, h].T / np.sqrt(width / heads) + pairs[i, seen] @ wish[i, h]
             share = np.exp(logits) / np.exp(logits).sum() if len(seen) else []
             for a, j in zip(share, seen, strict=True):
                 read[h] += a * value[j, h]
