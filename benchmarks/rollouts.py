@@ -74,7 +74,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - began)
     agents = int(np.asarray(together["present"]).any(-1).sum())
     print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores; medians of {options.rounds} rounds")
-    print(f"{options.batch} scenes with {agents} agents, {options.batch - int(same.sum())} of them not the same both ways\n")
+    print(f"{options.batch} scenes with {agents} agents, {int((~same).sum())} of them not the same both ways\n")
     print("| | rollouts/s | agents' moves/s |\n|---|---|---|")
     for name, took in seconds.items():
         median = statistics.median(took)
