@@ -97,7 +97,7 @@ def _metaworld() -> tuple[dict, dict]:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
     except ModuleNotFoundError as error:
-        raise MissingExtra(error.name, "robot", "Meta-World") from error
+        raise MissingExtra(error.name.partition(".")[0], "robot", "Meta-World") from error
     # The experts ask for more than the limits far from their target, on purpose; each time they say so.
     warnings.filterwarnings("ignore", message="Constant.s. may be too high")
     return dict(ALL_V3_ENVIRONMENTS), dict(ENV_POLICY_MAP)
