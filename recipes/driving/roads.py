@@ -108,7 +108,7 @@ def build_roads(seed: int) -> Roads:
         map_id=f"roads-{FORMAT}-{seed}",
         lanes=tuple(lanes),
         drivable=_drivable(arms, half + SHOULDER_M),
-        crossings=tuple(_strip(arm.beside(half)[:4], arm.beside(-half)[:4]) for arm in arms) if num_arms > 2 else (),
+        crossings=tuple(_crossing(arm, half) for arm in arms) if num_arms > 2 else (),
         routes=tuple(routes),
         footpaths=tuple(tuple(arm.beside(side * (half + 1.5 + 0.9 * row)) for arm in arms for side in (1, -1))
                         for row in range(FOOTPATHS)),
@@ -232,6 +232,11 @@ def _drivable(arms, half: float) -> tuple[np.ndarray, ...]:
     corners = np.concatenate([arm.beside(sign * half)[:3] for arm in arms for sign in (1, -1)])
     strips = [_strip(arm.beside(half), arm.beside(-half)) for arm in arms]
     return (*strips, _hull(corners).astype(np.float32))
+
+
+def _crossing(arm: _Arm, half: float) -> np.ndarray:
+    near, far = ([arm.beside(side * half)[metres] for side in (1, -1)] for metres in (0, 3))
+    return _strip(np.array(near), np.array(far))
 
 
 def _strip(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -70,7 +70,8 @@ class Scene:
         lights: int8[L, T] of UNKNOWN, GREEN, YELLOW, RED, or None if lights are not known. Light k governs the lane
             `light_lanes[k]`, before whose stop point `light_stops[k]`, float32[L, 2], cars wait while it is RED.
         origin: float64 world coordinates of (0, 0). Coordinates of a city lose millimetres in float32.
-        crossings: polygons of pedestrian crossings, float32[P, 2].
+        crossings: pedestrian crossings, float32[4, 2]: the ends of one edge, across the road, then those of the other
+            edge backwards.
         city: the source's name of the town.
     """
 

@@ -17,6 +17,7 @@ from aurora_train.recipe import few
 from language.intervals import wilson
 from robot.chunks import inputs
 from robot.drawing import draw_paths, write_gif
+from robot.limits import of_bound
 from robot.rollouts import Chunked, Expert, Rollout, Uniform, rollouts
 from robot.worlds import World, world
 
@@ -40,13 +41,15 @@ def score(recipe, predict: Callable, split: str, key, workdir: Path, progress: C
         cannot = _cannot_draw(on) if settings.gifs and split == "test" else None
     finally:
         on.close()
-    execute = settings.execute or max(recipe.config.data.chunk // 2, 1)
+    execute = recipe.executed
     choose = Chunked(act, execute=execute, ensemble=settings.ensemble)
     done = rollouts(
         choose, recipe.world, seeds, cameras=recipe.known["cameras"], size=size, progress=progress,
         filmed=settings.gifs if split == "test" and not cannot else 0,
     )  # fmt: skip
-    found = measured(done, on) | latency(act, first)
+    one = {name: value[None] for name, value in first.items()}
+    found = measured(done, on) | latency(lambda step: act(one, np.zeros(1, int), step))
+    found |= of_bound(np.concatenate([one.actions for one in done]), recipe.config.limits)
     if split == "validation":
         return found
     shown = _shown(done, on, Path(workdir))
@@ -146,13 +149,13 @@ def asker(recipe, on: World, predict: Callable, key) -> Callable[[dict, np.ndarr
     return act
 
 
-def latency(act: Callable, observation: dict) -> dict[str, float]:
-    """Wall time in milliseconds from one observation on the host to its chunk on the host."""
-    one, took = {name: value[None] for name, value in observation.items()}, []
-    act(one, np.zeros(1, int), 0)  # compiles
+def latency(ask: Callable[[int], np.ndarray]) -> dict[str, float]:
+    """Wall time in milliseconds of `ask(step)`, from one observation on the host to its chunk on the host."""
+    took = []
+    ask(0)  # compiles
     for step in range(TIMED):
         before = time.perf_counter()
-        np.asarray(act(one, np.zeros(1, int), step))
+        np.asarray(ask(step))
         took.append(1000 * (time.perf_counter() - before))
     return {"latency_ms_p50": float(np.percentile(took, 50)), "latency_ms_p99": float(np.percentile(took, 99))}
 
@@ -201,25 +204,32 @@ def _shown(done: list[Rollout], on: World, workdir: Path) -> dict:
 
 def _of_held_out_actions(recipe, predict: Callable, progress: Callable) -> dict:
     """Root mean square error of the actions of held-out episodes, in deviations of the training actions."""
+
+    def seen(taken: dict) -> dict:
+        return {name: value for name, value in taken.items() if name not in ("action", "padded")}
+
     source, scale = recipe.data("test"), recipe.known["scale"]["action"]
     if source is None:
         raise UserError("no episodes are held out, and there is no world to act in", where="data.test",
                         hint="data.test=0.1, or score.world=NAME")  # fmt: skip
-    total = weight = 0.0
+    total, weight, largest = 0.0, 0.0, 0.0
     for start in range(0, len(source), BATCH):
         taken = source.take(np.minimum(np.arange(start, start + BATCH), len(source) - 1))
         real = ~taken["padded"] & (np.arange(start, start + BATCH) < len(source))[:, None]
-        said = predict({name: value for name, value in taken.items() if name not in ("action", "padded")})
+        said = predict(seen(taken))
         total = total + (np.square(said - taken["action"]) * real[..., None]).sum(axis=(0, 1))
         weight += real.sum()
+        largest = np.maximum(largest, np.abs(said).max(axis=(0, 1)))
         progress(min(start + BATCH, len(source)), len(source), "predicting held-out actions")
     errors = np.sqrt(total / weight)
     names = recipe.known["names"]["action"] or [str(entry) for entry in range(len(errors))]
     held, moving = len(source.which), np.maximum(np.asarray(scale["std"], np.float64), 1e-4)
     table = {"title": "Error of held-out actions, in their own units", "columns": ["action", "rms error"],
              "rows": [[name, float(error)] for name, error in zip(names, errors, strict=True)]}  # fmt: skip
-    return {
-        "action_error": float(np.sqrt(np.mean((errors / moving) ** 2))), "tables": [table],
+    one = seen(source.take(np.zeros(1, int)))
+    numbers = {"action_error": float(np.sqrt(np.mean((errors / moving) ** 2)))}
+    return numbers | of_bound(largest, recipe.config.limits) | latency(lambda step: predict(one)) | {
+        "tables": [table],
         "notes": [f"Actions of {held} held-out episodes, {len(source)} chunks; 1 is the deviation of the training "
                   "actions. A small error promises no success: only acting shows that."],
         "remarks": few(held, "episode", "raise data.test"),
