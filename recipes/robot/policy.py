@@ -24,6 +24,7 @@ class Policy(Recipe):
 
     Config = Config
     unit, formats = "chunks", ("policy",)
+    _read = None  # the episodes, once they are read
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -55,7 +56,6 @@ class Policy(Recipe):
                 "a dataset without a world needs episodes that are held out, by whose actions it is scored",
                 where="data.test", hint="data.test=0.1, score.world=NAME, or evaluate.final=false",
             )  # fmt: skip
-
         if config.limits.success_min is not None and not data.source.startswith(WORLD) and score.world is None:
             raise UserError("success is counted in a world, and there is none", where="limits.success_min",
                             hint="score.world=NAME, or limits.action_error_max")  # fmt: skip
@@ -67,7 +67,7 @@ class Policy(Recipe):
         progress(len(found), len(found), f"{len(found)} episodes of {found.lengths.sum():,} frames")
 
     def _episodes(self, progress=lambda done, total, what: None):
-        if not hasattr(self, "_read"):
+        if self._read is None:
             self._read = self._found(progress)
         return self._read
 
@@ -120,9 +120,10 @@ class Policy(Recipe):
         state = state_features(data, seen)
         shapes = {name: list(seen[name].shape) for name in state} | {"action": list(on.action_low.shape)}
         shapes |= {name: [data.image or PICTURE] * 2 + [3] for name in data.cameras}
-        one = {name: {"mean": np.zeros(shape[-1]), "std": np.ones(shape[-1]), "min": -np.ones(shape[-1]),
-                      "max": np.ones(shape[-1])} for name, shape in shapes.items()}  # fmt: skip
-        return {"state": state, "cameras": list(data.cameras), "shapes": shapes, "scale": one, "tasks": [on.task]}
+        expected = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+        scale = {name: {end: np.full(shape[-1], value) for end, value in expected.items()}
+                 for name, shape in shapes.items()}  # fmt: skip
+        return {"state": state, "cameras": list(data.cameras), "shapes": shapes, "scale": scale, "tasks": [on.task]}
 
     def shapes(self) -> dict | None:
         import jax
