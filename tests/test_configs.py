@@ -7,7 +7,7 @@ import re
 
 import pytest
 from chats import TEMPLATE
-from kit import bundled_configs, losses
+from kit import NEEDED_TO_RUN, bundled_configs, losses
 
 from aurora_train import bundled
 from aurora_train.cli.main import main
@@ -68,7 +68,7 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=tuple(TUNED)))
+@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=tuple(TUNED), needed=NEEDED_TO_RUN))
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)

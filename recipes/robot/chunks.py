@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from aurora_train.errors import UserError
+from aurora_train.errors import UserError, nearest
 from robot.episodes import Episodes
+from robot.settings import VECTORS, DataConfig
 
 CAMERA = "observation.images."
 
@@ -79,6 +80,35 @@ class Chunks:
             "split": self.split, "episodes": len(self.which), "frames": len(self), "fps": episodes.fps,
             "chunk": self.chunk, "tasks": list(self.tasks), "sha256": episodes.fingerprint,
         }  # fmt: skip
+
+
+def state_features(data: DataConfig, there: Collection[str]) -> list[str]:
+    """The vector features that a policy sees, of those that are `there`.
+
+    Raises UserError if one that the config names is missing, or if the policy would see nothing.
+    """
+    for name in data.state or ():
+        _check_there(name, there, "data.state")
+    state = list(data.state) if data.state is not None else [name for name in VECTORS if name in there]
+    if not state and not data.cameras:
+        raise UserError("the policy would see nothing", where="data.state",
+                        hint=f"data.state=[...] or data.cameras=[...] of: {', '.join(there)}")  # fmt: skip
+    return state
+
+
+def used_features(data: DataConfig, there: Collection[str]) -> dict[str, str]:
+    """What a model calls its inputs and its output -> their features: state features, NAME of cameras, "action"."""
+    cameras = {name: CAMERA + name for name in data.cameras}
+    for feature in cameras.values():
+        _check_there(feature, there, "data.cameras")
+    _check_there(data.action, there, "data.action")
+    return {name: name for name in state_features(data, there)} | cameras | {"action": data.action}
+
+
+def _check_there(name: str, there: Collection[str], where: str) -> None:
+    if name not in there:
+        raise UserError(f"the episodes have no feature `{name}`", where=where,
+                        hint=nearest(name, there, f"they have: {', '.join(there)}"))  # fmt: skip
 
 
 def inputs(observation: dict[str, np.ndarray], state: Sequence[str], cameras: Sequence[str]) -> dict[str, np.ndarray]:

@@ -16,46 +16,63 @@ from aurora_train.errors import UserError, nearest
 from aurora_train.files import sha256
 from language.prepared import key_of
 from robot.episodes import Episode, Episodes, kept
-from robot.lerobot_meta import EPISODES, INFO, OWN, TASKS, TOLERANCE_S, Meta, fault, read_meta, read_table
+from robot.lerobot_meta import EPISODES, INFO, OWN, TASKS, TOLERANCE_S, Feature, Meta, fault, read_meta, read_table
 from robot.video import Video
 
 FORMAT = 1
 
 
+def features(folder: str | Path) -> dict[str, Feature]:
+    """What the dataset in `folder` has, by name, without the columns that number its rows. UserError as for `read`."""
+    return {name: one for name, one in read_meta(folder).features.items() if name not in OWN}
+
+
 def read(
-    folder: str | Path, cache: Path, features: Sequence[str], progress: Callable = lambda done, total, what: None
-) -> Episodes:
+    folder: str | Path, cache: Path, features: Sequence[str], progress: Callable = lambda done, total, what: None,
+    *, episodes: int | None = None, edge: int | None = None,
+) -> Episodes:  # fmt: skip
     """The episodes of the dataset in `folder` with the named features, from a store below `cache`, made if need be.
 
-    Vectors become float32[N, D], also those that have one entry or are stored as doubles, integers or booleans; cameras
-    become uint8[N, H, W, 3]. A reading that was killed continues after the last whole episode. Raises UserError with
-    the file, and the episode or row, for every fault of the dataset.
+    With `episodes`, only so many, from the first; the rows of all are checked nevertheless. Vectors become
+    float32[N, D], also those that have one entry or are stored as doubles, integers or booleans. Cameras become
+    uint8[N, H, W, 3], or with `edge` squares of so many pixels, each the mean of the area that it stands for (Pillow's
+    `resize` with BOX). A reading that was killed continues after the last whole episode. Raises UserError with the
+    file, and the episode or row, for every fault of the dataset.
     """
     meta = read_meta(folder)
     _check_wanted(meta, features)
     cameras = [name for name in features if meta.features[name].is_camera]
     files = sorted({INFO, TASKS, *meta.data, *_tables(meta), *_films(meta, cameras)})
+    count = _count(meta, episodes)
     progress(0, len(files), "hashing the dataset")
-    decisive = {"format": FORMAT, "features": sorted(features), "files": {
+    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "edge": edge, "files": {
         file: sha256(meta.folder / file) for file in files}}  # fmt: skip
     key = key_of(decisive)
     names = {name: meta.features[name].names for name in features if meta.features[name].names}
     source = {
         "source": meta.folder.resolve().name, "format": f"LeRobot {meta.info['codebase_version']}",
-        "robot": meta.info.get("robot_type"), "files_sha256": key, "episodes": len(meta.lengths),
-        "frames": int(meta.lengths.sum()),
+        "robot": meta.info.get("robot_type"), "files_sha256": key, "episodes": count,
+        "frames": int(meta.lengths[:count].sum()),
     }  # fmt: skip
 
     def grow(notes: list[dict]) -> Iterator[Episode]:
         vectors = _read_vectors(meta, [name for name in features if name not in cameras])
-        starts, pictures = np.cumsum(meta.lengths) - meta.lengths, _Pictures(meta)
-        for e in range(len(notes), len(meta.lengths)):
+        starts, pictures = np.cumsum(meta.lengths) - meta.lengths, _Pictures(meta, edge)
+        for e in range(len(notes), count):
             rows = slice(starts[e], starts[e] + meta.lengths[e])
             arrays = {name: vectors[name][rows] if name in vectors else pictures.take(name, e) for name in features}
             yield Episode(arrays, meta.tasks[meta.instruction[e]])
 
     return kept(Path(cache) / f"episodes-{key[:16]}", decisive, grow, fps=meta.fps, names=names, source=source,
-                progress=progress, what="reading episodes", total=len(meta.lengths))  # fmt: skip
+                progress=progress, what="reading episodes", total=count)  # fmt: skip
+
+
+def _count(meta: Meta, episodes: int | None) -> int:
+    there = len(meta.lengths)
+    if episodes is not None and episodes > there:
+        raise UserError(f"{episodes} episodes are wanted, and {meta.folder} has {there}", where="data.episodes",
+                        hint=f"data.episodes={there} at most, or leave it out for all")  # fmt: skip
+    return there if episodes is None else episodes
 
 
 def _check_wanted(meta: Meta, features: Sequence[str]) -> None:
@@ -185,8 +202,8 @@ class _Rows:
 class _Pictures:
     """The images of one episode after the other: from the video files, or those that are embedded in the data files."""
 
-    def __init__(self, meta: Meta):
-        self.meta = meta
+    def __init__(self, meta: Meta, edge: int | None):
+        self.meta, self.edge = meta, edge
         self._open: dict[str, tuple[str, Video]] = {}  # camera -> its current file
         self._first = {e: k for _, episodes in _by_file(meta) for k, e in enumerate(episodes)}
 
@@ -202,7 +219,14 @@ class _Pictures:
                 video.close()
             video = Video(meta.folder / place.file, one.shape[:2], meta.fps)
             self._open[camera] = place.file, video
-        return video.take(place.from_s, int(meta.lengths[e]), e)
+        return video.take(place.from_s, int(meta.lengths[e]), e, self._fit)
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        if self.edge is None:
+            return image
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).resize((self.edge, self.edge), Image.Resampling.BOX))
 
     def _embedded(self, camera: str, e: int) -> np.ndarray:
         import pyarrow.parquet as pq
@@ -210,10 +234,10 @@ class _Pictures:
 
         meta, file = self.meta, self.meta.data[e]
         shape = meta.features[camera].shape
-        images = np.empty((meta.lengths[e], *shape), np.uint8)
+        images = []
         before = int(meta.lengths[e - self._first[e] : e].sum())
         column = pq.read_table(meta.folder / file, columns=[camera], memory_map=True)[camera]
-        for frame, cell in enumerate(column.slice(before, len(images)).to_pylist()):
+        for frame, cell in enumerate(column.slice(before, int(meta.lengths[e])).to_pylist()):
             at = f"row {before + frame} (episode {e}, frame {frame})"
             content = cell.get("bytes") if isinstance(cell, dict) else None
             if content is None:
@@ -225,5 +249,5 @@ class _Pictures:
             if image.shape != shape:
                 raise fault(meta.folder, file, f"{at}: `{camera}` has the shape {list(image.shape)}, "
                             f"info.json says {list(shape)}")  # fmt: skip
-            images[frame] = image
-        return images
+            images.append(self._fit(image))
+        return np.stack(images)

@@ -8,13 +8,12 @@ that succeed. The model works on scaled values; their scale, the features and th
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 
-from aurora_train.errors import UserError, nearest
+from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe
-from robot.settings import VECTORS, WORLD, Config
+from robot.settings import PICTURE, WORLD, Config
 
 RECORDED = 100  # demonstrations of a world, unless the config says how many
 
@@ -25,6 +24,7 @@ class Policy(Recipe):
 
     Config = Config
     unit, formats = "chunks", ("policy",)
+    _read = None  # the episodes, once they are read
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -56,7 +56,6 @@ class Policy(Recipe):
                 "a dataset without a world needs episodes that are held out, by whose actions it is scored",
                 where="data.test", hint="data.test=0.1, score.world=NAME, or evaluate.final=false",
             )  # fmt: skip
-
         if config.limits.success_min is not None and not data.source.startswith(WORLD) and score.world is None:
             raise UserError("success is counted in a world, and there is none", where="limits.success_min",
                             hint="score.world=NAME, or limits.action_error_max")  # fmt: skip
@@ -68,7 +67,7 @@ class Policy(Recipe):
         progress(len(found), len(found), f"{len(found)} episodes of {found.lengths.sum():,} frames")
 
     def _episodes(self, progress=lambda done, total, what: None):
-        if not hasattr(self, "_read"):
+        if self._read is None:
             self._read = self._found(progress)
         return self._read
 
@@ -78,19 +77,22 @@ class Policy(Recipe):
             from robot.demonstrations import record
 
             return record(data.source.removeprefix(WORLD), data.episodes or RECORDED, data.seed, progress,
-                          cache=self.cache, noise=data.noise, cameras=data.cameras, size=data.image)  # fmt: skip
-        from robot.lerobot import read
+                          cache=self.cache, noise=data.noise, cameras=data.cameras,
+                          size=data.image or PICTURE)  # fmt: skip
+        from robot import lerobot
+        from robot.chunks import used_features
 
-        return read(Path(data.source).expanduser(), self.cache, progress, episodes=data.episodes)
+        used = list(used_features(data, lerobot.features(data.source)).values())
+        return lerobot.read(data.source, self.cache, used, progress, episodes=data.episodes, edge=data.image)
 
     def facts(self) -> dict:
         """Features with their shapes and names, their scale over the training frames, instructions, the rate."""
-        from robot.chunks import CAMERA, split_of
+        from robot.chunks import split_of, state_features, used_features
         from robot.statistics import of
 
         episodes, data = self._episodes(), self.config.data
-        state, cameras = self._state_of(episodes.arrays), list(data.cameras)
-        used = {**{name: name for name in state}, **{name: CAMERA + name for name in cameras}, "action": data.action}
+        used = used_features(data, episodes.arrays)
+        state, cameras = state_features(data, episodes.arrays), list(data.cameras)
         shapes = {name: list(episodes.feature(feature).shape[1:]) for name, feature in used.items()}
         numbers = of(episodes, split_of(episodes, data.test, data.validation)["train"], list(used.values()))
         mine = {
@@ -102,37 +104,26 @@ class Policy(Recipe):
         # A run that starts from another keeps the scale of its inputs and outputs, and the instructions it knows.
         return mine | {name: self.inherited[name] for name in ("scale", "tasks") if name in self.inherited}
 
-    def _state_of(self, there) -> list[str]:
-        """The vector features that the policy sees. UserError if one is missing, or if it would see nothing."""
-        wanted = self.config.data.state
-        for name in wanted or ():
-            if name not in there:
-                raise UserError(f"the episodes have no feature `{name}`", where="data.state",
-                                hint=nearest(name, there, f"they have: {', '.join(there)}"))  # fmt: skip
-        state = list(wanted) if wanted is not None else [name for name in VECTORS if name in there]
-        if not state and not self.config.data.cameras:
-            raise UserError("the policy would see nothing", where="data.state",
-                            hint=f"data.state=[...] or data.cameras=[...] of: {', '.join(there)}")  # fmt: skip
-        return state
-
     def expected_facts(self) -> dict | None:
         """Those of a world, by looking at it once. A dataset is read first."""
         data = self.config.data
         if not data.source.startswith(WORLD):
             return None
+        from robot.chunks import state_features
         from robot.worlds import world
 
-        on = world(data.source.removeprefix(WORLD), data.cameras, data.image)
+        on = world(data.source.removeprefix(WORLD), data.cameras, data.image or PICTURE)
         try:
             seen = on.reset(0)
         finally:
             on.close()
-        state = self._state_of(seen)
+        state = state_features(data, seen)
         shapes = {name: list(seen[name].shape) for name in state} | {"action": list(on.action_low.shape)}
-        shapes |= {name: [data.image, data.image, 3] for name in data.cameras}
-        one = {name: {"mean": np.zeros(shape[-1]), "std": np.ones(shape[-1]), "min": -np.ones(shape[-1]),
-                      "max": np.ones(shape[-1])} for name, shape in shapes.items()}  # fmt: skip
-        return {"state": state, "cameras": list(data.cameras), "shapes": shapes, "scale": one, "tasks": [on.task]}
+        shapes |= {name: [data.image or PICTURE] * 2 + [3] for name in data.cameras}
+        expected = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+        scale = {name: {end: np.full(shape[-1], value) for end, value in expected.items()}
+                 for name, shape in shapes.items()}  # fmt: skip
+        return {"state": state, "cameras": list(data.cameras), "shapes": shapes, "scale": scale, "tasks": [on.task]}
 
     def shapes(self) -> dict | None:
         import jax

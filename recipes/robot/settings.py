@@ -10,6 +10,7 @@ from aurora_train.config import Section, setting
 from robot.limits import Limits
 
 WORLD = "world:"  # begins a source whose demonstrations are recorded by a world's own expert
+PICTURE = 64  # edge of the pictures of a world, unless the config says another
 VECTORS = ("observation.state", "observation.environment_state")
 
 
@@ -85,7 +86,10 @@ class DataConfig(Section):
         help="deviation of what is added to the expert's actions while recording, as a share of their half range: so "
         "demonstrations show how to come back from errors (Laskey et al. 2017)",
     )  # fmt: skip
-    image: int = setting(64, ge=8, help="edge in pixels of the pictures of a recorded world")
+    image: int | None = setting(
+        None, ge=8, help="edge in pixels of square pictures: a dataset's are resized to it (none: they are not), a "
+        f"world's are drawn so (none: {PICTURE})",
+    )  # fmt: skip
     chunk: int = setting(16, ge=1, help="actions that are predicted at once")
     state: list[str] | None = setting(
         None, min_length=1, help=f"vector features that the policy sees; none: {' and '.join(VECTORS)}, where they are"

@@ -60,28 +60,29 @@ class Video:
     def _fault(self, what: str, **more) -> UserError:
         return UserError(what, where=str(self.path), **more)
 
-    def take(self, first_s: float, length: int, episode: int) -> np.ndarray:
-        """uint8[length, H, W, 3]: the frames at first_s + k / fps, of an episode whose number is for messages.
+    def take(self, first_s: float, length: int, episode: int, fit: Callable = lambda image: image) -> np.ndarray:
+        """uint8[length, H, W, 3]: the frames at first_s + k / fps, each as `fit` leaves it.
 
-        Raises UserError if one is missing, lies at another time, or cannot be decoded.
+        `episode` is its number, for messages. Raises UserError if one is missing, lies at another time, or
+        cannot be decoded.
         """
         av = av_module()
-        images = np.empty((length, self._stream.height, self._stream.width, 3), np.uint8)
-        done = 0
+        images, done = np.empty((0, 0, 0, 3), np.uint8), 0
         try:
             if not self._next_s - 0.5 / self.fps <= first_s <= self._next_s + _AHEAD_S:
                 self._container.seek(int(first_s / self._stream.time_base), stream=self._stream)
                 self._frames = self._container.decode(self._stream)
             for frame in self._frames:
-                wanted = first_s + done / self.fps
-                if frame.time < wanted - self._tolerance_s and not done:
+                wanted, at = first_s + done / self.fps, np.nan if frame.time is None else frame.time
+                if at < wanted - self._tolerance_s and not done:
                     continue
-                if abs(frame.time - wanted) > self._tolerance_s:
+                if not abs(at - wanted) <= self._tolerance_s:
                     raise self._fault(f"frame {done} of episode {episode} should be at {wanted:.4f} s of this video; "
-                                      f"the next frame is at {frame.time:.4f} s")  # fmt: skip
-                images[done] = frame.to_ndarray(format="rgb24")
-                done += 1
-                self._next_s = frame.time + 1 / self.fps
+                                      f"the next frame is at {at:.4f} s")  # fmt: skip
+                image = fit(frame.to_ndarray(format="rgb24"))
+                if not done:
+                    images = np.empty((length, *image.shape), np.uint8)
+                images[done], done, self._next_s = image, done + 1, at + 1 / self.fps
                 if done == length:
                     return images
         except (av.FFmpegError, OSError) as error:

@@ -111,6 +111,20 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def test_pictures_are_resized_while_they_are_read(tmp_path):
+    lerobot_write.write(episodes(2), tmp_path / "arm", codec="libx264")
+    whole, small = (lerobot.read(tmp_path / "arm", tmp_path, [TOP], edge=edge).arrays[TOP] for edge in (None, 8))
+    means = whole.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4))
+    assert small.shape == (11, 8, 8, 3) and np.abs(small - means).max() <= 1
+
+
+def test_the_first_episodes_can_be_read_alone(tmp_path):
+    lerobot_write.write(episodes(4, camera=False), tmp_path / "arm")
+    assert len(lerobot.read(tmp_path / "arm", tmp_path, ["action"], episodes=2)) == 2
+    with pytest.raises(UserError, match="data.episodes: 9 episodes are wanted, and .* has 4"):
+        lerobot.read(tmp_path / "arm", tmp_path, ["action"], episodes=9)
+
+
 def test_what_cannot_be_written_is_said(tmp_path):
     made = episodes(2)
     with pytest.raises(UserError, match="unknown codec 'gif'\n  one of: libsvtav1, libx264"):
@@ -141,10 +155,10 @@ READS = """
 import os, signal, sys
 from robot import lerobot, video
 taken = video.Video.take
-def take(self, first_s, length, episode):
+def take(self, first_s, length, episode, fit):
     if episode == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return taken(self, first_s, length, episode)
+    return taken(self, first_s, length, episode, fit)
 video.Video.take = take
 lerobot.read(sys.argv[1], sys.argv[2], ["observation.state", "action", "observation.images.top"])
 """
@@ -158,9 +172,9 @@ def test_a_decoding_that_was_killed_goes_on_with_the_episode_it_was_at(tmp_path,
         assert subprocess.run(command, env=environment, timeout=60).returncode == -signal.SIGKILL
     asked, taken = [], Video.take
 
-    def take(self, first_s, length, episode):
+    def take(self, first_s, length, episode, fit):
         asked.append(episode)
-        return taken(self, first_s, length, episode)
+        return taken(self, first_s, length, episode, fit)
 
     monkeypatch.setattr(Video, "take", take)
     killed = lerobot.read(tmp_path / "arm", tmp_path / "cache", FEATURES)
