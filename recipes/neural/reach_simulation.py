@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from neural.nwb import Recording, write_recording
+from neural.nwb import Recording
+from neural.nwb_write import write_recording
 
 VERSION = 1  # part of the file's name, so that a changed simulation does not read a file of an older one
 PERIOD_S = 0.01  # of kinematics, latents and rates

@@ -13,7 +13,8 @@ from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from aurora_train.random import stream
 from neural.linear import linear_decoder, ridge
-from neural.spikes import Standard, Trials, Windows
+from neural.spikes import Trials
+from neural.windows import Standard, Windows
 
 pytest.importorskip("h5py")
 
