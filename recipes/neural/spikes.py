@@ -28,6 +28,8 @@ class Trials:
     Attributes:
         spikes: uint16[N, U] counts.
         velocity: float64[N, D] in `unit`; nan where the behaviour was not measured. D is 0 if no behaviour was read.
+        unit_ids: int64[U], the units' ids in the file.
+        starts: float64[K], the time of each trial's first bin in seconds.
         left_out: how many trials were left out, by reason.
     """
 
@@ -38,6 +40,8 @@ class Trials:
     identifier: str
     bin_s: float
     unit: str
+    unit_ids: np.ndarray | None = None
+    starts: np.ndarray | None = None
     left_out: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str, held_out: float) -> Trials:
@@ -58,9 +62,11 @@ class Trials:
             )
         rows = np.concatenate([np.arange(self.offsets[k], self.offsets[k + 1]) for k in kept])
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
-        return Trials(
-            self.spikes[rows], self.velocity[rows], offsets, self.ids[kept], self.identifier, self.bin_s, self.unit
-        )
+        starts = None if self.starts is None else self.starts[kept]
+        return dataclasses.replace(
+            self, spikes=self.spikes[rows], velocity=self.velocity[rows], offsets=offsets, ids=self.ids[kept],
+            starts=starts, left_out={},
+        )  # fmt: skip
 
 
 def _share(identifier: str, trial: int) -> float:
@@ -112,8 +118,10 @@ def bin_trials(recording: Recording, bin_s: float, unit_ids: list[int] | None = 
     else:
         velocity = _binned_behavior(recording, flat, inside, bin_s)
     offsets = np.concatenate([[0], np.cumsum(bins[kept])])
-    ids, unit = recording.trial_ids[kept], recording.behavior_unit
-    return Trials(spikes, velocity, offsets, ids, recording.identifier, bin_s, unit, left_out)
+    return Trials(
+        spikes, velocity, offsets, recording.trial_ids[kept], recording.identifier, bin_s, recording.behavior_unit,
+        recording.unit_ids[columns], recording.trial_start[kept], left_out,
+    )  # fmt: skip
 
 
 class _Check(NamedTuple):
