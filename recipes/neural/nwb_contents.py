@@ -9,7 +9,7 @@ MOST = 24  # lines of a kind that are listed
 
 
 def at(file, where: str):
-    """The group or dataset at a path; None if there is none, or a link to it leads nowhere."""
+    """The group or dataset at a path below an open file or group; None if there is none, or a link leads nowhere."""
     try:
         return file.get(where) if where else None
     except (KeyError, OSError):
@@ -18,7 +18,8 @@ def at(file, where: str):
 
 def is_series(node) -> bool:
     """Whether a node is a time series: a group that holds `data`, and `timestamps` or `starting_time`."""
-    return hasattr(node, "keys") and "data" in node and ("timestamps" in node or "starting_time" in node)
+    timed = hasattr(node, "keys") and ("timestamps" in node or "starting_time" in node)
+    return timed and at(node, "data") is not None
 
 
 def series_paths(file) -> list[str]:
