@@ -18,8 +18,9 @@ def at(file, where: str):
 
 def is_series(node) -> bool:
     """Whether a node is a time series: a group that holds `data`, and `timestamps` or `starting_time`."""
-    timed = hasattr(node, "keys") and ("timestamps" in node or "starting_time" in node)
-    return timed and at(node, "data") is not None
+    if not hasattr(node, "keys") or at(node, "data") is None:
+        return False
+    return any(at(node, name) is not None for name in ("timestamps", "starting_time"))
 
 
 def series_paths(file) -> list[str]:
