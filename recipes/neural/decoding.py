@@ -2,7 +2,7 @@
 
 The velocity of bin t is decoded only from the spikes of bins up to t, within `data.window` bins and within the trial,
 so the score is what a closed-loop decoder would reach. Whole trials are held out by a hash of (recording, trial). Ridge
-regression and a Wiener filter are fitted to the same training trials in the same run and scored beside it.
+regression, a Wiener filter and a Kalman filter are fitted to the same training trials in the same run.
 """
 
 from __future__ import annotations
@@ -142,18 +142,25 @@ class NeuralDecoding(Recipe):
         return scores(windows.trials.velocity, decoded) | latency(predict, windows, progress) | shown
 
     def baselines(self, workdir, progress) -> dict:
-        """R2 of ridge regression over the decoder's history, its penalty chosen on validation, and a Wiener filter."""
+        """R2 of ridge regression over the decoder's history, a Wiener filter and a Kalman filter.
+
+        The penalty of ridge and the lag of the Kalman filter are chosen on validation trials.
+        """
+        from neural.kalman import kalman_decoder
         from neural.linear import linear_decoder
 
         window = self.config.data.window
-        progress(0, 2, "fitting ridge")
+        progress(0, 3, "fitting ridge")
         fits = {"ridge": linear_decoder(self.data, lags=window, penalties=np.logspace(1, 6, 11))}
-        progress(1, 2, "fitting the Wiener filter")
+        progress(1, 3, "fitting the Wiener filter")
         fits["wiener"] = linear_decoder(self.data, lags=min(10, window), penalties=[1e-6])
-        progress(2, 2, "linear decoders")
+        progress(2, 3, "fitting the Kalman filter")
+        fits["kalman"] = kalman_decoder(self.data)
+        progress(3, 3, "linear decoders")
+        columns = list(dict.fromkeys(name for fit in fits.values() for name in fit))
         table = {
             "title": "Linear decoders, fitted to the same training trials, on the same test trials",
-            "columns": ["decoder", *fits["ridge"]],
-            "rows": [[name, *fit.values()] for name, fit in fits.items()],
+            "columns": ["decoder", *columns],
+            "rows": [[name, *(fit.get(column) for column in columns)] for name, fit in fits.items()],
         }
         return {name: fit["r2"] for name, fit in fits.items()} | {"tables": [table]}
