@@ -66,14 +66,15 @@ class NeuralDecoding(Recipe):
         return binned_trials(self._path, self.config.data, self.config.data.behavior)
 
     def facts(self) -> dict:
-        """The numbers of units and axes, and the scale of each axis over the training trials."""
+        """The units and the number of axes, and the scale of each axis over the training trials."""
         from neural.windows import Standard
 
         velocity = self._trials.split("train", self.config.data.held_out).velocity
         standard = Standard.of(velocity)
         scale = {"velocity_mean": standard.mean, "velocity_deviation": standard.deviation}
         inherited = {name: self.inherited[name] for name in scale if name in self.inherited}
-        return {"units": self._trials.spikes.shape[1], "axes": velocity.shape[1], **scale, **inherited}
+        own = {"unit_ids": self._trials.unit_ids.tolist(), "velocity_unit": self._trials.unit}
+        return {"units": self._trials.spikes.shape[1], "axes": velocity.shape[1], **own, **scale, **inherited}
 
     @property
     def _standard(self):
@@ -119,6 +120,13 @@ class NeuralDecoding(Recipe):
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N per bin, forward and backward (Kaplan et al. 2020); attention over so few bins is neglected."""
         return 6.0 * num_parameters
+
+    def responder(self, predict):
+        """Answers bins of spikes with velocity in the unit of the recording: see `neural.streaming.Stream`."""
+        from neural.streaming import Stream
+
+        unit_ids = self.known.get("unit_ids", list(range(self.known["units"])))
+        return Stream(predict, self.config.data.window, unit_ids, self._standard.undo)
 
     # Score
 
