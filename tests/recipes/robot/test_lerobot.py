@@ -21,6 +21,8 @@ from robot import lerobot, lerobot_statistics, lerobot_write
 from robot.lerobot_meta import TASKS
 from robot.video import Video
 
+pytest.importorskip("av")
+
 FEATURES = ["observation.state", "action", TOP]
 
 
@@ -165,8 +167,6 @@ def test_the_statistics_of_a_dataset_are_those_of_its_frames():
 READS = """
 import os, signal, sys
 from robot import lerobot, video
-
-pytest.importorskip("av")
 taken = video.Video.take
 def take(self, first_s, length, episode, fit):
     if episode == int(sys.argv[3]):
