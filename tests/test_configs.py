@@ -72,7 +72,7 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=tuple(TUNED), needed=NEEDED_TO_RUN))
+@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=(*TUNED, "driving/motion"), needed=NEEDED_TO_RUN))
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)

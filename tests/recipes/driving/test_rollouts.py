@@ -73,6 +73,7 @@ def rows_of(result, table):
     return {row[0]: row[1:] for row in result["tables"][table]["rows"]}
 
 
+@pytest.mark.slow
 def test_who_knows_the_recording_has_no_error_and_drives_as_recorded(source, tmp_path):
     result = score(source, as_recorded(source), tmp_path)
     assert next(iter(result)) == "minADE1_3s"
