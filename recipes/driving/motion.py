@@ -141,7 +141,9 @@ class Motion(Recipe):
         """Errors of forecasts and rates of mishaps in closed loop, on the split's own roads, beside baselines."""
         from driving.rollouts import scored
 
-        return scored(predict, self.data(split), self.config.rollout, key, progress)
+        config = self.config.rollout
+        films = config.films if split == "test" else 0
+        return scored(predict, self.data(split), config, key, films, workdir, progress)
 
     def baselines(self, workdir, progress) -> dict:
         """The headline's error of constant velocity, CTRV and IDM in the same test scenes."""

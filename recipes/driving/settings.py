@@ -42,6 +42,7 @@ class RolloutConfig(Section):
     temperature: float = setting(1.0, ge=0, resume="free", help="of the draw of a template; 0 takes the likeliest")
     top_p: float = setting(0.95, gt=0, le=1, resume="free", help="share of the likeliest templates that are drawn from")
     batch: int = setting(64, ge=1, resume="free", help="rollouts at once")
+    films: int = setting(3, ge=0, resume="free", help="scenes that are shown in the report, collisions first")
     sumo_maps: int = setting(0, ge=0, resume="free", help="maps of SUMO to drive on among cars that react; 0 = none")
 
 
