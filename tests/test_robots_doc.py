@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from asking import served
 from documents import Document
-from kit import free_address, in_process, losses
+from kit import losses
 
 sys.path.insert(0, str(Path(__file__).parent / "recipes" / "robot"))
 from recorded_episodes import episodes  # noqa: E402
@@ -46,33 +43,19 @@ def here(tmp_path_factory):
 
 def acts(line: str) -> np.ndarray:
     """What the document's client is answered by `aurora act`, which SIGTERM then ends."""
-    port, chunks = free_address().rpartition(":")[2], []
+    chunks = []
 
-    def ask():
+    def ask(place: str) -> None:
         import client  # the document's
 
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                policy = client.Policy(int(port))
-                break
-            except ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        frame = episodes(1)[0].arrays
+        policy, frame = client.Policy(int(place.rpartition(":")[2])), episodes(1)[0].arrays
         observation = {name: array[0] for name, array in frame.items() if name != "action"}
-        try:
-            chunks.append(policy({"reset": True, "task": "Move to 0.", **observation}))
-            with pytest.raises(RuntimeError, match="there is no `observation.images.top`"):
-                policy({"task": "Move to 0.", "observation.state": observation["observation.state"]})
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+        chunks.append(policy({"reset": True, "task": "Move to 0.", **observation}))
+        with pytest.raises(RuntimeError, match="there is no `observation.environment_state`"):
+            policy({"task": "Move to 0.", "observation.state": observation["observation.state"]})
 
-    thread = threading.Thread(target=ask)
-    thread.start()
     words, _ = DOC.arguments_of(line.replace("--port 7411", ""))
-    assert in_process(*words, "--port", port, "--json") == 0, line
-    thread.join()
+    assert served([*words, "--json"], ask) == 0, line
     assert chunks[0].shape == (2, 2) and chunks[0].dtype == np.float32
     return chunks[0]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from asking import Client
 
 from aurora_train.errors import UserError
 from aurora_train.serve import lines
@@ -41,23 +42,6 @@ def connect():
 def server():
     with contextlib.closing(LineServer(connect, Address())) as server:
         yield server
-
-
-class Client:
-    def __init__(self, place: str):
-        host, _, port = place.rpartition(":")
-        self.socket = socket.socket(socket.AF_INET if port.isdigit() else socket.AF_UNIX)
-        self.socket.settimeout(20)
-        self.socket.connect((host, int(port)) if port.isdigit() else place)
-        self.file = self.socket.makefile("rwb")
-
-    def raw(self, line: bytes) -> bytes:
-        self.file.write(line + b"\n")
-        self.file.flush()
-        return self.file.readline()
-
-    def __call__(self, **request) -> dict:
-        return json.loads(self.raw(json.dumps(request).encode()))
 
 
 def test_what_a_client_sent_before_is_remembered_for_it_alone_until_a_reset(server):

@@ -76,6 +76,15 @@ def test_instructions_are_found_under_every_name_of_their_index(tmp_path):
     assert lerobot.read(tmp_path / "arm", tmp_path, ["action"]).tasks == made.tasks
 
 
+def test_descriptions_of_older_releases_are_understood(tmp_path):
+    made = episodes(2)
+    lerobot_write.write(made, tmp_path / "arm", codec="libx264")
+    feature(TOP, shape=[3, 16, 16], names=["channels", "height", "width"])(tmp_path / "arm")
+    feature("action", names={"motors": ["left", "right"]})(tmp_path / "arm")
+    read = lerobot.read(tmp_path / "arm", tmp_path, FEATURES)
+    assert read.arrays[TOP].shape == (11, 16, 16, 3) and read.names["action"] == ("left", "right")
+
+
 def test_doubles_integers_and_truth_values_become_float32(tmp_path):
     lerobot_write.write(episodes(2, camera=False), tmp_path / "arm")
     wide = pa.list_(pa.float64())
