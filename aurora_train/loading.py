@@ -98,7 +98,8 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     model. Code that differs from the code of the training is reported on standard error, and in events.jsonl as read by
     `by`. Raises UserError if there is no such run or checkpoint, or if its bytes differ from those that were saved.
 
-    `run` may also be an open model: a Hugging Face folder or a GGUF file, which has no steps.
+    `run` may also be an open model, a Hugging Face folder or a GGUF file, which has no steps, or an export of a run as
+    `tools.exported` writes it.
     """
     from aurora_train.config import load_resolved
     from aurora_train.interop.source import is_model, located
@@ -112,10 +113,12 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     say_changed_code(known, config, by)
     prepare_environment(config)
     from aurora_train.machine.precision import settled
+    from aurora_train.tools import exported
     from aurora_train.train.session import open_for_reading
 
     config = settled(config)  # for a config.yaml that was edited by hand
-    opened, blueprint, mesh, state, step = open_for_reading(config, known, step, progress)
+    read = exported.read if exported.is_exported(known.folder) else open_for_reading
+    opened, blueprint, mesh, state, step = read(config, known, step, progress)
     from aurora_train.train.evaluate import Evaluator
 
     evaluator = Evaluator(opened, blueprint, mesh)

@@ -85,6 +85,8 @@ class Recipe:
     # The headline of `score`, and its better direction. If an evaluation has it, it decides which checkpoints are best
     # and when `evaluate.patience` runs out; otherwise the validation loss does.
     metric: tuple[str, Literal["min", "max"]] | None = None
+    # What `aurora export --format` may be, beside the formats of language models: "policy". It requires `probe`.
+    formats: tuple[str, ...] = ()
     # Tells the low-rank adapters among the parameters by their paths; set when a model that has any is built.
     is_adapter: Callable[[str], bool] | None = None
 
@@ -210,8 +212,9 @@ class Recipe:
         `split` is "test" (the final score), or "validation" while training, if `evaluate.score_every` is set. The first
         key of the result is the headline number. The report shows these keys: "tables", a list of {"title": str,
         "columns": [str], "rows": [[cell]]}; "plots", a list of {"title", "x_label", "y_label", "series": {name: (x,
-        y)}} with equally long lists of numbers; "notes", a list of str on how it was measured; and "remarks", a list of
-        warnings for the reader, which are printed as well.
+        y)}} with equally long lists of numbers, or of {"title", "file"} with the name of an SVG, PNG or GIF in
+        `workdir`; "notes", a list of str on how it was measured; and "remarks", a list of warnings for the reader,
+        which are printed as well.
         """
         raise NotImplementedError
 
@@ -238,6 +241,34 @@ class Recipe:
         Raises UserError if the model cannot hold a conversation.
         """
         raise UserError(f"the recipe {self.config.recipe!r} cannot hold a conversation", where="recipe")
+
+    def responder(self, predict: Callable[[dict], Any]) -> Callable[[dict], dict]:
+        """The function that answers one client of `aurora act` or `aurora stream`, from an episode's beginning.
+
+        Called once before the server listens, and then for each client and whenever a client begins anew: what the
+        function remembers between requests is its own. `predict` is that of `score`; call it once here, so that it is
+        compiled before a client waits. Requests and answers are JSON; arrays of a request are nested lists or NumPy
+        arrays, and an answer may hold arrays. A UserError is the answer to a bad request: it says what was expected.
+        The texts in the list "warnings" of an answer are counted, and the first of each kind (the words before a colon)
+        is shown to whoever runs the server. UserError if the recipe answers nothing.
+        """
+        raise UserError(f"the recipe {self.config.recipe!r} answers no requests", where="recipe",
+                        hint="a recipe does by defining `responder(predict)`: docs/extend.md")  # fmt: skip
+
+    def probe(self, examples: int) -> dict:
+        """A batch for `predict`, arrays by name, by which an export is compared with its run. Required by `formats`.
+
+        Made from the facts alone, and the same every time.
+        """
+        raise NotImplementedError
+
+    def exceeded(self, scores: dict[str, float]) -> list[str]:
+        """The limits of the config that these numbers of `score` exceed, a line for each that names key and number.
+
+        A limit whose number is missing counts as exceeded. A run, an export or a server that exceeds any says so and
+        ends with a status of its own, unless its user overrides that on record.
+        """
+        return []
 
     def logits(self, model, tokens):
         """Scores of the next token after each position, float32[..., T, vocabulary]; UserError without a vocabulary."""

@@ -32,6 +32,8 @@ SMALL = {
                           "data.tokenizer={kind: byte}"],
     "language/tune": ["model.width=16", "model.heads=2", "model.layers=1", "data.tokenizer={kind: byte}"],
     "language/prefer": [],  # always from a model that exists
+    "robot/policy": ["model.width=16", "model.heads=2", "model.layers=1", "model.decoder_layers=1", "data.episodes=4",
+                     "data.validation=0.3"],
 }
 OWN = {"language/smollm2": ["model.lora.rank=2", "data.sequence=16", "data.max_documents=60", "train.batch=1"]}
 OWN |= {f"language/smollm2_{how}": ["data.max_rows=60", "data.holdout_validation=0.2", "train.batch=1", *smaller]
@@ -50,7 +52,7 @@ OWN |= dict.fromkeys(TUNED, [
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
         "language/prefer": {"language"},
-        "neural_decoding": {"neural"}}
+        "neural_decoding": {"neural"}, "robot/policy": {"robot", "language"}}
 CONFIGS = bundled.configs()
 
 

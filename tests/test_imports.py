@@ -16,6 +16,7 @@ ORDER = [
     {"cli"},
     {"loading"},
     {"tools"},
+    {"serve"},
     {"train"},
     {"origin"},
     {"check"},

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from chats import chat
-from kit import in_process, losses
+from documents import Document
+from kit import losses
 from preferring import judged, pairs
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "interop"))
 import tiny_sources  # noqa: E402
 
-DOC = (Path(__file__).parents[1] / "docs" / "tune.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL) for line in block.splitlines()]
-CONFIGS = {text.splitlines()[0].removeprefix("# "): text for text in re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)}
 # What makes a config of the document tiny; its other settings stay.
 TINY = {
     "notes.yaml": ["data.sequence=256", "data.holdout_test=0.1", "data.holdout_validation=0.1", "score.exact=4"],
@@ -29,6 +25,7 @@ TINY = {
 for settings in TINY.values():
     settings += ["train.steps=2", "train.batch=2", "train.precision=float32", "memory.accumulation=1",
                  "evaluate.examples=2", "samples.count=1", "samples.max_tokens=4"]  # fmt: skip
+DOC = Document("tune.md", TINY)
 FEWER = ["samples.count=0", "evaluate.baselines=false"]  # of runs after the first
 AT_ONCE = "aurora inspect notes.yaml"  # what the default tier runs
 
@@ -61,35 +58,21 @@ def here(tmp_path_factory):
     write_lines(folder / "more-chats" / "b.jsonl", ({"messages": chat(number)} for number in range(60, 90)))
     write_lines(folder / "pairs.jsonl", pairs(40))
     write_lines(folder / "judged.jsonl", judged(40))
-    for name, text in CONFIGS.items():
-        (folder / name).write_text(text)
+    DOC.write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("AURORA_CACHE", str(folder / "cache"))
         yield folder
 
 
-def arguments_of(line: str) -> tuple[list[str], str]:
-    """(the arguments of a line's `aurora`, what is typed into it), with a config of the document made tiny."""
-    typed, _, command = line.rpartition(" | ")
-    words = shlex.split(command, comments=True)
-    assert words.pop(0) == "aurora" and (not typed or typed.startswith("echo "))
-    if words[1] in TINY:
-        shorter = FEWER if words[0] == "train" and "runs/notes" not in words else ()
-        words[2:2] = [*TINY[words[1]], *shorter]
-    return words, shlex.split(typed)[1] + "\n" if typed else ""
-
-
 def runs(line: str, capsys, monkeypatch) -> str:
     """What a command prints; it must succeed."""
-    words, typed = arguments_of(line)
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    assert in_process(*words) == 0, f"{line}\n{capsys.readouterr().err}"
-    return capsys.readouterr().out
+    shorter = FEWER if line.startswith("aurora train ") and "runs/notes" not in shlex.split(line, comments=True) else ()
+    return DOC.runs(line, capsys, monkeypatch, shorter)
 
 
 def test_the_document_shows_what_is_learned(here, capsys, monkeypatch):
-    shown, document = (runs(line, capsys, monkeypatch) for line in COMMANDS if line.startswith(AT_ONCE))
+    shown, document = (runs(line, capsys, monkeypatch) for line in DOC.commands if line.startswith(AT_ONCE))
     parts = [part for segment in json.loads(document)["rows"][0]["segments"] for part in segment["parts"]]
     learned = [text for text, is_learned in parts if is_learned]
     assert learned and all(f"[[{text}" in shown and text.rstrip().endswith("<|im_end|>") for text in learned)
@@ -97,11 +80,11 @@ def test_the_document_shows_what_is_learned(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_every_command_of_the_document_works_in_its_order(here, capsys, monkeypatch):
-    lines = [line for line in COMMANDS if not line.startswith("aurora plan language/")]  # tests/test_configs.py
+    lines = [line for line in DOC.commands if not line.startswith("aurora plan language/")]  # tests/test_configs.py
     assert len(lines) >= 18
     for line in lines:
         runs(line, capsys, monkeypatch)
-    trained = [shlex.split(line, comments=True)[-1] for line in COMMANDS if line.startswith("aurora train ")]
+    trained = [shlex.split(line, comments=True)[-1] for line in DOC.commands if line.startswith("aurora train ")]
     assert len(trained) == 6
     assert all([step for step, _ in losses(here / run)] == [1, 2] for run in trained)
     for run in trained[:-1]:

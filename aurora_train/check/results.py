@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Number
+from pathlib import Path
 
 import numpy as np
 
@@ -11,13 +12,14 @@ from aurora_train.check.blame import place_of
 from aurora_train.errors import UserError
 
 TABLE = ("title", "columns", "rows")
+PICTURES = {".svg": "image/svg+xml", ".png": "image/png", ".gif": "image/gif"}  # media types of files that are shown
 
 
 def checked_result(recipe, result, method: str = "score") -> dict:
     """The result of `score` or `baselines` with plain Python numbers; UserError for anything that cannot be shown.
 
     The first key of a score is the headline, a number. "tables" is a list of {"title", "columns", "rows"}, "notes" and
-    "remarks" are lists of text, "plots" a list of {"title", "x_label", "y_label", "series"}.
+    "remarks" are lists of text, "plots" a list of {"title", "x_label", "y_label", "series"} or of {"title", "file"}.
     """
     where = place_of(getattr(type(recipe), method))
     if not isinstance(result, dict) or not (result or method == "baselines"):
@@ -46,6 +48,9 @@ def _is_text(one) -> bool:
 
 
 def _is_plot(one) -> bool:
+    if isinstance(one, dict) and "file" in one:
+        path = Path(str(one["file"]))
+        return "title" in one and path.name == one["file"] and path.suffix in PICTURES
     if not isinstance(one, dict) or not {"title", "series"} <= one.keys() or not isinstance(one["series"], dict):
         return False
     return all(isinstance(line, list | tuple) and len(line) == 2 and len(line[0]) == len(line[1])
@@ -68,7 +73,7 @@ def _is_table(one) -> bool:
 _FORMATS = {
     "notes": ("a list of sentences", _is_text), "remarks": ("a list of sentences", _is_text),
     "tables": ('a list of {"title", "columns", "rows"}', _is_table),
-    "plots": ('a list of {"title", "series", ...}', _is_plot),
+    "plots": ('a list of {"title", "series", ...} or {"title", "file"}, the name of an SVG, PNG or GIF', _is_plot),
 }  # fmt: skip
 
 

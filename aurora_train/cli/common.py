@@ -23,6 +23,10 @@ StepOption = Annotated[int | None, typer.Option("--step", help="The checkpoint t
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 takes the most likely token.")]
 TopKOption = Annotated[int | None, typer.Option("--top-k", help="Draw from this many most likely tokens.")]
 TopPOption = Annotated[float | None, typer.Option("--top-p", help="Draw from this share of the probability.")]
+OverrideOption = Annotated[
+    str | None,
+    typer.Option("--override-limits", metavar="REASON", help="Go on if limits are exceeded; the reason is recorded."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 

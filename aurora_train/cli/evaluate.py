@@ -32,7 +32,7 @@ def command(
     """Score a trained run on its test data, or a run or an open model on other data (not part of the run's record).
 
     Of a run, it writes scores.json, samples/ and work/ in the run folder; with --on, scores-on/NAME.json.
-    If that folder cannot be written, the score is shown and not kept.
+    If that folder cannot be written, the score is shown and not kept. Exit status 4 if it exceeds the run's limits.
     """
     from aurora_train.loading import load
     from aurora_train.record.console import show_table
@@ -46,12 +46,15 @@ def command(
             record = score_loaded(trained, progress, on=on, baselines=baselines)
         except UserError as fault:
             raise _without_keys(fault, on) from fault
+    from aurora_train.check.limits import EXCEEDED
+
     if json:
         print_json(record)
-        return
-    print("\n".join([f"step {trained.step}", *score_lines(record)]))
-    if record.get("before"):
-        show_table(record["before"]["table"])
+    else:
+        print("\n".join([f"step {trained.step}", *score_lines(record)]))
+        if record.get("before"):
+            show_table(record["before"]["table"])
+    return EXCEEDED if record.get("exceeded") else 0
 
 
 def _without_keys(fault: UserError, on: str | None) -> UserError:

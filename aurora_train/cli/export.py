@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, RunArgument, print_json
+from aurora_train.cli.common import JsonOption, OverrideOption, RunArgument, print_json
 
 EXAMPLE = "aurora export runs/first --to first-hf --verify transformers"
 
@@ -37,8 +39,9 @@ def command(
     run: RunArgument,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write; it must not exist yet.")],
     format: Annotated[
-        Format, typer.Option("--format", help="hf: a Hugging Face folder; gguf: llama.cpp; peft: adapters.")
-    ] = Format.hf,
+        str, typer.Option("--format", help="hf: a Hugging Face folder; gguf: llama.cpp; peft: adapters; policy, or "
+                          "what else the recipe names: a folder that `aurora act` serves.")
+    ] = Format.hf.value,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Default: that of the model the run started from; gguf: bf16.")
     ] = None,
@@ -51,28 +54,27 @@ def command(
         typer.Option("--base", metavar="DIR", help="With --format peft: the base, or hub:owner/name, if it has moved."),
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint; by default the newest.")] = None,
+    override_limits: OverrideOption = None,
     json: JsonOption = False,
 ):
     """Write a run as a model that other programs load. It is read back and compared before it gets its name."""
-    import shutil
-
     from aurora_train.interop import export, proof
     from aurora_train.loading import unread
 
     export.refuse_target(to)
+    if format not in list(Format):
+        given = {"--dtype": dtype, "--merge": merge or None, "--verify": verify, "--base": base}
+        return _export_by_recipe(run, to, format, step, override_limits, json, given)
+    format = Format(format)
     _refuse_clash(format, merge, base)
     with unread(run, step, by="export") as found:
+        _keep_limits(found, override_limits)
         result = _result(found, format, dtype, merge)
         write, chosen = _way(format, dtype, result, verify, base)
-        made = export.beside(to)
-        try:
+        with _made_for(to) as made:
             family = write(result, made, chosen)
             proved = proof.prove(result, family, made, chosen, verify and verify.value)
             export.write_card(result, family, made, chosen, proved)
-            export.put_in_place(made, to)
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
     if json:
         print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
                     "says": proved["says"]})  # fmt: skip
@@ -80,6 +82,59 @@ def command(
         what = "adapters of" if format is Format.peft else "a model of"
         print(f"{to}: {what} the family {family.title}" + ("" if format is Format.peft else f", in {chosen}"))
         print(f"proof ({proved['kind']}): {proved['says']}")
+
+
+@contextlib.contextmanager
+def _made_for(to: Path):
+    """A new folder, which gets the name `to` at the end of this context, or is removed if it fails."""
+    import shutil
+
+    from aurora_train.interop import export
+
+    made = export.beside(to)
+    try:
+        yield made
+        export.put_in_place(made, to)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _keep_limits(found, reason: str | None, recipe=None) -> None:
+    """Raise LimitExceeded if the run exceeds a limit of its config, unless there is a reason, which is recorded."""
+    from aurora_train.check import limits
+    from aurora_train.run import Run
+    from aurora_train.train.rehearsal import make_recipe
+
+    run = Run(found.run)
+    if run.config.is_file():
+        lines = limits.exceeded(recipe or make_recipe(found.config), limits.scored(run))
+        for line in limits.refuse_exceeded(run, lines, "export", reason, found.step):
+            print(line, file=sys.stderr)
+
+
+def _export_by_recipe(run, to: Path, format: str, step, reason, json: bool, given: dict) -> int:
+    """Export in a format that the recipe names."""
+    from aurora_train.errors import UserError
+    from aurora_train.loading import load
+    from aurora_train.tools import exported
+
+    trained = load(run, step, by="export")
+    exported.refuse_format(trained.recipe, format, tuple(Format))
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"--format {format} has no {option}", where=option, hint="leave it out")
+    _keep_limits(trained, reason, trained.recipe)
+    with _made_for(to) as made:
+        compared = exported.write(trained, made, format)
+        proved = exported.prove(compared, load(made, by="export").predict, made)
+        exported.write_card(trained, made, proved)
+    if json:
+        print_json({"folder": str(to), "format": format, "proof": proved["kind"], "says": proved["says"]})
+    else:
+        print(f"{to}: a {format} of step {trained.step}, which `aurora act {to}` serves")
+        print(f"proof ({proved['kind']}): {proved['says']}")
+    return 0
 
 
 def _refuse_clash(format: Format, merge: bool, base: Path | None) -> None:

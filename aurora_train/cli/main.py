@@ -4,8 +4,8 @@ A verb is one module of this package with either `command`, a function for typer
 or `app`, a typer group. Only the requested verb is imported, and no verb imports jax at module level, so that
 `aurora --help` and `aurora check` answer at once.
 
-Exit status: 0 done, 1 a failure the verb reports, 2 something the user can fix, 75 stopped and resumable,
-130 interrupted; all of them are in docs/always-on.md.
+Exit status: 0 done, 1 a failure the verb reports, 2 something the user can fix, 4 a limit is exceeded, 75 stopped and
+resumable, 130 interrupted; all of them are in docs/always-on.md.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ _INTERRUPTED = 130  # 128 and SIGINT
 VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
     "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
-    "import", "export", "chat",
+    "import", "export", "chat", "act", "stream",
 )
 
-_IN_ANOTHER = {"inspect-batch": ("inspect", "of_a_run", "EXAMPLE_OF_A_RUN")}  # verbs in the file of another
+_IN_ANOTHER = {  # verbs in the file of another
+    "inspect-batch": ("inspect", "of_a_run", "EXAMPLE_OF_A_RUN"), "stream": ("act", "command", "EXAMPLE_OF_STREAM"),
+}
 
 _STEPPING = ("train", "resume", "profile", "evaluate")  # these run compiled steps for a long time
 

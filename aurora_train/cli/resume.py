@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, Overrides, RunArgument
+from aurora_train.cli.common import JsonOption, OverrideOption, Overrides, RunArgument
 
 EXAMPLE = "aurora resume runs/first train.steps=400"
 
@@ -19,6 +19,7 @@ def command(
         list[str] | None,
         typer.Option("--allow-change", metavar="KEY", help="Allow this frozen key to change; recorded. Repeatable."),
     ] = None,
+    override_limits: OverrideOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
@@ -28,4 +29,5 @@ def command(
 
     config, known, changes = for_resume(run, overrides or [], allow_change or [])
     with joined(config):
-        return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan)
+        return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan,
+                  override_limits=override_limits)  # fmt: skip

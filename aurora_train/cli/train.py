@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import ConfigArgument, JsonOption, Overrides, print_json
+from aurora_train.cli.common import ConfigArgument, JsonOption, OverrideOption, Overrides, print_json
 
 EXAMPLE = "aurora train quickstart train.steps=200 --run runs/first"
 
@@ -21,6 +21,7 @@ def command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start over.")] = False,
     replan: Annotated[bool, typer.Option("--replan", help="Drop the run's memory plan and make a new one.")] = False,
     online: Annotated[bool, typer.Option("--online", help="Let hub: sources and models use the network.")] = False,
+    override_limits: OverrideOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
 ):
@@ -38,7 +39,7 @@ def command(
         print(line, file=sys.stderr)
     with joined(loaded):
         folder = processes.agreed(lambda: str(for_train(loaded, run, fresh=fresh).folder))
-        return go(loaded, Run(folder), quiet=quiet, json=json, replan=replan)
+        return go(loaded, Run(folder), quiet=quiet, json=json, replan=replan, override_limits=override_limits)
 
 
 @contextlib.contextmanager
@@ -53,14 +54,17 @@ def joined(config):
         yield
 
 
-def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False) -> int:
+def go(
+    config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False, override_limits: str | None = None
+) -> int:
     """Train a config in a run folder and print how it ended. Returns the exit status."""
     from aurora_train.check.intent import rate_after, warnings
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
 
-    if processes.agreed(lambda: _was_finished(config, run, json, replan, changes)):
-        return 0
+    done = processes.agreed(lambda: _was_finished(config, run, replan, changes))
+    if done is not None:
+        return show(run, done, 0, None, json, override_limits) if processes.leads() else 0
     for line in warnings(changes):
         print(f"changed {line}", file=sys.stderr)
     if changes and (line := rate_after(run, config)) is not None:
@@ -73,20 +77,20 @@ def go(config, run, *, quiet: bool, json: bool, changes=(), replan: bool = False
     report_ending(outcome)
     if outcome.run.follows:
         return outcome.status
-    return show(run, outcome.step, outcome.status, outcome.stopped_by, json)
+    return show(run, outcome.step, outcome.status, outcome.stopped_by, json, override_limits)
 
 
-def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
-    """Whether the run is finished and intact; if so, its result is shown again."""
+def _was_finished(config, run, replan: bool, changes=()) -> int | None:
+    """The step at which the run is finished, if it is and is intact; else None."""
     from aurora_train.checkpoint.audit import newest_fault
 
     step = run.finished_at(config)
     if step is None:
-        return False
+        return None
     fault = newest_fault(run.checkpoints)
     if fault:
         print(f"the run is finished, but its newest checkpoint is damaged: {fault}", file=sys.stderr)
-        return False
+        return None
     if replan:
         print("this run is finished, so no new plan was made", file=sys.stderr)
     if changes:
@@ -97,20 +101,24 @@ def _was_finished(config, run, json: bool, replan: bool, changes=()) -> bool:
         from aurora_train.tools.report import write_report
 
         write_report(run.folder)
-    show(run, step, 0, None, json)
-    return True
+    return step
 
 
 _UNSAVED = 74  # `train.saving.EXIT_UNSAVED`, repeated here because that module imports jax
 
 
-def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int:
-    """Print the end of a run: its score and report, or the command that resumes it."""
+def show(
+    run, step: int, status: int, stopped_by: str | None, json: bool, override_limits: str | None = None
+) -> int:
+    """Print the end of a run: its score and report, or the command that resumes it. Returns the exit status."""
+    from aurora_train.check import limits
     from aurora_train.files import read_json
     from aurora_train.record.console import show_table
     from aurora_train.units import decimal
 
-    scores = read_json(run.scores)
+    scores, said = read_json(run.scores), []
+    if not (status or stopped_by):
+        status, said = limits.judged(run, (scores or {}).get("exceeded", []), "train", override_limits, step)
     if json:
         print_json({"run": str(run.folder), "step": step, "status": status, "stopped_by": stopped_by, "scores": scores})
     elif status == _UNSAVED:
@@ -133,5 +141,7 @@ def show(run, step: int, status: int, stopped_by: str | None, json: bool) -> int
                 show_table(scores["before"]["table"])
             for remark in scores.get("remarks", []):
                 print(f"note: {remark}")
-        print(f"report: {run.report}")
+        print(f"report: {run.report}", flush=True)
+    for line in said:
+        print(line, file=sys.stderr)
     return status

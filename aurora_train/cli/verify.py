@@ -31,7 +31,7 @@ def command(
     from aurora_train.run import Run
     from aurora_train.tools.checkpoints import verify
 
-    if (run / "proof.json").is_file() and not (run / "config.yaml").is_file():
+    if (run / "proof.json").is_file() and not (run / "checkpoints").is_dir():
         return _verify_export(run, json)
     folder = Run.existing(run).checkpoints
     steps = committed(folder)
@@ -53,11 +53,18 @@ def command(
 
 
 def _verify_export(folder, json: bool) -> None:
-    from aurora_train.interop.proof import repeat
+    from aurora_train.interop import proof as of_language_models
+    from aurora_train.tools import exported
 
-    found = repeat(folder)
+    if exported.is_exported(folder):
+        from aurora_train.loading import load
+
+        found = exported.repeat(folder, lambda path: load(path, by="verify"))
+    else:
+        found = of_language_models.repeat(folder)
     if json:
-        proof = {name: found["proof"][name] for name in ("kind", "dtype", "family", "says")}
+        shown = ("kind", "dtype", "family", "format", "says")
+        proof = {name: found["proof"][name] for name in shown if name in found["proof"]}
         print_json({"export": str(folder), "intact": not found["faults"], "faults": found["faults"], "proof": proof})
     elif found["faults"]:
         print("\n".join(f"{folder}: {line}" for line in found["faults"]))

@@ -232,7 +232,7 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
         *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
            f"It was trained on `{source}`."] if source else []), "",
         *([record["parts"], ""] if record.get("parts") else []),
-        *_lineage(published(record)),
+        *lineage_lines(published(record)),
         "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
         "## Proof", "", f"**{how}**: {proof['says']}", "",
         "`aurora verify FOLDER` repeats it.", "",
@@ -240,7 +240,7 @@ def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: 
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
-def _lineage(origin: dict[str, Any]) -> list[str]:
+def lineage_lines(origin: dict[str, Any]) -> list[str]:
     """What the weights were made from and with, as lines of the card."""
     parent, versions = origin["parent"], origin["versions"] or {}
     at = "" if not parent or parent["step"] is None else f" at step {parent['step']}"

@@ -33,6 +33,10 @@ class Context(NamedTuple):
     prefix: jax.Array | None = None  # bool[B, T]: tokens that every token of their document sees
     memory: jax.Array | None = None  # [B, S, memory_width]: an encoder's output, for cross-attention
     memory_segments: jax.Array | None = None  # int32[B, S]: seen only by tokens with the same segment
+    # [B, T, width] and [B, S, memory_width]: places of tokens and memory, added to what queries and keys are made of,
+    # but not values (Carion et al. 2020)
+    places: jax.Array | None = None
+    memory_places: jax.Array | None = None
     real: jax.Array | None = None  # bool[B, T], with a cache: False for padding, which no state may take in
 
 
@@ -162,8 +166,9 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, context: Context, cache=None):
         """Returns (output, cache). `cache`: {"key", "value"} of [B, S, kv_heads, head_dim], slot = position."""
         source = _memory(context) if self.is_cross else x
-        query = self._project(x, "query", self.heads)
-        key = self._project(source, "key", self.kv_heads)
+        query = self._project(_placed(x, context.places), "query", self.heads)
+        where = context.memory_places if self.is_cross else context.places
+        key = self._project(_placed(source, where), "key", self.kv_heads)
         value = checkpoint_name(self._project(source, "value", self.kv_heads), "value")
         if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
@@ -209,6 +214,10 @@ def _memory(context: Context) -> jax.Array:
             where="model.layer_table", hint="model(tokens, ..., memory=encoder(inputs)), or kind: full",
         )  # fmt: skip
     return context.memory
+
+
+def _placed(x: jax.Array, places) -> jax.Array:
+    return x if places is None else x + places.astype(x.dtype)
 
 
 def _write(cache, key, value, positions):

@@ -23,7 +23,7 @@ ATTENTION_SITE, MLP_SITE = 0, 1  # distinguish the dropout masks of one layer
 
 
 class Block(nnx.Module):
-    """x[B, T, width] -> x plus attention plus MLP, in sequence or in parallel, with norms before, after or both."""
+    """x[B, T, width] -> x plus attention plus MLP, in sequence or in parallel, with norms where the config has them."""
 
     def __init__(self, config: DecoderConfig, row: Layer, rngs: nnx.Rngs, *, backend: str, mask: str = "causal"):
         def norm():
@@ -31,6 +31,7 @@ class Block(nnx.Module):
 
         self.parallel, self.rate, self.has_mlp = config.parallel, config.dropout, row.mlp
         self.pre_norm, self.post_norm = config.norms
+        self.sum_norm = config.norm_place == "sum"
         self.tags = tags(config, row, backend)
         self.mixer = "attention" if row.kind in KINDS else row.kind  # the name of its parameters
         if self.pre_norm:
@@ -38,9 +39,13 @@ class Block(nnx.Module):
         setattr(self, self.mixer, mixer_of(config, row)(config, row, rngs, backend=backend, mask=mask))
         if self.post_norm:
             self.attn_post_norm = norm()
+        if self.sum_norm:
+            self.attn_sum_norm = norm()
         if not self.has_mlp:
             return
         self.mlp = Mlp(config, rngs)
+        if self.sum_norm:
+            self.mlp_sum_norm = norm()
         if self.pre_norm and not self.parallel:
             self.mlp_norm = norm()
         if self.post_norm:
@@ -55,15 +60,19 @@ class Block(nnx.Module):
             attended = self.attn_post_norm(attended)
         attended = dropout(attended, self.rate, keys, ATTENTION_SITE)
         if not self.has_mlp:
-            return x + attended, cache, *sums
+            return self._attended(x, attended), cache, *sums
         if not self.parallel:
-            x = x + attended
+            x = self._attended(x, attended)
             normed = checkpoint_name(self.mlp_norm(x), "mlp_norm") if self.pre_norm else x
         fed = checkpoint_name(self.mlp(normed), "mlp_out")
         if self.post_norm:
             fed = self.mlp_post_norm(fed)
         fed = dropout(fed, self.rate, keys, MLP_SITE)
-        return (x + attended + fed if self.parallel else x + fed), cache, *sums
+        x = x + attended + fed if self.parallel else x + fed
+        return (self.mlp_sum_norm(x) if self.sum_norm else x), cache, *sums
+
+    def _attended(self, x, attended):
+        return self.attn_sum_norm(x + attended) if self.sum_norm else x + attended
 
 
 class Period(nnx.Module):

@@ -123,7 +123,7 @@ class DecoderConfig(Section):
     mlp_width: int | None = setting(
         None, resume="frozen", ge=1, help="hidden size of the MLP; none: 4 width, or 8/3 width if gated"
     )
-    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"] = setting(
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"] = setting(
         "swiglu", resume="frozen", help="swiglu and geglu (tanh GELU) are gated"
     )
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", resume="frozen", help="normalisation")
@@ -133,8 +133,10 @@ class DecoderConfig(Section):
         False, resume="frozen",
         help="RMSNorm on each query and key head (true, head: Qwen 3) or on all heads as one (projection: OLMo 2)",
     )
-    norm_place: Literal["before", "after", "both"] = setting(
-        "before", resume="frozen", help="normalise the input of attention and MLP, their output (OLMo 2), or both"
+    norm_place: Literal["before", "after", "both", "sum"] = setting(
+        "before", resume="frozen",
+        help="normalise the input of attention and MLP, their output (OLMo 2), both, or the sum with the residual "
+        "stream (Vaswani et al. 2017)",
     )
     post_norm: bool = setting(False, resume="frozen", help="as norm_place: both (Gemma 2)")
     parallel: bool = setting(False, resume="frozen", help="attention and MLP read the same normed input (GPT-J)")
@@ -191,8 +193,12 @@ class DecoderConfig(Section):
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads}); kv_heads: {near} would")
         if self.positions == "rope" and self.dim_per_head % 2:
             raise ValueError(f"rope turns pairs, so head_dim ({self.dim_per_head}) must be even")
-        if self.norm_place == "after" and self.post_norm:
-            raise ValueError("post_norm means norm_place: both, but norm_place is after; leave post_norm out")
+        if self.norm_place in ("after", "sum") and self.post_norm:
+            raise ValueError(
+                f"post_norm means norm_place: both, but norm_place is {self.norm_place}; leave post_norm out"
+            )
+        if self.norm_place == "sum" and self.parallel:
+            raise ValueError("parallel has one sum of attention, MLP and residual stream: norm_place: sum needs two")
         if self.layer_table is not None:
             self._check_table(self.layer_table)
         if self.layers % len(self.window_pattern):
@@ -294,8 +300,8 @@ class DecoderConfig(Section):
 
     @property
     def norms(self) -> tuple[bool, bool]:
-        """(whether there is a norm before attention and MLP, whether there is one after)."""
-        return self.norm_place != "after", self.post_norm or self.norm_place != "before"
+        """(whether there is a norm before attention and MLP, whether there is one after). Sums have neither."""
+        return self.norm_place in ("before", "both"), self.post_norm or self.norm_place in ("after", "both")
 
     @property
     def dim_per_head(self) -> int:
@@ -325,17 +331,17 @@ class DecoderConfig(Section):
         query, shared = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
         source = (self.memory_width or self.width) if row.kind == "cross" else self.width
         gates = 2 if self.activation in GATED else 1
-        before, after = self.norms
+        before, after, summed = *self.norms, self.norm_place == "sum"
         count = self.width * (3 if self.attention_gate else 2) * query + source * 2 * shared
         count += {"projection": query + shared, False: 0}.get(self.qk_norm, 2 * self.dim_per_head)
         count += query + 2 * shared if self.bias != "none" else 0
         count += self.width if self.bias == "all" else 0
         count = self._in_linear() if row.kind == LINEAR else count
-        count += norm * (before + after)
+        count += norm * (before + after + summed)
         if row.mlp:
             count += (gates + 1) * self.width * self.hidden_width
             count += self.width + gates * self.hidden_width if self.bias == "all" else 0
-            count += norm * ((before and not self.parallel) + after)
+            count += norm * ((before and not self.parallel) + after + summed)
         return count
 
     def _in_linear(self) -> int:

@@ -33,7 +33,7 @@ def relu2(x):
     return jnp.square(jnp.maximum(x, 0))
 
 
-PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
+PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": jax.nn.relu, "relu2": relu2}
 GATES = {"swiglu": silu, "geglu": gelu_tanh}
 
 

@@ -26,6 +26,7 @@ from aurora_train.tools.report_page import (
     folded,
     number,
     page,
+    picture,
     section,
     table,
 )
@@ -45,7 +46,7 @@ def write_report(run_folder) -> Path:
             _head(held),
             _curves(held),
             _score(held.scores),
-            _plots(read_json(run.plots, [])),
+            _plots(read_json(run.plots, []), run.workdir),
             _samples(run.samples),
             _data(data),
             section("Config", f"<pre>{escape(run.config.read_text())}</pre>"),
@@ -136,7 +137,8 @@ def _score(scores) -> str:
     rows += [(words(name), value, False) for name, value in rivals.items() if value is not None]
     rows = [row for row in rows if isinstance(row[1], (int, float)) and np.isfinite(row[1])]
     parts = [f"<p>{escape(words(headline))} on held-out data, after step {number(scores.get('step'))}.</p>\n"]
-    parts += [f"<p><b>{escape(remark)}</b></p>\n" for remark in scores.get("remarks") or []]
+    exceeded = [f"limit exceeded: {line}" for line in scores.get("exceeded") or []]
+    parts += [f"<p><b>{escape(remark)}</b></p>\n" for remark in [*exceeded, *(scores.get("remarks") or [])]]
     if rows:
         rows.sort(key=lambda row: row[1])
         ours = next((i for i, row in enumerate(rows) if row[2]), None)
@@ -163,14 +165,18 @@ def _score(scores) -> str:
     return section("Score", *parts)
 
 
-def _plots(plots) -> str:
-    """The figures of the recipe's score (`Recipe.score`, "plots")."""
+def _plots(plots, workdir: Path) -> str:
+    """The figures of the recipe's score (`Recipe.score`, "plots"): lines, and pictures in files of its work folder."""
     drawn = []
     for index, plot in enumerate(plots):
+        title = f"<h3>{escape(plot.get('title', ''))}</h3>"
+        if "file" in plot:
+            drawn.append(f"<figure>{title}{picture(workdir / plot['file'], plot.get('title', ''))}</figure>")
+            continue
         lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
         labels = {"ylabel": plot.get("y_label", ""), "xlabel": plot.get("x_label", "")}
         drawing = curve(f"plot-{index}", lines, wide=True, **labels)
-        drawn.append(f'<figure class="wide"><h3>{escape(plot.get("title", ""))}</h3>{drawing}</figure>')
+        drawn.append(f'<figure class="wide">{title}{drawing}</figure>')
     return section("What it did", f'<div class="figures">{"".join(drawn)}</div>\n') if drawn else ""
 
 

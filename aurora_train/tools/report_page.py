@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from html import escape as _escape
+from pathlib import Path
 from typing import Any
 
+from aurora_train.check.results import PICTURES
 from aurora_train.tools.report_plots import decimals
-from aurora_train.units import count
+from aurora_train.units import count, size
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f6f7f9; --ink: #1b1f24; --soft: #5b6470; --line: #dfe3e8;
@@ -34,7 +37,8 @@ p { margin: .5rem 0; max-width: 46rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
-svg { width: 100%; height: auto; display: block; }
+svg, img { width: 100%; height: auto; display: block; }
+img { max-width: 28rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); }
@@ -53,6 +57,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) { body { padding: 1.25rem 1rem 3rem; } .facts td:first-child { white-space: normal; } }
 """
 
+PICTURE_BYTES = 4_000_000  # of one file
 NOT_RECORDED = '<p class="soft">not recorded</p>'
 
 
@@ -68,6 +73,17 @@ def page(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def picture(path: Path, description: str) -> str:
+    """An image file as part of the page, which has no other files; words instead if it is missing or too large."""
+    if not path.is_file():
+        return NOT_RECORDED
+    if (bytes_ := path.stat().st_size) > PICTURE_BYTES:
+        said = f"{path.name} has {size(bytes_)} and is not shown; the limit is {size(PICTURE_BYTES)}"
+        return f'<p class="soft">{escape(said)}</p>'
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(description)}" src="data:{PICTURES[path.suffix]};base64,{data}">'
 
 
 def section(title: str, *parts: str) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 from aurora_train.files import read_json
 from aurora_train.machine.memory import host_memory, most_for_a_run
 
-# The user has to fix something (2), or the disk has had no room for as long as the run may wait (74).
-NOT_AGAIN = (2, 74)
+# The user has to fix something (2), the finished run exceeds a limit of its config (4), or the disk has had no room for
+# as long as the run may wait (74).
+NOT_AGAIN = (2, 4, 74)
 # The run was stopped by a signal and saved, which is not a failure. `systemctl stop` and a shutdown stay stopped
 # whatever the unit says; anyone else who sends a signal (a guard against low memory, a stray `killall python`) has not
 # decided that the run is over. SIGTERM itself is the status of a process that had not installed its handler yet.

@@ -13,6 +13,7 @@ from pathlib import Path
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.check.blame import recipe_code
+from aurora_train.check.limits import exceeded
 from aurora_train.check.remarks import remarks_on_losses
 from aurora_train.check.results import checked_result, checked_samples
 from aurora_train.config import dump
@@ -54,6 +55,7 @@ def score_run(
         else:
             record |= _made(recipe, run.workdir, progress, key)
     record["score"] |= _sampled(recipe, config, run, evaluator, state, step)
+    record["exceeded"] = exceeded(recipe, record["score"])
     if not makes_experience(recipe):
         losses = [one["loss"] for one in logs.read(run.metrics) if "loss" in one]
         record["remarks"] += remarks_on_losses(losses, config.optimizer.lr)
@@ -228,7 +230,8 @@ def score_lines(record: dict) -> list[str]:
     if made.get("kept"):
         when = made["time"][:16].replace("T", " ")
         lines.append(f"baselines: kept from {when} UTC, as nothing has changed since; --baselines recomputes them")
-    return lines + [f"note: {remark}" for remark in record["remarks"]]
+    lines += [f"note: {remark}" for remark in record["remarks"]]
+    return lines + [f"limit exceeded: {line}" for line in record.get("exceeded", [])]
 
 
 def shares(samples: list[dict]) -> dict[str, float]:

@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import xxhash
 
 from aurora_train.errors import UserError
 from aurora_train.files import sync
-from language.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from language.tokenizers import Tokenizer
 
 log = logging.getLogger("aurora_train")
 
@@ -81,6 +83,8 @@ class Prepared:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        from language.tokenizers import Tokenizer  # not all prepared data are text
+
         return Tokenizer.load(self.folder)
 
     def array(self, name: str, dtype: str | None = None) -> np.ndarray:

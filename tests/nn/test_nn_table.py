@@ -30,6 +30,8 @@ SHAPES = {
     "shares and bases": {"layer_table": [{"rotary": 0.5, "theta": 1e6}, {"scaling": {"kind": "linear", "factor": 4}}]},
     "norms after": {"norm_place": "after", "qk_norm": "projection", "kv_heads": 2, "parallel": True},
     "norms at both ends": {"norm_place": "both", "bias": "all", "norm": "layernorm"},
+    "norms of sums": {"norm_place": "sum", "norm": "layernorm", "bias": "all", "activation": "relu",
+                      "layer_table": [{"mlp": False}, {}]},
     "encoder read": {"layer_table": T5, "memory_width": 24, "bias": "qkv", "qk_norm": True, "activation": "gelu"},
 }
 
@@ -197,6 +199,8 @@ REFUSED = [
     ({"layer_table": [{"kind": "window"}]}, "needs its window"),
     ({"layer_table": [{"window": 4}]}, "a layer of kind full has no window; kind: window has"),
     ({"norm_place": "after", "post_norm": True}, "leave post_norm out"),
+    ({"norm_place": "sum", "post_norm": True}, "leave post_norm out"),
+    ({"norm_place": "sum", "parallel": True}, "norm_place: sum needs two"),
 ]
 
 

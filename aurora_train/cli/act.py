@@ -1,0 +1,86 @@
+"""`aurora act` and `aurora stream`, one verb under two names: a run answers requests over a local socket."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aurora_train.cli.common import JsonOption, OverrideOption, RunArgument, StepOption, print_json
+
+EXAMPLE = "aurora act runs/policy --port 7411"
+EXAMPLE_OF_STREAM = "aurora stream runs/decoder --socket decoder.sock"
+
+
+def command(
+    context: typer.Context,
+    run: RunArgument,
+    port: Annotated[int, typer.Option("--port", help="The port of this machine; 0 takes any that is free.")] = 7411,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", metavar="PATH", help="Listen on this Unix socket, not on a port.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Listen on this address, not on 127.0.0.1; needs --token-file.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", metavar="FILE", help="A secret that a client has to send first.")
+    ] = None,
+    step: StepOption = None,
+    override_limits: OverrideOption = None,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two lines of latencies.")] = 10.0,
+    json: JsonOption = False,
+):
+    """Answer requests, one line of JSON each, over a local socket, until Ctrl-C or SIGTERM.
+
+    A robot policy answers observations with actions, a neural decoder answers bins of spikes; docs/robots.md has the
+    protocol. The latencies of the answers are printed while it runs and at the end.
+    """
+    from aurora_train.check import limits
+    from aurora_train.loading import load
+    from aurora_train.run import Run
+    from aurora_train.serve.address import address
+    from aurora_train.serve.lines import LineServer
+
+    verb, place = context.info_name, address(host, port, socket, token_file)
+    trained = load(run, step, by=verb)
+    recipe, folder = trained.recipe, Run(trained.run)
+    scores = limits.scored(folder)
+    known = limits.exceeded(recipe, scores)
+    for line in limits.refuse_exceeded(folder, known, verb, override_limits, trained.step):
+        print(line, file=sys.stderr)
+    predict = trained.evaluator.predictor(trained.state)
+    with _until_asked() as stop, contextlib.closing(LineServer(lambda: recipe.responder(predict), place)) as server:
+        print(f"{trained!r} listens on {server.place}; Ctrl-C ends it", file=sys.stderr)
+        server.run(stop, lambda line: print(line, file=sys.stderr), every)
+    found = server.latencies.summary()
+    found["exceeded"] = [line for line in limits.exceeded(recipe, scores | found) if line not in known]
+    status, said = limits.judged(folder, found["exceeded"], verb, override_limits, trained.step)
+    if json:
+        print_json(found)
+    else:
+        print(server.latencies.line())
+    for line in said:
+        print(line, file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _until_asked():
+    """An event that Ctrl-C, SIGTERM and SIGHUP set. A second signal has its usual effect."""
+    stop, before = threading.Event(), {}
+
+    def ask(number, frame):
+        signal.signal(number, before[number])
+        stop.set()
+
+    before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,206 @@
+"""A run as a folder that stands alone, for recipes whose models no other library knows: a robot policy, a decoder.
+
+The folder has the weights by which the run is judged (safetensors), the facts, config, code and scores of the run, its
+origin, a card, and a proof: the folder was read back, and its predictions on a batch that the recipe makes are those of
+the run, to the bit. The batch and the predictions are in the folder, so that other programs can be compared with them.
+It is read as a run is: `aurora act DIR` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+
+from aurora_train import facts as kept_facts
+from aurora_train.check import limits
+from aurora_train.checkpoint import layout
+from aurora_train.errors import UserError
+from aurora_train.files import read_json, write_json
+from aurora_train.interop.export import CARD, lineage_lines
+from aurora_train.interop.hf import tensors_of_file
+from aurora_train.interop.proof import NAME as PROOF
+from aurora_train.interop.result import origin_of, published
+from aurora_train.interop.source import same_bits
+from aurora_train.run import Run
+from aurora_train.train.evaluate import weights_of
+from aurora_train.train.session import recipe_of
+from aurora_train.train.starting import read_whole
+from aurora_train.units import decimal
+
+WEIGHTS, PROBE = "weights.safetensors", "probe.safetensors"
+EXAMPLES = 16  # of the batch that is compared
+BOUND = 1e-3  # relative difference of predictions that another machine may make; relative to the largest of an array
+_KEPT = ("config.yaml", "scores.json", "facts", "code")  # what is copied as it is
+_CHANGING = ("events.jsonl", CARD, PROOF, "provenance.json")  # what is not part of the proof
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is an export of this kind."""
+    return (folder / WEIGHTS).is_file() and (folder / "config.yaml").is_file()
+
+
+def refuse_format(recipe, format: str, known: tuple[str, ...]) -> None:
+    """UserError for a format that neither we nor the recipe know."""
+    if format not in recipe.formats:
+        raise UserError(f"a run of {recipe.config.recipe} has no format {format!r}", where="--format",
+                        hint=f"one of {', '.join([*recipe.formats, *known])}")  # fmt: skip
+
+
+def write(trained, folder: Path, format: str) -> dict[str, Any]:
+    """Write a loaded run into an empty folder, without its proof. Returns the compared batch and the run's predictions,
+    by name."""
+    from safetensors.numpy import save_file
+
+    run, recipe = Run(trained.run), trained.recipe
+    for name in _KEPT:
+        source = run.folder / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copyfile(source, folder / name)
+    save_file(_flat(trained.state), folder / WEIGHTS, {"format": "np"})
+    batch = recipe.probe(EXAMPLES)
+    compared = _named("input", batch) | _named("output", trained.predict(batch))
+    save_file(compared, folder / PROBE, {"format": "np"})
+    known = trained.provenance
+    write_json(folder / "provenance.json", {
+        "format": format, "step": trained.step, "origin": _origin(trained),
+        "recipe": known.get("recipe", {}), "code_sha256": known.get("code_sha256"), "versions": known.get("versions"),
+        "facts_sha256": kept_facts.sha256(recipe.known), "weights_sha256": _sha256(folder / WEIGHTS),
+        "limits_overridden": known.get("limits_overridden", []),
+    })  # fmt: skip
+    return compared
+
+
+def read(config, run: Run, step: int | None, progress):
+    """(recipe, blueprint, mesh, state, step) of an export, as `train.session.open_for_reading` of a run."""
+    known = read_json(run.provenance) or {}
+    if step not in (None, known.get("step")):
+        raise UserError(f"this export is of step {known.get('step')}", where="--step", hint="leave --step out")
+    if _sha256(run.folder / WEIGHTS) != known.get("weights_sha256"):
+        raise UserError("these weights are not those that were exported", where=str(run.folder / WEIGHTS),
+                        hint="export the run again, or restore the file from a copy")  # fmt: skip
+    recipe = recipe_of(config, run, progress)
+    if kept_facts.sha256(recipe.known) != known.get("facts_sha256"):
+        raise UserError("these facts are not those that were exported", where=str(run.facts),
+                        hint="export the run again, or restore the folder from a copy")  # fmt: skip
+    blueprint, mesh = read_whole(config, recipe)
+    tree, places = _tree(blueprint.state), _tree(blueprint.shardings)
+    tensors = tensors_of_file(run.folder / WEIGHTS)
+    wanted = {name: jax.ShapeDtypeStruct(spec.shape, tensors[name].dtype if name in tensors else spec.dtype)
+              for name, spec in layout.abstract(tree, places).items()}  # fmt: skip
+    stored = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in tensors.items()}
+    layout.refuse_difference(stored, wanted, where=str(run.folder / WEIGHTS))
+    # In the dtypes of the file: those of a moving average are wider than a model's own.
+    tree = jax.tree.unflatten(jax.tree.structure(tree), [
+        jax.ShapeDtypeStruct(leaf.shape, tensors[names[0]].dtype) for names, _, leaf in layout.entries(tree)
+    ])  # fmt: skip
+    filled = layout.assemble({name: one.whole() for name, one in tensors.items()}, tree, places)
+    state = blueprint.state._replace(**filled, opt_state={}, extra={})
+    return recipe, blueprint, mesh, state, known.get("step")
+
+
+def prove(compared: dict[str, np.ndarray], predict: Callable[[dict], Any], folder: Path) -> dict[str, Any]:
+    """Compare the predictions of an export that was read back with those of its run; write proof.json and return it.
+
+    UserError unless they are equal to the bit.
+    """
+    found = _predicted(compared, predict)
+    for name, array in found.items():
+        if not same_bits(array, compared[name]):
+            raise UserError(f"read back, the export predicts another `{name}`", where=str(folder),
+                            hint="this is a mistake in aurora_train: please report it")  # fmt: skip
+    says = f"read back, it makes the run's predictions of {EXAMPLES} examples, to the bit"
+    proof = {"kind": "round trip", "format": read_json(folder / "provenance.json")["format"], "says": says,
+             "files": digests(folder)}  # fmt: skip
+    write_json(folder / PROOF, proof)
+    return proof
+
+
+def repeat(folder: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
+    """Repeat the proof of an export from its folder alone. Returns {"faults": [line], "proof": ...}."""
+    proof = read_json(folder / PROOF) or {}
+    if not isinstance(proof.get("files"), dict):
+        raise UserError(f"this folder has no usable {PROOF}", where=str(folder), hint="export the run again")
+    now = digests(folder)
+    faults = [f"{name} was changed or is missing" for name, digest in proof["files"].items() if now.get(name) != digest]
+    faults += [f"{name} was added after the proof" for name in now if name not in proof["files"]]
+    try:
+        compared = {name: tensor.whole() for name, tensor in tensors_of_file(folder / PROBE).items()}
+        for name, array in _predicted(compared, load(folder).predict).items():
+            largest = float(np.abs(np.asarray(array, np.float64) - compared[name]).max())
+            if not largest <= BOUND * max(float(np.abs(compared[name]).max()), 1.0):
+                faults.append(f"the prediction `{name}` differs from the recorded one by up to {largest:.2g}")
+    except UserError as fault:
+        faults.append(str(fault))
+    return {"faults": faults, "proof": proof}
+
+
+def write_card(trained, folder: Path, proof: dict[str, Any]) -> None:
+    """README.md: what the model is, how it scored, where it comes from, and what was proved."""
+    origin, scores = _origin(trained), read_json(Run(trained.run).scores) or {}
+    count = sum(int(np.prod(array.shape)) for array in jax.tree.leaves(trained.state.params))
+    numbers = scores.get("score", {}) | {name: one for name, one in scores.get("baselines", {}).items()}
+    rows = [f"| {name} | {decimal(float(one))} |" for name, one in numbers.items() if isinstance(one, int | float)]
+    overridden = [f"- {line} ({one['by']}, {one['time']}: {one['reason']})"
+                  for one in trained.provenance.get("limits_overridden", []) for line in one["exceeded"]]  # fmt: skip
+    exceeded = [f"- {line}" for line in limits.exceeded(trained.recipe, scores.get("score", {}))]
+    lines = [
+        "---", "library_name: aurora_train", "---", "", f"# {origin['run']}", "",
+        f"A {proof['format']} of {count:,} trained parameters, exported from step {origin['step']} of the run "
+        f"`{origin['run']}` (recipe `{origin['recipe']}`)"
+        + (f", which was trained on `{origin['data']}`." if origin["data"] else "."), "",
+        "`aurora act FOLDER` answers requests with it; `aurora verify FOLDER` repeats its proof.", "",
+        *(["## Score", "", "| | |", "|---|---|", *rows, ""] if rows else []),
+        *(["## Limits that it exceeds", "", *exceeded, ""] if exceeded else []),
+        *(["## Limits that were overridden", "", *overridden, ""] if overridden else []),
+        "## Origin", "", *lineage_lines(origin),
+        "## Proof", "", f"**{proof['kind']}**: {proof['says']}.", "",
+    ]  # fmt: skip
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of each file that the proof is about, by its path in the folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: _sha256(path) for name, path in names.items() if name not in _CHANGING}
+
+
+def _origin(trained) -> dict[str, Any]:
+    known = trained.provenance
+    if "origin" in known:  # an export of an export
+        return known["origin"]
+    return published(origin_of(SimpleNamespace(run=trained.run, config=trained.config, facts=trained.recipe.known,
+                                               provenance=known, step=trained.step)))  # fmt: skip
+
+
+def _tree(of) -> dict[str, Any]:
+    return {"params": of.params, "frozen": of.frozen, "rest": of.rest}
+
+
+def _flat(state) -> dict[str, np.ndarray]:
+    params, rest, frozen = weights_of(state)
+    return layout.snapshot({"params": params, "frozen": frozen, "rest": rest})
+
+
+def _named(place: str, tree) -> dict[str, np.ndarray]:
+    """The arrays of a pytree by name: "output", or "input.state"."""
+    return {names[0]: np.ascontiguousarray(leaf) for names, _, leaf in layout.entries({place: tree})}
+
+
+def _predicted(compared: dict[str, np.ndarray], predict: Callable[[dict], Any]) -> dict[str, np.ndarray]:
+    batch = {name.removeprefix("input."): one for name, one in compared.items() if name.startswith("input.")}
+    return _named("output", predict(batch))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The kit of driving: scenes and their readers, generators, scores; the model that drives."""

@@ -1,0 +1,136 @@
+"""The tasks of Meta-World (Yu et al. 2019) as worlds: a Sawyer arm in MuJoCo, 80 frames a second, scripted experts.
+
+Three things differ from `gymnasium.make`. There the goal follows from a seed given when the environment is made; here
+from the seed of each episode. There success ends no episode; here it is reported, and rollouts stop. And each frame is
+observed once, without the frame before it, which Meta-World appends.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import functools
+import os
+import warnings
+from importlib.metadata import version
+
+import numpy as np
+
+from aurora_train.errors import MissingExtra, UserError, nearest
+
+CAMERAS = ("corner2", "corner", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
+_OBJECT = ("x", "y", "z", "qx", "qy", "qz", "qw")
+_HAND, _OBJECTS, _FRAME = 4, 14, 18  # entries: hand and gripper; places kept for objects; both together
+_REWARD_MAX = 10.0
+
+
+class MetaWorld:
+    """One task, such as "pick-place-v3", with its goal observed.
+
+    "observation.state" is the hand's position in metres and the gripper's opening (0 to 1), float32[4];
+    "observation.environment_state" has each object's position and quaternion, and the goal's position. An action is the
+    hand's velocity, 1 for 0.8 m/s along an axis, and the gripper's effort (1 closes), float32[4] within +-1.
+    """
+
+    fps = 80.0
+    max_steps = 500
+    action_low, action_high = np.full(4, -1, np.float32), np.full(4, 1, np.float32)
+    positions = slice(0, 3)
+    cameras = CAMERAS
+
+    def __init__(self, task: str):
+        tasks, experts = _metaworld()
+        if task not in tasks:
+            raise UserError(f"Meta-World has no task `{task}`", hint=nearest(task, tasks, f"one of {', '.join(tasks)}"))
+        self.task, self.version = task, f"metaworld {version('metaworld')}, mujoco {version('mujoco')}"
+        self._expert = experts[task]()
+        self._env = env = tasks[task]()
+        # What `set_task` does for a goal that is drawn at each reset and observed.
+        env._partially_observable = False
+        env._set_task_called, env._freeze_rand_vec, env.seeded_rand_vec = True, False, True
+        del env.sawyer_observation_space  # cached when the goal was still hidden; steps clip observations to it
+        self._objects = len(env._get_pos_objects()) // 3 * len(_OBJECT)
+        self.reward = 0.0
+        parts = [f"object{k or ''}_{part}" for k in range(self._objects // len(_OBJECT)) for part in _OBJECT]
+        self.names = {
+            "observation.state": ("hand_x", "hand_y", "hand_z", "gripper"),
+            "observation.environment_state": (*parts, "goal_x", "goal_y", "goal_z"),
+            "action": ("velocity_x", "velocity_y", "velocity_z", "effort"),
+        }
+
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        self._env.seed(int(seed))
+        whole, _ = self._env.reset()
+        self.reward = 0.0
+        space = self._env.sawyer_observation_space  # Meta-World clips to it after a step, and not here
+        return self._observed(np.clip(whole, space.low, space.high))
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
+        whole, self.reward, _, _, info = self._env.step(np.clip(action, self.action_low, self.action_high))
+        return self._observed(whole), bool(info["success"])
+
+    def _observed(self, whole: np.ndarray) -> dict[str, np.ndarray]:
+        objects, goal = whole[_HAND : _HAND + self._objects], whole[2 * _FRAME :]
+        return {"observation.state": whole[:_HAND].astype(np.float32),
+                "observation.environment_state": np.concatenate([objects, goal]).astype(np.float32)}  # fmt: skip
+
+    def expert(self, observation: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        state, rest = observation["observation.state"], observation["observation.environment_state"]
+        frame = np.zeros(_FRAME)
+        frame[:_HAND], frame[_HAND : _HAND + self._objects] = state, rest[: self._objects]
+        whole = np.concatenate([frame, frame, rest[self._objects :]])
+        return np.clip(self._expert.get_action(whole), self.action_low, self.action_high).astype(np.float32)
+
+    def render(self, size: int = 96, camera: str | None = None) -> np.ndarray:
+        renderer = _renderer(self.task, size, self._env.model)
+        renderer.update_scene(self._env.data, camera=camera or CAMERAS[0])
+        return renderer.render()
+
+    def close(self) -> None:
+        self._env.close()
+
+
+@functools.cache
+def _metaworld() -> tuple[dict, dict]:
+    """The environments and the experts, by task."""
+    _choose_renderer()
+    try:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+    except ModuleNotFoundError as error:
+        raise MissingExtra(error.name, "robot", "Meta-World") from error
+    # The experts ask for more than the limits far from their target, on purpose; each time they say so.
+    warnings.filterwarnings("ignore", message="Constant.s. may be too high")
+    return dict(ALL_V3_ENVIRONMENTS), dict(ENV_POLICY_MAP)
+
+
+def _choose_renderer() -> None:
+    """Without a window system MuJoCo draws off screen, but only if it is told so before it is imported."""
+    if "MUJOCO_GL" not in os.environ and not os.environ.get("DISPLAY"):
+        for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+            if ctypes.util.find_library(library):
+                os.environ["MUJOCO_GL"] = name
+                return
+
+
+@functools.lru_cache(maxsize=8)
+def _renderer(task: str, size: int, model):
+    """A renderer of pictures of one size; UserError if this machine cannot draw.
+
+    Shadows, reflections and smoothed edges are left out: on a processor they take most of the time.
+    """
+    import mujoco
+
+    kept = model.vis.quality.offsamples, model.vis.quality.shadowsize
+    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
+    try:
+        made = mujoco.Renderer(model, size, size)
+    except Exception as error:  # each way of drawing fails with an exception of its own
+        raise UserError(
+            "MuJoCo cannot draw on this machine", why=str(error) or type(error).__name__,
+            hint="install a software renderer (Debian: apt-get install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl",
+        ) from error  # fmt: skip
+    finally:
+        model.vis.quality.offsamples, model.vis.quality.shadowsize = kept
+    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        made.scene.flags[flag] = 0
+    return made

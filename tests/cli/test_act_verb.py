@@ -1,0 +1,223 @@
+"""`aurora act` as a robot has it: another process, a real socket, a real signal; the limits it is held to, and
+`aurora export` of what it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+from kit import Aurora, events, in_process
+
+from aurora_train.config import load
+from aurora_train.errors import UserError
+from aurora_train.loading import load as load_model
+
+# The toy recipe with a client's function that adds up what it has answered, and a limit of its score.
+SERVED = '''"""The toy, served."""
+import numpy as np
+from toy import Config as ToyConfig
+from toy import Toy
+
+from aurora_train.config import Section, setting
+from aurora_train.errors import UserError
+
+
+class Limits(Section):
+    mse_max: float | None = setting(None, help="largest error")
+    latency_p99_ms: float | None = setting(None, help="slowest answer")
+
+
+class Config(ToyConfig):
+    limits: Limits = Limits()
+
+
+class Served(Toy):
+    Config = Config
+    formats = ("toy",)
+
+    def probe(self, examples):
+        return {"x": np.random.default_rng(0).normal(size=(examples, 8)).astype(np.float32)}
+
+    def responder(self, predict):
+        total = np.zeros(8, np.float32)
+        predict({"x": total[None]})
+
+        def respond(request):
+            nonlocal total
+            x = np.asarray(request.get("x", ()), np.float32)
+            if x.shape != (8,):
+                raise UserError("x has to be 8 numbers", where="x")
+            y = predict({"x": x[None]})[0]
+            total = total + y
+            return {"y": y, "total": total}
+
+        return respond
+
+    def exceeded(self, scores):
+        limits = {"mse": self.config.limits.mse_max, "latency_ms_p99": self.config.limits.latency_p99_ms}
+        return [f"{name} is {scores.get(name)}, and the limit is {limit}" for name, limit in limits.items()
+                if limit is not None and name in scores and not scores[name] <= limit]
+'''
+SMALL = {"recipe: toy.py": "recipe: served.py", "steps: 30": "steps: 2", "every: 10, keep": "every: 2, keep",
+         "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, "}  # fmt: skip
+TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "--run", "run", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, shared_cache):
+    """The command line in the folder of a trained run, `run`, which exceeds a limit."""
+    folder = tmp_path_factory.mktemp("served")
+    toy.write(folder, **SMALL)
+    (folder / "served.py").write_text(SERVED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("AURORA_CACHE", str(shared_cache))
+        assert in_process(*TRAIN) == 4
+        yield Aurora(folder, shared_cache)
+
+
+class Acting:
+    """`aurora act RUN ARGUMENTS` in a process of its own, and one client."""
+
+    def __init__(self, aurora: Aurora, *arguments):
+        self.process = subprocess.Popen(
+            aurora.command("act", *arguments), cwd=aurora.folder, env=aurora.environment(), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.said = ""
+        while not (found := re.search(r"listens on 127.0.0.1:(\d+)", self.said)):
+            line = self.process.stderr.readline()
+            assert line, f"it ended: {self.said}"
+            self.said += line
+        self.file = socket.create_connection(("127.0.0.1", int(found[1])), 60).makefile("rwb")
+
+    def __call__(self, **request) -> dict:
+        self.file.write(json.dumps(request).encode() + b"\n")
+        self.file.flush()
+        return json.loads(self.file.readline())
+
+    def end(self, number) -> tuple[int, str, str]:
+        """(exit status, standard output, standard error) after a signal."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, self.said + err
+
+
+def test_a_run_that_exceeds_a_limit_says_which_unless_that_is_overridden_on_record(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    run = served.folder / "run"
+    assert len(json.loads((run / "scores.json").read_text())["exceeded"]) == 1
+    assert "limit exceeded: mse" in (run / "report.html").read_text()
+    assert len(events(run, "finish")) == 1 and not events(run, "limits_overridden")
+    for arguments in (TRAIN, ("resume", "run"), ("act", "run", "--port", 0)):
+        assert in_process(*arguments) == 4, "it is refused again, and by every verb"
+        said = capsys.readouterr().err
+        assert "mse is " in said and "--override-limits" in said
+    assert in_process("act", "run", "--port", 0, "--override-limits", " ") == 2
+    assert "needs a reason" in capsys.readouterr().err
+    assert in_process(*TRAIN, "--override-limits", "a test") == 0
+    assert "limit overridden: mse is " in capsys.readouterr().err
+    (event,) = events(run, "limits_overridden")
+    (record,) = json.loads((run / "provenance.json").read_text())["limits_overridden"]
+    assert event["reason"] == record["reason"] == "a test" and event["time"] and record["time"]
+    assert event["exceeded"] == record["exceeded"] and record["by"] == "train"
+    assert in_process("act", "run", "--port", 0) == 4, "an override holds for one command"
+
+
+def test_a_run_answers_in_this_process(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    answers = []
+
+    def client():
+        deadline = time.monotonic() + 60
+        with socket.socket(socket.AF_UNIX) as end:
+            while end.connect_ex("a.sock") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            file = end.makefile("rwb")
+            file.write(json.dumps({"x": [1] * 8}).encode() + b"\n")
+            file.flush()
+            answers.append(json.loads(file.readline()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert in_process("stream", "run", "--socket", "a.sock", "--json", "--override-limits", "a test") == 0
+    thread.join()
+    assert len(answers[0]["y"]) == 8 and json.loads(capsys.readouterr().out)["answers"] == 1
+    assert events(served.folder / "run", "limits_overridden")[-1]["by"] == "stream"
+
+
+@pytest.mark.slow
+def test_a_run_answers_until_a_signal_and_prints_its_latencies(served):
+    acting = Acting(served, "run", "--port", 0, "--json", "--override-limits", "a test")
+    first, second = acting(x=[1] * 8), acting(x=[1] * 8)
+    assert first["y"] == first["total"] and second["y"] == first["y"]
+    assert second["total"] == pytest.approx([2 * one for one in first["y"]])
+    assert "8 numbers" in acting(x=[1])["error"]
+    assert acting(reset=True, x=[1] * 8)["total"] == first["total"]
+    status, out, err = acting.end(signal.SIGTERM)
+    found = json.loads(out)
+    assert status == 0 and found["answers"] == 3 and found["refused"] == 1 and "Traceback" not in err
+    assert 0 < found["latency_ms_p50"] <= found["latency_ms_p99"]
+
+
+def test_a_recipe_that_answers_nothing_says_so(tmp_path):
+    config = load("quickstart")
+    with pytest.raises(UserError, match="answers no requests"):
+        config.recipe_class(config, tmp_path).responder(None)
+
+
+def test_an_export_stands_alone_and_is_the_run_to_the_bit(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    export = ("export", "run", "--to", "toy", "--format", "toy")
+    assert in_process(*export) == 4 and not Path("toy").exists()
+    assert in_process("export", "run", "--to", "toy", "--format", "onnx") == 2
+    assert "one of toy, hf, gguf, peft" in capsys.readouterr().err
+    assert in_process(*export, "--dtype", "float16") == 2
+    capsys.readouterr()
+    assert in_process(*export, "--override-limits", "to be compared", "--json") == 0
+    assert "to the bit" in json.loads(capsys.readouterr().out)["says"]
+    moved = served.folder / "elsewhere" / "toy"
+    moved.parent.mkdir()
+    Path("toy").rename(moved)
+    x = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
+    own, other = load_model("run"), load_model(moved)
+    assert np.array_equal(own.predict({"x": x}), other.predict({"x": x})) and other.step == own.step == 2
+    assert "respond" in repr(other.recipe.responder(other.predict))
+    assert in_process("act", moved, "--port", 0) == 4, "its limits went with it"
+    card = (moved / "README.md").read_text()
+    assert "Limits that it exceeds" in card and "to be compared" in card and str(served.folder) not in card
+    assert in_process("verify", moved) == 0
+    weights = bytearray((moved / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (moved / "weights.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    assert in_process("verify", moved) == 3 and "weights.safetensors was changed" in capsys.readouterr().out
+    assert in_process("act", moved, "--port", 0) == 2 and "not those that were exported" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_that_was_too_slow_ends_with_the_status_of_limits(served):
+    config = served.folder / "run" / "config.yaml"
+    text = config.read_text()
+    assert "latency_p99_ms: null" in text and "mse_max: 1e-09" in text
+    text = text.replace("mse_max: 1e-09", "mse_max: null")
+    config.write_text(text.replace("latency_p99_ms: null", "latency_p99_ms: 0.0"))
+    acting = Acting(served, "run", "--port", 0)
+    acting(x=[1] * 8)
+    status, _, err = acting.end(signal.SIGINT)
+    config.write_text(text)
+    assert status == 4 and "limit exceeded: latency_ms_p99 is " in err

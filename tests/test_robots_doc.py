@@ -1,0 +1,101 @@
+"""docs/robots.md works as written: its commands in its order on a tiny dataset, and its client against the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documents import Document
+from kit import free_address, in_process, losses
+
+sys.path.insert(0, str(Path(__file__).parent / "recipes" / "robot"))
+from recorded_episodes import episodes  # noqa: E402
+
+SMALL = ["train.steps=2", "train.batch=4", "model.width=16", "model.heads=2", "model.layers=1",
+         "model.decoder_layers=1", "evaluate.examples=4"]  # fmt: skip
+TINY = {
+    "arm.yaml": [*SMALL, "data.chunk=4", "model.vision.channels=8", "model.posterior_layers=1", "model.noising.steps=2",
+                 "limits.latency_p99_ms=60000", "limits.action_bound=1000"],
+    "robot/two_modes": [*SMALL, "data.episodes=12", "score.episodes=2", "score.gifs=1"],
+}  # fmt: skip
+DOC = Document("robots.md", TINY)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The folder of a user of the document, with the dataset `pick`."""
+    pytest.importorskip("av")
+    from robot.lerobot_write import write
+
+    folder = tmp_path_factory.mktemp("robots")
+    write(episodes(24), folder / "pick")
+    DOC.write(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.setenv("AURORA_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def acts(line: str) -> np.ndarray:
+    """What the document's client is answered by `aurora act`, which SIGTERM then ends."""
+    port, chunks = free_address().rpartition(":")[2], []
+
+    def ask():
+        import client  # the document's
+
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                policy = client.Policy(int(port))
+                break
+            except ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        frame = episodes(1)[0].arrays
+        observation = {name: array[0] for name, array in frame.items() if name != "action"}
+        try:
+            chunks.append(policy({"reset": True, "task": "Move to 0.", **observation}))
+            with pytest.raises(RuntimeError, match="there is no `observation.images.top`"):
+                policy({"task": "Move to 0.", "observation.state": observation["observation.state"]})
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    words, _ = DOC.arguments_of(line.replace("--port 7411", ""))
+    assert in_process(*words, "--port", port, "--json") == 0, line
+    thread.join()
+    assert chunks[0].shape == (2, 2) and chunks[0].dtype == np.float32
+    return chunks[0]
+
+
+def test_the_document_names_every_limit_and_its_client_is_python():
+    from robot.limits import Limits
+
+    assert all(f"| `{name}` |" in DOC.text for name in Limits.model_fields)
+    compile(DOC.files["client.py"], "client.py", "exec")
+
+
+@pytest.mark.slow
+def test_every_command_of_the_document_works_in_its_order(here, capsys, monkeypatch):
+    assert len(DOC.commands) >= 12
+    answers = {}
+    for line in DOC.commands:
+        if line.startswith("aurora act "):
+            answers[line] = acts(line)
+            report = json.loads(capsys.readouterr().out)
+            assert report["answers"] == 1 and report["refused"] == 1 and report["latency_ms_p99"] > 0
+        else:
+            DOC.runs(line, capsys, monkeypatch)
+    assert len(answers) == 3 and all(np.array_equal(one, next(iter(answers.values()))) for one in answers.values())
+    for run in ("arm", "arm-flow", "two-modes"):
+        assert [step for step, _ in losses(here / "runs" / run)] == [1, 2]
+    assert "action_error" in (here / "arm-policy" / "README.md").read_text()
