@@ -92,7 +92,7 @@ class Generator:
         texts = [list(prompt) for prompt in prompts]  # with all that was drawn, also after a row's end
         open_rows = set(range(len(prompts))) if max_new_tokens else set()
         for count in range(max_new_tokens):
-            drawn = _draw(logits, keys, count, knobs)
+            drawn = draw(logits, keys, count, knobs)
             for row, token in enumerate(np.asarray(drawn).tolist()):
                 texts[row].append(token)
                 if row in open_rows and token in self.ends:
@@ -186,7 +186,7 @@ def _read_token(graph, state, caches, tokens, positions, prefix):
 
 
 @jax.jit
-def _draw(logits, keys, count, knobs: Knobs):
+def draw(logits, keys, count, knobs: Knobs):
     """float32[B, V] -> int32[B]: temperature, then the k most likely, then the nucleus (Holtzman et al. 2020).
 
     At temperature 0 nothing is sorted: on a processor that takes as long as the step of a small model.
