@@ -21,6 +21,7 @@ import numpy as np
 from aurora_train import facts as kept_facts
 from aurora_train.check import limits
 from aurora_train.checkpoint import layout
+from aurora_train.config import load_resolved
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.interop.export import CARD, lineage_lines
@@ -46,11 +47,13 @@ def is_exported(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and (folder / "config.yaml").is_file()
 
 
-def refuse_format(recipe, format: str, known: tuple[str, ...]) -> None:
-    """UserError for a format that neither we nor the recipe know."""
-    if format not in recipe.formats:
-        raise UserError(f"a run of {recipe.config.recipe} has no format {format!r}", where="--format",
-                        hint=f"one of {', '.join([*recipe.formats, *known])}")  # fmt: skip
+def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
+    """UserError for a format that neither we nor the run's recipe know. Reads no weights."""
+    config = load_resolved(run.folder)
+    formats = config.recipe_class.formats
+    if format not in formats:
+        raise UserError(f"a run of {config.recipe} has no format {format!r}", where="--format",
+                        hint=f"one of {', '.join([*formats, *known])}")  # fmt: skip
 
 
 def write(trained, folder: Path, format: str) -> dict[str, Any]:

@@ -59,24 +59,34 @@ def simulations(map_seeds: list[int], scenes: int, seed: int) -> Iterator[list[S
 
 
 def _simulate(map_seed: int, scenes: int, seed: int) -> list[Scene]:
-    """In a process of its own: draw the map, make the demand, drive and record."""
+    """In a process of its own: drive and record."""
+    rng = np.random.default_rng([0x5030, FORMAT, map_seed, seed])
+    with running(map_seed, seed, scenes * STEPS * STEP_S, rng) as (libsumo, road):
+        return [_record(libsumo, road, f"{road.map_id}-{seed}-{number}", rng) for number in range(scenes)]
+
+
+@contextlib.contextmanager
+def running(map_seed: int, seed: int, seconds: float, rng):
+    """(libsumo, Road) of a simulation whose roads have filled, with traffic for so many seconds.
+
+    It is this process's only one. Cars that touch drive on: by default SUMO would lift one of them out of the world.
+    """
     with contextlib.redirect_stdout(io.StringIO()):  # of remarks on the version of pyarrow, which is not used here
         import libsumo
         import sumo
 
-    rng = np.random.default_rng([0x5030, FORMAT, map_seed, seed])
     with tempfile.TemporaryDirectory() as folder:
         net = _draw_map(Path(sumo.SUMO_HOME), Path(folder), map_seed)
-        routes = _demand(net, Path(folder), WARM_UP_S + scenes * STEPS * STEP_S, rng)
+        routes = _demand(net, Path(folder), WARM_UP_S + seconds, rng)
         libsumo.start([
             "sumo", "-n", str(net), "-r", str(routes), "--step-length", str(STEP_S), "--seed", str(seed),
-            "--lanechange.duration", "3", "--time-to-teleport", "-1", "--no-step-log", "--no-warnings",
+            "--lanechange.duration", "3", "--time-to-teleport", "-1", "--collision.action", "warn",
+            "--no-step-log", "--no-warnings",
         ])  # fmt: skip
         try:
-            road = _Road(libsumo, f"sumo-{FORMAT}-{map_seed}")
             for _ in range(round(WARM_UP_S / STEP_S)):
                 libsumo.simulationStep()
-            return [_record(libsumo, road, f"{road.map_id}-{seed}-{number}", rng) for number in range(scenes)]
+            yield libsumo, Road(libsumo, f"sumo-{FORMAT}-{map_seed}")
         finally:
             libsumo.close()
 
@@ -128,7 +138,7 @@ def _demand(net: Path, folder: Path, seconds: float, rng) -> Path:
     return path
 
 
-class _Road:
+class Road:
     """The map of the running simulation. A light governs a lane: it is RED if every way on from there is."""
 
     def __init__(self, libsumo, map_id: str):
@@ -161,6 +171,11 @@ class _Road:
         return Lane(number[name], *lines, successors=successors, speed_limit=libsumo.lane.getMaxSpeed(name),
                     is_intersection=name.startswith(":"))  # fmt: skip
 
+    def fields(self) -> dict:
+        """The fields of a `Scene` that the map decides."""
+        return {"map_id": self.map_id, "lanes": self.lanes, "drivable": self.drivable, "city": "SUMO",
+                "light_lanes": self.light_lanes, "light_stops": self.light_stops}  # fmt: skip
+
     def lights(self, libsumo) -> list[int]:
         """The state of each light now."""
         signals = libsumo.trafficlight
@@ -172,21 +187,23 @@ class _Road:
         return states
 
 
-def _record(libsumo, road: _Road, identifier: str, rng) -> Scene:
+def _record(libsumo, road: Road, identifier: str, rng) -> Scene:
     tracks, lights = Tracks(), np.zeros((len(road.links), STEPS), np.int8)
     for step in range(STEPS):
         lights[:, step] = road.lights(libsumo)
         libsumo.simulationStep()
-        for name in sorted(libsumo.vehicle.getIDList(), key=int):
-            size = (libsumo.vehicle.getLength(name), libsumo.vehicle.getWidth(name))
-            kind = KINDS.get(libsumo.vehicle.getVehicleClass(name), "unknown")
-            state = box_state(libsumo.vehicle.getPosition(name), libsumo.vehicle.getAngle(name),
-                              libsumo.vehicle.getSpeed(name), size[0])  # fmt: skip
-            tracks.add(step, name, state, kind, size)
-    return Scene(
-        identifier=identifier, map_id=road.map_id, lanes=road.lanes, drivable=road.drivable, lights=lights,
-        light_lanes=road.light_lanes, light_stops=road.light_stops, city="SUMO", **tracks.fields(rng),
-    )  # fmt: skip
+        add_vehicles(libsumo, tracks, step)
+    return Scene(identifier=identifier, lights=lights, **road.fields(), **tracks.fields(rng))
+
+
+def add_vehicles(libsumo, tracks: Tracks, step: int) -> None:
+    """Add all vehicles as they are now, as the tracks' step `step`."""
+    for name in sorted(libsumo.vehicle.getIDList(), key=int):
+        size = (libsumo.vehicle.getLength(name), libsumo.vehicle.getWidth(name))
+        kind = KINDS.get(libsumo.vehicle.getVehicleClass(name), "unknown")
+        state = box_state(libsumo.vehicle.getPosition(name), libsumo.vehicle.getAngle(name),
+                          libsumo.vehicle.getSpeed(name), size[0])  # fmt: skip
+        tracks.add(step, name, state, kind, size)
 
 
 def box_state(front, angle_degrees: float, speed: float, length: float) -> np.ndarray:

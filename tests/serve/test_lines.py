@@ -74,6 +74,7 @@ BAD = {
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [-1]}}': "whole numbers",
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [1]}}': "3 bytes",
     b'{"x": {"base64": "?", "dtype": "uint8", "shape": [1]}}': "base64", b"[" * 100_000: "JSON",
+    b'{"x":' * 900 + b"1" + b"}" * 900: "JSON",
 }  # fmt: skip
 
 
