@@ -60,6 +60,7 @@ KITS = {"language_model": {"language"}, "language/classify": {"language"}, "lang
         "neural/decoding": {"neural"}, "neural/masked": {"neural"}, "robot/policy": {"robot", "language"},
         "driving/motion": {"driving", "language"}}
 CONFIGS = bundled.configs()
+LONG = (*TUNED, "driving/motion")  # also in the slow tier alone
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,7 +75,7 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=tuple(TUNED), needed=NEEDED_TO_RUN))
+@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=LONG, needed=NEEDED_TO_RUN))
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)

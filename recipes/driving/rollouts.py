@@ -5,6 +5,8 @@ A forecast knows the history alone. In closed loop the lights go on as recorded,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from aurora_train.errors import UserError
@@ -18,15 +20,17 @@ FUTURE, MODES = STEPS - HISTORY, 6
 FORECASTERS = ("constant velocity", "CTRV", "IDM")
 FORECAST_COLUMNS = ("minADE1_3s", "minADE1_6s", "minADE6_3s", "minADE6_6s", "minFDE6_6s", "miss6_6s")
 OTHERS_REPLAY, OTHERS_REACT = "the model, others replay", "the model, others by the model"
+SHOWN = {"recorded": "as recorded", "others replay": OTHERS_REPLAY, "all by the model": OTHERS_REACT}
 
 
-def scored(predict, source: Moves, config, key, progress) -> dict:
-    """The result of `Motion.score`. `config`: the section `rollout`."""
+def scored(predict, source: Moves, config, key, num_films: int, workdir: Path, progress) -> dict:
+    """The result of `Motion.score`. `config`: the section `rollout`. Films are written to `workdir`."""
     indices = chosen(source, config.scenes)
     batch, scenes = source.located(indices), [source.scene(index) for index in indices]
     paths = forecast(predict, source, batch, config, key, progress)[:, :, 0, :, :2]
     errors = {"the model": of_focal(modes_of(paths), batch)} | baseline_scores(scenes, batch, progress)
-    rates = driven(predict, source, scenes, batch, config, key, progress)
+    made = driven(predict, source, scenes, batch, config, key, progress)
+    rates = {name: mishaps(scenes, paths) for name, paths in made.items()}
     tables = [
         _table("Forecasts of the focal agent: metres, and the share missed by 2 m", errors, FORECAST_COLUMNS),
         _table("Closed loop: the share of scenes in which the ego car does this within 3 or 6 s", rates),
@@ -36,9 +40,32 @@ def scored(predict, source: Moves, config, key, progress) -> dict:
         f"agent is the ego car. Of {config.samples} forecasts a scene, the medoid is the first mode.",
         "In closed loop the ego car is a bicycle that follows the model's tokens, decided anew each 0.5 s.",
     ]
+    if config.sumo_maps:
+        from driving.sumo_scores import TITLE, reactive
+
+        among_sumo = reactive(predict, source, config, key, progress)
+        tables.append(_table(TITLE, among_sumo))
+        errors["the model"] |= {f"sumo_{name}": value for name, value in among_sumo["the model"].items()}
     driven_numbers = {f"driven_{name}": value for name, value in rates[OTHERS_REPLAY].items()}
     remarks = few(len(scenes), "scene", "raise rollout.scenes, or hold out more")
-    return errors["the model"] | driven_numbers | {"tables": tables, "notes": notes, "remarks": remarks}
+    shown = {"tables": tables, "notes": notes, "remarks": remarks, "plots": films(scenes, made, num_films, workdir)}
+    return errors["the model"] | driven_numbers | shown
+
+
+def films(scenes: list[Scene], made: dict[str, list], count: int, workdir: Path) -> list[dict]:
+    """GIFs of the first scenes, of those in which the model's ego car collides before others, as "plots" of a score."""
+    from driving.draw_scenes import animation
+
+    rolled = zip(scenes, made[OTHERS_REPLAY], strict=True)
+    hits = [driving_scores(scene, *one, _ego(scene))["collision_6s"] for scene, one in rolled]
+    plots = []
+    for row in sorted(range(len(scenes)), key=lambda row: -hits[row])[:count]:
+        panels = {short: made[name][row] for short, name in SHOWN.items()}
+        file = f"scene-{row}.gif"
+        (Path(workdir) / file).write_bytes(animation(scenes[row], panels))
+        what = "the ego car collides" if hits[row] else "the ego car is blue"
+        plots.append({"title": f"{scenes[row].identifier}: {what}", "file": file})
+    return plots
 
 
 def baseline_errors(source: Moves, config, progress) -> dict[str, float]:
@@ -123,29 +150,30 @@ def baseline_scores(scenes: list[Scene], batch: dict, progress) -> dict[str, dic
     for number, name in enumerate(FORECASTERS):
         progress(number, len(FORECASTERS), f"baselines: {name}")
         paths = [baselines.rollout(name, scene, FUTURE)[0][scene.focal, :, :2] for scene in scenes]
-        found[name] = of_focal(np.stack(paths)[:, None] - batch["origin"][:, None, None], batch)
+        only = np.stack(paths)[:, None] - batch["origin"][:, None, None]
+        found[name] = of_focal(np.repeat(only, MODES, axis=1), batch)  # of one mode: its six are the same
     return found
 
 
 # Closed loop
 
 
-def driven(predict, source: Moves, scenes: list[Scene], batch: dict, config, key, progress) -> dict[str, dict]:
-    """Rates of the ego car's mishaps, by who drives it and what the others do."""
+def driven(predict, source: Moves, scenes: list[Scene], batch: dict, config, key, progress) -> dict[str, list]:
+    """What happens in each scene (as `in_scene`), by who drives the ego car and what the others do."""
     import jax
 
-    rates = {}
+    made = {}
     for name in ("log replay", *FORECASTERS):
-        made = [baselines.rollout(name, scene, FUTURE, _ego(scene), _lights(scene)) for scene in scenes]
-        rates[f"{name}, others replay" if name in FORECASTERS else "as recorded"] = mishaps(scenes, made)
+        row = f"{name}, others replay" if name in FORECASTERS else "as recorded"
+        made[row] = [baselines.rollout(name, scene, FUTURE, _ego(scene), _lights(scene)) for scene in scenes]
     arrays = {name: batch[name] for name in source.names} | {"key": jax.random.split(key, len(scenes))}
     arrays["steered"] = np.ones(len(scenes), bool)
     for name, replays in ((OTHERS_REPLAY, True), (OTHERS_REACT, False)):
         others = np.arange(batch["valid"].shape[1]) > 0
         arrays["replayed"] = np.broadcast_to(others & replays, batch["valid"].shape[:2])
         out = in_batches(predict, arrays, config.batch, progress, f"driving: {name}")
-        rates[name] = mishaps(scenes, [in_scene(scene, batch, out, row) for row, scene in enumerate(scenes)])
-    return rates
+        made[name] = [in_scene(scene, batch, out, row) for row, scene in enumerate(scenes)]
+    return made
 
 
 def in_scene(scene: Scene, batch: dict, out: dict, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,7 @@ def test_scenes_without_agents_or_without_a_map_have_finite_scores(batch, score)
     assert np.isfinite(score(unmapped)).all() and (score(unmapped) != score(batch)).any()
 
 
+@pytest.mark.slow
 def test_with_a_memory_it_says_the_same_in_parts(batch, network, templates, score):
     graph, state = nnx.split(network)
 
