@@ -59,7 +59,7 @@ def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
 def write(trained, folder: Path, format: str) -> dict[str, Any]:
     """Write a loaded run into an empty folder, without its proof. Returns the compared batch and the run's predictions,
     by name."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     run, recipe = Run(trained.run), trained.recipe
     for name in _KEPT:
@@ -68,10 +68,11 @@ def write(trained, folder: Path, format: str) -> dict[str, Any]:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copyfile(source, folder / name)
-    save_file(_flat(trained.state), folder / WEIGHTS, {"format": "np"})
+    # Not `save_file`, whose files only their owner can read.
+    (folder / WEIGHTS).write_bytes(save(_flat(trained.state), {"format": "np"}))
     batch = recipe.probe(EXAMPLES)
     compared = _named("input", batch) | _named("output", trained.predict(batch))
-    save_file(compared, folder / PROBE, {"format": "np"})
+    (folder / PROBE).write_bytes(save(compared, {"format": "np"}))
     known = trained.provenance
     write_json(folder / "provenance.json", {
         "format": format, "step": trained.step, "origin": _origin(trained),
