@@ -34,7 +34,7 @@ train: {{{{steps: 10, batch: 8}}}}
 optimizer: {{{{name: adamw, lr: 1e-2, clip: 1.0, ema: 0.9, schedule: {{{{warmup: 3}}}}}}}}
 """
 NEURAL = f"""
-recipe: neural_decoding
+recipe: neural/decoding
 model: {{{{width: 32, layers: {LAYERS}, heads: 2}}}}
 data: {{{{simulated_trials: 40, simulated_units: 24, window: 16}}}}
 train: {{{{steps: 10, batch: 8}}}}

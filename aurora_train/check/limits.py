@@ -34,7 +34,9 @@ def exceeded(recipe, scores: dict) -> list[str]:
 
 
 def scored(run: Run) -> dict:
-    """The numbers of a run's last score; {} if it has none."""
+    """The numbers of a run's last score; {} if it has none, or if this is no run."""
+    if not run.config.is_file():
+        return {}
     return (read_json(run.scores) or {}).get("score", {})
 
 

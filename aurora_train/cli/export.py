@@ -117,13 +117,14 @@ def _export_by_recipe(run, to: Path, format: str, step, reason, json: bool, give
     """Export in a format that the recipe names."""
     from aurora_train.errors import UserError
     from aurora_train.loading import load
+    from aurora_train.run import Run
     from aurora_train.tools import exported
 
-    trained = load(run, step, by="export")
-    exported.refuse_format(trained.recipe, format, tuple(Format))
+    exported.refuse_format(Run.existing(run), format, tuple(Format))
     for option, value in given.items():
         if value is not None:
             raise UserError(f"--format {format} has no {option}", where=option, hint="leave it out")
+    trained = load(run, step, by="export")
     _keep_limits(trained, reason, trained.recipe)
     with _made_for(to) as made:
         compared = exported.write(trained, made, format)

@@ -1,7 +1,7 @@
-"""Causal models over continuous inputs, [B, T, features] -> [B, T, outputs], for objectives other than text.
+"""Models over continuous inputs, [B, T, features] -> [B, T, outputs], for objectives other than text.
 
-They reuse Block and Stack, so plans, meshes and dropout keys apply unchanged. Both also run one bin at a time with
-`extend`, with the same result as for the whole sequence.
+They reuse Block and Stack, so plans, meshes and dropout keys apply unchanged. The causal ones also run one bin at a
+time with `extend`, with the same result as for the whole sequence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Sequence(nnx.Module):
         self.exit_bias = param.zeros(outputs_dim, "outputs")
 
     def __call__(self, inputs, segments=None, positions=None, keys=None):
-        """float32[B, T, F] -> float32[B, T, O]; output t sees inputs up to t of its segment. `keys`: key[B] or None."""
+        """float32[B, T, F] -> float32[B, T, O]; an output sees its own segment only. `keys`: key[B] or None."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
         x = dropout(self._enter(inputs), self.rate, keys, ENTRY_SITE)
@@ -56,8 +56,10 @@ class _Sequence(nnx.Module):
         return linear(self.final_norm(x).astype(jnp.float32), self.exit[...], self.exit_bias[...])
 
 
-class CausalTransformer(_Sequence):
-    """A rotary, SwiGLU, pre-norm transformer; `window` bounds how many bins back a layer sees."""
+class _Transformer(_Sequence):
+    """A rotary, SwiGLU, pre-norm transformer; `window` bounds how many bins away a layer sees."""
+
+    mask = "causal"
 
     def __init__(
         self,
@@ -73,17 +75,27 @@ class CausalTransformer(_Sequence):
         rngs: nnx.Rngs,
     ):
         self.config = DecoderConfig(width=width, layers=layers, heads=heads, window=window, dropout=dropout)
-        self.attention = choose_attention(self.config, dtype)
+        self.attention = choose_attention(self.config, dtype, self.mask)
         self._build(inputs_dim, outputs_dim, width, dropout, dtype, rngs)
-        make_unit, num_units = unit_maker(self.config, self.attention.name)
+        make_unit, num_units = unit_maker(self.config, self.attention.name, self.mask)
         self.stack = Stack(make_unit, num_units, rngs)
-
-    def empty_caches(self, batch: int, length: int):
-        """Keys and values for `length` positions of every layer."""
-        return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
 
     def _context(self, positions, segments):
         return make_context(self.config, positions, segments)
+
+
+class CausalTransformer(_Transformer):
+    """Output t sees inputs up to t; `window` bounds how many bins back a layer sees."""
+
+    def empty_caches(self, batch: int, length: int):
+        """Keys and values for `length` positions of every layer."""
+        return empty_caches(self.config, self.stack, batch, length, self.dtype)
+
+
+class BidirectionalTransformer(_Transformer):
+    """Every output sees all inputs of its segment, so it cannot run one bin at a time."""
+
+    mask = "bidirectional"
 
 
 class CausalGRU(_Sequence):
@@ -106,7 +118,7 @@ class CausalGRU(_Sequence):
 
     def empty_caches(self, batch: int, length: int = 0):
         """The initial state of every layer. `length` is unused, because a state does not grow."""
-        return jnp.zeros((self.stack.num_units, batch, self.width), jnp.float32)
+        return [jnp.zeros((part.stop - part.start, batch, self.width), jnp.float32) for part in self.stack.plan]
 
     def _context(self, positions, segments):
         return positions

@@ -169,11 +169,11 @@ def _request(line: bytes) -> tuple[dict, bool]:
     """(the request, whether it has encoded arrays). UserError if it is not a JSON object."""
     try:
         found = json.loads(line)
+        if not isinstance(found, dict):
+            raise UserError("a request is a JSON object", why=f"this is a {type(found).__name__}")
+        return decoded(found)
     except (ValueError, RecursionError) as error:
         raise UserError(f"a request is one line of JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError("a request is a JSON object", why=f"this is a {type(found).__name__}")
-    return decoded(found)
 
 
 def _reset(request: dict) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from aurora_train import facts as kept_facts
 from aurora_train.check import limits
 from aurora_train.checkpoint import layout
+from aurora_train.config import load_resolved
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.interop.export import CARD, lineage_lines
@@ -46,17 +47,19 @@ def is_exported(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and (folder / "config.yaml").is_file()
 
 
-def refuse_format(recipe, format: str, known: tuple[str, ...]) -> None:
-    """UserError for a format that neither we nor the recipe know."""
-    if format not in recipe.formats:
-        raise UserError(f"a run of {recipe.config.recipe} has no format {format!r}", where="--format",
-                        hint=f"one of {', '.join([*recipe.formats, *known])}")  # fmt: skip
+def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
+    """UserError for a format that neither we nor the run's recipe know. Reads no weights."""
+    config = load_resolved(run.folder)
+    formats = config.recipe_class.formats
+    if format not in formats:
+        raise UserError(f"a run of {config.recipe} has no format {format!r}", where="--format",
+                        hint=f"one of {', '.join([*formats, *known])}")  # fmt: skip
 
 
 def write(trained, folder: Path, format: str) -> dict[str, Any]:
     """Write a loaded run into an empty folder, without its proof. Returns the compared batch and the run's predictions,
     by name."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     run, recipe = Run(trained.run), trained.recipe
     for name in _KEPT:
@@ -65,10 +68,11 @@ def write(trained, folder: Path, format: str) -> dict[str, Any]:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copyfile(source, folder / name)
-    save_file(_flat(trained.state), folder / WEIGHTS, {"format": "np"})
+    # Not `save_file`, whose files only their owner can read.
+    (folder / WEIGHTS).write_bytes(save(_flat(trained.state), {"format": "np"}))
     batch = recipe.probe(EXAMPLES)
     compared = _named("input", batch) | _named("output", trained.predict(batch))
-    save_file(compared, folder / PROBE, {"format": "np"})
+    (folder / PROBE).write_bytes(save(compared, {"format": "np"}))
     known = trained.provenance
     write_json(folder / "provenance.json", {
         "format": format, "step": trained.step, "origin": _origin(trained),

@@ -8,13 +8,15 @@ gentler return to the desired speed of Treiber & Kesting 2013, "Traffic Flow Dyn
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from driving.roads import SPACING_M, YELLOW_S, Roads, build_roads
-from driving.scenes import GREEN, HISTORY, RED, STEP_S, STEPS, YELLOW, Scene
+from driving.scenes import GREEN, RED, STEP_S, STEPS, YELLOW, Scene
+from driving.tracks import Tracks
 
 FORMAT = 1  # raised whenever a seed means other traffic
 WARM_UP_STEPS = 250  # until the roads have filled
@@ -201,17 +203,20 @@ def record(roads: Roads, seed: int, scenes: int) -> list[Scene]:
         traffic.step()
     made = []
     for number in range(scenes):
-        first, tracks, about = traffic.clock, {}, {}
+        first, tracks = traffic.clock, Tracks()
         for step in range(STEPS):
             traffic.step()
             for car, state in zip(traffic.cars, traffic.states(), strict=True):
-                tracks.setdefault(f"{car['number']}", np.full((STEPS, 5), np.nan, np.float32))[step] = state
-                about[f"{car['number']}"] = ("bus" if car["bus"] else "vehicle", car["length"], car["width"])
+                kind = "bus" if car["bus"] else "vehicle"
+                tracks.add(step, f"{car['number']}", state, kind, (car["length"], car["width"]))
             for name, state in walkers.states(traffic.clock * STEP_S):
-                tracks.setdefault(name, np.full((STEPS, 5), np.nan, np.float32))[step] = state
-                about[name] = ("pedestrian", 0.7, 0.7)
-        lights = roads.lights(first, STEPS)
-        made.append(_scene(roads, f"{roads.map_id}-{seed}-{number}", tracks, about, lights, rng))
+                tracks.add(step, name, state, "pedestrian", (0.7, 0.7))
+        made.append(Scene(
+            identifier=f"{roads.map_id}-{seed}-{number}", map_id=roads.map_id, lanes=roads.lanes,
+            drivable=roads.drivable, crossings=roads.crossings, lights=roads.lights(first, STEPS),
+            light_lanes=tuple(roads.lanes[lane].id for lane in roads.governed), light_stops=roads.stops,
+            city="generated", **tracks.fields(rng),
+        ))  # fmt: skip
     return made
 
 
@@ -220,30 +225,9 @@ def generate(map_seed: int, scenes: int, seed: int = 0) -> list[Scene]:
     return record(build_roads(map_seed), seed * 1_000_003 + map_seed, scenes)
 
 
-def _scene(roads: Roads, identifier: str, tracks: dict, about: dict, lights: np.ndarray, rng) -> Scene:
-    names = list(tracks)
-    states = np.stack([tracks[name] for name in names]) if names else np.zeros((0, STEPS, 5), np.float32)
-    return Scene(
-        identifier=identifier, map_id=roads.map_id, track_ids=tuple(names),
-        kinds=tuple(about[name][0] for name in names), states=states,
-        sizes=np.array([about[name][1:] for name in names], np.float32).reshape(-1, 2),
-        focal=_focal(states, [about[name][0] for name in names], rng), observed=HISTORY, lanes=roads.lanes,
-        drivable=roads.drivable, crossings=roads.crossings, lights=lights,
-        light_lanes=tuple(roads.lanes[lane].id for lane in roads.governed), light_stops=roads.stops, city="generated",
-    )  # fmt: skip
-
-
-def _focal(states: np.ndarray, kinds: list[str], rng) -> int:
-    """A vehicle seen throughout, and, as in Argoverse 2, one that goes somewhere if there is any; -1 without agents."""
-    if not kinds:
-        return -1
-    seen = np.isfinite(states[..., 0])
-    whole = np.array([kind != "pedestrian" for kind in kinds]) & seen.all(axis=1)
-    moved = whole & (np.linalg.norm(states[:, -1, :2] - states[:, HISTORY, :2], axis=-1) > 5)
-    for candidates in (moved, whole, seen[:, HISTORY - 1]):
-        if candidates.any():
-            return int(rng.choice(np.flatnonzero(candidates)))
-    return int(seen.sum(axis=1).argmax())
+def simulations(map_seeds: list[int], scenes: int, seed: int) -> Iterator[list[Scene]]:
+    """The same for each of several maps in turn."""
+    return (generate(number, scenes, seed) for number in map_seeds)
 
 
 class _Walkers:

@@ -32,9 +32,9 @@ class SceneBatches:
         origin float64[B, 2], what was subtracted from the scene's coordinates.
     """
 
-    def __init__(self, store: SceneStore, split: str, agents: int = 32, pieces: int = 96, lights: int = 8):
-        self.store, self.split, self.shape = store, split, (agents, pieces, lights)
-        decisive = f"scenes 1 {store.fingerprint} {split} {self.shape}"
+    def __init__(self, store: SceneStore, split: str, agents=32, pieces=96, lights=8, piece_m: float = PIECE_M):
+        self.store, self.split, self.shape, self.piece_m = store, split, (agents, pieces, lights), piece_m
+        decisive = f"scenes 1 {store.fingerprint} {split} {self.shape} {piece_m:g}"
         self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -59,18 +59,18 @@ class SceneBatches:
     def _row(self, index: int) -> dict[str, np.ndarray]:
         scene, number = self.scene(index), self.store.map_number(self.split, index)
         if number not in self._pieces:
-            self._pieces[number] = cut_lanes(scene.lanes)
+            self._pieces[number] = cut_lanes(scene.lanes, self.piece_m)
         return as_arrays(scene, self._pieces[number], *self.shape)
 
 
-def cut_lanes(lanes: tuple[Lane, ...]) -> dict[str, np.ndarray]:
+def cut_lanes(lanes: tuple[Lane, ...], piece_m: float = PIECE_M) -> dict[str, np.ndarray]:
     """The pieces of a map's lanes: points float32[N, 11, 2], kind int8[N], about float32[N, 2], lane int[N] (which lane
     a piece ends, -1 if it ends within one), middle float32[N, 2]."""
     points, kind, about, ends = [], [], [], []
     for number, lane in enumerate(lanes):
         line, length = resample(lane.centre.astype(float), 0.5)
         line = np.concatenate([line, lane.centre[-1:]])
-        count = max(int(np.ceil(length / PIECE_M)), 1)
+        count = max(int(np.ceil(length / piece_m)), 1)
         places = np.linspace(0, len(line) - 1, count * (PIECE_POINTS - 1) + 1).round().astype(int)
         for piece in range(count):
             first = piece * (PIECE_POINTS - 1)

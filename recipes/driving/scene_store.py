@@ -113,6 +113,8 @@ def scene_store(folder: Path, decisive: dict, scenes: Callable, about: dict, pro
                 writer.add(split, scene)
         return {"format": FORMAT, "key": key, **about, **writer.counts}
 
+    with writing(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     return made(SceneStore, Path(folder) / f"scenes-{key[:16]}", write, progress)
 
 

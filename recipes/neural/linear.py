@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from neural.spikes import Standard, lagged, scores
+from neural.velocity import scores
+from neural.windows import Standard
 
 
 def linear_decoder(data, lags: int, penalties) -> dict:
@@ -47,3 +48,17 @@ def _designs(trials, lags, inputs, at_once: int = 64):
         rows = slice(offsets[0], offsets[-1])
         design = lagged(inputs.apply(trials.spikes[rows].astype(np.float64)), offsets - offsets[0], lags)
         yield rows, np.concatenate([design, np.ones((len(design), 1))], axis=1)
+
+
+def lagged(spikes: np.ndarray, offsets: np.ndarray, lags: int) -> np.ndarray:
+    """Each bin's last `lags` bins of `spikes` float[N, U], newest first: float[N, lags * U]; 0 before a trial starts.
+
+    For standardised spikes, 0 is the training mean, the neutral guess for an unseen bin.
+    """
+    bins, units = spikes.shape
+    age = np.arange(bins) - np.repeat(offsets[:-1], np.diff(offsets))
+    design = np.zeros((bins, lags, units), spikes.dtype)
+    for lag in range(lags):
+        seen = np.flatnonzero(age >= lag)
+        design[seen, lag] = spikes[seen - lag]
+    return design.reshape(bins, lags * units)

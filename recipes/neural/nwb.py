@@ -1,33 +1,35 @@
 """Neural recordings in the NWB 2 layout (HDF5): spike times of units, a table of trials, one behavioural series.
 
-Read and written with h5py alone. NWB stores a ragged column as two datasets: the concatenated values of all rows, and
-an index whose entry k is one past the end of row k. Times are seconds on one clock for the whole file. Layout: NWB 2.x
-schema (nwb-schema.readthedocs.io) and hdmf-common's DynamicTable and VectorIndex.
+Read with h5py alone. NWB stores a ragged column as two datasets: the concatenated values of all rows, and an index
+whose entry k is one past the end of row k, in the smallest unsigned type that holds it. Times are seconds on one clock
+for the whole file. Layout: NWB 2.x schema (nwb-schema.readthedocs.io), hdmf-common's DynamicTable and VectorIndex.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from aurora_train.errors import MissingExtra, UserError
+from aurora_train.errors import MissingExtra, UserError, nearest
+from neural.nwb_contents import at, contents, interval_tables, is_series, series_paths, text, unit_tables
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One session, as far as a decoder needs it.
+    """One session, as far as a recipe needs it.
 
     Attributes:
         identifier: the file's own identifier, which enters the hash that holds trials out.
         spike_times: one sorted float64 array of seconds per unit.
         unit_ids: int64[U].
-        trial_ids: int64[K]; trial_start, trial_stop: float64[K] seconds.
-        behavior: float64[T, D] in `behavior_unit`, already converted; behavior_times: float64[T] seconds, increasing.
+        trial_ids: int64[K]; trial_start, trial_stop: float64[K] seconds. K is 0 if no table of trials was named.
+        behavior: float64[T, D] in `behavior_unit`, already converted; None if no series was named.
+        behavior_times: float64[T] seconds, increasing.
         trial_columns: further numeric columns of the trial table, each of length K (used only for writing).
+        observed: float64[n, 2] for each unit, the intervals in which it was observed; None if the file has none.
+        unfinished: rows of the trial table that were left out because they lack a finite start or stop.
     """
 
     identifier: str
@@ -37,10 +39,12 @@ class Recording:
     trial_ids: np.ndarray
     trial_start: np.ndarray
     trial_stop: np.ndarray
-    behavior: np.ndarray
-    behavior_times: np.ndarray
-    behavior_unit: str
+    behavior: np.ndarray | None = None
+    behavior_times: np.ndarray | None = None
+    behavior_unit: str = ""
     trial_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    observed: list[np.ndarray] | None = None
+    unfinished: int = 0
 
 
 def h5py_module():
@@ -53,12 +57,11 @@ def h5py_module():
 
 
 def read_recording(
-    path: str | Path, *, behavior: str, units: str = "units", trials: str = "intervals/trials"
+    path: str | Path, *, behavior: str | None, units: str = "units", trials: str | None = "intervals/trials"
 ) -> Recording:
     """Read the units, the trials and one behavioural series; `behavior`, `units`, `trials` are paths in the file.
 
-    The series is `data` [T, D] or [T] with `timestamps`, or `starting_time` and its `rate`; it is multiplied by its
-    `conversion` and shifted by its `offset`, as NWB specifies. Raises UserError, which names what the file holds.
+    `behavior` or `trials` of None are not read. Raises UserError, which names what the file holds.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,208 +76,168 @@ def read_recording(
         )
     try:
         with h5py.File(path, "r") as file:
-            unit_ids, spike_times = _read_units(file, path, units)
-            trial_ids, start, stop = _read_trials(file, path, trials)
-            values, times, unit = _read_series(file, path, behavior)
-            identifier = _text(file["identifier"][()]) if "identifier" in file else path.name
-            description = _text(file["session_description"][()]) if "session_description" in file else ""
+            _refuse_version_1(file, path)
+            known = {name: text(file[name][()]) for name in ("identifier", "session_description") if name in file}
+            parts = _read_units(file, path, units)
+            parts |= _read_trials(file, path, trials)
+            parts |= {} if behavior is None else _read_series(file, path, behavior)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", where="data.source",
-            hint="the copy may be cut short: compare its size with the original's",
-        ) from error  # fmt: skip
-    return Recording(identifier, description, spike_times, unit_ids, trial_ids, start, stop, values, times, unit)
+        raise _unreadable(path, error) from error
+    return Recording(known.get("identifier", path.name), known.get("session_description", ""), **parts)
 
 
-def _read_units(file, path, where):
-    table = _group(file, path, where, "data.source", needs=("spike_times", "spike_times_index"))
-    ends = table["spike_times_index"][()].astype(np.int64)
-    spikes = table["spike_times"][()].astype(np.float64)
+def _unreadable(path, error) -> UserError:
+    if "filter" in str(error):
+        return UserError(
+            f"{path} is compressed in a way that h5py alone does not read: {error}", where="data.source",
+            hint="pip install hdf5plugin, set HDF5_PLUGIN_PATH to its folder of plugins, or write the file with gzip",
+        )  # fmt: skip
+    return UserError(
+        f"{path} cannot be read: {error}", where="data.source",
+        hint="the copy may be cut short: compare its size with the original's",
+    )  # fmt: skip
+
+
+def _refuse_version_1(file, path) -> None:
+    version = text(file["nwb_version"][()]) if "nwb_version" in file else ""  # NWB 2 has an attribute of that name
+    if version.removeprefix("NWB-").startswith("1"):
+        raise UserError(f"{path} is of the version {version}", where="data.source", why="NWB 1 has another layout",
+                        hint="convert it to NWB 2 with pynwb")  # fmt: skip
+
+
+def _read_units(file, path, where) -> dict:
+    table = _table(file, path, where, "data.units_table", ("spike_times", "spike_times_index"), unit_tables)
+    ends, spikes = _ends(table, "spike_times", path), _numbers(table, "spike_times", path, where)
     if len(ends) == 0:
         raise UserError(f"the units table of {path} is empty", where="data.source", why="there is nothing to decode")
-    if np.any(np.diff(ends, prepend=0) < 0) or ends[-1] > len(spikes):
+    if ends[-1] == 0:
+        raise UserError(f"none of the {len(ends)} units of {path} has a spike", where="data.source",
+                        why=f"/{where}/spike_times is empty", hint=contents(file))  # fmt: skip
+    ids = _ids(table, len(ends), path, where)
+    times = [np.sort(part) for part in np.split(spikes, ends[:-1])]
+    for unit, own in zip(ids, times, strict=True):
+        if not np.isfinite(own).all():
+            raise UserError(f"unit {unit} of {path} has a spike time that is not finite", where="data.source",
+                            why="spike times are seconds")  # fmt: skip
+    observed = None
+    if "obs_intervals" in table and "obs_intervals_index" in table:
+        rows = table["obs_intervals"][()].astype(np.float64).reshape(-1, 2)
+        observed = np.split(rows, _ends(table, "obs_intervals", path)[:-1])
+    return {"unit_ids": ids, "spike_times": times, "observed": observed}
+
+
+def _ends(table, column: str, path) -> np.ndarray:
+    """The end of each row of a ragged column, int64[rows], which is stored unsigned and may be as small as uint8."""
+    ends, stored = table[f"{column}_index"][()].astype(np.int64), len(table[column])
+    if np.any(np.diff(ends, prepend=0) < 0) or (len(ends) and ends[-1] != stored):
         raise UserError(
-            f"/{where}/spike_times_index of {path} does not index its spike_times",
+            f"{table.name}/{column}_index of {path} does not index its {column}",
             where="data.source",
-            why=f"entries must not decrease or exceed {len(spikes)}, the number of spikes",
+            why=f"entries must not decrease, and the last one is {stored}, the number of values",
         )
-    starts = np.concatenate([[0], ends[:-1]])
-    ids = table["id"][()].astype(np.int64) if "id" in table else np.arange(len(ends))
-    return ids, [np.sort(spikes[a:b]) for a, b in zip(starts, ends, strict=True)]
+    return ends
 
 
-def _read_trials(file, path, where):
-    table = _group(file, path, where, "data.trials", needs=("start_time", "stop_time"))
-    start, stop = table["start_time"][()].astype(np.float64), table["stop_time"][()].astype(np.float64)
-    ids = table["id"][()].astype(np.int64) if "id" in table else np.arange(len(start))
-    if np.any(~(stop > start)):
+def _read_trials(file, path, where) -> dict:
+    if where is None:
+        nothing = np.zeros(0)
+        return {"trial_ids": nothing.astype(np.int64), "trial_start": nothing, "trial_stop": nothing}
+    table = _table(file, path, where, "data.trials", ("start_time", "stop_time"), interval_tables)
+    start, stop = (_numbers(table, name, path, where) for name in ("start_time", "stop_time"))
+    if len(start) != len(stop) or len(start) == 0:
+        raise UserError(
+            f"`{where}` of {path} has {len(start)} start times and {len(stop)} stop times", where="data.trials",
+            hint="data.trials=null cuts the recording into equal stretches",
+        )  # fmt: skip
+    ids = _ids(table, len(start), path, where)
+    whole = np.isfinite(start) & np.isfinite(stop)
+    if np.any(whole & ~(stop > start)) or not whole.any():
         bad = int(ids[np.argmax(~(stop > start))])
         raise UserError(
             f"trial {bad} of {path} does not stop after it starts",
             where="data.source",
-            why="each trial needs a finite start_time before its stop_time",
+            why=f"a row of `{where}` needs a finite start_time before its stop_time",
         )
-    return ids, start, stop
+    parts = {"trial_ids": ids, "trial_start": start, "trial_stop": stop}
+    return {name: values[whole] for name, values in parts.items()} | {"unfinished": int((~whole).sum())}
 
 
-def _read_series(file, path, where):
-    if not _is_series(file.get(where)):
+def _read_series(file, path, where) -> dict:
+    """`data` [T, D] or [T] times its `conversion` plus its `offset`, with `timestamps` or `starting_time` and rate."""
+    series = at(file, where)
+    if not is_series(series):
         paths = series_paths(file)
         raise UserError(
-            f"{path} has no time series at `{where}`",
+            f"{path} has no time series at `{where}`" if where else f"no series of {path} is named",
             where="data.behavior",
             why="a series is a group that holds `data` and either `timestamps` or `starting_time`",
-            hint="it has: " + ", ".join(paths) if paths else "it holds no time series at all",
+            hint=nearest(where, paths, contents(file), cutoff=0.8),
         )
-    series = file[where]
     data, attributes = series["data"], series["data"].attrs
-    values = data[()].astype(np.float64)
+    values = _numbers(series, "data", path, where)
     values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or not 1 <= values.shape[1] <= 3:
+    if values.ndim != 2 or not 1 <= values.shape[1] <= 3 or not len(values):
         raise UserError(
             f"`{where}` of {path} has the shape {data.shape}",
             where="data.behavior",
             why="a velocity is [time] or [time, 1 to 3 axes]",
+            hint=contents(file),
         )
     values = values * float(attributes.get("conversion", 1.0)) + float(attributes.get("offset", 0.0))
+    if not np.isfinite(values).any():
+        raise UserError(f"`{where}` of {path} has no finite value", where="data.behavior", hint=contents(file))
+    times = _times(series, len(values), path, where)
+    unit = text(attributes.get("unit", "unknown"))
+    return {"behavior": values, "behavior_times": times, "behavior_unit": unit}
+
+
+def _times(series, samples: int, path, where) -> np.ndarray:
     if "timestamps" in series:
-        times = series["timestamps"][()].astype(np.float64)
+        times = _numbers(series, "timestamps", path, where)
     else:
-        first = series["starting_time"]
-        times = float(first[()]) + np.arange(len(values)) / float(first.attrs["rate"])
-    if len(times) != len(values) or np.any(~(np.diff(times) > 0)):
+        first, rate_hz = series["starting_time"], float(series["starting_time"].attrs.get("rate", 0.0))
+        if not rate_hz > 0:
+            raise UserError(f"`{where}` of {path} has a starting_time, but the rate {rate_hz:g} Hz",
+                            where="data.behavior", why="a regular series needs a positive rate")  # fmt: skip
+        times = float(first[()]) + np.arange(samples) / rate_hz
+    if len(times) != samples or np.any(~(np.diff(times) > 0)):
         raise UserError(
             f"the timestamps of `{where}` in {path} do not match its data",
             where="data.behavior",
-            why=f"{len(values)} samples need as many increasing times; there are {len(times)}",
+            why=f"{samples} samples need as many increasing times; there are {len(times)}",
         )
-    return values, times, _text(attributes.get("unit", "unknown"))
+    return times
 
 
-def _group(file, path, where, key, needs):
-    group = file.get(where)
-    missing = [name for name in needs if group is None or name not in group]
+def _table(file, path, where, key, needs, alike):
+    """The group at `where`; the error names what it lacks, and the tables of the file that have it."""
+    group = at(file, where)
+    missing = [name for name in needs if not hasattr(group, "keys") or name not in group]
     if missing:
-        there = sorted(group) if group is not None else sorted(file)
-        raise UserError(
-            f"{path} has no `{where}/{missing[0]}`",
-            where=key,
-            why=f"{'/' + where if group is not None else 'the file'} holds: {', '.join(there) or 'nothing'}",
-        )
+        hint = nearest(where, alike(file), contents(file), form=f"{key}={{}}", cutoff=0.8)
+        raise UserError(f"{path} has no `{where}/{missing[0]}`", where=key, hint=hint)
     return group
 
 
-def _is_series(node) -> bool:
-    return hasattr(node, "keys") and "data" in node and ("timestamps" in node or "starting_time" in node)
+def _numbers(group, name: str, path, where) -> np.ndarray:
+    """float64 values of a numeric dataset."""
+    stored = group[name]
+    if not hasattr(stored, "dtype") or stored.dtype.kind not in "fiu":
+        kind = getattr(stored, "dtype", "a group")
+        raise UserError(f"`{where}/{name}` of {path} does not hold numbers but {kind}", where="data.source")
+    return stored[()].astype(np.float64)
 
 
-def series_paths(file) -> list[str]:
-    """Every time series of an open file, as paths that `data.behavior` takes."""
-    paths = []
-    file.visititems(lambda name, node: paths.append(name) if _is_series(node) else None)
-    return paths
+def _ids(table, rows: int, path, where) -> np.ndarray:
+    ids = table["id"][()].astype(np.int64) if "id" in table else np.arange(rows)
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(ids) != rows or len(unique) != rows:
+        twice = f"{unique[counts.argmax()]} is there twice" if len(unique) < len(ids) else "one for each row"
+        raise UserError(f"`{where}` of {path} has {rows} rows and {len(ids)} ids", where="data.source",
+                        why=f"ids must be unique: {twice}")  # fmt: skip
+    return ids
 
 
 def _nearby(path: Path) -> str | None:
     there = sorted(p.name for p in path.parent.glob("*.nwb")) if path.parent.is_dir() else []
     return f"{path.parent} has: {', '.join(there[:8])}" if there else None
-
-
-def _text(value) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def write_recording(path: str | Path, recording: Recording, *, behavior: str, rates=None) -> None:
-    """Write an NWB 2.7 file that pynwb opens; the same recording gives the same content, dates and ids included.
-
-    `behavior` is `processing/<module>/<series>`. `rates`, if given, is (float32[T, U] in Hz, period in seconds): the
-    rates from which the spikes were drawn, stored beside them. The file appears complete or not at all.
-    """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with h5py_module().File(partial, "w") as file:
-            _write(_Writer(file, recording.identifier), recording, behavior, rates)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write(writer, recording, behavior, rates):
-    _, module, series = behavior.split("/")
-    writer.root(recording)
-    writer.units(recording)
-    writer.trials(recording)
-    measured = writer.group(f"processing/{module}", "ProcessingModule", description="measured behaviour")
-    writer.series(measured, series, recording.behavior, recording.behavior_unit, timestamps=recording.behavior_times)
-    if rates is not None:
-        values, period_s = rates
-        truth = writer.group("processing/simulation", "ProcessingModule", description="what the simulation knows")
-        writer.series(truth, "true_rates", values, "Hz", rate=1.0 / period_s)
-
-
-class _Writer:
-    """Writes groups and datasets with the attributes that NWB readers need."""
-
-    def __init__(self, file, identifier):
-        self.file, self.identifier = file, identifier
-
-    def _typed(self, node, neurodata_type, namespace="core", **attributes):
-        # uuid5, not uuid4: the object ids are a function of the recording, so a rewrite changes nothing.
-        object_id = str(uuid.uuid5(uuid.NAMESPACE_OID, self.identifier + node.name))
-        node.attrs.update(neurodata_type=neurodata_type, namespace=namespace, object_id=object_id, **attributes)
-        return node
-
-    def group(self, name, neurodata_type, **attributes):
-        return self._typed(self.file.create_group(name), neurodata_type, **attributes)
-
-    def root(self, recording):
-        self._typed(self.file, "NWBFile", nwb_version="2.7.0")
-        started = "2000-01-01T00:00:00+00:00"
-        text = {
-            "identifier": recording.identifier,
-            "session_description": recording.description,
-            "session_start_time": started,
-            "timestamps_reference_time": started,
-        }
-        for name, value in text.items():
-            self.file[name] = value
-        self.file["file_create_date"] = [started]
-        for name in ("acquisition", "analysis", "general", "stimulus/presentation", "stimulus/templates"):
-            self.file.create_group(name)
-
-    def _column(self, table, name, values, description, neurodata_type="VectorData", **attributes):
-        column = table.create_dataset(name, data=values)
-        if neurodata_type != "ElementIdentifiers":
-            attributes["description"] = description
-        return self._typed(column, neurodata_type, "hdmf-common", **attributes)
-
-    def units(self, recording):
-        table = self.group("units", "Units", colnames=["spike_times"], description="sorted units")
-        ends = np.cumsum([len(times) for times in recording.spike_times]).astype(np.uint64)
-        times = np.concatenate(recording.spike_times)
-        spikes = self._column(table, "spike_times", times, "spike times of all units, in seconds")
-        index = self._column(table, "spike_times_index", ends, "index for spike_times", "VectorIndex")
-        index.attrs["target"] = spikes.ref
-        self._column(table, "id", recording.unit_ids, "", "ElementIdentifiers")
-
-    def trials(self, recording):
-        columns = {"start_time": recording.trial_start, "stop_time": recording.trial_stop, **recording.trial_columns}
-        table = self.group("intervals/trials", "TimeIntervals", colnames=list(columns), description="trials")
-        for name, values in columns.items():
-            self._column(table, name, values, f"{name.replace('_', ' ')} of the trial, in seconds")
-        self._column(table, "id", recording.trial_ids, "", "ElementIdentifiers")
-
-    def series(self, parent, name, values, unit, *, timestamps=None, rate=None):
-        series = self.group(f"{parent.name}/{name}", "TimeSeries", description=name, comments="none")
-        values = np.asarray(values, np.float32)
-        data = series.create_dataset("data", data=values, compression="gzip", compression_opts=1)
-        data.attrs.update(unit=unit, conversion=1.0, offset=0.0, resolution=-1.0)
-        if timestamps is not None:
-            times = series.create_dataset("timestamps", data=np.asarray(timestamps, np.float64))
-            times.attrs.update(interval=np.int32(1), unit="seconds")
-        else:
-            start = series.create_dataset("starting_time", data=0.0)
-            start.attrs.update(rate=np.float32(rate), unit="seconds")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from neural.nwb import Recording, write_recording
+from neural.nwb import Recording
+from neural.nwb_write import write_recording
 
 VERSION = 1  # part of the file's name, so that a changed simulation does not read a file of an older one
 PERIOD_S = 0.01  # of kinematics, latents and rates
@@ -40,6 +41,23 @@ def prepare_simulation(folder: Path, trials: int, units: int, seed: int) -> Path
         simulation = simulate(trials, units, seed)
         write_recording(path, simulation.recording, behavior=BEHAVIOR, rates=(simulation.rates, PERIOD_S))
     return path
+
+
+def true_counts(path: Path, trials) -> np.ndarray:
+    """The expected counts of a simulated session's `Trials` in each bin, float64[N, U], from the rates in its file."""
+    from neural.nwb import h5py_module
+
+    with h5py_module().File(path, "r") as file:
+        rates = file["processing/simulation/true_rates/data"][()].astype(np.float64)
+    expected = np.concatenate([np.zeros((1, rates.shape[1])), np.cumsum(rates * PERIOD_S, axis=0)])
+    at = np.arange(len(expected)) * PERIOD_S
+    columns = trials.unit_ids  # the simulated ids number the columns
+    counts = []
+    for start, bins in zip(trials.starts, np.diff(trials.offsets), strict=True):
+        edges = start + np.arange(bins + 1) * trials.bin_s
+        passed = np.stack([np.interp(edges, at, expected[:, column]) for column in columns], axis=1)
+        counts.append(np.diff(passed, axis=0))
+    return np.concatenate(counts)
 
 
 def simulate(trials: int, units: int, seed: int) -> Simulation:

@@ -1,13 +1,15 @@
-"""Bins of a recording's spikes and behaviour, trials held out by hash, and windows of bins for a decoder.
+"""Bins of a recording's spikes and behaviour, within trials that are held out by hash.
 
-Neither bins nor windows cross a trial's edge: no bin of a held-out trial is seen in training, not even as an input. Bin
-t of a trial covers start + [t, t + 1) * bin; its velocity is the mean within the same bin.
+No bin crosses a trial's edge, and trials may not overlap: no bin of a held-out trial is seen in training, not even as
+an input. Bin t of a trial covers start + [t, t + 1) * bin; its velocity is the mean within the same bin.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from aurora_train.errors import UserError
 from neural.nwb import Recording
 
 SPLITS = ("train", "validation", "test")
+SLOWEST = 10  # bins from one sample of the behaviour to the next, beyond which nothing is interpolated
+FEWEST = 0.01  # share of all spikes that must fall into trials; fewer indicate two clocks
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,10 @@ class Trials:
 
     Attributes:
         spikes: uint16[N, U] counts.
-        velocity: float64[N, D] in `unit`; nan where the behaviour was not measured.
-        uncovered: trials dropped because the behaviour does not cover them.
+        velocity: float64[N, D] in `unit`; nan where the behaviour was not measured. D is 0 if no behaviour was read.
+        unit_ids: int64[U], the units' ids in the file.
+        starts: float64[K], the time of each trial's first bin in seconds.
+        left_out: how many trials were left out, by reason.
     """
 
     spikes: np.ndarray
@@ -34,7 +40,9 @@ class Trials:
     identifier: str
     bin_s: float
     unit: str
-    uncovered: int = 0
+    unit_ids: np.ndarray | None = None
+    starts: np.ndarray | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str, held_out: float) -> Trials:
         """The trials of one split, by a hash of (recording, trial): more trials never move one to another split.
@@ -54,9 +62,11 @@ class Trials:
             )
         rows = np.concatenate([np.arange(self.offsets[k], self.offsets[k + 1]) for k in kept])
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
-        return Trials(
-            self.spikes[rows], self.velocity[rows], offsets, self.ids[kept], self.identifier, self.bin_s, self.unit
-        )
+        starts = None if self.starts is None else self.starts[kept]
+        return dataclasses.replace(
+            self, spikes=self.spikes[rows], velocity=self.velocity[rows], offsets=offsets, ids=self.ids[kept],
+            starts=starts, left_out={},
+        )  # fmt: skip
 
 
 def _share(identifier: str, trial: int) -> float:
@@ -64,25 +74,36 @@ def _share(identifier: str, trial: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def in_stretches(recording: Recording, stretch_s: float) -> Recording:
+    """The recording with consecutive stretches of `stretch_s` seconds as its trials, for one that has none.
+
+    They cover the time for which there are spikes and, if it was read, behaviour.
+    """
+    begin, end = _spike_span(recording)
+    if recording.behavior_times is not None:
+        begin, end = max(begin, recording.behavior_times[0]), min(end, recording.behavior_times[-1])
+    starts = begin + np.arange(max(int((end - begin) / stretch_s + 1e-6), 0)) * stretch_s
+    if not len(starts):
+        raise UserError(
+            f"{recording.identifier} has no stretch of {stretch_s:g} s with both spikes and behaviour",
+            where="data.stretch_s", why=f"they share {max(end - begin, 0):.3f} s",
+            hint="all times in the file must be seconds on one clock",
+        )  # fmt: skip
+    return dataclasses.replace(
+        recording, trial_ids=np.arange(len(starts)), trial_start=starts, trial_stop=starts + stretch_s
+    )
+
+
 def bin_trials(recording: Recording, bin_s: float, unit_ids: list[int] | None = None) -> Trials:
     """Count spikes and average the behaviour in bins of `bin_s` seconds, within trials.
 
-    `unit_ids` selects units by their id in the file; None takes all. Raises UserError for an unknown unit, and if the
-    behaviour covers fewer than half of the trials, which indicates two clocks.
+    `unit_ids` selects units by their id in the file; None takes all. Raises UserError for an unknown unit, for trials
+    that overlap, and if spikes or behaviour cover fewer than half of the trials, which indicates two clocks.
     """
     columns = _columns(recording, unit_ids)
-    times = recording.behavior_times
-    covered = (recording.trial_start >= times[0] - bin_s) & (recording.trial_stop <= times[-1] + bin_s)
     bins = np.floor((recording.trial_stop - recording.trial_start) / bin_s + 1e-6).astype(int)
-    kept = np.flatnonzero(covered & (bins > 0))
-    if len(kept) * 2 < len(covered) or len(kept) == 0:
-        raise UserError(
-            f"the behaviour covers {int(covered.sum())} of {len(covered)} trials of {recording.identifier}",
-            where="data.behavior",
-            why=f"it was measured from {times[0]:.3f} to {times[-1]:.3f} s; the trials reach from "
-            f"{recording.trial_start.min(initial=np.inf):.3f} to {recording.trial_stop.max(initial=-np.inf):.3f} s",
-            hint="all times in the file must be seconds on one clock",
-        )
+    kept, left_out = _usable(recording, columns, bins, bin_s)
+    _refuse_overlap(recording, kept, bins, bin_s)
     edges = [recording.trial_start[k] + np.arange(bins[k] + 1) * bin_s for k in kept]
     # The edges of all trials are concatenated: the difference across a seam is not a bin, so it is masked out.
     flat = np.concatenate(edges)
@@ -91,18 +112,103 @@ def bin_trials(recording: Recording, bin_s: float, unit_ids: list[int] | None = 
     for column, unit in enumerate(columns):
         passed = np.searchsorted(recording.spike_times[unit], flat)
         spikes[:, column] = np.diff(passed, append=0)[inside]
-    velocity = _binned_behavior(recording, flat, inside, bin_s)
+    _refuse_few_spikes(recording, columns, int(spikes.sum()))
+    if recording.behavior is None:
+        velocity = np.zeros((len(spikes), 0))
+    else:
+        velocity = _binned_behavior(recording, flat, inside, bin_s)
     offsets = np.concatenate([[0], np.cumsum(bins[kept])])
     return Trials(
-        spikes,
-        velocity,
-        offsets,
-        recording.trial_ids[kept],
-        recording.identifier,
-        bin_s,
-        recording.behavior_unit,
-        uncovered=len(covered) - len(kept),
-    )
+        spikes, velocity, offsets, recording.trial_ids[kept], recording.identifier, bin_s, recording.behavior_unit,
+        recording.unit_ids[columns], recording.trial_start[kept], left_out,
+    )  # fmt: skip
+
+
+class _Check(NamedTuple):
+    """`passes`: bool[K], the trials that are not `reason`."""
+
+    reason: str
+    passes: np.ndarray
+    where: str
+    why: str
+    hint: str = "all times in the file must be seconds on one clock"
+
+
+def _usable(recording: Recording, columns, bins, bin_s) -> tuple[np.ndarray, dict[str, int]]:
+    """The rows of the trials that can be used, and how many of the others there are by reason."""
+    start, stop = recording.trial_start, recording.trial_stop
+    good, left_out = np.ones(len(start), bool), {}
+    for reason, passes, where, why, hint in _checks(recording, columns, bins, bin_s):
+        if passes.sum() * 2 < len(start):
+            raise UserError(
+                f"{int((~passes).sum())} of {len(start)} trials of {recording.identifier} are {reason}", where=where,
+                why=f"{why}; the trials reach from {start.min():.3f} to {stop.max():.3f} s", hint=hint,
+            )  # fmt: skip
+        number = int((good & ~passes).sum())
+        left_out |= {reason: number} if number else {}
+        good = good & passes
+    left_out |= {"without a finite start and stop": recording.unfinished} if recording.unfinished else {}
+    if not good.any():
+        raise UserError(f"no trial of {recording.identifier} can be used", where="data.trials",
+                        why=", ".join(f"{number} are {reason}" for reason, number in left_out.items()))  # fmt: skip
+    return np.flatnonzero(good), left_out
+
+
+def _checks(recording: Recording, columns, bins, bin_s):
+    start, stop = recording.trial_start, recording.trial_stop
+    yield _Check("shorter than a bin", bins > 0, "data.bin_ms", f"a bin has {1000 * bin_s:g} ms", "use shorter bins")
+    if recording.behavior_times is not None:
+        begin, end = recording.behavior_times[[0, -1]]
+        covered = (start >= begin - bin_s) & (stop <= end + bin_s)
+        why = f"it was measured from {begin:.3f} to {end:.3f} s"
+        yield _Check("without behaviour", covered, "data.behavior", why)
+    begin, end = _spike_span(recording)
+    why = f"spikes were recorded from {begin:.3f} to {end:.3f} s"
+    yield _Check("without spikes", (start <= end) & (stop >= begin), "data.source", why)
+    if recording.observed is not None:
+        seen = np.stack([_observed(recording.observed[unit], start, stop, bin_s) for unit in columns])
+        least = int(seen.sum(axis=1).argmin())
+        why = f"the obs_intervals of unit {recording.unit_ids[columns[least]]} cover {int(seen[least].sum())} trials"
+        reason, hint = "not observed by every unit", "choose the units that were observed throughout"
+        yield _Check(reason, seen.all(axis=0), "data.units", why, hint)
+
+
+def _spike_span(recording: Recording) -> tuple[float, float]:
+    spiking = [times for times in recording.spike_times if len(times)]
+    return min(times[0] for times in spiking), max(times[-1] for times in spiking)
+
+
+def _observed(intervals, start, stop, tolerance) -> np.ndarray:
+    """bool[K]: whether one of the intervals, joined where they touch, covers each trial."""
+    intervals = intervals[np.argsort(intervals[:, 0])]
+    reached = np.maximum.accumulate(intervals[:, 1]) if len(intervals) else np.zeros(0)
+    begins = np.flatnonzero(np.append(True, intervals[1:, 0] > reached[:-1] + tolerance)[: len(intervals)])
+    ends = np.append(begins[1:] - 1, len(intervals) - 1)[: len(begins)]
+    place = np.searchsorted(intervals[begins, 0], start + tolerance, side="right") - 1
+    return (place >= 0) & (np.append(reached[ends], -np.inf)[place] >= stop - tolerance)
+
+
+def _refuse_overlap(recording: Recording, kept, bins, bin_s) -> None:
+    order = kept[np.argsort(recording.trial_start[kept], kind="stable")]
+    start = recording.trial_start[order]
+    over = (start + bins[order] * bin_s)[:-1] - start[1:]
+    if np.any(over > 1e-6):
+        k = int(np.argmax(over))
+        raise UserError(
+            f"trials {recording.trial_ids[order[k]]} and {recording.trial_ids[order[k + 1]]} of "
+            f"{recording.identifier} overlap by {over[k]:.3f} s", where="data.trials",
+            why="a bin of a held-out trial would be trained on", hint="name a table whose intervals are apart",
+        )  # fmt: skip
+
+
+def _refuse_few_spikes(recording: Recording, columns, counted: int) -> None:
+    total = sum(len(recording.spike_times[unit]) for unit in columns)
+    if counted == 0 or counted < FEWEST * total:
+        raise UserError(
+            f"{counted} of {total} spikes of {recording.identifier} fall into its trials", where="data.source",
+            why=f"fewer than {FEWEST:.0%} indicate that spikes and trials are not on one clock",
+            hint="spike times must be seconds, not samples or milliseconds",
+        )  # fmt: skip
 
 
 def _columns(recording: Recording, unit_ids):
@@ -122,7 +228,13 @@ def _columns(recording: Recording, unit_ids):
 def _binned_behavior(recording: Recording, flat, inside, bin_s):
     """The mean in each bin; behaviour with fewer than two samples per bin is interpolated at the bin's centre."""
     times, values = recording.behavior_times, recording.behavior
-    period = float(np.median(np.diff(times)))
+    period = float(np.median(np.diff(times))) if len(times) > 1 else np.inf
+    if period > SLOWEST * bin_s:
+        raise UserError(
+            f"the behaviour of {recording.identifier} has one sample in {period:g} s", where="data.behavior",
+            why=f"bins of {1000 * bin_s:g} ms need one in {SLOWEST * bin_s:g} s at least",
+            hint="its times must be seconds, not samples or milliseconds; or raise data.bin_ms",
+        )  # fmt: skip
     if period <= bin_s / 2:
         passed = np.searchsorted(times, flat)
         sums = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(np.nan_to_num(values), axis=0)])
@@ -136,125 +248,3 @@ def _binned_behavior(recording: Recording, flat, inside, bin_s):
     gap = times[after] - times[after - 1] > 3 * period
     columns = [np.interp(centres, times, column) for column in values.T]
     return np.where(gap[:, None], np.nan, np.stack(columns, axis=1))
-
-
-@dataclass(frozen=True)
-class Standard:
-    """Mean and standard deviation per axis, float64[D], of the training trials."""
-
-    mean: np.ndarray
-    deviation: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Standard:
-        finite = values[np.isfinite(values).all(axis=1)]
-        return cls(finite.mean(axis=0), np.maximum(finite.std(axis=0), 1e-9))
-
-    def apply(self, values):
-        return (values - self.mean) / self.deviation
-
-    def undo(self, values):
-        return values * self.deviation + self.mean
-
-
-class Windows:
-    """A `Source` of windows of T consecutive bins, one for each place a window fits in a trial.
-
-    A trial shorter than T gives one window, padded at its end with empty bins of weight 0. `take` returns
-    spikes uint16[B, T, U], velocity float32[B, T, D] (standardised, 0 where unmeasured), weights float32[B, T].
-    """
-
-    def __init__(self, trials: Trials, window: int, standard: Standard):
-        self.trials, self.window, self.standard = trials, window, standard
-        lengths = np.diff(trials.offsets)
-        places = np.maximum(lengths - window, 0) + 1
-        trial = np.repeat(np.arange(len(lengths)), places)
-        within = np.arange(places.sum()) - np.repeat(np.cumsum(places) - places, places)
-        self.first = trials.offsets[trial] + within  # row of each window's first bin
-        self.end = trials.offsets[trial + 1]  # one past its trial's last row
-        self.leads = within == 0  # whether the window starts with its trial
-        target = standard.apply(trials.velocity)
-        self._measured = np.isfinite(target).all(axis=1)
-        self._target = np.where(self._measured[:, None], target, 0).astype(np.float32)
-        digest = hashlib.sha256(f"windows 1 {window} {trials.identifier}".encode())
-        for array in (trials.spikes, self._target, self._measured, trials.offsets):
-            digest.update(np.ascontiguousarray(array))
-        self.fingerprint = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        rows = self.first[indices][:, None] + np.arange(self.window)
-        inside = rows < self.end[indices][:, None]
-        rows = np.where(inside, rows, 0)
-        return {
-            "spikes": self.trials.spikes[rows] * inside[..., None].astype(np.uint16),
-            "velocity": self._target[rows] * inside[..., None],
-            "weights": (inside & self._measured[rows]).astype(np.float32),
-        }
-
-    def describe(self) -> dict:
-        t = self.trials
-        return {
-            "source": t.identifier,
-            "trials": len(t.ids),
-            "bins": len(t.spikes),
-            "units": t.spikes.shape[1],
-            "windows": len(self),
-            "bin_s": t.bin_s,
-            "velocity_unit": t.unit,
-        }
-
-
-def velocity_plots(trials: Trials, decoded: np.ndarray, most_bins: int = 400) -> list[dict]:
-    """The true and the `decoded` velocity, float64[N, D], over the first trials of about `most_bins`, by axis.
-
-    For the "plots" of a recipe's score; unmeasured bins are None.
-    """
-    whole = int(np.searchsorted(trials.offsets, most_bins, side="right")) - 1
-    stop = int(trials.offsets[max(whole, 1)])
-    times = [round(float(t), 4) for t in np.arange(stop) * trials.bin_s]
-    plots = []
-    for axis in range(trials.velocity.shape[1]):
-        lines = {"true": trials.velocity[:stop, axis], "decoded": decoded[:stop, axis]}
-        plots.append({
-            "title": f"Velocity {'xyz'[axis] if axis < 3 else axis}, decoded and true, held-out trials end to end",
-            "x_label": "seconds", "y_label": trials.unit,
-            "series": {name: (times, [float(f"{v:.4g}") if np.isfinite(v) else None for v in values])
-                       for name, values in lines.items()},
-        })  # fmt: skip
-    return plots
-
-
-def lagged(spikes: np.ndarray, offsets: np.ndarray, lags: int) -> np.ndarray:
-    """Each bin's last `lags` bins of `spikes` float[N, U], newest first: float[N, lags * U]; 0 before a trial starts.
-
-    For standardised spikes, 0 is the training mean, the neutral guess for an unseen bin.
-    """
-    bins, units = spikes.shape
-    age = np.arange(bins) - np.repeat(offsets[:-1], np.diff(offsets))
-    design = np.zeros((bins, lags, units), spikes.dtype)
-    for lag in range(lags):
-        seen = np.flatnonzero(age >= lag)
-        design[seen, lag] = spikes[seen - lag]
-    return design.reshape(bins, lags * units)
-
-
-def r2(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, list[float]]:
-    """Coefficient of determination of [N, D] values: (over all axes weighted by their variance, for each axis).
-
-    1 - sum of squared errors / sum of squares about the mean, with sums over the bins of all trials; summing over axes
-    before dividing gives the variance-weighted mean of the axes' values. Bins with a nan truth do not count.
-    """
-    measured = np.isfinite(truth).all(axis=1)
-    truth, predicted = truth[measured].astype(np.float64), predicted[measured].astype(np.float64)
-    errors = np.sum((truth - predicted) ** 2, axis=0)
-    spread = np.sum((truth - truth.mean(axis=0)) ** 2, axis=0)
-    return float(1 - errors.sum() / spread.sum()), [float(v) for v in 1 - errors / spread]
-
-
-def scores(truth, decoded) -> dict[str, float]:
-    """R2 of decoded velocity float64[N, D], over all axes ("r2") and of each ("r2_x", "r2_y", "r2_z")."""
-    overall, by_axis = r2(truth, decoded)
-    return {"r2": overall} | {f"r2_{axis}": value for axis, value in zip("xyz", by_axis, strict=False)}

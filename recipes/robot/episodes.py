@@ -87,8 +87,8 @@ class Episodes:
 
     def rows(self, which: np.ndarray) -> np.ndarray:
         """int64: the rows of the frames of the episodes `which`, in their order."""
-        return np.concatenate([np.arange(self.starts[e], self.starts[e] + self.lengths[e]) for e in which] or [[]]
-                              ).astype(np.int64)  # fmt: skip
+        parts = [np.arange(self.starts[e], self.starts[e] + self.lengths[e]) for e in which]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -102,8 +102,10 @@ class Episodes:
 
     def write(self, folder: Path) -> None:
         """Keep the episodes as a store; nothing happens if the same ones are there. UserError for other contents."""
-        there = kept(folder, {"fingerprint": self.fingerprint}, lambda notes: iter(self[e] for e in range(
-            len(notes), len(self))), fps=self.fps, names=self.names, source=self.source)  # fmt: skip
+        there = kept(
+            folder, {"fingerprint": self.fingerprint}, lambda notes: (self[e] for e in range(len(notes), len(self))),
+            fps=self.fps, names=self.names, source=self.source,
+        )  # fmt: skip
         if there.fingerprint != self.fingerprint:
             raise UserError("this folder holds other episodes", where=str(folder), hint="name a new folder")
 
@@ -127,7 +129,8 @@ class Store(Prepared):
         found = Episodes(arrays, np.cumsum(lengths) - lengths, lengths, tuple(line["task"] for line in lines),
                          self.manifest["fps"], names, self.manifest["source"],
                          tuple(line["note"] for line in lines))  # fmt: skip
-        found.__dict__["digests"] = tuple(line["sha256"] for line in lines)  # the files were verified by their hashes
+        # What the cached property would compute anew: the files were verified by their own hashes.
+        found.__dict__["digests"] = tuple(line["sha256"] for line in lines)
         return found
 
 

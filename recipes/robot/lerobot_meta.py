@@ -25,7 +25,8 @@ TOLERANCE_S = 1e-4  # of a time, as in the library
 
 
 class Feature(NamedTuple):
-    """`dtype`: "float32" and the like, "video", "image" (in the data files), or "string"."""
+    """`dtype`: "float32" and the like, "video", "image" (in the data files), or "string". A camera's `shape` is height,
+    width, 3. `names`: of a vector's entries."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -145,7 +146,12 @@ def _features(folder: Path, info: dict) -> dict[str, Feature]:
             dtype = str(one["dtype"])
         except (AttributeError, KeyError, TypeError, ValueError):
             raise fault(folder, INFO, f"the feature `{name}` needs a dtype and a shape, it is {one!r:.80}") from None
-        flat = isinstance(names, list) and all(isinstance(entry, str) for entry in names) and len(shape) == 1
+        if isinstance(names, dict) and len(names) == 1:  # {"motors": [...]}, as of recordings with older releases
+            names = next(iter(names.values()))
+        flat = isinstance(names, list) and all(isinstance(entry, str) for entry in names)
+        if flat and len(shape) == len(names) == 3 and names[0] in ("channel", "channels"):
+            shape = (*shape[1:], shape[0])  # the same video, described in torch's order
+        flat = flat and len(shape) == 1
         if flat and len(names) != shape[0]:
             raise fault(folder, INFO, f"the feature `{name}` has {len(names)} names for {shape[0]} entries")
         found[name] = Feature(dtype, shape, tuple(names) if flat else None)

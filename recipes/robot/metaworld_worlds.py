@@ -7,8 +7,10 @@ observed once, without the frame before it, which Meta-World appends.
 
 from __future__ import annotations
 
+import atexit
 import ctypes.util
 import functools
+import importlib
 import os
 import warnings
 from importlib.metadata import version
@@ -17,10 +19,13 @@ import numpy as np
 
 from aurora_train.errors import MissingExtra, UserError, nearest
 
-CAMERAS = ("corner2", "corner", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
+# Two views of the place where the work is done, and Meta-World's own cameras, which see the whole table.
+NEAR = {"side": (180, -25), "front": (90, -35)}  # azimuth and elevation in degrees
+CORNERS = ("corner", "corner2", "corner3", "corner4")  # these hang upside down
+CAMERAS = (*NEAR, *CORNERS, "topview", "behindGripper", "gripperPOV")
 _OBJECT = ("x", "y", "z", "qx", "qy", "qz", "qw")
 _HAND, _OBJECTS, _FRAME = 4, 14, 18  # entries: hand and gripper; places kept for objects; both together
-_REWARD_MAX = 10.0
+_renderers: dict = {}
 
 
 class MetaWorld:
@@ -81,9 +86,10 @@ class MetaWorld:
         return np.clip(self._expert.get_action(whole), self.action_low, self.action_high).astype(np.float32)
 
     def render(self, size: int = 96, camera: str | None = None) -> np.ndarray:
-        renderer = _renderer(self.task, size, self._env.model)
-        renderer.update_scene(self._env.data, camera=camera or CAMERAS[0])
-        return renderer.render()
+        renderer, camera = _renderer(self.task, size, self._env.model), camera or CAMERAS[0]
+        renderer.update_scene(self._env.data, camera=_near(*NEAR[camera]) if camera in NEAR else camera)
+        picture = renderer.render()
+        return picture[::-1, ::-1] if camera in CORNERS else picture
 
     def close(self) -> None:
         self._env.close()
@@ -92,38 +98,60 @@ class MetaWorld:
 @functools.cache
 def _metaworld() -> tuple[dict, dict]:
     """The environments and the experts, by task."""
-    _choose_renderer()
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
     except ModuleNotFoundError as error:
-        raise MissingExtra(error.name, "robot", "Meta-World") from error
+        raise MissingExtra(error.name.partition(".")[0], "robot", "Meta-World") from error
     # The experts ask for more than the limits far from their target, on purpose; each time they say so.
     warnings.filterwarnings("ignore", message="Constant.s. may be too high")
     return dict(ALL_V3_ENVIRONMENTS), dict(ENV_POLICY_MAP)
 
 
-def _choose_renderer() -> None:
-    """Without a window system MuJoCo draws off screen, but only if it is told so before it is imported."""
+def _near(azimuth: float, elevation: float):
+    """A camera 0.75 m from the middle of the places where objects and goals are drawn."""
+    import mujoco
+
+    made = mujoco.MjvCamera()
+    made.type, made.lookat[:], made.distance = mujoco.mjtCamera.mjCAMERA_FREE, (0, 0.72, 0.12), 0.75
+    made.azimuth, made.elevation = azimuth, elevation
+    return made
+
+
+def _draw_off_screen() -> None:
+    """Without a window system, let MuJoCo draw off screen, which it otherwise does only if told before its import."""
+    from mujoco import gl_context
+
     if "MUJOCO_GL" not in os.environ and not os.environ.get("DISPLAY"):
         for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
             if ctypes.util.find_library(library):
                 os.environ["MUJOCO_GL"] = name
+                importlib.reload(gl_context)
                 return
 
 
-@functools.lru_cache(maxsize=8)
 def _renderer(task: str, size: int, model):
-    """A renderer of pictures of one size; UserError if this machine cannot draw.
+    """The renderer of a task's pictures of one size; UserError if this machine cannot draw.
 
-    Shadows, reflections and smoothed edges are left out: on a processor they take most of the time.
+    All worlds of the task share it: where things are is not in the model, but in the data that are drawn.
     """
+    if (task, size) not in _renderers:
+        _renderers[task, size] = made = _made_renderer(size, model)
+        atexit.register(made.close)  # later, while Python ends, what closing needs is gone
+    return _renderers[task, size]
+
+
+def _made_renderer(size: int, model):
+    """Shadows, reflections and smoothed edges are left out: on a processor they take most of the time."""
     import mujoco
 
+    _draw_off_screen()
+    mujoco.Renderer._mjr_context = None  # looked at when a renderer is deleted, even one that could not be made
     kept = model.vis.quality.offsamples, model.vis.quality.shadowsize
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
     try:
-        made = mujoco.Renderer(model, size, size)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is in the exception, too
+            made = mujoco.Renderer(model, size, size)
     except Exception as error:  # each way of drawing fails with an exception of its own
         raise UserError(
             "MuJoCo cannot draw on this machine", why=str(error) or type(error).__name__,

@@ -21,9 +21,7 @@ from robot.limits import of_bound
 from robot.rollouts import Chunked, Expert, Rollout, Uniform, rollouts
 from robot.worlds import World, world
 
-VALIDATION = (
-    1_000_000  # added to the seeds of scores while training: they choose checkpoints, so their goals are others
-)
+VALIDATION = 1_000_000  # added to the seeds of scores while training, which choose checkpoints: other goals
 RANDOM_EPISODES = 10  # of the random policy, which takes all steps of each
 TIMED = 200  # single observations whose answer is timed
 BATCH = 256  # of held-out chunks
@@ -84,9 +82,9 @@ def baselines(recipe, workdir: Path, progress: Callable) -> dict:
         "title": "The world's own expert, and random actions", "columns": ["policy", *columns],
         "rows": [[name, *(one.get(column) for column in columns)] for name, one in numbers.items()],
     }  # fmt: skip
-    few_words = f"Random actions: the first {len(found['random'])} of the seeds."
+    note = f"Random actions: {len(found['random'])} of the episodes, each with all of its steps."
     return {name: {kind: one[kind] for kind in ("success", "return")} for name, one in numbers.items()} | {
-        "tables": [table], "notes": [few_words],
+        "tables": [table], "notes": [note],
     }  # fmt: skip
 
 

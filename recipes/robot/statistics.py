@@ -11,7 +11,7 @@ import numpy as np
 from robot.episodes import Episodes
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
-_FRAMES_AT_ONCE = 256
+_PIXELS_AT_ONCE = 1 << 22
 
 
 def of(episodes: Episodes, which: np.ndarray, features=None) -> dict[str, dict[str, np.ndarray]]:
@@ -38,10 +38,7 @@ def _of_vectors(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def _of_images(images: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Exact, from how often each of the 256 values occurs: images need not fit into memory."""
-    counts = np.zeros((3, 256), np.int64)
-    for k in range(0, len(rows), _FRAMES_AT_ONCE):
-        batch = images[rows[k : k + _FRAMES_AT_ONCE]].reshape(-1, 3)
-        counts += np.stack([np.bincount(batch[:, c], minlength=256) for c in range(3)])
+    counts = level_counts(images, rows)
     levels, total = np.arange(256) / 255, counts[0].sum()
     mean = counts @ levels / total
     spread = np.sqrt((counts * (levels - mean[:, None]) ** 2).sum(1) / total)
@@ -55,3 +52,12 @@ def _of_images(images: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
 
     numbers = (mean, spread, quantile(0), quantile(1), quantile(0.01), quantile(0.99))
     return {name: number.astype(np.float32) for name, number in zip(NAMES, numbers, strict=True)}
+
+
+def level_counts(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int64[3, 256]: how often each colour has each of the 256 values, in the images uint8[N, H, W, 3] at `rows`."""
+    counts, at_once = np.zeros((3, 256), np.int64), max(_PIXELS_AT_ONCE // int(np.prod(images.shape[1:3])), 1)
+    for k in range(0, len(rows), at_once):
+        pixels = images[rows[k : k + at_once]].reshape(-1, 3)
+        counts += np.stack([np.bincount(pixels[:, colour], minlength=256) for colour in range(3)])
+    return counts

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy
+from asking import Client
+from asking import served as served_by
 from kit import Aurora, events, in_process
 
 from aurora_train.config import load
@@ -99,12 +97,10 @@ class Acting:
             line = self.process.stderr.readline()
             assert line, f"it ended: {self.said}"
             self.said += line
-        self.file = socket.create_connection(("127.0.0.1", int(found[1])), 60).makefile("rwb")
+        self.ask = Client(f"127.0.0.1:{found[1]}")
 
     def __call__(self, **request) -> dict:
-        self.file.write(json.dumps(request).encode() + b"\n")
-        self.file.flush()
-        return json.loads(self.file.readline())
+        return self.ask(**request)
 
     def end(self, number) -> tuple[int, str, str]:
         """(exit status, standard output, standard error) after a signal."""
@@ -139,22 +135,8 @@ def test_a_run_answers_in_this_process(served, capsys, monkeypatch):
     monkeypatch.setenv("AURORA_CACHE", str(served.cache))
     monkeypatch.chdir(served.folder)
     answers = []
-
-    def client():
-        deadline = time.monotonic() + 60
-        with socket.socket(socket.AF_UNIX) as end:
-            while end.connect_ex("a.sock") and time.monotonic() < deadline:
-                time.sleep(0.01)
-            file = end.makefile("rwb")
-            file.write(json.dumps({"x": [1] * 8}).encode() + b"\n")
-            file.flush()
-            answers.append(json.loads(file.readline()))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=client)
-    thread.start()
-    assert in_process("stream", "run", "--socket", "a.sock", "--json", "--override-limits", "a test") == 0
-    thread.join()
+    stream = ("stream", "run", "--json", "--override-limits", "a test")
+    assert served_by(stream, lambda place: answers.append(Client(place)(x=[1] * 8)), path="a.sock") == 0
     assert len(answers[0]["y"]) == 8 and json.loads(capsys.readouterr().out)["answers"] == 1
     assert events(served.folder / "run", "limits_overridden")[-1]["by"] == "stream"
 

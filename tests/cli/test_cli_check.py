@@ -178,6 +178,6 @@ def test_a_copied_recipe_is_the_users_own_and_is_never_overwritten(recipe, tmp_p
 
 
 def test_an_unknown_recipe_is_said_with_what_there_is(tmp_path, capsys):
-    assert main(["recipes", "copy", "neural_decodin", str(tmp_path)]) == 2
-    assert "did you mean `neural_decoding`?" in capsys.readouterr().err
+    assert main(["recipes", "copy", "neural/decodin", str(tmp_path)]) == 2
+    assert "did you mean `neural/decoding`?" in capsys.readouterr().err
     assert main(["recipes", "show", "zzz"]) == 2

@@ -70,12 +70,12 @@ def test_inspecting_a_config_shows_its_rows(here, capsys):
 
 @pytest.mark.slow
 def test_a_copied_recipe_trains_and_goes_on_without_the_copy(here, capsys):
-    said(["recipes", "copy", "neural_decoding", "lab"], capsys)
+    said(["recipes", "copy", "neural/decoding", "lab"], capsys)
     (config,) = (here / "lab").glob("*.yaml")
     small = ["train.steps=2", "train.batch=4", "model.width=8", "model.heads=2", "model.layers=1",
              "data.simulated_trials=20", "data.simulated_units=5", "evaluate.final=false", "evaluate.examples=4"]
     said(["train", str(config), *small, "--run", "copied", "--quiet"], capsys)
-    assert len(losses(here / "copied")) == 2 and (here / "copied" / "code" / "neural_decoding.py").is_file()
+    assert len(losses(here / "copied")) == 2 and (here / "copied" / "code" / "decoding.py").is_file()
     shutil.rmtree(here / "lab")
     said(["resume", "copied", "train.steps=3", "--quiet"], capsys)
     assert len(losses(here / "copied")) == 3, "the recipe and the kit that it imports are in the run"

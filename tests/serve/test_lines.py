@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from asking import Client
 
 from aurora_train.errors import UserError
 from aurora_train.serve import lines
@@ -43,23 +44,6 @@ def server():
         yield server
 
 
-class Client:
-    def __init__(self, place: str):
-        host, _, port = place.rpartition(":")
-        self.socket = socket.socket(socket.AF_INET if port.isdigit() else socket.AF_UNIX)
-        self.socket.settimeout(20)
-        self.socket.connect((host, int(port)) if port.isdigit() else place)
-        self.file = self.socket.makefile("rwb")
-
-    def raw(self, line: bytes) -> bytes:
-        self.file.write(line + b"\n")
-        self.file.flush()
-        return self.file.readline()
-
-    def __call__(self, **request) -> dict:
-        return json.loads(self.raw(json.dumps(request).encode()))
-
-
 def test_what_a_client_sent_before_is_remembered_for_it_alone_until_a_reset(server):
     one, other = Client(server.place), Client(server.place)
     assert one(x=[1, 2])["total"] == 3 and one(x=[1])["total"] == 4
@@ -90,6 +74,7 @@ BAD = {
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [-1]}}': "whole numbers",
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [1]}}': "3 bytes",
     b'{"x": {"base64": "?", "dtype": "uint8", "shape": [1]}}': "base64", b"[" * 100_000: "JSON",
+    b'{"x":' * 900 + b"1" + b"}" * 900: "JSON",
 }  # fmt: skip
 
 

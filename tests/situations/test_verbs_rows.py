@@ -26,7 +26,8 @@ from aurora_train.tools import report_plan
 from aurora_train.tools.recorded import Recorded
 from aurora_train.train.score import _depends_on
 from aurora_train.train.start import sinks
-from neural.spikes import Trials, velocity_plots
+from neural.spikes import Trials
+from neural.velocity import velocity_plots
 
 SCORE = '''        return {
             "mse": float(np.square(predict(batch) - batch["y"]).mean()),

@@ -48,7 +48,7 @@ def test_a_folder_of_runs_stands_for_all_of_them_and_failed_starts_are_named(her
 
 def test_unlike_recipes_data_and_lengths_are_remarked_and_drawn_apart(here, capsys):
     make(here / "a" / "x"), make(here / "b" / "x", done=20, data="0" * 64, score=None)
-    make(here / "n", recipe="neural_decoding", score=("r2", 0.9))
+    make(here / "n", recipe="neural/decoding", score=("r2", 0.9))
     found = compare([here / "a" / "x", here / "b" / "x", here / "n"])
     assert [run.name for run in found.runs] == [str(here / "a" / "x"), str(here / "b" / "x"), "n"]
     told = "\n".join(found.remarks)

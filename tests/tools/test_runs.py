@@ -34,7 +34,7 @@ def test_M10_runs_are_listed_by_state_step_score_and_what_sets_them_apart(here, 
     make(here / "runs" / "a", lr=0.01)
     make(here / "runs" / "b", lr=0.001, done=20, score=None)
     make(here / "runs" / "toy-sweep" / "lr=0.1", lr=0.1)
-    make(here / "runs" / "c", recipe="neural_decoding", lr=5, score=("r2", 0.9))
+    make(here / "runs" / "c", recipe="neural/decoding", lr=5, score=("r2", 0.9))
     (here / "runs" / "ft-1811e584").mkdir()
     (here / "runs" / "ft-1811e584" / ".lock").touch()
     imported = make(here / "runs" / "open", lr=7, done=0, score=None)

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from aurora_train.errors import UserError
-from neural.nwb import read_recording, write_recording
+from neural.linear import lagged
+from neural.nwb import read_recording
+from neural.nwb_write import write_recording
 from neural.reach_simulation import BEHAVIOR, PERIOD_S, REFRACTORY_S, prepare_simulation, simulate
-from neural.spikes import Standard, Windows, bin_trials, lagged, r2
+from neural.spikes import bin_trials
+from neural.velocity import r2
+from neural.windows import Standard, Windows
 
 h5py = pytest.importorskip("h5py")
 
@@ -238,7 +242,7 @@ def test_unmeasured_behaviour_has_no_weight_and_no_nan_reaches_a_batch(simulatio
 
 def test_a_behaviour_on_another_clock_and_an_unknown_unit_are_refused(simulation):
     elsewhere = dataclasses.replace(simulation.recording, behavior_times=simulation.recording.behavior_times + 1e4)
-    with pytest.raises(UserError, match="covers 0 of 24 trials"):
+    with pytest.raises(UserError, match="24 of 24 trials of .* are without behaviour"):
         bin_trials(elsewhere, bin_s=0.02)
     with pytest.raises(UserError, match="has no unit 99"):
         bin_trials(simulation.recording, bin_s=0.02, unit_ids=[0, 99])

@@ -95,3 +95,10 @@ def text(file: str, content: str):
 def tasks_without_index(folder: Path) -> None:
     table = pq.read_table(folder / TASKS)
     pq.write_table(table.replace_schema_metadata(None), folder / TASKS)
+
+
+def tasks_as_a_column(folder: Path) -> None:
+    """What pandas writes if the instructions were not made its index."""
+    import pandas as pd
+
+    pd.read_parquet(folder / TASKS).reset_index().to_parquet(folder / TASKS)

@@ -8,10 +8,11 @@ import re
 import shutil
 from pathlib import Path
 
+import damaging
 import numpy as np
 import pyarrow as pa
 import pytest
-from damaging import DATA, FILM, TABLE, TOP, cell, column, cut, feature, info, rows, tasks_without_index, text, without
+from damaging import DATA, FILM, TABLE, TOP, cell, column, cut, feature, info, rows, text, without
 from recorded_episodes import episode, episodes
 
 from aurora_train.errors import UserError
@@ -19,6 +20,8 @@ from robot import lerobot, lerobot_write
 from robot.episodes import Episode, Episodes
 from robot.lerobot_meta import INFO, TASKS
 from robot.video import encode
+
+pytest.importorskip("av")
 
 MOVED = {"from": 1.13, "to": 1.83}
 FEATURES = ["observation.state", "action", TOP]
@@ -91,7 +94,8 @@ BAD = {
     "no total of tasks": (info(total_tasks=None), f"{INFO}: `total_tasks` is None, and the tables have 2"),
     # tasks.parquet
     "no tasks": (without(TASKS), f"{TASKS}: this file is missing"),
-    "tasks without index": (tasks_without_index, f"{TASKS}: the instructions are not the index"),  # a number
+    "tasks without index": (damaging.tasks_without_index, f"{TASKS}: the instructions are not the index"),  # a number
+    "tasks as a column": (damaging.tasks_as_a_column, f"{TASKS}: the instructions are not the index"),
     "tasks out of order": (cell(TASKS, 0, "task_index", 1), f"{TASKS}: row 0 has the task_index 1"),
     "the same instruction twice": (cell(TASKS, 1, "task", "Move to 0."), f"{TASKS}: row 1 has the instruction"),
     # meta/episodes

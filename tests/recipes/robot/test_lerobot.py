@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,10 @@ from recorded_episodes import episodes
 
 from aurora_train.errors import UserError
 from robot import lerobot, lerobot_statistics, lerobot_write
+from robot.lerobot_meta import TASKS
 from robot.video import Video
+
+pytest.importorskip("av")
 
 FEATURES = ["observation.state", "action", TOP]
 
@@ -61,6 +65,24 @@ def test_a_dataset_of_several_files_is_read_in_order(tmp_path, monkeypatch):
     lerobot_write.write(made, tmp_path / "once")  # AV1: x264 does not always encode images this small alike
     read, once = (lerobot.read(tmp_path / name, tmp_path / "cache", FEATURES) for name in ("arm", "once"))
     assert read.digests == once.digests
+
+
+def test_instructions_are_found_under_every_name_of_their_index(tmp_path):
+    """lerobot 0.6 calls it `task`, as we do; 0.4 gives it no name."""
+    made = episodes(2, camera=False)
+    lerobot_write.write(made, tmp_path / "arm")
+    pd.DataFrame({"task_index": [0, 1]}, index=list(made.tasks)).to_parquet(tmp_path / "arm" / TASKS)
+    assert pq.read_schema(tmp_path / "arm" / TASKS).names == ["task_index", "__index_level_0__"]
+    assert lerobot.read(tmp_path / "arm", tmp_path, ["action"]).tasks == made.tasks
+
+
+def test_descriptions_of_older_releases_are_understood(tmp_path):
+    made = episodes(2)
+    lerobot_write.write(made, tmp_path / "arm", codec="libx264")
+    feature(TOP, shape=[3, 16, 16], names=["channels", "height", "width"])(tmp_path / "arm")
+    feature("action", names={"motors": ["left", "right"]})(tmp_path / "arm")
+    read = lerobot.read(tmp_path / "arm", tmp_path, FEATURES)
+    assert read.arrays[TOP].shape == (11, 16, 16, 3) and read.names["action"] == ("left", "right")
 
 
 def test_doubles_integers_and_truth_values_become_float32(tmp_path):

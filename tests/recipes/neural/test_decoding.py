@@ -13,7 +13,8 @@ from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from aurora_train.random import stream
 from neural.linear import linear_decoder, ridge
-from neural.spikes import Standard, Trials, Windows
+from neural.spikes import Trials
+from neural.windows import Standard, Windows
 
 pytest.importorskip("h5py")
 
@@ -44,8 +45,10 @@ def model(recipe):
 
 
 @pytest.fixture(scope="module")
-def module(recipe):
-    return sys.modules[type(recipe).__module__]
+def module():
+    import neural.velocity
+
+    return neural.velocity
 
 
 def build(recipe):
@@ -132,6 +135,42 @@ def test_every_held_out_bin_is_decoded_from_its_own_last_window(recipe, model, m
             np.testing.assert_allclose(decoded[row], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_streamed_bins_are_decoded_to_the_velocity_of_the_score(recipe, model, module):
+    windows = recipe.data("validation")
+    trials, predict = windows.trials, predictor(recipe, model)
+    decoded = module.decode(predict, windows, silent, batch=32)
+    for trial in range(min(2, len(trials.ids))):
+        rows = range(trials.offsets[trial], min(trials.offsets[trial + 1], trials.offsets[trial] + 25))
+        answer = recipe.responder(predict)  # a new trial begins anew
+        first = [answer({"spikes": trials.spikes[row].tolist()})["velocity"] for row in rows[:15]]
+        assert first[0].shape == (2,)
+        later = answer({"spikes": trials.spikes[rows[15] : rows[-1] + 1]})["velocity"]  # several bins at once
+        np.testing.assert_allclose(np.concatenate([first, later]), decoded[list(rows)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("request_", "said"), [
+    ({}, "the request has no spikes"),
+    ({"counts": [0] * 16}, "a request has no 'counts'"),
+    ({"spikes": [0] * 15}, "the shape [15]"),
+    ({"spikes": 3}, "the shape []"),
+    ({"spikes": [[0] * 16, [0] * 15]}, "not an array of numbers"),
+    ({"spikes": "none"}, "not an array of numbers"),
+    ({"spikes": [0.5] * 16}, "0.5 is no number of spikes"),
+    ({"spikes": [-1] * 16}, "-1 is no number of spikes"),
+    ({"spikes": [float("nan")] * 16}, "nan is no number of spikes"),
+    ({"spikes": [70000] * 16}, "70000 is no number of spikes"),
+])  # fmt: skip
+def test_a_bad_bin_is_answered_by_what_was_expected_and_is_not_remembered(recipe, model, request_, said):
+    predict = predictor(recipe, model)
+    answer, undisturbed = recipe.responder(predict), recipe.responder(predict)
+    good = {"spikes": np.arange(16) % 3}
+    answer(good), undisturbed(good)
+    with pytest.raises(UserError) as error:
+        answer(request_)
+    assert said in str(error.value) and "16 counts of the next bin" in error.value.hint
+    np.testing.assert_array_equal(answer(good)["velocity"], undisturbed(good)["velocity"])
+
+
 def test_the_score_is_r2_on_test_trials_and_latency_is_a_time(recipe, tmp_path):
     windows = recipe.data("test")
 
@@ -177,13 +216,13 @@ def test_the_linear_baseline_finds_a_lagged_linear_code_and_no_more():
     assert linear_decoder(data, lags=2, penalties=[1e-6])["r2"] < 0.95
 
 
-def test_both_baselines_are_scored_on_the_same_held_out_trials(recipe, tmp_path):
+def test_the_baselines_are_scored_on_the_same_held_out_trials(recipe, tmp_path):
     rivals = recipe.baselines(tmp_path, silent)
-    assert 0.2 < rivals["ridge"] < 1 and 0.2 < rivals["wiener"] < 1
+    assert all(0.2 < rivals[name] < 1 for name in ("ridge", "wiener", "kalman"))
     table = rivals["tables"][0]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     assert [(row["decoder"], row["lags"], row["r2"]) for row in rows] == [
-        ("ridge", 12, rivals["ridge"]), ("wiener", 10, rivals["wiener"])
+        ("ridge", 12, rivals["ridge"]), ("wiener", 10, rivals["wiener"]), ("kalman", None, rivals["kalman"])
     ]
 
 
@@ -206,9 +245,9 @@ def test_wrong_settings_are_told_before_anything_runs(cache):
         load("neural/decoding", [*SMALL, "model.heads=3"])
     with pytest.raises(UserError, match="no recording"):
         make(cache, "data.source=nowhere.nwb")
-    with pytest.raises(UserError, match="it has: processing/behavior/hand_vel"):
+    with pytest.raises(UserError, match="time series: processing/behavior/hand_vel"):
         path = next(cache.glob("*.nwb"))
-        make(cache, f"data.source={path}", "data.behavior=processing/behavior/cursor")
+        make(cache, f"data.source={path}", "data.behavior=cursor_velocity")
 
 
 def test_the_recipe_file_imports_no_jax(recipe, module):
