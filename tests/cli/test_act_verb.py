@@ -71,7 +71,8 @@ class Served(Toy):
                 if limit is not None and not scores[name] <= limit]
 '''
 SMALL = {"recipe: toy.py": "recipe: served.py", "steps: 30": "steps: 2", "every: 10, keep": "every: 2, keep",
-         "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, "}  # fmt: skip
+         "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, ", "layers: 3": "layers: 1",
+         ", ema: 0.9": "", "memory: {accumulation: 2}": "memory: {accumulation: 1}"}  # fmt: skip
 TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "--run", "run", "--quiet")
 
 
