@@ -136,7 +136,7 @@ def _pedal(driver: _Driver, sizes: np.ndarray, here: np.ndarray, velocity: np.nd
     desired = float(ahead[0, 3]) if len(ahead) else 0.1
     gap, closing = np.inf, 0.0
     if len(ahead):
-        near = np.isfinite(here[:, 0])
+        near = np.hypot(*(here - ahead[0, :2]).T) < LEADER_POINTS + 2  # absent agents are nan, and not near
         near[driver.agent] = False
         others = np.flatnonzero(near)
         apart = np.hypot(ahead[:, 0] - here[others, 0, None], ahead[:, 1] - here[others, 1, None])

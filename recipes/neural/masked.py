@@ -25,7 +25,10 @@ class ModelConfig(Section):
     width: int = setting(96, ge=1, help="size of the residual stream")
     layers: int = setting(3, ge=1, help="number of blocks")
     heads: int = setting(4, ge=1, help="attention heads")
-    reach: int | None = setting(None, ge=1, help="bins to either side that a layer sees; null = the whole window")
+    reach: int | None = setting(8, ge=1, help="bins to either side that a layer sees, itself included; null = all")
+    smooth_ms: float = setting(
+        60.0, ge=0, help="deviation of a Gaussian, whose mean of the counts is an input beside them; 0 = no such input"
+    )
     dropout: float = setting(0.2, ge=0, lt=1, help="share of activations dropped in training")
     input_dropout: float = setting(0.1, ge=0, lt=1, help="share of spike counts dropped in training")
     mask: float = setting(0.25, gt=0, le=0.5, help="share of bins whose spikes are masked in training, and predicted")
@@ -89,12 +92,13 @@ class MaskedModel(Recipe):
     # Model and loss
 
     def model(self, rngs):
-        """float32[B, T, held-in units and a mark of masked bins] -> float32[B, T, U], log rates about their means."""
+        """float32[B, T, F] as `_inputs` makes them -> float32[B, T, U], log rates about their means."""
         from aurora_train.nn.sequence import BidirectionalTransformer
 
         config = self.config.model
+        inputs = len(self.known["held_in"]) * (2 if config.smooth_ms else 1) + 1
         return BidirectionalTransformer(
-            len(self.known["held_in"]) + 1, len(self.known["units"]), width=config.width, layers=config.layers,
+            inputs, len(self.known["units"]), width=config.width, layers=config.layers,
             heads=config.heads, window=config.reach, dropout=config.dropout, dtype=self.config.train.dtype, rngs=rngs,
         )  # fmt: skip
 
@@ -102,16 +106,31 @@ class MaskedModel(Recipe):
         """Log of the expected counts, float32[B, T, U]. `masked` bool[B, T]: bins whose spikes are not seen."""
         import jax.numpy as jnp
 
-        from aurora_train.nn.dropout import dropout
+        real = batch["weights"] > 0  # padding is a segment of its own, which no bin of the trial sees
+        seen = real if masked is None else real & ~masked
+        inputs = self._inputs(batch["spikes"], seen.astype(jnp.float32), keys)
+        return model(inputs, segments=real.astype(jnp.int32), keys=keys) + np.log(np.asarray(self.known["mean"]))
 
-        held_in = np.array(self.known["held_in"])
-        mean, deviation = (np.asarray(self.known[name], np.float32) for name in ("mean", "deviation"))
-        seen = (batch["spikes"][..., held_in].astype(jnp.float32) - mean[held_in]) / deviation[held_in]
-        seen = dropout(seen, self.config.model.input_dropout, keys, INPUT_SITE)
-        masked = jnp.zeros(seen.shape[:2], bool) if masked is None else masked
-        inputs = jnp.concatenate([jnp.where(masked[..., None], 0.0, seen), masked[..., None]], axis=-1)
-        padding = (batch["weights"] > 0).astype(jnp.int32)  # a segment of its own, which no bin of the trial sees
-        return model(inputs, segments=padding, keys=keys) + np.log(mean)
+    def _inputs(self, spikes, seen, keys):
+        """float32[B, T, F]: standardised counts of the held-in units, their Gaussian mean, a mark of unseen bins.
+
+        `seen` float32[B, T] is 0 where the spikes are masked, which no entry then depends on.
+        """
+        import jax.numpy as jnp
+
+        from aurora_train.nn.dropout import dropout
+        from neural.smoothing import gaussian_weights
+
+        held_in, config = np.array(self.known["held_in"]), self.config
+        mean, deviation = (np.asarray(self.known[name], np.float32)[held_in] for name in ("mean", "deviation"))
+        counts = (spikes[..., held_in].astype(jnp.float32) - mean) / deviation
+        counts = dropout(counts, config.model.input_dropout, keys, INPUT_SITE) * seen[..., None]
+        inputs = [counts, 1 - seen[..., None]]
+        if config.model.smooth_ms:
+            weights, scale = gaussian_weights(seen.shape[1], config.model.smooth_ms / config.data.bin_ms)
+            total = jnp.einsum("ts,bsu->btu", weights, counts)
+            inputs.insert(1, scale * total / jnp.maximum(seen @ weights, 1e-3)[..., None])
+        return jnp.concatenate(inputs, axis=-1)
 
     def loss(self, model, batch, key) -> Loss:
         """Poisson negative log-likelihood in nats per unit, without log n!, summed over the bins.
