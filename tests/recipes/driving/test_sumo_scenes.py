@@ -7,7 +7,7 @@ import pytest
 from test_scene_store import assert_same, quiet
 
 from aurora_train.errors import MissingExtra
-from driving import sumo_scenes
+from driving import sumo_process
 from driving.driving_scores import ROAD_USERS, driving_scores
 from driving.generated import SUMO, generated_scenes
 from driving.scene_store import SPLITS
@@ -36,7 +36,7 @@ def test_without_sumo_the_extra_is_named_before_anything_is_made(tmp_path):
 
 @pytest.fixture(scope="module")
 def simulated():
-    return list(sumo_scenes.simulations([1, 3], 2, 0))
+    return list(sumo_process.simulations([1, 3], 2, 0))
 
 
 @needs_sumo
@@ -80,9 +80,9 @@ def test_velocity_is_how_the_box_moves(simulated):
 @needs_sumo
 @pytest.mark.slow
 def test_the_same_seeds_make_the_same_scenes_in_any_order(simulated):
-    again = list(sumo_scenes.simulations([3, 1], 2, 0))
+    again = list(sumo_process.simulations([3, 1], 2, 0))
     for one, other in zip([*again[1], *again[0]], [*simulated[0], *simulated[1]], strict=True):
         assert_same(one, other)
-    other = sumo_scenes.simulate(1, 1, seed=1)[0]
+    other = next(sumo_process.simulations([1], 1, 1))[0]
     assert other.lanes[0].centre.tobytes() == simulated[0][0].lanes[0].centre.tobytes()
     assert other.states.tobytes() != simulated[0][0].states.tobytes()
