@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_scene_store import assert_same, quiet
 
+from aurora_train.config.load import load
 from aurora_train.errors import MissingExtra
 from driving import sumo_process
 from driving.driving_scores import ROAD_USERS, driving_scores
@@ -75,6 +76,17 @@ def test_velocity_is_how_the_box_moves(simulated):
     both = scene.valid[:, 1:] & scene.valid[:, :-1]
     error = np.linalg.norm(moved - mean, axis=-1)[both]
     assert np.median(error) < 0.1 and np.percentile(error, 90) < 1.0
+
+
+@needs_sumo
+@pytest.mark.slow
+def test_the_recipe_as_it_is_loaded_makes_scenes_of_sumo(tmp_path):
+    """Its modules then have names that no other process can import."""
+    keys = ["data.source=sumo", "data.simulated_maps=2", "data.simulated_scenes=1", "data.simulated_held_out=1"]
+    config = load("driving/motion", [*keys, "model.tokens=16"])
+    recipe = config.recipe_class(config, tmp_path).ready(quiet)
+    assert len(recipe.data("train")) == 2 and "SUMO" in recipe.data("train").describe()["source"]
+    assert recipe.data("train").scene(0).kinds
 
 
 @needs_sumo
