@@ -1,5 +1,6 @@
 """The masked transformer: what it may see and what not, its loss, and its score beside the baseline."""
 
+import json
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from kit import in_process
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
@@ -157,3 +159,16 @@ def test_the_recipe_file_imports_no_jax():
     code = "import sys; from aurora_train.config import load; load('neural/masked'); print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bundled_config_is_ahead_of_smoothing_on_simulated_sessions(seed, tmp_path, monkeypatch):
+    """Minutes for each seed, of the simulation and of the run."""
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "cache"))
+    seeds = [f"train.seed={seed}", f"data.simulated_seed={seed}"]
+    assert in_process("train", "neural/masked", *seeds, "--run", tmp_path / "run", "--quiet") == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    ours, smoothing = scores["score"]["co_bps"], scores["baselines"]["smoothing"]
+    print(f"seed {seed}: co_bps {ours:.4f}, smoothing {smoothing:.4f}, true rates {scores['baselines']['true_rates']:.4f}")
+    assert ours >= smoothing + 0.02
