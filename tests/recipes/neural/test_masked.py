@@ -84,6 +84,18 @@ def test_a_masked_bin_is_predicted_without_its_own_spikes(recipe, model):
     assert not np.allclose(rates(changed)[:, 11], rates(batch)[:, 11])
 
 
+def test_a_masked_unit_is_predicted_without_its_own_spikes(recipe, model):
+    batch, own = batch_of(recipe), recipe.known["held_in"][5]
+    hidden = np.zeros((3, len(recipe.known["held_in"])), bool)
+    hidden[:, 5] = True
+    rates = jax.jit(lambda batch: recipe._log_rates(model, batch, hidden=hidden))
+    changed = batch | {"spikes": batch["spikes"].copy()}
+    changed["spikes"][..., own] = 9
+    np.testing.assert_array_equal(rates(changed), rates(batch))
+    changed["spikes"][..., recipe.known["held_in"][4]] = 9
+    assert not np.allclose(rates(changed)[..., own], rates(batch)[..., own])
+
+
 def test_the_loss_is_the_likelihood_of_the_units_held_out_and_of_masked_bins(recipe, model):
     batch, known = batch_of(recipe, 4), recipe.known
     batch["weights"][1, 18:] = 0
