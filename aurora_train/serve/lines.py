@@ -117,13 +117,17 @@ class _Handler(socketserver.StreamRequestHandler):
         return None
 
     def _is_trusted(self, token: str) -> bool:
-        self.connection.settimeout(_TOKEN_SECONDS)
+        # Of the whole line: a stranger who sends a byte now and then must not hold a place.
+        late = threading.Timer(_TOKEN_SECONDS, self.connection.shutdown, (socket.SHUT_RD,))
+        late.daemon = True
+        late.start()
         try:
             given = json.loads(self.rfile.readline(_TOKEN_BYTES))["token"]
             good = hmac.compare_digest(str(given).encode(), token.encode())
         except (ValueError, TypeError, KeyError, RecursionError):
             good = False
-        self.connection.settimeout(None)
+        finally:
+            late.cancel()
         self._send({"accepted": True} if good else {"error": 'the first line has to be {"token": "..."}'})
         return good
 

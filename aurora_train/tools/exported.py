@@ -22,7 +22,7 @@ from aurora_train import facts as kept_facts
 from aurora_train.check import limits
 from aurora_train.check.blame import recipe_code
 from aurora_train.checkpoint import layout
-from aurora_train.config import load_resolved
+from aurora_train.config import dump_without_folders, load_resolved
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.interop.export import CARD, lineage_lines
@@ -41,7 +41,7 @@ EXAMPLES = 16  # of the batch that is compared
 # Difference of predictions that another machine may make, relative to the largest of an array. Arrays of which nothing
 # is larger than TINY are compared as if something were.
 BOUND, TINY = 1e-3, 1e-6
-_KEPT = ("config.yaml", "scores.json", "facts", "code")  # what is copied as it is
+_KEPT = ("scores.json", "facts", "code")  # what is copied as it is
 _CHANGING = ("events.jsonl", CARD, PROOF, "provenance.json")  # what is not part of the proof
 
 
@@ -66,6 +66,7 @@ def write(trained, folder: Path, format: str) -> dict[str, Any]:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copyfile(source, folder / name)
+    (folder / "config.yaml").write_text(dump_without_folders(trained.config), encoding="utf-8")
     # Not `save_file`, whose files only their owner can read.
     made = Run(folder)
     made.weights.write_bytes(save(_flat(trained.state), {"format": "np"}))

@@ -35,6 +35,7 @@ from aurora_train.errors import UserError
 
 class Limits(Section):
     mse_max: float | None = setting(None, help="largest error")
+    signed_by: str | None = setting(None, help="a file", path_unless=())
     latency_p99_ms: float | None = setting(None, help="slowest answer")
 
 
@@ -73,7 +74,7 @@ class Served(Toy):
 SMALL = {"recipe: toy.py": "recipe: served.py", "steps: 30": "steps: 2", "every: 10, keep": "every: 2, keep",
          "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, ", "layers: 3": "layers: 1",
          ", ema: 0.9": "", "memory: {accumulation: 2}": "memory: {accumulation: 1}"}  # fmt: skip
-TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "--run", "run", "--quiet")
+TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "limits.signed_by=mine/a.txt", "--run", "run", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,8 @@ def test_an_export_stands_alone_and_is_the_run_to_the_bit(served, capsys, monkey
     assert in_process("act", moved, "--port", 0) == 4, "its limits went with it"
     card = (moved / "README.md").read_text()
     assert "Limits that it exceeds" in card and "to be compared" in card and str(served.folder) not in card
+    texts = [path.read_bytes() for path in moved.rglob("*") if path.is_file()]
+    assert not any(str(served.folder).encode() in text for text in texts), "folders of this machine stay here"
     assert in_process("verify", moved) == 0
     assert "## Score" in card
     probe = (moved / "probe.safetensors").read_bytes()

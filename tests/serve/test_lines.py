@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import select
 import socket
 import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -151,6 +153,37 @@ def test_with_a_token_nobody_else_is_answered(tmp_path):
         assert "token" in other(x=[1])["error"] and other.file.readline() == b""
         assert "token" in silent(token=TOKEN + "x")["error"]
         assert b"token" in Client(server.place).raw(b"[" * 4000), "deep nesting is an answer before the token, too"
+
+
+def test_a_stranger_who_is_slow_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "_TOKEN_SECONDS", 0.2)
+    with contextlib.closing(LineServer(connect, Address(token=TOKEN))) as server:
+        silent, slow, trusted = (Client(server.place) for _ in range(3))
+        assert trusted(token=TOKEN) == {"accepted": True}
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 10 and not select.select([slow.socket], [], [], 0.05)[0]:
+                slow.socket.send(b"[")
+        assert time.monotonic() - began < 10
+        with contextlib.suppress(ConnectionError):  # if a byte of it comes after the end
+            assert "token" in slow.file.readline().decode()
+        assert "token" in silent.file.readline().decode()
+        assert trusted(x=[1])["total"] == 1, "who is known may take time"
+
+
+def test_a_place_is_given_back_by_who_leaves(monkeypatch):
+    monkeypatch.setattr(lines, "_CLIENTS", 1)
+    with contextlib.closing(LineServer(connect, Address())) as server:
+        first = Client(server.place)
+        assert first(x=[1])["total"] == 1
+        second = Client(server.place)
+        assert "has 1 clients already" in second.file.readline().decode()
+        first.file.close()
+        first.socket.close()
+        deadline = time.monotonic() + 10
+        while "already" in (answer := Client(server.place).raw(b'{"x": [5]}').decode()):
+            assert time.monotonic() < deadline
+        assert json.loads(answer)["total"] == 5
 
 
 def test_a_unix_socket_is_for_its_owner_and_that_of_a_killed_server_is_replaced(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from driving import sumo_scenes
+from driving import sumo_process
 from driving.argoverse import read_scene, scenario_files
 from driving.argoverse_writing import write_scene
 from driving.car_following import generate
@@ -32,7 +32,7 @@ def exchanged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exchanged")
     scenes = [scene for seed in range(4) for scene in generate(seed, 2)]
     if find_spec("libsumo") is not None:
-        scenes += sumo_scenes.simulate(1, 2)
+        scenes += next(sumo_process.simulations([1], 2, 0))
     scenes = sorted((s for s in scenes if s.valid[s.focal].all()), key=lambda scene: scene.identifier)
     rng = np.random.default_rng(0)
     for scene in scenes:
