@@ -110,6 +110,10 @@ class Policy(Recipe):
             "fps": episodes.fps,
         }  # fmt: skip
         # A run that starts from another keeps the scale of its inputs and outputs, and the instructions it knows.
+        for name in used:
+            if name not in self.inherited.get("scale", used):
+                raise UserError(f"the policy that this run starts from does not know `{name}`", where="data",
+                                hint=f"it knows: {', '.join(self.inherited['scale'])}")  # fmt: skip
         return mine | {name: self.inherited[name] for name in ("scale", "tasks") if name in self.inherited}
 
     def expected_facts(self) -> dict | None:

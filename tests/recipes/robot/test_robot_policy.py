@@ -142,6 +142,18 @@ def test_scaling_is_undone_and_what_stood_still_is_only_centred():
     np.testing.assert_allclose(scaling.bounds, [scaled.min(0), scaled.max(0)], atol=1e-5)
 
 
+def test_a_policy_that_goes_on_keeps_its_scale_and_is_given_what_it_knows():
+    recipe = policy("cloning")
+    known = recipe.known["scale"]
+    scale = {name: {kind: [7.0] * len(one) for kind, one in known[name].items()} for name in known}
+    recipe.inherited = {"scale": scale, "tasks": ["push", *TASKS]}
+    assert recipe.facts()["scale"] == scale and recipe.facts()["tasks"] == ["push", *TASKS]
+    del scale["observation.environment_state"]
+    with pytest.raises(UserError, match="does not know `observation.environment_state`") as caught:
+        recipe.facts()
+    assert "observation.state" in caught.value.hint
+
+
 def test_instructions_with_the_same_words_are_alike_and_others_are_not():
     same, near, far = (features(text) for text in ("Push the red block!", "push the  blue block", "open a drawer"))
     np.testing.assert_array_equal(same, features("push the red block"))
