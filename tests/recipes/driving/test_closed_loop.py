@@ -1,5 +1,7 @@
 """The world to reset and step, the car as a bicycle, and rollouts of all agents in one program."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,3 +160,27 @@ def test_a_rollout_depends_on_its_own_scene_and_key_alone(batch, roll):
     mixed = roll({name: array[order] for name, array in cast(batch, False, False).items()})
     np.testing.assert_allclose(mixed["states"], first["states"][order], atol=1e-3)
     np.testing.assert_array_equal(mixed["collided"], first["collided"][order])
+
+
+def with_agents(scene, count: int):
+    """The scene with so many agents, copies beside each other if it has fewer."""
+    which = np.arange(count) % max(scene.num_agents, 1)
+    states = scene.states[which] + np.float32([0.1, 0, 0, 0, 0]) * np.arange(count)[:, None, None]
+    return replace(scene, states=states.astype(np.float32), sizes=scene.sizes[which], focal=0 if count else -1,
+                   track_ids=tuple(map(str, range(count))), kinds=tuple(scene.kinds[k] for k in which))  # fmt: skip
+
+
+def test_odd_scenes_roll_out_too(roll):
+    """Without agents, with one, with three hundred; and without a map, with a track that ends in the history."""
+    scene = traffic_batches.scenes()[0]
+    *odd, unmapped = (with_agents(scene, count) for count in (0, 1, 300, 3))
+    unmapped.states[0], unmapped.states[1, HISTORY - 20 :] = scene.states[scene.focal], np.nan
+    no_lights = {"lights": None, "light_lanes": (), "light_stops": unmapped.light_stops[:0]}
+    odd.append(replace(unmapped, lanes=(), drivable=(), **no_lights))
+    batch = traffic_batches.batch(odd)
+    out = roll(cast(batch, False, False))
+    assert np.isfinite(out["states"]).all()
+    assert out["present"].any((1, 2)).tolist() == [False, True, True, True]
+    assert out["present"][1].any(1).sum() == 1
+    assert batch["valid"][3, 2, HISTORY - 21] and not batch["valid"][3, 2, HISTORY - 1]
+    assert not out["present"][3, 2].any()
