@@ -9,11 +9,11 @@ import pytest
 import traffic_batches
 from flax import nnx
 
-from driving import closed_loop
+from driving import baselines, closed_loop
 from driving.agents import Driver
 from driving.batches import log_of, rolled_out
 from driving.closed_loop import Action, Log, bicycle, drive, follow, reset, step, straight_on, touching
-from driving.driving_scores import boxes_overlap, infeasible
+from driving.driving_scores import boxes_overlap, driving_scores, infeasible
 from driving.moves import blind
 from driving.scenes import HISTORY, STEP_S, STEPS
 from driving.tokens import learn, motions_of, relative
@@ -123,6 +123,19 @@ def test_an_ego_that_drives_into_a_parked_car_has_collided():
     assert drive(straight_on, log, 0, 11)[1][0]
     absent = log._replace(valid=log.valid.at[:, 1].set(False))
     assert not drive(straight_on, absent, 0, 11)[1][0]
+
+
+def test_constant_velocity_in_closed_loop_is_that_of_the_baselines():
+    most = max(scene.num_agents for scene in traffic_batches.scenes())
+    everybody = jax.tree.map(jnp.asarray, traffic_batches.batch(agents=most))
+    path, collided = drive(straight_on, log_of(everybody), HISTORY - 1, FUTURE)
+    for row, scene in enumerate(traffic_batches.scenes()):
+        ego = np.arange(scene.num_agents) == scene.focal
+        states, valid = baselines.rollout("constant velocity", scene, FUTURE, ego)
+        origin = scene.states[scene.focal, HISTORY - 1, :2]
+        np.testing.assert_allclose(np.asarray(path)[row, :, :2] + origin, states[scene.focal, :, :2], atol=0.02)
+        scores = driving_scores(scene, states, valid, ego, (6,))
+        assert bool(collided[row]) == bool(scores["collision_6s"])
 
 
 def test_in_a_rollout_some_replay_and_the_others_follow_templates(batch, templates, roll):
