@@ -117,7 +117,7 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     from aurora_train.train.session import open_for_reading
 
     config = settled(config)  # for a config.yaml that was edited by hand
-    read = exported.read if exported.is_exported(known.folder) else open_for_reading
+    read = exported.read if known.is_export() else open_for_reading
     opened, blueprint, mesh, state, step = read(config, known, step, progress)
     from aurora_train.train.evaluate import Evaluator
 

@@ -49,6 +49,7 @@ class Run:
     samples = property(lambda self: self.folder / "samples")
     report = property(lambda self: self.folder / "report.html")
     workdir = property(lambda self: self.folder / "work")
+    weights = property(lambda self: self.folder / "weights.safetensors")  # of an export, which has no checkpoints
     wandb_id = property(lambda self: self.folder / "wandb.id")
 
     def journal(self, process: int) -> Path:
@@ -67,6 +68,16 @@ class Run:
             raise UserError("not a run folder (it has no config.yaml)", where=str(folder),
                             hint=gguf_in(run.folder) or hint)  # fmt: skip
         return run
+
+    def is_export(self) -> bool:
+        """Whether this is a run as `tools/exported.py` writes it: to be served, and not to be trained."""
+        return self.config.is_file() and self.weights.is_file()
+
+    def refuse_export(self) -> None:
+        """UserError for an export, which has weights and nothing else of a training."""
+        if self.is_export():
+            raise UserError("this is an export of a run, which cannot be trained", where=str(self.folder),
+                            hint="resume the run that it was made of, or train in another folder")  # fmt: skip
 
     @contextlib.contextmanager
     def lock(self):

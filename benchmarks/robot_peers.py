@@ -65,8 +65,8 @@ class Case:
 
 
 CASES = {
-    "small": Case(128, 4, 512, 2, 2, 2, 16, 64, 6.0),
-    "paper": Case(512, 8, 3200, 4, 1, 4, 100, 8, 15.0),  # lerobot's defaults
+    "small": Case(128, 4, 512, 2, 2, 2, 16, 64, 4.0),
+    "paper": Case(512, 8, 3200, 4, 1, 4, 100, 8, 10.0),  # lerobot's defaults
 }
 
 

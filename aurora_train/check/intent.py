@@ -40,6 +40,7 @@ def for_train(config, folder: str | None, *, fresh: bool) -> runs.Run:
                 "this is not a run folder and not empty", where=str(run.folder), hint="name another one with --run"
             )
         return run
+    run.refuse_export()
     known = load_resolved(run.folder, reading=False)
     changes = [
         change for change in diff(known, as_in(config, known)) if change[3] != "free" and change[:3] not in _SETTLED
@@ -67,6 +68,7 @@ def for_resume(folder: str, overrides: list[str], allowed: list[str] | tuple = (
     `allowed`: frozen keys that may change; such a change has the class "allowed".
     """
     run = runs.Run.existing(folder)
+    run.refuse_export()
     known = load_resolved(run.folder)
     config = as_in(load_resolved(run.folder, overrides, reading=False), known)
     _refuse_unknown(allowed, config)

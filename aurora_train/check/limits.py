@@ -33,11 +33,17 @@ def exceeded(recipe, scores: dict) -> list[str]:
     return lines
 
 
-def scored(run: Run) -> dict:
-    """The numbers of a run's last score; {} if it has none, or if this is no run."""
-    if not run.config.is_file():
-        return {}
-    return (read_json(run.scores) or {}).get("score", {})
+def scored(run: Run, step: int) -> dict:
+    """The numbers of a run's score, if `step` is what was scored; {} otherwise, and if this is no run."""
+    kept = (read_json(run.scores) or {}) if run.config.is_file() else {}
+    return kept.get("score", {}) if kept.get("step") == step else {}
+
+
+def refuse_blank(reason: str | None) -> None:
+    """UserError for a reason that says nothing: before the work that it is for, which may take days."""
+    if reason is not None and not reason.strip():
+        raise UserError("an override needs a reason, which is put on record", where="--override-limits",
+                        hint='--override-limits "in simulation only"')  # fmt: skip
 
 
 def judged(run: Run, lines: list[str], by: str, reason: str | None, step: int) -> tuple[int, list[str]]:
@@ -45,9 +51,7 @@ def judged(run: Run, lines: list[str], by: str, reason: str | None, step: int) -
 
     With a reason the command goes on, and the reason is put on record. UserError for a reason that cannot be recorded.
     """
-    if reason is not None and not reason.strip():
-        raise UserError("an override needs a reason, which is put on record", where="--override-limits",
-                        hint='--override-limits "in simulation only"')  # fmt: skip
+    refuse_blank(reason)
     if not lines:
         return 0, [] if reason is None else ["no limit is exceeded: --override-limits had nothing to override"]
     if reason is None:
@@ -60,6 +64,9 @@ def refuse_exceeded(run: Run, lines: list[str], by: str, reason: str | None, ste
     """As `judged`, for a command that would begin now. Raises LimitExceeded instead of returning a status."""
     status, said = judged(run, lines, by, reason, step)
     if status:
+        of = (read_json(run.scores) or {}).get("step", step)
+        if of != step:
+            lines = [f"its score is of step {of}: `aurora evaluate {run.folder} --step {step}` makes one", *lines]
         raise LimitExceeded(f"this run exceeds limits of its config, and so there is no `aurora {by}` of it",
                             where=str(run.folder), why="\n  ".join(lines), hint=HINT)  # fmt: skip
     return said

@@ -49,17 +49,18 @@ def command(
     verb, place = context.info_name, address(host, port, socket, token_file)
     trained = load(run, step, by=verb)
     recipe, folder = trained.recipe, Run(trained.run)
-    scores = limits.scored(folder)
+    scores = limits.scored(folder, trained.step)
     known = limits.exceeded(recipe, scores)
     for line in limits.refuse_exceeded(folder, known, verb, override_limits, trained.step):
         print(line, file=sys.stderr)
-    predict = trained.evaluator.predictor(trained.state)
-    with _until_asked() as stop, contextlib.closing(LineServer(lambda: recipe.responder(predict), place)) as server:
+    with _until_asked() as stop, contextlib.closing(LineServer(_answering(trained), place)) as server:
         print(f"{trained!r} listens on {server.place}; Ctrl-C ends it", file=sys.stderr)
         server.run(stop, lambda line: print(line, file=sys.stderr), every)
     found = server.latencies.summary()
     found["exceeded"] = [line for line in limits.exceeded(recipe, scores | found) if line not in known]
-    status, said = limits.judged(folder, found["exceeded"], verb, override_limits, trained.step)
+    status, said = 0, []
+    if found["exceeded"]:  # by the latencies
+        status, said = limits.judged(folder, found["exceeded"], verb, override_limits, trained.step)
     if json:
         print_json(found)
     else:
@@ -67,6 +68,19 @@ def command(
     for line in said:
         print(line, file=sys.stderr)
     return status
+
+
+def _answering(trained):
+    """What makes the function that answers one client; a mistake in a user's recipe is one message."""
+    from aurora_train.check.blame import recipe_code
+
+    predict = trained.evaluator.predictor(trained.state)
+
+    def connect():
+        with recipe_code(trained.recipe, "responder"):
+            return trained.recipe.responder(predict)
+
+    return connect
 
 
 @contextlib.contextmanager

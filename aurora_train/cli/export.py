@@ -108,7 +108,7 @@ def _keep_limits(found, reason: str | None, recipe=None) -> None:
 
     run = Run(found.run)
     if run.config.is_file():
-        lines = limits.exceeded(recipe or make_recipe(found.config), limits.scored(run))
+        lines = limits.exceeded(recipe or make_recipe(found.config), limits.scored(run, found.step))
         for line in limits.refuse_exceeded(run, lines, "export", reason, found.step):
             print(line, file=sys.stderr)
 

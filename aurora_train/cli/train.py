@@ -59,9 +59,11 @@ def go(
 ) -> int:
     """Train a config in a run folder and print how it ended. Returns the exit status."""
     from aurora_train.check.intent import rate_after, warnings
+    from aurora_train.check.limits import refuse_blank
     from aurora_train.machine import processes
     from aurora_train.machine.profile import prepare_environment
 
+    refuse_blank(override_limits)
     done = processes.agreed(lambda: _was_finished(config, run, replan, changes))
     if done is not None:
         return show(run, done, 0, None, json, override_limits) if processes.leads() else 0

@@ -54,9 +54,10 @@ def command(
 
 def _verify_export(folder, json: bool) -> None:
     from aurora_train.interop import proof as of_language_models
+    from aurora_train.run import Run
     from aurora_train.tools import exported
 
-    if exported.is_exported(folder):
+    if Run(folder).is_export():
         from aurora_train.loading import load
 
         found = exported.repeat(folder, lambda path: load(path, by="verify"))

@@ -99,6 +99,18 @@ def written(tree, schema: type[BaseModel], above: tuple = ()) -> Iterator[tuple[
                     yield from written(tree, section, place)
 
 
+def paths_in(tree, schema: type[BaseModel]) -> Iterator[tuple]:
+    """The place in a Tree of every text that is a path (`setting`, `path_unless`)."""
+    for path, field in written(tree, schema):
+        extra, value = field.json_schema_extra, tree.at(path)
+        if not isinstance(extra, dict) or "path_unless" not in extra:
+            continue
+        for one in [(*path, key) for key in value] if isinstance(value, dict) else [path]:
+            text = tree.at(one)
+            if isinstance(text, str) and text and not text.startswith(tuple(extra["path_unless"])):
+                yield one
+
+
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", start=1)

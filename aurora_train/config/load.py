@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from aurora_train import bundled
 from aurora_train.config import messages, removed
 from aurora_train.config.deriving import derives, fill, unset_nulls
-from aurora_train.config.fields import written
+from aurora_train.config.fields import paths_in
 from aurora_train.config.find_recipe import FoundRecipe, find_recipe, load_recipe
 from aurora_train.config.schema import Core, Init
 from aurora_train.config.yaml import Mark, Tree, parse, read_file, show_path
@@ -230,16 +230,10 @@ def _dotted(value, prefix: str) -> dict:
 
 def _place_paths(tree: Tree, schema: type[BaseModel]) -> None:
     """Make every path absolute: relative to the file it is written in, or in an override to the current folder."""
-    for path, field in written(tree, schema):
-        extra, value = field.json_schema_extra, tree.at(path)
-        if not isinstance(extra, dict) or "path_unless" not in extra:
-            continue
-        for one in [(*path, key) for key in value] if isinstance(value, dict) else [path]:
-            value = tree.at(one)
-            if isinstance(value, str) and value and not value.startswith(tuple(extra["path_unless"])):
-                file = tree.mark(one).file
-                base = file.parent if file else Path.cwd()
-                tree.at(one[:-1])[one[-1]] = str((base / Path(value).expanduser()).absolute())
+    for one in paths_in(tree, schema):
+        file = tree.mark(one).file
+        base = file.parent if file else Path.cwd()
+        tree.at(one[:-1])[one[-1]] = str((base / Path(tree.at(one)).expanduser()).absolute())
 
 
 def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> tuple[list[Derived], list[str]]:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from aurora_train.config.fields import resume_class
+from aurora_train.config.fields import paths_in, resume_class
 from aurora_train.config.schema import Core
-from aurora_train.config.yaml import write
+from aurora_train.config.yaml import Tree, write
 
 _FIRST = ("recipe", "name")
 
@@ -27,6 +28,14 @@ def tree_of(config: Core) -> dict:
 def dump(config: Core) -> str:
     """The resolved config as YAML from which an equal one can be loaded."""
     return write(tree_of(config))
+
+
+def dump_without_folders(config: Core) -> str:
+    """As `dump`, with the name alone of each file and folder: for a copy that is given away."""
+    tree = Tree(tree_of(config), {}, {})
+    for place in paths_in(tree, type(config)):
+        tree.at(place[:-1])[place[-1]] = Path(tree.at(place)).name
+    return write(tree.value)
 
 
 def flat(config: Core) -> dict[str, tuple[Any, str]]:

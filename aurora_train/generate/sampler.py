@@ -17,6 +17,9 @@ import numpy as np
 from flax import nnx
 
 from aurora_train.errors import UserError
+from aurora_train.machine.memory import host_memory
+from aurora_train.nn.stack import stacks
+from aurora_train.nn.tracing import form_name
 
 
 class Knobs(NamedTuple):
@@ -41,7 +44,19 @@ class Generator:
         # With longrope, a text that grows beyond one of these lengths is turned by other angles from its beginning.
         self._turns = {rope.scaling.original_length for rope in model.config.ropes if rope.scaling.kind == "longrope"}
         self._has_prefix = model.mask == "prefix"
-        self._graph, self._state = nnx.split(model)
+        self._split = nnx.split(model)
+
+    @functools.cached_property
+    def _model(self):
+        """(graph, state) as it is decoded. On a CPU the units are copied out of their stack, unless that would take
+        more than a quarter of the memory: a scan over them would copy each for every token."""
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._split[1]))
+        if form_name() != "cpu" or 4 * held > host_memory().usable:
+            return self._split
+        model = nnx.merge(*self._split)
+        for stack in stacks(model).values():
+            stack.cut_into_units()
+        return nnx.split(model)
 
     def generate(
         self,
@@ -86,7 +101,8 @@ class Generator:
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
         cache_length = _bucket(lengths.max() + max_new_tokens, 64)
         prefix = np.arange(cache_length) < lengths[:, None] if self._has_prefix else None
-        logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, lengths, prefix)
+        graph, state = self._model
+        logits, caches = _read_prompt(graph, cache_length, state, tokens, lengths, prefix)
 
         made: list[list[int]] = [[] for _ in prompts]
         texts = [list(prompt) for prompt in prompts]  # with all that was drawn, also after a row's end
@@ -105,9 +121,9 @@ class Generator:
                 break
             if self._turns.intersection((lengths + count).tolist()):
                 tokens, so_far = _padded(texts)
-                logits, caches = _read_prompt(self._graph, cache_length, self._state, tokens, so_far, prefix)
+                logits, caches = _read_prompt(graph, cache_length, state, tokens, so_far, prefix)
                 continue
-            logits, caches = _read_token(self._graph, self._state, caches, drawn, lengths + count, prefix)
+            logits, caches = _read_token(graph, state, caches, drawn, lengths + count, prefix)
         return made
 
     def fitted(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:

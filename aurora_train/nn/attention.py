@@ -16,7 +16,7 @@ from aurora_train.nn.cpu.blocked import blocked
 from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.norms import Norm
 from aurora_train.nn.positions import rotate
-from aurora_train.nn.tracing import current, form_name, platform
+from aurora_train.nn.tracing import current, form_name, forms, platform
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "blocked": blocked}
 
@@ -159,6 +159,7 @@ class Attention(nnx.Module):
     def empty_cache(config: DecoderConfig, row: Layer, batch: int, length: int, dtype: str):
         """Zero keys and values for `length` positions; those of an encoder's output are not cached."""
         shape = (batch, length, config.num_kv_heads, config.dim_per_head)
+        dtype = forms().cache_dtype(dtype)
         return {} if row.kind == "cross" else {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
 
     @jax.named_scope("attention")

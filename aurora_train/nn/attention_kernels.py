@@ -67,7 +67,7 @@ def or_same(key_segments, segments):
 def masked_attention(query, key, value, rule: Rule, mask) -> jax.Array:
     """Plain attention under any mask, bool[B or 1, T, S] or None. Holds all scores: for tests and for decoding."""
     batch, length, heads, dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, dim)
+    grouped = query.astype(key.dtype).reshape(batch, length, key.shape[2], -1, dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)

@@ -17,6 +17,7 @@ from aurora_train.nn.delta import DeltaNet
 from aurora_train.nn.dropout import dropout
 from aurora_train.nn.mlp import Mlp
 from aurora_train.nn.norms import Norm
+from aurora_train.nn.stack import Stack
 
 ATTENTION_SITE, MLP_SITE = 0, 1  # distinguish the dropout masks of one layer
 
@@ -107,11 +108,13 @@ def unit_maker(config: DecoderConfig, backend: str, mask: str = "causal"):
     return (lambda rngs: Period(config, rngs, backend=backend, mask=mask)), config.layers // len(rows)
 
 
-def empty_caches(config: DecoderConfig, num_units: int, batch: int, length: int, dtype: str):
-    """The initial caches, for `length` positions, of every unit of the Stack of `unit_maker`."""
-    rows = config.rows[: config.layers // num_units]
+def empty_caches(config: DecoderConfig, stack: Stack, batch: int, length: int, dtype: str) -> list:
+    """The initial caches, for `length` positions, of each segment of the Stack of `unit_maker`."""
+    rows = config.rows[: config.layers // stack.num_units]
     caches = [mixer_of(config, row).empty_cache(config, row, batch, length, dtype) for row in rows]
-    return jax.tree.map(lambda a: jnp.tile(a, (num_units, *[1] * a.ndim)), caches if len(rows) > 1 else caches[0])
+    one = caches if len(rows) > 1 else caches[0]
+    counts = [segment.stop - segment.start for segment in stack.plan]
+    return [jax.tree.map(lambda a, n=count: jnp.tile(a, (n, *[1] * a.ndim)), one) for count in counts]
 
 
 def tags(config: DecoderConfig, row: Layer, backend: str) -> tuple[str, ...]:

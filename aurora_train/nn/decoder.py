@@ -42,7 +42,7 @@ class Decoder(Transformer):
 
     def empty_caches(self, batch: int, length: int):
         """Zero keys and values for `length` positions of every layer."""
-        return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
+        return empty_caches(self.config, self.stack, batch, length, self.dtype)
 
     def logits(self, hidden):
         """float32[..., vocab]."""

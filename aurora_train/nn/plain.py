@@ -75,6 +75,11 @@ def after(tree, g: jax.Array):
     return tree
 
 
+def cache_dtype(dtype):
+    """The dtype in which a cache keeps keys and values that are computed in `dtype`."""
+    return dtype
+
+
 def units(stacked, count: int) -> list:
     """The `count` units of stacked parameters."""
     return [entry(stacked, j) for j in range(count)]

@@ -89,7 +89,7 @@ class CausalTransformer(_Transformer):
 
     def empty_caches(self, batch: int, length: int):
         """Keys and values for `length` positions of every layer."""
-        return empty_caches(self.config, self.stack.num_units, batch, length, self.dtype)
+        return empty_caches(self.config, self.stack, batch, length, self.dtype)
 
 
 class BidirectionalTransformer(_Transformer):
@@ -118,7 +118,7 @@ class CausalGRU(_Sequence):
 
     def empty_caches(self, batch: int, length: int = 0):
         """The initial state of every layer. `length` is unused, because a state does not grow."""
-        return jnp.zeros((self.stack.num_units, batch, self.width), jnp.float32)
+        return [jnp.zeros((part.stop - part.start, batch, self.width), jnp.float32) for part in self.stack.plan]
 
     def _context(self, positions, segments):
         return positions

@@ -83,8 +83,21 @@ class Stack(nnx.Module):
         )
         self.plan = plan
 
+    def cut_into_units(self) -> None:
+        """Cut every segment into units that are unrolled, for decoding, whose weights and caches a scan would copy for
+        each token. The units' arrays are copies of the segments'."""
+        take = jax.jit(lambda tree, i: jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), tree))
+        modules = []
+        for segment, module in self._parts():
+            graph, state = nnx.split(module)
+            whole = nnx.to_pure_dict(state)
+            modules += [_merge(graph, state, take(whole, i)) for i in range(segment.stop - segment.start)]
+        self.segments = nnx.List(modules)
+        self.plan = tuple(Segment(i, i + 1, unroll=True) for i in range(self.num_units))
+
     def __call__(self, x, context, keys=None, caches=None):
-        """Run x through all units. `keys`: key[B] or None. `caches`: pytree with a leading units axis, or None.
+        """Run x through all units. `keys`: key[B] or None. `caches`: one pytree for each segment, with a leading axis
+        for its units, or None.
 
         Returns (x, caches, sums). `sums`: the units' reports, added over all units, with gradients; {} if there are
         none. UserError for sums that are not float32.
@@ -93,14 +106,12 @@ class Stack(nnx.Module):
         if calls is not None and caches is None:
             calls.append((self, x, context, keys))
         outs, reports = [], []
-        for segment, module in self._parts():
-            part = jax.tree.map(lambda a, s=segment: a[s.start : s.stop], caches)
+        for number, (segment, module) in enumerate(self._parts()):
+            part = None if caches is None else caches[number]
             x, (out, report) = _run(segment, module, x, context, keys, part, self._is_quantized(segment))
             outs.append(out)
             reports.append(report)
-        if caches is not None:
-            caches = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
-        return x, caches, _added(reports)
+        return x, None if caches is None else outs, _added(reports)
 
     def outputs(self, x, context, keys=None):
         """Run x through the units one by one, and yield the absolute index and the output of each."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from aurora_train.compat import is_unreadable
 from aurora_train.errors import UserError
+from aurora_train.machine.memory import give_back_freed
 from aurora_train.plan import account, offload, unreadable
 from aurora_train.plan.estimate import Estimate
 from aurora_train.plan.plan import Plan
@@ -98,6 +99,7 @@ class Planner:
                 self.progress(self.compiles - 1, COMPILES, f"compiling a plan for {self.machine}")
             paused = time.thread_time()
             self.compiled[key] = compiled_bytes(self.program.compile(plan)).peak
+            give_back_freed()  # or else the compiler's leftovers of every plan are part of the run's memory
             self.cpu_seconds -= time.thread_time() - paused
         return self.compiled[key]
 

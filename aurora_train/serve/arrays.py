@@ -49,13 +49,17 @@ def _array(value: dict, where: str) -> np.ndarray:
     if len(content) != math.prod(shape) * kind.itemsize:
         raise UserError(f"the array has {len(content)} bytes, and its shape {shape} of {dtype} has "
                         f"{math.prod(shape) * kind.itemsize}", where=where)  # fmt: skip
-    return np.frombuffer(content, kind).reshape(shape)
+    try:
+        return np.frombuffer(content, kind).reshape(shape)
+    except (ValueError, OverflowError) as error:  # too many axes, or one that is too long
+        raise UserError(f"no array has the shape {shape}: {error}", where=where) from None
 
 
 def encoded(value: Any, as_base64: bool, where: str = "answer") -> Any:
     """JSON of a value that may hold arrays, in the form asked for.
 
-    Raises UserError for NaN and infinities, which no receiver could act on, and for what is no JSON.
+    Raises UserError for NaN and infinities, which no receiver could act on, and for an array of another type than
+    `DTYPES`; bfloat16 and float16 become float32.
     """
     if isinstance(value, dict):
         return {str(key): encoded(item, as_base64, f"{where}.{key}") for key, item in value.items()}
@@ -63,12 +67,17 @@ def encoded(value: Any, as_base64: bool, where: str = "answer") -> Any:
         return [encoded(item, as_base64, f"{where}[{number}]") for number, item in enumerate(value)]
     if hasattr(value, "tolist"):
         array = np.asarray(value)
+        if array.dtype.name in ("bfloat16", "float16"):
+            array = array.astype(np.float32)
+        if array.dtype.kind == "U":
+            return array.tolist()
+        if array.dtype.name not in DTYPES:
+            raise UserError(f"an array of {array.dtype.name} cannot be sent", where=where,
+                            hint=f"one of {', '.join(DTYPES)}")  # fmt: skip
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError("the model's answer is not finite", where=where)
         if not as_base64 or array.ndim == 0:
             return array.tolist()
-        if array.dtype.name not in DTYPES:
-            array = array.astype(np.float32)
         content = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
         return {"dtype": array.dtype.name, "shape": list(array.shape), "base64": base64.b64encode(content).decode()}
     if isinstance(value, float) and not math.isfinite(value):

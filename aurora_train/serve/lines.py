@@ -36,6 +36,7 @@ log = logging.getLogger("aurora_train")
 Respond = Callable[[dict], dict]
 LONGEST_BYTES = 64 << 20  # of a request
 _TOKEN_BYTES, _TOKEN_SECONDS = 4096, 10
+_SILENT_SECONDS = 60  # after which the system asks whether a client is still there
 _CLIENTS = 64  # at the same time
 # A web page can make a browser send this to a port of its machine, with lines of its own to follow.
 _HTTP = re.compile(rb"[A-Z]+ \S+ HTTP/")
@@ -98,26 +99,35 @@ class _Handler(socketserver.StreamRequestHandler):
         super().setup()
         if self.connection.family != socket.AF_UNIX:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            # A robot that lost its power gives its place back after some minutes, rather than never.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_SECONDS)
 
     def handle(self):
-        owner: _Owner = self.server.owner
-        if not owner.places.acquire(blocking=False):
-            return self._send({"error": f"this server has {_CLIENTS} clients already"})
-        try:
-            with contextlib.suppress(ConnectionError, TimeoutError):
+        with contextlib.suppress(OSError):  # the client is gone
+            owner: _Owner = self.server.owner
+            if not owner.places.acquire(blocking=False):
+                return self._send({"error": f"this server has {_CLIENTS} clients already"})
+            try:
                 if owner.token is None or self._is_trusted(owner.token):
                     self._converse(owner)
-        finally:
-            owner.places.release()
+            finally:
+                owner.places.release()
+        return None
 
     def _is_trusted(self, token: str) -> bool:
-        self.connection.settimeout(_TOKEN_SECONDS)
+        # Of the whole line: a stranger who sends a byte now and then must not hold a place.
+        late = threading.Timer(_TOKEN_SECONDS, self.connection.shutdown, (socket.SHUT_RD,))
+        late.daemon = True
+        late.start()
         try:
             given = json.loads(self.rfile.readline(_TOKEN_BYTES))["token"]
             good = hmac.compare_digest(str(given).encode(), token.encode())
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             good = False
-        self.connection.settimeout(None)
+        finally:
+            late.cancel()
         self._send({"accepted": True} if good else {"error": 'the first line has to be {"token": "..."}'})
         return good
 
@@ -138,13 +148,15 @@ class _Handler(socketserver.StreamRequestHandler):
         """Answer one line. Returns the function that answers the client's next one."""
         known: dict[str, Any] = {}
         try:
-            request, as_base64 = _request(line)
-            known = {"id": request.pop("id")} if "id" in request else {}
+            request = _request(line)
+            known = _id(request)
+            request, as_base64 = _decoded(request)
             reset = _reset(request)
             with owner.answering:
                 respond = owner.connect() if respond is None or reset else respond
                 answer = {"reset": True} if reset and not request else respond(request)
             text = _line(known | encoded(answer, as_base64))
+            warnings = [str(warning) for warning in answer.get("warnings", ())]
         except UserError as fault:
             owner.latencies.refused_one()
             self._send(known | {"error": str(fault)})
@@ -155,7 +167,7 @@ class _Handler(socketserver.StreamRequestHandler):
             self._send(known | {"error": f"the server failed: {type(error).__name__}: {error}"})
             return respond
         owner.latencies.answered(time.perf_counter() - began)
-        for warning in answer.get("warnings", ()):
+        for warning in warnings:
             if owner.latencies.warned(warning.split(":")[0]):  # the first of its kind
                 log.warning("%s", warning)
         self.wfile.write(text)
@@ -165,15 +177,37 @@ class _Handler(socketserver.StreamRequestHandler):
         self.wfile.write(_line(answer))
 
 
-def _request(line: bytes) -> tuple[dict, bool]:
-    """(the request, whether it has encoded arrays). UserError if it is not a JSON object."""
+def _request(line: bytes) -> dict:
+    """The request as it was sent. UserError if it is not a JSON object."""
     try:
         found = json.loads(line)
-        if not isinstance(found, dict):
-            raise UserError("a request is a JSON object", why=f"this is a {type(found).__name__}")
-        return decoded(found)
     except (ValueError, RecursionError) as error:
         raise UserError(f"a request is one line of JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError("a request is a JSON object", why=f"this is a {type(found).__name__}")
+    return found
+
+
+def _id(request: dict) -> dict:
+    """{"id": what was sent}, taken out of the request; {} if it has none. UserError if it could not be given back."""
+    if "id" not in request:
+        return {}
+    known = {"id": request.pop("id")}
+    try:
+        json.dumps(known, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise UserError("`id` has a number that is not finite, or is nested too deeply", where="request.id",
+                        hint="a text or a whole number") from None  # fmt: skip
+    return known
+
+
+def _decoded(request: dict) -> tuple[dict, bool]:
+    """(the request with its encoded arrays as numpy arrays, whether there was any)."""
+    try:
+        parts = {name: decoded(value, f"request.{name}") for name, value in request.items()}
+    except RecursionError:
+        raise UserError("a request is one line of JSON, and this one is nested too deeply") from None
+    return {name: value for name, (value, _) in parts.items()}, any(found for _, found in parts.values())
 
 
 def _reset(request: dict) -> bool:

@@ -40,6 +40,7 @@ _CORE = (
 )  # fmt: skip
 _EXTRAS = {  # extra -> (modules, any one of which suffices; its purpose)
     "neural": (("h5py",), "neural recordings (NWB, HDF5)"),
+    "driving": (("libsumo",), "traffic from SUMO: scenes, and cars that react"),
     "robot": (("metaworld",), "robot policies: simulated arms (Meta-World, MuJoCo) and video"),
     "vision": (("sklearn",), "the handwritten digits of scikit-learn"),
     "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an absent NVIDIA GPU"),

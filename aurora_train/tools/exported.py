@@ -20,8 +20,9 @@ import numpy as np
 
 from aurora_train import facts as kept_facts
 from aurora_train.check import limits
+from aurora_train.check.blame import recipe_code
 from aurora_train.checkpoint import layout
-from aurora_train.config import load_resolved
+from aurora_train.config import dump_without_folders, load_resolved
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_json
 from aurora_train.interop.export import CARD, lineage_lines
@@ -35,16 +36,13 @@ from aurora_train.train.session import recipe_of
 from aurora_train.train.starting import read_whole
 from aurora_train.units import decimal
 
-WEIGHTS, PROBE = "weights.safetensors", "probe.safetensors"
+PROBE = "probe.safetensors"
 EXAMPLES = 16  # of the batch that is compared
-BOUND = 1e-3  # relative difference of predictions that another machine may make; relative to the largest of an array
-_KEPT = ("config.yaml", "scores.json", "facts", "code")  # what is copied as it is
+# Difference of predictions that another machine may make, relative to the largest of an array. Arrays of which nothing
+# is larger than TINY are compared as if something were.
+BOUND, TINY = 1e-3, 1e-6
+_KEPT = ("scores.json", "facts", "code")  # what is copied as it is
 _CHANGING = ("events.jsonl", CARD, PROOF, "provenance.json")  # what is not part of the proof
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether a folder is an export of this kind."""
-    return (folder / WEIGHTS).is_file() and (folder / "config.yaml").is_file()
 
 
 def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
@@ -59,7 +57,7 @@ def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
 def write(trained, folder: Path, format: str) -> dict[str, Any]:
     """Write a loaded run into an empty folder, without its proof. Returns the compared batch and the run's predictions,
     by name."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     run, recipe = Run(trained.run), trained.recipe
     for name in _KEPT:
@@ -68,15 +66,19 @@ def write(trained, folder: Path, format: str) -> dict[str, Any]:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copyfile(source, folder / name)
-    save_file(_flat(trained.state), folder / WEIGHTS, {"format": "np"})
-    batch = recipe.probe(EXAMPLES)
+    (folder / "config.yaml").write_text(dump_without_folders(trained.config), encoding="utf-8")
+    # Not `save_file`, whose files only their owner can read.
+    made = Run(folder)
+    made.weights.write_bytes(save(_flat(trained.state), {"format": "np"}))
+    with recipe_code(recipe, "probe"):
+        batch = recipe.probe(EXAMPLES)
     compared = _named("input", batch) | _named("output", trained.predict(batch))
-    save_file(compared, folder / PROBE, {"format": "np"})
+    (folder / PROBE).write_bytes(save(compared, {"format": "np"}))
     known = trained.provenance
     write_json(folder / "provenance.json", {
         "format": format, "step": trained.step, "origin": _origin(trained),
         "recipe": known.get("recipe", {}), "code_sha256": known.get("code_sha256"), "versions": known.get("versions"),
-        "facts_sha256": kept_facts.sha256(recipe.known), "weights_sha256": _sha256(folder / WEIGHTS),
+        "facts_sha256": kept_facts.sha256(recipe.known), "weights_sha256": _sha256(made.weights),
         "limits_overridden": known.get("limits_overridden", []),
     })  # fmt: skip
     return compared
@@ -87,8 +89,8 @@ def read(config, run: Run, step: int | None, progress):
     known = read_json(run.provenance) or {}
     if step not in (None, known.get("step")):
         raise UserError(f"this export is of step {known.get('step')}", where="--step", hint="leave --step out")
-    if _sha256(run.folder / WEIGHTS) != known.get("weights_sha256"):
-        raise UserError("these weights are not those that were exported", where=str(run.folder / WEIGHTS),
+    if _sha256(run.weights) != known.get("weights_sha256"):
+        raise UserError("these weights are not those that were exported", where=str(run.weights),
                         hint="export the run again, or restore the file from a copy")  # fmt: skip
     recipe = recipe_of(config, run, progress)
     if kept_facts.sha256(recipe.known) != known.get("facts_sha256"):
@@ -96,11 +98,11 @@ def read(config, run: Run, step: int | None, progress):
                         hint="export the run again, or restore the folder from a copy")  # fmt: skip
     blueprint, mesh = read_whole(config, recipe)
     tree, places = _tree(blueprint.state), _tree(blueprint.shardings)
-    tensors = tensors_of_file(run.folder / WEIGHTS)
+    tensors = tensors_of_file(run.weights)
     wanted = {name: jax.ShapeDtypeStruct(spec.shape, tensors[name].dtype if name in tensors else spec.dtype)
               for name, spec in layout.abstract(tree, places).items()}  # fmt: skip
     stored = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in tensors.items()}
-    layout.refuse_difference(stored, wanted, where=str(run.folder / WEIGHTS))
+    layout.refuse_difference(stored, wanted, where=str(run.weights))
     # In the dtypes of the file: those of a moving average are wider than a model's own.
     tree = jax.tree.unflatten(jax.tree.structure(tree), [
         jax.ShapeDtypeStruct(leaf.shape, tensors[names[0]].dtype) for names, _, leaf in layout.entries(tree)
@@ -116,6 +118,9 @@ def prove(compared: dict[str, np.ndarray], predict: Callable[[dict], Any], folde
     UserError unless they are equal to the bit.
     """
     found = _predicted(compared, predict)
+    if not found or found.keys() != _outputs(compared).keys():
+        raise UserError("read back, the export predicts nothing that can be compared", where=str(folder),
+                        hint="`predict` has to return an array, or arrays by name")  # fmt: skip
     for name, array in found.items():
         if not same_bits(array, compared[name]):
             raise UserError(f"read back, the export predicts another `{name}`", where=str(folder),
@@ -137,24 +142,36 @@ def repeat(folder: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
     faults += [f"{name} was added after the proof" for name in now if name not in proof["files"]]
     try:
         compared = {name: tensor.whole() for name, tensor in tensors_of_file(folder / PROBE).items()}
-        for name, array in _predicted(compared, load(folder).predict).items():
-            largest = float(np.abs(np.asarray(array, np.float64) - compared[name]).max())
-            if not largest <= BOUND * max(float(np.abs(compared[name]).max()), 1.0):
-                faults.append(f"the prediction `{name}` differs from the recorded one by up to {largest:.2g}")
+        faults += [] if faults else differences(compared, _predicted(compared, load(folder).predict))
     except UserError as fault:
         faults.append(str(fault))
     return {"faults": faults, "proof": proof}
+
+
+def differences(compared: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> list[str]:
+    """A line for each prediction that is not the recorded one."""
+    lines = []
+    for name, recorded in _outputs(compared).items():
+        if name not in found or found[name].shape != recorded.shape:
+            lines.append(f"the prediction `{name}` is missing or has another shape")
+            continue
+        recorded = np.asarray(recorded, np.float64)
+        largest = float(np.abs(found[name] - recorded).max(initial=0.0))
+        if not largest <= BOUND * max(float(np.abs(recorded).max(initial=0.0)), TINY):
+            lines.append(f"the prediction `{name}` differs from the recorded one by up to {largest:.2g}")
+    return lines
 
 
 def write_card(trained, folder: Path, proof: dict[str, Any]) -> None:
     """README.md: what the model is, how it scored, where it comes from, and what was proved."""
     origin, scores = _origin(trained), read_json(Run(trained.run).scores) or {}
     count = sum(int(np.prod(array.shape)) for array in jax.tree.leaves(trained.state.params))
-    numbers = scores.get("score", {}) | {name: one for name, one in scores.get("baselines", {}).items()}
+    own = limits.scored(Run(trained.run), trained.step)  # a score of another step says nothing of these weights
+    numbers = own | scores.get("baselines", {}) if own else {}
     rows = [f"| {name} | {decimal(float(one))} |" for name, one in numbers.items() if isinstance(one, int | float)]
     overridden = [f"- {line} ({one['by']}, {one['time']}: {one['reason']})"
                   for one in trained.provenance.get("limits_overridden", []) for line in one["exceeded"]]  # fmt: skip
-    exceeded = [f"- {line}" for line in limits.exceeded(trained.recipe, scores.get("score", {}))]
+    exceeded = [f"- {line}" for line in limits.exceeded(trained.recipe, own)]
     lines = [
         "---", "library_name: aurora_train", "---", "", f"# {origin['run']}", "",
         f"A {proof['format']} of {count:,} trained parameters, exported from step {origin['step']} of the run "
@@ -202,6 +219,10 @@ def _named(place: str, tree) -> dict[str, np.ndarray]:
 def _predicted(compared: dict[str, np.ndarray], predict: Callable[[dict], Any]) -> dict[str, np.ndarray]:
     batch = {name.removeprefix("input."): one for name, one in compared.items() if name.startswith("input.")}
     return _named("output", predict(batch))
+
+
+def _outputs(compared: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: one for name, one in compared.items() if not name.startswith("input.")}
 
 
 def _sha256(path: Path) -> str:

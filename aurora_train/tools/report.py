@@ -171,7 +171,7 @@ def _plots(plots, workdir: Path) -> str:
     for index, plot in enumerate(plots):
         title = f"<h3>{escape(plot.get('title', ''))}</h3>"
         if "file" in plot:
-            drawn.append(f"<figure>{title}{picture(workdir / plot['file'], plot.get('title', ''))}</figure>")
+            drawn.append(f"<figure>{title}{picture(workdir / Path(plot['file']).name, plot.get('title', ''))}</figure>")
             continue
         lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
         labels = {"ylabel": plot.get("y_label", ""), "xlabel": plot.get("x_label", "")}

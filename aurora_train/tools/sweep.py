@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from aurora_train.check.limits import EXCEEDED
 from aurora_train.config import config_hash, load
 from aurora_train.errors import UserError
 from aurora_train.record.console import plain_console, table_of
@@ -189,7 +190,8 @@ class Sweep:
             return Result(member, self._row(member), "not continued" if run.has_begun() else "not started")
         status, words = self._train(member)
         row = self._row(member)
-        return Result(member, row, "" if status == 0 else _reason(status, words, row))
+        # A run that exceeds a limit is finished and scored: another sweep would find it so.
+        return Result(member, row, "" if status in (0, EXCEEDED) else _reason(status, words, row))
 
     def _await(self, run: Run) -> None:
         """Wait while another process trains the run: another sweep, or what a killed sweep has left running."""

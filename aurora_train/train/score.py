@@ -121,6 +121,9 @@ def score_loaded(trained, progress, *, on: str | None = None, baselines: bool | 
     if on is None and not is_run:
         raise UserError(f"{trained.run.name} is an open model, and has no test data of its own", where="--on",
                         hint="--on FILE scores it on a text, or on a folder of texts")  # fmt: skip
+    if on is None and run.is_export():
+        raise UserError(f"{trained.run.name} is an export, and the data of its score is not part of it", where="RUN",
+                        hint="score the run that it was made of")  # fmt: skip
     if on is None and "data" not in (files.read_json(run.provenance) or {"data": None}):
         raise UserError(f"{trained.run.name} was imported and not trained, so it has no test data", where="--on",
                         hint="--on FILE scores it on a text, or on a folder of texts")  # fmt: skip

@@ -164,9 +164,10 @@ class Driver(nnx.Module):
     def empty(self, agents: Agents, length: int) -> Memory:
         """A memory for `length` anchors."""
         shape = (*agents.kinds.shape, length)
-        cache = jnp.zeros((self.stack.num_units, *shape, self.heads, self.head.shape[0] // self.heads), self.dtype)
+        one = (*shape, self.heads, self.head.shape[0] // self.heads)
+        caches = [jnp.zeros((part.stop - part.start, *one), self.dtype) for part in self.stack.plan]
         poses = jnp.zeros((*shape, 3))
-        return Memory((cache, cache), poses, poses, jnp.zeros(shape, bool))
+        return Memory([(cache, cache) for cache in caches], poses, poses, jnp.zeros(shape, bool))
 
     def extend(self, agents: Agents, seen: Seen, memory: Memory, start):
         """T more anchors, of which the first is number `start`. Returns (scores, memory)."""

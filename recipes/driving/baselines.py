@@ -136,7 +136,7 @@ def _pedal(driver: _Driver, sizes: np.ndarray, here: np.ndarray, velocity: np.nd
     desired = float(ahead[0, 3]) if len(ahead) else 0.1
     gap, closing = np.inf, 0.0
     if len(ahead):
-        near = np.isfinite(here[:, 0])
+        near = np.hypot(*(here - ahead[0, :2]).T) < LEADER_POINTS + 2  # absent agents are nan, and not near
         near[driver.agent] = False
         others = np.flatnonzero(near)
         apart = np.hypot(ahead[:, 0] - here[others, 0, None], ahead[:, 1] - here[others, 1, None])
@@ -158,6 +158,11 @@ def _pedal(driver: _Driver, sizes: np.ndarray, here: np.ndarray, velocity: np.nd
     return wanted
 
 
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean over 4.5 m, ends kept: at the corners of lanes of few points no car could turn as fast."""
+    return np.convolve(np.pad(values, 4, mode="reflect", reflect_type="odd"), np.full(9, 1 / 9), "valid")
+
+
 class _Routes:
     """The lanes of a scene as ways ahead."""
 
@@ -175,7 +180,7 @@ class _Routes:
         xy, _ = resample(line, SPACING_M)
         along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
         limit = np.interp(np.arange(len(xy)) * SPACING_M, along, limits)
-        turn = headings(xy)
+        turn = _smooth(headings(xy))
         return _Driver(agent, np.column_stack([xy, turn, speeds(turn, limit)]), aside, stops, speed)
 
     def _way(self, here: np.ndarray, direction: np.ndarray, usual: float):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from driving import car_following, roads, sumo_scenes
+from driving import car_following, roads, sumo_process, sumo_scenes
 from driving.scene_store import SPLITS, SceneStore, scene_store
 from driving.scenes import Scene
 
@@ -22,7 +22,7 @@ def generated_scenes(
     `simulator` is CAR_FOLLOWING or SUMO, which needs the extra `driving` (MissingExtra).
     """
     if simulator == SUMO:
-        simulate, of = sumo_scenes.simulations, {"version": sumo_scenes.sumo_version(), "format": sumo_scenes.FORMAT}
+        simulate, of = sumo_process.simulations, {"version": sumo_scenes.sumo_version(), "format": sumo_scenes.FORMAT}
         source = f"simulated by SUMO {of['version']}"
     else:
         simulate, of = car_following.simulations, {"formats": [roads.FORMAT, car_following.FORMAT]}

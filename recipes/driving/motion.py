@@ -14,7 +14,7 @@ import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe
-from driving.settings import SIMULATED, Config
+from driving.settings import SIMULATED, SUMO, Config
 
 
 class Motion(Recipe):
@@ -43,18 +43,19 @@ class Motion(Recipe):
 
     def _open(self, progress):
         data, folder = self.config.data, self.cache / "data"
-        if data.source != SIMULATED:
+        if data.source not in (SIMULATED, SUMO):
             from driving.recorded import recorded_scenes
 
             # On other data everything is the test.
             store = recorded_scenes(folder, Path(data.source), 1.0 if self.is_test_alone else data.held_out, progress)
             wanted = ("test",) if self.is_test_alone else ("train", "test")
             return _with_scenes(store, wanted, data.source)
-        from driving.generated import generated_scenes
+        from driving import generated
 
         maps = {"train": data.simulated_maps, "validation": max(data.simulated_held_out // 3, 1),
                 "test": data.simulated_held_out}  # fmt: skip
-        return generated_scenes(folder, maps, data.simulated_scenes, data.simulated_seed, progress)
+        simulator = generated.SUMO if data.source == SUMO else generated.CAR_FOLLOWING
+        return generated.generated_scenes(folder, maps, data.simulated_scenes, data.simulated_seed, progress, simulator)
 
     def on(self, path: str):
         """The same model on all scenarios of another Argoverse 2 folder."""

@@ -40,6 +40,12 @@ def scored(predict, source: Moves, config, key, num_films: int, workdir: Path, p
         f"agent is the ego car. Of {config.samples} forecasts a scene, the medoid is the first mode.",
         "In closed loop the ego car is a bicycle that follows the model's tokens, decided anew each 0.5 s.",
     ]
+    if config.sumo_maps:
+        from driving.sumo_scores import TITLE, reactive
+
+        among_sumo = reactive(predict, source, config, key, progress)
+        tables.append(_table(TITLE, among_sumo))
+        errors["the model"] |= {f"sumo_{name}": value for name, value in among_sumo["the model"].items()}
     driven_numbers = {f"driven_{name}": value for name, value in rates[OTHERS_REPLAY].items()}
     remarks = few(len(scenes), "scene", "raise rollout.scenes, or hold out more")
     shown = {"tables": tables, "notes": notes, "remarks": remarks, "plots": films(scenes, made, num_films, workdir)}

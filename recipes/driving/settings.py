@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aurora_train.config import Section, setting
 
-SIMULATED = "simulated"
+SIMULATED, SUMO = "simulated", "sumo"
 
 
 class ModelConfig(Section):
@@ -20,8 +20,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The scenes, and how much of each is seen."""
 
-    source: str = setting(SIMULATED, resume="located", path_unless=(SIMULATED,),
-                          help="simulated, or a folder of Argoverse 2 scenarios")  # fmt: skip
+    source: str = setting(SIMULATED, resume="located", path_unless=(SIMULATED, SUMO),
+                          help="simulated, sumo, or a folder of Argoverse 2 scenarios")  # fmt: skip
     agents: int = setting(12, ge=1, help="agents of a scene that are seen, the nearest to the focal agent")
     pieces: int = setting(32, ge=1, help="pieces of lanes that are seen, likewise")
     piece_m: float = setting(120.0, gt=1, help="metres; longer lanes are cut into pieces")
@@ -43,6 +43,7 @@ class RolloutConfig(Section):
     top_p: float = setting(0.95, gt=0, le=1, resume="free", help="share of the likeliest templates that are drawn from")
     batch: int = setting(64, ge=1, resume="free", help="rollouts at once")
     films: int = setting(3, ge=0, resume="free", help="scenes that are shown in the report, collisions first")
+    sumo_maps: int = setting(0, ge=0, resume="free", help="maps of SUMO to drive on among cars that react; 0 = none")
 
 
 class LimitsConfig(Section):

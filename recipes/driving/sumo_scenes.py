@@ -2,21 +2,17 @@
 
 A map is a grid of one to three junctions that SUMO's own netgenerate draws by a seed; SUMO drives. Three conventions
 differ from a scene's: a position is that of the front bumper, an angle is in degrees clockwise from north, and cars
-change lanes in no time, which `--lanechange.duration` changes. One simulation has a process of its own, because a
-second one in the same process silently replaces the first.
+change lanes in no time, which `--lanechange.duration` changes. A second simulation in one process silently replaces the
+first, so `sumo_process` gives each a process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -44,22 +40,8 @@ def sumo_version() -> str:
     raise MissingExtra("eclipse-sumo", "driving", "scenes from SUMO")
 
 
-def simulate(map_seed: int, scenes: int, seed: int = 0) -> list[Scene]:
-    """`scenes` of 11 s, one after the other, on the map with this seed, simulated in another process."""
-    return next(iter(simulations([map_seed], scenes, seed)))
-
-
-def simulations(map_seeds: list[int], scenes: int, seed: int) -> Iterator[list[Scene]]:
-    """The same for each of several maps in turn."""
-    sumo_version()
-    context = get_context("spawn")  # a fork would carry the threads of jax along
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for number in map_seeds:
-            yield pool.submit(_simulate, number, scenes, seed).result()
-
-
-def _simulate(map_seed: int, scenes: int, seed: int) -> list[Scene]:
-    """In a process of its own: drive and record."""
+def simulate_here(map_seed: int, scenes: int, seed: int) -> list[Scene]:
+    """`scenes` of 11 s, one after the other, on the map with this seed; this process's only simulation."""
     rng = np.random.default_rng([0x5030, FORMAT, map_seed, seed])
     with running(map_seed, seed, scenes * STEPS * STEP_S, rng) as (libsumo, road):
         return [_record(libsumo, road, f"{road.map_id}-{seed}-{number}", rng) for number in range(scenes)]
@@ -71,9 +53,8 @@ def running(map_seed: int, seed: int, seconds: float, rng):
 
     It is this process's only one. Cars that touch drive on: by default SUMO would lift one of them out of the world.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # of remarks on the version of pyarrow, which is not used here
-        import libsumo
-        import sumo
+    import libsumo
+    import sumo
 
     with tempfile.TemporaryDirectory() as folder:
         net = _draw_map(Path(sumo.SUMO_HOME), Path(folder), map_seed)

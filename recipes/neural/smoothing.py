@@ -66,6 +66,14 @@ def smooth(values: np.ndarray, offsets: np.ndarray, deviation_bins: float) -> np
     return out
 
 
+def gaussian_weights(length: int, deviation_bins: float) -> tuple[np.ndarray, float]:
+    """Weights float32[T, T] of a Gaussian about each bin; the factor that gives a mean of white noise variance 1."""
+    bins = np.arange(length)
+    weights = np.exp(-0.5 * ((bins[:, None] - bins) / deviation_bins) ** 2)
+    middle = weights[length // 2]
+    return weights.astype(np.float32), float(middle.sum() / np.sqrt((middle**2).sum()))
+
+
 def poisson_regression(design, counts, penalty: float, start=None, iterations: int = 50) -> np.ndarray:
     """Weights [F, O] of a log-linear Poisson model for each column of `counts` [N, O], by Newton's method.
 

@@ -31,11 +31,13 @@ class Answers:
 
     def __init__(self, facts: dict, predict: Callable[[dict], Any], execute: int, bound, key):
         self._facts, self._predict, self._execute, self._bound, self._key = facts, predict, execute, bound, key
-        self._asked = 0
         cameras = [CAMERA + name for name in facts["cameras"]]
         of = dict(zip([*facts["state"], *cameras], [*facts["state"], *facts["cameras"]], strict=True))
         self._shapes = {feature: tuple(facts["shapes"][name]) for feature, name in of.items()}
         self._asked = 0
+
+    def compile(self) -> None:
+        """Ask the policy once, so that no client waits for its compilation."""
         self._act({feature: np.zeros(shape, _dtype(feature)) for feature, shape in self._shapes.items()}, 0)
         self._asked = 0
 
@@ -68,7 +70,7 @@ class Answers:
         tasks, task = self._facts["tasks"], request.get("task")
         if task is None and len(tasks) == 1:
             return 0
-        if task not in tasks:
+        if not isinstance(task, str) or task not in tasks:
             what = "there is no `task`" if task is None else f"the policy does not know the task {task!r}"
             raise UserError(what, where="observation", why=self.expected(), hint=nearest(task, tasks))
         return tasks.index(task)

@@ -39,14 +39,16 @@ def read(
     `resize` with BOX). A reading that was killed continues after the last whole episode. Raises UserError with the
     file, and the episode or row, for every fault of the dataset.
     """
-    meta = read_meta(folder)
+    meta, features = read_meta(folder), list(dict.fromkeys(features))
     _check_wanted(meta, features)
     cameras = [name for name in features if meta.features[name].is_camera]
     files = sorted({INFO, TASKS, *meta.data, *_tables(meta), *_films(meta, cameras)})
     count = _count(meta, episodes)
-    progress(0, len(files), "hashing the dataset")
-    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "edge": edge, "files": {
-        file: sha256(meta.folder / file) for file in files}}  # fmt: skip
+    hashes = {}
+    for number, file in enumerate(files):
+        progress(number, len(files), "hashing the dataset")
+        hashes[file] = sha256(meta.folder / file)
+    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "edge": edge, "files": hashes}
     key = key_of(decisive)
     names = {name: meta.features[name].names for name in features if meta.features[name].names}
     source = {
@@ -205,6 +207,7 @@ class _Pictures:
     def __init__(self, meta: Meta, edge: int | None):
         self.meta, self.edge = meta, edge
         self._open: dict[str, tuple[str, Video]] = {}  # camera -> its current file
+        self._columns: dict[str, tuple] = {}  # camera -> its current file and what is embedded there
         self._first = {e: k for _, episodes in _by_file(meta) for k, e in enumerate(episodes)}
 
     def take(self, camera: str, e: int) -> np.ndarray:
@@ -229,25 +232,28 @@ class _Pictures:
         return np.asarray(Image.fromarray(image).resize((self.edge, self.edge), Image.Resampling.BOX))
 
     def _embedded(self, camera: str, e: int) -> np.ndarray:
-        import pyarrow.parquet as pq
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         meta, file = self.meta, self.meta.data[e]
         shape = meta.features[camera].shape
         images = []
         before = int(meta.lengths[e - self._first[e] : e].sum())
-        column = pq.read_table(meta.folder / file, columns=[camera], memory_map=True)[camera]
+        if self._columns.get(camera, ("",))[0] != file:  # once for all of its episodes
+            self._columns[camera] = file, read_table(meta.folder, file, [camera])[camera]
+        column = self._columns[camera][1]
         for frame, cell in enumerate(column.slice(before, int(meta.lengths[e])).to_pylist()):
             at = f"row {before + frame} (episode {e}, frame {frame})"
             content = cell.get("bytes") if isinstance(cell, dict) else None
             if content is None:
                 raise fault(meta.folder, file, f"{at}: `{camera}` has no embedded image")
             try:
-                image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
+                image = Image.open(io.BytesIO(content))
+                found = (image.height, image.width, 3)  # before its pixels, which may be many, are decoded
+                pixels = np.asarray(image.convert("RGB")) if found == shape else None
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise fault(meta.folder, file, f"{at}: `{camera}` is not an image: {error}") from None
-            if image.shape != shape:
-                raise fault(meta.folder, file, f"{at}: `{camera}` has the shape {list(image.shape)}, "
+            if pixels is None:
+                raise fault(meta.folder, file, f"{at}: `{camera}` has the shape {list(found)}, "
                             f"info.json says {list(shape)}")  # fmt: skip
-            images.append(self._fit(image))
+            images.append(self._fit(pixels))
         return np.stack(images)

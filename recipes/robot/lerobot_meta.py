@@ -120,7 +120,7 @@ def _read_info(folder: Path) -> dict:
             continue
         try:
             shown = [str(pattern).format(chunk_index=0, file_index=n, video_key=n) for n in (1, 2)]
-        except (KeyError, ValueError, IndexError):
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError):
             shown = [""]
         if not isinstance(pattern, str) or len(set(shown)) < 2 or ".." in pattern or pattern.startswith("/"):
             raise fault(folder, INFO, f"`{key}` is {pattern!r}", why=f"it needs fields for {' and '.join(needs)}",
@@ -141,6 +141,8 @@ def _features(folder: Path, info: dict) -> dict[str, Feature]:
         raise fault(folder, INFO, "`features` is missing or empty", why="it describes the columns of the data")
     found = {}
     for name, one in given.items():
+        if "/" in name:  # files are named by features, here and there, and this one could lie in any folder
+            raise fault(folder, INFO, f"the feature `{name}` has a slash in its name", why="LeRobot allows none")
         try:
             names, shape = one.get("names"), tuple(int(size) for size in one["shape"])
             dtype = str(one["dtype"])
@@ -196,7 +198,10 @@ def _read_tasks(folder: Path) -> tuple[str, ...]:
     """The instructions. The library writes them as the index of a pandas table, which Arrow shows as a column."""
     table = read_table(folder, TASKS, None)
     described = (table.schema.metadata or {}).get(b"pandas")
-    index = [name for name in json.loads(described)["index_columns"] if isinstance(name, str)] if described else []
+    try:
+        index = [name for name in json.loads(described)["index_columns"] if isinstance(name, str)] if described else []
+    except (ValueError, KeyError, TypeError):
+        index = []
     if len(index) != 1 or index[0] not in table.column_names:
         raise fault(folder, TASKS, "the instructions are not the index of this table",
                     why="the library would take the number of the row for the instruction",
@@ -229,13 +234,20 @@ def _read_episodes(folder: Path, cameras: list[str]) -> list[tuple[str, dict]]:
     for path in files:
         file = path.relative_to(folder).as_posix()
         for row in read_table(folder, file, columns).to_pylist():
-            empty = next((name for name in columns if row[name] is None), None)
-            if empty or row["episode_index"] != len(rows):
-                found = f"`{empty}` is empty" if empty else f"episode_index is {row['episode_index']}"
-                raise fault(folder, file, f"in the row of episode {len(rows)}, {found}",
-                            why="episodes are numbered from 0, in order, and all is known of each")  # fmt: skip
+            odd = next((name for name in columns if not isinstance(row[name], _kind(name))), None)
+            if odd or row["episode_index"] != len(rows):
+                odd = odd or "episode_index"
+                found = "empty" if row[odd] is None else f"{row[odd]!r:.40}"
+                raise fault(folder, file, f"in the row of episode {len(rows)}, `{odd}` is {found}",
+                            why="episodes are numbered from 0, in order, with whole numbers, times in seconds and a "
+                            "list of instructions")  # fmt: skip
             rows.append((file, row))
     return rows
+
+
+def _kind(column: str) -> type | tuple[type, ...]:
+    """What a column of the table of episodes holds."""
+    return list if column == "tasks" else (int, float) if column.endswith("_timestamp") else int
 
 
 def _lengths(folder: Path, rows: list[tuple[str, dict]]) -> np.ndarray:
@@ -266,7 +278,7 @@ def _place(folder: Path, info: dict, camera: str, found: tuple[str, dict], fps: 
     prefix = f"videos/{camera}/"
     file = _file(folder, info, "video_path", row, prefix, table, video_key=camera)
     first, end = float(row[f"{prefix}from_timestamp"]), float(row[f"{prefix}to_timestamp"])
-    if not first >= 0 or abs(end - first - row["length"] / fps) > 0.5 / fps:
+    if not (first >= 0 and abs(end - first - row["length"] / fps) <= 0.5 / fps):
         raise fault(folder, table, f"episode {row['episode_index']} lies at {first:g} to {end:g} s of {file}",
                     why=f"its {row['length']} frames last {row['length'] / fps:g} s at the {fps:g} frames per second "
                     f"of {INFO}")  # fmt: skip

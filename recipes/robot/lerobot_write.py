@@ -57,6 +57,10 @@ def _check(episodes: Episodes, folder: Path, codec: str) -> None:
         raise UserError("this folder exists", where=str(folder), hint="name a new one")
     if codec not in CODECS:
         raise UserError(f"unknown codec {codec!r}", hint=f"one of: {', '.join(CODECS)}")
+    for name, array in episodes.arrays.items():
+        if array.ndim != (4 if array.dtype == np.uint8 else 2):
+            raise UserError(f"`{name}` is {array.dtype}{list(array.shape)}", why="vectors float32[N, D] and images "
+                            "uint8[N, H, W, 3] are written")  # fmt: skip
     if episodes.fps != round(episodes.fps):
         raise UserError(f"{episodes.fps:g} frames per second are not a whole number", why="LeRobot's `fps` is one")
     for camera in _cameras(episodes):

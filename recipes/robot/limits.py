@@ -45,6 +45,21 @@ _OF = {
 }  # fmt: skip
 
 
+# limit -> whether its number comes from acting in a world, and not from held-out actions
+_FROM_ACTING = {"success_min": True, "jerk_max": True, "action_error_max": False}
+
+
+def refuse_unmeasured(limits: Limits, has_world: bool) -> None:
+    """UserError for a limit whose number the score will never have, so that it would count as exceeded at the end."""
+    for key, is_from_acting in _FROM_ACTING.items():
+        if getattr(limits, key) is not None and is_from_acting != has_world:
+            raise UserError(
+                "the policy is scored by acting in a world, and not by held-out actions" if has_world else
+                "this is measured by acting in a world, and there is none", where=f"limits.{key}",
+                hint="limits.success_min" if has_world else "score.world=NAME, or limits.action_error_max",
+            )  # fmt: skip
+
+
 def exceeded(limits: Limits, scores: dict[str, float]) -> list[str]:
     """A line for each limit that these numbers exceed. A number that is missing, or is none, exceeds its limit."""
     lines = []

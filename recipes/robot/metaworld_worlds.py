@@ -7,6 +7,7 @@ observed once, without the frame before it, which Meta-World appends.
 
 from __future__ import annotations
 
+import atexit
 import ctypes.util
 import functools
 import importlib
@@ -24,7 +25,7 @@ CORNERS = ("corner", "corner2", "corner3", "corner4")  # these hang upside down
 CAMERAS = (*NEAR, *CORNERS, "topview", "behindGripper", "gripperPOV")
 _OBJECT = ("x", "y", "z", "qx", "qy", "qz", "qw")
 _HAND, _OBJECTS, _FRAME = 4, 14, 18  # entries: hand and gripper; places kept for objects; both together
-_REWARD_MAX = 10.0
+_renderers: dict = {}
 
 
 class MetaWorld:
@@ -129,12 +130,19 @@ def _draw_off_screen() -> None:
                 return
 
 
-@functools.lru_cache(maxsize=8)
 def _renderer(task: str, size: int, model):
-    """A renderer of pictures of one size; UserError if this machine cannot draw.
+    """The renderer of a task's pictures of one size; UserError if this machine cannot draw.
 
-    Shadows, reflections and smoothed edges are left out: on a processor they take most of the time.
+    All worlds of the task share it: where things are is not in the model, but in the data that are drawn.
     """
+    if (task, size) not in _renderers:
+        _renderers[task, size] = made = _made_renderer(size, model)
+        atexit.register(made.close)  # later, while Python ends, what closing needs is gone
+    return _renderers[task, size]
+
+
+def _made_renderer(size: int, model):
+    """Shadows, reflections and smoothed edges are left out: on a processor they take most of the time."""
     import mujoco
 
     _draw_off_screen()

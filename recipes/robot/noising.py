@@ -34,7 +34,9 @@ class Denoiser(nnx.Module):
     def losses(self, seen: dict, action, padded, keys=None):
         """(float32[B], metrics): the squared error of each chunk at a time of its own. `action` is scaled.
 
-        Without keys it is the mean over a few fixed times, with the same noise for all examples.
+        Without keys it is the mean over a few fixed times, with the same noise for all examples. Padded actions, which
+        repeat the last one, are part of the noisy chunk, as later actions are when the policy acts; their errors do not
+        count.
         """
         memory = self.trunk.read(seen, keys)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from aurora_train.errors import UserError
 from aurora_train.recipe import Loss, Recipe
+from robot.limits import bound_of, refuse_unmeasured
 from robot.settings import PICTURE, WORLD, Config
 
 RECORDED = 100  # demonstrations of a world, unless the config says how many
@@ -25,6 +26,7 @@ class Policy(Recipe):
     Config = Config
     unit, formats = "chunks", ("policy",)
     _read = None  # the episodes, once they are read
+    _compiled = None  # the `predict` that has been compiled for a server
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -51,14 +53,20 @@ class Policy(Recipe):
                 f"{score.execute} actions of a chunk of {data.chunk} cannot be executed", where="score.execute",
                 hint=f"score.execute={data.chunk} at most, or a longer data.chunk",
             )  # fmt: skip
-        if not data.source.startswith(WORLD) and data.test == 0 and score.world is None and config.evaluate.final:
+        has_world = score.world is not None or data.source.startswith(WORLD)
+        refuse_unmeasured(config.limits, has_world)
+        if has_world:
+            return
+        if data.test == 0 and config.evaluate.final:
             raise UserError(
                 "a dataset without a world needs episodes that are held out, by whose actions it is scored",
                 where="data.test", hint="data.test=0.1, score.world=NAME, or evaluate.final=false",
             )  # fmt: skip
-        if config.limits.success_min is not None and not data.source.startswith(WORLD) and score.world is None:
-            raise UserError("success is counted in a world, and there is none", where="limits.success_min",
-                            hint="score.world=NAME, or limits.action_error_max")  # fmt: skip
+        if data.validation == 0 and config.evaluate.score_every:
+            raise UserError(
+                "the scores while training, which choose checkpoints, need episodes that are held out for them",
+                where="data.validation", hint="data.validation=0.1, score.world=NAME, or evaluate.score_every=null",
+            )  # fmt: skip
 
     # Data and facts
 
@@ -94,6 +102,7 @@ class Policy(Recipe):
         used = used_features(data, episodes.arrays)
         state, cameras = state_features(data, episodes.arrays), list(data.cameras)
         shapes = {name: list(episodes.feature(feature).shape[1:]) for name, feature in used.items()}
+        bound_of(self.config.limits, shapes["action"][-1])  # refuses bounds for other actions, before any training
         numbers = of(episodes, split_of(episodes, data.test, data.validation)["train"], list(used.values()))
         mine = {
             "state": state, "cameras": cameras, "shapes": shapes, "tasks": sorted(set(episodes.tasks)),
@@ -102,6 +111,10 @@ class Policy(Recipe):
             "fps": episodes.fps,
         }  # fmt: skip
         # A run that starts from another keeps the scale of its inputs and outputs, and the instructions it knows.
+        for name in used:
+            if name not in self.inherited.get("scale", used):
+                raise UserError(f"the policy that this run starts from does not know `{name}`", where="data",
+                                hint=f"it knows: {', '.join(self.inherited['scale'])}")  # fmt: skip
         return mine | {name: self.inherited[name] for name in ("scale", "tasks") if name in self.inherited}
 
     def expected_facts(self) -> dict | None:
@@ -217,10 +230,13 @@ class Policy(Recipe):
         """Answers observations with chunks of actions; see `robot.answering`."""
         from aurora_train.random import stream
         from robot.answering import Answers
-        from robot.limits import bound_of
 
         bound = bound_of(self.config.limits, self.known["shapes"]["action"][-1])
-        return Answers(self.known, predict, self.executed, bound, stream(self.config.train.seed, "act"))
+        answers = Answers(self.known, predict, self.executed, bound, stream(self.config.train.seed, "act"))
+        if predict is not self._compiled:  # once, and not at the beginning of every episode
+            answers.compile()
+            self._compiled = predict
+        return answers
 
     def probe(self, examples: int) -> dict:
         from robot.answering import probe

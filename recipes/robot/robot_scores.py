@@ -21,9 +21,7 @@ from robot.limits import of_bound
 from robot.rollouts import Chunked, Expert, Rollout, Uniform, rollouts
 from robot.worlds import World, world
 
-VALIDATION = (
-    1_000_000  # added to the seeds of scores while training: they choose checkpoints, so their goals are others
-)
+VALIDATION = 1_000_000  # added to the seeds of scores while training, which choose checkpoints: other goals
 RANDOM_EPISODES = 10  # of the random policy, which takes all steps of each
 TIMED = 200  # single observations whose answer is timed
 BATCH = 256  # of held-out chunks
@@ -32,7 +30,7 @@ BATCH = 256  # of held-out chunks
 def score(recipe, predict: Callable, split: str, key, workdir: Path, progress: Callable) -> dict:
     """The score of a `policy.Policy`; see `Recipe.score`."""
     if recipe.world is None:
-        return _of_held_out_actions(recipe, predict, progress)
+        return _of_held_out_actions(recipe, predict, split, progress)
     settings = recipe.config.score
     seeds = np.arange(settings.episodes) + settings.seed + (VALIDATION if split == "validation" else 0)
     on, size = _opened(recipe)
@@ -84,9 +82,9 @@ def baselines(recipe, workdir: Path, progress: Callable) -> dict:
         "title": "The world's own expert, and random actions", "columns": ["policy", *columns],
         "rows": [[name, *(one.get(column) for column in columns)] for name, one in numbers.items()],
     }  # fmt: skip
-    few_words = f"Random actions: the first {len(found['random'])} of the seeds."
+    note = f"Random actions: {len(found['random'])} of the episodes, each with all of its steps."
     return {name: {kind: one[kind] for kind in ("success", "return")} for name, one in numbers.items()} | {
-        "tables": [table], "notes": [few_words],
+        "tables": [table], "notes": [note],
     }  # fmt: skip
 
 
@@ -202,16 +200,16 @@ def _shown(done: list[Rollout], on: World, workdir: Path) -> dict:
                                         "rows": rows}]}  # fmt: skip
 
 
-def _of_held_out_actions(recipe, predict: Callable, progress: Callable) -> dict:
+def _of_held_out_actions(recipe, predict: Callable, split: str, progress: Callable) -> dict:
     """Root mean square error of the actions of held-out episodes, in deviations of the training actions."""
 
     def seen(taken: dict) -> dict:
         return {name: value for name, value in taken.items() if name not in ("action", "padded")}
 
-    source, scale = recipe.data("test"), recipe.known["scale"]["action"]
+    source, scale = recipe.data(split), recipe.known["scale"]["action"]
     if source is None:
-        raise UserError("no episodes are held out, and there is no world to act in", where="data.test",
-                        hint="data.test=0.1, or score.world=NAME")  # fmt: skip
+        raise UserError("no episodes are held out, and there is no world to act in", where=f"data.{split}",
+                        hint=f"data.{split}=0.1, or score.world=NAME")  # fmt: skip
     total, weight, largest = 0.0, 0.0, 0.0
     for start in range(0, len(source), BATCH):
         taken = source.take(np.minimum(np.arange(start, start + BATCH), len(source) - 1))
@@ -232,5 +230,5 @@ def _of_held_out_actions(recipe, predict: Callable, progress: Callable) -> dict:
         "tables": [table],
         "notes": [f"Actions of {held} held-out episodes, {len(source)} chunks; 1 is the deviation of the training "
                   "actions. A small error promises no success: only acting shows that."],
-        "remarks": few(held, "episode", "raise data.test"),
+        "remarks": few(held, "episode", f"raise data.{split}"),
     }  # fmt: skip

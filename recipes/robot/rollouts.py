@@ -15,7 +15,8 @@ from aurora_train.errors import UserError
 from robot.worlds import World, world
 
 AT_ONCE = 10  # worlds in lock step
-FILM_RATE = 10.0  # pictures a second of simulated time
+FILM_RATE = 20.0  # pictures a second of simulated time
+FILM_SIZE = 160  # pixels of their edges
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Tape:
     def act(self, action: np.ndarray) -> None:
         every = max(round(self.world.fps / FILM_RATE), 1)
         if self.is_filmed and len(self.actions) % every == 0:
-            self.film.append(self.world.render(160))
+            self.film.append(self.world.render(FILM_SIZE))
         self.seen.append(self.observation)
         self.actions.append(np.asarray(action, np.float32))
         self.observation, self.success = self.world.step(action)
         self.rewards.append(self.world.reward)
         if self.is_filmed and self.success:
-            self.film.append(self.world.render(160))
+            self.film.append(self.world.render(FILM_SIZE))
 
     def rollout(self) -> Rollout:
         seen = {name: np.stack([one[name] for one in self.seen]) for name in self.observation}

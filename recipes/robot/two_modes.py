@@ -11,9 +11,9 @@ import numpy as np
 from robot.settings import VECTORS
 
 SPEED = 1.0  # largest speed along each axis
-RADIUS = 0.5  # of the disc at the origin
+RADIUS = 0.4  # of the disc at the origin
 REACHED = 0.15  # distance to the goal that counts as success
-WAYPOINT = 0.8  # the expert passes the disc at (-0.8, 0) or (0.8, 0)
+WAYPOINT = 0.75  # the expert passes the disc at (-0.75, 0) or (0.75, 0)
 NOISE = 0.05  # standard deviation of the expert's velocity
 _DISC, _GOAL, _POINT, _GROUND = (120, 120, 130), (60, 160, 90), (40, 90, 200), (246, 246, 243)
 
@@ -41,7 +41,7 @@ class TwoModes:
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         """Start at the bottom and set a goal at the top; both follow from the seed alone."""
         draws = np.random.default_rng([seed, 2])
-        self.position = np.array([draws.uniform(-0.2, 0.2), -1.0])
+        self.position = np.array([draws.uniform(-0.15, 0.15), -1.0])
         self.goal = np.array([draws.uniform(-0.3, 0.3), 1.0])
         self.is_stopped, self._side, self.reward = False, None, 0.0
         return self._observed()

@@ -15,6 +15,7 @@ import toy
 from asking import Client
 from asking import served as served_by
 from kit import Aurora, events, in_process
+from safetensors.numpy import save
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
@@ -22,6 +23,8 @@ from aurora_train.loading import load as load_model
 
 # The toy recipe with a client's function that adds up what it has answered, and a limit of its score.
 SERVED = '''"""The toy, served."""
+import os
+
 import numpy as np
 from toy import Config as ToyConfig
 from toy import Toy
@@ -32,6 +35,7 @@ from aurora_train.errors import UserError
 
 class Limits(Section):
     mse_max: float | None = setting(None, help="largest error")
+    signed_by: str | None = setting(None, help="a file", path_unless=())
     latency_p99_ms: float | None = setting(None, help="slowest answer")
 
 
@@ -47,7 +51,7 @@ class Served(Toy):
         return {"x": np.random.default_rng(0).normal(size=(examples, 8)).astype(np.float32)}
 
     def responder(self, predict):
-        total = np.zeros(8, np.float32)
+        total = np.zeros(int(os.environ.get("TOY_INPUTS", 8)), np.float32)
         predict({"x": total[None]})
 
         def respond(request):
@@ -63,12 +67,14 @@ class Served(Toy):
 
     def exceeded(self, scores):
         limits = {"mse": self.config.limits.mse_max, "latency_ms_p99": self.config.limits.latency_p99_ms}
-        return [f"{name} is {scores.get(name)}, and the limit is {limit}" for name, limit in limits.items()
-                if limit is not None and name in scores and not scores[name] <= limit]
+        scores = {"mse": np.nan, "latency_ms_p99": 0.0} | scores  # there are no latencies until it was served
+        return [f"{name} is {scores[name]}, and the limit is {limit}" for name, limit in limits.items()
+                if limit is not None and not scores[name] <= limit]
 '''
 SMALL = {"recipe: toy.py": "recipe: served.py", "steps: 30": "steps: 2", "every: 10, keep": "every: 2, keep",
-         "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, "}  # fmt: skip
-TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "--run", "run", "--quiet")
+         "evaluate: {every: 10, ": "evaluate: {every: 2, baselines: false, ", "layers: 3": "layers: 1",
+         ", ema: 0.9": "", "memory: {accumulation: 2}": "memory: {accumulation: 1}"}  # fmt: skip
+TRAIN = ("train", "toy.yaml", "limits.mse_max=1e-9", "limits.signed_by=mine/a.txt", "--run", "run", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,28 @@ def test_a_run_that_exceeds_a_limit_says_which_unless_that_is_overridden_on_reco
     assert in_process("act", "run", "--port", 0) == 4, "an override holds for one command"
 
 
+def test_the_score_of_another_step_says_nothing_of_this_one(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    scores, known = served.folder / "run" / "scores.json", served.folder / "run" / "provenance.json"
+    kept, record = scores.read_text(), known.read_text()
+    scores.write_text(json.dumps(json.loads(kept) | {"step": 1, "score": {"mse": 0.0}}))
+    for arguments in (("act", "run", "--port", 0), ("export", "run", "--to", "other", "--format", "toy")):
+        assert in_process(*arguments) == 4
+        assert "its score is of step 1: `aurora evaluate " in capsys.readouterr().err
+    assert in_process("export", "run", "--to", "other", "--format", "toy", "--override-limits", "a test") == 0
+    assert "## Score" not in (served.folder / "other" / "README.md").read_text()
+    scores.write_text(kept)
+    known.write_text(record)
+
+
+def test_a_blank_reason_is_refused_before_any_work(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    assert in_process("train", "toy.yaml", "--run", "never", "--quiet", "--override-limits", " ") == 2
+    assert "needs a reason" in capsys.readouterr().err and not (served.folder / "never" / "metrics.jsonl").exists()
+
+
 def test_a_run_answers_in_this_process(served, capsys, monkeypatch):
     monkeypatch.setenv("AURORA_CACHE", str(served.cache))
     monkeypatch.chdir(served.folder)
@@ -153,6 +181,15 @@ def test_a_run_answers_until_a_signal_and_prints_its_latencies(served):
     found = json.loads(out)
     assert status == 0 and found["answers"] == 3 and found["refused"] == 1 and "Traceback" not in err
     assert 0 < found["latency_ms_p50"] <= found["latency_ms_p99"]
+
+
+def test_a_mistake_of_a_recipe_is_one_message_with_its_line(served, capsys, monkeypatch):
+    monkeypatch.setenv("AURORA_CACHE", str(served.cache))
+    monkeypatch.chdir(served.folder)
+    monkeypatch.setenv("TOY_INPUTS", "many")
+    assert in_process("act", "run", "--port", 0, "--override-limits", "a test") == 2
+    said = capsys.readouterr().err
+    assert "`responder` fails: ValueError" in said and "served.py:" in said and "Traceback" not in said
 
 
 def test_a_recipe_that_answers_nothing_says_so(tmp_path):
@@ -182,7 +219,20 @@ def test_an_export_stands_alone_and_is_the_run_to_the_bit(served, capsys, monkey
     assert in_process("act", moved, "--port", 0) == 4, "its limits went with it"
     card = (moved / "README.md").read_text()
     assert "Limits that it exceeds" in card and "to be compared" in card and str(served.folder) not in card
+    texts = [path.read_bytes() for path in moved.rglob("*") if path.is_file()]
+    assert not any(str(served.folder).encode() in text for text in texts), "folders of this machine stay here"
     assert in_process("verify", moved) == 0
+    assert "## Score" in card
+    probe = (moved / "probe.safetensors").read_bytes()
+    (moved / "probe.safetensors").write_bytes(save({"output": np.zeros((2, 1), np.float32)}))
+    capsys.readouterr()
+    assert in_process("verify", moved) == 3 and "probe.safetensors was changed" in capsys.readouterr().out
+    (moved / "probe.safetensors").write_bytes(probe)
+    there = sorted(path.name for path in moved.iterdir())
+    for arguments in (("resume", moved, "data.seed=1"), ("train", "toy.yaml", *TRAIN[2:3], "--run", moved)):
+        assert in_process(*arguments) == 2 and "an export of a run" in capsys.readouterr().err
+    assert in_process("evaluate", moved) == 2 and "score the run that it was made of" in capsys.readouterr().err
+    assert sorted(path.name for path in moved.iterdir()) == there, "no training began in it"
     weights = bytearray((moved / "weights.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "weights.safetensors").write_bytes(weights)

@@ -18,7 +18,7 @@ optimizer: {{lr: 1e-2, ema: 0.9, schedule: {{warmup: 4}}}}
 memory: {{accumulation: 2}}
 checkpoint: {{every: 6, keep: 5}}
 evaluate: {{every: 8, score_every: 8, examples: 16, baselines: false}}
-score: {{world: two_modes, episodes: 12, gifs: 1}}
+score: {{world: two_modes, episodes: 40, gifs: 1}}
 """
 
 
@@ -40,10 +40,10 @@ def check(tmp_path: Path, config: Path, phases: list[str]) -> None:
 def test_kills_while_recording_training_and_acting_change_no_bit(tmp_path):
     config = tmp_path / "two_modes.yaml"
     config.write_text(CONFIG.format(source="world:two_modes", data="episodes: 120", vision=""))
-    check(tmp_path, config, ["recording", "recording", "step", "simulation", "save", "score"])
+    check(tmp_path, config, ["recording", "step", "simulation", "save"])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_kills_while_videos_are_decoded_change_no_bit(tmp_path):
     pytest.importorskip("av")
     from robot.demonstrations import record
@@ -54,4 +54,4 @@ def test_kills_while_videos_are_decoded_change_no_bit(tmp_path):
     config = tmp_path / "dataset.yaml"
     vision = "vision: {channels: 8}"
     config.write_text(CONFIG.format(source=tmp_path / "dataset", data="cameras: [above]", vision=vision))
-    check(tmp_path, config, ["decoding", "decoding", "step", "simulation"])
+    check(tmp_path, config, ["decoding", "simulation"])

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.generate.sampler import Generator, Knobs, _draw
+from aurora_train.generate.sampler import Generator, Knobs, draw
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 
@@ -115,7 +115,7 @@ def draws(shares, number=4000, temperature=1.0, top_k=None, top_p=1.0):
     """Frequencies of each token when the model's shares are `shares`."""
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(shares)), (number, len(shares)))
     knobs = Knobs(jnp.float32(temperature), jnp.int32(top_k or len(shares)), jnp.float32(top_p))
-    drawn = _draw(logits, jax.random.split(jax.random.key(0), number), 0, knobs)
+    drawn = draw(logits, jax.random.split(jax.random.key(0), number), 0, knobs)
     return np.bincount(drawn, minlength=len(shares)) / number
 
 

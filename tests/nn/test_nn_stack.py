@@ -190,8 +190,8 @@ def test_microbatches_and_unrolling_change_them_by_rounding_alone(how):
 def test_sums_are_found_with_caches():
     model = Model(nnx.Rngs(params=0))
     x = jnp.asarray(batch_of()["x"])
-    _, caches, found = model.stack(x, None, caches=jnp.zeros((UNITS, 1)))
-    assert caches.shape == (UNITS, 1)
+    _, caches, found = model.stack(x, None, caches=[jnp.zeros((UNITS, 1))])
+    assert [one.shape for one in caches] == [(UNITS, 1)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, model(x)[1])
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import select
 import socket
 import threading
+import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from asking import Client
@@ -75,6 +78,10 @@ BAD = {
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [1]}}': "3 bytes",
     b'{"x": {"base64": "?", "dtype": "uint8", "shape": [1]}}': "base64", b"[" * 100_000: "JSON",
     b'{"x":' * 900 + b"1" + b"}" * 900: "JSON",
+    b'{"base64": "AAAA", "dtype": "uint8", "shape": [3]}': "no `x`",  # an array is no request
+    b'{"id": NaN, "x": [1]}': "`id` has a number that is not finite",
+    b'{"x": {"base64": "AAAA", "dtype": "uint8", "shape": [3' + b", 1" * 99 + b"]}}": "no array has the shape",
+    b'{"x": {"base64": "", "dtype": "uint8", "shape": [0, 99999999999999999999]}}': "no array has the shape",
 }  # fmt: skip
 
 
@@ -86,6 +93,28 @@ def test_a_bad_request_is_answered_and_the_connection_stays(server, caplog):
         assert client(reset=True, x=[2])["total"] == 2
     assert server.latencies.refused == len(BAD)
     assert client(id=4)["id"] == 4, "an error names its request, too"
+
+
+def test_an_id_comes_back_as_it_was_sent(server):
+    for given in ("a", 7, None, [1, {"of": 2}], {"base64": "AAAA", "dtype": "uint8", "shape": [3]}):
+        assert Client(server.place)(id=given, x=[1])["id"] == given
+        assert Client(server.place)(id=given)["id"] == given, "with an error, too"
+
+
+@pytest.mark.parametrize("form", [[1.0], encoded(np.ones(1, np.float32))], ids=["list", "base64"])
+def test_what_a_model_says_in_bfloat16_is_checked_and_sent_and_other_types_are_refused(form):
+    answers = iter([jnp.asarray([2, 3], jnp.bfloat16), jnp.asarray([jnp.nan], jnp.bfloat16), np.ones(1, np.complex64)])
+    with contextlib.closing(LineServer(lambda: lambda request: {"y": next(answers)}, Address())) as server:
+        ask = Client(server.place)
+        good = ask(x=form)["y"]
+        assert good == ([2, 3] if isinstance(form, list) else encoded(np.float32([2, 3])))
+        assert "not finite" in ask(x=form)["error"]
+        assert "complex64 cannot be sent" in ask(x=form)["error"]
+
+
+def test_a_warning_of_a_recipe_that_is_no_text_does_not_cost_the_answer():
+    with contextlib.closing(LineServer(lambda: lambda request: {"y": 1, "warnings": [5]}, Address())) as server:
+        assert Client(server.place)(x=[1])["y"] == 1
 
 
 def test_what_would_not_end_or_comes_from_a_browser_closes_the_connection(server, monkeypatch):
@@ -123,6 +152,38 @@ def test_with_a_token_nobody_else_is_answered(tmp_path):
         assert trusted(token=TOKEN) == {"accepted": True} and trusted(x=[1])["total"] == 1
         assert "token" in other(x=[1])["error"] and other.file.readline() == b""
         assert "token" in silent(token=TOKEN + "x")["error"]
+        assert b"token" in Client(server.place).raw(b"[" * 4000), "deep nesting is an answer before the token, too"
+
+
+def test_a_stranger_who_is_slow_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "_TOKEN_SECONDS", 0.2)
+    with contextlib.closing(LineServer(connect, Address(token=TOKEN))) as server:
+        silent, slow, trusted = (Client(server.place) for _ in range(3))
+        assert trusted(token=TOKEN) == {"accepted": True}
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 10 and not select.select([slow.socket], [], [], 0.05)[0]:
+                slow.socket.send(b"[")
+        assert time.monotonic() - began < 10
+        with contextlib.suppress(ConnectionError):  # if a byte of it comes after the end
+            assert "token" in slow.file.readline().decode()
+        assert "token" in silent.file.readline().decode()
+        assert trusted(x=[1])["total"] == 1, "who is known may take time"
+
+
+def test_a_place_is_given_back_by_who_leaves(monkeypatch):
+    monkeypatch.setattr(lines, "_CLIENTS", 1)
+    with contextlib.closing(LineServer(connect, Address())) as server:
+        first = Client(server.place)
+        assert first(x=[1])["total"] == 1
+        second = Client(server.place)
+        assert "has 1 clients already" in second.file.readline().decode()
+        first.file.close()
+        first.socket.close()
+        deadline = time.monotonic() + 10
+        while "already" in (answer := Client(server.place).raw(b'{"x": [5]}').decode()):
+            assert time.monotonic() < deadline
+        assert json.loads(answer)["total"] == 5
 
 
 def test_a_unix_socket_is_for_its_owner_and_that_of_a_killed_server_is_replaced(tmp_path):

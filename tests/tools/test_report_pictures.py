@@ -63,6 +63,8 @@ def test_what_is_missing_or_too_large_is_said(tmp_path, monkeypatch):
     page = report(tmp_path, [{"title": "a", "file": "gone.png"}, {"title": "b", "file": "large.svg"}])
     assert "<img" not in page and "large.svg has 41 B and is not shown; the limit is 40 B" in page
     assert report_page.NOT_RECORDED in page[page.index("What it did") :]
+    (tmp_path / "secret.svg").write_text("<svg/>")
+    assert "<img" not in report(tmp_path, [{"title": "a", "file": "../secret.svg"}]), "a run made by others"
 
 
 @pytest.mark.parametrize("file", ["../secret.png", "/etc/x.png", "page.html", "x", "", 3])

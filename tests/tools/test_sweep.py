@@ -13,7 +13,7 @@ from tools.folders import make
 from aurora_train.cli.main import main
 from aurora_train.errors import UserError
 from aurora_train.tools.runs import described
-from aurora_train.tools.sweep import Member, Result, members, ranked, split_values
+from aurora_train.tools.sweep import Member, Result, Sweep, members, ranked, split_values
 
 
 @pytest.fixture
@@ -79,6 +79,20 @@ def test_M10_a_sweep_whose_runs_are_finished_trains_nothing_and_shows_them_best_
     assert record["sorted_by"] == "mse (less is better)" and record["stopped_by"] is None
     assert main(["sweep", "toy.yaml", "optimizer.lr=1e-3,1e-2"]) == 0
     assert "sorted by mse" in capsys.readouterr().out
+
+
+def test_a_run_that_exceeds_a_limit_is_finished_as_it_is_for_the_next_sweep(here, monkeypatch):
+    made = members("toy.yaml", ["optimizer.lr=1e-3,1e-2"])
+
+    def trained(sweep, member):
+        make(here / member.folder, lr=member.config.optimizer.lr, score=("mse", 0.5))
+        return (4 if member is made[0] else 0), ["limit exceeded: mse is 0.5"]
+
+    monkeypatch.setattr(Sweep, "_train", trained)
+    for _ in range(2):
+        results = Sweep("toy.yaml", made, print).run()
+        assert [result.why for result in results] == ["", ""]
+        assert [result.row.state for result in results] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("better,order", [("max", "ba-c"), ("min", "ab-c"), (None, "ba-c")])

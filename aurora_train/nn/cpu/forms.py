@@ -110,6 +110,11 @@ def after(tree, g: jax.Array):
     return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
 
 
+def cache_dtype(dtype):
+    """See `plain.cache_dtype`: XLA:CPU would convert a whole bfloat16 cache to float32 for every token."""
+    return "float32"
+
+
 def units(stacked, count: int) -> list:
     """See `plain.units`; leaf by leaf, so that frozen leaves are not differentiated."""
     leaves, structure = jax.tree.flatten(stacked)

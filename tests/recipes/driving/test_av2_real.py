@@ -7,11 +7,13 @@ It lives in a Python of its own, because it brings torch and pins other versions
 
 import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from driving import sumo_process
 from driving.argoverse import read_scene, scenario_files
 from driving.argoverse_writing import write_scene
 from driving.car_following import generate
@@ -26,9 +28,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def exchanged(tmp_path_factory):
-    """(our scenes by name, predictions by name, what av2 found, the folder that it wrote)."""
+    """(our scenes, predictions, what av2 found, the folder that it wrote). SUMO's are among them if it is installed."""
     folder = tmp_path_factory.mktemp("exchanged")
     scenes = [scene for seed in range(4) for scene in generate(seed, 2)]
+    if find_spec("libsumo") is not None:
+        scenes += next(sumo_process.simulations([1], 2, 0))
     scenes = sorted((s for s in scenes if s.valid[s.focal].all()), key=lambda scene: scene.identifier)
     rng = np.random.default_rng(0)
     for scene in scenes:

@@ -118,10 +118,10 @@ def test_a_light_is_tied_to_the_pieces_that_end_at_its_stop_line(scenes, store):
 
 
 def test_generated_splits_share_no_map_and_are_made_once(tmp_path):
-    maps = {"train": 2, "validation": 1, "test": 1}
+    maps = dict.fromkeys(SPLITS, 1)
     store = generated_scenes(tmp_path, maps, 1, 0, quiet)
     names = {split: {store.scene(split, k).map_id for k in range(store.count(split))} for split in SPLITS}
-    assert [len(names[split]) for split in SPLITS] == [2, 1, 1] and len(set.union(*names.values())) == 4
+    assert [len(names[split]) for split in SPLITS] == [1, 1, 1] and len(set.union(*names.values())) == 3
     made = (store.folder / "states-train.bin").stat().st_mtime_ns
     again = generated_scenes(tmp_path, maps, 1, 0, quiet)
     assert again.fingerprint == store.fingerprint and (again.folder / "states-train.bin").stat().st_mtime_ns == made

@@ -1,14 +1,24 @@
 """A car that a policy drives among SUMO's goes where it was sent, and the others react. Needs the extra `driving`."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from test_scene_store import quiet
 
 from driving import baselines
+from driving.agents import Driver
+from driving.batches import rolled_out
+from driving.generated import generated_scenes
+from driving.moves import Moves
+from driving.scene_store import SPLITS
 from driving.scenes import HISTORY, STEP_S, STEPS
 from driving.sumo_driving import PLANNED, SumoWorld, drive, reactive_scores
+from driving.sumo_scores import reactive
+from driving.tokens import learn, motions_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -73,3 +83,19 @@ def test_sumo_has_the_ego_where_the_policy_put_it():
         states = world.recorded().states[world.recorded().focal]
         np.testing.assert_allclose(states[HISTORY : HISTORY + 5, :3], poses, atol=1e-4)
         assert np.linalg.norm(states[HISTORY + 5, :2] - states[HISTORY + 4, :2]) < 1.0
+
+
+def test_a_model_drives_beside_the_baselines_in_the_same_situations(tmp_path):
+    """A random network: it does not drive well, but as a car, and from where SUMO's car was."""
+    store = generated_scenes(tmp_path, dict.fromkeys(SPLITS, 1), 1, 0, quiet)
+    source = Moves(store, "train", 6, 20, 8, 120.0)
+    batch = source.take(np.array([0]))
+    templates = learn(motions_of(batch["states"], batch["valid"], HISTORY - 1), 32)
+    graph, state = nnx.split(Driver(width=8, layers=1, heads=2, relation=4, tokens=32, dtype="float32",
+                                    rngs=nnx.Rngs(params=0)))  # fmt: skip
+    run = jax.jit(lambda batch: rolled_out(nnx.merge(graph, state), templates, batch, 1.0, 0.9))
+    config = SimpleNamespace(sumo_maps=1, batch=1)
+    rates = reactive(lambda batch: jax.device_get(run(batch)), source, config, jax.random.key(0), quiet)
+    assert list(rates) == ["SUMO", "constant velocity", "IDM", "the model"]
+    assert rates["SUMO"]["collision_6s"] == 0 and rates["the model"]["infeasible_6s"] == 0
+    assert len({round(scores["metres_6s"], 3) for scores in rates.values()}) > 2

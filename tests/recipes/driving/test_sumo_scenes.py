@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from test_scene_store import assert_same, quiet
 
+from aurora_train.config.load import load
 from aurora_train.errors import MissingExtra
-from driving import sumo_scenes
+from driving import sumo_process
 from driving.driving_scores import ROAD_USERS, driving_scores
 from driving.generated import SUMO, generated_scenes
 from driving.scene_store import SPLITS
@@ -36,7 +37,7 @@ def test_without_sumo_the_extra_is_named_before_anything_is_made(tmp_path):
 
 @pytest.fixture(scope="module")
 def simulated():
-    return list(sumo_scenes.simulations([1, 3], 2, 0))
+    return list(sumo_process.simulations([1, 3], 2, 0))
 
 
 @needs_sumo
@@ -79,10 +80,21 @@ def test_velocity_is_how_the_box_moves(simulated):
 
 @needs_sumo
 @pytest.mark.slow
+def test_the_recipe_as_it_is_loaded_makes_scenes_of_sumo(tmp_path):
+    """Its modules then have names that no other process can import."""
+    keys = ["data.source=sumo", "data.simulated_maps=2", "data.simulated_scenes=1", "data.simulated_held_out=1"]
+    config = load("driving/motion", [*keys, "model.tokens=16"])
+    recipe = config.recipe_class(config, tmp_path).ready(quiet)
+    assert len(recipe.data("train")) == 2 and "SUMO" in recipe.data("train").describe()["source"]
+    assert recipe.data("train").scene(0).kinds
+
+
+@needs_sumo
+@pytest.mark.slow
 def test_the_same_seeds_make_the_same_scenes_in_any_order(simulated):
-    again = list(sumo_scenes.simulations([3, 1], 2, 0))
+    again = list(sumo_process.simulations([3, 1], 2, 0))
     for one, other in zip([*again[1], *again[0]], [*simulated[0], *simulated[1]], strict=True):
         assert_same(one, other)
-    other = sumo_scenes.simulate(1, 1, seed=1)[0]
+    other = next(sumo_process.simulations([1], 1, 1))[0]
     assert other.lanes[0].centre.tobytes() == simulated[0][0].lanes[0].centre.tobytes()
     assert other.states.tobytes() != simulated[0][0].states.tobytes()

@@ -97,6 +97,16 @@ def tasks_without_index(folder: Path) -> None:
     pq.write_table(table.replace_schema_metadata(None), folder / TASKS)
 
 
+def tasks_described_as(pandas: str):
+    """Another description of the table by pandas."""
+
+    def damage(folder: Path) -> None:
+        table = pq.read_table(folder / TASKS)
+        pq.write_table(table.replace_schema_metadata({b"pandas": pandas.encode()}), folder / TASKS)
+
+    return damage
+
+
 def tasks_as_a_column(folder: Path) -> None:
     """What pandas writes if the instructions were not made its index."""
     import pandas as pd

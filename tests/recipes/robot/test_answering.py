@@ -62,10 +62,24 @@ def test_the_answer_is_a_chunk_that_follows_from_the_observations_so_far(predict
     assert np.array_equal(recipe.responder(predict)(lists)["action"], first["action"])
 
 
+def test_the_policy_is_compiled_before_the_first_client_and_not_again_for_each(predict):
+    recipe, asked = recipe_of(), []
+
+    def counted(batch):
+        asked.append(batch)
+        return predict(batch)
+
+    first = recipe.responder(counted)
+    assert len(asked) == 1
+    second = recipe.responder(counted)
+    assert np.array_equal(first(GOOD)["action"], second(GOOD)["action"]) and len(asked) == 3
+
+
 BAD = {
     "there is no `observation.state`": {"observation.state": None},
     "there is no `observation.images.top`": {"observation.images.top": None},
     "there is no `task`": {"task": None}, "does not know the task 'lift'": {"task": "lift"},
+    "does not know the task array": {"task": np.zeros(3)}, "does not know the task 7": {"task": 7},
     "`state` is not known": {"state": [1, 2, 3]}, "did you mean `task`": {"tasks": "left"},
     "float64[2]": {"observation.state": [1.0, 2.0]}, "int64[1, 3]": {"observation.state": [[1, 2, 3]]},
     "not an array of numbers": {"observation.state": [[1], [2, 3]]}, "not an array": {"observation.state": "abc"},
@@ -123,7 +137,8 @@ def test_a_limit_is_exceeded_by_its_number_and_by_the_lack_of_it():
         bound_of(Limits(action_bound=[1, 2, 3]), 2)
 
 
-BAD_LIMITS = [{"action_bound": -1}, {"action_bound": [1, 0]}, {"success_min": 2}, {"sucess_min": 0.5}]
+BAD_LIMITS = [{"action_bound": -1}, {"action_bound": [1, 0]}, {"success_min": 2}, {"sucess_min": 0.5},
+              {"action_error_max": 1.0}]  # which is not measured in a world
 
 
 @pytest.mark.parametrize("limits", BAD_LIMITS)

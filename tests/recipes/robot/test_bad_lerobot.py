@@ -4,6 +4,7 @@ The library itself opens many of them; what it does then is in the comments.
 """
 
 import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -89,12 +90,19 @@ BAD = {
     "unknown feature": (feature("action", away=True), f"{INFO}: the dataset has no feature `action`"),
     "feature of text": (feature("action", dtype="string"), f"{INFO}: the feature `action` is string"),
     "path without number": (info(data_path="data/all.parquet"), f"{INFO}: `data_path` is 'data/all.parquet'"),
+    "path of something else": (info(data_path="{chunk_index.x}{file_index}"), f"{INFO}: `data_path` is"),
+    "a feature with a path": (
+        lambda folder: info(features=json.loads((folder / INFO).read_text())["features"] | {"../../x": {}})(folder),
+        f"{INFO}: the feature `../../x` has a slash in its name",
+    ),
     "path out of the folder": (info(data_path="../{file_index}"), f"{INFO}: `data_path` is"),
     "more frames in total": (info(total_frames=27), f"{INFO}: `total_frames` is 27, and the tables have 26"),  # the hub
     "no total of tasks": (info(total_tasks=None), f"{INFO}: `total_tasks` is None, and the tables have 2"),
     # tasks.parquet
     "no tasks": (without(TASKS), f"{TASKS}: this file is missing"),
     "tasks without index": (damaging.tasks_without_index, f"{TASKS}: the instructions are not the index"),  # a number
+    "tasks with another index": (damaging.tasks_described_as("{}"), f"{TASKS}: the instructions are not the index"),
+    "tasks described by half": (damaging.tasks_described_as("{"), f"{TASKS}: the instructions are not the index"),
     "tasks as a column": (damaging.tasks_as_a_column, f"{TASKS}: the instructions are not the index"),
     "tasks out of order": (cell(TASKS, 0, "task_index", 1), f"{TASKS}: row 0 has the task_index 1"),
     "the same instruction twice": (cell(TASKS, 1, "task", "Move to 0."), f"{TASKS}: row 1 has the instruction"),
@@ -102,7 +110,22 @@ BAD = {
     "no episodes": (without("meta/episodes"), "meta/episodes: there is no table"),
     "episodes are cut": (cut(TABLE), f"{TABLE}: this file cannot be read as Parquet"),
     "episodes without length": (column(TABLE, "length"), f"{TABLE}: this file has no column `length`"),
-    "an episode twice": (cell(TABLE, 2, "episode_index", 1), f"{TABLE}: in the row of episode 2, episode_index is 1"),
+    "an episode twice": (cell(TABLE, 2, "episode_index", 1), f"{TABLE}: in the row of episode 2, `episode_index` is 1"),
+    "a place with a point": (  # what pandas makes of numbers if one was missing
+        column(TABLE, "data/file_index", lambda found: pa.array([float(one) for one in found])),
+        f"{TABLE}: in the row of episode 0, `data/file_index` is 0.0",
+    ),
+    "a time as text": (
+        column(TABLE, f"videos/{TOP}/from_timestamp", lambda found: pa.array(["soon"] * 4)),
+        f"{TABLE}: in the row of episode 0, `videos/{TOP}/from_timestamp` is 'soon'",
+    ),
+    "an instruction outside a list": (
+        column(TABLE, "tasks", lambda found: pa.array([one[0] for one in found])),
+        f"{TABLE}: in the row of episode 0, `tasks` is 'Move to 0.'",
+    ),
+    "an end that is no number": (
+        cell(TABLE, 1, f"videos/{TOP}/to_timestamp", float("nan")), f"{TABLE}: episode 1 lies at 0.5 to nan s",
+    ),
     "an empty place": (cell(TABLE, 1, f"videos/{TOP}/file_index", None), f"{TABLE}: in the row of episode 1"),
     "a gap in the index": (cell(TABLE, 2, "dataset_from_index", 12), f"{TABLE}: episode 2 has 7 frames at 12 to 18"),
     "another length": (cell(TABLE, 3, "length", 9), f"{TABLE}: episode 3 has 9 frames at 18 to 26"),
@@ -187,3 +210,5 @@ def test_the_good_dataset_is_read(good, tmp_path):
 
 def test_there_are_enough_of_them():
     assert len(BAD) >= 30
+    document = Path(__file__).parents[3] / "docs" / "robots.md"
+    assert f"{len(BAD)} such datasets" in document.read_text()

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from recorded_episodes import episodes
 
 from aurora_train.errors import UserError
 from robot import lerobot, lerobot_statistics, lerobot_write
+from robot.episodes import Episode, Episodes
 from robot.lerobot_meta import TASKS
 from robot.video import Video
 
@@ -118,13 +121,29 @@ def test_embedded_images_are_read_as_they_are(tmp_path):
     read = lerobot.read(tmp_path / "arm", tmp_path, FEATURES)
     assert np.array_equal(read.arrays[TOP], made.arrays[TOP])
 
-    cells[7] = {"bytes": b"PNG", "path": None}
-    pq.write_table(table.append_column(TOP, pa.array(cells)), tmp_path / "arm" / DATA)
-    with pytest.raises(UserError, match=rf"{DATA}: row 7 \(episode 1, frame 2\): `{TOP}` is not an image"):
-        lerobot.read(tmp_path / "arm", tmp_path, FEATURES)
+    good = cells[7]["bytes"]
+    huge = b"IHDR" + struct.pack(">II", 60_000, 60_000) + good[24:29]
+    for bad in (b"PNG", good[:60], good.replace(b"IDAT", b"I\xffAT"),
+                good[:12] + huge + struct.pack(">I", zlib.crc32(huge)) + good[33:]):  # fmt: skip
+        cells[7] = {"bytes": bad, "path": None}
+        pq.write_table(table.append_column(TOP, pa.array(cells)), tmp_path / "arm" / DATA)
+        with pytest.raises(UserError, match=rf"{DATA}: row 7 \(episode 1, frame 2\): `{TOP}` is not an image"):
+            lerobot.read(tmp_path / "arm", tmp_path, FEATURES)
     feature(TOP, shape=[8, 16, 3])(tmp_path / "arm")
     with pytest.raises(UserError, match=r"row 0 \(.*\): .* the shape \[16, 16, 3\], info.json says \[8, 16, 3\]"):
         lerobot.read(tmp_path / "arm", tmp_path, FEATURES)
+
+
+def test_a_feature_may_be_seen_and_predicted(tmp_path):
+    lerobot_write.write(episodes(2, camera=False), tmp_path / "arm")
+    read = lerobot.read(tmp_path / "arm", tmp_path, ["observation.state", "action", "observation.state"])
+    assert np.array_equal(read.arrays["observation.state"], episodes(2).arrays["observation.state"])
+
+
+def test_what_the_format_has_no_place_for_is_not_left_out_silently(tmp_path):
+    one = Episode({"observation.state": np.zeros((3, 2), np.float32), "action": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"`action` is float32\[3\]"):
+        lerobot_write.write(Episodes.of([one], 10.0), tmp_path / "arm")
 
 
 def png(image: np.ndarray) -> bytes:

@@ -16,6 +16,7 @@ from robot.episodes import Episode, Episodes
 from robot.instruction import SIZE, features
 from robot.scaling import Scaling
 from robot.settings import DataConfig, ModelConfig
+from robot.trunk import mean_of_real
 from robot.two_modes import RADIUS, TwoModes, side_of
 
 SLOW = pytest.mark.slow
@@ -59,7 +60,7 @@ def functions(recipe):
 
 
 @pytest.mark.parametrize("kind", ["cloning", *(pytest.param(k, marks=SLOW) for k in ("act", "flow", "diffusion"))])
-def test_a_loss_adds_up_over_chunks_and_does_not_see_padded_actions(kind):
+def test_a_loss_adds_up_over_chunks_and_does_not_count_padded_actions(kind):
     recipe = policy(kind)
     state, loss, predict = functions(recipe)
     source = recipe.data("train")
@@ -67,7 +68,10 @@ def test_a_loss_adds_up_over_chunks_and_does_not_see_padded_actions(kind):
     assert batch["padded"].any() and not batch["padded"].all(1).any()
     (total, weight), changed = loss(state, batch, keys), dict(batch)
     changed["action"] = np.where(batch["padded"][..., None], 7, batch["action"]).astype(np.float32)
-    np.testing.assert_allclose(loss(state, changed, keys)[0], total, rtol=1e-5)
+    if kind in ("act", "cloning"):  # the others are given the whole noisy chunk
+        np.testing.assert_allclose(loss(state, changed, keys)[0], total, rtol=1e-5)
+    elsewhere = batch | {"padded": np.zeros_like(batch["padded"])}
+    assert loss(state, elsewhere, keys)[0] > total
     halves = [loss(state, {n: a[rows] for n, a in batch.items()}, keys[rows]) for rows in (slice(4), slice(4, 8))]
     np.testing.assert_allclose(sum(half[0] for half in halves), total, rtol=1e-5)
     assert float(weight) == 8
@@ -81,6 +85,12 @@ def test_a_loss_adds_up_over_chunks_and_does_not_see_padded_actions(kind):
     drawn = [predict(state, seen | {"key": jax.random.split(jax.random.key(k), 8)}) for k in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert np.allclose(drawn[0], drawn[2]) == (kind in ("act", "cloning"))
+
+
+def test_errors_of_padded_actions_are_not_counted():
+    errors, padded = np.random.default_rng(0).random((3, 4, 2)), np.arange(4) >= np.array([[4], [2], [1]])
+    wanted = [errors[row, :real].sum() / 8 for row, real in enumerate((4, 2, 1))]
+    np.testing.assert_allclose(mean_of_real(jnp.asarray(errors), jnp.asarray(padded)), wanted, rtol=1e-6)
 
 
 @SLOW
@@ -130,6 +140,18 @@ def test_scaling_is_undone_and_what_stood_still_is_only_centred():
     np.testing.assert_allclose(scaling.raw(scaling.scaled(batch["action"])), batch["action"], atol=1e-6)
     scaled = scaling.scaled(batch["action"][:, 0])
     np.testing.assert_allclose(scaling.bounds, [scaled.min(0), scaled.max(0)], atol=1e-5)
+
+
+def test_a_policy_that_goes_on_keeps_its_scale_and_is_given_what_it_knows():
+    recipe = policy("cloning")
+    known = recipe.known["scale"]
+    scale = {name: {kind: [7.0] * len(one) for kind, one in known[name].items()} for name in known}
+    recipe.inherited = {"scale": scale, "tasks": ["push", *TASKS]}
+    assert recipe.facts()["scale"] == scale and recipe.facts()["tasks"] == ["push", *TASKS]
+    del scale["observation.environment_state"]
+    with pytest.raises(UserError, match="does not know `observation.environment_state`") as caught:
+        recipe.facts()
+    assert "observation.state" in caught.value.hint
 
 
 def test_instructions_with_the_same_words_are_alike_and_others_are_not():

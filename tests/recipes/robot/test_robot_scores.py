@@ -134,3 +134,28 @@ def test_without_a_world_the_score_is_the_error_of_held_out_actions(tmp_path, mo
     assert found["action_error"] == pytest.approx(float(wanted), rel=1e-5)
     assert [row[1] for row in found["tables"][0]["rows"]] == pytest.approx([0.1, 0.2], rel=1e-5)
     assert recipe.baselines(tmp_path, silent) == {}
+
+
+def test_limits_that_no_score_could_keep_are_refused_before_any_training(tmp_path):
+    with pytest.raises(UserError, match="3 bounds, and an action has 2 entries"):
+        made(tmp_path, "limits.action_bound=[1, 2, 3]")
+    for limit in ("success_min=0.5", "jerk_max=1"):
+        with pytest.raises(UserError, match="measured by acting in a world, and there is none"):
+            load(str(tmp_path / "tiny.yaml"), [f"data.source={tmp_path}", f"limits.{limit}"])
+
+
+def test_checkpoints_are_not_chosen_by_the_episodes_of_the_final_score(tmp_path, monkeypatch):
+    recipe = made(tmp_path)
+    monkeypatch.setattr(type(recipe), "world", None)
+    for split in ("test", "validation"):
+        asked, source = [], recipe.data(split)
+
+        def still(batch, asked=asked):
+            asked.append(batch["state"])
+            return np.zeros((len(batch["state"]), 4, 2))
+
+        recipe.score(still, split, jax.random.key(1), tmp_path, silent)
+        wanted = source.take(np.arange(len(source)))["state"]
+        assert {tuple(row) for row in np.concatenate(asked)} == {tuple(row) for row in wanted}
+    with pytest.raises(UserError, match="which choose checkpoints, need episodes"):
+        load(str(tmp_path / "tiny.yaml"), [f"data.source={tmp_path}", "data.validation=0", "evaluate.score_every=2"])
