@@ -15,7 +15,7 @@ from aurora_train.errors import UserError
 from robot.worlds import World, world
 
 AT_ONCE = 10  # worlds in lock step
-FILM_RATE = 10.0  # pictures a second of simulated time
+FILM_RATE = 20.0  # pictures a second of simulated time
 FILM_SIZE = 160  # pixels of their edges
 
 
