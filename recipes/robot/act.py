@@ -13,7 +13,7 @@ from flax import nnx
 from aurora_train.nn import param
 from robot.blocks import Affine, Blocks, sinusoid
 from robot.settings import ModelConfig
-from robot.trunk import Shape, Trunk, mean_of_real
+from robot.trunk import Shape, Trunk, folded, mean_of_real
 
 STYLE_SITE, POSTERIOR_SITE = 0xAC, 0xAD
 
@@ -74,8 +74,7 @@ class Posterior(nnx.Module):
         x = jnp.concatenate([*tokens, self.action(action.astype(self.dtype))], 1)
         # Padding is a segment of its own, which no real token sees.
         segments = jnp.concatenate([jnp.ones((batch, len(tokens)), bool), ~padded], 1).astype(jnp.int32)
-        if keys is not None:
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, POSTERIOR_SITE))(keys)
+        keys = folded(keys, POSTERIOR_SITE)
         x = self.blocks(x, sinusoid(jnp.arange(x.shape[1]), width)[None], keys, segments)
         return jnp.split(self.out(x[:, 0].astype(jnp.float32)), 2, -1)
 

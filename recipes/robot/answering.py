@@ -9,6 +9,7 @@ import numpy as np
 
 from aurora_train.errors import UserError, nearest
 from robot.chunks import CAMERA, inputs
+from robot.rollouts import Ensemble
 
 # How far outside the training data an entry is reported: in widths of their range, and of their size.
 FAR, STILL = 1.0, 1e-3
@@ -19,18 +20,22 @@ class Answers:
 
     Features have the names of the training data; further ones that begin with "observation." are left unread. `task` is
     needed if the policy knows several instructions. `execute` is how many actions of a chunk were carried out when the
-    policy was scored. An action beyond `bound` is cut to it, which a warning says.
+    policy was scored. One that was scored with an ensemble is served with it: the chunk is the mean of all that was
+    said of its steps since the beginning, one step for each answer. An action beyond `bound` is cut to it, which a
+    warning says.
 
     Args:
         facts: those of `policy.Policy`.
         predict: as in `Recipe.score`.
         execute: as above.
+        ensemble: that of the score, or None.
         bound: float32[A] or None, the largest size of each entry of an action.
         key: from which the policy's draws follow; the n-th answer has the n-th draw.
     """
 
-    def __init__(self, facts: dict, predict: Callable[[dict], Any], execute: int, bound, key):
+    def __init__(self, facts: dict, predict: Callable[[dict], Any], execute: int, ensemble: float | None, bound, key):
         self._facts, self._predict, self._execute, self._bound, self._key = facts, predict, execute, bound, key
+        self._averaged = None if ensemble is None else Ensemble(ensemble)
         cameras = [CAMERA + name for name in facts["cameras"]]
         of = dict(zip([*facts["state"], *cameras], [*facts["state"], *facts["cameras"]], strict=True))
         self._shapes = {feature: tuple(facts["shapes"][name]) for feature, name in of.items()}
@@ -55,6 +60,7 @@ class Answers:
         chunk = self._act(observation, task)
         if not np.isfinite(chunk).all():
             raise UserError("the policy's action is not a finite number", where="action", hint="do not move on it")
+        chunk = chunk if self._averaged is None else self._averaged(chunk[None])[0].astype(chunk.dtype)
         chunk, cut = self._within(chunk)
         answer = {"action": chunk, "execute": self._execute}
         return answer | ({"warnings": warnings + cut} if warnings or cut else {})

@@ -53,6 +53,9 @@ class Policy(Recipe):
                 f"{score.execute} actions of a chunk of {data.chunk} cannot be executed", where="score.execute",
                 hint=f"score.execute={data.chunk} at most, or a longer data.chunk",
             )  # fmt: skip
+        if data.noise and not data.source.startswith(WORLD):
+            raise UserError("noise is added while a world's expert is recorded, and a dataset has been recorded",
+                            where="data.noise", hint=f"leave it out, or data.source={WORLD}NAME")  # fmt: skip
         has_world = score.world is not None or data.source.startswith(WORLD)
         refuse_unmeasured(config.limits, has_world)
         if has_world:
@@ -96,6 +99,7 @@ class Policy(Recipe):
     def facts(self) -> dict:
         """Features with their shapes and names, their scale over the training frames, instructions, the rate."""
         from robot.chunks import split_of, state_features, used_features
+        from robot.fitting import continued, refuse_other
         from robot.statistics import of
 
         episodes, data = self._episodes(), self.config.data
@@ -110,12 +114,10 @@ class Policy(Recipe):
             "names": {name: list(episodes.names.get(feature, ())) for name, feature in used.items()},
             "fps": episodes.fps,
         }  # fmt: skip
-        # A run that starts from another keeps the scale of its inputs and outputs, and the instructions it knows.
-        for name in used:
-            if name not in self.inherited.get("scale", used):
-                raise UserError(f"the policy that this run starts from does not know `{name}`", where="data",
-                                hint=f"it knows: {', '.join(self.inherited['scale'])}")  # fmt: skip
-        return mine | {name: self.inherited[name] for name in ("scale", "tasks") if name in self.inherited}
+        facts = continued(mine, self.inherited)
+        if self.config.score.world is not None:
+            refuse_other(facts, self.config.score.world)
+        return facts
 
     def expected_facts(self) -> dict | None:
         """Those of a world, by looking at it once. A dataset is read first."""
@@ -232,7 +234,8 @@ class Policy(Recipe):
         from robot.answering import Answers
 
         bound = bound_of(self.config.limits, self.known["shapes"]["action"][-1])
-        answers = Answers(self.known, predict, self.executed, bound, stream(self.config.train.seed, "act"))
+        answers = Answers(self.known, predict, self.executed, self.config.score.ensemble, bound,
+                          stream(self.config.train.seed, "act"))  # fmt: skip
         if predict is not self._compiled:  # once, and not at the beginning of every episode
             answers.compile()
             self._compiled = predict

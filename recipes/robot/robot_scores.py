@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from aurora_train.errors import UserError, nearest
+from aurora_train.errors import UserError
 from aurora_train.recipe import few
 from language.intervals import wilson
 from robot.chunks import inputs
 from robot.drawing import draw_paths, write_gif
+from robot.fitting import opened, refuse
 from robot.limits import of_bound
-from robot.rollouts import Chunked, Expert, Rollout, Uniform, rollouts
+from robot.rollouts import Chunked, Expert, Rollout, Uniform, refuse_not_finite, rollouts
 from robot.worlds import World, world
 
 VALIDATION = 1_000_000  # added to the seeds of scores while training, which choose checkpoints: other goals
@@ -30,10 +31,10 @@ BATCH = 256  # of held-out chunks
 def score(recipe, predict: Callable, split: str, key, workdir: Path, progress: Callable) -> dict:
     """The score of a `policy.Policy`; see `Recipe.score`."""
     if recipe.world is None:
-        return _of_held_out_actions(recipe, predict, split, progress)
+        return _of_held_out_actions(recipe, predict, split, key, progress)
     settings = recipe.config.score
     seeds = np.arange(settings.episodes) + settings.seed + (VALIDATION if split == "validation" else 0)
-    on, size = _opened(recipe)
+    on, size = opened(recipe.known, recipe.world)
     try:
         act, first = asker(recipe, on, predict, key), on.reset(int(seeds[0]))
         cannot = _cannot_draw(on) if settings.gifs and split == "test" else None
@@ -125,15 +126,12 @@ def jerk(points: np.ndarray, fps: float) -> float:
 def asker(recipe, on: World, predict: Callable, key) -> Callable[[dict, np.ndarray, int], np.ndarray]:
     """The policy as `rollouts.Chunked` asks it. Its noise depends on the episode and the step alone.
 
-    Raises UserError if the world does not show what the policy was trained on, or gives a task that it does not know.
+    Raises what `fitting.refuse` raises.
     """
     import jax
 
     known, tasks = recipe.known, recipe.known["tasks"]
-    _refuse_other_features(known, on)
-    if len(tasks) > 1 and on.task not in tasks:
-        raise UserError(f"the policy does not know the task {on.task!r}", where="score.world",
-                        hint=nearest(on.task, tasks, f"it knows: {', '.join(map(repr, tasks))}"))  # fmt: skip
+    refuse(known, on)
     task = tasks.index(on.task) if on.task in tasks else 0
 
     @jax.jit
@@ -158,26 +156,6 @@ def latency(ask: Callable[[int], np.ndarray]) -> dict[str, float]:
     return {"latency_ms_p50": float(np.percentile(took, 50)), "latency_ms_p99": float(np.percentile(took, 99))}
 
 
-def _opened(recipe) -> tuple[World, int]:
-    """The world as the policy sees it, and the edge of its pictures."""
-    cameras = recipe.known["cameras"]
-    size = recipe.known["shapes"][cameras[0]][0] if cameras else 0
-    return world(recipe.world, cameras, size), size
-
-
-def _refuse_other_features(known: dict, on: World) -> None:
-    seen = on.reset(0)
-    for name in known["state"]:
-        wanted, there = tuple(known["shapes"][name]), seen[name].shape if name in seen else None
-        if there != wanted:
-            shown = f"{there[0]} entries of `{name}`" if there else f"no `{name}`"
-            raise UserError(f"the world shows {shown}, and the policy was trained on {wanted[0]}", where="score.world",
-                            hint="score it in the world of its demonstrations")  # fmt: skip
-    if (there := on.action_low.shape) != (wanted := tuple(known["shapes"]["action"])):
-        raise UserError(f"an action has {there[0]} entries in this world and {wanted[0]} in the demonstrations",
-                        where="score.world", hint="score it in the world of its demonstrations")  # fmt: skip
-
-
 def _cannot_draw(on: World) -> str | None:
     """Why the world cannot be drawn here; None if it can."""
     try:
@@ -200,11 +178,18 @@ def _shown(done: list[Rollout], on: World, workdir: Path) -> dict:
                                         "rows": rows}]}  # fmt: skip
 
 
-def _of_held_out_actions(recipe, predict: Callable, split: str, progress: Callable) -> dict:
-    """Root mean square error of the actions of held-out episodes, in deviations of the training actions."""
+def _of_held_out_actions(recipe, predict: Callable, split: str, key, progress: Callable) -> dict:
+    """Root mean square error of the actions of held-out episodes, in deviations of the training actions.
 
-    def seen(taken: dict) -> dict:
-        return {name: value for name, value in taken.items() if name not in ("action", "padded")}
+    Flow and diffusion draw a chunk for each example, as they do when they act.
+    """
+    import jax
+
+    from robot.scaling import moving
+
+    def seen(taken: dict, start: int) -> dict:
+        keys = jax.random.split(jax.random.fold_in(key, start), len(taken["padded"]))
+        return {name: value for name, value in taken.items() if name not in ("action", "padded")} | {"key": keys}
 
     source, scale = recipe.data(split), recipe.known["scale"]["action"]
     if source is None:
@@ -214,21 +199,22 @@ def _of_held_out_actions(recipe, predict: Callable, split: str, progress: Callab
     for start in range(0, len(source), BATCH):
         taken = source.take(np.minimum(np.arange(start, start + BATCH), len(source) - 1))
         real = ~taken["padded"] & (np.arange(start, start + BATCH) < len(source))[:, None]
-        said = predict(seen(taken))
+        said = refuse_not_finite(predict(seen(taken, start)), f"for chunk {start} of {split} or one after it")
         total = total + (np.square(said - taken["action"]) * real[..., None]).sum(axis=(0, 1))
         weight += real.sum()
         largest = np.maximum(largest, np.abs(said).max(axis=(0, 1)))
         progress(min(start + BATCH, len(source)), len(source), "predicting held-out actions")
     errors = np.sqrt(total / weight)
     names = recipe.known["names"]["action"] or [str(entry) for entry in range(len(errors))]
-    held, moving = len(source.which), np.maximum(np.asarray(scale["std"], np.float64), 1e-4)
+    held, deviations = len(source.which), moving(scale["std"]).astype(np.float64)
     table = {"title": "Error of held-out actions, in their own units", "columns": ["action", "rms error"],
              "rows": [[name, float(error)] for name, error in zip(names, errors, strict=True)]}  # fmt: skip
-    one = seen(source.take(np.zeros(1, int)))
-    numbers = {"action_error": float(np.sqrt(np.mean((errors / moving) ** 2)))}
+    one = seen(source.take(np.zeros(1, int)), 0)
+    numbers = {"action_error": float(np.sqrt(np.mean((errors / deviations) ** 2)))}
     return numbers | of_bound(largest, recipe.config.limits) | latency(lambda step: predict(one)) | {
         "tables": [table],
         "notes": [f"Actions of {held} held-out episodes, {len(source)} chunks; 1 is the deviation of the training "
-                  "actions. A small error promises no success: only acting shows that."],
+                  "actions, or the unit of an entry that stood still. A small error promises no success: only acting "
+                  "shows that."],
         "remarks": few(held, "episode", f"raise data.{split}"),
     }  # fmt: skip

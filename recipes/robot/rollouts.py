@@ -47,10 +47,11 @@ class Rollout:
 
 
 class Tape:
-    """An episode while it runs."""
+    """An episode while it runs. Without `keeps_images` its rollout has the observed vectors alone."""
 
-    def __init__(self, on: World, seed: int, number: int, is_filmed: bool):
+    def __init__(self, on: World, seed: int, number: int, is_filmed: bool, keeps_images: bool = True):
         self.world, self.seed, self.number, self.is_filmed = on, seed, number, is_filmed
+        self.keeps_images = keeps_images
         self.observation, self.success = on.reset(seed), False
         self.seen, self.actions, self.rewards, self.film = [], [], [], []
 
@@ -58,7 +59,7 @@ class Tape:
         every = max(round(self.world.fps / FILM_RATE), 1)
         if self.is_filmed and len(self.actions) % every == 0:
             self.film.append(self.world.render(FILM_SIZE))
-        self.seen.append(self.observation)
+        self.seen.append(self._kept())
         self.actions.append(np.asarray(action, np.float32))
         self.observation, self.success = self.world.step(action)
         self.rewards.append(self.world.reward)
@@ -66,9 +67,14 @@ class Tape:
             self.film.append(self.world.render(FILM_SIZE))
 
     def rollout(self) -> Rollout:
-        seen = {name: np.stack([one[name] for one in self.seen]) for name in self.observation}
-        return Rollout(self.seed, self.success, seen, np.stack(self.actions), np.array(self.rewards),
-                       self.observation, tuple(self.film))  # fmt: skip
+        seen = {name: np.stack([one[name] for one in self.seen]) for name in self.seen[0]}
+        return Rollout(self.seed, self.success, seen, np.stack(self.actions), np.array(self.rewards), self._kept(),
+                       tuple(self.film))  # fmt: skip
+
+    def _kept(self) -> dict[str, np.ndarray]:
+        if self.keeps_images:
+            return self.observation
+        return {name: one for name, one in self.observation.items() if one.dtype != np.uint8}
 
 
 def rollouts(
@@ -76,7 +82,8 @@ def rollouts(
     size: int = 64, at_once: int = AT_ONCE, max_steps: int | None = None, filmed: int = 0,
     progress: Callable = lambda done, total, what: None, what: str = "episodes in simulation",
 ) -> list[Rollout]:  # fmt: skip
-    """One episode for each seed, in their order.
+    """One episode for each seed, in their order, without the images that the policy saw: those of long episodes would
+    fill the memory.
 
     Args:
         choose: actions float32[n, A] for the observations of n episodes at a step; row i is for the i-th of them.
@@ -89,7 +96,7 @@ def rollouts(
     try:
         for first in range(0, len(seeds), len(worlds)):
             numbers = range(first, min(first + len(worlds), len(seeds)))
-            tapes = [Tape(on, int(seeds[n]), n, n < filmed) for on, n in zip(worlds, numbers, strict=False)]
+            tapes = [Tape(on, int(seeds[n]), n, n < filmed, False) for on, n in zip(worlds, numbers, strict=False)]
             run(choose, tapes, max_steps or worlds[0].max_steps)
             made += [tape.rollout() for tape in tapes]
             progress(len(made), len(seeds), what)
@@ -112,9 +119,8 @@ def run(choose: Callable[[list[Tape], int], np.ndarray], tapes: list[Tape], max_
 class Chunked:
     """The actions of a policy that answers with chunks.
 
-    Open loop, the first `execute` actions of a chunk are taken before the policy is asked again. With `ensemble` = m it
-    is asked at every step, and an action is the mean of all that were ever predicted for its step, weighted exp(-m i);
-    i counts the predictions from the oldest (Zhao et al. 2023, temporal ensembling; m = 0.01 there).
+    Open loop, the first `execute` actions of a chunk are taken before the policy is asked again. With `ensemble` it is
+    asked at every step, and its chunks are averaged (`Ensemble`).
 
     Args:
         act: chunks float32[B, K, A] for observations [B, ...] by feature, the numbers int64[B] of their episodes and
@@ -127,7 +133,8 @@ class Chunked:
 
     def __call__(self, tapes: list[Tape], step: int) -> np.ndarray:
         if self.ensemble is not None:
-            return self._averaged(self._asked(tapes, step), step)
+            self._averaged = Ensemble(self.ensemble) if step == 0 else self._averaged
+            return self._averaged(self._asked(tapes, step))[:, 0]
         if step == 0 or self._used == min(self.execute, self._chunk.shape[1]):
             self._chunk, self._used = self._asked(tapes, step), 0
         self._used += 1
@@ -137,21 +144,39 @@ class Chunked:
         rows = [*tapes, *[tapes[0]] * (self.width - len(tapes))]  # one shape, so that one program is compiled
         seen = {name: np.stack([tape.observation[name] for tape in rows]) for name in tapes[0].observation}
         chunk = np.asarray(self.act(seen, np.array([tape.number for tape in rows]), step))[: len(tapes)]
-        if not np.isfinite(chunk).all():
-            raise UserError(f"the policy's action at step {step} of an episode is not a finite number", where="score",
-                            hint="train with a lower optimizer.lr, or look at the loss in metrics.jsonl")  # fmt: skip
-        return chunk
+        return refuse_not_finite(chunk, f"at step {step} of an episode")
 
-    def _averaged(self, chunk: np.ndarray, step: int) -> np.ndarray:
-        """Row 0 of the running sums is for this step, row 1 for the next; weights relative to the newest prediction."""
-        if step == 0:
+
+class Ensemble:
+    """The mean of all that successive chunks said of a step, weighted exp(-m i); i counts predictions from the oldest.
+
+    It is the temporal ensembling of Zhao et al. 2023, with m = 0.01 there. One chunk is given for each step.
+    """
+
+    def __init__(self, m: float):
+        self.m, self._sum, self._weight = m, None, None
+
+    def __call__(self, chunk: np.ndarray) -> np.ndarray:
+        """Take in the chunks float32[B, K, A] of this step; the means for this step and the K - 1 that follow it.
+
+        Row 0 of the running sums is for this step, row 1 for the next; weights are relative to the newest prediction.
+        """
+        if self._sum is None:
             self._sum, self._weight = np.zeros_like(chunk), np.zeros(chunk.shape[1])
-        older = np.exp(self.ensemble)
+        older = np.exp(self.m)
         self._sum = older * np.roll(self._sum, -1, axis=1)
         self._weight = older * np.roll(self._weight, -1)
         self._sum[:, -1], self._weight[-1] = 0, 0
         self._sum, self._weight = self._sum + chunk, self._weight + 1
-        return self._sum[:, 0] / self._weight[0]
+        return self._sum / self._weight[:, None]
+
+
+def refuse_not_finite(chunk: np.ndarray, of: str) -> np.ndarray:
+    """Actions as they are. UserError, which says which (`of`), if one is not a finite number."""
+    if not np.isfinite(chunk).all():
+        raise UserError(f"the policy's action {of} is not a finite number", where="score",
+                        hint="train with a lower optimizer.lr, or look at the loss in metrics.jsonl")  # fmt: skip
+    return chunk
 
 
 class Expert:

@@ -14,11 +14,11 @@ class Scaling:
     def __init__(self, facts: dict):
         scale = facts["scale"]
         self.mean = np.concatenate([np.float32(scale[name]["mean"]) for name in facts["state"]] or [np.zeros(0)])
-        self.deviation = np.concatenate([_moving(scale[name]["std"]) for name in facts["state"]] or [np.ones(0)])
-        self.action = np.float32(scale["action"]["mean"]), _moving(scale["action"]["std"])
+        self.deviation = np.concatenate([moving(scale[name]["std"]) for name in facts["state"]] or [np.ones(0)])
+        self.action = np.float32(scale["action"]["mean"]), moving(scale["action"]["std"])
         self.bounds = tuple(tuple(((np.float32(scale["action"][end]) - self.action[0]) / self.action[1]).tolist())
                             for end in ("min", "max"))  # fmt: skip
-        self.pictures = {f"image.{name}": (np.float32(scale[name]["mean"]), _moving(scale[name]["std"]))
+        self.pictures = {f"image.{name}": (np.float32(scale[name]["mean"]), moving(scale[name]["std"]))
                          for name in facts["cameras"]}  # fmt: skip
 
     def seen(self, batch: dict) -> dict:
@@ -38,6 +38,7 @@ class Scaling:
         return action * self.action[1] + self.action[0]
 
 
-def _moving(deviation) -> np.ndarray:
+def moving(deviation) -> np.ndarray:
+    """What values are divided by, float32: the deviation, or 1 for an entry that stood still."""
     deviation = np.float32(deviation)
     return np.where(deviation < STILL, np.float32(1), deviation)

@@ -69,6 +69,16 @@ class ModelConfig(Section):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width}); heads: {near} would")
         return self
 
+    @model_validator(mode="after")
+    def _sampler_fits(self):
+        noising = self.noising
+        if self.kind == "diffusion" and noising.steps > noising.levels:
+            raise ValueError(f"diffusion has {noising.levels} levels of noise (noising.levels) and cannot pass through "
+                             f"{noising.steps}; noising.steps: {noising.levels} at most")  # fmt: skip
+        if self.kind == "diffusion" and noising.solver != "euler":
+            raise ValueError("noising.solver is a setting of flow, and diffusion has none; leave it out")
+        return self
+
 
 class DataConfig(Section):
     """Demonstrations: where they come from, and which of their features are used."""

@@ -17,7 +17,8 @@ from robot.blocks import Affine, Blocks, Memory, sinusoid, sinusoid_2d
 from robot.settings import ModelConfig
 from robot.vision import make_vision
 
-DECODER_SITE = 0xD  # makes the decoder's dropout masks others than the encoder's
+# Sites that make the dropout masks of the decoder, and of each camera's ViT, others than the encoder's.
+DECODER_SITE, CAMERA_SITE = 0xD, 0xCA00
 
 
 class Shape(NamedTuple):
@@ -43,7 +44,8 @@ class Trunk(nnx.Module):
         self.state = nnx.List([Affine(size, width, rngs) for size in shape.state])
         self.instruction = Affine(shape.instruction, width, rngs) if shape.instruction else None
         singles = extras + len(shape.state) + (self.instruction is not None)
-        self.places = _places(rngs, singles, width)
+        if singles:  # a policy may see pictures alone, and no checkpoint holds an array of no entries
+            self.places = _places(rngs, singles, width)
         self.vision = make_vision(config, shape.cameras, dtype, rngs) if shape.cameras else None
         if shape.cameras:
             self.camera_places = _places(rngs, len(shape.cameras), width)
@@ -63,9 +65,9 @@ class Trunk(nnx.Module):
             start += size
         if self.instruction is not None:
             tokens.append(self.instruction(seen["instruction"].astype(self.dtype)))
-        tokens, places = [jnp.stack(tokens, 1)] if tokens else [], [self.places[...]]
+        tokens, places = ([jnp.stack(tokens, 1)], [self.places[...]]) if tokens else ([], [])
         for number, (name, _, _) in enumerate(self.shape.cameras):
-            picture = self.vision(seen[f"image.{name}"].astype(self.dtype), keys)
+            picture = self.vision(seen[f"image.{name}"].astype(self.dtype), folded(keys, CAMERA_SITE + number))
             _, height, width, size = picture.shape
             tokens.append(picture.reshape(len(picture), height * width, size))
             places.append(sinusoid_2d(height, width, size) + self.camera_places[...][number])
@@ -77,8 +79,7 @@ class Trunk(nnx.Module):
         batch, width = memory.tokens.shape[0], memory.tokens.shape[2]
         if x is None:
             x = jnp.zeros((batch, self.shape.chunk, width), self.dtype)
-        keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, DECODER_SITE))(keys)
-        x = self.decoder(x, self.chunk_places[...][None], keys, memory=memory)
+        x = self.decoder(x, self.chunk_places[...][None], folded(keys, DECODER_SITE), memory=memory)
         return self.head(x.astype(jnp.float32))
 
 
@@ -88,6 +89,11 @@ def mean_of_real(errors: jax.Array, padded: jax.Array) -> jax.Array:
     A chunk at the end of an episode so weighs as much as it has real actions.
     """
     return jnp.where(padded[..., None], 0, errors.astype(jnp.float32)).mean((1, 2))
+
+
+def folded(keys, site: int):
+    """Keys of a site of their own; None for none."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, site))(keys)
 
 
 def _places(rngs: nnx.Rngs, count: int, width: int) -> nnx.Param:

@@ -75,6 +75,20 @@ def test_the_policy_is_compiled_before_the_first_client_and_not_again_for_each(p
     assert np.array_equal(first(GOOD)["action"], second(GOOD)["action"]) and len(asked) == 3
 
 
+def test_a_policy_that_is_scored_with_an_ensemble_is_served_with_it():
+    recipe, chunks = recipe_of(), np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
+    given = iter([chunks[0], *chunks])  # the first is asked for to compile
+    config = recipe.config.model_copy(update={"score": recipe.config.score.model_copy(update={"ensemble": 0.3})})
+    respond = type(recipe)(config, Path("unused")).use(FACTS).responder(lambda batch: next(given)[None])
+    answers = [respond(GOOD) for _ in range(3)]
+    assert {answer["execute"] for answer in answers} == {1} and answers[2]["action"].dtype == np.float32
+    assert np.array_equal(answers[0]["action"], chunks[0])
+    weights = np.exp(-0.3 * np.arange(3))  # the oldest first
+    said = np.stack([chunks[0][2], chunks[1][1], chunks[2][0]])
+    assert np.allclose(answers[2]["action"][0], weights @ said / weights.sum(), atol=1e-6)
+    assert np.array_equal(answers[2]["action"][3], chunks[2][3]), "of this step one chunk alone has spoken"
+
+
 BAD = {
     "there is no `observation.state`": {"observation.state": None},
     "there is no `observation.images.top`": {"observation.images.top": None},

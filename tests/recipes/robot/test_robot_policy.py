@@ -1,5 +1,7 @@
 """Policies: what they see, how their losses are summed, what they do with two right answers, what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,18 @@ def test_a_policy_sees_each_camera_and_its_instruction(kind):
     assert loss(state, batch, keys[0])[0] != loss(state, batch, keys[1])[0], "pictures are moved at random"
 
 
+def test_a_policy_of_pictures_alone_has_no_array_without_entries():
+    """Which no checkpoint could hold."""
+    made = recorded()
+    arrays = {name: made.arrays[name] for name in ("observation.images.above", "action")}
+    recipe = policy("cloning", dataclasses.replace(made, arrays=arrays, tasks=("",) * len(made)), ["above"])
+    graph, state = nnx.split(nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=jax.random.key(0)))))
+    assert min(leaf.size for leaf in jax.tree.leaves(state)) > 0
+    batch = {name: array for name, array in recipe.data("train").take(np.arange(3)).items() if name != "padded"}
+    chunk = jax.eval_shape(lambda state, batch: recipe.predict(nnx.merge(graph, state), batch), state, batch)
+    assert chunk.shape == (3, CHUNK, 2)
+
+
 def test_a_picture_that_patches_do_not_divide_is_refused():
     with pytest.raises(UserError) as caught:
         recipe = policy("cloning", cameras=["above"], vision={"kind": "vit", "patch": 7})
@@ -148,6 +162,10 @@ def test_a_policy_that_goes_on_keeps_its_scale_and_is_given_what_it_knows():
     scale = {name: {kind: [7.0] * len(one) for kind, one in known[name].items()} for name in known}
     recipe.inherited = {"scale": scale, "tasks": ["push", *TASKS]}
     assert recipe.facts()["scale"] == scale and recipe.facts()["tasks"] == ["push", *TASKS]
+    scale["action"]["mean"].append(7.0)
+    with pytest.raises(UserError, match="`action` has 2 entries, and 3 in the run that this one starts from"):
+        recipe.facts()
+    scale["action"]["mean"].pop()
     del scale["observation.environment_state"]
     with pytest.raises(UserError, match="does not know `observation.environment_state`") as caught:
         recipe.facts()
@@ -195,6 +213,9 @@ WRONG = [
     ({"score": {"execute": 5, "ensemble": 0.01}}, "score", "leave execute out"),
     ({"data": {"source": "somewhere"}}, "data.test", "data.test=0.1"),
     ({"model": {"kind": "akt"}}, "model.kind", "act"),
+    ({"model": {"kind": "diffusion", "noising": {"steps": 101}}}, "model", "noising.steps: 100 at most"),
+    ({"model": {"kind": "diffusion", "noising": {"solver": "midpoint"}}}, "model", "a setting of flow"),
+    ({"data": {"source": "somewhere", "noise": 0.1, "test": 0.1}}, "data.noise", "has been recorded"),
 ]
 
 

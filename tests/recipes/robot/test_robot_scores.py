@@ -10,6 +10,7 @@ from aurora_train.config import load
 from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from language.intervals import wilson
+from robot.fitting import refuse_other
 from robot.robot_scores import jerk, measured, returned
 from robot.rollouts import Rollout
 from robot.two_modes import TwoModes
@@ -117,23 +118,57 @@ def test_a_world_of_other_features_is_refused(tmp_path):
         recipe.score(left_of_the_disc, "test", jax.random.key(1), tmp_path, silent)
 
 
+OTHER = {
+    "has 10 frames per second and the demonstrations 30": {"fps": 30.0},
+    "3 in the demonstrations": {"shapes": {"action": [3]}},
+    "pictures of 16 x 16 pixels, and the policy was trained on 16 x 24": {"cameras": ["above"],
+                                                                         "shapes": {"above": [16, 24, 3]}},
+    "does not know the task 'reach the goal": {"tasks": ["push", "pull"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", OTHER)
+def test_a_world_that_is_not_that_of_the_data_is_refused(tmp_path, said):
+    known = made(tmp_path).known
+    other = known | OTHER[said] | {"shapes": known["shapes"] | OTHER[said].get("shapes", {})}
+    with pytest.raises(UserError, match=said) as fault:
+        refuse_other(other, "two_modes")
+    assert fault.value.where == "score.world"
+    refuse_other(known, "two_modes")
+
+
+def test_a_world_for_the_score_is_looked_at_before_any_training(tmp_path):
+    with pytest.raises(UserError, match="no world `two_mode`"):
+        made(tmp_path, "score.world=two_mode")
+
+
 def test_without_a_world_the_score_is_the_error_of_held_out_actions(tmp_path, monkeypatch):
     recipe = made(tmp_path)
     monkeypatch.setattr(type(recipe), "world", None)
     source, off = recipe.data("test"), np.array([0.1, -0.2])
     batch = source.take(np.arange(len(source)))
-    right = iter(batch["action"])  # the batches come in order, and the last is padded
+    right, keys = iter(batch["action"]), []  # the batches come in order, and the last is padded
 
     def nearly(asked):
+        keys.extend(map(bytes, np.asarray(jax.random.key_data(asked["key"]))))
         return np.stack([next(right, np.full((4, 2), 1e3)) + off for _ in asked["state"]])
 
     monkeypatch.setattr(kit(recipe, "robot_scores"), "BATCH", 7)
+    monkeypatch.setattr(kit(recipe, "robot_scores"), "TIMED", 1)
     found = recipe.score(nearly, "test", jax.random.key(1), tmp_path, silent)
+    assert len(set(keys)) == -(-len(source) // 7) * 7, "each chunk has a draw of its own"
     assert next(iter(found)) == "action_error"
     wanted = np.sqrt(np.mean((off / recipe.known["scale"]["action"]["std"]) ** 2))
     assert found["action_error"] == pytest.approx(float(wanted), rel=1e-5)
     assert [row[1] for row in found["tables"][0]["rows"]] == pytest.approx([0.1, 0.2], rel=1e-5)
     assert recipe.baselines(tmp_path, silent) == {}
+    recipe.known["scale"]["action"]["std"] = [1.0, 0.0]  # the second entry stood still in training
+    right = iter(batch["action"])
+    still = recipe.score(nearly, "test", jax.random.key(1), tmp_path, silent)
+    assert still["action_error"] == pytest.approx(float(np.sqrt(np.mean(off**2))), rel=1e-5)
+    right = iter(batch["action"] * np.nan)
+    with pytest.raises(UserError, match="for chunk 0 of test or one after it is not a finite number"):
+        recipe.score(nearly, "test", jax.random.key(1), tmp_path, silent)
 
 
 def test_limits_that_no_score_could_keep_are_refused_before_any_training(tmp_path):

@@ -70,6 +70,13 @@ def test_an_ensemble_is_the_weighted_mean_of_all_that_was_predicted_for_a_step()
             assert np.allclose(r.actions[step], weights @ said / weights.sum(), atol=1e-6)
 
 
+def test_a_score_keeps_no_pictures_of_what_was_seen():
+    """Of fifty long episodes they would fill the memory."""
+    (ran,) = rollouts(Expert(), "two_modes", [1], cameras=["above"], size=16, max_steps=3, filmed=1)
+    assert set(ran.observations) == set(ran.last) == {"observation.state", "observation.environment_state"}
+    assert ran.film[0].shape == (160, 160, 3)
+
+
 def test_an_action_that_is_no_number_is_refused():
     def diverged(seen, episodes, step):
         return np.full((len(episodes), 4, 2), np.nan if step == 2 else 0.0)
