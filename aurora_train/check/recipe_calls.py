@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from aurora_train.check.blame import place_of, recipe_code
+from aurora_train.check.limits import exceeded
 from aurora_train.check.results import checked_result, checked_samples
 from aurora_train.check.source import taken
 from aurora_train.errors import UserError
@@ -41,6 +42,7 @@ def rehearse_recipe(config, recipe, program, source) -> list[str]:
     batch = _same_batch_twice(recipe, source, np.arange(examples, dtype=np.int64) * len(source) // examples)
     _model_of_facts_alone(config, recipe, program)
     _validation_arrays(recipe)
+    _limits_and_probe(recipe)
     if makes_experience(recipe):  # called here, it might ask something outside in vain
         batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.batch(examples))
     with program.here():
@@ -68,6 +70,14 @@ def _signatures(recipe) -> None:
             raise UserError(
                 f"`{name}` takes {inspect.signature(own)}", where=place_of(own), hint=f"def {name}({', '.join(wanted)})"
             ) from None
+
+
+def _limits_and_probe(recipe) -> None:
+    """Call what is needed once the run has its score: for its limits, which also have to do without, and an export."""
+    exceeded(recipe, {})
+    if recipe.formats:
+        with recipe_code(recipe, "probe"):
+            recipe.probe(1)
 
 
 # ---- data

@@ -1,9 +1,10 @@
 """Masked modelling of a neural population (NDT: Ye & Pandarinath 2021), scored by co-smoothing.
 
 A transformer that sees whole windows, past and future, predicts the firing rates of all units from the spikes of the
-held-in ones, of which whole bins are masked in training. The units that are held out are never an input, so their rates
-are inferred from the other units alone. The score is in bits per spike over the held-out units of held-out trials, as
-the Neural Latents Benchmark defines it (Pei et al. 2021); Gaussian smoothing with a Poisson regression is beside it.
+held-in ones, of which whole bins and whole units (Zhang et al. 2024) are masked in training. The units that are held
+out are never an input, so their rates are inferred from the other units alone. The score is in bits per spike over the
+held-out units of held-out trials, as the Neural Latents Benchmark defines it (Pei et al. 2021); Gaussian smoothing with
+a Poisson regression is beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from aurora_train.config import Section, setting
 from aurora_train.recipe import Loss, Recipe, few
 from neural.settings import SIMULATED, Recorded, binned_trials, prepared, recording_path, refuse_heads
 
-MASK_SITE, INPUT_SITE = 0xC, 0xD  # distinguish these masks from the masks inside the model
+MASK_SITE, UNITS_SITE, INPUT_SITE = 0xB, 0xC, 0xD  # distinguish these masks from the masks inside the model
 
 
 class ModelConfig(Section):
@@ -32,6 +33,7 @@ class ModelConfig(Section):
     dropout: float = setting(0.2, ge=0, lt=1, help="share of activations dropped in training")
     input_dropout: float = setting(0.1, ge=0, lt=1, help="share of spike counts dropped in training")
     mask: float = setting(0.25, gt=0, le=0.5, help="share of bins whose spikes are masked in training, and predicted")
+    mask_units: float = setting(0.25, ge=0, le=0.5, help="share of held-in units masked in a whole window, likewise")
 
 
 class DataConfig(Recorded):
@@ -102,16 +104,19 @@ class MaskedModel(Recipe):
             heads=config.heads, window=config.reach, dropout=config.dropout, dtype=self.config.train.dtype, rngs=rngs,
         )  # fmt: skip
 
-    def _log_rates(self, model, batch, masked=None, keys=None):
-        """Log of the expected counts, float32[B, T, U]. `masked` bool[B, T]: bins whose spikes are not seen."""
+    def _log_rates(self, model, batch, masked=None, hidden=None, keys=None):
+        """Log of the expected counts, float32[B, T, U].
+
+        Not seen are the bins `masked` bool[B, T] and, of the held-in units, `hidden` bool[B, held-in].
+        """
         import jax.numpy as jnp
 
         real = batch["weights"] > 0  # padding is a segment of its own, which no bin of the trial sees
         seen = real if masked is None else real & ~masked
-        inputs = self._inputs(batch["spikes"], seen.astype(jnp.float32), keys)
+        inputs = self._inputs(batch["spikes"], seen.astype(jnp.float32), hidden, keys)
         return model(inputs, segments=real.astype(jnp.int32), keys=keys) + np.log(np.asarray(self.known["mean"]))
 
-    def _inputs(self, spikes, seen, keys):
+    def _inputs(self, spikes, seen, hidden, keys):
         """float32[B, T, F]: standardised counts of the held-in units, their Gaussian mean, a mark of unseen bins.
 
         `seen` float32[B, T] is 0 where the spikes are masked, which no entry then depends on.
@@ -125,6 +130,8 @@ class MaskedModel(Recipe):
         mean, deviation = (np.asarray(self.known[name], np.float32)[held_in] for name in ("mean", "deviation"))
         counts = (spikes[..., held_in].astype(jnp.float32) - mean) / deviation
         counts = dropout(counts, config.model.input_dropout, keys, INPUT_SITE) * seen[..., None]
+        if hidden is not None:  # the others are scaled up, as dropout does
+            counts = jnp.where(hidden[:, None], 0.0, counts) / (1 - config.model.mask_units)
         inputs = [counts, 1 - seen[..., None]]
         if config.model.smooth_ms:
             weights, scale = gaussian_weights(seen.shape[1], config.model.smooth_ms / config.data.bin_ms)
@@ -135,23 +142,25 @@ class MaskedModel(Recipe):
     def loss(self, model, batch, key) -> Loss:
         """Poisson negative log-likelihood in nats per unit, without log n!, summed over the bins.
 
-        Held-out units count in every bin; held-in units where they are masked, divided by the share of masked bins, so
-        that the weight does not depend on the mask. Without a key every nth bin is masked.
+        Held-out units count in every bin; held-in units where they are masked, divided by the share that is, so that
+        the weight does not depend on the mask. Without a key every nth bin is masked, and no unit.
         """
-        import jax
         import jax.numpy as jnp
 
+        held_in, held_out = (np.array(self.known[name]) for name in ("held_in", "held_out"))
         share, shape = self.config.model.mask, batch["weights"].shape
         if key is None:
             every = round(1 / share)
-            masked, share = jnp.broadcast_to(jnp.arange(shape[1]) % every == every // 2, shape), 1 / every
+            masked, hidden, share = jnp.broadcast_to(jnp.arange(shape[1]) % every == every // 2, shape), None, 1 / every
+            unseen = masked[..., None]
         else:
-            masked = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, MASK_SITE), share, shape[1:]))(key)
-        log_rates = self._log_rates(model, batch, masked, key)
+            of_units = self.config.model.mask_units
+            masked, hidden = _drawn(key, MASK_SITE, share, shape[1]), _drawn(key, UNITS_SITE, of_units, len(held_in))
+            unseen, share = masked[..., None] | hidden[:, None], 1 - (1 - share) * (1 - of_units)
+        log_rates = self._log_rates(model, batch, masked, hidden, key)
         errors = jnp.exp(log_rates) - batch["spikes"].astype(jnp.float32) * log_rates
-        held_in, held_out = (np.array(self.known[name]) for name in ("held_in", "held_out"))
         inferred = errors[..., held_out].sum(axis=-1)
-        filled = errors[..., held_in].sum(axis=-1) * masked / share
+        filled = (errors[..., held_in] * unseen).sum(axis=-1) / share
         weights, units = batch["weights"], len(self.known["units"])
         total, weight = jnp.sum((inferred + filled) * weights) / units, jnp.sum(weights)
         return Loss(total, weight, {"held_out_nll": (jnp.sum(inferred * weights) / len(held_out), weight)})
@@ -203,3 +212,10 @@ class MaskedModel(Recipe):
             test = trials["test"]
             scores["true_rates"] = bits_per_spike(true_counts(self._path, test)[:, held_out], test.spikes[:, held_out])
         return scores | {"tables": [table]}
+
+
+def _drawn(keys, site: int, share: float, size: int):
+    """bool[B, size], each True with probability `share`, from the key of its example."""
+    import jax
+
+    return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), share, (size,)))(keys)

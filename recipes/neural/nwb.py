@@ -192,7 +192,7 @@ def _read_series(file, path, where) -> dict:
 
 
 def _times(series, samples: int, path, where) -> np.ndarray:
-    if "timestamps" in series:
+    if at(series, "timestamps") is not None:
         times = _numbers(series, "timestamps", path, where)
     else:
         first, rate_hz = series["starting_time"], float(series["starting_time"].attrs.get("rate", 0.0))
@@ -212,7 +212,7 @@ def _times(series, samples: int, path, where) -> np.ndarray:
 def _table(file, path, where, key, needs, alike):
     """The group at `where`; the error names what it lacks, and the tables of the file that have it."""
     group = at(file, where)
-    missing = [name for name in needs if not hasattr(group, "keys") or name not in group]
+    missing = [name for name in needs if not hasattr(group, "keys") or at(group, name) is None]
     if missing:
         hint = nearest(where, alike(file), contents(file), form=f"{key}={{}}", cutoff=0.8)
         raise UserError(f"{path} has no `{where}/{missing[0]}`", where=key, hint=hint)

@@ -68,13 +68,14 @@ def text(value) -> str:
 def _of_series(node) -> str:
     data = node["data"]
     shape, unit = list(getattr(data, "shape", ())), text(data.attrs.get("unit", "of no unit"))
-    if "timestamps" in node:
+    if at(node, "timestamps") is not None:
         return f"{shape} {unit}, at {len(node['timestamps'])} timestamps"
     return f"{shape} {unit}, {float(node['starting_time'].attrs.get('rate', 0.0)):g} Hz"
 
 
 def _has(node, *names: str) -> bool:
-    return hasattr(node, "keys") and all(name in node for name in names)
+    """Whether a node is a group that has all of these, behind links that lead somewhere (`in` is true of any link)."""
+    return hasattr(node, "keys") and all(at(node, name) is not None for name in names)
 
 
 def _walk(group, prefix: str = "", above: frozenset = frozenset()):

@@ -35,6 +35,9 @@ class Answers:
         of = dict(zip([*facts["state"], *cameras], [*facts["state"], *facts["cameras"]], strict=True))
         self._shapes = {feature: tuple(facts["shapes"][name]) for feature, name in of.items()}
         self._asked = 0
+
+    def compile(self) -> None:
+        """Ask the policy once, so that no client waits for its compilation."""
         self._act({feature: np.zeros(shape, _dtype(feature)) for feature, shape in self._shapes.items()}, 0)
         self._asked = 0
 

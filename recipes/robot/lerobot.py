@@ -44,9 +44,11 @@ def read(
     cameras = [name for name in features if meta.features[name].is_camera]
     files = sorted({INFO, TASKS, *meta.data, *_tables(meta), *_films(meta, cameras)})
     count = _count(meta, episodes)
-    progress(0, len(files), "hashing the dataset")
-    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "edge": edge, "files": {
-        file: sha256(meta.folder / file) for file in files}}  # fmt: skip
+    hashes = {}
+    for number, file in enumerate(files):
+        progress(number, len(files), "hashing the dataset")
+        hashes[file] = sha256(meta.folder / file)
+    decisive = {"format": FORMAT, "features": sorted(features), "episodes": count, "edge": edge, "files": hashes}
     key = key_of(decisive)
     names = {name: meta.features[name].names for name in features if meta.features[name].names}
     source = {

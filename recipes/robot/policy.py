@@ -26,6 +26,7 @@ class Policy(Recipe):
     Config = Config
     unit, formats = "chunks", ("policy",)
     _read = None  # the episodes, once they are read
+    _compiled = None  # the `predict` that has been compiled for a server
 
     @property
     def metric(self) -> tuple[str, str]:
@@ -231,7 +232,11 @@ class Policy(Recipe):
         from robot.answering import Answers
 
         bound = bound_of(self.config.limits, self.known["shapes"]["action"][-1])
-        return Answers(self.known, predict, self.executed, bound, stream(self.config.train.seed, "act"))
+        answers = Answers(self.known, predict, self.executed, bound, stream(self.config.train.seed, "act"))
+        if predict is not self._compiled:  # once, and not at the beginning of every episode
+            answers.compile()
+            self._compiled = predict
+        return answers
 
     def probe(self, examples: int) -> dict:
         from robot.answering import probe

@@ -1,5 +1,7 @@
 """The world to reset and step, the car as a bicycle, and rollouts of all agents in one program."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,11 @@ import pytest
 import traffic_batches
 from flax import nnx
 
-from driving import closed_loop
+from driving import baselines, closed_loop
 from driving.agents import Driver
 from driving.batches import log_of, rolled_out
 from driving.closed_loop import Action, Log, bicycle, drive, follow, reset, step, straight_on, touching
-from driving.driving_scores import boxes_overlap, infeasible
+from driving.driving_scores import boxes_overlap, driving_scores, infeasible
 from driving.moves import blind
 from driving.scenes import HISTORY, STEP_S, STEPS
 from driving.tokens import learn, motions_of, relative
@@ -123,6 +125,19 @@ def test_an_ego_that_drives_into_a_parked_car_has_collided():
     assert not drive(straight_on, absent, 0, 11)[1][0]
 
 
+def test_constant_velocity_in_closed_loop_is_that_of_the_baselines():
+    most = max(scene.num_agents for scene in traffic_batches.scenes())
+    everybody = jax.tree.map(jnp.asarray, traffic_batches.batch(agents=most))
+    path, collided = drive(straight_on, log_of(everybody), HISTORY - 1, FUTURE)
+    for row, scene in enumerate(traffic_batches.scenes()):
+        ego = np.arange(scene.num_agents) == scene.focal
+        states, valid = baselines.rollout("constant velocity", scene, FUTURE, ego)
+        origin = scene.states[scene.focal, HISTORY - 1, :2]
+        np.testing.assert_allclose(np.asarray(path)[row, :, :2] + origin, states[scene.focal, :, :2], atol=0.02)
+        scores = driving_scores(scene, states, valid, ego, (6,))
+        assert bool(collided[row]) == bool(scores["collision_6s"])
+
+
 def test_in_a_rollout_some_replay_and_the_others_follow_templates(batch, templates, roll):
     replayed = np.arange(batch["valid"].shape[1]) >= 3
     out = roll(cast(batch, replayed, False))
@@ -158,3 +173,27 @@ def test_a_rollout_depends_on_its_own_scene_and_key_alone(batch, roll):
     mixed = roll({name: array[order] for name, array in cast(batch, False, False).items()})
     np.testing.assert_allclose(mixed["states"], first["states"][order], atol=1e-3)
     np.testing.assert_array_equal(mixed["collided"], first["collided"][order])
+
+
+def with_agents(scene, count: int):
+    """The scene with so many agents, copies beside each other if it has fewer."""
+    which = np.arange(count) % max(scene.num_agents, 1)
+    states = scene.states[which] + np.float32([0.1, 0, 0, 0, 0]) * np.arange(count)[:, None, None]
+    return replace(scene, states=states.astype(np.float32), sizes=scene.sizes[which], focal=0 if count else -1,
+                   track_ids=tuple(map(str, range(count))), kinds=tuple(scene.kinds[k] for k in which))  # fmt: skip
+
+
+def test_odd_scenes_roll_out_too(roll):
+    """Without agents, with one, with three hundred; and without a map, with a track that ends in the history."""
+    scene = traffic_batches.scenes()[0]
+    *odd, unmapped = (with_agents(scene, count) for count in (0, 1, 300, 3))
+    unmapped.states[0], unmapped.states[1, HISTORY - 20 :] = scene.states[scene.focal], np.nan
+    no_lights = {"lights": None, "light_lanes": (), "light_stops": unmapped.light_stops[:0]}
+    odd.append(replace(unmapped, lanes=(), drivable=(), **no_lights))
+    batch = traffic_batches.batch(odd)
+    out = roll(cast(batch, False, False))
+    assert np.isfinite(out["states"]).all()
+    assert out["present"].any((1, 2)).tolist() == [False, True, True, True]
+    assert out["present"][1].any(1).sum() == 1
+    assert batch["valid"][3, 2, HISTORY - 21] and not batch["valid"][3, 2, HISTORY - 1]
+    assert not out["present"][3, 2].any()

@@ -49,10 +49,10 @@ def both(*edits):
     return lambda file: [edit(file) for edit in edits]
 
 
-def _link(target_file):
+def _link(name, target_file):
     def edit(file):
-        del file[BEHAVIOR + "/data"]
-        file[BEHAVIOR + "/data"] = h5py.ExternalLink(target_file, "/data")
+        del file[name]
+        file[name] = h5py.ExternalLink(target_file, "/data")
 
     return edit
 
@@ -117,7 +117,10 @@ CASES = {
     "four axes": (put(BEHAVIOR + "/data", np.zeros((2600, 4))), [], "data.behavior", "has the shape (2600, 4)"),
     "behaviour that was never measured": (
         put(BEHAVIOR + "/data", np.full((2600, 2), np.nan)), [], "data.behavior", "has no finite value"),
-    "behaviour in a file that is not here": (_link("gone.nwb"), [], "data.behavior", "a link that leads nowhere"),
+    "behaviour in a file that is not here": (
+        _link(BEHAVIOR + "/data", "gone.nwb"), [], "data.behavior", "a link that leads nowhere"),
+    "spikes in a file that is not here": (
+        _link(UNITS, "gone.nwb"), [], "data.units_table", "units/spike_times: a link that leads nowhere"),
     "bins longer than the trials": (None, ["data.bin_ms=1000"], "data.bin_ms", "24 of 24 trials"),
     "a share that holds no trial out": (None, ["data.held_out=0.001"], "data.held_out", "no trial of small falls"),
     "NWB of the first version": (put("nwb_version", b"NWB-1.0.6"), [], "data.source", "NWB 1 has another layout"),

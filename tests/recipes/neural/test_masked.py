@@ -1,5 +1,6 @@
 """The masked transformer: what it may see and what not, its loss, and its score beside the baseline."""
 
+import json
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from kit import in_process
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
@@ -80,6 +82,18 @@ def test_a_masked_bin_is_predicted_without_its_own_spikes(recipe, model):
     np.testing.assert_array_equal(rates(changed), rates(batch))
     changed["spikes"][:, 12] = 9
     assert not np.allclose(rates(changed)[:, 11], rates(batch)[:, 11])
+
+
+def test_a_masked_unit_is_predicted_without_its_own_spikes(recipe, model):
+    batch, own = batch_of(recipe), recipe.known["held_in"][5]
+    hidden = np.zeros((3, len(recipe.known["held_in"])), bool)
+    hidden[:, 5] = True
+    rates = jax.jit(lambda batch: recipe._log_rates(model, batch, hidden=hidden))
+    changed = batch | {"spikes": batch["spikes"].copy()}
+    changed["spikes"][..., own] = 9
+    np.testing.assert_array_equal(rates(changed), rates(batch))
+    changed["spikes"][..., recipe.known["held_in"][4]] = 9
+    assert not np.allclose(rates(changed)[..., own], rates(batch)[..., own])
 
 
 def test_the_loss_is_the_likelihood_of_the_units_held_out_and_of_masked_bins(recipe, model):
@@ -157,3 +171,17 @@ def test_the_recipe_file_imports_no_jax():
     code = "import sys; from aurora_train.config import load; load('neural/masked'); print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bundled_config_is_ahead_of_smoothing_on_simulated_sessions(seed, tmp_path, monkeypatch):
+    """Minutes for each seed, of the simulation and of the run."""
+    monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "cache"))
+    seeds = [f"train.seed={seed}", f"data.simulated_seed={seed}"]
+    assert in_process("train", "neural/masked", *seeds, "--run", tmp_path / "run", "--quiet") == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    ours, rivals = scores["score"]["co_bps"], scores["baselines"]
+    smoothing, known = rivals["smoothing"], rivals["true_rates"]
+    print(f"seed {seed}: co_bps {ours:.4f}, smoothing {smoothing:.4f}, true rates {known:.4f}")
+    assert ours > smoothing

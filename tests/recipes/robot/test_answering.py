@@ -62,6 +62,19 @@ def test_the_answer_is_a_chunk_that_follows_from_the_observations_so_far(predict
     assert np.array_equal(recipe.responder(predict)(lists)["action"], first["action"])
 
 
+def test_the_policy_is_compiled_before_the_first_client_and_not_again_for_each(predict):
+    recipe, asked = recipe_of(), []
+
+    def counted(batch):
+        asked.append(batch)
+        return predict(batch)
+
+    first = recipe.responder(counted)
+    assert len(asked) == 1
+    second = recipe.responder(counted)
+    assert np.array_equal(first(GOOD)["action"], second(GOOD)["action"]) and len(asked) == 3
+
+
 BAD = {
     "there is no `observation.state`": {"observation.state": None},
     "there is no `observation.images.top`": {"observation.images.top": None},
