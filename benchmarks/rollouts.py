@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from datetime import date
 
@@ -19,11 +20,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from aurora_train import bundled
 from aurora_train.config import load
 from aurora_train.machine.precision import settled
 from aurora_train.machine.profile import cpu_model
 from aurora_train.random import stream
 from aurora_train.train.rehearsal import make_recipe
+
+sys.path.insert(0, str(bundled.recipes_folder()))  # for the kit, whose modules a recipe has under names of its own
 
 
 def scenes(recipe, count: int) -> dict[str, np.ndarray]:
