@@ -53,10 +53,10 @@ def read_scene(path: Path) -> Scene:
     states[track_of_row, columns["timestep"]] = values
     kinds = _per_track(columns["object_type"], "object_type", tracks, track_of_row, path)
     sizes = [DEFAULT_SIZES[kind] for kind in kinds]
-    if SIZES[0] in columns:
+    if set(SIZES) <= set(columns):
         sizes = np.stack([_per_track(columns[name], name, tracks, track_of_row, path) for name in SIZES], axis=1)
     road = _map_beside(path, origin)
-    lights = _lights_beside(path, str(about["scenario_id"]), steps, origin, road)
+    lights = _lights_beside(path, steps, origin, road)
     return Scene(
         str(about["scenario_id"]), str(columns["map_id"][0]) if "map_id" in columns else str(about["scenario_id"]),
         tuple(map(str, tracks)), tuple(map(str, kinds)), states, np.asarray(sizes, np.float32).reshape(-1, 2),
@@ -165,7 +165,8 @@ def _check_rows(columns, tracks, track_of_row, steps: int, path: Path) -> None:
            nearest(str(kind[unknown][0]), KINDS) if unknown.any() else None)  # fmt: skip
     for name in (name for name in SIZES if name in columns):
         sizes = columns[name]
-        refuse(~(sizes > 0), lambda row, name=name, sizes=sizes: f"`{name}` is {sizes[row]:g}", "a box has a size")
+        refuse(~((sizes > 0) & np.isfinite(sizes)),
+               lambda row, name=name, sizes=sizes: f"`{name}` is {sizes[row]:g}", "a box has a size")  # fmt: skip
 
 
 def _per_track(values: np.ndarray, name: str, tracks, track_of_row, path: Path) -> np.ndarray:
@@ -223,9 +224,9 @@ def _map_beside(path: Path, origin) -> Map:
     return read_map(found[0], origin) if found else Map((), (), ())
 
 
-def _lights_beside(path: Path, scenario: str, steps: int, origin, road: Map):
+def _lights_beside(path: Path, steps: int, origin, road: Map):
     """(lights int8[L, T] or None, lanes, stops float32[L, 2]) from the file that `argoverse_writing` puts there."""
-    file = path.with_name(f"traffic_lights_{scenario}.json")
+    file = path.with_name(f"traffic_lights_{path.stem.removeprefix('scenario_')}.json")
     if not file.exists():
         return None, (), np.zeros((0, 2), np.float32)
     known = {lane.id for lane in road.lanes}
@@ -233,6 +234,8 @@ def _lights_beside(path: Path, scenario: str, steps: int, origin, road: Map):
         entries = json.loads(file.read_text())["lights"]
         lanes = tuple(str(entry["lane_id"]) for entry in entries)
         stops = np.array([[entry["stop"]["x"], entry["stop"]["y"]] for entry in entries], np.float64).reshape(-1, 2)
+        if not np.isfinite(stops).all():
+            raise ValueError("a stop is not finite")
         words = [entry["states"] for entry in entries]
         states = np.array([[LIGHT_WORDS[word] for word in row] for row in words], np.int8)
     except (ValueError, KeyError, TypeError) as error:

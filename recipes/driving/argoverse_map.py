@@ -90,11 +90,11 @@ def _lane(entry: _Entry) -> Lane:
         raise entry.refuse(f"the lane type is {kind!r}", why, nearest(kind, LANE_KINDS))
     if not isinstance(successors, list):
         raise entry.refuse("`successors` is not a list of ids")
-    limit = entry.content.get("speed_limit_mps", math.nan)  # ours; absent from Argoverse's own maps
-    if not isinstance(limit, int | float) or limit <= 0:
+    limit = entry.content.get("speed_limit_mps")  # ours; absent from Argoverse's own maps
+    if limit is not None and not (isinstance(limit, int | float) and 0 < limit < math.inf):
         raise entry.refuse(f"`speed_limit_mps` is {limit!r}", "it is a positive number of m/s")
-    return Lane(str(entry.get("id")), centre, left, right, kind, tuple(map(str, successors)), float(limit),
-                bool(entry.get("is_intersection")))  # fmt: skip
+    return Lane(str(entry.get("id")), centre, left, right, kind, tuple(map(str, successors)),
+                math.nan if limit is None else float(limit), bool(entry.get("is_intersection")))  # fmt: skip
 
 
 def _between(left: np.ndarray, right: np.ndarray) -> np.ndarray:

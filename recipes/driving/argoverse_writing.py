@@ -21,8 +21,11 @@ FRAGMENT, UNSCORED, FOCAL = 0, 1, 3  # Argoverse 2's categories of tracks
 def write_scene(scene: Scene, folder: Path) -> Path:
     """Write `folder/ID/scenario_ID.parquet` and the map beside it; returns the path of the parquet file.
 
-    Raises UserError for what the format cannot hold: no agents, no focal one, or lanes whose ids are not numbers.
+    Raises UserError for what the format cannot hold: no agents, no focal one, or lanes whose ids are not numbers; and
+    for an identifier that is not the name of a file, since that of a recording comes from elsewhere.
     """
+    if scene.identifier != Path(scene.identifier).name or scene.identifier in ("", ".."):
+        raise UserError(f"the identifier {scene.identifier!r} cannot be the name of a folder", where=str(folder))
     if scene.num_agents == 0 or scene.focal < 0:
         raise UserError("a scenario of Argoverse 2 must have a focal track", where=f"scene {scene.identifier}",
                         why="its number of steps and its id are columns of the tracks' rows")  # fmt: skip

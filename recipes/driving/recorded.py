@@ -10,7 +10,7 @@ from driving import argoverse
 from driving.scene_store import SceneStore, scene_store
 from driving.scenes import Scene
 
-FORMAT = 1  # raised whenever the same files mean other scenes
+FORMAT = 2  # raised whenever the same files mean other scenes
 
 
 def recorded_scenes(folder: Path, source: Path, held_out: float, progress) -> SceneStore:
@@ -19,7 +19,8 @@ def recorded_scenes(folder: Path, source: Path, held_out: float, progress) -> Sc
     If `source` has the folders `train` and `val`, as Argoverse 2 comes, the scenes of `val` are the test split, and
     `held_out` / 2 of the maps in `train` are for validation. Otherwise `held_out` of the maps are the test split and
     half as many are for validation. A map belongs to a split by the hash of its id, so more data move no map. A
-    scenario without `map_id` counts as a map of its own. `progress(done, total, what)` is told of scenarios.
+    scenario without `map_id` counts as a map of its own. With `held_out` 1 every scene of `source` is in the test
+    split. `progress(done, total, what)` is told of scenarios.
     """
     source = Path(source).expanduser()
     published = (source / "train").is_dir() and (source / "val").is_dir()
@@ -45,7 +46,7 @@ def recorded_scenes(folder: Path, source: Path, held_out: float, progress) -> Sc
 def split_of(map_id: str, held_out: float, part: str | bool = False) -> str:
     """The split of a map; `part` is "train" or "test" where the data come divided."""
     share = int.from_bytes(hashlib.sha256(f"aurora map {map_id}".encode()).digest()[:6], "big") / 2**48
-    if part == "test":
+    if part == "test" or held_out >= 1:
         return "test"
     if part == "train":
         return "validation" if share < held_out / 2 else "train"

@@ -51,7 +51,10 @@ def kalman_decoder(data, lags=LAGS) -> dict:
 
 
 def fit_kalman(counts: np.ndarray, velocity: np.ndarray, offsets: np.ndarray, lag: int) -> Kalman:
-    """Closed-form estimates from counts [N, U] and velocity [N, D] of trials; bins without a velocity are left out."""
+    """Closed-form estimates from counts [N, U] and velocity [N, D] of trials; bins without a velocity are left out.
+
+    A trial whose first bins were not measured counts with its first whole state among the first states.
+    """
     first = np.zeros(len(velocity), bool)
     first[offsets[:-1]] = True
     age = np.arange(len(velocity)) - np.repeat(offsets[:-1], np.diff(offsets))
@@ -63,7 +66,8 @@ def fit_kalman(counts: np.ndarray, velocity: np.ndarray, offsets: np.ndarray, la
     transition, drift = _regression(old, new)
     seen = np.flatnonzero(whole & (age >= lag))
     emission, noise = _regression(states[seen], counts[seen - lag])
-    starts = states[first & whole]
+    rows = np.flatnonzero(whole)
+    starts = states[rows[np.unique((np.cumsum(first) - 1)[rows], return_index=True)[1]]]
     return Kalman(transition, drift, emission, noise, starts.mean(axis=0), _covariance(starts - starts.mean(axis=0)))
 
 

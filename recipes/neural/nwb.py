@@ -122,7 +122,11 @@ def _read_units(file, path, where) -> dict:
     observed = None
     if "obs_intervals" in table and "obs_intervals_index" in table:
         rows = table["obs_intervals"][()].astype(np.float64).reshape(-1, 2)
-        observed = np.split(rows, _ends(table, "obs_intervals", path)[:-1])
+        of_unit = _ends(table, "obs_intervals", path)
+        if len(of_unit) != len(ids):
+            raise UserError(f"/{where}/obs_intervals_index of {path} has {len(of_unit)} entries", where="data.source",
+                            why=f"there are {len(ids)} units, and each has one")  # fmt: skip
+        observed = np.split(rows, of_unit[:-1])
     return {"unit_ids": ids, "spike_times": times, "observed": observed}
 
 

@@ -61,6 +61,12 @@ class Trials:
                 hint="use more trials or a larger share",
             )
         rows = np.concatenate([np.arange(self.offsets[k], self.offsets[k + 1]) for k in kept])
+        if not np.isfinite(self.velocity[rows]).all(axis=1).any():  # its mean and its score would be nan
+            raise UserError(
+                f"no bin of the {len(kept)} {name} trials of {self.identifier} has a measured behaviour",
+                where="data.behavior", why="it has gaps where these trials are",
+                hint="choose a series that was measured within trials, or another data.held_out",
+            )  # fmt: skip
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[kept])])
         starts = None if self.starts is None else self.starts[kept]
         return dataclasses.replace(

@@ -16,7 +16,7 @@ from driving.argoverse_writing import write_scene
 from driving.car_following import generate
 from driving.recorded import recorded_scenes, split_of
 from driving.scene_store import SPLITS
-from driving.scenes import Scene
+from driving.scenes import DEFAULT_SIZES, Scene
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,21 @@ def test_a_scenario_without_files_that_are_ours_has_usual_sizes_and_no_lights(sc
     assert read_scene(files["tracks"]).lanes == ()
 
 
+def test_an_id_names_no_file_elsewhere_and_half_a_size_is_none(files, tmp_path):
+    """The id comes with the recording. Neither reading it nor writing it again leaves the folder."""
+    rows = columns(files["tracks"])
+    del rows["width_m"]
+    rows["scenario_id"] = ["../elsewhere"] * len(rows["scenario_id"])
+    rewrite(files["tracks"], rows)
+    read = read_scene(files["tracks"])
+    assert read.identifier == "../elsewhere" and read.lights is not None
+    np.testing.assert_array_equal(read.sizes, np.array([DEFAULT_SIZES[kind] for kind in read.kinds], np.float32))
+    for identifier in ("../elsewhere", "..", "", "a/b"):
+        with pytest.raises(UserError, match="cannot be the name of a folder"):
+            write_scene(dataclasses.replace(read, identifier=identifier), tmp_path / "out")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_what_the_format_cannot_hold_is_refused(scene, tmp_path):
     named = dataclasses.replace(scene.lanes[0], id="north")
     for wrong, said in ((without_agents(scene), "focal"), (dataclasses.replace(scene, lanes=(named,)), "north")):
@@ -131,6 +146,8 @@ def test_whole_maps_are_held_out_and_published_splits_are_kept(scene, tmp_path):
     shutil.copytree(tmp_path / "flat" / "s0", tmp_path / "set" / "val" / "s0")
     published = recorded_scenes(tmp_path, tmp_path / "set", 0.3, quiet)
     assert published.count("test") == 1 and published.count("train") + published.count("validation") == 12
+    for folder, number in (("flat", 12), ("set", 13)):  # `evaluate --on`: whatever is there is the test
+        assert recorded_scenes(tmp_path, tmp_path / folder, 1.0, quiet).count("test") == number
 
 
 def change(name, row, value):
@@ -176,6 +193,7 @@ BAD_TRACKS = {
     "20 Hz": (change("end_timestamp", None, 5_450_000_000), ["span 5.45 s", "10 Hz"]),
     "no steps": (change("num_timestamps", None, 0), ["num_timestamps is 0"]),
     "no size": (change("width_m", 2, 0.0), ["`width_m`", "row 2"]),
+    "endless size": (change("length_m", None, float("inf")), ["`length_m` is inf"]),
 }  # fmt: skip
 
 
@@ -206,6 +224,7 @@ BAD_MAPS = {
     "an id twice": (lambda m: m["lane_segments"].update(x=first(m, "lane_segments")), ["two lanes"]),
     "two points": (lambda m: first(m, "drivable_areas")["area_boundary"].__delitem__(slice(2, None)), ["2 points"]),
     "speed limit": (lambda m: first(m, "lane_segments").update(speed_limit_mps=-3), ["speed_limit_mps", "-3"]),
+    "no limit at all": (lambda m: first(m, "lane_segments").update(speed_limit_mps=float("inf")), ["mps", "inf"]),
     "a list": (lambda m: m.update(lane_segments=[]), ["`lane_segments`"]),
 }  # fmt: skip
 
@@ -223,6 +242,7 @@ BAD_LIGHTS = {
     "unknown word": (lambda light: light["states"].__setitem__(0, "purple"), ["purple", "green"]),
     "unknown lane": (lambda light: light.update(lane_id=7), ["lane 7"]),
     "too few states": (lambda light: light.update(states=light["states"][:50]), []),
+    "stop nowhere": (lambda light: light.update(stop={"x": float("nan"), "y": 0.0}), ["stop is not finite"]),
 }  # fmt: skip
 
 

@@ -83,6 +83,9 @@ CASES = {
     "a unit that is not there": (None, ["data.units=[10,99]"], "data.units", "no unit 99"),
     "an empty list of units": (None, ["data.units=[]"], "data.units", "the list of units is empty"),
     "a unit that was not observed": (OBSERVED, [], "data.units", "unit 15 cover 2 trials"),
+    "observations of other units": (
+        both(OBSERVED, put("units/obs_intervals_index", np.array([3, 6], np.uint8))), [], "data.source",
+        "has 2 entries"),
     "no trials": (drop(TRIALS), [], "data.trials", "has no `intervals/trials/start_time`"),
     "no row in the trials": (
         both(put(TRIALS + "/start_time", np.zeros(0)), put(TRIALS + "/stop_time", np.zeros(0))), [], "data.trials",
@@ -117,6 +120,10 @@ CASES = {
     "four axes": (put(BEHAVIOR + "/data", np.zeros((2600, 4))), [], "data.behavior", "has the shape (2600, 4)"),
     "behaviour that was never measured": (
         put(BEHAVIOR + "/data", np.full((2600, 2), np.nan)), [], "data.behavior", "has no finite value"),
+    "behaviour between trials alone": (
+        lambda file: put(BEHAVIOR + "/data", np.where(
+            (file[BEHAVIOR + "/timestamps"][()] % 1 < 0.95)[:, None], np.nan, file[BEHAVIOR + "/data"][()]))(file), [],
+        "data.behavior", "no bin of the"),
     "behaviour in a file that is not here": (
         _link(BEHAVIOR + "/data", "gone.nwb"), [], "data.behavior", "a link that leads nowhere"),
     "spikes in a file that is not here": (

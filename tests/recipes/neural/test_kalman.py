@@ -97,3 +97,15 @@ def test_the_decoder_finds_the_lag_and_decodes_almost_as_well_as_the_model_allow
 
     fit = kalman_decoder(data, lags=(0, 2, 4))
     assert fit["lag"] == 2 and 0.8 < fit["r2"] < 1
+
+
+def test_trials_that_begin_before_the_behaviour_are_decoded_all_the_same():
+    """Behaviour that is recorded in pieces has its first sample after the first bin's centre in every trial."""
+    trials = simulated(np.random.default_rng(3), trials=60)
+    velocity = trials.velocity.copy()
+    velocity[trials.offsets[:-1]] = np.nan
+    counts = trials.spikes.astype(np.float64) - 20
+    model = fit_kalman(counts, velocity, trials.offsets, lag=0)
+    starts = np.stack([np.concatenate([velocity[k + 2], velocity[k + 1]]) for k in trials.offsets[:-1]])
+    np.testing.assert_allclose(model.mean, starts.mean(axis=0))
+    assert np.isfinite(filtered(model, counts, trials.offsets, 0)).all()
