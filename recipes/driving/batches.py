@@ -10,8 +10,7 @@ from driving.agents import Agents, Seen
 from driving.closed_loop import Cast, Log, in_end_frame, rollout
 from driving.relations import Lanes
 from driving.scenes import HISTORY, LANE_KINDS, STEPS, UNKNOWN
-from driving.tokens import STEPS as TOKEN_STEPS
-from driving.tokens import TOKEN_S, anchors, relative, rotated, tokenised
+from driving.tokens import TOKEN_S, TOKEN_STEPS, anchors, relative, rotated, tokenised
 
 
 def agents_of(batch: dict) -> Agents:

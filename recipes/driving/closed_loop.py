@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from aurora_train.generate.sampler import draw
 from driving.agents import Agents, Seen
 from driving.scenes import STEP_S
-from driving.tokens import STEPS, distances, moved, relative, rotated
+from driving.tokens import TOKEN_STEPS, distances, moved, relative, rotated
 
 # What a car can do: m/s2 along and across, rad of the front wheels; its wheelbase as a share of its length.
 HARDEST_BRAKING, HARDEST_ACCELERATION, MOST_SIDEWAYS, MOST_STEERING, WHEELBASE = 8.0, 4.0, 6.0, 0.6, 0.6
@@ -80,11 +80,11 @@ def bicycle(car, action: Action, length):
 
 
 def follow(car, path, left, length) -> Action:
-    """The action that takes a car float32[5] along a path float32[STEPS, 3], of which `left` poses are still ahead.
+    """The action that takes a car float32[5] along a path float32[TOKEN_STEPS, 3] with `left` poses still ahead.
 
     The speed is that of the path's next step, and the curvature leads to its last pose (pure pursuit, Coulter 1992).
     """
-    index = STEPS - left
+    index = TOKEN_STEPS - left
     before = jnp.where(index > 0, path[index - 1, :2], car[:2])
     speed = jnp.hypot(*(path[index, :2] - before)) / STEP_S
     ahead = rotated(jnp, path[-1, :2] - car[:2], -car[2])
@@ -159,7 +159,7 @@ def rollout(model, templates, agents: Agents, seen: Seen, log: Log, cast: Cast, 
     collided bool[B].
     """
     history = seen.poses.shape[2]
-    first = log.states.shape[2] - number * STEPS - 1  # the step of the last anchor
+    first = log.states.shape[2] - number * TOKEN_STEPS - 1  # the step of the last anchor
     begin = jax.vmap(lambda one: reset(one, first))(log)
     past = seen._replace(lights=seen.lights[:, :, :history])
     logits, memory = model.extend(agents, past, model.empty(agents, history + number), 0)
@@ -187,9 +187,9 @@ def _drawn(logits, keys, count, knobs):
 
 
 def _moved(turn: Turn, templates, agents: Agents, log: Log, cast: Cast, taken):
-    """The worlds after a token: (states, path float32[B, A, STEPS, 5], present bool[B, A, STEPS])."""
+    """The worlds after a token: (states, path float32[B, A, TOKEN_STEPS, 5], present bool[B, A, TOKEN_STEPS])."""
     now = turn.seen.poses[:, :, 0]
-    wanted = moved(jnp, now[:, :, None], templates[taken])  # [B, A, STEPS, 3]
+    wanted = moved(jnp, now[:, :, None], templates[taken])  # [B, A, TOKEN_STEPS, 3]
     whole = jnp.concatenate([now[:, :, None], wanted], 2)
     planned = jnp.concatenate([wanted, (whole[:, :, 1:, :2] - whole[:, :, :-1, :2]) / STEP_S], -1)
     there = jnp.broadcast_to(turn.state.present[..., None], planned.shape[:-1])
@@ -199,13 +199,13 @@ def _moved(turn: Turn, templates, agents: Agents, log: Log, cast: Cast, taken):
             at = state.step + 1
             others = (jnp.where(replayed[:, None], log.states[:, at], planned[:, k]),
                       jnp.where(replayed, log.valid[:, at], there[:, k]))  # fmt: skip
-            action = follow(state.agents[0], planned[0, :, :3], STEPS - k, log.sizes[0, 0])
+            action = follow(state.agents[0], planned[0, :, :3], TOKEN_STEPS - k, log.sizes[0, 0])
             after = step(log, state, action, others)
             free = after._replace(agents=after.agents.at[0].set(others[0][0]), present=others[1])
             after = jax.tree.map(lambda a, b: jnp.where(steered, a, b), after, free)
             return after, (after.agents, after.present)
 
-        state, (path, present) = jax.lax.scan(on, state, jnp.arange(STEPS))
+        state, (path, present) = jax.lax.scan(on, state, jnp.arange(TOKEN_STEPS))
         return state, jnp.moveaxis(path, 0, 1), jnp.moveaxis(present, 0, 1)
 
     return jax.vmap(one)(log, turn.state, planned, there, cast.replayed, cast.steered)
@@ -221,7 +221,7 @@ def _seen(templates, before: Seen, state: State, taken, cast: Cast, lights) -> S
     other = cast.replayed.at[:, 0].set(cast.replayed[:, 0] | cast.steered)
     goes_on = before.valid[:, :, 0] & state.present
     token = jnp.where(goes_on, jnp.where(other, nearest, taken), len(ends))
-    new = jnp.concatenate([rotated(jnp, state.agents[..., 3:], -pose[..., 2]) * STEP_S * STEPS,
+    new = jnp.concatenate([rotated(jnp, state.agents[..., 3:], -pose[..., 2]) * STEP_S * TOKEN_STEPS,
                            jnp.zeros_like(pose[..., 2:])], -1)  # fmt: skip
     motion = jnp.where(goes_on[..., None], in_end_frame(went), new)
     return Seen(pose[:, :, None], motion[:, :, None], token[:, :, None], state.present[:, :, None], lights)

@@ -87,13 +87,18 @@ class Motion(Recipe):
         from driving.moves import templates_of
 
         if "templates" in self.inherited:
+            known = len(self.inherited["templates"])
+            if known != self.config.model.tokens:  # a track that ends would be trained on as a template
+                raise UserError(f"the run that is gone on from has {known} templates", where="model.tokens",
+                                why=f"model.tokens is {self.config.model.tokens}",
+                                hint=f"model.tokens={known}")  # fmt: skip
             return {"templates": self.inherited["templates"]}
         return {"templates": templates_of(self.data("train"), self.config.model.tokens)}
 
     def expected_facts(self) -> dict:
-        from driving.tokens import STEPS
+        from driving.tokens import TOKEN_STEPS
 
-        return {"templates": np.zeros((self.config.model.tokens, STEPS, 3)).tolist()}
+        return {"templates": np.zeros((self.config.model.tokens, TOKEN_STEPS, 3)).tolist()}
 
     @property
     def _templates(self):

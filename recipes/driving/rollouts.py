@@ -12,7 +12,7 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.recipe import few
 from driving import baselines
-from driving.driving_scores import driving_scores, forecast_scores, mean
+from driving.driving_scores import ROAD_USERS, driving_scores, forecast_scores, mean
 from driving.moves import Moves, blind
 from driving.scenes import HISTORY, STEPS, Scene
 
@@ -35,10 +35,12 @@ def scored(predict, source: Moves, config, key, num_films: int, workdir: Path, p
         _table("Forecasts of the focal agent: metres, and the share missed by 2 m", errors, FORECAST_COLUMNS),
         _table("Closed loop: the share of scenes in which the ego car does this within 3 or 6 s", rates),
     ]
+    cars = sum(_ego(scene).any() for scene in scenes)
     notes = [
-        f"{len(scenes)} scenes of {len({scene.map_id for scene in scenes})} maps that training has not seen; the focal "
-        f"agent is the ego car. Of {config.samples} forecasts a scene, the medoid is the first mode.",
-        "In closed loop the ego car is a bicycle that follows the model's tokens, decided anew each 0.5 s.",
+        f"{len(scenes)} scenes of {len({scene.map_id for scene in scenes})} maps that training has not seen. "
+        f"Of {config.samples} forecasts a scene, the medoid is the first mode.",
+        f"The focal agent is the ego car in the {cars} scenes where it is a {', a '.join(ROAD_USERS[:-1])} or a "
+        f"{ROAD_USERS[-1]}. In closed loop it is a bicycle that follows the model's tokens, decided anew each 0.5 s.",
     ]
     if config.sumo_maps:
         from driving.sumo_scores import TITLE, reactive
@@ -57,13 +59,13 @@ def films(scenes: list[Scene], made: dict[str, list], count: int, workdir: Path)
     from driving.draw_scenes import animation
 
     rolled = zip(scenes, made[OTHERS_REPLAY], strict=True)
-    hits = [driving_scores(scene, *one, _ego(scene))["collision_6s"] for scene, one in rolled]
+    hits = [driving_scores(scene, *one, _ego(scene))["collision_6s"] == 1 for scene, one in rolled]
     plots = []
     for row in sorted(range(len(scenes)), key=lambda row: -hits[row])[:count]:
         panels = {short: made[name][row] for short, name in SHOWN.items()}
         file = f"scene-{row}.gif"
         (Path(workdir) / file).write_bytes(animation(scenes[row], panels))
-        what = "the ego car collides" if hits[row] else "the ego car is blue"
+        what = "the ego car collides" if hits[row] else "the focal agent is blue"
         plots.append({"title": f"{scenes[row].identifier}: {what}", "file": file})
     return plots
 
@@ -193,7 +195,8 @@ def mishaps(scenes: list[Scene], made) -> dict[str, float]:
 
 
 def _ego(scene: Scene) -> np.ndarray:
-    return np.arange(scene.num_agents) == scene.focal
+    """bool[A]: the focal agent, if it is one that can be steered as a car; the recordings' may be a pedestrian."""
+    return (np.arange(scene.num_agents) == scene.focal) & np.isin(scene.kinds, ROAD_USERS)
 
 
 def _lights(scene: Scene) -> np.ndarray | None:

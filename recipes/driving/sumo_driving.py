@@ -24,7 +24,11 @@ class SumoWorld:
 
     def __init__(self, map_seed: int, seed: int):
         self._process = SumoProcess()
-        self._process.ask("open", map_seed, seed)
+        try:
+            self._process.ask("open", map_seed, seed)
+        except BaseException:
+            self._process.close()
+            raise
 
     def __enter__(self) -> SumoWorld:
         return self
@@ -59,11 +63,14 @@ def drive(policy: Policy | None, map_seeds: list[int], seed: int, progress) -> l
 
 
 def reactive_scores(scenes: list[Scene]) -> dict[str, float]:
-    """Shares of scenes with each mishap of the ego, as `driving_scores` names them, and how far it came in 6 s."""
+    """Shares of scenes with each mishap of the ego, as `driving_scores` names them, and how far it came in 6 s.
+
+    SUMO's own driver leaves the world where its route ends: until then it is scored, and its way counted.
+    """
     found = []
     for scene in scenes:
         ego = np.arange(scene.num_agents) == scene.focal
         scores = driving_scores(scene, scene.states[:, HISTORY:, :3], scene.valid[:, HISTORY:], ego)
         way = np.linalg.norm(np.diff(scene.states[scene.focal, HISTORY - 1 :, :2], axis=0), axis=1)
-        found.append(scores | {"metres_6s": float(way.sum())})
+        found.append(scores | {"metres_6s": float(np.nansum(way))})
     return {name: mean(np.array([scores[name] for scores in found])) for name in found[0]}

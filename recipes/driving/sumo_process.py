@@ -22,6 +22,7 @@ from driving.scenes import STEP_S, STEPS, Lane, Scene
 from driving.sumo_scenes import running, simulate_here, sumo_version
 from driving.sumo_world import World
 
+PATIENCE = 4  # stretches of 5 s in which an ego car is looked for
 SERVE = "from driving.sumo_process import serve; serve()"
 
 
@@ -90,7 +91,13 @@ def serve() -> None:
 def _opened(stack: contextlib.ExitStack, map_seed: int, seed: int) -> World:
     rng = np.random.default_rng([0xD21, map_seed, seed])
     libsumo, road = stack.enter_context(running(map_seed, seed, STEPS * STEP_S, rng))
-    return World(libsumo, road, f"{road.map_id}-{seed}-driven", rng)
+    identifier = f"{road.map_id}-{seed}-driven"
+    for _ in range(PATIENCE):  # on quiet roads the first 5 s may be those of nobody
+        world = World(libsumo, road, identifier, rng)
+        if world.ego:
+            return world
+    raise UserError("no car of SUMO's stays for 5 s", where=identifier, why=f"{PATIENCE} times 5 s were looked at",
+                    hint="a smaller rollout.sumo_maps leaves this map out")  # fmt: skip
 
 
 def _answer(world: World | None, request: str, arguments: list):

@@ -11,8 +11,8 @@ import numpy as np
 
 from aurora_train.errors import UserError
 
-STEPS = 5  # of 0.1 s in a token
-TOKEN_S = 0.1 * STEPS
+TOKEN_STEPS = 5  # of 0.1 s in a token
+TOKEN_S = 0.1 * TOKEN_STEPS
 # RMS distance of a car's corners (4.6 m by 1.9 m) from its centre: what a radian of heading weighs against a metre.
 LEVER_M = float(np.sqrt(4.6**2 + 1.9**2) / 2)
 CANDIDATES = 20_000  # motions that are looked at to learn templates
@@ -20,7 +20,7 @@ HALVINGS = 14  # of the interval in which the radius is searched
 
 
 def learn(motions: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """`count` templates, float32[count, STEPS, 3], of motions float32[N, STEPS, 3] in the frame of their beginning.
+    """`count` templates of motions, float32[count or N, TOKEN_STEPS, 3] in the frame of their beginning.
 
     The radius of the disks is the largest at which the motions still yield `count` of them, found by bisection: the
     templates then cover rare motions as well as frequent ones. UserError if the motions differ too little.
@@ -61,22 +61,22 @@ def distances(xp, poses, others):
 
 
 def motions_of(states: np.ndarray, valid: np.ndarray, last: int) -> np.ndarray:
-    """All motions of tracks float32[..., T, 5], valid bool[..., T], between anchors; float32[N, STEPS, 3].
+    """All motions of tracks float32[..., T, 5], valid bool[..., T], between anchors; float32[N, TOKEN_STEPS, 3].
 
     The anchors are the steps `last`, `last` - 5, `last` + 5, and so on (`anchors`).
     """
     found = []
     at = anchors(states.shape[-2], last)
     for begin in at[:-1]:
-        whole = valid[..., begin : begin + STEPS + 1].all(-1)
-        path = states[whole][..., begin : begin + STEPS + 1, :3].astype(np.float64)
+        whole = valid[..., begin : begin + TOKEN_STEPS + 1].all(-1)
+        path = states[whole][..., begin : begin + TOKEN_STEPS + 1, :3].astype(np.float64)
         found.append(relative(np, path[:, :1], path[:, 1:]))
     return np.concatenate(found).astype(np.float32)
 
 
 def anchors(steps: int, last: int) -> np.ndarray:
     """The steps at which tokens begin and end: every fifth, so that `last` is one of them."""
-    return np.arange(last % STEPS, steps, STEPS)
+    return np.arange(last % TOKEN_STEPS, steps, TOKEN_STEPS)
 
 
 # Poses, [..., 3] of x, y, heading; `xp` is numpy or jax.numpy
@@ -109,7 +109,7 @@ def tokenised(templates, poses, valid, noise=0.0, keys=None):
     """Tracks as tokens, step by step from where the previous ones have led.
 
     Args:
-        templates: float32[V, STEPS, 3].
+        templates: float32[V, TOKEN_STEPS, 3].
         poses: float32[B, A, T, 3] at the anchors; valid: bool[B, A, T].
         noise: metres. With `keys` (key[B]), the template of a step is drawn with weights exp(-distance / noise), so
             that a model learns to come back to the road from where its own errors would lead.

@@ -1,5 +1,6 @@
 """Scores of rollouts, with predictors whose scores are known: the recording itself, and constant velocity."""
 
+import dataclasses
 import io
 import itertools
 
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from aurora_train.errors import UserError
+from driving import baselines
+from driving.driving_scores import driving_scores
 from driving.generated import generated_scenes
 from driving.moves import Moves, blind
 from driving.rollouts import OTHERS_REACT, OTHERS_REPLAY, chosen, in_batches, modes_of, scored
@@ -98,6 +101,32 @@ def test_a_forecaster_is_shown_nothing_of_the_future(source, straight_on):
     assert not hidden["states"][:, :, HISTORY:].any() and batch["states"][:, :, HISTORY:].any()
     assert (hidden["lights"][..., HISTORY - 1 :] == batch["lights"][..., HISTORY - 1 : HISTORY]).all()
     np.testing.assert_array_equal(hidden["states"][:, :, :HISTORY], batch["states"][:, :, :HISTORY])
+
+
+def test_a_pedestrian_is_forecast_but_is_no_ego_car(source, straight_on, tmp_path):
+    """Recordings have focal agents of all kinds. A car's rates are those of cars."""
+    class Walked:
+        names = source.names
+
+        def __len__(self):
+            return len(source)
+
+        def scene(self, index):
+            scene = source.scene(index)
+            kinds = ["pedestrian" if k == scene.focal and index == 0 else kind for k, kind in enumerate(scene.kinds)]
+            return dataclasses.replace(scene, kinds=tuple(kinds))
+
+        def located(self, indices):
+            return source.located(indices)
+
+    result = score(Walked(), straight, tmp_path, films=2)
+    assert "in the 1 scenes where" in result["notes"][1] and "in the 2 scenes where" in straight_on[0]["notes"][1]
+    assert result["minADE1_3s"] == straight_on[0]["minADE1_3s"] and len(result["plots"]) == 2
+    alone = source.scene(1)
+    states, valid = baselines.rollout("constant velocity", alone, 60, np.arange(alone.num_agents) == alone.focal)
+    expected = driving_scores(alone, states, valid, np.arange(alone.num_agents) == alone.focal)
+    columns, rows = result["tables"][1]["columns"][1:], rows_of(result, 1)
+    np.testing.assert_equal(dict(zip(columns, rows["constant velocity, others replay"], strict=True)), expected)
 
 
 def test_films_show_the_recording_and_both_rollouts(straight_on):

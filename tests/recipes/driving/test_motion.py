@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from kit import Aurora, in_process
 
+from aurora_train.config import load
+from aurora_train.errors import UserError
 from driving.argoverse_writing import write_scene
 from driving.car_following import generate
 
@@ -26,6 +29,17 @@ def test_a_wrong_setting_is_one_message_with_its_key(override, key, hint, capsys
     assert in_process("check", "driving/motion", override) == 2
     error = capsys.readouterr().err
     assert key in error and hint in error and "Traceback" not in error
+
+
+def test_templates_of_another_number_are_not_gone_on_with(tmp_path):
+    config = load("driving/motion", ["model.tokens=24"])
+    recipe = config.recipe_class(config, tmp_path)
+    recipe.inherited = {"templates": np.zeros((24, 5, 3)).tolist()}
+    assert len(recipe.facts()["templates"]) == 24
+    recipe.inherited = {"templates": np.zeros((16, 5, 3)).tolist()}
+    with pytest.raises(UserError, match="16 templates") as caught:
+        recipe.facts()
+    assert caught.value.where == "model.tokens" and caught.value.hint == "model.tokens=16"
 
 
 @pytest.mark.parametrize("made", ["missing", "empty", "one map"])

@@ -12,7 +12,8 @@ from driving import sumo_process
 from driving.driving_scores import ROAD_USERS, driving_scores
 from driving.generated import SUMO, generated_scenes
 from driving.scene_store import SPLITS
-from driving.scenes import STEP_S, boxes
+from driving.scenes import HISTORY, STEP_S, STEPS, Scene, boxes
+from driving.sumo_driving import reactive_scores
 from driving.sumo_scenes import box_state
 
 HAS_SUMO = find_spec("libsumo") is not None
@@ -26,6 +27,17 @@ def test_the_front_bumper_of_sumo_is_the_middle_of_the_front_of_the_box(angle, d
     np.testing.assert_allclose(state[3:], 5 * np.array(direction), atol=1e-12)
     front = boxes(state, np.array([4.0, 2.0]))[[0, 3]].mean(axis=0)
     np.testing.assert_allclose(front, [10, 20], atol=1e-12)
+
+
+def test_who_leaves_the_world_is_scored_until_then():
+    """SUMO's own driver does where its route ends; its situation stays among those of the other drivers."""
+    states = np.zeros((1, STEPS, 5), np.float32)
+    states[0, :, 0] = 0.5 * np.arange(STEPS)
+    gone = states.copy()
+    gone[0, HISTORY + 20 :] = np.nan
+    scenes = [Scene("s", "m", ("1",), ("vehicle",), one, np.float32([[4, 2]]), 0, HISTORY) for one in (states, gone)]
+    assert reactive_scores(scenes)["metres_6s"] == pytest.approx((30 + 10) / 2)
+    assert reactive_scores(scenes)["collision_6s"] == 0
 
 
 @pytest.mark.skipif(HAS_SUMO, reason="SUMO is here")
