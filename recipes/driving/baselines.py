@@ -29,14 +29,18 @@ def rollout(name: str, scene: Scene, steps: int = 60, who=None, lights=None) -> 
 
     Args:
         name: one of NAMES.
-        who: bool[A], the agents that the baseline moves: by default all seen at the end of the history, and only those
-            can be moved. The others are as in the log.
+        who: bool[A], the agents that the baseline moves, of those seen at the end of the history. The others are as in
+            the log. By default it is a forecast: all that were seen then move, and nobody knows of who comes later.
         lights: int8[L, steps] for IDM. By default they stay as they were last seen, as a forecaster has to assume.
     """
-    seen = scene.valid[:, scene.observed - 1]
-    who = seen if who is None else seen & who
+    seen, is_forecast = scene.valid[:, scene.observed - 1], who is None
+    who = seen if is_forecast else seen & who
     states, valid = _log(scene, steps)
-    if name == "log replay" or not who.any():
+    if name == "log replay":
+        return states, valid
+    if is_forecast:
+        states[~seen], valid[~seen] = np.nan, False
+    if not who.any():
         return states, valid
     valid[who] = True
     now = scene.states[who, scene.observed - 1].astype(np.float64)

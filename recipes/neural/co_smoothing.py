@@ -9,7 +9,7 @@ import numpy as np
 from aurora_train.errors import UserError
 from neural.spikes import Trials
 
-FEWEST_COUNTS = 1e-4  # counts in a bin, for the mean and the deviation of a unit that is almost or entirely silent
+FEWEST_COUNTS = 1e-4  # in a bin, the mean that is assumed of a unit that is almost or entirely silent
 LEAST_RATE = 1e-9  # in place of a rate of 0, whose logarithm is not finite; the benchmark's value
 
 

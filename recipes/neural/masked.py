@@ -72,7 +72,11 @@ class MaskedModel(Recipe):
         return binned_trials(self._path, self.config.data, behavior=None)
 
     def facts(self) -> dict:
-        """The columns of held-in and held-out units; the mean and deviation of each unit over the training trials."""
+        """The columns of held-in and held-out units; the mean and deviation of each unit over the training trials.
+
+        Both are at least those of a Poisson count of FEWEST_COUNTS: a unit that spikes in test trials alone would be an
+        input of thousands of deviations.
+        """
         from neural.co_smoothing import FEWEST_COUNTS, hold_out_units
 
         spikes = self._trials.split("train", self.config.data.held_out).spikes.astype(np.float64)
@@ -81,7 +85,7 @@ class MaskedModel(Recipe):
         mean, deviation = spikes.mean(axis=0), spikes.std(axis=0)
         return {
             "held_in": held_in.tolist(), "held_out": held_out.tolist(), "units": ids.tolist(),
-            "mean": np.maximum(mean, FEWEST_COUNTS), "deviation": np.maximum(deviation, FEWEST_COUNTS),
+            "mean": np.maximum(mean, FEWEST_COUNTS), "deviation": np.maximum(deviation, FEWEST_COUNTS**0.5),
         }  # fmt: skip
 
     @functools.cache  # noqa: B019 - a recipe lives as long as its run

@@ -259,6 +259,16 @@ def test_idm_stops_at_red_and_behind_a_standing_car_and_goes_on_at_green():
     assert going[0, -1, 0] > 30
 
 
+def test_a_forecast_does_not_know_who_comes_later():
+    states = np.stack([straight(-15, 0, 0, 8), straight(5, 0, 0, 0)])
+    states[1, :10] = np.nan
+    scene = scene_of(states, lanes=(lane_to(20.0), lane_to(60.0, 0.0, "2")))
+    forecast, valid = baselines.rollout("IDM", scene)
+    assert forecast[0, -1, 0] > 20 and not valid[1].any()
+    driven, there = baselines.rollout("IDM", scene, who=np.array([True, False]))
+    assert driven[0, -1, 0] < 2 and there[1, 10:].all()
+
+
 def test_only_chosen_agents_leave_the_log(scenes):
     scene = scenes[0]
     who = np.arange(scene.num_agents) == scene.focal

@@ -1,6 +1,8 @@
 """A car that a policy drives among SUMO's goes where it was sent, and the others react. Needs the extra `driving`."""
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +11,8 @@ import pytest
 from flax import nnx
 from test_scene_store import quiet
 
-from driving import baselines
+from aurora_train.errors import UserError
+from driving import baselines, sumo_process
 from driving.agents import Driver
 from driving.batches import rolled_out
 from driving.generated import generated_scenes
@@ -83,6 +86,17 @@ def test_sumo_has_the_ego_where_the_policy_put_it():
         states = world.recorded().states[world.recorded().focal]
         np.testing.assert_allclose(states[HISTORY : HISTORY + 5, :3], poses, atol=1e-4)
         assert np.linalg.norm(states[HISTORY + 5, :2] - states[HISTORY + 4, :2]) < 1.0
+
+
+def test_a_road_without_cars_is_one_message_and_leaves_no_process(monkeypatch):
+    """With a demand that has ended before it begins. The roads stay empty, however long one waits."""
+    quiet_roads = "from driving import sumo_process as here; here.STEPS = -250; here.serve()"
+    monkeypatch.setattr(sumo_process, "SERVE", quiet_roads)
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text()
+    with pytest.raises(UserError, match="no car of SUMO's stays for 5 s") as caught:
+        SumoWorld(1, 0)
+    assert "rollout.sumo_maps" in caught.value.hint and children.read_text() == before
 
 
 def test_a_model_drives_beside_the_baselines_in_the_same_situations(tmp_path):

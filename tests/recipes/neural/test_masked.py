@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from kit import in_process
+from small_sessions import BEHAVIOR, session
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from aurora_train.random import stream
+from neural.nwb_write import write_recording
 
 pytest.importorskip("h5py")
 
@@ -156,6 +158,20 @@ def test_a_recording_without_behaviour_is_enough(recipe, tmp_path):
     named = config.recipe_class(config, tmp_path).ready(silent)
     assert named.data("train").fingerprint == recipe.data("train").fingerprint
     assert named.baselines(tmp_path, silent).keys() == {"smoothing", "tables"}
+
+
+def test_a_unit_that_is_silent_in_training_is_no_input_of_thousands(tmp_path):
+    recorded = session()
+    recorded.spike_times[3] = np.array([0.2, 0.4])  # before the first trial
+    write_recording(tmp_path / "session.nwb", recorded, behavior=BEHAVIOR)
+    config = settled(load("neural/masked", [*SMALL, f"data.source={tmp_path / 'session.nwb'}"]))
+    recipe = config.recipe_class(config, tmp_path).ready(silent)
+    held_in = recipe.known["held_in"]
+    assert 3 in held_in, "the hash of this recording's units"
+    one = np.zeros((1, 24, 6), np.uint16)
+    one[0, 5, 3] = 1
+    inputs = np.asarray(recipe._inputs(one, np.ones((1, 24), np.float32), None, None))
+    assert 1 < inputs[0, 5, held_in.index(3)] <= 100
 
 
 def test_wrong_settings_are_told_before_anything_runs(tmp_path):
