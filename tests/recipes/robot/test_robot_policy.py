@@ -1,6 +1,7 @@
 """Policies: what they see, how their losses are summed, what they do with two right answers, what is refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from robot.episodes import Episode, Episodes
 from robot.instruction import SIZE, features
 from robot.scaling import Scaling
 from robot.settings import DataConfig, ModelConfig
-from robot.trunk import mean_of_real
+from robot.trunk import Shape, Trunk, mean_of_real
 from robot.two_modes import RADIUS, TwoModes, side_of
 
 SLOW = pytest.mark.slow
@@ -121,6 +122,22 @@ def test_a_policy_of_pictures_alone_has_no_array_without_entries():
     batch = {name: array for name, array in recipe.data("train").take(np.arange(3)).items() if name != "padded"}
     chunk = jax.eval_shape(lambda state, batch: recipe.predict(nnx.merge(graph, state), batch), state, batch)
     assert chunk.shape == (3, CHUNK, 2)
+
+
+def test_each_camera_draws_other_dropout_than_the_encoder_and_other_cameras():
+    drawn = []
+
+    def drew(x, keys):
+        drawn.append(np.asarray(jax.random.key_data(keys)).tobytes())
+        return x
+
+    trunk = SimpleNamespace(
+        shape=Shape((), (("left", 1, 1), ("right", 1, 1)), 0, 2, 2), dtype="float32", state=[], instruction=None,
+        vision=drew, camera_places=np.zeros((2, 3)), encoder=lambda x, places, keys: drew(x, keys),
+    )  # fmt: skip
+    seen = {f"image.{name}": jnp.zeros((2, 1, 1, 3)) for name in ("left", "right")}
+    Trunk.read(trunk, seen, jax.random.split(jax.random.key(0), 2))
+    assert len(drawn) == len(set(drawn)) == 3
 
 
 def test_a_picture_that_patches_do_not_divide_is_refused():
