@@ -56,8 +56,12 @@ def step(log: Log, state: State, action: Action, others=None) -> State:
     agents, present = (log.states[:, now], log.valid[:, now]) if others is None else others
     agents = agents.at[0].set(bicycle(state.agents[0], action, log.sizes[0, 0]))
     present = present.at[0].set(state.present[0])
-    touched = (touching(agents[0], log.sizes[0], agents[1:], log.sizes[1:]) & present[1:]).any() & present[0]
-    return State(now, agents, present, state.collided | touched)
+    return State(now, agents, present, state.collided | ego_touches(log, agents, present))
+
+
+def ego_touches(log: Log, agents, present):
+    """bool: whether the ego's box overlaps that of another agent, of agents float32[A, 5] and present bool[A]."""
+    return (touching(agents[0], log.sizes[0], agents[1:], log.sizes[1:]) & present[1:]).any() & present[0]
 
 
 def bicycle(car, action: Action, length):
@@ -201,7 +205,7 @@ def _moved(turn: Turn, templates, agents: Agents, log: Log, cast: Cast, taken):
                       jnp.where(replayed, log.valid[:, at], there[:, k]))  # fmt: skip
             action = follow(state.agents[0], planned[0, :, :3], TOKEN_STEPS - k, log.sizes[0, 0])
             after = step(log, state, action, others)
-            free = after._replace(agents=after.agents.at[0].set(others[0][0]), present=others[1])
+            free = State(at, *others, state.collided | ego_touches(log, *others))
             after = jax.tree.map(lambda a, b: jnp.where(steered, a, b), after, free)
             return after, (after.agents, after.present)
 

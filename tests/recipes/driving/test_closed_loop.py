@@ -13,7 +13,7 @@ from driving import baselines, closed_loop
 from driving.agents import Driver
 from driving.batches import log_of, rolled_out
 from driving.closed_loop import Action, Log, bicycle, drive, follow, reset, step, straight_on, touching
-from driving.driving_scores import boxes_overlap, driving_scores, infeasible
+from driving.driving_scores import boxes_overlap, collisions, driving_scores, infeasible
 from driving.moves import blind
 from driving.scenes import HISTORY, STEP_S, STEPS
 from driving.tokens import learn, motions_of, relative
@@ -149,6 +149,17 @@ def test_in_a_rollout_some_replay_and_the_others_follow_templates(batch, templat
     off = np.abs(moved[:, :, None] - templates[:, -1]).max(-1).min(-1)
     # The first token begins where the templates have led so far, which is not quite the recorded pose.
     assert off[:, 1:].max() < 1e-3
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_who_has_collided_is_who_touches_another_in_the_rollout(batch, roll, steered):
+    """Of large boxes, so that some do, whether the ego is a car or follows its templates."""
+    sizes = batch["sizes"] * np.float32(1.6)
+    out = roll(cast(batch | {"sizes": sizes}, np.arange(batch["valid"].shape[1]) > 0, steered))
+    rows = zip(out["states"], sizes, out["present"], strict=True)
+    expected = [collisions(*row)[0].any() for row in rows]
+    assert out["collided"].tolist() == expected
+    assert any(expected) and not all(expected)
 
 
 def test_a_steered_ego_moves_as_a_car_can(batch, roll):
