@@ -114,9 +114,9 @@ class Policy(Recipe):
             "names": {name: list(episodes.names.get(feature, ())) for name, feature in used.items()},
             "fps": episodes.fps,
         }  # fmt: skip
-        facts = continued(mine, self.inherited)
-        if self.config.score.world is not None:
-            refuse_other(facts, self.config.score.world)
+        facts, name, evaluate = continued(mine, self.inherited), self.config.score.world, self.config.evaluate
+        if name is not None and (evaluate.final or evaluate.score_every):
+            refuse_other(facts, name)  # before any training
         return facts
 
     def expected_facts(self) -> dict | None:
