@@ -30,16 +30,16 @@ CAR = np.dtype([
 ])  # fmt: skip
 
 
-def idm_acceleration(speed, desired, gap, closing, headway_s, acceleration, braking, standing_gap, xp=np):
+def idm_acceleration(speed, desired, gap, closing, headway_s, acceleration, braking, standing_gap):
     """m/s2 of a driver with the given `speed` and `gap` (m, inf without a leader) to a leader approached by `closing`.
 
-    All are arrays that broadcast; `xp` is numpy or jax.numpy. The result is at least -HARDEST_BRAKING.
+    All are arrays that broadcast. The result is at least -HARDEST_BRAKING.
     """
-    ratio = speed / xp.maximum(desired, 0.1)
-    back = -braking * (1 - xp.maximum(ratio, 1.0) ** -(4 * acceleration / braking))
-    free = xp.where(ratio <= 1, acceleration * (1 - xp.minimum(ratio, 1.0) ** 4), back)
-    wanted = standing_gap + xp.maximum(0.0, speed * headway_s + speed * closing / (2 * xp.sqrt(acceleration * braking)))
-    return xp.maximum(free - acceleration * (wanted / xp.maximum(gap, 0.1)) ** 2, -HARDEST_BRAKING)
+    ratio = speed / np.maximum(desired, 0.1)
+    back = -braking * (1 - np.maximum(ratio, 1.0) ** -(4 * acceleration / braking))
+    free = np.where(ratio <= 1, acceleration * (1 - np.minimum(ratio, 1.0) ** 4), back)
+    wanted = standing_gap + np.maximum(0.0, speed * headway_s + speed * closing / (2 * np.sqrt(acceleration * braking)))
+    return np.maximum(free - acceleration * (wanted / np.maximum(gap, 0.1)) ** 2, -HARDEST_BRAKING)
 
 
 @dataclass

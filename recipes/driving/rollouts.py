@@ -37,7 +37,7 @@ def scored(predict, source: Moves, config, key, num_films: int, workdir: Path, p
     ]
     cars = sum(_ego(scene).any() for scene in scenes)
     notes = [
-        f"{len(scenes)} scenes of {len({scene.map_id for scene in scenes})} maps that training has not seen. "
+        f"{len(scenes)} scenes of {len({scene.map_id for scene in scenes})} maps. "
         f"Of {config.samples} forecasts a scene, the medoid is the first mode.",
         f"The focal agent is the ego car in the {cars} scenes where it is a {', a '.join(ROAD_USERS[:-1])} or a "
         f"{ROAD_USERS[-1]}. In closed loop it is a bicycle that follows the model's tokens, decided anew each 0.5 s.",
