@@ -200,4 +200,4 @@ def test_the_bundled_config_is_ahead_of_smoothing_on_simulated_sessions(seed, tm
     ours, rivals = scores["score"]["co_bps"], scores["baselines"]
     smoothing, known = rivals["smoothing"], rivals["true_rates"]
     print(f"seed {seed}: co_bps {ours:.4f}, smoothing {smoothing:.4f}, true rates {known:.4f}")
-    assert ours > smoothing
+    assert ours >= smoothing + 0.02
