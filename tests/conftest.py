@@ -63,8 +63,15 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory) -> Path:
-    """Prepared data and compiled programs, shared by the tests of one session that do not break them."""
-    return tmp_path_factory.mktemp("cache")
+    """Prepared data and compiled programs, shared by the tests of one session that do not break them.
+
+    A process started with it compiles nothing that this one, the other worker or an earlier session has compiled. Tests
+    of compiling itself, of its memory, and of the bits of runs that were compiled apart take a cache of their own.
+    """
+    folder, compiled = tmp_path_factory.mktemp("cache"), Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    compiled.mkdir(parents=True, exist_ok=True)
+    (folder / "compile").symlink_to(compiled)
+    return folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import hashlib
 import importlib
 import importlib.abc
@@ -38,16 +39,18 @@ def files_beside(file: Path) -> dict[str, Path]:
     their kits and compute no names: of a kit, a recipe has only the modules that it imports. The standard library takes
     precedence. UserError for a module that a link places outside of the folder.
     """
-    home, modules = home_of(file), {}
-    follow = _is_bundled(file)
-    waiting = [file.resolve() if follow else file]
+    home, modules, seen = home_of(file), {}, set()
+    follow, own, inside = _is_bundled(file), file.resolve(), home.resolve()
+    waiting = [own if follow else file]
     while waiting:
         path = waiting.pop()
-        for sibling in [one for name in _imported(path, home) for one in _files(home, name, follow)]:
+        wanted = [name for name in _imported(path, home) if name not in seen]
+        seen.update(wanted)
+        for sibling in [one for name in wanted for one in _files(home, name, follow)]:
             name = sibling.relative_to(home).as_posix()
-            if sibling.resolve() == file.resolve() or name in modules:
+            if name in modules or sibling.resolve() == own:
                 continue
-            if not sibling.resolve().is_relative_to(home.resolve()):
+            if not sibling.resolve().is_relative_to(inside):
                 raise UserError(f"the module {name} lies outside the recipe's folder", where=str(path))
             modules[name] = sibling
             waiting.append(sibling)
@@ -65,11 +68,17 @@ def code_sha256(file: Path, beside: dict[str, Path]) -> str:
 
 def _imported(path: Path, home: Path) -> list[str]:
     """The dotted names that a file imports, as seen from `home`. `from a.b import c` gives `a.b.c`, module or not."""
+    return _imports_of(path.read_bytes(), path.parent.relative_to(home).parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _imports_of(source: bytes, package: tuple[str, ...]) -> list[str]:
+    """The dotted names that a module of `package` imports. Kept, because parsing is most of the time of a `load`."""
     try:
-        waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
+        waiting: list[ast.AST] = [ast.parse(source)]
     except (SyntaxError, ValueError):
         return []  # running the file reports the error with its line
-    names, package = [], path.parent.relative_to(home).parts
+    names = []
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):

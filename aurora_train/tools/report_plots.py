@@ -33,7 +33,10 @@ def curve(
     from_zero: bool = False,
 ) -> str:
     """Lines over steps: `series` has (label, steps, values). `smooth` draws the first one faintly under its average."""
-    figure, axes = drawing(10.0, 3.6) if wide else drawing(5.6, 2.8)
+    width, height = (10.0, 3.6) if wide else (5.6, 2.8)
+    figure, axes = drawing(width, height, fitted=False)
+    # Room for ticks of seven characters and for both labels. To fit it to them would draw everything twice.
+    figure.subplots_adjust(left=0.9 / width, right=1 - 0.15 / width, bottom=0.55 / height, top=1 - 0.12 / height)
     for index, (label, steps, values) in enumerate(series):
         steps, values = thin(steps, values)
         if index == 0 and smooth and len(values) > 20:
@@ -102,14 +105,14 @@ def _tick(value: float, _position) -> str:
     return count(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def drawing(width: float, height: float):
-    """(figure, axes) of the report's style; inches at 72 dots."""
+def drawing(width: float, height: float, *, fitted: bool = True):
+    """(figure, axes) of the report's style; inches at 72 dots. `fitted`: its margins follow what is written in them."""
     # Figure without pyplot: no window system, no global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained" if fitted else None)
         axes = figure.add_subplot()
     axes.set_facecolor("none")
     axes.grid(axis="y", color=GRID, linewidth=0.8)

@@ -4,12 +4,13 @@ import signal
 import time
 
 import pytest
+from kit import Aurora
 
 
 @pytest.mark.optimized  # a program that takes long to compile
-def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(aurora, tiny, monkeypatch):
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # what was compiled before would be there at once
-    process = aurora.start("plan", tiny, "model.width=48", "model.layers=40")
+def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(tiny, tmp_path):
+    # A cache of its own: what was compiled before would be there at once.
+    process = Aurora(tmp_path, tmp_path / "cache").start("plan", tiny, "model.width=48", "model.layers=40")
     told = ""
     while "compiling a plan" not in told:
         line = process.stderr.readline()

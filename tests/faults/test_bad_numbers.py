@@ -30,10 +30,10 @@ OPTIONS = [f"data.bad={BAD_ROW}", "train.rewind_after=1", "train.rewinds=9", "ch
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, shared_cache):
     """A run that went back for the bad row and reached its end."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    aurora, config = Aurora(folder, folder / "cache"), toy.write(folder)
+    aurora, config = Aurora(folder, shared_cache), toy.write(folder)
     aurora.good("train", config, "--run", folder / "run", *OPTIONS)
     return folder / "run"
 
@@ -54,8 +54,8 @@ def test_the_bad_batch_is_left_out_and_the_steps_are_whole(undisturbed):
 
 
 @pytest.mark.parametrize("after", ["rewind", pytest.param("save", marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_around_a_return_ends_with_the_same_bits(undisturbed, tmp_path, after):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+def test_a_run_that_is_killed_around_a_return_ends_with_the_same_bits(undisturbed, tmp_path, after, shared_cache):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     slow = {"TOY_SIGNAL": "take:9999:HANG"}
     process = subprocess.Popen(
         aurora.command("train", config, "--run", "run", *OPTIONS), cwd=tmp_path, env={**aurora.environment(), **slow},
@@ -169,8 +169,8 @@ _remembered, _is_outlier = jax.jit(outliers.remembered), jax.jit(outliers.is_out
 
 
 @pytest.mark.slow
-def test_a_loud_row_is_skipped_and_a_stop_in_between_changes_no_bit(tmp_path):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+def test_a_loud_row_is_skipped_and_a_stop_in_between_changes_no_bit(tmp_path, shared_cache):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     options = ["data.loud=17", "train.steps=60", "train.spike=20", "--quiet"]
     aurora.good("train", config, "--run", "whole", *options)
     skips = events(tmp_path / "whole", "skip")

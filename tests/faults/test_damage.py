@@ -22,12 +22,12 @@ KINDS = ("bit", "cut", "zeros", "emptied", "missing", "longer")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpus):
+def trained(tmp_path_factory, corpus, shared_cache):
     """A finished run of the tiny language model with four checkpoints, and its command line."""
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "tiny.yaml"
     config.write_text(TINY.format(corpus=corpus).replace("{every: 10}", "{every: 10, keep: 4}"))
-    aurora = Aurora(folder, folder / "cache")
+    aurora = Aurora(folder, shared_cache)
     aurora.good("train", config, "--run", folder / "run")
     return aurora, folder / "run"
 

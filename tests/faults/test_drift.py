@@ -27,7 +27,8 @@ FITS = {
     "model.activation": "gelu", "model.norm": "layernorm", "model.norm_place": "after", "model.bias": "all",
     "model.positions": "learned", "model.rope_scaling.kind": "linear", "optimizer.name": "lion", "optimizer.ema": "0.5",
     "model.linear": "{key_heads: 1, value_heads: 2, key_dim: 4, value_dim: 4}", "init.tokens": '["<|turn|>"]',
-    "data.tokenizer.split": "gpt2",
+    "data.tokenizer.split": "gpt2", "data.mix": "{other: {source: python-stdlib}}", "model.lora": "{}",
+    "model.window_pattern": "[local, global]", "model.layer_table": "[{kind: full}]",
 }  # fmt: skip
 # What must be set too.
 BESIDE = {
@@ -91,10 +92,10 @@ def test_allowing_what_is_not_frozen_is_a_mistake(run):
 
 
 @pytest.fixture
-def begun(tmp_path):
+def begun(tmp_path, shared_cache):
     shutil.copytree(GOLDEN, tmp_path / "run")
     (tmp_path / "run" / "expected.json").unlink()
-    return Aurora(tmp_path, tmp_path / "cache"), tmp_path / "run"
+    return Aurora(tmp_path, shared_cache), tmp_path / "run"
 
 
 def test_a_frozen_key_that_is_allowed_goes_on_and_is_on_record(begun):
@@ -107,10 +108,10 @@ def test_a_frozen_key_that_is_allowed_goes_on_and_is_on_record(begun):
     assert events(run, "override")[0]["changes"] == [["train.seed", 0, 5, "allowed"]]
 
 
-def test_data_that_was_edited_in_place_is_refused(tmp_path, corpus):
+def test_data_that_was_edited_in_place_is_refused(tmp_path, corpus, shared_cache):
     text = tmp_path / "text"
     shutil.copytree(corpus, text) if Path(corpus).is_dir() else shutil.copy(corpus, text)
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), tmp_path / "tiny.yaml"
+    aurora, config = Aurora(tmp_path, shared_cache), tmp_path / "tiny.yaml"
     config.write_text(TINY.format(corpus=text).replace("steps: 40", "steps: 10"))
     unread = ("evaluate.every=null", "evaluate.final=false", "samples.count=0")
     aurora.good("train", config, *unread, "--run", "run")

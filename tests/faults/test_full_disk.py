@@ -19,9 +19,9 @@ WIDE = ("model.width=64", "checkpoint.keep=100", "train.steps=120", "evaluate.ev
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, shared_cache):
     folder = tmp_path_factory.mktemp("undisturbed")
-    Aurora(folder, folder / "cache").good("train", toy.write(folder), *WIDE, "--run", folder / "run", "--quiet")
+    Aurora(folder, shared_cache).good("train", toy.write(folder), *WIDE, "--run", folder / "run", "--quiet")
     return folder / "run"
 
 

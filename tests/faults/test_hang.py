@@ -16,10 +16,10 @@ BUDGET_S = 15.0  # longer than compiling and saving take on two busy cores
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, shared_cache):
     folder = tmp_path_factory.mktemp("undisturbed")
     config = toy.write(folder)
-    Aurora(folder, folder / "cache").good("train", config, "--run", folder / "run", "--quiet")
+    Aurora(folder, shared_cache).good("train", config, "--run", folder / "run", "--quiet")
     return folder / "run"
 
 
@@ -35,8 +35,10 @@ def children_of(pid: int) -> list[str]:
         pytest.param("a save", {"TOY_HANG": "save"}, "a save", marks=pytest.mark.slow),
     ],
 )
-def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(where, environment, doing, undisturbed, tmp_path):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(
+    where, environment, doing, undisturbed, tmp_path, shared_cache
+):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     command = aurora.command("train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet")
     began = time.monotonic()
     process = subprocess.Popen(
@@ -57,8 +59,8 @@ def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(where, envir
 
 
 @pytest.mark.slow
-def test_a_loader_whose_thread_ends_does_not_wait_for_ever(undisturbed, tmp_path):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+def test_a_loader_whose_thread_ends_does_not_wait_for_ever(undisturbed, tmp_path, shared_cache):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     process = subprocess.run(
         aurora.command("train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet"), cwd=tmp_path,
         env={**aurora.environment(), "TOY_SIGNAL": "take:13:DIE"}, capture_output=True, text=True, timeout=240,

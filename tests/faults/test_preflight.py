@@ -16,9 +16,9 @@ mounting = pytest.mark.skipif(not can_mount(), reason="needs the right to mount 
 
 
 @pytest.fixture
-def aurora(tmp_path):
+def aurora(tmp_path, shared_cache):
     toy.write(tmp_path)
-    return Aurora(tmp_path, tmp_path / "cache")
+    return Aurora(tmp_path, shared_cache)
 
 
 def assert_refused(done: subprocess.CompletedProcess, *said: str) -> None:

@@ -8,7 +8,6 @@ multiple of later ones. With 1e-2 under the root all of them agree.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -75,12 +74,6 @@ def trained(here, shared_cache):
     return run
 
 
-def environment(here, cache, devices=1):
-    """That of another process, which compiles nothing that this one has compiled."""
-    compiled = {name: value for name, value in os.environ.items() if name.startswith(("JAX_COMPIL", "JAX_PERSIST"))}
-    return Aurora(here, cache).environment(devices) | compiled
-
-
 @pytest.mark.parametrize("name", IMPORTED)
 def test_every_family_takes_twenty_steps_and_learns(name, trained):
     found = losses(trained(name))
@@ -101,11 +94,8 @@ def test_every_family_can_be_planned(name, here, capsys):
 @pytest.mark.parametrize("name", UNLIKE)
 def test_a_run_that_is_killed_resumes_to_the_same_bits(name, here, trained, shared_cache):
     whole, run = trained(name), here / f"killed-{name}"
-    command = Aurora(here, shared_cache).command("train", "tiny.yaml", f"model.from={name}", "--run", run.name)
-    process = subprocess.Popen(
-        command, cwd=here, env=environment(here, shared_cache), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    # It takes the compiled programs of the run that was not killed, as the resume does.
+    process = Aurora(here, shared_cache).start("train", "tiny.yaml", f"model.from={name}", "--run", run.name)
     written = run / "events.jsonl"  # its last line may be half written
     while not (written.is_file() and '"save"' in written.read_text()):
         assert process.poll() is None, "it ended before it was killed"
@@ -132,7 +122,7 @@ def test_eight_devices_take_the_steps_of_one(here, trained, shared_cache):
     wanted = [[f"model.from={name}", "mesh.data=2", "mesh.fsdp=4"] for name in UNLIKE]
     done = subprocess.run(
         [sys.executable, stepping.__file__, "tiny.yaml", str(STEPS), json.dumps(wanted)], cwd=here,
-        env=environment(here, shared_cache, devices=8), capture_output=True, text=True, timeout=500,
+        env=Aurora(here, shared_cache).environment(devices=8), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for name, cut in zip(UNLIKE, json.loads(done.stdout), strict=True):
