@@ -21,7 +21,7 @@ log: {every: 1}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_kills_while_a_model_learns_to_drive_change_no_bit(tmp_path):
     config = tmp_path / "driving.yaml"
     config.write_text(DRIVING)
