@@ -63,7 +63,7 @@ class Run:
         """The run in an existing run folder; UserError if it is not one."""
         run = cls(folder)
         if not run.config.is_file():
-            nearby = sorted(p.parent.name for p in run.folder.parent.glob("*/config.yaml"))[:5]
+            nearby = sorted(p.parent.name for p in run.folder.parent.glob("[!.]*/config.yaml"))[:5]
             hint = f"runs there: {', '.join(nearby)}" if nearby else "`aurora train CONFIG` starts one"
             raise UserError("not a run folder (it has no config.yaml)", where=str(folder),
                             hint=gguf_in(run.folder) or hint)  # fmt: skip

@@ -64,9 +64,10 @@ def refuse_exceeded(run: Run, lines: list[str], by: str, reason: str | None, ste
     """As `judged`, for a command that would begin now. Raises LimitExceeded instead of returning a status."""
     status, said = judged(run, lines, by, reason, step)
     if status:
-        of = (read_json(run.scores) or {}).get("step", step)
+        of = (read_json(run.scores) or {}).get("step")
         if of != step:
-            lines = [f"its score is of step {of}: `aurora evaluate {run.folder} --step {step}` makes one", *lines]
+            has = "it has no score yet" if of is None else f"its score is of step {of}"
+            lines = [f"{has}: `aurora evaluate {run.folder} --step {step}` makes one", *lines]
         raise LimitExceeded(f"this run exceeds limits of its config, and so there is no `aurora {by}` of it",
                             where=str(run.folder), why="\n  ".join(lines), hint=HINT)  # fmt: skip
     return said

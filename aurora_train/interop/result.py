@@ -103,7 +103,9 @@ def result_of(found: OnDisk, *, merge: bool = False) -> Result:
     """
     config, facts = getattr(found.config, "model", None), found.facts
     if not isinstance(config, DecoderConfig) or "vocabulary" not in facts:
-        raise UserError(f"a run of {found.config.recipe} has no decoder to export", where=str(found.run))
+        formats = getattr(found.config.recipe_class, "formats", ())
+        raise UserError(f"a run of {found.config.recipe} has no decoder to export", where=str(found.run),
+                        hint=f"its own format: --format {' or '.join(formats)}" if formats else None)  # fmt: skip
     from aurora_train.interop.placing import our_shapes
 
     plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})

@@ -7,6 +7,8 @@ from collections import Counter, deque
 
 import numpy as np
 
+from aurora_train.units import counted
+
 _KEPT = 1_000_000  # the newest answers, of which the percentiles are
 
 
@@ -50,5 +52,6 @@ class Latencies:
         found = self.summary()
         times = "" if "latency_ms_p50" not in found else (
             f"; latency p50 {found['latency_ms_p50']:.2f} ms, p99 {found['latency_ms_p99']:.2f} ms")  # fmt: skip
-        warned = f", {sum(found['warnings'].values()):,} warnings" if found["warnings"] else ""
-        return f"{found['answers']:,} answers, {found['refused']:,} requests refused{warned}{times}"
+        warned = f", {counted(sum(found['warnings'].values()), 'warning')}" if found["warnings"] else ""
+        answers, refused = counted(found["answers"], "answer"), counted(found["refused"], "request")
+        return f"{answers}, {refused} refused{warned}{times}"

@@ -181,7 +181,9 @@ def _request(line: bytes) -> dict:
     """The request as it was sent. UserError if it is not a JSON object."""
     try:
         found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError("a request is one line of JSON: this one is nested too deeply") from None
+    except ValueError as error:
         raise UserError(f"a request is one line of JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError("a request is a JSON object", why=f"this is a {type(found).__name__}")

@@ -155,12 +155,21 @@ def _settings_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
     return ["key", *names], rows
 
 
+def _without_differences(runs: list[Compared]) -> str:
+    """What is said of configs of which no key differs: keys are compared among the runs of a recipe."""
+    alike = _by_recipe(runs)
+    if len(alike) == 1:
+        return "the configs are the same"
+    most = max(map(len, alike.values()))
+    return "configs of different recipes are not compared" + ("; those of one recipe are the same" if most > 1 else "")
+
+
 def show(comparison: Comparison) -> None:
     """Print the tables and remarks of `aurora compare`."""
     console = plain_console()
     for columns, rows in (_summary(comparison.runs), _settings_table(comparison)):
         shown = [[decimal(cell) if isinstance(cell, float) else cell for cell in row] for row in rows]
-        console.print(table_of(*columns, rows=shown) if rows else "the configs are the same", "")
+        console.print(table_of(*columns, rows=shown) if rows else _without_differences(comparison.runs), "")
     for remark in comparison.remarks:
         console.print(remark, soft_wrap=True)
 
@@ -172,7 +181,8 @@ def write_page(comparison: Comparison, path: Path) -> Path:
     parts = [f"<h1>{len(names)} runs compared</h1>\n", "".join(f"<p>{escape(one)}</p>\n" for one in comparison.remarks)]
     parts += [_figures(recipe, alike) for recipe, alike in _by_recipe(runs).items()]
     parts.append(section("Results", table(columns, rows)))
-    settings = table(*_settings_table(comparison)) if comparison.differences else "<p>The configs are the same.</p>\n"
+    same = _without_differences(runs)
+    settings = table(*_settings_table(comparison)) if comparison.differences else f"<p>{escape(same)}</p>\n"
     parts.append(section("Config, where it differs", settings))
     measured = dict.fromkeys(name for run in runs for name in run.held.score)
     if measured:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+
+import jax
 
 from aurora_train import facts as kept_facts
 from aurora_train import files
@@ -49,9 +52,23 @@ def plan_config(
     if plan is None:
         program = rehearse(config, recipe, target=target, progress=progress)
         limits = _limits(config, budget, program, functools.partial(_budget_of, target))
-        plan = Planner(program, *limits[0], target.slug, rates, verify, progress=progress, **limits[1]).run()
+
+        def planned(verify: bool) -> Plan:
+            return Planner(program, *limits[0], target.slug, rates, verify, progress=progress, **limits[1]).run()
+
+        try:
+            plan = planned(verify)
+        except jax.errors.JaxRuntimeError as fault:  # a fault of the compiler, which says nothing of the memory
+            plan = _uncompiled(planned(False), target.slug, fault)
         cache.store(key, plan)
     return plan
+
+
+def _uncompiled(plan: Plan, machine: str, fault: Exception) -> Plan:
+    """The estimated plan of a step that the compiler for `machine` could not compile, which says so."""
+    said = " ".join(str(fault).split())[:120]
+    why = f"compiling for {machine}: XLA failed ({said}); without autotuning it may choose what the device would not"
+    return replace(plan, details=plan.details | {"not_verified": [why, *plan.details.get("not_verified", [])]})
 
 
 def plan_here(config, recipe, program: Rehearsal, progress) -> Plan:

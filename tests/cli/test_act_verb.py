@@ -146,6 +146,12 @@ def test_the_score_of_another_step_says_nothing_of_this_one(served, capsys, monk
     for arguments in (("act", "run", "--port", 0), ("export", "run", "--to", "other", "--format", "toy")):
         assert in_process(*arguments) == 4
         assert "its score is of step 1: `aurora evaluate " in capsys.readouterr().err
+    scores.unlink()
+    assert in_process("act", "run", "--port", 0) == 4
+    assert "it has no score yet: `aurora evaluate " in capsys.readouterr().err
+    scores.write_text(json.dumps(json.loads(kept) | {"step": 1, "score": {"mse": 0.0}}))
+    assert in_process("export", "run", "--to", "other", "--override-limits", "a test") == 2
+    assert "its own format: --format toy" in capsys.readouterr().err
     assert in_process("export", "run", "--to", "other", "--format", "toy", "--override-limits", "a test") == 0
     assert "## Score" not in (served.folder / "other" / "README.md").read_text()
     scores.write_text(kept)

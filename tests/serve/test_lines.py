@@ -76,7 +76,7 @@ BAD = {
     b'{"x": {"base64": "AAAA", "dtype": "object", "shape": [1]}}': "dtype is one of",
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [-1]}}': "whole numbers",
     b'{"x": {"base64": "AAAA", "dtype": "float32", "shape": [1]}}': "3 bytes",
-    b'{"x": {"base64": "?", "dtype": "uint8", "shape": [1]}}': "base64", b"[" * 100_000: "JSON",
+    b'{"x": {"base64": "?", "dtype": "uint8", "shape": [1]}}': "base64", b"[" * 100_000: "nested too deeply",
     b'{"x":' * 900 + b"1" + b"}" * 900: "JSON",
     b'{"base64": "AAAA", "dtype": "uint8", "shape": [3]}': "no `x`",  # an array is no request
     b'{"id": NaN, "x": [1]}': "`id` has a number that is not finite",
@@ -140,7 +140,7 @@ def test_the_latencies_are_said_while_it_runs(server):
     thread = threading.Thread(target=server.run, args=(stop, lambda line: (said.append(line), stop.set()), 0.01))
     thread.start()
     thread.join(20)
-    assert len(said) == 1 and said[0].startswith("1 answers, 0 requests refused; latency p50 ")
+    assert len(said) == 1 and said[0].startswith("1 answer, 0 requests refused; latency p50 ")
 
 
 def test_with_a_token_nobody_else_is_answered(tmp_path):

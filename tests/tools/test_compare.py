@@ -57,6 +57,9 @@ def test_unlike_recipes_data_and_lengths_are_remarked_and_drawn_apart(here, caps
     page = Page((here / "page.html").read_text())
     assert page.tags.count("svg") == 4 and len(page.ids) == len(set(page.ids))
     assert "mse" in capsys.readouterr().out
+    assert main(["compare", "a/x", "n"]) == 0
+    said = capsys.readouterr().out
+    assert "configs of different recipes are not compared" in said and "the configs are the same" not in said
 
 
 def test_fewer_than_two_runs_is_one_message(here):

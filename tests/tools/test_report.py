@@ -123,6 +123,12 @@ def test_a_run_that_has_just_begun_says_what_is_not_recorded(tmp_path):
 def test_a_folder_that_is_no_run_is_one_clear_message(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path)
+    for name in ("arm", ".tmp.0a1b"):  # the second is what a killed export leaves
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("recipe: x\n")
+    with pytest.raises(UserError) as told:
+        write_report(tmp_path / "arn")
+    assert told.value.hint == "runs there: arm"
 
 
 def test_a_damaged_record_is_named(tmp_path):

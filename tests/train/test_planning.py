@@ -4,6 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from aurora_train import files
@@ -20,6 +21,7 @@ from aurora_train.plan.report import verdict
 from aurora_train.run import Run
 from aurora_train.train import planning
 from aurora_train.train.planning import asked, device_kind, pinned_plan, plan_config, planner_here
+from aurora_train.train.rehearsal import Rehearsal
 
 MB = 10**6
 
@@ -79,6 +81,21 @@ def test_without_the_compiler_a_plan_is_estimated_and_says_what_would_verify_it(
     assert "pip install 'aurora_train[plan]'" in plan.details["not_verified"][0] and "not compiled" in plan.reason
     assert not told and plan.details["compiles"] == 0
     assert plan.details["time"]["step_seconds"] > 0 and plan.details["time"]["rates"] != "measured"
+
+
+@pytest.mark.skipif(not planning.can_compile_for_gpu(), reason="nothing compiles for an absent GPU here")
+def test_a_step_that_the_compiler_of_an_absent_gpu_cannot_compile_is_estimated_and_says_so(language_model, monkeypatch):
+    """As XLA does of jax 0.10 for `driving/motion` on a DGX Station: "Couldn't find output tile sizes"."""
+
+    def fails(self, plan):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no tile sizes\nwith much more")
+
+    config, recipe = language_model()
+    monkeypatch.setattr(Rehearsal, "compile", fails)
+    plan = plan_config(config, recipe, machine="dgx-station")
+    compiler, peak, *_ = plan.details["not_verified"]
+    assert "compiling for dgx-station: XLA failed (INTERNAL: no tile sizes" in compiler and "\n" not in compiler
+    assert plan.compiled_bytes is None and plan.predicted_bytes > 0 and peak.startswith("the peak: nothing")
 
 
 def test_a_compiler_that_is_not_wanted_is_not_recommended(monkeypatch, language_model):
