@@ -67,7 +67,7 @@ def plan_config(
 def _uncompiled(plan: Plan, machine: str, fault: Exception) -> Plan:
     """The estimated plan of a step that the compiler for `machine` could not compile, which says so."""
     said = " ".join(str(fault).split())[:120]
-    why = f"compiling for {machine}: XLA failed ({said}); without autotuning it may choose what the device would not"
+    why = f"compiling for {machine}: XLA failed ({said}); on the device, autotuning may choose other kernels"
     return replace(plan, details=plan.details | {"not_verified": [why, *plan.details.get("not_verified", [])]})
 
 
