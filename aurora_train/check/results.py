@@ -10,9 +10,9 @@ import numpy as np
 
 from aurora_train.check.blame import place_of
 from aurora_train.errors import UserError
+from aurora_train.record import PICTURES
 
 TABLE = ("title", "columns", "rows")
-PICTURES = {".svg": "image/svg+xml", ".png": "image/png", ".gif": "image/gif"}  # media types of files that are shown
 
 
 def checked_result(recipe, result, method: str = "score") -> dict:

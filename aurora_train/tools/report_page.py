@@ -9,7 +9,7 @@ from html import escape as _escape
 from pathlib import Path
 from typing import Any
 
-from aurora_train.check.results import PICTURES
+from aurora_train.record import PICTURES
 from aurora_train.tools.report_plots import decimals
 from aurora_train.units import count, size
 

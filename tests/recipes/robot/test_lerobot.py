@@ -39,8 +39,10 @@ def test_what_is_written_is_read_again(tmp_path):
     apart = np.abs(read.arrays[TOP].astype(int) - made.arrays[TOP])
     assert apart.mean() < 6 and np.median(apart) <= 2  # AV1 loses at edges, the more the smaller the image
     assert steps[-1] == (4, 4, "reading episodes")
+    steps.clear()
     again = lerobot.read(tmp_path / "arm", tmp_path, list(made.arrays), lambda *step: steps.append(step))
-    assert again.fingerprint == read.fingerprint and len(steps) == 6  # nothing was decoded again
+    assert again.fingerprint == read.fingerprint
+    assert {what for _, _, what in steps} == {"hashing the dataset"}  # nothing was decoded again
     with pytest.raises(UserError, match="this folder exists"):
         lerobot_write.write(made, tmp_path / "arm")
 
