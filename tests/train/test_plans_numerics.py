@@ -21,6 +21,11 @@ EXCUSED = 2e-6  # what an excused plan may cost, relative, over ten steps
 SEEDS = (0, 2, 5, 7, 10, 12)  # of plans without an excuse: one scan and two, all kept, some or nothing
 
 
+def draws(number: int, slow: int) -> list:
+    """Seeds of drawn plans: the first `slow` in the slow tier, the others, of the same property, before a release."""
+    return [pytest.param(n, marks=SLOW if n < slow else pytest.mark.release) for n in range(number)]
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """The Bench of a case, made once: its reference is trained once too."""
@@ -53,15 +58,13 @@ def test_random_plans_have_the_bits_of_one_scan(bench, number):
     refuse_other_bits(of_case, reference, plan)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", draws(20, slow=8))
 def test_twenty_random_plans_have_them_or_a_reason(bench, number):
     of_case, reference = bench("adamw", 6)
     refuse_other_bits(of_case, reference, of_case.random_plan(random.Random(number), unroll=0.2))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", draws(3, slow=1))
 @pytest.mark.parametrize("case", [case for case in benchmark.CASES if case != "adamw"])
 def test_so_they_have_with_dropout_other_optimizers_formats_and_models(bench, case, number):
     of_case, reference = bench(case, 6)

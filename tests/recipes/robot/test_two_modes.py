@@ -15,7 +15,7 @@ SMALLER = ["model.width=48", "train.batch=32", "optimizer.lr=2e-3", "evaluate.ev
 STEPS = {"flow": 600, "cloning": 200}
 
 
-@pytest.mark.slow
+@pytest.mark.release  # a minute of processor time
 def test_flow_takes_either_way_and_cloning_neither(tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)
