@@ -72,7 +72,7 @@ class Aurora:
     def _compiled(self) -> dict[str, str]:
         """Where this process keeps its compiled programs, if the cache shares them (`shared_cache`). The folder has the
         same name there as here, because its name is part of jax's keys."""
-        if not (self.cache / "compile").is_symlink():
+        if not (Path(self.cache) / "compile").is_symlink():
             return {}
         return {name: value for name, value in os.environ.items() if name.startswith(("JAX_COMPIL", "JAX_PERSIST"))}
 
