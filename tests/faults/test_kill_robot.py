@@ -36,7 +36,7 @@ def check(tmp_path: Path, config: Path, phases: list[str]) -> None:
     assert all(score_of(run) == score_of(tmp_path / "run") for run in tmp_path.glob("killed-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.release  # 85 s
 def test_kills_while_recording_training_and_acting_change_no_bit(tmp_path):
     config = tmp_path / "two_modes.yaml"
     config.write_text(CONFIG.format(source="world:two_modes", data="episodes: 120", vision=""))
