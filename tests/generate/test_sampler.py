@@ -1,5 +1,7 @@
 """Sampling with a cache gives what the uncached model gives, and draws as asked."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,14 @@ def test_prompts_of_unlike_lengths_in_a_batch_get_what_each_gets_alone(llama):
     prompts = [PROMPT, PROMPT[:2], PROMPT * 2 + [7]]
     together = generator.generate_batch(prompts, 12, temperature=0)
     assert together == [generator.generate(prompt, 12, temperature=0) for prompt in prompts]
+
+
+def test_where_memory_is_short_the_stack_is_decoded_as_it_is_with_the_same_tokens(llama, monkeypatch):
+    copied = Generator(llama, ()).generate(PROMPT, 12, temperature=0)
+    monkeypatch.setattr("aurora_train.generate.sampler.host_memory", lambda: SimpleNamespace(usable=0))
+    short = Generator(llama, ())
+    assert short.generate(PROMPT, 12, temperature=0) == copied
+    assert short._model is short._split
 
 
 def test_a_seed_decides_the_text_and_another_gives_another(llama):
