@@ -14,6 +14,7 @@ import gc
 import importlib
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -58,6 +59,7 @@ _COLLECT = (100_000, 20, 100)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     gc.set_threshold(*_COLLECT)
+    sys.unraisablehook = _told_again
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.getLogger("aurora_train").addFilter(_printable)
     if not logging.getLogger().handlers:  # else the first library that logs adds one, which writes `WARNING:root:`
@@ -83,6 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (`| head`) has closed the pipe; the interpreter's own flush at exit must not report that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # the status that typer gives a pipe that breaks inside a verb
+
+
+def _told_again(lost) -> None:
+    """Python's hook for an exception that it can raise nowhere. jax (0.10.2) has a callback in garbage collection: a
+    Ctrl-C that arrives within it would be printed and lost, and is therefore sent again once the callback is over."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
 
 def _printable(record: logging.LogRecord) -> bool:

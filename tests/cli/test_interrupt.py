@@ -1,10 +1,14 @@
 """Ctrl-C while a verb that is no run compiles: one word, exit status 130, and no crash of the interpreter."""
 
+import gc
 import signal
+import sys
 import time
 
 import pytest
 from kit import Aurora
+
+from aurora_train.cli import main
 
 
 @pytest.mark.optimized  # a program that takes long to compile
@@ -21,3 +25,16 @@ def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(tiny, tmp_path):
     out, err = process.communicate(timeout=20)  # compiling takes longer
     assert process.returncode == 130, err
     assert err.endswith("interrupted\n") and "Traceback" not in err and not out
+
+
+def test_ctrl_c_within_garbage_collection_is_not_lost(monkeypatch, capsys):
+    def pressed(phase, info):  # as jax's own callback, in which nothing can be raised
+        gc.callbacks.remove(pressed)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", main._told_again)
+    gc.callbacks.append(pressed)
+    with pytest.raises(KeyboardInterrupt):
+        gc.collect()
+        time.sleep(5)
+    assert not capsys.readouterr().err
