@@ -19,7 +19,7 @@ class Evaluator:
     def __init__(self, recipe, blueprint, mesh):
         self._recipe, self._blueprint, self._mesh = recipe, blueprint, mesh
         self._batch = meshes.batch_sharding(mesh)
-        self._num_devices = mesh.devices.size
+        self._num_devices = meshes.batch_ways(mesh)
         self._sums, self._predict = jax.jit(self._loss), jax.jit(self._outputs)
         self._compiled: dict[tuple, Callable] = {}
 

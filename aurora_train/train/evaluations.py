@@ -101,7 +101,7 @@ class Evaluations:
     def _validation_batches(self) -> list:
         if self._batches is None:
             source = self._session.recipe.data("validation")
-            plan, devices = self._session.plan, self._session.mesh.devices.size
+            plan, devices = self._session.plan, meshes.batch_ways(self._session.mesh)
             batch, examples = self._config.train.batch, self._config.evaluate.examples
             self._batches = list(validation_batches(source, batch, examples, devices, plan.microbatch))
         return self._batches

@@ -35,11 +35,12 @@ from aurora_train.origin.weights import (
     refuse_unknown_prefix,
     state_from,
 )
+from aurora_train.plan.account import sharded_bytes
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
 from aurora_train.record.energy import EnergyMeter
 from aurora_train.train.beginning import Beginning, refuse_other_data
-from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here
+from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here, whole_shape
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.starting import Start, read_whole
@@ -195,7 +196,7 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
         if expected is not None and expected.keys() <= recipe.inherited.keys():  # nothing is only expected
             shapes = expected_shapes(recipe)
             if shapes is not None:
-                mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+                mesh = meshes.asked(config.mesh)
                 program = rehearse_here(config, recipe, mesh, shapes)
                 refuse_unknown_prefix(config, program.model())
                 _refuse_start(config, beginning, program)
@@ -209,7 +210,7 @@ def _prepared(config, beginning: Beginning, progress) -> tuple[Rehearsal, Any, b
     """(program, training data, whether there are validation data), once the data are prepared."""
     source, recipe = beginning.ready(progress), beginning.recipe
     evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = meshes.asked(config.mesh)
     program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
     refuse_unknown_prefix(config, program.model())
     return program, source, evaluates
@@ -221,7 +222,7 @@ def _refuse_start(config, beginning: Beginning, program) -> None:
     blueprint = program.blueprint(program.simplest_plan())
     refuse_other_shapes(beginning.parents, blueprint)
     state = blueprint.state
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
+    held = sharded_bytes(state, blueprint.shardings)
     limit, reason = most_here(config, program)
     if held > limit:
         raise UserError(
@@ -309,6 +310,7 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
     if before:
         now["plan"], before["plan"] = session.plan.work, Plan.from_json(before["plan"]).work
         before.setdefault("processes", 1)  # as in runs from when there was only one
+        before["mesh"] = whole_shape(before["mesh"])
         moving = ("plan", "mesh", "device", "processes")
         changes = [(key, before[key], now[key]) for key in moving if before[key] != now[key]]
     known = files.read_json(session.run.provenance, {})
