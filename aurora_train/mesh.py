@@ -167,6 +167,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def rows(mesh: Mesh) -> NamedSharding | None:
+    """How activations with a row for each example are cut; None on one device, where nothing may be said of it."""
+    return batch_sharding(mesh) if mesh.devices.size > 1 else None
+
+
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...] | None, mesh: Mesh) -> PartitionSpec:
     """The partition of one parameter. Unknown logical names are kept whole; a mesh axis is used at most once."""
     parts: list[str | None] = []

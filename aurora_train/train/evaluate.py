@@ -28,12 +28,15 @@ class Evaluator:
         return Evaluator(recipe, self._blueprint, self._mesh)
 
     def _loss(self, weights, batch):
-        with tracing(forms=self._recipe.config.train.forms):
+        with self._tracing():
             return Loss(*self._recipe.loss(self._judged(weights), batch, None))
 
     def _outputs(self, weights, batch):
-        with tracing(forms=self._recipe.config.train.forms):
+        with self._tracing():
             return self._recipe.predict(self._judged(weights), batch)
+
+    def _tracing(self):
+        return tracing(forms=self._recipe.config.train.forms, rows=meshes.rows(self._mesh))
 
     def _judged(self, weights):
         model = self._blueprint.merge(*weights)

@@ -77,7 +77,8 @@ class Rehearsal:
     def here(self):
         """The context in which the step is traced: in the forms and the precision of the config, for its machine."""
         stack, train = contextlib.ExitStack(), self.config.train
-        stack.enter_context(tracing(forms=train.forms, fp8_ends=train.bf16_ends if train.precision == "fp8" else None))
+        ends = train.bf16_ends if train.precision == "fp8" else None
+        stack.enter_context(tracing(forms=train.forms, fp8_ends=ends, rows=meshes.rows(self.mesh)))
         if self.remote:
             stack.enter_context(tracing(target=self.platform))
             stack.enter_context(pretend_cudnn())
