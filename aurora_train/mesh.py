@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -55,7 +56,7 @@ def make_mesh(data: int, fsdp: int, tensor: int = 1) -> Mesh:
             hint="use `mesh: {data: -1, fsdp: 1, tensor: 1}` to take all of them",
         )
     if processes.count() > 1:
-        _refuse_uneven(wanted, each, devices)
+        _refuse_uneven(wanted, devices)
     return mesh_of(np.asarray(devices[:wanted]), data, fsdp, tensor)
 
 
@@ -64,29 +65,35 @@ def asked(section) -> Mesh:
     return make_mesh(section.data, section.fsdp, section.tensor)
 
 
-def _refuse_uneven(wanted: int, held: int, devices: list) -> None:
-    """UserError if a process would hold only a part of the state, or no part of the batch."""
+def _refuse_uneven(wanted: int, devices: list) -> None:
+    """UserError if the processes have unequal numbers of devices, or the mesh leaves some of them out."""
     many = processes.count()
-    each = len(devices) // many
-    counts = {sum(device.process_index == index for device in devices) for index in range(many)}
-    if counts != {each} or wanted != len(devices) or each % held:
+    counts = [sum(device.process_index == index for device in devices) for index in range(many)]
+    if len(set(counts)) > 1:
         raise UserError(
-            f"a mesh of {wanted} devices with fsdp x tensor {held} does not divide evenly over {many} processes",
-            where="mesh",
-            why=f"they have {len(devices)} devices, and each process has to hold the whole state on its own",
-            hint=f"mesh.data=-1, and for mesh.fsdp a number that divides the {each} of one process",
-        )
+            f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}", where="mesh",
+            why="each takes an equal part of every step", hint="start each with as many devices as the others",
+        )  # fmt: skip
+    if wanted != len(devices):
+        raise UserError(
+            f"a mesh of {wanted} devices leaves out some of the {len(devices)} of these {many} processes",
+            where="mesh", hint="mesh.data=-1 takes all that fsdp and tensor leave",
+        )  # fmt: skip
 
 
-def local(shardings):
-    """The same shardings over this process's part of their mesh."""
-    if processes.count() == 1:
-        return shardings
+def is_here(sharding, shape: tuple[int, ...]) -> bool:
+    """Whether this process's devices hold the whole of an array of this shape."""
+    held = {str(index) for index in sharding.addressable_devices_indices_map(shape).values()}
+    return len(held) * math.prod(sharding.shard_shape(shape)) == math.prod(shape)
 
-    def here(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(local_mesh(sharding.mesh), sharding.spec)
 
-    return jax.tree.map(here, shardings)
+def brought_here(leaf, unit: int | None = None):
+    """A leaf that several processes hold, or one unit of it, whole on every device. All of them have to ask for it."""
+    everywhere = replicated(leaf.sharding.mesh)
+    if unit is None:
+        return jax.jit(jnp.copy, out_shardings=everywhere)(leaf)
+    take = jax.jit(jax.lax.dynamic_index_in_dim, static_argnames="keepdims", out_shardings=everywhere)
+    return take(leaf, unit, keepdims=False)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
@@ -95,30 +102,33 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 
 def local_view(tree):
-    """A pytree of arrays of several processes, as arrays on this process's devices only: the same buffers, no copy.
+    """A pytree of arrays of several processes as arrays of this one, cut as they are over this process's devices.
 
-    Every leaf must be whole within each process, which is true of a state and not of a batch.
+    What this process holds whole is the same buffers; the rest is brought here leaf by leaf, which takes room for it,
+    and every process has to ask for it.
     """
     if processes.count() == 1:
         return tree
 
     def view(leaf):
-        parts = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, local(leaf.sharding), parts)
+        place = NamedSharding(local_mesh(leaf.sharding.mesh), leaf.sharding.spec)
+        if is_here(leaf.sharding, leaf.shape):
+            parts = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, place, parts)
+        return jax.device_put(brought_here(leaf).addressable_data(0), place)
 
     return jax.tree.map(view, tree)
 
 
-def shared_view(tree, shardings):
-    """The inverse of `local_view`: every process contributes its own, equal, part."""
-    if processes.count() == 1:
-        return tree
-
-    def view(leaf, sharding):
-        parts = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
-
-    return jax.tree.map(view, tree, shardings)
+def owners(tree, shardings) -> tuple[int, ...]:
+    """The processes that save a part of a pytree: for every part, the first that holds it."""
+    found = {0}
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        first: dict[str, int] = {}
+        for device, index in sharding.devices_indices_map(leaf.shape).items():
+            first.setdefault(str(index), device.process_index)
+        found.update(first.values())
+    return tuple(sorted(found))
 
 
 def checksum(tree) -> str:

@@ -68,7 +68,8 @@ def announce(session: Session, state, start: int | None, num_recorded: int, voic
             text = f"metrics.jsonl has {num_recorded} of the {start} steps before this one"
             voice(text, "log_gap", start, recorded=num_recorded)
     else:
-        voice.record("start", 0, parameters=count, **({"frozen": still} if still else {}))
+        held = sum(meshes.bytes_per_device(state).values())
+        voice.record("start", 0, parameters=count, **({"frozen": still} if still else {}), state_bytes_here=held)
         if session.parents:
             voice.record("init", 0, **record_of(session.parents))
         for parent in session.parents:

@@ -181,9 +181,8 @@ class Rehearsal:
 
     def asked_plan(self) -> Plan:
         """The plan that the config asks for, before any search and before the batch is split to fit."""
-        return make_plan(
-            self.config, self.model(), platform=self.platform, num_devices=meshes.batch_ways(self.mesh), apart=self.apart
-        )
+        ways = meshes.batch_ways(self.mesh)
+        return make_plan(self.config, self.model(), platform=self.platform, num_devices=ways, apart=self.apart)
 
     def simplest_plan(self) -> Plan:
         """The whole batch at once and every stack whole: for what does not depend on the plan."""
@@ -305,7 +304,8 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
         raise UserError(
             f"a plan for {count} devices cannot be estimated with {len(devices)} here",
             where="mesh",
-            hint="pip install 'aurora_train[plan]' to compile for them, or plan with mesh.data=1 mesh.fsdp=1 mesh.tensor=1",
+            hint="pip install 'aurora_train[plan]' to compile for them, or plan for one device: mesh.data=1 "
+            "mesh.fsdp=1 mesh.tensor=1",
         )
     mesh = meshes.mesh_of(np.asarray(devices, dtype=object), *sizes)
     return Rehearsal(
