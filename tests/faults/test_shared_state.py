@@ -78,7 +78,7 @@ def test_killed_damaged_and_continued_on_four_and_on_one_the_losses_are_those_of
     assert [moved[step] for step in one] == pytest.approx(list(one.values()), rel=1e-5)
     walked = events(folder / "moved", "walk_back")
     assert len(walked) == 1 and walked[0]["restored"] == newest - 3 and "process-1/" in walked[0]["faults"][0]
-    assert [record["step"] for record in records(folder / "moved") if "loss" in record] == list(range(1, len(moved) + 1))
+    assert [r["step"] for r in records(folder / "moved") if "loss" in r] == list(range(1, len(moved) + 1))
 
 
 @pytest.mark.slow
