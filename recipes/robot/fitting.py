@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from aurora_train.errors import UserError, nearest
 from robot.chunks import CAMERA
-from robot.worlds import World, world
+from robot.worlds import Seen, world
 
 _HINT = "score it in the world of its demonstrations"
 
 
-def opened(known: dict, name: str) -> tuple[World, int]:
+def opened(known: dict, name: str) -> tuple[Seen, int]:
     """The world `name` as a policy with the facts `known` sees it, and the edge of its pictures, 0 without cameras."""
     cameras = known["cameras"]
     size = known["shapes"][cameras[0]][0] if cameras else 0
@@ -25,9 +25,9 @@ def refuse_other(known: dict, name: str) -> None:
         on.close()
 
 
-def refuse(known: dict, on: World) -> None:
+def refuse(known: dict, on: Seen) -> None:
     """UserError if the world's observations, actions, rate or instruction are not those of the training data."""
-    seen = on.reset(0)
+    seen = on.reset(0) | on.pictures()
     for name in known["state"]:
         wanted, there = tuple(known["shapes"][name]), seen[name].shape if name in seen else None
         if there != wanted:

@@ -41,6 +41,8 @@ def flops(config, facts: dict) -> float:
         if model.vision.kind == "vit":
             patches = (height // model.vision.patch) * (width // model.vision.patch)
             vit += patches * blocks_config(model, model.vision.layers).num_parameters(0)
+        elif model.vision.kind == "keypoints":
+            patches = 1
         else:
             patches = math.ceil(height / 16) * math.ceil(width / 16)
         tokens += patches

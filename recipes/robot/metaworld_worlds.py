@@ -19,8 +19,9 @@ import numpy as np
 
 from aurora_train.errors import MissingExtra, UserError, nearest
 
-# Two views of the place where the work is done, and Meta-World's own cameras, which see the whole table.
-NEAR = {"side": (180, -25), "front": (90, -35)}  # azimuth and elevation in degrees
+# Views of the place where the work is done, and Meta-World's own cameras, which see the whole table. What lies on the
+# table is never hidden from "above".
+NEAR = {"side": (180, -25), "front": (90, -35), "above": (180, -50)}  # azimuth and elevation in degrees
 CORNERS = ("corner", "corner2", "corner3", "corner4")  # these hang upside down
 CAMERAS = (*NEAR, *CORNERS, "topview", "behindGripper", "gripperPOV")
 _OBJECT = ("x", "y", "z", "qx", "qy", "qz", "qw")

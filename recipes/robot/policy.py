@@ -107,7 +107,8 @@ class Policy(Recipe):
         state, cameras = state_features(data, episodes.arrays), list(data.cameras)
         shapes = {name: list(episodes.feature(feature).shape[1:]) for name, feature in used.items()}
         bound_of(self.config.limits, shapes["action"][-1])  # refuses bounds for other actions, before any training
-        numbers = of(episodes, split_of(episodes, data.test, data.validation)["train"], list(used.values()))
+        train = split_of(episodes, data.test, data.validation, data.action)["train"]
+        numbers = of(episodes, train, list(used.values()))
         mine = {
             "state": state, "cameras": cameras, "shapes": shapes, "tasks": sorted(set(episodes.tasks)),
             "scale": {name: numbers[feature] for name, feature in used.items()},
