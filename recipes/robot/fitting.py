@@ -50,8 +50,10 @@ def refuse(known: dict, on: Seen) -> None:
                      nearest(on.task, tasks, f"it knows: {', '.join(map(repr, tasks))}"))  # fmt: skip
 
 
-def continued(mine: dict, inherited: dict) -> dict:
+def continued(mine: dict, inherited: dict, language: str | None) -> dict:
     """The facts of a run: its own, with the scale and the instructions of the run that it starts from, if there is one.
+
+    Several new instructions are read by the model `language`, where one is named.
 
     UserError for a feature that the other run does not know, or knows with another size.
     """
@@ -64,7 +66,11 @@ def continued(mine: dict, inherited: dict) -> dict:
         if sizes[0] != sizes[1]:
             raise UserError(f"`{name}` has {sizes[0]} entries, and {sizes[1]} in the run that this one starts from",
                             where="data", hint="train from the beginning: leave `init` out")  # fmt: skip
-    return mine | {name: inherited[name] for name in ("scale", "tasks") if name in inherited}
+    if language is not None and len(mine["tasks"]) > 1 and not inherited:
+        from robot.instruction import encoded
+
+        mine["instructions"] = encoded(language, mine["tasks"])
+    return mine | {name: inherited[name] for name in ("scale", "tasks", "instructions") if name in inherited}
 
 
 def _other(what: str, hint: str = _HINT) -> UserError:

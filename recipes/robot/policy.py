@@ -115,7 +115,8 @@ class Policy(Recipe):
             "names": {name: list(episodes.names.get(feature, ())) for name, feature in used.items()},
             "fps": episodes.fps,
         }  # fmt: skip
-        facts, name, evaluate = continued(mine, self.inherited), self.config.score.world, self.config.evaluate
+        facts = continued(mine, self.inherited, data.language)
+        name, evaluate = self.config.score.world, self.config.evaluate
         if name is not None and (evaluate.final or evaluate.score_every):
             refuse_other(facts, name)  # before any training
         return facts
@@ -189,7 +190,7 @@ class Policy(Recipe):
             most = self.config.model.vision.shift
             names = [f"image.{name}" for name in self.known["cameras"]]
             batch = batch | {name: shifted(batch[name], keys, most) for name in names}
-        return self._scaling.seen(batch) | features_of(batch, self.known["tasks"])
+        return self._scaling.seen(batch) | features_of(batch, self.known)
 
     def loss(self, model, batch, key) -> Loss:
         """The kind's own loss of scaled actions, one number for each chunk; padded actions do not count."""

@@ -108,6 +108,11 @@ class DataConfig(Section):
     state: list[str] | None = setting(
         None, min_length=1, help=f"vector features that the policy sees; none: {' and '.join(VECTORS)}, where they are"
     )
+    language: str | None = setting(
+        None, resume="located", path_unless=("hub:", "package:"),
+        help="a language model that reads the instructions: a run, a Hugging Face folder, a GGUF file or package:NAME; "
+        "none: hashed words, which know nothing of meaning",
+    )  # fmt: skip
     cameras: list[str] = setting([], help="cameras that the policy sees: NAME of observation.images.NAME")
     action: str = setting("action", help="the feature that is predicted")
     validation: float = setting(0.1, ge=0, lt=0.6, help="share of episodes held out for evaluation while training")
