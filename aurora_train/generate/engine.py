@@ -1,4 +1,4 @@
-"""`Engine`: continuous batching over a fixed number of slots, whoever asks: samples, scores, rollouts, a chat, a server.
+"""`Engine`: continuous batching over a fixed number of slots, for samples, scores, rollouts, a chat and a server.
 
 A request takes a slot; its prompt is read in chunks between the steps in which all other slots write a token each. The
 host reads one token behind: a step is on its way before the token that it continues has been read. So an answer that

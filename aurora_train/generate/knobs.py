@@ -32,7 +32,8 @@ class SlotKnobs:
     def set(self, slot: int, sampling: Sampling, text) -> None:
         """Draw in a slot as asked for a text that has these tokens."""
         top_k = self._vocabulary if sampling.top_k is None else min(sampling.top_k, self._vocabulary)
-        for array, value in zip(self._knobs, (sampling.temperature, top_k, sampling.top_p, sampling.min_p), strict=True):
+        settings = Knobs(sampling.temperature, top_k, sampling.top_p, sampling.min_p)
+        for array, value in zip(self._knobs, settings, strict=True):
             array[slot] = value
         self._seeds[slot], self._rows[slot] = _key(sampling.seed), sampling.row
         self._penalties[slot], self._sent = sampling.repetition_penalty, None

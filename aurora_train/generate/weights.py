@@ -68,8 +68,8 @@ class Decoded(NamedTuple):
 def decoded(model, weights: Weights | None = None, mesh: Mesh | None = None) -> Decoded:
     """A `Decoder` as it is decoded; the given one stays as it is.
 
-    `weights`: how kernels are stored. float32 and bfloat16 are also the dtype of the computation; None leaves both, and
-    casts kernels to the dtype in which they are multiplied. UserError for 4 bits and inputs that no block of 64 divides.
+    `weights`: how kernels are stored. float32 and bfloat16 are also the dtype of the computation; None leaves that, and
+    casts kernels to it. UserError for 4 bits and inputs that no block of 64 divides.
     """
     graph, state = nnx.split(model)
     cuts = _copies_units(state, weights)

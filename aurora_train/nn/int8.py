@@ -1,4 +1,4 @@
-"""8-bit storage of kernels for decoding: whole numbers, and a scale for each output (Dettmers et al. 2022, section 2.1).
+"""8-bit storage of kernels for decoding: whole numbers, a scale for each output (Dettmers et al. 2022, section 2.1).
 
 Activations stay in the compute dtype: what is saved is the reading of weights, by which decoding is bound.
 """

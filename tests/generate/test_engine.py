@@ -1,4 +1,4 @@
-"""The engine: what a request gets does not depend on who else is served, and a slot keeps nothing of an earlier text."""
+"""What a request gets of the engine does not depend on its neighbours, and a slot keeps nothing of an earlier text."""
 
 import jax
 import numpy as np
@@ -54,7 +54,8 @@ def request(prompt=PROMPT, most=8, sampling=GREEDY, **more):
 
 def test_requests_that_share_slots_get_to_the_bit_what_each_gets_alone(engine, llama):
     requests = [
-        request([1 + i, *PROMPT[: i % 5 + 1]] * (1 + i % 3), 4 + i, Sampling(seed=i, row=i, top_p=0.9)) for i in range(8)
+        request([1 + i, *PROMPT[: i % 5 + 1]] * (1 + i % 3), 4 + i, Sampling(seed=i, row=i, top_p=0.9))
+        for i in range(8)
     ]
     together = [one.ids for one in ask(engine, *requests)]
     assert together == [ask(engine, one)[0].ids for one in requests]
@@ -67,7 +68,7 @@ def test_an_end_stops_a_text_and_is_not_given_and_the_length_stops_the_others(en
     (whole,) = ask(engine, request())
     assert len(whole.ids) == 8 and whole.reasons == ["length"]
     end = whole.ids[5]
-    stopped, none = ask(engine, request(ends=frozenset({end, VOCAB - 1})), request(most=0))
+    stopped, none = ask(engine, request(ends=frozenset({end, VOCAB + 1})), request(most=0))
     assert stopped.ids == whole.ids[: whole.ids.index(end)] and stopped.reasons == ["stop"]
     assert none.ids == [] and none.reasons == ["length"]
 

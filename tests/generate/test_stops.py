@@ -7,7 +7,7 @@ from aurora_train.generate.stops import Stops
 
 def test_a_text_ends_before_its_first_stop_string_however_it_is_cut_into_pieces():
     text, draw = "ein Bär — und nochmal: ### Frage\nAntwort ##ENDE danach\n\nUser", random.Random(0)
-    for stops in (["##ENDE"], ["\n\n", "\nUser"], ["####", "— u", "ö"], ["###", "##"], ["mal:", "a"], ["fehlt"], [""], []):
+    for stops in (["##ENDE"], ["\n\n", "\nUser"], ["####", "— u", "ö"], ["###", "##"], ["mal:", "a"], ["fehlt"], []):
         found = ((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop and stop in text)
         _, first = min(found, default=(None, len(text)))  # the one that is complete first
         for _ in range(50):
