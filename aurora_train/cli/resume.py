@@ -36,6 +36,6 @@ def command(
     set_place(coordinator, process, processes)
     with told():
         config, known, changes = for_resume(run, overrides or [], allow_change or [])
-    with joined(config, run=str(run), replan=replan):
+    with joined(config, replan=replan):
         return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan,
                   override_limits=override_limits)  # fmt: skip

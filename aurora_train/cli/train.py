@@ -43,7 +43,7 @@ def command(
         loaded = load(config, overrides or ())
     for line in [] if quiet else [*derived_lines(loaded.derived), *loaded.overruled]:
         print(line, file=sys.stderr)
-    with joined(loaded, run=run, fresh=fresh, replan=replan):
+    with joined(loaded, fresh=fresh, replan=replan):
         folder = agreed(lambda: str(for_train(loaded, run, fresh=fresh).folder))
         return go(loaded, Run(folder), quiet=quiet, json=json, replan=replan, override_limits=override_limits)
 
