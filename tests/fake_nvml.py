@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import math
 import mmap
@@ -86,3 +87,18 @@ def compiled() -> Path:
     command = [compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", source, "-o", target, "-lm"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return target
+
+
+@contextlib.contextmanager
+def boxes(folder: Path):
+    """Yields a function that makes a box, which the bindings of this process see until the next one is made."""
+    made: list[Fake] = []
+
+    def make(**settings) -> Fake:
+        made.append(Fake(folder / f"box{len(made)}", **settings))
+        made[-1].load()
+        return made[-1]
+
+    yield make
+    if made:
+        made[-1].unload()

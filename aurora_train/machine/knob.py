@@ -1,8 +1,8 @@
 """The knob by which a machine's GPUs trade speed for power: a power cap, or a lock of their clock where there is none.
 
 A knob belongs to the machine and outlives the process that turned it. So before each turn a small journal in the cache
-folder says what was set before, and holds a lock for as long as the process lives. Whoever finds a journal whose lock is
-free (`restore_left`) sets the GPU back. Nothing here imports jax.
+folder says what was set before, and its lock is held for as long as the process lives. Whoever finds a journal whose
+lock is free (`restore_left`) sets the GPU back. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from aurora_train.files import cache_folder, make_folder, read_json, write_json
 from aurora_train.machine import nvml
 
 POWER_CAP, CLOCK_LOCK = "power cap", "clock lock"
+UNITS = {POWER_CAP: "W", CLOCK_LOCK: "MHz"}
 _LOWEST_CLOCK = 0.4  # of the highest: below it a GPU gains nothing in energy a token, and idles in watts
 _SAME_WATTS = 0.5  # a driver may round the cap that it is given
 
 
 class _Held:
-    """The knob of one GPU, held by this process. `low` and `high` bound what `turn` takes, in `unit`."""
+    """The knob of one GPU, held by this process. `low` and `high` bound what `turn` takes, in the kind's unit."""
 
     def __init__(self, gpu: nvml.Gpu, kind: str, low: float, high: float, lock: int):
         self.gpu, self.kind, self.low, self.high, self._lock = gpu, kind, low, high, lock
@@ -49,11 +50,10 @@ class _Held:
 
 
 class Knob:
-    """The knobs of all GPUs of a run, turned together: `set(1)` is as found, `set(0)` the lowest. `Refused` is raised."""
+    """The knobs of all GPUs of a run, turned together: 1 is as found, 0 the lowest. Raises `nvml.Refused`."""
 
     def __init__(self, held: list[_Held]):
         self._held, self.kind = held, held[0].kind
-        self.unit = "W" if self.kind == POWER_CAP else "MHz"
         self.share = 1.0
 
     def set(self, share: float) -> None:
@@ -67,10 +67,14 @@ class Knob:
         one = self._held[0]
         return (value - one.low) / (one.high - one.low)
 
+    def share_of_draw(self):
+        """For a power cap, the function from what all GPUs draw together to the share that caps them there."""
+        return None if self.kind == CLOCK_LOCK else lambda watts: self.share_of(watts / len(self._held))
+
     def value(self, share: float) -> str:
         """A share in words, for the first GPU: "150 W"."""
         one = self._held[0]
-        return f"{one.low + share * (one.high - one.low):.0f} {self.unit}"
+        return f"{one.low + share * (one.high - one.low):.0f} {UNITS[self.kind]}"
 
     @property
     def range(self) -> str:
@@ -135,7 +139,7 @@ def _hold_one(gpu: nvml.Gpu) -> tuple[_Held | None, str]:
 
 
 def restore_left() -> list[str]:
-    """Set back what processes that are gone have left behind; one line for each GPU that was changed or could not be."""
+    """Set back what processes that are gone have left; one line for each GPU that was changed or could not be."""
     said, found = [], sorted(_folder().glob("*.json")) if _folder().is_dir() else []
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""The GPUs of this process in NVIDIA's management library (NVML): their energy, power and temperature, and their limits.
+"""The GPUs of this process in NVIDIA's management library (NVML): their energy, power, temperature and limits.
 
 It is called through its own bindings (the package nvidia-ml-py, module `pynvml`). What a device does not support, what
 needs root and a device that is gone all end in a `Refused`, which says which of these it was.

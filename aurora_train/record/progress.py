@@ -193,9 +193,9 @@ class Progress(_Display):
             parts.append(f"{count(record['joules_per_step'])} J/step")
             parts.append(f"{count(record['tokens_per_joule'])} {self._unit}/J")
         if record.get("total_joules") is not None:
-            parts.append(f"{energy(record['total_joules'])}")
+            parts.append(energy(record["total_joules"]))
         if record.get("cost") is not None:
-            parts.append(f"cost {record['cost']:.2f}")
+            parts.append(f"cost {record['cost']:.3g}")
         if record.get("co2_g") is not None:
             parts.append(f"{count(record['co2_g'])}g CO2")
         if (record.get("memory_bytes") or 0) >= _WORTH_SHOWING:

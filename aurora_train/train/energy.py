@@ -1,8 +1,8 @@
 """A run's energy: what it has used over all its resumes, what that costs, and what the config's `energy` section asks.
 
 The loop calls `step` after each step, `measure` where it logs, `disturbed` after what is not training, and asks
-`asked` and `rest_seconds` between steps. Meters and knob are served by the meter's own thread (`record/energy.py`), so a
-step pays for a few additions. The batch and the maths are never touched.
+`asked` and `rest_seconds` between steps. Meters and knob are served by the meter's own thread (`record/energy.py`), so
+that a step pays for a few additions. The batch and the maths are never touched.
 """
 
 from __future__ import annotations
@@ -152,9 +152,8 @@ class Energy:
             )  # fmt: skip
         spent = self._before / _JOULES_PER_KWH
         if spent >= budget:
-            raise UserError(
-                _spent(spent, budget), where=BUDGET, hint="a larger budget, as in `aurora resume RUN energy.budget_kwh=N`"
-            )
+            more = "a larger budget, as in `aurora resume RUN energy.budget_kwh=N`"
+            raise UserError(_spent(spent, budget), where=BUDGET, hint=more)
 
     def _tuned(self) -> Tuner:
         """The tuner that the mode asks for; without a knob, one that only watches the temperature."""
@@ -169,7 +168,7 @@ class Energy:
             elif mode == "cap":
                 search, share = self._capped()
             else:
-                search = Search(self._setting.max_slowdown)
+                search = Search(self._setting.max_slowdown, share_of=self._knob.share_of_draw())
         return Tuner(
             self._meter, self._gpus, self._knob, search, share, steps=lambda: self._done,
             say=lambda text, event, **fields: self._says.append((text, event, fields)),

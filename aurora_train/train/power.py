@@ -17,7 +17,8 @@ from aurora_train.units import percent
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the knob's range; 1 = as found
 _REFINED = 2  # settings tried between those, around the best
-_NEAR = 0.04  # shares closer than this are one setting
+# Shares closer than this to one that keeps its promise, or to one that does not, teach nothing.
+_NEAR, _APART = 0.04, 0.004
 SETTLE_STEPS, SETTLE_SECONDS = 3, 3.0  # not measured after a turn: NVML's power is a mean of the last second
 STEPS, SECONDS = 8, 12.0  # measured, at least
 HOT_CELSIUS, COOL_CELSIUS = 3.0, 10.0  # below the temperature at which the GPU slows itself down
@@ -44,10 +45,14 @@ class Search:
     Args:
         max_slowdown: how much longer a step may take than at share 1.
         cap_watts: for all GPUs together: the fastest setting within it is sought, instead of the least energy.
+        share_of: for a power cap, the share at which the cap is what all GPUs together draw, in watts: a cap above what
+            they draw on their own changes nothing, so that part of the range is not searched.
     """
 
-    def __init__(self, max_slowdown: float, cap_watts: float | None = None):
-        self._slowdown, self._cap = max_slowdown, cap_watts
+    def __init__(
+        self, max_slowdown: float, cap_watts: float | None = None, share_of: Callable[[float], float] | None = None
+    ):
+        self._slowdown, self._cap, self._share_of = max_slowdown, cap_watts, share_of
         self._left, self._more = list(SHARES), _REFINED
         self.points: list[Point] = []
         self.share: float | None = self._left.pop(0)
@@ -55,7 +60,10 @@ class Search:
     def measured(self, point: Point) -> None:
         """Take a measurement of `share`, and choose what comes next."""
         self.points.append(point)
-        if self._cap is None and not self._allowed(point) or self._cap is not None and self._allowed(point):
+        if len(self.points) == 1 and self._share_of is not None and point.gpu_watts > 0:
+            top = min(max(self._share_of(point.gpu_watts), 0.0), 1.0)
+            self._left = [top * share for share in self._left]
+        if self._allowed(point) == (self._cap is not None):
             self._left = []  # a lower setting is slower still
         self._choose()
 
@@ -70,10 +78,14 @@ class Search:
             return max(allowed, key=lambda point: point.tokens_per_s, default=None)
         return min(allowed, key=lambda point: point.joules_per_token, default=None)
 
-    def _allowed(self, point: Point) -> bool:
+    def _excess(self, point: Point) -> float:
+        """By how much a setting breaks the promise; 0 or less if it keeps it."""
         if self._cap is not None:
-            return point.gpu_watts <= self._cap
-        return self.points[0].tokens_per_s <= (1 + self._slowdown) * point.tokens_per_s
+            return point.gpu_watts - self._cap
+        return self.points[0].tokens_per_s / point.tokens_per_s - (1 + self._slowdown)
+
+    def _allowed(self, point: Point) -> bool:
+        return self._excess(point) <= 0
 
     def _choose(self) -> None:
         if self._left:
@@ -85,18 +97,22 @@ class Search:
         """A setting near the best one, where a better one may lie; None if it is next to one that was measured."""
         if self.best is None or len(self.points) < 2:
             return None
-        here = self.best.share
-        below = max((p for p in self.points if p.share < here), key=lambda p: p.share, default=None)
-        above = min((p for p in self.points if p.share > here), key=lambda p: p.share, default=None)
-        if self._cap is not None:
-            share = None if above is None else (here + above.share) / 2
-        elif below is None or above is None or not self._allowed(below):
-            other = below or above
-            share = (here + other.share) / 2
+        here = self.best
+        below = max((p for p in self.points if p.share < here.share), key=lambda p: p.share, default=None)
+        above = min((p for p in self.points if p.share > here.share), key=lambda p: p.share, default=None)
+        edge = below if self._cap is None else above
+        if edge is not None and not self._allowed(edge):  # the chord lies above both curves, so this keeps the promise
+            part = self._excess(here) / (self._excess(here) - self._excess(edge))
+            share = here.share + part * (edge.share - here.share)
+        elif self._cap is not None:
+            return None
+        elif below is None or above is None:
+            share = (here.share + (below or above).share) / 2
         else:
-            share = _vertex(below, self.best, above)
-        tried = [point.share for point in self.points]
-        return share if share is not None and all(abs(share - one) > _NEAR for one in tried) else None
+            share = _vertex(below, here, above)
+        if share is None or any(abs(share - p.share) <= (_NEAR if self._allowed(p) else _APART) for p in self.points):
+            return None
+        return share
 
 
 def _vertex(*points: Point) -> float | None:
@@ -151,6 +167,10 @@ class Tuner:
     def _search_on(self) -> None:
         if self._search.share is None:
             return self._end()
+        if self._meter.lost():
+            self._search, self._share = None, 1.0
+            self._turn(1.0)
+            return self._say(f"a meter is lost, so the {self._knob.kind} is as it was found", "power", share=1.0)
         steps, tokens, at, disturbed = now = self._steps()
         if steps == 0:
             return
@@ -188,8 +208,9 @@ class Tuner:
         if best is None:
             text = f"{where}, the lowest: none that was tried keeps to the cap"
         else:
-            saved, slower = 1 - best.joules_per_token / first.joules_per_token, first.tokens_per_s / best.tokens_per_s - 1
-            text = f"{where}: {percent(saved)} less energy a token, {percent(slower)} more time, of {len(tried)} tried"
+            saved = percent(1 - best.joules_per_token / first.joules_per_token)
+            slower = percent(first.tokens_per_s / best.tokens_per_s - 1)
+            text = f"{where}: {saved} less energy a token, {slower} more time; {len(tried)} settings were tried"
         self._say(text, "power", share=self._share, tried=tried)
 
     # ---- temperature
