@@ -62,8 +62,10 @@ class Energy(Section):
     @classmethod
     def _is_known(cls, value):
         if value is not None and value not in regions():
-            hint = nearest(value.upper(), regions(), "such as DEU or USA; or give energy.co2_g_per_kwh", cutoff=0.5)
-            raise ValueError(f"must be the code of a country in regions.toml: {hint}")
+            named = [code for code, row in regions().items() if row["name"].upper().startswith(value.upper())]
+            hint = nearest(value.upper(), regions(), "such as DEU or USA; or give energy.co2_g_per_kwh")
+            hint = f"did you mean `{named[0]}` ({regions()[named[0]]['name']})?" if len(named) == 1 else hint
+            raise ValueError(f"must be the code of three letters of a country: {hint}")
         return value
 
     def conflicts(self, config) -> Iterator[UserError]:
