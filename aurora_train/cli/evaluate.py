@@ -28,9 +28,7 @@ def command(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(
-            "--suite", metavar="NAME[,NAME]", help="Ask these tasks of lm-eval instead of the recipe's score."
-        ),
+        typer.Option("--suite", metavar="NAME[,NAME]", help="Ask these tasks of lm-eval, not the recipe's own score."),
     ] = None,
     suite_tasks: Annotated[
         Path | None, typer.Option("--suite-tasks", metavar="FOLDER", help="A folder of task files for --suite.")

@@ -6,6 +6,7 @@ this module imports lm_eval.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -85,7 +86,8 @@ class Adapter(TemplateLM):
         for (context, continuation), _, ids in requests:
             if not ids or len(ids) > self.max_length:
                 raise UserError(
-                    f"a continuation has {len(ids)} tokens, where 1 to {self.max_length} can be scored", where="--suite",
+                    f"a continuation has {len(ids)} tokens, where 1 to {self.max_length} can be scored",
+                    where="--suite",
                     why=f"it is {continuation[:40]!r}, after {context[-40:]!r}",
                 )  # fmt: skip
         return self._scores([Scored([*context, *ids], len(ids)) for _, context, ids in requests])
@@ -133,7 +135,6 @@ class Adapter(TemplateLM):
             asked = normalize_gen_kwargs(requests[numbers[0]].args[1], _DEFAULT_NEW_TOKENS)
             for number, text in self._continued([(n, requests[n].args[0]) for n in numbers], asked):
                 texts[number] = text
-                self._progress(sum(one is not None for one in texts), len(texts), "generating")
         return texts
 
     def _continued(self, asked: list[tuple[int, str]], settings: dict) -> Iterator[tuple[int, str]]:
@@ -143,53 +144,53 @@ class Adapter(TemplateLM):
         if room < 1:
             raise UserError(f"the task generates up to {new} tokens, and the model holds {self.max_length}",
                             where="--suite", hint="set generation_kwargs: {max_gen_toks: N} in the task")  # fmt: skip
-        contexts = sorted(((number, self.tok_encode(text)[-room:]) for number, text in asked), key=lambda c: len(c[1]))
-        for start in range(0, len(contexts), _MAX_STREAMS):
-            batch = contexts[start : start + _MAX_STREAMS]
-            for (number, _), ids in zip(
-                batch, self._generated([ids for _, ids in batch], stops, settings), strict=True
-            ):
-                yield number, postprocess_generated_text(self._shown(ids), stops, None)
+        contexts = {number: self.tok_encode(text)[-room:] or [self._prefix] for number, text in asked}
+        drawing = {"temperature": settings["temperature"] if settings["do_sample"] else 0.0,
+                   "top_k": settings.get("top_k"), "top_p": settings.get("top_p", 1.0)}  # fmt: skip
+        for number, ids in self._written(contexts, new, stops, drawing).items():
+            yield number, postprocess_generated_text(self._shown(ids), stops, None)
 
-    def _generated(self, contexts: list[list[int]], stops: list[str], settings: dict) -> list[list[int]]:
-        from aurora_train.generate.sampler import Generator
+    def _written(self, contexts: dict[int, list[int]], new: int, stops: list[str], drawing: dict) -> dict:
+        """The ids written after each context, up to a stop string and perhaps a few more."""
+        from aurora_train.generate.engine import Engine, bucket
+        from aurora_train.generate.requests import Request, Sampling
         from aurora_train.nn.tracing import tracing
 
-        made: list[list[int]] = [[] for _ in contexts]
-        still_open = set(range(len(contexts)))
+        made: dict[int, list[int]] = {number: [] for number in contexts}
         looked_at = 4 * max(map(len, stops)) + 8  # tokens within which a stop string that has just ended must lie
 
-        def take(row: int, token: int) -> None:
-            made[row].append(token)
-            if row in still_open and any(stop in self._shown(made[row][-looked_at:]) for stop in stops):
-                still_open.discard(row)
-                if not still_open:
-                    raise _AllStopped
+        def listen(number, token, reason):
+            if token is not None:
+                made[number].append(token.id)
+                if any(stop in self._shown(made[number][-looked_at:]) for stop in stops):
+                    engine.cancel(tickets[number])
 
         with tracing(forms=self._trained.config.train.forms):
-            generator = Generator(self._trained.model, self._ends)
-            try:
-                generator.generate_batch(
-                    contexts,
-                    settings["max_gen_toks"],
-                    settings["temperature"] if settings["do_sample"] else 0.0,
-                    settings.get("top_k"),
-                    settings.get("top_p"),
-                    settings.get("seed", 0),
-                    take,
+            longest = max(map(len, contexts.values())) + new
+            engine = Engine(self._decoded, min(_MAX_STREAMS, len(contexts)), bucket(longest, 64), together=True)
+            tickets = {
+                number: engine.submit(
+                    Request(tuple(ids), new, Sampling(**drawing, row=number), self._ends),
+                    functools.partial(listen, number),
                 )
-            except _AllStopped:
-                pass
+                for number, ids in sorted(contexts.items(), key=lambda pair: len(pair[1]))
+            }
+            while engine.advance():
+                done = sum(ticket.reason is not None for ticket in tickets.values())
+                self._progress(done, len(contexts), "generating")
         return made
+
+    @functools.cached_property
+    def _decoded(self):
+        """The model as it is decoded, made once for all tasks that generate."""
+        from aurora_train.generate.weights import decoded
+
+        return decoded(self._trained.model)
 
     def _shown(self, ids: Sequence[int]) -> str:
         """The text of ids, without control tokens."""
         hidden = set(self._text.controls.values())
         return self._text.decode([one for one in ids if one not in hidden])
-
-
-class _AllStopped(Exception):
-    """Every text has reached a stop string."""
 
 
 class _TokenScores:

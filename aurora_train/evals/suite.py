@@ -40,9 +40,7 @@ def asked(suite: str, folder: Path | None, limit: int | None) -> list:
         raise UserError("the package lm_eval is not installed", where="--suite",
                         hint="pip install 'aurora_train[lm-eval]'")  # fmt: skip
     if folder is not None and not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}", where="--suite-tasks", hint="a folder with lm-eval's task files"
-        )
+        raise UserError(f"there is no folder {folder}", where="--suite-tasks", hint="a folder with task files")
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit}", where="--limit", why="it must be 1 or more")
     names = [name for name in map(str.strip, suite.split(",")) if name]
@@ -100,9 +98,9 @@ def _loaded(names: list[str], folder: Path | None) -> list:
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            hint = f"perhaps {' or '.join(near)}" if near else "--suite-tasks FOLDER has your own"
             why = skipped.reason() if folder else None
-            raise UserError(f"there is no task {name!r}", where="--suite", why=why,
-                            hint=f"perhaps {' or '.join(near)}" if near else "--suite-tasks FOLDER has your own")  # fmt: skip
+            raise UserError(f"there is no task {name!r}", where="--suite", why=why, hint=hint)
         with _as_user_errors([name]), contextlib.chdir(folder or "."):
             made = manager.load(name)
         found |= {name: made["groups"][name]} if name in made.get("groups", {}) else made["tasks"]
@@ -171,9 +169,8 @@ def _quiet():
     level, had_none, init = source.level, datasets.are_progress_bars_disabled(), tqdm.tqdm.__init__
     source.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    tqdm.tqdm.__init__ = functools.partialmethod(
-        init, disable=True
-    )  # lm-eval has no switch for the bar of its requests
+    # lm-eval has no switch for the bar of its requests.
+    tqdm.tqdm.__init__ = functools.partialmethod(init, disable=True)
     try:
         yield
     finally:
@@ -237,8 +234,8 @@ def _interval(parts: list[tuple[Any, list[dict]]], metric: str, chosen: str, val
 
 
 def _through(measure: Measure, aggregate, value: float, *, pairs: bool = False) -> list[float] | None:
-    """A mean's interval as lm-eval's aggregation of a single example sees it, which is how a perplexity is a function of
-    a mean; None if the aggregation of all examples is not that of their mean."""
+    """A mean's interval as lm-eval's aggregation of a single example sees it: a perplexity is a function of a mean.
+    None if the aggregation of all examples is not that of their mean."""
 
     def seen(mean: float) -> float:
         return float(aggregate([(mean, 1.0)] if pairs else [mean]))
@@ -254,8 +251,10 @@ def _through(measure: Measure, aggregate, value: float, *, pairs: bool = False) 
 def _plain(sample: dict) -> dict:
     """An example as JSON has it: the document, what was asked, what was answered, and its metrics."""
     measured = {name: sample[name] for name in sample["metrics"]}
-    return {"id": sample["doc_id"], "filter": sample["filter"], "document": sample["doc"], "target": sample["target"],
-            "asked": [list(one) for one in sample["arguments"]], "answered": sample["filtered_resps"], **measured}  # fmt: skip
+    return {
+        "id": sample["doc_id"], "filter": sample["filter"], "document": sample["doc"], "target": sample["target"],
+        "asked": [list(one) for one in sample["arguments"]], "answered": sample["filtered_resps"], **measured,
+    }  # fmt: skip
 
 
 def _keep(run: Run, record: dict) -> None:
