@@ -168,13 +168,10 @@ class Adapter(TemplateLM):
         with tracing(forms=self._trained.config.train.forms):
             longest = max(map(len, contexts.values())) + new
             engine = Engine(self._decoded, min(_MAX_STREAMS, len(contexts)), bucket(longest, 64), together=True)
-            tickets = {
-                number: engine.submit(
-                    Request(tuple(ids), new, Sampling(**drawing, row=number), self._ends),
-                    functools.partial(listen, number),
-                )
-                for number, ids in sorted(contexts.items(), key=lambda pair: len(pair[1]))
-            }
+            tickets = {}
+            for number, ids in sorted(contexts.items(), key=lambda pair: len(pair[1])):
+                request = Request(tuple(ids), new, Sampling(**drawing, row=number), self._ends)
+                tickets[number] = engine.submit(request, functools.partial(listen, number))
             while engine.advance():
                 done = sum(ticket.reason is not None for ticket in tickets.values())
                 self._progress(done, len(contexts), "generating")
