@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-from sides import Ended, Side
+from sides import Ended, Side, in_turns
 from train_step import Ours
 
 from aurora_train.machine.profile import cpu_model
@@ -102,19 +101,12 @@ def measure(case: Case, python: str, rounds: int) -> dict:
                     failed[kind] = end.words
             if not peers:
                 raise SystemExit(f"lerobot does not run: {failed}")
-            seconds: dict[str, list[float]] = {side: [] for side in ("ours", *peers)}
-            for _ in range(rounds):
-                seconds["ours"].append(ours.run(case.seconds))
-                for kind, peer in peers.items():
-                    seconds[kind].append(peer.run(case.seconds))
+            found = in_turns(ours, peers, case.seconds, rounds)
         finally:
             ours.close()
             for peer in peers.values():
                 peer.close()
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    best = min(peers, key=medians.get)
-    ratios = [theirs / mine for theirs, mine in zip(seconds[best], seconds["ours"], strict=True)]
-    return {"seconds": medians, "best": best, "ratio": statistics.median(ratios), "ratios": ratios, "failed": failed}
+    return found | {"failed": failed}
 
 
 def row(name: str, found: dict) -> str:
