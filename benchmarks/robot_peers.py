@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import date
@@ -24,6 +25,9 @@ from sides import Ended, Side, in_turns
 from train_step import Ours
 
 from aurora_train.machine.profile import cpu_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from robot.scaling import Scaling  # noqa: E402
 
 SOURCE = {"source": "world:two_modes", "episodes": 100, "validation": 0.1}
 
@@ -76,8 +80,6 @@ def write_batches(case: Case, file: Path, count: int = 16) -> None:
 
     beginning = Beginning.of(load_values(case.config("float32"), "case"))
     source = beginning.ready(lambda *_: None)
-    from robot.scaling import Scaling  # found where the recipe was
-
     scaling = Scaling(beginning.recipe.known)
     batch = source.take(np.random.default_rng(0).permutation(len(source))[: count * case.batch])
     state = np.asarray(scaling.seen(batch)["state"], np.float32)

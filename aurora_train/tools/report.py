@@ -47,6 +47,7 @@ def write_report(run_folder) -> Path:
             _head(held),
             _curves(held),
             _score(held.scores),
+            _suites(run.suites),
             _plots(read_json(run.plots, []), run.workdir),
             _samples(run.samples),
             _data(data),
@@ -164,6 +165,17 @@ def _score(scores) -> str:
         shown = whole if len(rows) <= _ROWS_SHOWN else folded(f"{len(rows)} rows", whole)
         parts += [f"<h3>{escape(extra.get('title', ''))}</h3>\n", shown]
     return section("Score", *parts)
+
+
+def _suites(folder: Path) -> str:
+    """What the tasks of lm-eval gave (`evals/suite.py`)."""
+    tasks = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    rows = [
+        [task["task"], figure["name"], figure["value"], figure["interval"] or "none", task["examples"], task["step"]]
+        for task in tasks for figure in task["figures"]
+    ]  # fmt: skip
+    columns = ["task", "", "value", "95 %", "examples", "step"]
+    return section("Tasks of lm-eval", table(columns, rows)) if rows else ""
 
 
 def _plots(plots, workdir: Path) -> str:
