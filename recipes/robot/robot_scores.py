@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import wilson
 from aurora_train.recipe import few
-from language.intervals import wilson
 from robot.chunks import inputs
 from robot.drawing import draw_paths, write_gif
 from robot.fitting import opened, refuse
