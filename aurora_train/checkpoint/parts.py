@@ -69,20 +69,20 @@ class Writers:
             return decide()
         name = self.begin()
         if processes.leads():
-            processes.tell(f"{name}/0", json.dumps(decide()))
-        return json.loads(processes.hear(f"{name}/0"))
+            processes.post(f"{name}/0", json.dumps(decide()))
+        return json.loads(processes.await_post(f"{name}/0"))
 
     def report(self, save: str, outcome: str) -> None:
         """Tell process 0, or if this is process 0 the others, how a save or a part of it went."""
         if self.others:
-            processes.tell(f"{save}/{processes.index()}", outcome)
+            processes.post(f"{save}/{processes.index()}", outcome)
 
     def collect(self, save: str, step: int, held: Path, target: Path) -> list[str]:
         """Move the parts that others wrote below `held` into `target`. Returns their folders' names.
 
         SaveFailed, once all have reported, if one of them could not write its part.
         """
-        said = {number: processes.hear(f"{save}/{number}") for number in self.others}
+        said = {number: processes.await_post(f"{save}/{number}") for number in self.others}
         wrong = [f"process {number}: {what}" for number, what in said.items() if what not in (SEALED, NOTHING)]
         if wrong:
             raise SaveFailed(step, wrong[0], held)
@@ -94,7 +94,7 @@ class Writers:
 
     def settle(self, save: str, step: int, held: Path) -> str:
         """What process 0 says of a save, such as the digest of what it sealed. SaveFailed if it does not count."""
-        said = processes.hear(f"{save}/0")
+        said = processes.await_post(f"{save}/0")
         if said.split()[0] != COMMITTED:
             raise SaveFailed(step, said, held)
         return said.split()[-1]

@@ -292,11 +292,13 @@ class CheckpointStore:
     def spare(self) -> list[int]:
         """The steps that `make_room` may delete, oldest first."""
         entries = self.ledger.read()
-        good = reasons(
-            self.steps(), entries.scores, keep=1, keep_every=self.keep_every, best=self.best,
+        return [step for step in self.steps() if step not in self._kept(self.steps(), entries, 1)]
+
+    def _kept(self, steps: list[int], entries, keep: int) -> dict[int, str]:
+        return reasons(
+            steps, entries.scores, keep=keep, keep_every=self.keep_every, best=self.best,
             lower_is_better=entries.lower_is_better,
         )  # fmt: skip
-        return [step for step in self.steps() if step not in good]
 
     def _give_up(self, steps: list[int]) -> None:
         """Strike the steps from the ledger, then delete them. On a full disk deletion comes first, to make room."""
@@ -331,10 +333,7 @@ class CheckpointStore:
     def retain(self) -> list[int]:
         """Delete all but the newest `keep`, every `keep_every`-th and the `best` by score. Returns those deleted."""
         steps, entries = self.steps(), self.ledger.read()
-        kept = reasons(
-            steps, entries.scores, keep=self.keep, keep_every=self.keep_every, best=self.best,
-            lower_is_better=entries.lower_is_better,
-        )  # fmt: skip
+        kept = self._kept(steps, entries, self.keep)
         given_up = [step for step in steps if step not in kept]
         self._give_up(given_up)
         return given_up

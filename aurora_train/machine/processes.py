@@ -247,12 +247,12 @@ def stop_asked(step: int, mine: str | None) -> str | None:
     return _team.stop[1] if _team.stop and step >= _team.stop[0] else None
 
 
-def tell(key: str, value: str) -> None:
+def post(key: str, value: str) -> None:
     """Leave a message for the other processes, from any thread. A key is used once."""
     _team.client.key_value_set(key, value)
 
 
-def hear(key: str) -> str:
+def await_post(key: str) -> str:
     """The message that a process leaves under a key, from any thread; waits for it. `Ended` if a process left."""
     return _team.wait(key)
 
