@@ -116,8 +116,10 @@ def stored(folder: Path) -> dict[str, list[Piece]]:
     return found
 
 
-def shape_of(pieces: list[Piece]) -> jax.ShapeDtypeStruct:
-    """The leaf that pieces are parts of."""
+def shape_of(pieces: list[Piece]) -> Any:
+    """Shape and dtype of the leaf that pieces are parts of; what Orbax says of it, if it is whole."""
+    if layout.PART not in pieces[0].name:
+        return pieces[0].spec
     ends = [[a + n for a, n in zip(piece.start, piece.spec.shape, strict=True)] for piece in pieces]
     return jax.ShapeDtypeStruct(tuple(map(max, zip(*ends, strict=True))), pieces[0].spec.dtype)
 

@@ -26,7 +26,6 @@ from aurora_train.files import NO_SPACE, sync
 
 MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write in addition to the arrays
 
-
 class Damage(NamedTuple):
     """A checkpoint, or the record of checkpoints (`step` is None), whose bytes differ from those that were saved.
 
