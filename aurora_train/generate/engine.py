@@ -70,7 +70,7 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * slots
         self._knobs = SlotKnobs(slots, self.vocabulary)
         self._caches, self._logits = empty(self._form, self._weights, slots, self.length)
-        self._tokens = jnp.zeros(slots, jnp.int32)  # the last drawn of each slot
+        self._tokens = jax.device_put(np.zeros(slots, np.int32))  # the last drawn of each slot
         self._pending: deque = deque()  # (what was drawn, the slots that it is for), to be read by the host
         self._fault: Exception | None = None  # what a listener or a constraint raised
         self._lock, self._waiting, self._cancelled = threading.Lock(), deque(), deque()

@@ -26,6 +26,7 @@ from aurora_train.generate.weights import bytes_beside
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.nn import carried, fp8
+from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.nn.tracing import tracing
 from aurora_train.plan.account import save_bytes
@@ -183,7 +184,7 @@ class Rehearsal:
         """What samples and scores that write texts take on one device beside the state: `texts` at once, the tokens of
         each (`length`), and their `bytes`, weights as they are decoded included. None if there are none."""
         asked = self.recipe.writes()
-        if asked is None:
+        if asked is None or not isinstance(self.model(), Decoder):  # another model is written with by its recipe
             return None
         texts, length = asked[0], bucket(asked[1], 64)
         with self.here():

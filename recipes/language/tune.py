@@ -218,8 +218,9 @@ class Tune(Writer):
         return comparison_table(*map(answer_scores.measures, (before, after)))
 
     def writes(self) -> tuple[int, int] | None:
-        samples, score, row = self.config.samples, self.config.score, self.config.data.sequence
-        scored = score.exact_batch if score.exact else 0
+        samples, row = self.config.samples, self.config.data.sequence
+        score = getattr(self.config, "score", None)  # a recipe built on this one may have no exact match
+        scored = score.exact_batch if score is not None and score.exact else 0
         most = max((samples.count, row + samples.max_tokens), (scored, row + exact_match.LONGER), key=math.prod)
         return most if most[0] else None
 

@@ -38,36 +38,37 @@ WAYS = {
 PROMPTS = [np.random.default_rng(length).integers(0, VOCAB, length).tolist() for length in (37, 1, 16, 50, 5)]
 
 
-def without_a_cache(model, prompt, made):
-    """float64 log-probabilities before each token of the answer."""
-    wide, text = [], prompt + made
+def without_a_cache(model, answers):
+    """float64 log-probabilities before each token of the answers (prompt, ids) [answers, tokens, vocabulary].
+
+    Each is the end of a row of its own: longrope turns a text by its length, so one row is not all of its beginnings.
+    """
+    beginnings = [(prompt + ids[:n], len(prompt)) for prompt, ids in answers for n in range(len(ids))]
+    tokens, positions = (np.zeros((len(beginnings), 64), np.int32) for _ in range(2))
+    for row, (text, _) in enumerate(beginnings):
+        tokens[row, : len(text)], positions[row, : len(text)] = text, range(len(text))
     graph, state = nnx.split(model)
 
     @jax.jit
-    def read(state, tokens, positions, prefix):
+    def read(state, prefix):
         model = nnx.merge(graph, state)
         beside = {"prefix": prefix} if model.mask == "prefix" else {}
         return model.logits(model(tokens, None, positions, **beside))
 
-    # A row for each token: longrope turns a text by its length, so that one row is not all of its beginnings.
-    count, longest = len(made), len(text) - 1
-    tokens, positions = np.zeros((count, longest), np.int32), np.zeros((count, longest), np.int32)
-    for row in range(count):
-        size = len(prompt) + row
-        tokens[row, :size], positions[row, :size] = text[:size], range(size)
-    prefix = np.broadcast_to(np.arange(longest) < len(prompt), tokens.shape)
-    logits = np.asarray(read(state, tokens, positions, prefix), np.float64)
-    wide = logits[np.arange(count), len(prompt) - 1 + np.arange(count)]
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    prefix = np.arange(64) < np.array([length for _, length in beginnings])[:, None]
+    lasts = [len(text) - 1 for text, _ in beginnings]
+    wide = np.asarray(read(state, prefix), np.float64)[np.arange(len(lasts)), lasts]
+    return (wide - np.log(np.exp(wide).sum(-1, keepdims=True))).reshape(len(answers), -1, VOCAB)
 
 
-def assert_alike(model, heard):
-    for prompt, one in zip(PROMPTS, heard, strict=True):
-        wanted = without_a_cache(model, prompt, one.ids)
-        for number, token in enumerate(one.tokens):
-            assert wanted[number].max() - wanted[number][token.id] < 1e-4, number
-            for i, value in token.top:
-                assert abs(value - wanted[number][i]) < 1e-4, (len(prompt), number)
+def assert_alike(model, *heard):
+    """Every answer is the likeliest one, with the log-probabilities of the whole text, all of it read at once."""
+    answers = [(prompt, one.ids) for each in heard for prompt, one in zip(PROMPTS, each, strict=True)]
+    wanted = without_a_cache(model, answers)
+    for answer, rows in zip([one for each in heard for one in each], wanted, strict=True):
+        for token, row in zip(answer.tokens, rows, strict=True):
+            assert row.max() - row[token.id] < 1e-4
+            assert len(token.top) == 20 and all(abs(value - row[i]) < 1e-4 for i, value in token.top)
 
 
 FAST = ("windowed",)
@@ -76,9 +77,8 @@ FAST = ("windowed",)
 @pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in FAMILIES])
 def test_a_text_has_the_same_logits_however_it_is_read(family):
     model = decoder(**FAMILIES[family])
-    for way in WAYS.values():
-        engine = Engine(model, length=80, **way)
-        assert_alike(model, ask(engine, *(request(prompt, 10, logprobs=20) for prompt in PROMPTS)))
+    asked = [request(prompt, 10, logprobs=20) for prompt in PROMPTS]
+    assert_alike(model, *(ask(Engine(model, length=80, **way), *asked) for way in WAYS.values()))
 
 
 @pytest.mark.slow
@@ -97,12 +97,12 @@ def on_eight():
     """The body of the test above, in a process with eight simulated devices."""
     assert jax.device_count() == 8
     mesh = meshes.make_mesh(4, 2)
+    asked = [request(prompt, 10, logprobs=20) for prompt in PROMPTS]
     for family in ("windowed", "qwen3.5"):
         model = decoder(**FAMILIES[family])
         for together in (False, True):
             engine = Engine(model, 8, 80, chunk=16, mesh=mesh, together=together)
-            heard = ask(engine, *(request(prompt, 10, logprobs=20) for prompt in PROMPTS))
-            assert_alike(model, heard)
+            assert_alike(model, ask(engine, *asked))
             planned = engine.planned_bytes()
             held = meshes.bytes_per_device(engine._caches)
             assert len(held) == 8 and set(held.values()) == {planned["caches"] // 8}

@@ -14,12 +14,14 @@ from aurora_train.nn.attention_kernels import MASKED, Rule
 
 BLOCK = 512  # slots
 FEW = 8  # queries of a row that are taken with those of all other rows
+SMALL = 2**18  # scores that are taken together as well: a loop over heads would cost more to compile than it gains
 
 
 def by_blocks(query, key, value, rule: Rule, mask, used, rows=None):
     """query[B, K, T x groups, D], key and value[B, K, S, D], mask bool[B, T, S], of which the first `used` slots count
     -> float32, like query. `rows` int32[B]: those of keys and values, if they have more."""
-    if mask.shape[1] <= FEW:
+    scores = query.size // query.shape[3] * mask.shape[2]
+    if mask.shape[1] <= FEW or scores <= SMALL:
         key, value = (a if rows is None else a[rows] for a in (key, value))
 
         def block(start, size):
