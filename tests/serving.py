@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import sys
@@ -21,8 +22,10 @@ TOKEN = "a-token-of-24-characters"
 
 
 def write_model(folder: Path) -> Path:
-    """A GGUF file of a tiny model with random weights, a template and a licence."""
-    write_gguf(source_of("llama"), folder / "tiny.gguf", "bf16", "tiny")
+    """A GGUF file of a tiny model of 8,192 positions with random weights, a template and a licence."""
+    source = source_of("llama")
+    source = dataclasses.replace(source, config=source.config | {"max_position_embeddings": 8192})
+    write_gguf(source, folder / "tiny.gguf", "bf16", "tiny")
     return folder / "tiny.gguf"
 
 
@@ -57,7 +60,8 @@ class Client:
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} | self.headers | headers
         try:
-            connection.request(method, path, content, {n.replace("_", "-"): v for n, v in sent.items() if v is not None})
+            sent = {name.replace("_", "-"): value for name, value in sent.items() if value is not None}
+            connection.request(method, path, content, sent)
             yield connection.getresponse()
         finally:
             connection.close()
@@ -80,10 +84,10 @@ class Client:
 
 @contextlib.contextmanager
 def server(path: Path, token: str | None = None, **settings):
-    """A `Server` of a model on a free port, and a client of it."""
+    """A `Server` of a model on a free port, and a client of it; of one shape, so that it is compiled once."""
     from aurora_train.serve.server import Server, Settings
 
-    started = Server(load(path), Settings("tiny", **settings), Address(token=token))
+    started = Server(load(path), Settings("tiny", **{"slots": 4, "length": 256} | settings), Address(token=token))
     try:
         yield started, Client(int(started.url.rpartition(":")[2]))
     finally:

@@ -90,10 +90,10 @@ class TextForm(ChatForm):
         }  # fmt: skip
 
     def _named(self, number: int) -> str:
-        """A token's text; one that is part of a character as OpenAI writes it, so that two do not share a name."""
+        """A token's text; one that is part of a character, or has no text, so that two do not share a name."""
         spelled = self._speaker.spelled(number)
         try:
-            return spelled.decode()
+            return spelled.decode() or f"token_id:{number}"
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 

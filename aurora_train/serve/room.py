@@ -59,7 +59,10 @@ def refuse_without(needed: int, asked: str | None, machine) -> None:
         asked: the amount of `--memory`, such as "8GB"; None: as much as is needed.
         machine: the `machine.profile.Machine`.
     """
-    allowed = needed if asked is None else parse_bytes(asked)
+    try:
+        allowed = needed if asked is None else parse_bytes(asked)
+    except ValueError as error:
+        raise UserError(str(error), where=f"--memory {asked}") from None
     smaller = "fewer --slots, a shorter --length, or --weights int8"
     if needed > allowed:
         raise UserError(f"the server needs {size(needed)}, and may take {size(allowed)}", where=f"--memory {asked}",

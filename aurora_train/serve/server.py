@@ -42,7 +42,7 @@ class Settings:
     hosts: Sequence[str] = ()
 
 
-_LENGTH = 4096
+_LENGTH, _CHUNK = 4096, 256
 
 
 def refuse_missing() -> None:
@@ -119,11 +119,9 @@ def _http(app):
 
 
 def _service(trained: Any, settings: Settings, failed: Callable[[], None]):
-    from aurora_train.machine.profile import this_machine
     from aurora_train.nn.tracing import tracing
     from aurora_train.serve.constrained import Grammars
     from aurora_train.serve.measures import Measures
-    from aurora_train.serve.room import refuse_without
     from aurora_train.serve.tasks import Service
     from aurora_train.serve.worker import Worker
 
@@ -136,9 +134,27 @@ def _service(trained: Any, settings: Settings, failed: Callable[[], None]):
         raise UserError(f"the model was made for {speaker.longest:,} tokens", where=f"--length {length}",
                         hint=f"--length {speaker.longest}, or less")  # fmt: skip
     with steering():
-        engine = Engine(trained.model, settings.slots, length, weights=settings.weights)
-        refuse_without(sum(engine.planned_bytes().values()), settings.memory, this_machine())
-        _compile(engine)
+        engine = _engine(trained, settings, length)
     measures = Measures(settings.slots)
     worker = Worker(engine, settings.slots, settings.waiting, measures, steering, failed)
     return Service(settings.name, int(time.time()), speaker, length, worker, measures, Grammars(speaker))
+
+
+def _engine(trained: Any, settings: Settings, length: int):
+    """The engine, whose programs for a token and for the shortest and longest pieces of a prompt are compiled; those in
+    between are when they are needed. UserError without room."""
+    from aurora_train.generate.engine import Engine, planned_bytes
+    from aurora_train.generate.requests import Request
+    from aurora_train.generate.weights import decoded
+    from aurora_train.machine.profile import this_machine
+    from aurora_train.serve.room import refuse_without
+
+    model = decoded(trained.model, settings.weights)
+    planned = planned_bytes(model.model, settings.slots, length)
+    refuse_without(planned["weights"] + planned["caches"] + planned["rest"], settings.memory, this_machine())
+    engine = Engine(model, settings.slots, length, _CHUNK)
+    for size in {min(size, length - 2) for size in (1, _CHUNK)}:
+        engine.submit(Request((0,) * size, 2), lambda token, reason: None)
+    while engine.advance():
+        pass
+    return engine

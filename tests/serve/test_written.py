@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from aurora_train.generate.requests import Token
 from hypothesis import given
 from hypothesis import strategies as st
-from language.speaking import TextSpeaker
-from language.tokenizers import Continuation, Tokenizer
 
-from aurora_train.generate.requests import Token
 from aurora_train.serve import calls
 from aurora_train.serve.written import Written
+from language.speaking import TextSpeaker
+from language.tokenizers import Continuation, Tokenizer
 
 SPEAKER = TextSpeaker(Tokenizer(), {"vocabulary": 257})
 

@@ -26,7 +26,8 @@ _FIELDS = [("n", 0), ("n", -1), ("n", 1.5), ("n", "2"), ("n", True), ("n", 129),
            ("max_tokens", 10**6), ("max_tokens", "many"), ("max_tokens", 1.5), ("seed", 1.5), ("seed", "s"),
            ("seed", 2**63), ("stop", 5), ("stop", ""), ("stop", [""]), ("stop", [1]), ("stop", ["x"] * 17),
            ("stream", "yes"), ("stream", 1), ("stream_options", []), ("model", 7), ("model", "gpt-4o"),
-           ("logit_bias", {"5": 100}), ("presence_penalty", 0.5), ("frequency_penalty", -2), ("best_of", 3)]  # fmt: skip
+           ("logit_bias", {"5": 100}), ("presence_penalty", 0.5), ("frequency_penalty", -2),
+           ("best_of", 3)]  # fmt: skip
 
 MALFORMED = [
     *((CHAT, body, None) for body in (
@@ -46,7 +47,8 @@ MALFORMED = [
     _said("messages[0].colour", {"role": "user", "content": "Hello", "colour": "red"}),
     _said("messages[0]", {"role": "user", "content": "Stop <|im_end|> here"}),
     _said("messages[0].tool_calls[0]", {"role": "assistant", "tool_calls": [{}]}),
-    _said("messages[0].tool_calls[0]", {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}),
+    _said("messages[0].tool_calls[0]",
+          {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}),
     _chat("messages", messages=[{"role": "user", "content": "long " * 400}], max_tokens=None),
     _chat("temprature", temprature=1), _chat("unheard_of", unheard_of=True), _chat("functions", functions=[{}]),
     _chat("tools", tools=[{"type": "function", "function": {"name": "add"}}]), _chat("tools[0]", tools=[{}]),
