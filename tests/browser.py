@@ -84,8 +84,8 @@ def page():
     """A page of a browser of its own."""
     (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [FOUND, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                   "--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe",
+        command = [FOUND, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                   "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe",
                    "about:blank"]  # fmt: skip
         # The pipes have to be 3 and 4 there.
         script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'

@@ -4,17 +4,19 @@ still turn out to begin one."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from aurora_train.generate.requests import Token
+from aurora_train.generate.stops import Stops
 from aurora_train.serve.speaker import Speaker
 
 CALL = "<tool_call>"
 
 
 class Said(NamedTuple):
-    """A drawn token, a `generate.engine.Token`, and where its text begins in the answer, in characters."""
+    """A drawn token, and where its text begins in the answer, in characters."""
 
-    token: Any
+    token: Token
     start: int
 
 
@@ -34,63 +36,52 @@ class Written:
         with_calls: whether calls of tools are kept apart from the text.
 
     Attributes:
-        stopped: whether a stop has ended the answer.
         count: the tokens drawn.
         calls: the text from the first call on.
     """
 
     def __init__(self, speaker: Speaker, prompt: Sequence[int], stops: Sequence[str] = (), with_calls: bool = False):
-        self._writing, self._stops = speaker.writing(prompt), tuple(stops)
-        self._marks = (*self._stops, CALL) if with_calls else self._stops
-        self._with_calls, self.stopped, self.count, self.calls = with_calls, False, 0, ""
-        self._held, self._length, self._pending = "", 0, []  # length: of all text that has come, shown or held
+        self._writing, self._stops = speaker.writing(prompt), Stops(stops)
+        self._before_calls = Stops((CALL,) if with_calls else ())
+        self.count, self.calls = 0, ""
+        self._length, self._passed, self._shown = 0, "", 0  # length: of all text; passed: what no stop has held back
+        self._pending: list[Said] = []
 
-    def add(self, token) -> Piece:
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop has ended the answer."""
+        return self._stops.found is not None
+
+    def add(self, token: Token) -> Piece:
         """The piece that a token completes."""
         self.count += 1
         self._pending.append(Said(token, self._length))
-        return self._shown(self._writing.add([token.id]))
+        text = self._writing.add([token.id])
+        self._length += len(text)
+        return self._piece(self._stops.add(text))
 
     def close(self) -> Piece:
         """What was held back, at the end of an answer that no stop has ended."""
         if self.stopped:
             return Piece("", [])
-        piece = self._shown(self._writing.rest)
-        rest, self._held = self._held, ""
+        text = self._stops.add(self._writing.rest)
+        piece = self._piece(text if self.stopped else text + self._stops.rest())
+        if self.stopped or self.calls:
+            return piece
         tokens, self._pending = self._pending, []
-        return piece if self.stopped else Piece(piece.text + rest, piece.tokens + tokens)
+        return Piece(piece.text + self._before_calls.rest(), piece.tokens + tokens)
 
-    def _shown(self, text: str) -> Piece:
-        self._length += len(text)
+    def _piece(self, text: str) -> Piece:
         if self.calls:
             self.calls += text
-            self._end_calls()
             return Piece("", [])
-        self._held += text
-        cut, mark = min(((at, mark) for mark in self._marks if (at := self._held.find(mark)) >= 0), default=(None, ""))
-        if cut is None:
-            cut = len(self._held) - _begun(self._held, self._marks)
-        elif mark in self._stops:
-            self.stopped = True
-        else:
-            self.calls = self._held[cut:]
-        piece, after = self._held[:cut], self._held[cut:]
-        shown = self._length - len(after)
-        self._held = "" if self.calls or self.stopped else after
-        tokens = [one for one in self._pending if one.start < shown]
-        self._pending = [one for one in self._pending if one.start >= shown]
-        if self.calls:
-            self._end_calls()
-        return Piece(piece, tokens)
-
-    def _end_calls(self) -> None:
-        found = [at for stop in self._stops if (at := self.calls.find(stop)) >= 0]
-        if found:
-            self.calls, self.stopped = self.calls[: min(found)], True
-
-
-def _begun(text: str, marks: Sequence[str]) -> int:
-    """The length of the longest end of a text with which one of the marks begins."""
-    longest = max(map(len, marks), default=0) - 1
-    return next((size for size in range(min(longest, len(text)), 0, -1)
-                 if any(mark.startswith(text[-size:]) for mark in marks)), 0)  # fmt: skip
+        self._passed += text
+        shown = self._before_calls.add(text)
+        if self.stopped and self._before_calls.found is None:
+            shown += self._before_calls.rest()
+        self._shown += len(shown)
+        if self._before_calls.found is not None:
+            self.calls = self._passed[self._shown :]
+        tokens = [one for one in self._pending if one.start < self._shown]
+        self._pending = [one for one in self._pending if one.start >= self._shown]
+        return Piece(shown, tokens)

@@ -36,7 +36,8 @@ def test_a_conversation_is_streamed_stopped_and_begun_anew(model):
         page.go(f"{started.url}/")
         page.wait("document.getElementById('name').textContent === 'tiny'")
         picture(page, "empty")
-        page.js("document.getElementById('temperature').value = '0'; document.getElementById('max_tokens').value = '12'")
+        page.js("document.getElementById('temperature').value = '0'")
+        page.js("document.getElementById('max_tokens').value = '12'")
         write(page, "Hello")
         page.wait("document.querySelector('.assistant .note')?.textContent.includes('12 tokens')")
         assert page.js("document.querySelector('.user').textContent") == "Hello"
