@@ -40,7 +40,8 @@ class Constraint:
         if self._matcher.is_error():
             self.fault = self._matcher.get_error()
             return self._ends
-        return np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
+        allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
+        return allowed | self._ends if (allowed & self._ends).any() else allowed  # it knows one end of several
 
 
 class Grammars:
@@ -74,7 +75,7 @@ class Grammars:
         with self._lock:  # it takes a second for a large vocabulary
             if ends not in self._tokenizers:
                 wrapped = TokenizerWrapper(_Tokens(self._speaker, ends))
-                self._tokenizers[ends] = LLTokenizer(wrapped, self._speaker.vocabulary, eos_token=sorted(ends))
+                self._tokenizers[ends] = LLTokenizer(wrapped, self._speaker.vocabulary, eos_token=min(ends))
             return self._tokenizers[ends]
 
 
