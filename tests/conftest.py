@@ -86,3 +86,12 @@ def tiny(tmp_path, corpus) -> Path:
 @pytest.fixture
 def aurora(tmp_path, shared_cache) -> Aurora:
     return Aurora(tmp_path, shared_cache)
+
+
+@pytest.fixture
+def gpu_box(tmp_path):
+    """Makes a stand-in for a machine with NVIDIA GPUs (tests/fake_nvml.py): `gpu_box(count=2)`."""
+    from fake_nvml import boxes
+
+    with boxes(tmp_path) as make:
+        yield make

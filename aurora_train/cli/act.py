@@ -45,7 +45,7 @@ def command(
     from aurora_train.serve.lines import LineServer
 
     verb, place = context.info_name, address(host, port, socket, token_file)
-    trained = load(run, step, by=verb)
+    trained = load(run, step, by=verb, at_once=True)
     recipe, folder = trained.recipe, Run(trained.run)
     scores = limits.scored(folder, trained.step)
     known = limits.exceeded(recipe, scores)

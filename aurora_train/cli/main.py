@@ -33,7 +33,7 @@ _INTERRUPTED = 130  # 128 and SIGINT
 
 VERBS = (
     "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
-    "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
+    "schema", "inspect", "inspect-batch", "profile", "doctor", "energy", "runs", "compare", "sweep",
     "import", "export", "chat", "serve", "act", "stream",
 )
 

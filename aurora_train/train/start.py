@@ -25,12 +25,12 @@ from aurora_train.machine.precision import settled
 from aurora_train.nn.param import parameter_count
 from aurora_train.origin.parents import record_of
 from aurora_train.record import metrics as logs
-from aurora_train.record.energy import EnergyMeter
 from aurora_train.record.progress import Progress, preparation, silent, stderr_console
 from aurora_train.record.throughput import Throughput
 from aurora_train.record.voice import Voice
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
+from aurora_train.train.energy import Energy
 from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
@@ -73,9 +73,11 @@ def train(
     `changes` are the (key, old, new, class) requested for a resume; they are recorded as an event. `replan` drops the
     plan that the run is pinned to.
     """
-    console, energy = stderr_console(), EnergyMeter()
-    with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog:
-        process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
+    with (
+        _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog,
+        Energy(config.energy, own) as energy,
+    ):  # fmt: skip
+        process = Process(own, stop, energy, stderr_console(), quiet or own.follows, watchdog)
         with _ends_noted(process) as ended:
             config = settled(config, run)
             _refuse_unlike(config, run, replan)
@@ -161,12 +163,12 @@ def _unrecorded_if_unsaved(status: int):
     return contextlib.suppress(UserError) if status == EXIT_UNSAVED else contextlib.nullcontext()
 
 
-def _close(outcome: Outcome, energy: EnergyMeter) -> None:
+def _close(outcome: Outcome, energy: Energy) -> None:
     """Record how the run ended. The caller draws the report, because the trainer does not import tools."""
     with logs.EventLog(outcome.run.events) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
-        events.event(name, outcome.step, **ending, **outcome.remarks, energy_joules=energy.total_joules())
+        events.event(name, outcome.step, **ending, **outcome.remarks, energy=energy.summary())
 
 
 def _opened(config, process: Process, replan: bool) -> Session:
