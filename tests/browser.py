@@ -61,9 +61,9 @@ class Page:
     def wait(self, condition: str, seconds: int = 60) -> None:
         """Until a JavaScript condition holds."""
         held = self.js(
-            "new Promise(done => { const end = performance.now() + %d; const look = () => { let held = false;"
-            " try { held = Boolean(%s); } catch { } held ? done(true) : performance.now() > end ? done(false) :"
-            " setTimeout(look, 20); }; look(); })" % (1000 * seconds, condition)
+            f"new Promise(done => {{ const end = performance.now() + {1000 * seconds}; const look = () => {{"
+            f" let held = false; try {{ held = Boolean({condition}); }} catch {{ }}"
+            " held ? done(true) : performance.now() > end ? done(false) : setTimeout(look, 20); }; look(); })"
         )
         assert held, f"never: {condition}; the page says {self.js('document.body.innerText')!r}"
 
@@ -84,9 +84,10 @@ def page():
     """A page of a browser of its own."""
     (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [FOUND, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                   "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe",
-                   "about:blank"]  # fmt: skip
+        command = [
+            FOUND, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank",
+        ]  # fmt: skip
         # The pipes have to be 3 and 4 there.
         script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
         process = subprocess.Popen(["bash", "-c", script, "bash", *command], pass_fds=(theirs_in, theirs_out),
