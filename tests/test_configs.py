@@ -84,7 +84,10 @@ def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared
     assert recipe in SMALL, f"tests/test_configs.py does not know how to make {recipe} small"
     small = OWN.get(name, SMALL[recipe])
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    assert main(["train", name, *SHRUNK, *small, "--run", "run", "--quiet"]) == 0, capsys.readouterr().err
+    status, said = main(["train", name, *SHRUNK, *small, "--run", "run", "--quiet"]), capsys.readouterr().err
+    if name == "robot/push_pixels" and "MuJoCo cannot draw on this machine" in said:
+        pytest.skip("no software renderer")
+    assert status == 0, said
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
     code, recorded = tmp_path / "run" / "code", json.loads((tmp_path / "run" / "provenance.json").read_text())
     kept = load_recipe(code / bundled.recipes()[recipe].name, bundled_one=False)

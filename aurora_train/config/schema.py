@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from aurora_train.config.energy import Energy
 from aurora_train.config.fields import Section, parse_bytes, setting
 from aurora_train.errors import UserError
 
@@ -320,6 +321,7 @@ class Core(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
+    energy: Energy = Energy()
     init: Init = Init()
 
     _loaded: Any = PrivateAttr(None)

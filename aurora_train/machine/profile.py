@@ -210,7 +210,8 @@ def environment_defaults(
     }
     gpus = installed_gpus() if gpus is None else gpus
     if not gpus:
-        return wanted
+        # With its default, jax's keys hold the path of the cache: one that was moved would never be hit.
+        return wanted | {"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
     wanted["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "xla_gpu_per_fusion_autotune_cache_dir"
     flag = "xla_gpu_deterministic_ops" if deterministic else "xla_gpu_exclude_nondeterministic_ops"
     if flag not in user_flags:
@@ -255,7 +256,7 @@ def prepare_environment(
     if "jax" in sys.modules and "JAX_COMPILATION_CACHE_DIR" in setting:
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", setting["JAX_COMPILATION_CACHE_DIR"])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        for name, value in setting.items():
+            if name.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")):
+                jax.config.update(name.lower(), int(value) if value.lstrip("-").isdigit() else value)
     return setting

@@ -36,11 +36,12 @@ class Saver:
     while training waits.
     """
 
-    def __init__(self, session, watchdog, metrics, voice, progress, *, last: int):
+    def __init__(self, session, process, metrics, voice, progress, *, last: int):
         self._store, self._folder = session.store, session.run.folder
         self._facts = facts.sha256(session.recipe.known)  # every checkpoint names it
         self._patience = 60 * session.config.checkpoint.patience_minutes  # seconds without being able to save
-        self._watchdog, self._metrics, self._voice, self._progress = watchdog, metrics, voice, progress
+        self._watchdog, self._energy = process.watchdog, process.energy
+        self._metrics, self._voice, self._progress = metrics, voice, progress
         self._in_place = session.plan.saves_in_place
         self._waited_s = 0.0  # how long training waited while the newest save was written in place
         self.last = last  # the newest step that is saved or being saved
@@ -76,6 +77,8 @@ class Saver:
         self.last, self._tried_at = step, time.monotonic()
         saved = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"data_step": int(jax.device_get(state.data_step)), "saved": saved, "facts": self._facts}
+        if (energy := self._energy.summary()) is not None:
+            record["energy"] = energy
         for attempt in ("first", "with room made"):
             try:
                 self._sync_records(step)

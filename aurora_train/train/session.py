@@ -37,8 +37,8 @@ from aurora_train.origin.weights import (
 )
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
-from aurora_train.record.energy import EnergyMeter
 from aurora_train.train.beginning import Beginning, refuse_other_data
+from aurora_train.train.energy import Energy
 from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
@@ -56,7 +56,7 @@ class Process:
 
     run: runs.Run
     stop: StopRequest
-    energy: EnergyMeter
+    energy: Energy
     console: Any
     quiet: bool
     watchdog: Watchdog

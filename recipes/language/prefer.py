@@ -13,9 +13,9 @@ import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import comparison_table
 from aurora_train.recipe import Loss, few
 from language import conversations
-from language.intervals import comparison_table
 from language.settings import ALL_HELD_OUT, use_of
 from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer
@@ -192,8 +192,8 @@ class Prefer(Tune):
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         """Whether the model tells better answers from worse by its implicit reward, beta log(p / p_reference)."""
+        from aurora_train.evals.intervals import interval_table
         from language import pair_scores
-        from language.intervals import interval_table
         from language.reference import in_batches
 
         source, parts = self._source(split), []

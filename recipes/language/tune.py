@@ -15,11 +15,11 @@ import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import comparison_table, interval_table
 from aurora_train.facts import DATE
 from aurora_train.interop.kept import TEMPLATE
 from aurora_train.recipe import few
 from language import conversations
-from language.intervals import comparison_table, interval_table
 from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer, use_of
 from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig

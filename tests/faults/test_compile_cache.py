@@ -1,8 +1,9 @@
-"""A compile cache that is damaged costs a compilation, never a bit."""
+"""A compile cache that is damaged costs a compilation, never a bit; one that was moved costs nothing."""
 
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import toy
@@ -32,6 +33,15 @@ def damaged(content: bytes, how: str, draw: random.Random) -> bytes:
     for _ in range(20):
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
     return bytes(flipped)
+
+
+def test_a_cache_that_was_moved_is_used_where_it_is(warm):
+    here, entries = warm
+    moved = Aurora(here.folder, here.folder / "moved")
+    shutil.copytree(here.cache, moved.cache)
+    moved.good("train", "toy.yaml", "--run", "elsewhere", "--quiet")
+    after = {path.name for path in (moved.cache / "compile").rglob("*-cache")}
+    assert after == {path.name for path in entries if path.name.endswith("-cache")}
 
 
 @pytest.mark.parametrize("how", [*(pytest.param(one, marks=pytest.mark.slow) for one in SLOW), "flipped"])

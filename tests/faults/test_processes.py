@@ -10,10 +10,11 @@ import time
 
 import pytest
 import toy
-from kit import Aurora, evaluations, events, final_hash, free_address, losses
+from kit import Aurora, evaluations, events, final_hash, free_address, in_process, losses
 
 from aurora_train.errors import UserError
-from aurora_train.machine.processes import place
+from aurora_train.machine.line import EXIT_LOST
+from aurora_train.machine.place import Place, local_devices, place
 
 PLAIN = {"schedule: {warmup: 3}": "schedule: {name: constant}", "{accumulation: 2}": "{accumulation: 1}"}
 
@@ -103,8 +104,10 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_comes_back(kill
     os.kill(team[killed].pid, signal.SIGKILL)
     results = ended(team, timeout=150)
     assert results[killed][0] == -signal.SIGKILL
-    assert results[1 - killed][0] in (1, -signal.SIGABRT)  # the latter where jax's own heartbeat is the first to see it
+    assert results[1 - killed][0] == EXIT_LOST and f"process {killed} (" in results[1 - killed][2]
     assert not any("Traceback" in said for _, _, said in results)
+    lost = events(tmp_path / "killed", "lost")
+    assert [event["process"].partition(" (")[0] for event in lost] == ["process 1"] * killed  # process 0 records it
     good(aurora.team(2, "train", config, "train.steps=60", "--run", "killed"))
     assert losses(tmp_path / "killed") == losses(still)
     assert final_hash(tmp_path / "killed") == final_hash(still)
@@ -186,7 +189,7 @@ def test_a_process_whose_recipe_file_is_another_one_does_not_train(tmp_path, cac
     team = [aurora.member(i, 2, address, "train", c, "--run", "x") for i, c in enumerate((config, other))]
     results = ended(team)
     assert [status for status, _, _ in results] == [2, 2]
-    assert all("process 1 has another" in said for _, _, said in results)
+    assert all("differ in their code" in said and "recipe: " in said for _, _, said in results)
 
 
 @pytest.mark.slow
@@ -201,7 +204,7 @@ def test_a_signal_before_the_first_step_ends_all(told, tmp_path):
     team[told].send_signal(signal.SIGTERM)
     results = ended(team)
     # The other may be compiling for longer than it is waited for; jax then aborts it.
-    assert results[told][0] == 75 and results[1 - told][0] in (75, 1, -signal.SIGABRT)
+    assert results[told][0] == 75 and results[1 - told][0] in (75, EXIT_LOST, -signal.SIGABRT)
     torn = [said[said.index("Traceback") :][:3000] for _, _, said in results if "Traceback" in said]
     assert not torn, torn[0]
 
@@ -215,27 +218,35 @@ def test_a_process_with_another_config_does_not_train(tmp_path, cache):
     team = [aurora.member(i, 2, address, "train", c, "--run", "x") for i, c in enumerate((config, other))]
     results = ended(team, timeout=150)
     assert [status for status, _, _ in results] == [2, 2]
-    assert all("process 1 has another config than process 0" in said for _, _, said in results)
+    assert all("differ in their config" in said and "optimizer.lr: 0.01 and 0.02" in said for _, _, said in results)
     assert not (tmp_path / "x/config.yaml").exists()
 
 
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "4100", "SLURM_STEP_ID": "1"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+MPI_4 = MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+MPI_5 = MPI | {"PMIX_NAMESPACE": "prterun-my-box-100@1"}
 
 
 @pytest.mark.parametrize(
     ("environ", "found"),
     [
-        ({}, (0, 1, None)),
-        (ADDRESS, (0, 1, None)),  # an address alone is somebody else's setting
-        (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, (1, 2, "10.0.0.1:1234")),
-        (ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, (0, 1, None)),
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, (1, 2, None)),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1, None)),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (3, 4, None)),
+        ({}, (0, 1, (), "")),
+        (ADDRESS, (0, 1, (), "")),  # an address alone is somebody else's setting
+        (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, (1, 2, ("10.0.0.1:1234",), "")),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, (0, 1, (), "")),
+        (SLURM | {"SLURM_STEP_NODELIST": "box[07-09,12]-ib,other"}, (1, 2, ("box07-ib:61445",), "slurm 4100.1")),
+        (SLURM | {"SLURM_STEP_NODELIST": "box1,box2"}, (1, 2, ("box1:61445",), "slurm 4100.1")),
+        (SLURM | {"SLURM_STEP_NODELIST": "box1"} | ADDRESS, (1, 2, ("10.0.0.1:1234",), "slurm 4100.1")),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1, (), "")),
+        (MPI_4, (3, 4, ("10.96.0.1:62624", "10.148.0.1:62624"), "mpi 1531576320")),
+        (MPI_4 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (3, 4, ("127.0.0.1:62624",), "mpi 1531576320")),
+        (MPI_5, (3, 4, ("my-box:61540",), "mpi prterun-my-box-100@1")),
     ],
 )
 def test_the_environment_says_which_process_this_is(environ, found):
-    assert place(environ) == found
+    assert place(environ) == Place(*found)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +256,30 @@ def test_the_environment_says_which_process_this_is(environ, found):
         (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2"),
         (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two' is not a whole number"),
         ({"JAX_COORDINATOR_ADDRESS": "box", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "has no port"),
+        (SLURM, "SLURM_STEP_NODELIST is not set"),
+        (MPI, "does not say where process 0 is"),
     ],
 )
 def test_a_wrong_setting_of_processes_is_named(environ, said):
     with pytest.raises(UserError, match=said):
         place(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "devices"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3"}, [3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, [1]),
+    ],
+)
+def test_several_processes_of_a_launcher_on_a_box_take_an_accelerator_each(environ, devices):
+    assert local_devices(environ) == devices
+
+
+def test_a_place_on_the_command_line_is_whole_or_refused(tmp_path, capsys):
+    assert in_process("train", "quickstart", "--coordinator", "127.0.0.1:1") == 2
+    assert "--process and --processes not given" in capsys.readouterr().err

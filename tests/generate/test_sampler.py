@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.generate.sampler import Generator, Knobs, draw
+from aurora_train.generate.drawing import Knobs, draw
+from aurora_train.generate.sampler import Generator
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
 
@@ -96,10 +97,10 @@ def test_prompts_of_unlike_lengths_in_a_batch_get_what_each_gets_alone(llama):
 
 def test_where_memory_is_short_the_stack_is_decoded_as_it_is_with_the_same_tokens(llama, monkeypatch):
     copied = Generator(llama, ()).generate(PROMPT, 12, temperature=0)
-    monkeypatch.setattr("aurora_train.generate.sampler.host_memory", lambda: SimpleNamespace(usable=0))
+    monkeypatch.setattr("aurora_train.generate.weights.host_memory", lambda: SimpleNamespace(usable=0))
     short = Generator(llama, ())
     assert short.generate(PROMPT, 12, temperature=0) == copied
-    assert short._model is short._split
+    assert short._decoded.arrays[0] is jax.tree.leaves(short._split[1])[0]
 
 
 def test_a_seed_decides_the_text_and_another_gives_another(llama):
