@@ -33,6 +33,7 @@ from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Process, Session
+from aurora_train.train.watchdog import STEP
 from aurora_train.units import decimal
 
 _EVALUATING = (
@@ -121,7 +122,7 @@ class Loop:
             data_step = self.step + self._lag
             with open_feed(self.session, data_step, last + self._lag) as feed:
                 while not self.has_ended() and not self._asked() and self._may_go_on():
-                    with self._watchdog.during("a step"):
+                    with self._watchdog.during(STEP):
                         batch = self._timed_batch(feed)
                         self.state, metrics = self._compiled(self.state, batch)
                         self.step += 1
@@ -244,7 +245,7 @@ class Loop:
     def _settle(self) -> None:
         """Log every outstanding record."""
         while self._late:
-            with self._watchdog.during("a step"):
+            with self._watchdog.during(STEP):
                 self._record(*self._late.popleft())
 
     # ---- saving and evaluating

@@ -39,7 +39,7 @@ from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_before, score_run
 from aurora_train.train.session import Process, Session, open_session
 from aurora_train.train.signals import EXIT_STOPPED, StopRequest
-from aurora_train.train.watchdog import Watchdog
+from aurora_train.train.watchdog import watchdog_of
 
 _STATE = (
     "parameters and optimizer need the same memory under every plan: `aurora plan CONFIG` shows how much, and the "
@@ -74,13 +74,13 @@ def train(
     plan that the run is pinned to.
     """
     with (
-        _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog,
+        _own(run) as own, own.lock(), StopRequest() as stop, watchdog_of(config, run) as watchdog,
         Energy(config.energy, own) as energy,
     ):  # fmt: skip
         process = Process(own, stop, energy, stderr_console(), quiet or own.follows, watchdog)
         with _ends_noted(process) as ended:
             config = settled(config, run)
-            _refuse_unlike(config, run, replan)
+            _refuse_unlike(config, run)
             session = _opened(config, process, replan)
             with logs.EventLog(_recorded(session)) as events:
                 _record_changes(own, changes or [], events)
@@ -139,23 +139,14 @@ def _own(run: runs.Run):
         yield runs.FollowedRun(run, folder)
 
 
-def _refuse_unlike(config, run: runs.Run, replan: bool) -> None:
-    """Refuse processes of one run that differ in config, code or versions, or that do not share the run folder."""
+def _refuse_unlike(config, run: runs.Run) -> None:
+    """Refuse processes of one run that differ in what only jax knows, or that do not share the run folder."""
     if processes.count() == 1:
         return
-    processes.refuse_unlike("config", dump(config))
-    processes.refuse_unlike("recipe file", str(config.recipe_sha256))
-    processes.refuse_unlike("code", runs.code_hash())
-    processes.refuse_unlike("set of versions", str(runs.versions()))
-    processes.refuse_unlike("--replan", str(replan))
+    devices, _ = profile.choose_devices(jax.local_devices())
+    processes.refuse_unlike("set of devices", f"{len(devices)} x {devices[0].device_kind}")
+    processes.refuse_unlike("config", dump(config))  # what is `auto` in it may have been settled by the machine
     processes.refuse_unlike("run folder (it has to be on a disk that all of them see)", run.holder())
-
-
-def _watchdog(config, run: runs.Run) -> Watchdog:
-    """The watchdog, disabled in a process that follows: it may wait in a step for as long as the leader saves."""
-    setting = config.train.watchdog
-    fixed = 60 * setting if isinstance(setting, int | float) else None
-    return Watchdog(run.folder, run.events, fixed=fixed, enabled=setting != "off" and not run.follows)
 
 
 def _unrecorded_if_unsaved(status: int):
