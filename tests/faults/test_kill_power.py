@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 
 import pytest
@@ -24,14 +23,8 @@ def test_a_run_killed_with_a_cap_set_leaves_none_behind_its_next_start(tmp_path,
     for name, value in fake.environment.items():
         monkeypatch.setenv(name, value)
 
-    def killed(verb: str, *arguments) -> None:
-        ended = subprocess.run(
-            aurora.command(verb, *arguments, *CAP), cwd=tmp_path, capture_output=True, text=True, timeout=300,
-            env={**aurora.environment(), "TOY_SIGNAL": "take:13:SIGKILL"},
-        )  # fmt: skip
-        assert ended.returncode == -9, ended.stderr[-2000:]
-
-    killed("train", "toy.yaml", "--run", "cut")
+    killed = aurora("train", "toy.yaml", "--run", "cut", *CAP, environment={"TOY_SIGNAL": "take:13:SIGKILL"})
+    assert killed.returncode == -9, killed.stderr[-2000:]
     assert fake.devices[0].limit_w == 150, "nobody was there to set it back"
     aurora.good("resume", "cut", "energy.mode=measure", "energy.cap_watts=null", "--quiet")
     assert fake.devices[0].limit_w == 300
