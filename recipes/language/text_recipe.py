@@ -215,6 +215,11 @@ class Writer(TextRecipe):
         dialogue = Dialogue(self.tokenizer, self.known, options.get("template"))
         return dialogue.answer(model, messages, options, on_text)
 
+    def speaker(self, template: str | None = None):
+        from language.speaking import TextSpeaker
+
+        return TextSpeaker(self.tokenizer, self.known, template)
+
     def logits(self, model, tokens):
         import jax.numpy as jnp
 
