@@ -202,3 +202,16 @@ def test_a_mesh_that_does_not_fit_the_machine_is_refused_with_one_that_does():
     with pytest.raises(UserError, match="needs 4096 devices") as caught:
         meshes.make_mesh(64, 64)
     assert "data: -1" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_plan_is_for_one_device_of_a_mesh_and_lists_what_a_step_communicates(tmp_path):
+    aurora, config, plans = Aurora(tmp_path, tmp_path / "cache"), babble.write(tmp_path), {}
+    for devices, mesh in ((1, ()), (4, ("mesh.fsdp=2", "mesh.tensor=2"))):
+        done = aurora.good("plan", config, *DENSE, "model.width=64", *mesh, "--json", devices=devices)
+        plans[devices] = json.loads(done.stdout)
+    assert "collectives" not in plans[1]
+    assert {"all-reduce", "all-gather"} <= plans[4]["collectives"].keys()
+    one, four = plans[1]["by_cause"], plans[4]["by_cause"]
+    for cause in ("parameters", "optimizer"):
+        assert one[cause] / 4 <= four[cause] <= 1.05 * one[cause] / 4, cause
