@@ -1,4 +1,4 @@
-"""Decoding's products on a CPU: the numbers of the plain ones, with no more than a piece of a weight converted at once."""
+"""Decoding's products on a CPU: the plain ones' numbers, with no more than a piece of a weight converted at once."""
 
 from __future__ import annotations
 
