@@ -13,8 +13,14 @@ import jax.numpy as jnp
 
 from aurora_train.nn.plain import dot
 
-ROWS = 4  # with more, XLA:CPU has kernels for bfloat16
+_ROWS, _ROWS_OF_CODES = 4, 64
 _PIECE = 1 << 20  # values of a weight that are converted at a time: 4 MB
+
+
+def most(dtype, stored) -> int:
+    """How many rows of a dtype are best multiplied here by weights of another that is stored: for more in bfloat16, XLA
+    has kernels; but 8-bit codes have to be converted in any case."""
+    return _ROWS if dtype == stored else _ROWS_OF_CODES
 
 
 def times(x: jax.Array, weight: jax.Array, axis: int = 0) -> jax.Array:

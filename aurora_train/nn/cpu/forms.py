@@ -34,7 +34,7 @@ def times_few(x: jax.Array, weight: jax.Array, axis: int = 0, out_dtype=jnp.floa
     """See `plain.times_few`."""
     if weight.dtype == jnp.float32 == x.dtype:
         return plain.times_few(x, weight, axis)
-    if len(x) > few_rows.ROWS or weight.dtype == jnp.float32:
+    if weight.dtype == jnp.float32 or len(x) > few_rows.most(x.dtype, weight.dtype):
         return plain.times_few(barrier(x), weight, axis).astype(out_dtype)
     return few_rows.times(x, weight, axis).astype(out_dtype)
 
