@@ -35,5 +35,5 @@ def test_a_run_killed_with_a_cap_set_leaves_none_behind_its_next_start(tmp_path,
     (finish,) = events(tmp_path / "cut", "finish")
     first, second = events(tmp_path / "cut", "meter")
     begun = second["sources"][0]["joules"]  # what the second life had used before its first step
-    assert second["total_joules"] >= first["total_joules"] + begun > first["total_joules"] > 0, "both lives count"
+    assert second["total_joules"] > first["total_joules"] + 0.9 * begun > first["total_joules"] > 0, "both lives count"
     assert finish["energy"]["total_joules"] > second["total_joules"]
