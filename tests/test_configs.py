@@ -57,8 +57,8 @@ OWN |= dict.fromkeys(TUNED, [
 OWN |= {f"language/{size}": [*SMALL["language_model"], "model.kv_heads=1", "model.mlp_width=32"] for size in NAMED}
 KITS = {"language_model": {"language"}, "language/classify": {"language"}, "language/tune": {"language"},
         "language/prefer": {"language"},
-        "neural/decoding": {"neural"}, "neural/masked": {"neural"}, "robot/policy": {"robot", "language"},
-        "driving/motion": {"driving", "language"}}
+        "neural/decoding": {"neural"}, "neural/masked": {"neural"}, "robot/policy": {"robot"},
+        "driving/motion": {"driving"}}
 CONFIGS = bundled.configs()
 LONG = (*TUNED, "driving/motion")  # also in the slow tier alone
 SIZES = tuple(f"language/{size}" for size in NAMED)  # shrunk, they are much alike
