@@ -226,6 +226,11 @@ class Recipe:
         """
         return None
 
+    def writes(self) -> tuple[int, int] | None:
+        """(texts at once, the most tokens of one with its prompt) that `samples`, `score` and `experience` write with a
+        `Decoder` while a run trains, so that its plan leaves room for them; None if they write none."""
+        return None
+
     def samples(self, model, key) -> list[dict]:
         """A few outputs of the model for the report ({"prompt": ..., "text": ...}); [] if it makes none."""
         return []
