@@ -20,7 +20,7 @@ from aurora_train.errors import UserError
 from aurora_train.generate import drawing, programs
 from aurora_train.generate.knobs import SlotKnobs
 from aurora_train.generate.programs import Rows
-from aurora_train.generate.requests import Listener, Request, Ticket, Token, check, fitted
+from aurora_train.generate.requests import Listener, Reason, Request, Ticket, Token, check, fitted
 from aurora_train.generate.weights import Decoded, Weights, decoded, own_kinds
 
 
@@ -70,8 +70,9 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * slots
         self._knobs = SlotKnobs(slots, self.vocabulary)
         self._caches, self._logits = empty(self._form, self._weights, slots, self.length)
-        self._tokens = jnp.zeros(slots, jnp.int32)  # the last drawn of each slot
+        self._tokens = jax.device_put(np.zeros(slots, np.int32))  # the last drawn of each slot
         self._pending: deque = deque()  # (what was drawn, the slots that it is for), to be read by the host
+        self._fault: Exception | None = None  # what a listener or a constraint raised
         self._lock, self._waiting, self._cancelled = threading.Lock(), deque(), deque()
 
     def submit(self, request: Request, listener: Listener, fit: str = "refuse") -> Ticket:
@@ -91,7 +92,8 @@ class Engine:
 
     def advance(self) -> bool:
         """Read a chunk of a prompt, and write a token in every slot whose prompt is read. False if there was nothing
-        to do. Listeners are called from here, and their exceptions are raised."""
+        to do. What a listener or a constraint raises ends its own answer as cancelled, and is raised here afterwards.
+        """
         self._take_orders()
         if not self._pending and not any(self._slots):
             return False
@@ -100,6 +102,9 @@ class Engine:
         fresh += self._read()
         fresh = self._draw(fresh) if fresh else []
         self._hear(behind=1 if fresh else 0)
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         return True
 
     @property
@@ -119,8 +124,7 @@ class Engine:
                 if ticket in self._waiting:
                     self._waiting.remove(ticket)
         for ticket in cancelled:
-            self._free(ticket)
-            ticket.finish("cancelled")
+            self._end(ticket, "cancelled")
         for number, slot in enumerate(self._slots):
             while self._slots[number] is None and slot is None:
                 with self._lock:
@@ -128,7 +132,7 @@ class Engine:
                 if ticket is None:
                     return
                 if ticket.request.max_tokens == 0:
-                    ticket.finish("length")
+                    self._end(ticket, "length")
                     continue
                 self._slots[number] = _Slot(ticket, list(ticket.request.prompt))
                 self._knobs.set(number, ticket.request.sampling, ticket.request.prompt)
@@ -183,12 +187,13 @@ class Engine:
             rows.starts[i], rows.counts[i], rows.lengths[i] = slot.read, len(part), len(slot.text)
             slot.read += len(part)
         if self._together:
-            given, program = (tokens, rows), programs.read_all
+            given, own, program = (tokens, rows), (), programs.read_all
         else:
             i = reading[0]
-            given, program = (i, tokens[i : i + 1], Rows(*(a[i : i + 1] for a in rows))), programs.read_one
+            given, own = (np.int32(i), tokens[i : i + 1], Rows(*(a[i : i + 1] for a in rows))), (self._rules.exact,)
+            program = programs.read_one
         self._caches, self._logits = program(
-            self._form, self.length, self._weights, self._caches, self._logits, *given
+            self._form, self.length, *own, self._weights, self._caches, self._logits, *given
         )
         return [i for i in reading if self._slots[i].read == len(self._slots[i].text)]
 
@@ -204,13 +209,10 @@ class Engine:
             self._hear(behind=0)
             fresh = [i for i in fresh if self._slots[i] is not None]
             mask = np.ones((self.slots, vocabulary), bool)
-            for i in fresh:
-                request = self._slots[i].ticket.request
-                if request.allow:
-                    mask[i] = request.allow(list(self._slots[i].ticket.drawn))
-            logits = jnp.where(mask, logits, -jnp.inf)
+            fresh = [i for i in fresh if self._allowed(self._slots[i].ticket, mask[i])]
             if not fresh:
                 return []
+            logits = jnp.where(mask, logits, -jnp.inf)
         counts = np.array([slot.drawn if slot else 0 for slot in self._slots], np.int32)
         self._tokens = self._knobs.next_tokens(logits, counts)
         asked = any(self._slots[i].ticket.request.logprobs >= 0 for i in fresh)
@@ -225,16 +227,42 @@ class Engine:
                 self._free(slot.ticket)
         return fresh
 
+    def _allowed(self, ticket: Ticket, mask) -> bool:
+        """Write what a request allows to its row of the mask. False if that is nothing, which ends the answer."""
+        if ticket.request.allow is None:
+            return True
+        try:
+            mask[:] = ticket.request.allow(list(ticket.drawn))
+        except Exception as fault:  # of whoever made the constraint, and no reason to end other answers
+            self._end(ticket, "cancelled", fault)
+            return False
+        if not mask.any():
+            self._end(ticket, "stop")
+        return bool(mask.any())
+
+    def _end(self, ticket: Ticket, reason: Reason, fault: Exception | None = None) -> None:
+        """Free a text's slot and tell its listener why."""
+        self._fault = self._fault or fault
+        self._free(ticket)
+        try:
+            ticket.finish(reason)
+        except Exception as told:
+            self._fault = self._fault or told
+
     def _hear(self, behind: int) -> None:
         """Read what was drawn, but for the last `behind` draws, and tell the listeners."""
         while len(self._pending) > behind:
             tokens, beside, slots = self._pending.popleft()
             drawn, beside = np.asarray(tokens), [np.asarray(array) for array in beside]
             for i, ticket in slots:
-                if ticket.reason is None:
+                if ticket.reason is not None:
+                    continue
+                try:
                     ticket.give(_token(int(drawn[i]), i, beside, ticket.request.logprobs))
-                    if ticket.reason is not None:
-                        self._free(ticket)
+                except Exception as fault:  # of whoever listens, and no reason to end other answers
+                    self._end(ticket, "cancelled", fault)
+                if ticket.reason is not None:
+                    self._free(ticket)
 
 
 def _token(number: int, row: int, beside: list, alternatives: int) -> Token:

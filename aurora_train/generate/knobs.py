@@ -21,7 +21,7 @@ class SlotKnobs:
                             np.ones(slots, np.float32), np.zeros(slots, np.float32))  # fmt: skip
         self._seeds, self._rows = np.zeros((slots, 2), np.uint32), np.zeros(slots, np.int32)
         self._penalties = np.ones(slots, np.float32)
-        self._seen = jnp.zeros((slots, vocabulary), bool)  # of the prompt and the answer, where there is a penalty
+        self._seen = jax.device_put(np.zeros((slots, vocabulary), bool))  # of texts with a penalty
         self._sent = None
 
     @staticmethod

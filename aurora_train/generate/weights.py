@@ -86,6 +86,22 @@ def decoded(model, weights: Weights | None = None, mesh: Mesh | None = None) -> 
     return Decoded(_interned(Form(graph, structure, mesh)), arrays)
 
 
+def bytes_beside(model) -> int:
+    """Bytes that an abstract model's weights take as they are decoded, beside those that it has."""
+
+    def stored(state):
+        model = nnx.merge(graph, state)
+        _store(model, None)
+        return jax.tree.leaves(nnx.state(model))
+
+    graph, state = nnx.split(model)
+    before, after = jax.tree.leaves(state), jax.eval_shape(stored, state)
+    if _copies_units(state, None):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in after)
+    cast = (new for old, new in zip(before, after, strict=True) if old.dtype != new.dtype)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in cast)
+
+
 def own_kinds(config) -> bool:
     """Whether a layer is of a recipe's own kind, which need not know of padding."""
     return any(row.kind not in (*KINDS, LINEAR) for row in config.rows)
@@ -99,7 +115,7 @@ def _interned(form: Form) -> Form:
 
 def _copies_units(state, weights) -> bool:
     """Whether units are copied out of their stack: not if that would take more than a quarter of a CPU's memory."""
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return weights is not None or (form_name() == "cpu" and 4 * held <= host_memory().usable)
 
 

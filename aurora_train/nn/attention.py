@@ -39,6 +39,7 @@ class Context(NamedTuple):
     places: jax.Array | None = None
     memory_places: jax.Array | None = None
     real: jax.Array | None = None  # bool[B, T], with a cache: False for padding, which no state may take in
+    rows: jax.Array | None = None  # int32[B], with a cache of more rows: which of them these are
 
 
 class Choice(NamedTuple):
@@ -161,13 +162,13 @@ class Attention(nnx.Module):
         """Zero keys and values for `length` positions, of a window for no more than it sees (`nn.attention_cached`);
         those of an encoder's output are not cached."""
         slots = length if row.window is None else min(length, row.window)
-        shape = (batch, slots, config.num_kv_heads, config.dim_per_head)
+        shape = (batch, config.num_kv_heads, slots, config.dim_per_head)
         dtype = forms().cache_dtype(dtype)
         return {} if row.kind == "cross" else {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
 
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, context: Context, cache=None):
-        """Returns (output, cache). `cache`: {"key", "value"} of [B, S, kv_heads, head_dim] (`nn.attention_cached`)."""
+        """Returns (output, cache). `cache`: {"key", "value"} of [B, kv_heads, S, head_dim] (`nn.attention_cached`)."""
         source = _memory(context) if self.is_cross else x
         query = self._project(_placed(x, context.places), "query", self.heads)
         where = context.memory_places if self.is_cross else context.places

@@ -154,6 +154,7 @@ def standing(planner, plan, activations: int | None = None) -> dict:
         "checkpoint": _checkpoint(program, blueprint),
         "attention": _attention(program.model()),
         "forms": taken,
+        "writing": program.writing(),
         "not_verified": _not_verified(planner),
         "compiles": planner.compiles,
     }

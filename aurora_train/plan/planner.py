@@ -107,7 +107,20 @@ class Planner:
 
     def run(self) -> Plan:
         """The plan, verified by a compiler if there is one. UserError if nothing fits."""
-        return self._beside_copy_or_in_place(self._asked_or_searched)
+        plan = self._beside_copy_or_in_place(self._asked_or_searched)
+        self._refuse_writing(plan)
+        return plan
+
+    def _refuse_writing(self, plan: Plan) -> None:
+        """UserError if texts that the run will write do not fit beside its state: it would end where it is scored."""
+        writing, held = plan.details.get("writing"), sum(self.estimate.arguments.values())
+        if writing and held + writing["bytes"] > self.budget:
+            raise UserError(
+                f"{writing['texts']} texts of {writing['length']} tokens, written at once for samples or scores, take "
+                f"{size(writing['bytes'])} beside the {size(held)} of the state, and the budget is {size(self.budget)}",
+                where="samples.count", why=self.budget_reason,
+                hint="fewer texts (samples.count, score.exact_batch), or shorter ones (samples.max_tokens)",
+            )  # fmt: skip
 
     def unchanged(self, earlier: Plan) -> Plan | None:
         """The plan that `run` would make, if it is `earlier`, which an equal planner with other memory made; else None.

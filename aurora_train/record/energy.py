@@ -210,6 +210,8 @@ def _output(command: str) -> str:
 class EnergyMeter:
     """The sources of a machine, read by threads of its own between `start` and `close`.
 
+    `counted` are the sources whose sum is the total: none of them covers what another does.
+
     Args:
         found: the sources.
         each_time: called in the thread after its readings, about once a second.
@@ -222,6 +224,7 @@ class EnergyMeter:
         self.sources, self._each_time, self._clock = found, each_time, clock
         for source in found:
             source.restart(clock())
+        self.counted = [one for one in found if one.coverage == BOX] or found
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -256,20 +259,15 @@ class EnergyMeter:
 
     def total_joules(self) -> float | None:
         """Joules so far; None if nothing is measured. A plug covers the rest: with one, only it counts."""
-        return sum(source.joules for source in self.counted()) if self.sources else None
-
-    def counted(self) -> list[Source]:
-        """The sources whose sum is the total: none of them covers what another does."""
-        return [one for one in self.sources if one.coverage == BOX] or self.sources
+        return sum(source.joules for source in self.counted) if self.sources else None
 
     def now(self) -> tuple[float, float]:
         """(when the newest readings were made, in seconds of the clock; the total then)."""
-        counted = self.counted()
-        return max(source.read_at for source in counted), sum(source.joules for source in counted)
+        return max(source.read_at for source in self.counted), sum(source.joules for source in self.counted)
 
     def lost(self) -> list[Source]:
         """The counted sources that have given no reading for a while."""
-        return [source for source in self.counted() if source.failures >= _FAILED]
+        return [source for source in self.counted if source.failures >= _FAILED]
 
     def gpu_joules(self) -> float:
         """Joules of the GPUs alone."""

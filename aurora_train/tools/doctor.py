@@ -46,7 +46,10 @@ _EXTRAS = {  # extra -> (modules, any one of which suffices; its purpose)
     "robot": (("metaworld",), "robot policies: simulated arms (Meta-World, MuJoCo) and video"),
     "vision": (("sklearn",), "the handwritten digits of scikit-learn"),
     "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an absent NVIDIA GPU"),
+    "serve": (("starlette", "uvicorn"), "`aurora serve`"),
+    "constrain": (("llguidance",), "answers of `aurora serve` that keep to a JSON schema or an expression"),
     "energy": (("pynvml",), "the energy of NVIDIA GPUs, and their power caps"),
+    "lm-eval": (("lm_eval",), "the tasks of lm-eval (`aurora evaluate --suite`)"),
     "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
     "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
 }

@@ -20,6 +20,7 @@ from aurora_train.units import decimal
 
 BUDGET = "energy.budget_kwh"  # the first line of the reason for such a stop
 _JOULES_PER_KWH = 3.6e6
+_CLOCK_SECONDS = 1.0  # between two looks at the clock
 _NO_METER = (
     "no meter: an NVIDIA GPU (pip install 'aurora_train[energy]'), RAPL (which Linux lets root read), or a wall plug "
     "(energy.plug)"
@@ -41,6 +42,7 @@ class Energy:
         self._meter = EnergyMeter([])
         self._tuner: Tuner | None = None
         self._missed: set[str] = set()  # the sources of which it was said that they are lost
+        self._next_look = 0.0  # at the clock, for `hours`
         self._logged = (0.0, 0.0, 0, 0.0)  # when read, joules, steps and tokens at the last log point
 
     def __enter__(self) -> Energy:
@@ -67,7 +69,7 @@ class Energy:
         if self._meter.sources:
             steps, tokens, *_ = self._done
             self._logged = (*self._meter.now(), steps, tokens)
-            text = f"energy: {in_words(self._meter.counted())}"
+            text = f"energy: {in_words(self._meter.counted)}"
             voice(text, "meter", step, sources=[source.describe() for source in self._meter.sources])
         self._say(voice, step)
 
@@ -122,7 +124,11 @@ class Energy:
 
     def rest_seconds(self) -> float:
         """How long training has to wait by now (`energy.hours`)."""
-        return 0.0 if self._setting.hours is None else self._setting.seconds_to_wait(datetime.now())
+        if self._setting.hours is None or time.monotonic() < self._next_look:
+            return 0.0
+        seconds = self._setting.seconds_to_wait(datetime.now())
+        self._next_look = 0.0 if seconds else time.monotonic() + _CLOCK_SECONDS
+        return seconds
 
     @property
     def hours(self) -> str | None:

@@ -21,9 +21,12 @@ from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.check.blame import place_of, recipe_code
 from aurora_train.errors import UserError
+from aurora_train.generate.engine import bucket, planned_bytes
+from aurora_train.generate.weights import bytes_beside
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.nn import carried, fp8
+from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.nn.tracing import tracing
 from aurora_train.plan.account import save_bytes
@@ -176,6 +179,18 @@ class Rehearsal:
     def taken_by_a_save(self, *, in_place: bool) -> int:
         """Bytes of the processor's memory, for each device, that a save takes; where memory is shared, the device's."""
         return save_bytes(self.blueprint(self.simplest_plan()).state, in_place=in_place) // self.mesh.devices.size
+
+    def writing(self) -> dict | None:
+        """What samples and scores that write texts take on one device beside the state: `texts` at once, the tokens of
+        each (`length`), and their `bytes`, weights as they are decoded included. None if there are none."""
+        asked = self.recipe.writes()
+        if asked is None or not isinstance(self.model(), Decoder):  # another model is written with by its recipe
+            return None
+        texts, length = asked[0], bucket(asked[1], 64)
+        with self.here():
+            held = planned_bytes(self.model(), texts, length)
+            weights = bytes_beside(self.model()) // self.mesh.shape["fsdp"]
+        return {"texts": texts, "length": length, "bytes": weights + held["caches"] + held["rest"]}
 
     def asked_plan(self) -> Plan:
         """The plan that the config asks for, before any search and before the batch is split to fit."""

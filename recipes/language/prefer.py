@@ -113,9 +113,9 @@ class Prefer(Tune):
 
     def _asked(self, progress) -> dict[str, np.ndarray]:
         """What the reference says of each split: log-probabilities, float32[examples, 2]."""
+        from aurora_train.data.prepared import key_of
         from aurora_train.facts import as_kept
         from language.pairs import LAYOUT
-        from language.prepared import key_of
         from language.reference import ROWS, measured
 
         config, train = self.config, self.config.train

@@ -51,10 +51,8 @@ class Killer:
         """One process, killed in `phase`; None lets it live to its end."""
         log = self.aurora.folder / "stderr.txt"
         with open(log, "w") as stderr:
-            process = subprocess.Popen(
-                self.aurora.command("train", self.config, "--run", self.run), cwd=self.aurora.folder,
-                env=self.aurora.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
-            )
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+            process = self.aurora.forked("train", self.config, "--run", self.run, **pipes)
         if phase is not None and self._wait_for(phase, process, log):
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -89,6 +89,19 @@ def test_a_cancelled_request_frees_its_slot_at_the_next_step_whether_it_waits_re
     assert heard[1].ids == heard[3].ids and not heard[4].tokens
 
 
+def test_a_step_is_on_its_way_before_the_token_that_it_continues_has_been_read(engine):
+    ahead = []
+
+    def listen(token, reason):
+        slot = engine._slots[0]
+        ahead.append(None if slot is None else slot.drawn - len(ticket.drawn))
+
+    ticket = engine.submit(request(most=6), listen)
+    while engine.advance():
+        pass
+    assert ahead == [1, 1, 1, 1, None, None, None]  # the slot is free once its last token is on its way
+
+
 def test_a_prompt_that_is_too_long_is_refused_with_the_room_there_is_or_cut_as_asked(engine):
     with pytest.raises(UserError, match="add up to 70, but the model has 64 positions") as caught:
         engine.submit(request([1] * 30, 40), Heard())
@@ -120,6 +133,26 @@ def test_only_allowed_tokens_are_drawn_and_what_was_drawn_decides_what_is_allowe
 
     free, bound = ask(engine, request(), request(allow=rising))
     assert bound.ids == [7, 9, 11, 13, 15, 17, 19, 21] and free.ids == ask(engine, request())[0].ids
+
+
+def test_a_listener_or_a_constraint_that_fails_ends_its_own_answer_and_no_other(engine):
+    def fails(*given):
+        raise ValueError("mine")
+
+    others, refused = [Heard(), Heard()], Heard()
+    tickets = [engine.submit(request(), fails), engine.submit(request(allow=fails), refused)]
+    tickets += [engine.submit(request(), one) for one in others]
+    faults = 0
+    while True:
+        try:
+            if not engine.advance():
+                break
+        except ValueError as fault:
+            faults += str(fault) == "mine"
+    assert faults and [ticket.reason for ticket in tickets] == ["cancelled", "cancelled", "length", "length"]
+    assert refused.reasons == ["cancelled"] and all(one.ids == ask(engine, request())[0].ids for one in others)
+    (none,) = ask(engine, request(allow=lambda drawn: np.full(VOCAB, not drawn)))
+    assert len(none.ids) == 1 and none.reasons == ["stop"]
 
 
 def test_a_penalty_weighs_on_the_prompt_and_on_what_was_drawn(engine):

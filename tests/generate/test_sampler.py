@@ -40,28 +40,6 @@ def llama():
     return decoder(**SHAPES["llama"])
 
 
-@pytest.mark.parametrize("shape", ["gemma", *(pytest.param(s, marks=pytest.mark.slow) for s in ("llama", "gpt2"))])
-def test_greedy_tokens_and_logits_equal_those_without_a_cache(shape):
-    model = decoder(**SHAPES[shape])
-    made = Generator(model, ()).generate(PROMPT, 24, temperature=0)
-    text = jnp.asarray([PROMPT + made], jnp.int32)
-    graph, state = nnx.split(model)
-    logits = jax.jit(lambda state: (m := nnx.merge(graph, state)).logits(m(text)))(state)[0]
-    assert made == logits[len(PROMPT) - 1 : -1].argmax(-1).tolist()
-
-    @jax.jit
-    def extend(state, tokens, positions, caches):
-        model = nnx.merge(graph, state)
-        hidden, caches = model.extend(tokens, positions, caches)
-        return model.logits(hidden), caches
-
-    caches, found = model.empty_caches(1, 32), []
-    for t in range(0, 32, 4):
-        part, caches = extend(state, text[:, t : t + 4], jnp.arange(t, t + 4)[None], caches)
-        found.append(part[0])
-    np.testing.assert_allclose(jnp.concatenate(found), logits, atol=1e-4)
-
-
 LONGROPE = {"kind": "longrope", "factor": 4.0, "original_length": 12, "short_factors": (1.0, 1.1, 1.3, 1.5),
             "long_factors": (2.0, 3.0, 5.0, 8.0)}  # fmt: skip
 

@@ -135,7 +135,7 @@ def test_a_plug_covers_the_box_so_that_nothing_else_is_added_to_it(tmp_path):
         plug.write_text(f"{watts}")
         now[0] += 1.0
         meter.sample()
-    assert meter.total_joules() == 150 + 200 + 125 and [one.name for one in meter.counted()] == ["plug"]
+    assert meter.total_joules() == 150 + 200 + 125 and [one.name for one in meter.counted] == ["plug"]
     assert meter.sources[-1].error_joules == 50 + 0 + 75
     plug.unlink()
     for _ in range(3):

@@ -19,12 +19,12 @@ SHORT = ("--quiet", "log.every=5")
 
 @pytest.fixture
 def here(tmp_path, shared_cache, monkeypatch):
-    """A folder with toy.yaml, which is the current one, and a search that takes two steps for a setting."""
+    """A folder with toy.yaml, which is the current one, and a search that takes three steps for a setting."""
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(meters, "_POWERCAP", tmp_path / "none")
     monkeypatch.setattr(meters, "TICK_SECONDS", 1e9)  # the steps of `box_of` tick
-    for name, value in (("SETTLE_STEPS", 1), ("SETTLE_SECONDS", 0.0), ("STEPS", 2), ("SECONDS", 0.0)):
+    for name, value in (("SETTLE_STEPS", 0), ("SETTLE_SECONDS", 0.0), ("STEPS", 1), ("SECONDS", 0.0), ("_REFINED", 0)):
         monkeypatch.setattr(power, name, value)
     toy.write(tmp_path)
     return tmp_path
@@ -115,6 +115,7 @@ def test_outside_of_its_hours_a_run_saves_waits_and_goes_on_to_the_same_bits(her
             return datetime(2026, 12, 1, 6 if 10 <= len(asked) < 14 else 23, 30)
 
     monkeypatch.setattr(energies, "datetime", Clock)
+    monkeypatch.setattr(energies, "_CLOCK_SECONDS", 0.0)
     monkeypatch.setattr("aurora_train.train.loop._LOOK_SECONDS", 0.01)
     assert main(["train", "toy.yaml", "--run", "night", *SHORT, "energy.hours=22:00-06:00"]) == 0
     assert_same_numbers(here / "night", finished_once)

@@ -43,7 +43,7 @@ def test_a_changed_store_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
-    from language import prepared
+    from aurora_train.data import prepared
 
     prepared._verified.clear()  # as in a new process
     with pytest.raises(UserError, match="action.bin has other contents"):
