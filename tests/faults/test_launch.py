@@ -215,3 +215,18 @@ def test_a_run_placed_by_a_ray_cluster_of_two_workers(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert events(tmp_path / "r", "finish")[-1]["step"] == 6
     assert "2 x cpu in 2 processes" in done.stdout + done.stderr
+
+
+@pytest.mark.release
+def test_a_process_whose_data_are_slow_is_named(tmp_path):
+    config = toy.write(tmp_path)
+    slow = '        time.sleep(1.2 * (os.environ.get("JAX_PROCESS_ID") == "1"))\n'
+    recipe = toy.RECIPE.replace("        self.taken += 1\n", f"        self.taken += 1\n{slow}")
+    assert slow in recipe
+    (tmp_path / "toy.py").write_text(recipe)
+    command = [*LAUNCH, "--processes-here", "2", str(config), "train.steps=60", "--run", "r"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    named = [event for event in events(tmp_path / "r", "straggler") if event["what"] == "waits for its data"]
+    assert len(named) == 1 and named[0]["process"].startswith("process 1 (")
+    assert done.stderr.count("waits for its data") == 1
