@@ -181,6 +181,8 @@ def test_a_run_answers_until_a_signal_and_prints_its_latencies(served):
     first, second = acting(x=[1] * 8), acting(x=[1] * 8)
     assert first["y"] == first["total"] and second["y"] == first["y"]
     assert second["total"] == pytest.approx([2 * one for one in first["y"]])
+    own = load_model(served.folder / "run").predict({"x": np.ones((1, 8), np.float32)})[0]
+    assert np.array_equal(np.float32(first["y"]), own), "programs on the calling thread say the same"
     assert "8 numbers" in acting(x=[1])["error"]
     assert acting(reset=True, x=[1] * 8)["total"] == first["total"]
     status, out, err = acting.end(signal.SIGTERM)

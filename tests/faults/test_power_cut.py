@@ -1,6 +1,6 @@
 """A power cut at any moment takes no step that the run had called durable, and the run goes on to the same bits.
 
-    pytest -m release -s tests/faults/test_power_cut.py    # 50 cuts and 10 resumes, twice; every cut there is, twice
+    pytest -m release -s tests/faults/test_power_cut.py    # 50 cuts and 10 resumes, all cuts, more failing syncs
 """
 
 from __future__ import annotations
