@@ -220,8 +220,11 @@ def test_a_run_placed_by_a_ray_cluster_of_two_workers(tmp_path):
 @pytest.mark.release
 def test_a_process_whose_data_are_slow_is_named(tmp_path):
     config = toy.write(tmp_path)
-    slow = '        time.sleep(1.2 * (os.environ.get("JAX_PROCESS_ID") == "1"))\n'
+    slow = """        with SLOW:  # readers may be several threads
+            time.sleep(1.2 * (os.environ.get("JAX_PROCESS_ID") == "1"))
+"""
     recipe = toy.RECIPE.replace("        self.taken += 1\n", f"        self.taken += 1\n{slow}")
+    recipe = recipe.replace("import numpy as np\n", "import threading\n\nimport numpy as np\n\nSLOW = threading.Lock()\n", 1)
     assert slow in recipe
     (tmp_path / "toy.py").write_text(recipe)
     command = [*LAUNCH, "--processes-here", "2", str(config), "train.steps=60", "--run", "r"]
