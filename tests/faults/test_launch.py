@@ -224,7 +224,9 @@ def test_a_process_whose_data_are_slow_is_named(tmp_path):
             time.sleep(1.2 * (os.environ.get("JAX_PROCESS_ID") == "1"))
 """
     recipe = toy.RECIPE.replace("        self.taken += 1\n", f"        self.taken += 1\n{slow}")
-    recipe = recipe.replace("import numpy as np\n", "import threading\n\nimport numpy as np\n\nSLOW = threading.Lock()\n", 1)
+    recipe = recipe.replace("import signal\n", "import signal\nimport threading\n").replace(
+        "\n\nclass Model", "\n\nSLOW = threading.Lock()\n\n\nclass Model", 1
+    )
     assert slow in recipe
     (tmp_path / "toy.py").write_text(recipe)
     command = [*LAUNCH, "--processes-here", "2", str(config), "train.steps=60", "--run", "r"]
