@@ -121,10 +121,11 @@ class Optimizer(Section):
 
 
 class Mesh(Section):
-    """How the local devices are arranged."""
+    """How the devices of all processes are arranged."""
 
     data: int = setting(-1, resume="elastic", ge=-1, help="devices that split the batch; -1 = all that remain")
     fsdp: int = setting(1, resume="elastic", ge=1, help="devices that split the parameters (and the batch)")
+    tensor: int = setting(1, resume="elastic", ge=1, help="devices that split heads, hidden widths and vocabulary")
 
     @field_validator("data")
     @classmethod

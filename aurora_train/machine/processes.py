@@ -155,12 +155,16 @@ def _keep_stdout_for_results() -> None:
 def _each_for_itself() -> None:
     """Make Orbax, which reads and writes files in this process, see a single process.
 
-    Otherwise it would wait for all processes at every save, and no setting of its own turns that off everywhere.
+    Otherwise it would wait for all processes at every save, and no setting of its own turns that off everywhere. The
+    threads of a save would send each other their signals through the store that all processes share, under the same
+    names in each.
     """
     import jax
+    from orbax.checkpoint._src.multihost import multihost
 
     jax.process_count = lambda backend=None: 1
     jax.process_index = lambda backend=None: 0
+    multihost.is_jax_distributed_client_initialized = lambda: False
 
 
 def count() -> int:
@@ -241,6 +245,16 @@ def stop_asked(step: int, mine: str | None) -> str | None:
         message = _team.get("aurora/stop")
         _team.stop = tuple(json.loads(message)) if message else None
     return _team.stop[1] if _team.stop and step >= _team.stop[0] else None
+
+
+def post(key: str, value: str) -> None:
+    """Leave a message for the other processes, from any thread. A key is used once."""
+    _team.client.key_value_set(key, value)
+
+
+def await_post(key: str) -> str:
+    """The message that a process leaves under a key, from any thread; waits for it. `Ended` if a process left."""
+    return _team.wait(key)
 
 
 def meet() -> None:

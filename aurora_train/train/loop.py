@@ -288,11 +288,11 @@ class Loop:
 
 
 def state_hash(state) -> str:
-    """sha256 hex over every leaf of a state by canonical name: equal hashes mean equal bits."""
+    """sha256 hex over every leaf of a state by canonical name: equal hashes mean equal bits. All processes call it."""
     import hashlib
 
     hasher = hashlib.sha256()
-    for name, leaf in sorted(layout.unread(state).items()):
+    for name, leaf in layout.each_whole(state):
         hasher.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-        hasher.update(leaf.read().tobytes())
+        hasher.update(leaf.tobytes())
     return hasher.hexdigest()

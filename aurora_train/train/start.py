@@ -256,8 +256,9 @@ def _placed_state(session: Session, start: int | None):
     """The state to continue with: the one saved at `start`, or the initial one; the same in every process."""
     refuse_full(session)
     state = _past_bad_data(session.restore(start) if start else session.fresh(), session.run, start or 0)
-    if processes.count() > 1:
-        processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
+    whole = [leaf for leaf in jax.tree.leaves(state) if meshes.is_here(leaf.sharding, leaf.shape)]
+    if processes.count() > 1:  # of what is cut, every process has another part
+        processes.refuse_unlike("state", meshes.checksum(meshes.local_view(whole)))
     return state
 
 
@@ -280,7 +281,7 @@ def _released(loop: Loop):
         loop.release()
         raise
     except BadNumbers as error:
-        error.fault = where_it_begins(loop.session, meshes.local_view(loop.state), error.window)
+        error.fault = where_it_begins(loop.session, meshes.local_view(loop.state._replace(opt_state={})), error.window)
         loop.release()
         raise
 
@@ -297,9 +298,9 @@ def _score_before(session: Session, evaluations: Evaluations, state, process: Pr
     """Score the state with which the run starts, for the comparison at its end."""
     began = time.perf_counter()
     progress.status("scoring the model before training")
+    evaluator, own = evaluations.for_a_score(state)
 
     def scored() -> None:
-        evaluator, own = evaluations.for_a_score(state)
         heed = process.stop.heeding(silent)
         score_before(session.recipe, session.config, session.run, evaluator, own, heed)
 
@@ -311,18 +312,18 @@ def _score_before(session: Session, evaluations: Evaluations, state, process: Pr
 def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     config, run = session.config, session.run
 
-    def scored() -> str:
-        evaluator, state = loop.evaluations.for_a_score(loop.state)
-        if config.evaluate.final:
-            with preparation(process.console, quiet=process.quiet) as shown:
-                score_run(
-                    session.recipe, config, run, evaluator, state, loop.step, process.stop.heeding(shown),
-                    baselines=config.evaluate.baselines,
-                )
-        return state_hash(state)
+    def score(evaluator, state) -> None:
+        with preparation(process.console, quiet=process.quiet) as shown:
+            score_run(
+                session.recipe, config, run, evaluator, state, loop.step, process.stop.heeding(shown),
+                baselines=config.evaluate.baselines,
+            )
 
     with refused("the finished run is scored", _SCORE):
-        digest = processes.agreed(scored)
+        if config.evaluate.final:
+            judged = loop.evaluations.for_a_score(loop.state)
+            processes.agreed(lambda: score(*judged))
+        digest = state_hash(loop.state)
     session.store.close()
     steps = config.train.steps
     early = {"early": runs.early_end(config.evaluate.patience, steps)} if loop.step < steps else {}

@@ -143,9 +143,10 @@ def test_bad_data_takes_all_of_them_back_together(tmp_path, cache):
 @pytest.mark.slow
 def test_what_the_leader_refuses_ends_all(tmp_path, cache):
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
-    results = ended(aurora.team(2, "train", config, "mesh.fsdp=2", "--run", "uneven"))
+    results = ended(aurora.team(2, "train", config, "mesh.data=1", "--run", "uneven"))
     assert [status for status, _, _ in results] == [2, 2]
-    assert "does not divide evenly over 2 processes" in results[0][2] and not any("Traceback" in r[2] for r in results)
+    left_out = "a mesh of 1 devices leaves out some of the 2 of these 2 processes"
+    assert left_out in results[0][2] and not any("Traceback" in r[2] for r in results)
     results = ended(aurora.team(2, "train", config, "--run", "/proc/nobody/writes/here"))
     assert [status for status, _, _ in results] == [2, 2] and "cannot write the run folder" in results[1][2]
     aurora.good("train", config, "train.steps=10", "--run", "lost", "--quiet")
