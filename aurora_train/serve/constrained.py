@@ -16,7 +16,7 @@ from aurora_train.serve.refusal import Refusal
 from aurora_train.serve.requests import ResponseFormat
 from aurora_train.serve.speaker import Speaker
 
-# JSON on one line, as models are shown it. With free white space a small model may write nothing else.
+# JSON on one line, as models are shown it. With free white space an answer need not end.
 _WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _LONGEST_SCHEMA = 1 << 18  # characters
 

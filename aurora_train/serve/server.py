@@ -56,7 +56,7 @@ class Server:
     """Listens from its construction until `close`.
 
     Args:
-        trained: a `loading.Loaded`. Its model is handed to the engine.
+        trained: a `loading.Loaded`, whose model and state are taken from it.
         address: where to listen.
 
     Raises UserError for a recipe that writes no texts, without room (`room`), and if it cannot listen there; and
@@ -146,10 +146,13 @@ def _engine(trained: Any, settings: Settings, length: int):
     from aurora_train.generate.engine import Engine, planned_bytes
     from aurora_train.generate.requests import Request
     from aurora_train.generate.weights import decoded
+    from aurora_train.machine.memory import give_back_freed
     from aurora_train.machine.profile import this_machine
     from aurora_train.serve.room import refuse_without
 
     model = decoded(trained.model, settings.weights)
+    trained.model = trained.state = None  # the units were copied, and are not to be held twice
+    give_back_freed()
     planned = planned_bytes(model.model, settings.slots, length)
     refuse_without(planned["weights"] + planned["caches"] + planned["rest"], settings.memory, this_machine())
     engine = Engine(model, settings.slots, length, _CHUNK)

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from asking import served
+from kit import TINY, in_process
 from malformed import CHAT, MALFORMED, TEXT
 from serving import TOKEN, Client, at_once, server, write_model
 
@@ -321,8 +322,6 @@ def test_the_verb_says_how_to_ask_and_ends_at_a_signal(model, capsys, monkeypatc
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_message(model, arguments, says, capsys):
-    from kit import in_process
-
     assert in_process("serve", model, "--port", "0", *arguments) == 2
     assert says in capsys.readouterr().err
 
@@ -344,3 +343,30 @@ def test_there_is_no_room_beside_a_run_whose_plan_takes_it(tmp_path):
         process.stdin.close()
     assert run not in [held.folder for held in training_here(machine)]
     refuse_without(1000, None, machine)
+
+
+@pytest.mark.slow
+def test_a_run_that_exceeds_a_limit_is_not_served_unless_that_is_overridden(tmp_path, corpus, shared_cache, capsys,
+                                                                             monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
+    (tmp_path / "limited.py").write_text(
+        '"""Language, held to a limit."""\nfrom language_model import Recipe as Base\n\n\nclass Recipe(Base):\n'
+        '    def exceeded(self, scores):\n        return ["bits_per_byte is 9, and the limit is 1"]\n'
+    )
+    config = TINY.format(corpus=corpus).replace("recipe: language_model", "recipe: limited.py")
+    (tmp_path / "limited.yaml").write_text(config.replace("steps: 40", "steps: 2"))
+    asked = ("train", "limited.yaml", "--run", "run", "evaluate.final=false", "samples.count=0", "--quiet")
+    assert in_process(*asked) in (0, 4)
+    assert in_process("serve", "run", "--port", "0") == 4
+    assert "bits_per_byte is 9, and the limit is 1" in capsys.readouterr().err
+    found = {}
+
+    def asks(place):
+        ask = Client(int(place.rpartition(":")[2]))
+        found["text"] = ask.post(TEXT, {"prompt": "def ", "max_tokens": 4}).status
+        found["chat"] = ask.post(CHAT, HELLO).error["message"]
+
+    assert served(["serve", "run", "--override-limits", "at home", "--slots", "1", "--length", "64"], asks) == 0
+    assert found["text"] == 200 and "no chat template" in found["chat"]
+    assert "limit overridden" in capsys.readouterr().err

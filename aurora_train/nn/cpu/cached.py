@@ -1,6 +1,6 @@
 """Attention to a cache, in a form for XLA:CPU: the slots in blocks, of which only those that are in use are read.
 
-Two-dimensional products use all cores there, batched ones do not; so many queries are taken a row and a head at a time.
+Many queries are taken a row and a head at a time, which takes a third of the processor's time (docs/log.md).
 The softmax is summed block by block (Milakov and Gimelshein 2018). A block of which a row sees nothing changes nothing
 in that row, to the bit.
 """
