@@ -48,7 +48,7 @@ def command(
         )  # fmt: skip
     arguments = arguments if arguments[0] in _VERBS else ["train", *arguments]
     if ray:
-        from aurora_train.tools.ray import launch_by_ray
+        from aurora_train.tools.by_ray import launch_by_ray
 
         return launch_by_ray(processes, arguments)
     from aurora_train.tools.launch import launch

@@ -37,9 +37,10 @@ class Unreadable(Exception):
 class Source:
     """One meter. `joules` since it was made, after `sample` has been called at least every `period_s` seconds.
 
-    `error_joules` bounds what sampling can have added or lost: for a counter its resolution at either end; for power,
-    integrated by trapezoids, half the change between two readings over their distance (exact for a power that moves
-    in one direction between them). The device's own accuracy is not in it. `gap_s` seconds are not measured.
+    `error_joules` bounds what sampling can have added or lost: for a counter its resolution at either end (how far it
+    lags behind is not published); for power, integrated by trapezoids, half the change between two readings over their
+    distance (exact for a power that moves in one direction between them). The device's own accuracy is not in it.
+    `gap_s` seconds are not measured.
     """
 
     method = coverage = ""

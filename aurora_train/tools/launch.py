@@ -173,7 +173,6 @@ def _supervise(hosts: list[Host], arguments, python: str, link: Link, signals) -
             for host in slow:
                 host.ask("signal", name="SIGKILL")
             deadline = time.monotonic() + 10
-            ends |= {host.index: EXIT_LOST for host in slow if "gone" in host.facts}
         with contextlib.suppress(queue.Empty):
             host, message = inbox.get(timeout=0.2)
             if "line" in message:

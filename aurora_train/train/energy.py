@@ -70,7 +70,8 @@ class Energy:
             steps, tokens, *_ = self._done
             self._logged = (*self._meter.now(), steps, tokens)
             text = f"energy: {in_words(self._meter.counted)}"
-            voice(text, "meter", step, sources=[source.describe() for source in self._meter.sources])
+            kept = [source.describe() for source in self._meter.sources]
+            voice(text, "meter", step, total_joules=round(self._before + self._logged[1], 3), sources=kept)
         self._say(voice, step)
 
     def step(self, tokens: float, voice, step: int) -> None:
@@ -213,7 +214,7 @@ class Energy:
 
 def spent_before(run) -> float:
     """Joules that a run has used so far, as its records say; the steps that a kill has lost are among them."""
-    known = [logs.newest(path, "total_joules") for path in (run.metrics, run.metrics_set_aside)]
+    known = [logs.newest(path, "total_joules") for path in (run.metrics, run.metrics_set_aside, run.events)]
     ended = logs.newest(run.events, "energy")
     return max([0.0, *(record["total_joules"] for record in known if record), *(_of_event(ended))])
 

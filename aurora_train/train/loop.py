@@ -31,6 +31,7 @@ from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.feed import open_feed
 from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
+from aurora_train.train.pace import Pace
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Process, Session
 from aurora_train.train.watchdog import STEP
@@ -77,6 +78,7 @@ class Loop:
         self._timed = False  # the first step of a process includes work left by the compiler
         # In a fresh run the newest saved step is 0: nothing is saved yet.
         self._saver = Saver(session, process, metrics, voice, progress, last=self.step)
+        self._pace = Pace()
         self._guard = guard_of(session, saving=lambda: self._saver.under_way)
         process.set_deadline(self._config)
 
@@ -129,6 +131,9 @@ class Loop:
                         self._late.append((self.step, metrics))
                         while len(self._late) > 1:
                             self._record(*self._late.popleft())
+                    if self._pace.due():
+                        self._settle()
+                        self._aside(lambda step: self._pace.report(self._voice, step), self.step)
                     self.evaluations.compile_early(self.state, self._voice)
                     self._save_if_due(self.step)
                     if self.evaluations.due(self.step):
@@ -151,6 +156,7 @@ class Loop:
         batch = feed(self.step + self._lag, self.state)
         if self._idle():
             self._throughput.waited(time.perf_counter() - asked_at)
+        self._pace.waited(time.perf_counter() - asked_at)
         return batch
 
     def _failing(self) -> str:

@@ -73,7 +73,7 @@ class Killer:
         known = self._known()
         # How far into the phase: a save takes some 50 ms here, a step some 5 ms, compiling and starting seconds.
         spans = {"prepare": 3.0, "reference": 1.5, "compile": 1.5, "resumed": 0.3, "save": 0.15, "score": 1.0,
-                 "recording": 0.3, "decoding": 0.3, "simulation": 0.3}  # fmt: skip
+                 "recording": 0.3, "decoding": 0.3, "simulation": 0.3, "forecasting": 0.3}  # fmt: skip
         while process.poll() is None:
             if reached(log, known):
                 time.sleep(self.random.uniform(0, spans.get(phase, 0.01)))
@@ -105,6 +105,9 @@ class Killer:
 
     def _simulation(self, log, known):
         return "episodes in simulation" in log.read_text()
+
+    def _forecasting(self, log, known):
+        return "forecasting" in log.read_text()
 
     def _compile(self, log, known):
         return "compiling ..." in log.read_text()
