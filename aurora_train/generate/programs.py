@@ -13,6 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from aurora_train.generate.weights import Form
+from aurora_train.nn.tracing import tracing
+
+
+def _decoding(program):
+    """The program, traced with the forms of decoding (`nn.tracing`)."""
+
+    @functools.wraps(program)
+    def traced(*arguments):
+        with tracing(decoding=True):
+            return program(*arguments)
+
+    return traced
 
 
 class Rows(NamedTuple):
@@ -25,6 +37,7 @@ class Rows(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+@_decoding
 def read_all(form: Form, length: int, weights, caches, logits, tokens, rows: Rows):
     """A chunk of the prompts of all slots, tokens[S, C] -> (caches, logits[S, V] with those after each row's last
     token). `length`: the positions of a slot."""
@@ -34,6 +47,7 @@ def read_all(form: Form, length: int, weights, caches, logits, tokens, rows: Row
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+@_decoding
 def read_one(form: Form, length: int, of_own_kind: bool, weights, caches, logits, slot, tokens, rows: Rows):
     """A chunk of one slot's prompt, tokens[1, C], the same way. `of_own_kind`: see `step`."""
     model = form.model(weights)
@@ -47,6 +61,7 @@ def read_one(form: Form, length: int, of_own_kind: bool, weights, caches, logits
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+@_decoding
 def step(form: Form, length: int, of_own_kind: bool, weights, caches, logits, tokens, rows: Rows):
     """One more token of every slot, tokens[S] -> (caches, logits[S, V]). `of_own_kind`: whether there
     are layers of a recipe's own kind, which know neither idle rows nor that caches have others."""

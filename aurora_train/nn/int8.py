@@ -28,5 +28,5 @@ def decode(codes: jax.Array, scales: jax.Array, dtype) -> jax.Array:
 def linear(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """x[..., in] times the stored kernel, in the dtype of x; scaled after the sum, which is in float32."""
     flat = x.reshape(-1, x.shape[-1])
-    y = forms().times(flat, codes.astype(x.dtype), jnp.float32) * scales
+    y = forms().times_few(flat, codes) * scales
     return y.astype(x.dtype).reshape(*x.shape[:-1], codes.shape[-1])

@@ -25,6 +25,7 @@ class Tracing(NamedTuple):
     forms: str = "auto"  # `train.forms`: "auto" is the platform's own; a name of `FORMS` is taken on any platform
     fp8_ends: int | None = None  # units at either end of a stack that stay in bfloat16 in an fp8 step; None: no fp8
     in_8_bits: bool = False  # whether a unit is being traced that multiplies in 8 bits
+    decoding: bool = False  # whether texts are continued: few rows read all weights, and nothing is differentiated
     rows: Any = None  # the sharding of what has a row for each example (`by_rows`); None on a single device
     adapters: bool = True  # False: as the frozen base alone, without what low-rank adapters add (`nn.lora`)
 

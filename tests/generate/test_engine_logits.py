@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +16,8 @@ from test_sampler import LONGROPE, SHAPES, VOCAB, decoder
 
 from aurora_train import mesh as meshes
 from aurora_train.generate.engine import Engine
+from aurora_train.nn.decoder import Decoder
+from aurora_train.nn.decoder_config import DecoderConfig
 
 DELTA = {
     "layers": 4, "heads": 2, "activation": "swiglu", "tied": False, "qk_norm": "head", "attention_gate": True,
@@ -79,6 +82,37 @@ def test_a_text_has_the_same_logits_however_it_is_read(family):
     model = decoder(**FAMILIES[family])
     asked = [request(prompt, 10, logprobs=20) for prompt in PROMPTS]
     assert_alike(model, *(ask(Engine(model, length=80, **way), *asked) for way in WAYS.values()))
+
+
+class Decay(nnx.Module):
+    """A layer kind of a recipe's own: a moving average of all before, which knows nothing of padding or idle rows."""
+
+    def __init__(self, config, row, rngs, **_):
+        self.keeps = 0.7
+
+    @staticmethod
+    def empty_cache(config, row, batch, length, dtype):
+        return jnp.zeros((batch, config.width), dtype)
+
+    def __call__(self, x, context, cache=None):
+        def step(state, x):
+            state = self.keeps * state + (1 - self.keeps) * x
+            return state, state
+
+        state, y = jax.lax.scan(step, jnp.zeros_like(x[:, 0]) if cache is None else cache, x.swapaxes(0, 1))
+        return y.swapaxes(0, 1), None if cache is None else state
+
+
+class WithDecay(DecoderConfig):
+    mixers = {"decay": Decay}
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_recipes_own_kind_sees_neither_padding_nor_idle_rows():
+    config = WithDecay(width=32, layers=2, heads=4, layer_table=[{"kind": "decay"}, {}])
+    model = Decoder(config, VOCAB, "float32", nnx.Rngs(0))
+    asked = [request(prompt, 10, logprobs=20) for prompt in PROMPTS]
+    assert_alike(model, ask(Engine(model, 2, 80, chunk=16, together=True), *asked))
 
 
 @pytest.mark.slow
