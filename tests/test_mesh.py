@@ -74,7 +74,7 @@ LORA = [*DENSE, "model.lora={rank: 4}"]
 NF4 = [*DENSE, "model.width=128", "model.heads=8", "model.lora={rank: 4, base: nf4}"]
 MODELS = {"dense": DENSE, "odd": ODD, "lora": LORA, "nf4": NF4}
 
-SLOW = [("dense", (2, 2, 2)), ("dense", (1, 8, 1)), ("lora", (1, 4, 2)), ("odd", (1, 2, 4)), ("nf4", (2, 2, 2))]
+SLOW = [("dense", (2, 2, 2)), ("dense", (1, 8, 1)), ("dense", (1, 4, 2)), ("odd", (1, 2, 4)), ("nf4", (2, 2, 2))]
 RELEASE = [("dense", (8, 1, 1)), ("dense", (1, 1, 4)), ("dense", (2, 4, 1)), ("dense", (1, 4, 2)), ("dense", (4, 1, 2)),
            ("dense", (2, 2, 2)), ("odd", (1, 1, 4)), ("odd", (2, 2, 2)), ("nf4", (1, 8, 1)), ("odd", (1, 2, 4)),
            ("lora", (2, 2, 2)), ("nf4", (1, 2, 4))]  # fmt: skip
