@@ -15,6 +15,7 @@ lost.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -149,14 +150,16 @@ def main() -> int:
     command = [sys.executable, "-m", "aurora_train", "serve", options.source, "--port", "0", "--length", "1024",
                "--slots", str(options.slots)]  # fmt: skip
     began = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, _ended(server):
         line = next((line for line in server.stderr if "listens on" in line), None)
         if line is None:
             return server.wait() or 1
         started = time.perf_counter() - began
         threading.Thread(target=server.stderr.read, daemon=True).start()  # else it would fill the pipe
         load = Load(int(re.search(r":(\d+) ", line)[1]), importlib.util.find_spec("llguidance") is not None)
-        clients = [threading.Thread(target=load.client, args=(number,)) for number in range(options.clients)]
+        clients = [threading.Thread(target=load.client, args=(number,), daemon=True) for number in
+                   range(options.clients)]  # fmt: skip
         for client in clients:
             client.start()
         samples, ends = [], time.monotonic() + 60 * options.minutes
@@ -173,6 +176,16 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 1 if load.lost or status else 0
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen):
+    """End a process whatever ends this one, but for SIGKILL."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.terminate()
 
 
 def summary(load: Load, samples: list, options, started: float) -> dict:

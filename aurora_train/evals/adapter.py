@@ -173,6 +173,8 @@ class Adapter(TemplateLM):
                 request = Request(tuple(ids), new, Sampling(**drawing, row=number), self._ends)
                 tickets[number] = engine.submit(request, functools.partial(listen, number))
             while engine.advance():
+                for ticket in tickets.values():
+                    ticket.check()
                 done = sum(ticket.reason is not None for ticket in tickets.values())
                 self._progress(done, len(contexts), "generating")
         return made

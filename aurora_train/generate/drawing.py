@@ -93,9 +93,10 @@ def _of_ranked(logits, keys, knobs: Knobs, number: int):
 
 @jax.jit
 def next_tokens(logits, seeds, rows, counts, knobs: Knobs):
-    """`draw` with the key of each row: of its seed (key data uint32[B, 2]), folded with its number int32[B]."""
+    """`draw` with the key of each row: of its seed (key data uint32[B, 2]), folded with its number int32[B]. -1 for a
+    row whose highest score is not finite."""
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), rows)
-    return draw(logits, keys, counts, knobs)
+    return jnp.where(jnp.isfinite(logits.max(-1)), draw(logits, keys, counts, knobs), -1)
 
 
 @jax.jit

@@ -64,7 +64,7 @@ class Engine:
             )  # fmt: skip
         self._form, self._weights = model if isinstance(model, Decoded) else decoded(model, weights, mesh)
         shape = self._form.model(self._weights)
-        self._rules = _Rules(shape, length)
+        self._rules = _Rules(shape, length, together)
         self.vocabulary, self.length, self.slots = shape.vocab_size, self._rules.length, slots
         self._chunk, self._together = chunk, together and not self._rules.exact
         self._slots: list[_Slot | None] = [None] * slots
@@ -72,7 +72,6 @@ class Engine:
         self._caches, self._logits = empty(self._form, self._weights, slots, self.length)
         self._tokens = jax.device_put(np.zeros(slots, np.int32))  # the last drawn of each slot
         self._pending: deque = deque()  # (what was drawn, the slots that it is for), to be read by the host
-        self._fault: Exception | None = None  # what a listener or a constraint raised
         self._lock, self._waiting, self._cancelled = threading.Lock(), deque(), deque()
 
     def submit(self, request: Request, listener: Listener, fit: str = "refuse") -> Ticket:
@@ -92,7 +91,8 @@ class Engine:
 
     def advance(self) -> bool:
         """Read a chunk of a prompt, and write a token in every slot whose prompt is read. False if there was nothing
-        to do. What a listener or a constraint raises ends its own answer as cancelled, and is raised here afterwards.
+        to do. What a listener or a constraint raises, and scores that are not finite, fail their own answer alone
+        (`Ticket.check`).
         """
         self._take_orders()
         if not self._pending and not any(self._slots):
@@ -102,10 +102,12 @@ class Engine:
         fresh += self._read()
         fresh = self._draw(fresh) if fresh else []
         self._hear(behind=1 if fresh else 0)
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            raise fault
         return True
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of tokens of which the programs are that read prompts of up to a chunk."""
+        return sorted({self._rules.size(left, self._chunk) for left in range(1, min(self._chunk, self.length) + 1)})
 
     @property
     def load(self) -> tuple[int, int]:
@@ -125,8 +127,8 @@ class Engine:
                     self._waiting.remove(ticket)
         for ticket in cancelled:
             self._end(ticket, "cancelled")
-        for number, slot in enumerate(self._slots):
-            while self._slots[number] is None and slot is None:
+        for number in range(self.slots):
+            while self._slots[number] is None:
                 with self._lock:
                     ticket = self._waiting.popleft() if self._waiting else None
                 if ticket is None:
@@ -134,6 +136,8 @@ class Engine:
                 if ticket.request.max_tokens == 0:
                     self._end(ticket, "length")
                     continue
+                if any(number == i for *_, slots in self._pending for i, _ in slots):
+                    self._hear(behind=0)  # whether its last text left something to erase
                 self._slots[number] = _Slot(ticket, list(ticket.request.prompt))
                 self._knobs.set(number, ticket.request.sampling, ticket.request.prompt)
 
@@ -142,6 +146,12 @@ class Engine:
             if slot is not None and slot.ticket is ticket:
                 self._slots[number] = None
                 self._knobs.clear(number)
+                if slot.read and not (slot.drawn and slot.read == len(slot.text)):
+                    self._erase(number)  # no draw has told whether what was read is finite
+
+    def _erase(self, number: int) -> None:
+        """Empty a slot. A later text sees nothing of an earlier one, but zero times NaN is NaN."""
+        self._caches, self._logits = programs.erased(self._form, self._caches, self._logits, np.int32(number))
 
     def _turn(self) -> None:
         """Read texts anew that longrope turns by other angles from their beginning, now that they have grown so far."""
@@ -234,7 +244,7 @@ class Engine:
         try:
             mask[:] = ticket.request.allow(list(ticket.drawn))
         except Exception as fault:  # of whoever made the constraint, and no reason to end other answers
-            self._end(ticket, "cancelled", fault)
+            self._end(ticket, "failed", fault)
             return False
         if not mask.any():
             self._end(ticket, "stop")
@@ -242,12 +252,12 @@ class Engine:
 
     def _end(self, ticket: Ticket, reason: Reason, fault: Exception | None = None) -> None:
         """Free a text's slot and tell its listener why."""
-        self._fault = self._fault or fault
         self._free(ticket)
+        ticket.fault = ticket.fault or fault
         try:
             ticket.finish(reason)
         except Exception as told:
-            self._fault = self._fault or told
+            ticket.fault = ticket.fault or told
 
     def _hear(self, behind: int) -> None:
         """Read what was drawn, but for the last `behind` draws, and tell the listeners."""
@@ -255,12 +265,15 @@ class Engine:
             tokens, beside, slots = self._pending.popleft()
             drawn, beside = np.asarray(tokens), [np.asarray(array) for array in beside]
             for i, ticket in slots:
+                if drawn[i] < 0:
+                    self._erase(i)
+                    self._end(ticket, "failed", None if ticket.reason else _not_finite())
                 if ticket.reason is not None:
                     continue
                 try:
                     ticket.give(_token(int(drawn[i]), i, beside, ticket.request.logprobs))
                 except Exception as fault:  # of whoever listens, and no reason to end other answers
-                    self._end(ticket, "cancelled", fault)
+                    self._end(ticket, "failed", fault)
                 if ticket.reason is not None:
                     self._free(ticket)
 
@@ -273,11 +286,16 @@ def _token(number: int, row: int, beside: list, alternatives: int) -> Token:
     return Token(number, float(own), tuple(best))
 
 
+def _not_finite() -> UserError:
+    return UserError("the model's scores of the next token are not finite", where="the answer",
+                     why="its weights are not, or this text makes it overflow", hint="weights in float32")  # fmt: skip
+
+
 class _Rules:
     """What a model demands of how it is read."""
 
-    def __init__(self, model, length: int):
-        config = model.config
+    def __init__(self, model, length: int, together: bool):
+        config, self._together = model.config, together
         self.why = "the engine holds texts of so many tokens"
         if config.positions == "learned" and config.max_length <= length:
             length, self.why = config.max_length, "its positions are a learned table"
@@ -291,7 +309,10 @@ class _Rules:
         """How many tokens are read next of a prompt of which so many are left."""
         if self.exact:
             return 1 << (min(left, room).bit_length() - 1)
-        return bucket(left, 16) if self.whole else min(bucket(left, 16), room)
+        if self.whole:
+            return bucket(left, 16)
+        # A server compiles a program of each size before it listens, so that there are few of them.
+        return min(bucket(left, 16) if self._together else max(16, 1 << (left - 1).bit_length()), room)
 
 
 def bucket(size: int, least: int) -> int:

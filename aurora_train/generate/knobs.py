@@ -52,12 +52,13 @@ class SlotKnobs:
             self._seen = _marked(self._seen, tokens, counts)
 
     def next_tokens(self, logits, counts):
-        """int32[S]: a token for every slot, the `counts`-th of its answer."""
+        """int32[S]: a token for every slot, the `counts`-th of its answer; -1 where the scores are not finite."""
+        if self._sent is None:  # copies: on a CPU the device reads the very arrays, which change while it works
+            own = self._seeds, self._rows, self._penalties, self._knobs
+            self._sent = jax.device_put(jax.tree.map(np.copy, own))
+        seeds, rows, penalties, knobs = self._sent
         if (self._penalties != 1).any():
-            logits = penalised(logits, self._seen, self._penalties)
-        if self._sent is None:
-            self._sent = jax.device_put((self._seeds.copy(), self._rows.copy(), Knobs(*map(np.copy, self._knobs))))
-        seeds, rows, knobs = self._sent
+            logits = penalised(logits, self._seen, penalties)
         return next_tokens(logits, seeds, rows, counts, knobs)
 
 

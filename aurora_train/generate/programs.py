@@ -73,6 +73,17 @@ def step(form: Form, length: int, of_own_kind: bool, weights, caches, logits, to
     return form.by_slot(caches, jnp.where(busy[:, None], model.logits(last), logits))
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def erased(form: Form, caches, logits, slot):
+    """(caches, logits) with zeros in one slot."""
+
+    def without(axis, leaf):
+        empty = jnp.zeros_like(jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axis))
+        return jax.lax.dynamic_update_slice_in_dim(leaf, empty, slot, axis)
+
+    return form.by_slot(jax.tree.map(functools.partial(without, 1), caches), without(0, logits))
+
+
 def _extend(model, length, caches, tokens, rows: Rows, slots=None):
     """(hidden states of each row's last real token [rows, D], caches)."""
     order = jnp.arange(tokens.shape[1])

@@ -15,7 +15,7 @@ import numpy as np
 from aurora_train.errors import UserError
 
 MOST_ALTERNATIVES = 20  # that a request may ask for beside each token
-Reason = Literal["stop", "length", "cancelled"]
+Reason = Literal["stop", "length", "cancelled", "failed"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class Ticket:
     number: int = field(default_factory=lambda: next(_numbers))
     drawn: list[int] = field(default_factory=list)  # what was read so far, an end too
     reason: Reason | None = None  # why it ended; None while it has not
+    fault: Exception | None = None  # what its listener or its constraint raised, or what is wrong with its scores
+
+    def check(self) -> None:
+        """Raise what made the answer fail, if anything did."""
+        if self.fault is not None:
+            raise self.fault
 
     def give(self, token: Token) -> None:
         """Take note of a drawn token, and end the answer where it ends."""

@@ -67,8 +67,8 @@ class Generator:
     ) -> list[list[int]]:
         """The new tokens after each prompt; lengths may differ. `on_token(row, token)`.
 
-        Raises UserError for an empty prompt, for settings out of range, and if prompt and new tokens exceed the table
-        of learned positions.
+        Raises UserError for an empty prompt, for settings out of range, if prompt and new tokens exceed the table of
+        learned positions, and if the model's scores are not finite; and what `on_token` raises.
         """
         drawing = {"temperature": temperature, "top_k": top_k, "top_p": 1.0 if top_p is None else top_p, "seed": seed}
         requests = [
@@ -89,7 +89,8 @@ class Generator:
         tickets = [engine.submit(request, functools.partial(listen, row)) for row, request in enumerate(requests)]
         try:
             while engine.advance():
-                pass
+                for ticket in tickets:
+                    ticket.check()
         finally:  # of whatever stopped it, nothing is left for the next call
             for ticket in tickets:
                 engine.cancel(ticket)

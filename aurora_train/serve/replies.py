@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from aurora_train.errors import UserError
 from aurora_train.serve import calls
 from aurora_train.serve.answers import joined, usage
 from aurora_train.serve.refusal import Refusal
@@ -17,6 +19,7 @@ from aurora_train.serve.tasks import Service, Task
 from aurora_train.serve.worker import Exchange
 from aurora_train.serve.written import Piece, Written
 
+log = logging.getLogger("aurora_train")
 _CLOSED = Refusal("the server is ending, and this answer is not complete", code="shutting_down", status=503,
                   headers={"Retry-After": "1"})  # fmt: skip
 
@@ -94,6 +97,8 @@ async def _progress(task: Task, exchange: Exchange, answers: list[Written]):
             answer = answers[event.answer]
             if event.reason == "closed":
                 raise _CLOSED
+            if event.reason == "failed":
+                raise _failed(exchange.fault(event.answer))
             if event.token is None:
                 yield event.answer, answer.close(), event.reason
                 continue
@@ -101,6 +106,13 @@ async def _progress(task: Task, exchange: Exchange, answers: list[Written]):
             if answer.stopped:
                 exchange.stop(event.answer)
             yield event.answer, piece, "stop" if answer.stopped else None
+
+
+def _failed(fault: Exception | None) -> Refusal:
+    """What a client is told of an answer that failed; the log has the rest, and others are answered."""
+    log.error("an answer failed", exc_info=fault)
+    said = fault.what if isinstance(fault, UserError) else type(fault).__name__
+    return Refusal(f"this answer failed: {said}", code="answer_failed", status=500)
 
 
 def _end(task: Task, answer: Written, reason: str) -> tuple[Piece, str, list | None]:

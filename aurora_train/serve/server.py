@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from aurora_train.errors import MissingExtra, UserError
 from aurora_train.serve.address import Address, cannot_listen
 from aurora_train.units import counted
@@ -141,10 +143,11 @@ def _service(trained: Any, settings: Settings, failed: Callable[[], None]):
 
 
 def _engine(trained: Any, settings: Settings, length: int):
-    """The engine, whose programs for a token and for the shortest and longest pieces of a prompt are compiled; those in
-    between are when they are needed. UserError without room."""
+    """The engine, all of whose programs are compiled; those for a prompt that a model with a prefix mask reads at once,
+    and that is longer than a chunk, are when they are needed. UserError without room, and for a model whose scores are
+    not finite."""
     from aurora_train.generate.engine import Engine, planned_bytes
-    from aurora_train.generate.requests import Request
+    from aurora_train.generate.requests import Request, Sampling
     from aurora_train.generate.weights import decoded
     from aurora_train.machine.memory import give_back_freed
     from aurora_train.machine.profile import this_machine
@@ -156,8 +159,13 @@ def _engine(trained: Any, settings: Settings, length: int):
     planned = planned_bytes(model.model, settings.slots, length)
     refuse_without(planned["weights"] + planned["caches"] + planned["rest"], settings.memory, this_machine())
     engine = Engine(model, settings.slots, length, _CHUNK)
-    for size in {min(size, engine.length - 2) for size in (1, _CHUNK)}:
-        engine.submit(Request((0,) * size, 2), lambda token, reason: None)
+    penalised = Sampling(repetition_penalty=1.1)
+    asked = [Request((0,) * min(size, engine.length - 2), 2, penalised) for size in engine.sizes]
+    asked.append(Request((0,), 2, logprobs=0, allow=lambda drawn: np.ones(engine.vocabulary, bool)))
+    tickets = [engine.submit(request, lambda token, reason: None) for request in asked]
     while engine.advance():
         pass
+    for ticket in tickets:
+        ticket.check()
+    give_back_freed()  # what compiling took
     return engine

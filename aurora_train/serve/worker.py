@@ -21,7 +21,8 @@ _IDLE_SECONDS = 1.0
 
 
 class Event(NamedTuple):
-    """What happened to one answer of a request: a token, or its end ("stop", "length", or "closed" by the server)."""
+    """What happened to one answer of a request: a token, or its end ("stop", "length", "failed" for a `fault` of the
+    exchange, or "closed" by the server)."""
 
     answer: int
     token: Any = None
@@ -182,6 +183,10 @@ class Exchange:
                 if event.reason is not None:
                     self._left.discard(event.answer)
                 yield event
+
+    def fault(self, answer: int) -> Exception | None:
+        """What made an answer fail."""
+        return self.tickets[answer].fault
 
     def stop(self, answer: int) -> None:
         """End an answer that has reached a stop; no event of it follows."""

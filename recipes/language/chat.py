@@ -160,13 +160,11 @@ class Dialogue:
         """Finds the first token of `ends` in a rendered text."""
         return re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))) or r"(?!)")
 
-    def answer(self, model, messages: list[dict], options: dict, on_text: Callable[[str], None]) -> str:
-        """The model's answer; `on_text` is called with each new piece of it.
+    def answer(self, generator, messages: list[dict], options: dict, on_text: Callable[[str], None]) -> str:
+        """The answer of a `Generator`, whose ends are those of this dialogue; `on_text` is called with each new piece.
 
         Raises UserError if the conversation does not fit into the length that the model was made for.
         """
-        from aurora_train.generate.sampler import Generator
-
         written = Continuation(self.tokenizer, self.ids(messages))
         room = (self._origin.get("max_length") or len(written.start) + options["max_tokens"]) - len(written.start)
         if room < 1:
@@ -174,7 +172,7 @@ class Dialogue:
                 f"the conversation has {len(written.start)} tokens, and the model holds {self._origin['max_length']}",
                 where="messages", hint="begin a new one (/reset), or shorten it",
             )  # fmt: skip
-        Generator(model, self.ends()).generate(
+        generator.generate(
             written.start, min(options["max_tokens"], room), options["temperature"], options["top_k"],
             options["top_p"], options["seed"], lambda token: on_text(written.add([token])),
         )

@@ -92,6 +92,7 @@ class Writer(TextRecipe):
     """
 
     dials = ("model.size",)
+    _kept: tuple = ([], None)  # the arrays of the model that was last asked, and its generator
 
     @classmethod
     def derive(cls, given: dict) -> list[Derived]:
@@ -208,7 +209,7 @@ class Writer(TextRecipe):
         from language.tokenizers import Continuation
 
         written = Continuation(self.tokenizer, prompt)
-        self._generator(model).generate(
+        self._answering(model, self._ends()).generate(
             written.start, options["max_tokens"], options["temperature"], options["top_k"], options["top_p"],
             options["seed"], lambda token: on_text(written.add([token])),
         )
@@ -218,7 +219,7 @@ class Writer(TextRecipe):
         from language.chat import Dialogue
 
         dialogue = Dialogue(self.tokenizer, self.known, options.get("template"))
-        return dialogue.answer(model, messages, options, on_text)
+        return dialogue.answer(self._answering(model, dialogue.ends()), messages, options, on_text)
 
     def speaker(self, template: str | None = None):
         from language.speaking import TextSpeaker
@@ -235,7 +236,23 @@ class Writer(TextRecipe):
         logits = model.logits(model(rows))
         return logits.reshape(*jnp.shape(tokens), -1)
 
+    def _ends(self) -> set[int]:
+        """The ids that end a text."""
+        return {self.tokenizer.eos_id, *(self.known.get("origin") or {}).get("eos_ids", ())}
+
     def _generator(self, model):
         from aurora_train.generate.sampler import Generator
 
-        return Generator(model, {self.tokenizer.eos_id, *(self.known.get("origin") or {}).get("eos_ids", ())})
+        return Generator(model, self._ends())
+
+    def _answering(self, model, ends):
+        """The generator of a model that is asked again and again, which holds a copy of its weights."""
+        import jax
+        from flax import nnx
+
+        arrays = jax.tree.leaves(nnx.state(model))
+        if [*map(id, arrays)] != [*map(id, self._kept[0])]:
+            self._kept = ([], None)  # the old copy goes first
+            self._kept = (arrays, self._generator(model))
+        self._kept[1].ends = frozenset(ends)
+        return self._kept[1]

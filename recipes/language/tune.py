@@ -240,11 +240,9 @@ class Tune(Writer):
         length = int(np.flatnonzero(self.store.learned(piece))[0])
         return before[0], self.store.ids(piece)[:length].tolist(), {"reference": answer[0]}
 
-    def _generator(self, model):
-        from aurora_train.generate.sampler import Generator
-
+    def _ends(self) -> set[int]:
         dialogue = dialogue_of(self.tokenizer, self.known)
-        return super()._generator(model) if dialogue is None else Generator(model, dialogue.ends())
+        return super()._ends() if dialogue is None else dialogue.ends()
 
 
 def dialogue_of(tokenizer, facts: dict):

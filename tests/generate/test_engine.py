@@ -142,17 +142,39 @@ def test_a_listener_or_a_constraint_that_fails_ends_its_own_answer_and_no_other(
     others, refused = [Heard(), Heard()], Heard()
     tickets = [engine.submit(request(), fails), engine.submit(request(allow=fails), refused)]
     tickets += [engine.submit(request(), one) for one in others]
-    faults = 0
-    while True:
-        try:
-            if not engine.advance():
-                break
-        except ValueError as fault:
-            faults += str(fault) == "mine"
-    assert faults and [ticket.reason for ticket in tickets] == ["cancelled", "cancelled", "length", "length"]
-    assert refused.reasons == ["cancelled"] and all(one.ids == ask(engine, request())[0].ids for one in others)
+    while engine.advance():
+        pass
+    assert [ticket.reason for ticket in tickets] == ["failed", "failed", "length", "length"]
+    for ticket in tickets[:2]:
+        with pytest.raises(ValueError, match="mine"):
+            ticket.check()
+    assert refused.reasons == ["failed"] and all(one.ids == ask(engine, request())[0].ids for one in others)
     (none,) = ask(engine, request(allow=lambda drawn: np.full(VOCAB, not drawn)))
     assert len(none.ids) == 1 and none.reasons == ["stop"]
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma"])
+def test_an_answer_that_is_no_number_fails_alone_and_leaves_nothing_to_the_next_in_its_slot(shape):
+    bad, model = VOCAB - 1, decoder(**SHAPES[shape])
+    model.embedding[...] = model.embedding[...].at[bad].set(np.nan)
+    sampling = Sampling(temperature=0, repetition_penalty=1.0)
+    unlike = {"allow": lambda drawn: np.arange(VOCAB) != bad}  # of a tied model, the score of the token itself is NaN
+    engine = Engine(model, slots=1, length=64, chunk=16)
+    (clean,) = ask(engine, request(most=6, sampling=sampling, **unlike))
+    assert clean.reasons == ["length"]
+    for prompt, most in (([1, bad, 2], 6), ([1, bad, 2], 1), ([bad] * 40, 6)):
+        failed, after = Heard(), Heard()
+        ticket = engine.submit(request(prompt, most, sampling, **unlike), failed)
+        engine.submit(request(most=6, sampling=sampling, **unlike), after)
+        if len(prompt) == 40:  # left before a token was drawn
+            engine.advance()
+            engine.cancel(ticket)
+        while engine.advance():
+            pass
+        assert (failed.ids, failed.reasons) == ([], ["cancelled" if len(prompt) == 40 else "failed"])
+        assert (after.ids, after.reasons) == (clean.ids, ["length"])
+    with pytest.raises(UserError, match="not finite"):
+        Generator(model, ()).generate([1, bad], 3)
 
 
 def test_a_penalty_weighs_on_the_prompt_and_on_what_was_drawn(engine):

@@ -78,6 +78,25 @@ def test_the_history_is_part_of_what_is_answered(trained, typed):
     assert len(dialogue(trained).ids(talk.messages[:3])) > len(dialogue(trained).ids(talk.messages[:1]))
 
 
+def test_answers_share_one_copy_of_the_weights_until_these_change(trained, monkeypatch):
+    from aurora_train.generate import sampler
+
+    made, decoded, model = [], sampler.decoded, trained.model
+    monkeypatch.setattr(sampler, "decoded", lambda model: made.append(1) or decoded(model))
+    before = trained.generate("def ", max_tokens=5, temperature=0)
+    count = len(made)
+    for _ in range(2):
+        trained.chat([{"role": "user", "content": "Hello"}], **OPTIONS)
+        assert trained.generate("def ", max_tokens=5, temperature=0) == before
+    assert len(made) == count
+    kept = model.embedding[...]
+    model.embedding[...] = kept[::-1]
+    try:
+        assert trained.generate("def ", max_tokens=5, temperature=0) != before and len(made) == count + 1
+    finally:
+        model.embedding[...] = kept
+
+
 def test_commands_begin_again_and_set_the_system_prompt(trained, typed, capsys):
     talk = Conversation(trained, "One.", OPTIONS)
     typed("Hello", "/reset")

@@ -269,6 +269,22 @@ def _until(holds) -> None:
         assert time.monotonic() < deadline
 
 
+def test_an_answer_whose_constraint_breaks_fails_alone_and_the_server_goes_on(ask, monkeypatch):
+    pytest.importorskip("llguidance")
+    from aurora_train.serve.constrained import Constraint
+
+    monkeypatch.setattr(Constraint, "__call__", lambda self, drawn: 1 / 0)
+    asked, plain = HELLO | {"response_format": {"type": "json_object"}}, chat(ask)["choices"]
+    with ask.open("POST", CHAT, LONG | {"stream": True}) as other:
+        other.readline()
+        failed = ask.post(CHAT, asked)
+        assert (failed.status, failed.error["code"]) == (500, "answer_failed"), failed.body
+        assert "ZeroDivisionError" in failed.error["message"]
+        assert ask.events(CHAT, asked)[-1]["error"]["code"] == "answer_failed"
+        assert b"[DONE]" in other.read()
+    assert chat(ask)["choices"] == plain and ask("GET", "/health").status == 200
+
+
 def test_who_finds_no_room_is_told_when_to_come_again(model):
     with server(model, waiting=0) as (_, ask):
         with ask.open("POST", CHAT, LONG | {"n": 4, "stream": True}) as first:
