@@ -91,7 +91,9 @@ class Loaded:
         return f"<{self.config.recipe} of {self.run.name} at step {self.step}, {count:,} parameters>"
 
 
-def load(run, step: int | None = None, *, recipe=None, by: str = "load", progress=_SILENT) -> Loaded:
+def load(
+    run, step: int | None = None, *, recipe=None, by: str = "load", progress=_SILENT, at_once: bool = False
+) -> Loaded:
     """The model of a run folder, from its newest checkpoint or that of `step`, with averaged weights if they were kept.
 
     The training data is not needed. `recipe` is a recipe file to use instead of the run's own; it has to build the same
@@ -99,7 +101,8 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     `by`. Raises UserError if there is no such run or checkpoint, or if its bytes differ from those that were saved.
 
     `run` may also be an open model, a Hugging Face folder or a GGUF file, which has no steps, or an export of a run as
-    `tools.exported` writes it.
+    `tools.exported` writes it. `at_once`: in a process that has not used jax yet, programs for a CPU run on the thread
+    that calls them, so that the answer of a small one waits for no other thread to wake up.
     """
     from aurora_train.config import load_resolved
     from aurora_train.interop.source import is_model, located
@@ -112,6 +115,10 @@ def load(run, step: int | None = None, *, recipe=None, by: str = "load", progres
     config = load_resolved(known.folder, recipe=recipe and Path(recipe))
     say_changed_code(known, config, by)
     prepare_environment(config)
+    if at_once:
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     from aurora_train.machine.precision import settled
     from aurora_train.tools import exported
     from aurora_train.train.session import open_for_reading

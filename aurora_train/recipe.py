@@ -226,6 +226,11 @@ class Recipe:
         """
         return None
 
+    def writes(self) -> tuple[int, int] | None:
+        """(texts at once, the most tokens of one with its prompt) that `samples`, `score` and `experience` write with a
+        `Decoder` while a run trains, so that its plan leaves room for them; None if they write none."""
+        return None
+
     def samples(self, model, key) -> list[dict]:
         """A few outputs of the model for the report ({"prompt": ..., "text": ...}); [] if it makes none."""
         return []
@@ -241,6 +246,15 @@ class Recipe:
         Raises UserError if the model cannot hold a conversation.
         """
         raise UserError(f"the recipe {self.config.recipe!r} cannot hold a conversation", where="recipe")
+
+    def speaker(self, template: str | None = None) -> Any:
+        """The texts of this recipe's model for `aurora serve`, as an `aurora_train.serve.speaker.Speaker`.
+
+        It is made from `known` alone. `template` replaces the model's own chat template. Raises UserError if the model
+        writes no texts.
+        """
+        raise UserError(f"the recipe {self.config.recipe!r} writes no texts to serve", where="recipe",
+                        hint="`aurora act` serves what answers requests of its own form")  # fmt: skip
 
     def responder(self, predict: Callable[[dict], Any]) -> Callable[[dict], dict]:
         """The function that answers one client of `aurora act` or `aurora stream`, from an episode's beginning.

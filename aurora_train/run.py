@@ -47,6 +47,7 @@ class Run:
     checkpoints = property(lambda self: self.folder / "checkpoints")
     trash = property(lambda self: self.folder / ".trash")
     samples = property(lambda self: self.folder / "samples")
+    suites = property(lambda self: self.folder / "suites")  # what the tasks of lm-eval gave, one file each
     report = property(lambda self: self.folder / "report.html")
     workdir = property(lambda self: self.folder / "work")
     weights = property(lambda self: self.folder / "weights.safetensors")  # of an export, which has no checkpoints

@@ -34,6 +34,11 @@ def size(value: float | None) -> str:
     return _UNKNOWN if value is None else _scaled(value, (" B", " kB", " MB", " GB", " TB", " PB", " EB"))
 
 
+def energy(joules: float) -> str:
+    """Joules: 9000 -> "2.50 Wh", 5e6 -> "1.39 kWh"."""
+    return _scaled(joules / 3600, (" Wh", " kWh", " MWh", " GWh"))
+
+
 def percent(share: float | None) -> str:
     """0.1234 -> "12 %", 0.0123 -> "1.2 %"."""
     if share is None:

@@ -14,17 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-from sides import Ended, Side
+from sides import Ended, Side, in_turns
 from train_step import Ours
 
 from aurora_train.machine.profile import cpu_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from robot.scaling import Scaling  # noqa: E402
 
 SOURCE = {"source": "world:two_modes", "episodes": 100, "validation": 0.1}
 
@@ -77,8 +80,6 @@ def write_batches(case: Case, file: Path, count: int = 16) -> None:
 
     beginning = Beginning.of(load_values(case.config("float32"), "case"))
     source = beginning.ready(lambda *_: None)
-    from robot.scaling import Scaling  # found where the recipe was
-
     scaling = Scaling(beginning.recipe.known)
     batch = source.take(np.random.default_rng(0).permutation(len(source))[: count * case.batch])
     state = np.asarray(scaling.seen(batch)["state"], np.float32)
@@ -102,19 +103,12 @@ def measure(case: Case, python: str, rounds: int) -> dict:
                     failed[kind] = end.words
             if not peers:
                 raise SystemExit(f"lerobot does not run: {failed}")
-            seconds: dict[str, list[float]] = {side: [] for side in ("ours", *peers)}
-            for _ in range(rounds):
-                seconds["ours"].append(ours.run(case.seconds))
-                for kind, peer in peers.items():
-                    seconds[kind].append(peer.run(case.seconds))
+            found = in_turns(ours, peers, case.seconds, rounds)
         finally:
             ours.close()
             for peer in peers.values():
                 peer.close()
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    best = min(peers, key=medians.get)
-    ratios = [theirs / mine for theirs, mine in zip(seconds[best], seconds["ours"], strict=True)]
-    return {"seconds": medians, "best": best, "ratio": statistics.median(ratios), "ratios": ratios, "failed": failed}
+    return found | {"failed": failed}
 
 
 def row(name: str, found: dict) -> str:

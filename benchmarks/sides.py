@@ -5,8 +5,11 @@ Standard library alone: a peer's script may run where nothing of ours is install
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -76,6 +79,28 @@ class Side:
         self._process.wait()
 
 
+def in_turns(ours, peers: dict, seconds: float, rounds: int) -> dict:
+    """Let every side run for `seconds` in each round: {"seconds", "best", "ratio", "ratios"}.
+
+    "seconds" are medians of those of a step by side, "best" is the faster peer, and ratios are its seconds over ours of
+    the same round: above 1 we are faster. "ratio" is their median.
+    """
+    took: dict[str, list[float]] = {side: [] for side in ("ours", *peers)}
+    for _ in range(rounds):
+        for name, side in {"ours": ours, **peers}.items():
+            took[name].append(side.run(seconds))
+    medians = {side: statistics.median(values) for side, values in took.items()}
+    best = min(peers, key=medians.get)
+    ratios = [theirs / mine for theirs, mine in zip(took[best], took["ours"], strict=True)]
+    return {"seconds": medians, "best": best, "ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def _end_with_parent() -> None:
+    """In a child before it begins: a benchmark that is killed leaves no training behind, stopped or running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def language_config(model: dict, *, sequence: int, batch: int, vocabulary: int | None, precision: str) -> dict:
     """A whole config: real text, every step logged, nothing saved or evaluated. `vocabulary` None is bytes."""
     tokenizer = {"kind": "byte"} if vocabulary is None else {"kind": "bpe", "vocab": vocabulary}
@@ -98,7 +123,7 @@ class Training:
         with self._stderr.open("w") as words:
             self._process = subprocess.Popen(
                 [*command, str(self.run_folder)], stdout=subprocess.DEVNULL, stderr=words,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **(environment or {})}, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def records(self) -> list[dict]:

@@ -62,7 +62,7 @@ from aurora_train.train.step import make_step
 config = settled(config)
 recipe = make_recipe(config)
 recipe.ready(lambda *_: None)
-devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
+devices = mesh.asked(config.mesh)
 model = nnx.eval_shape(lambda: recipe.model(nnx.Rngs(params=stream(config.train.seed, "init"))))
 plan = make_plan(config, model, platform="cpu", num_devices=1)
 tx = optimizer.build(config.optimizer, config.train.steps)

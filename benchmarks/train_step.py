@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from sides import Training, language_config
+from sides import Training, in_turns, language_config
 from torch_peer import KINDS, Work, torch_side
 
 from aurora_train.machine.profile import cpu_model
@@ -118,22 +118,15 @@ def measure(name: str, precision: str, rounds: int) -> dict:
         ours = Ours(case, precision, Path(folder))
         try:
             peers = {kind: torch_side(case.work(precision, kind)) for kind in KINDS}
-            seconds: dict[str, list[float]] = {side: [] for side in ("ours", *peers)}
-            for _ in range(rounds):
-                seconds["ours"].append(ours.run(case.seconds))
-                for kind, peer in peers.items():
-                    seconds[kind].append(peer.run(case.seconds))
+            found = in_turns(ours, peers, case.seconds, rounds)
             memory = {"ours": ours.peak_rss()} | {kind: peer.peak_rss() for kind, peer in peers.items()}
         finally:
             ours.close()
             for peer in peers.values():
                 peer.close()
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    best = min(peers, key=medians.get)
-    ratios = [theirs / mine for theirs, mine in zip(seconds[best], seconds["ours"], strict=True)]
-    return {
-        "case": name, "precision": precision, "seconds": medians, "best": best, "ratio": statistics.median(ratios),
-        "ratios": ratios, "peak_rss": memory, "peak_flops": matmul_peak(precision), "flops": step_flops(case),
+    return found | {
+        "case": name, "precision": precision, "peak_rss": memory, "peak_flops": matmul_peak(precision),
+        "flops": step_flops(case),
     }  # fmt: skip
 
 

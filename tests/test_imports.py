@@ -16,7 +16,7 @@ ORDER = [
     {"cli"},
     {"loading"},
     {"tools"},
-    {"serve"},
+    {"serve", "evals"},
     {"train"},
     {"origin"},
     {"check"},

@@ -19,18 +19,20 @@ MANIFEST = "manifest.aurora.json"
 _CHUNK_BYTES = 1 << 19  # small enough to be hashed while it is still in the processor's cache
 
 
-def seal(folder: Path, record: dict) -> dict:
+def seal(folder: Path, record: dict, inside: list[str] = []) -> dict:  # noqa: B006 (never written to)
     """fsync every file and folder of `folder`, then write the manifest, then fsync the parent. Returns the manifest.
 
     `folder` itself is synced before the manifest is written, because the manifest lists names that must be on disk.
+    `inside`: folders in it that are sealed already, of which only the manifests are listed.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = _hash_and_sync(path)
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and (name.split("/")[0] not in inside or name.split("/")[1:] == [MANIFEST]):
+            files[name] = _hash_and_sync(path)
     for path in [*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder]:
         sync(path)
-    manifest = {"format": 1, **record, "files": files}
+    manifest = {"format": 1, **record, **({"parts": inside} if inside else {}), "files": files}
     manifest["digest"] = _digest(manifest)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
     sync(folder.parent)
@@ -51,10 +53,16 @@ def manifest(folder: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def parts(folder: Path) -> list[str]:
+    """The folders in a sealed folder that other processes wrote (`checkpoint.parts`)."""
+    return manifest(folder).get("parts", [])
+
+
 def num_bytes(folder: Path) -> int:
-    """Total size of the files that a folder's manifest lists."""
+    """Total size of the files that a folder's manifest, and those of its parts, list."""
     files = manifest(folder).get("files", {})
-    return sum(size for size, _ in files.values()) if isinstance(files, dict) else 0
+    own = sum(size for size, _ in files.values()) if isinstance(files, dict) else 0
+    return own + sum(num_bytes(folder / part) for part in parts(folder))
 
 
 def faults(folder: Path, read: Callable[[int], None] | None = None) -> list[str]:
@@ -79,7 +87,7 @@ def quick_faults(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> tuple[dict, list[str]]:
-    """(the files of a manifest by name, []), or ({}, [why the manifest cannot be trusted])."""
+    """(the files of a manifest and of its parts' by name, why a manifest among them cannot be trusted)."""
     if not is_sealed(folder):
         return {}, [f"{MANIFEST}: missing"]
     try:
@@ -88,7 +96,12 @@ def _listed(folder: Path) -> tuple[dict, list[str]]:
         return {}, [f"{MANIFEST}: unreadable ({error})"]
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         return {}, [f"{MANIFEST}: its content has changed since it was written"]
-    return content["files"], []
+    files, lines = dict(content["files"]), []
+    for part in content.get("parts", []):
+        inner, more = _listed(folder / part)
+        files |= {f"{part}/{name}": entry for name, entry in inner.items()}
+        lines += [f"{part}/{line}" for line in more]
+    return files, lines
 
 
 def _size_fault(path: Path, name: str, size: int) -> str | None:

@@ -87,8 +87,8 @@ def content_of(flat: dict[str, Any]) -> str:
     return hasher.hexdigest()
 
 
-def write(folder: Path, flat: dict[str, Any], content: str) -> str:
-    """Save the named leaves as `folder`, which must not exist, and seal it. Returns its digest.
+def write(folder: Path, flat: dict[str, Any]) -> None:
+    """Save the named leaves as `folder`, which must not exist.
 
     They never change, so they are read as they are written (`layout.Unread`), and no copy of them all is made.
     """
@@ -96,15 +96,16 @@ def write(folder: Path, flat: dict[str, Any], content: str) -> str:
 
     with writer.options():
         ocp.save_checkpointables(folder, {writer.STATE: flat})
-    return durable.seal(folder, {"frozen": len(flat), "content": content})["digest"]
 
 
-def shapes(folder: Path, digest: str) -> dict[str, Any]:
-    """Shape and dtype of every frozen leaf by canonical name. UserError if the folder's digest is not `digest`."""
-    from orbax.checkpoint import v1 as ocp
+def seal(folder: Path, flat: dict[str, Any], content: str | None, inside: list[str]) -> str:
+    """Seal what `write` and other processes wrote. Returns its digest. `content`: None if it cannot be shared."""
+    return durable.seal(folder, {"frozen": len(flat), "content": content}, inside)["digest"]
 
+
+def refuse_other(folder: Path, digest: str) -> None:
+    """UserError if the folder's digest is not `digest`."""
     _refuse([] if _digest(folder) == digest else _other(folder), folder)
-    return dict(ocp.metadata(folder).metadata)
 
 
 def refuse_damage(folder: Path, digest: str) -> None:

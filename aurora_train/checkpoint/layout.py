@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from aurora_train import mesh as meshes
 from aurora_train.errors import UserError
 from aurora_train.nn.stack import SEGMENTS, UNITS
+
+PART = "@"  # between the name of a leaf and the place of a part of it, which one of several processes holds
 
 
 class Entry(NamedTuple):
@@ -81,7 +84,7 @@ class Unread:
         """
         if not isinstance(self.leaf, jax.Array):
             return np.array(self.leaf if self.unit is None else self.leaf[self.unit])
-        shards = [s for s in self.leaf.addressable_shards if s.replica_id == 0] or self.leaf.addressable_shards[:1]
+        shards = list({str(shard.index): shard for shard in self.leaf.addressable_shards}.values())
         if len(shards) == 1 and shards[0].device.platform != "cpu":
             return self._part(shards[0].data)
         whole = np.empty(self.shape, self.dtype)
@@ -96,22 +99,50 @@ class Unread:
 
 
 def unread(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Unread]:
-    """The leaves whose names are `wanted`, by canonical name; nothing is copied or moved."""
+    """The leaves whose names are `wanted`, by canonical name; nothing is copied or moved.
+
+    Of what several processes hold, the parts that this one saves.
+    """
     flat: dict[str, Unread] = {}
     for names, stacked, leaf in entries(tree):
-        if wanted(names[0]):
-            flat.update((name, Unread(leaf, unit if stacked else None)) for unit, name in enumerate(names))
+        for place, held in _saved_here(leaf, stacked) if wanted(names[0]) else ():
+            flat.update((name + place, Unread(held, unit if stacked else None)) for unit, name in enumerate(names))
     return flat
 
 
 def snapshot(tree, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """A copy on the host of the leaves whose names are `wanted`. The device buffers may be donated when it returns."""
+    """A copy on the host of what `unread` returns. The device buffers may be donated when it returns."""
     flat: dict[str, np.ndarray] = {}
     for names, stacked, leaf in entries(tree):
-        if wanted(names[0]):
-            whole = Unread(leaf).read()  # a stacked leaf is moved once and divided here, not once for each unit
-            flat.update(zip(names, map(np.asarray, whole) if stacked else [whole], strict=True))
+        for place, held in _saved_here(leaf, stacked) if wanted(names[0]) else ():
+            whole = Unread(held).read()  # a stacked leaf is moved once and divided here, not once for each unit
+            parts = map(np.asarray, whole) if stacked else [whole]
+            flat.update(zip((name + place for name in names), parts, strict=True))
     return flat
+
+
+def each_whole(tree) -> Iterator[tuple[str, np.ndarray]]:
+    """Every canonical leaf in the order of names, on the host, one at a time. Every process has to ask for all."""
+    flat = {}
+    for names, stacked, leaf in entries(tree):
+        flat.update((name, (leaf, unit if stacked else None)) for unit, name in enumerate(names))
+    for name, (leaf, unit) in sorted(flat.items()):
+        if isinstance(leaf, jax.Array) and not meshes.is_here(leaf.sharding, leaf.shape):
+            leaf, unit = meshes.brought_here(leaf, unit), None
+        yield name, Unread(leaf, unit).read()
+
+
+def _saved_here(leaf, stacked: bool) -> list[tuple[str, Any]]:
+    """(the place in its name, the array) of each part of a leaf that this process saves."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return [("", leaf)]
+    parts = []
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            starts = [part.indices(n)[0] for part, n in zip(shard.index, leaf.shape, strict=True)][int(stacked) :]
+            is_part = shard.data.shape != leaf.shape
+            parts.append((PART + "_".join(map(str, starts)) if is_part else "", shard.data))
+    return parts
 
 
 def abstract(tree, shardings) -> dict[str, jax.ShapeDtypeStruct]:

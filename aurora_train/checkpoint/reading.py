@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aurora_train.checkpoint import durable
-from aurora_train.checkpoint.store import CheckpointStore, refuse_damage, require_step
+from aurora_train.checkpoint.store import CheckpointStore
 from aurora_train.errors import UserError
 
 
@@ -46,3 +46,29 @@ def opened(store: CheckpointStore, step: int | None, where: str, read: Callable[
         except Deleted:
             if step is not None:
                 raise
+
+
+def require_step(store: CheckpointStore, step: int | None, where: str) -> int:
+    """The step to read: the requested one, or the newest. UserError if it does not exist."""
+    steps = store.steps()
+    if not steps:
+        raise UserError("this run has no checkpoint yet", where=where, hint="`aurora resume RUN` continues it")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"no checkpoint of step {step}", where=where, hint=f"there are: {', '.join(map(str, steps))}")
+    return step
+
+
+def refuse_damage(store: CheckpointStore, step: int) -> None:
+    """Raise UserError if a checkpoint's bytes differ from those that were saved. Readers never walk back silently."""
+    lines = durable.faults(store.folder / str(step))
+    if lines:
+        others = ", ".join(map(str, store.steps()))
+        raise UserError(
+            f"the checkpoint of step {step} is damaged",
+            where=str(store.folder / str(step)),
+            why="\n  ".join(lines),
+            hint=f"choose another with --step (available: {others}), or let `aurora resume RUN` walk back to one",
+        )
+    store.refuse_frozen_damage(step)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_train.checkpoint import durable, frozen, layout, ledger, writer
+from aurora_train.checkpoint import durable, frozen, layout, ledger, parts, writer
 from aurora_train.checkpoint.audit import ASIDE, sealed_steps, step_faults
 from aurora_train.checkpoint.ledger import Ledger
 from aurora_train.checkpoint.retention import reasons
@@ -25,7 +25,6 @@ from aurora_train.errors import UserError
 from aurora_train.files import NO_SPACE, sync
 
 MARGIN_BYTES = 1 << 20  # what Orbax and the manifest write in addition to the arrays
-
 
 class Damage(NamedTuple):
     """A checkpoint, or the record of checkpoints (`step` is None), whose bytes differ from those that were saved.
@@ -45,8 +44,13 @@ class Damage(NamedTuple):
 class CheckpointStore:
     """Checkpoints under `folder`, one subfolder per step. The run's lock guarantees that there is only one writer."""
 
-    def __init__(self, folder: Path, trash: Path, *, keep: int = 2, keep_every: int | None = None, best: int = 1):
+    def __init__(
+        self, folder: Path, trash: Path, *, keep: int = 2, keep_every: int | None = None, best: int = 1,
+        owners: tuple[int, ...] = (0,),
+    ):  # fmt: skip
+        """`owners`: the processes that write a part of every checkpoint; this is the store of process 0."""
         self.folder, self.trash = folder, trash
+        self.writers = parts.Writers(owners)
         self.keep, self.keep_every, self.best = keep, keep_every, best
         self.ledger = Ledger(folder)
         self._orbax, self.outdated = None, False  # outdated: Orbax lists a step whose save was undone
@@ -116,16 +120,18 @@ class CheckpointStore:
         return layout.assemble(self._load(step, wanted), tree, shardings)
 
     def restore_some(self, step: int, wanted: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Only the named leaves, by canonical name (for evaluation, generation, `init.from`). `stored`: the `shapes` of
-        this step, if they are known; to read them takes longer than to read a small leaf."""
+        """Only the named leaves, by canonical name. `stored`: the `shapes` of this step, if they are known."""
         stored = self.shapes(step) if stored is None else stored
         layout.refuse_difference({n: s for n, s in stored.items() if n in wanted}, wanted, str(self.folder))
         return self._load(step, wanted)
 
     def shapes(self, step: int) -> dict[str, Any]:
         """Shape and dtype of every stored leaf by canonical name, including the frozen ones."""
-        stored, digest = dict(self._checkpointer().metadata(step).metadata), self._frozen_digest(step)
-        return stored if digest is None else stored | frozen.shapes(self.folder / frozen.FOLDER, digest)
+        digest = self._frozen_digest(step)
+        if digest is not None:
+            frozen.refuse_other(self.folder / frozen.FOLDER, digest)
+        folders = [self.folder / str(step)] + ([] if digest is None else [self.folder / frozen.FOLDER])
+        return {name: parts.shape_of(found) for folder in folders for name, found in parts.stored(folder).items()}
 
     def refuse_frozen_damage(self, step: int) -> None:
         """Raise UserError if the frozen parameters that a checkpoint needs are missing or damaged."""
@@ -146,25 +152,47 @@ class CheckpointStore:
                 self._delete(path)
         shutil.rmtree(self.trash, ignore_errors=True)
 
-    def save(self, step: int, tree, record: dict, *, copy: bool = True) -> None:
+    def save(self, step: int, tree, record: dict, *, copy: bool = True, first: Callable[[], None] = lambda: None):
         """Copy the state to the host and write it in the background, after waiting for the previous save to finish.
 
         Without `copy` it blocks until the state is written, and takes the memory of one piece instead of a second
         state; only hashing and syncing are left to the background. Frozen parameters are written only by the first save
-        of a run, in this way.
+        of a run, in this way. `first` is called before anything is written, and may raise SaveFailed.
         """
         self.wait()
-        with self._reported(step):
-            self._take_back(step)
-        record = {**record, **self._write_frozen(step, tree)}
-        flat = (layout.snapshot if copy else layout.unread)(tree, lambda name: not frozen.is_frozen(name))
-        self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
-        with self._reported(step):
-            response = self._checkpointer().save_checkpointables_async(step, {writer.STATE: flat}, force=True)
-            assert response is not None, "Orbax skipped a save"
-            if not copy:
-                response.result()
-        self._pending = self._sealer.submit(self._finish, step, response, record)
+        name = self.writers.begin()
+        with self._told(name, later=True):
+            first()
+            with self._reported(step):
+                self._take_back(step)
+            record = {**record, **self._write_frozen(step, tree, name)}
+            flat = (layout.snapshot if copy else layout.unread)(tree, lambda name: not frozen.is_frozen(name))
+            self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
+            with self._reported(step):
+                response = self._begin(step, flat)
+                if response and not copy:
+                    response.result()
+            self._pending = self._sealer.submit(self._finish, step, response, record, name)
+
+    def _begin(self, step: int, flat: dict):
+        response = self._checkpointer().save_checkpointables_async(step, {writer.STATE: flat}, force=True)
+        assert response is not None, "Orbax skipped a save"
+        return response
+
+    @contextlib.contextmanager
+    def _told(self, name: str, *, later: bool):
+        """In this context, the processes that wait for this part of the save `name` are told why it failed.
+
+        All of them learn it when they wait for the save; with `later`, it is raised only then here as well.
+        """
+        try:
+            yield
+        except SaveFailed as error:
+            self.writers.report(name, error.reason)
+            if not (later and self.writers.others):
+                raise
+            self._pending = Future()
+            self._pending.set_exception(error)
 
     def _refuse_full_disk(self, step: int, num_bytes: int) -> None:
         """Checked before anything is written: if the disk fills later, the array writer's threads print tracebacks."""
@@ -176,13 +204,15 @@ class CheckpointStore:
                 why=f"it needs {needed:,} bytes and {free:,} are free",
             )  # fmt: skip
 
-    def _finish(self, step, response, record) -> int:
-        with self._reported(step):
+    def _finish(self, step, response, record, name) -> int:
+        with self._told(name, later=False), self._reported(step):
             response.result()
+            inside = self.writers.collect(name, step, self.folder, self.folder / str(step))
             self._unsettled.add(step)
-            durable.seal(self.folder / str(step), {"step": step, **record})
+            durable.seal(self.folder / str(step), {"step": step, **record}, inside)
             self.ledger.commit(step)
             self._unsettled.discard(step)
+        self.writers.report(name, parts.COMMITTED)
         return step
 
     def _take_back(self, step: int) -> None:
@@ -195,22 +225,30 @@ class CheckpointStore:
             self._delete(path)
         self._unsettled.discard(step)
 
-    def _write_frozen(self, step: int, tree) -> dict:
+    def _write_frozen(self, step: int, tree, name: str) -> dict:
         """The manifest's entry for the frozen parameters; {} if there are none. Stores them if that is still to do."""
         if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
             return {}
         if self._frozen is None:
-            flat, folder = layout.unread(tree, frozen.is_frozen), self.folder / frozen.FOLDER
-            content = frozen.content_of(flat)
-            with self._reported(step):
-                if folder.exists():  # left by an attempt that was killed before its first checkpoint
-                    self._delete(folder)
-                self._frozen = frozen.shared(folder, content)
-            if self._frozen is None:
-                self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
-                with self._reported(step):
-                    self._frozen = frozen.write(folder, flat, content)
+            with self._told(f"{name}/frozen", later=False):
+                self._frozen = self._frozen_written(step, tree, f"{name}/frozen")
         return {"frozen": self._frozen}
+
+    def _frozen_written(self, step: int, tree, name: str) -> str:
+        flat, folder = layout.unread(tree, frozen.is_frozen), self.folder / frozen.FOLDER
+        content = None if self.writers.others else frozen.content_of(flat)  # nobody sees all of what is in parts
+        with self._reported(step):
+            if folder.exists():  # left by an attempt that was killed before its first checkpoint
+                self._delete(folder)
+            digest = content and frozen.shared(folder, content)
+        if digest is None:
+            self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
+            with self._reported(step):
+                frozen.write(folder, flat)
+                inside = self.writers.collect(name, step, self.folder, folder)
+                digest = frozen.seal(folder, flat, content, inside)
+            self.writers.report(name, f"{parts.COMMITTED} {digest}")
+        return digest
 
     @contextlib.contextmanager
     def _reported(self, step: int):
@@ -219,7 +257,7 @@ class CheckpointStore:
             yield
         except (OSError, ValueError, UserError) as error:
             # The array writer reports the system's errors as ValueError, with the reason in its text.
-            reason = getattr(error, "strerror", None) or system_error(str(error))
+            reason = getattr(error, "strerror", None) or system_error(str(error)) or getattr(error, "reason", None)
             if isinstance(error, TimeoutError):  # raised by Orbax's own shorter waits, without an errno
                 reason = reason or "it did not end in time"
             if reason is None:
@@ -253,11 +291,13 @@ class CheckpointStore:
     def spare(self) -> list[int]:
         """The steps that `make_room` may delete, oldest first."""
         entries = self.ledger.read()
-        good = reasons(
-            self.steps(), entries.scores, keep=1, keep_every=self.keep_every, best=self.best,
+        return [step for step in self.steps() if step not in self._kept(self.steps(), entries, 1)]
+
+    def _kept(self, steps: list[int], entries, keep: int) -> dict[int, str]:
+        return reasons(
+            steps, entries.scores, keep=keep, keep_every=self.keep_every, best=self.best,
             lower_is_better=entries.lower_is_better,
         )  # fmt: skip
-        return [step for step in self.steps() if step not in good]
 
     def _give_up(self, steps: list[int]) -> None:
         """Strike the steps from the ledger, then delete them. On a full disk deletion comes first, to make room."""
@@ -292,10 +332,7 @@ class CheckpointStore:
     def retain(self) -> list[int]:
         """Delete all but the newest `keep`, every `keep_every`-th and the `best` by score. Returns those deleted."""
         steps, entries = self.steps(), self.ledger.read()
-        kept = reasons(
-            steps, entries.scores, keep=self.keep, keep_every=self.keep_every, best=self.best,
-            lower_is_better=entries.lower_is_better,
-        )  # fmt: skip
+        kept = self._kept(steps, entries, self.keep)
         given_up = [step for step in steps if step not in kept]
         self._give_up(given_up)
         return given_up
@@ -313,18 +350,10 @@ class CheckpointStore:
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         """The named leaves, read from a checkpoint and from the frozen folder."""
-        from orbax.checkpoint import v1 as ocp
-
-        context, loaded = ocp.Context(), {}
-        context.pytree.loading.partial_load = True
-        # Read by all threads at once, the host would hold a second state. The limit must exceed the largest leaf.
-        largest = max((math.prod(spec.shape) * spec.dtype.itemsize for spec in wanted.values()), default=0)
-        context.memory.read_concurrent_bytes = largest + 4 * writer.PIECE_BYTES
+        loaded = {}
         for folder, holds_frozen in ((str(step), False), (frozen.FOLDER, True)):
             part = {name: spec for name, spec in wanted.items() if frozen.is_frozen(name) == holds_frozen}
-            if part:
-                with context:
-                    loaded |= ocp.load(self.folder / folder, part, checkpointable_name=writer.STATE)
+            loaded |= parts.load(self.folder / folder, part) if part else {}
         return loaded
 
     def _close_orbax(self) -> None:
@@ -369,29 +398,3 @@ class CheckpointStore:
         (self.folder / str(step)).rename(target)
         sync(self.folder)
         return target
-
-
-def require_step(store: CheckpointStore, step: int | None, where: str) -> int:
-    """The step to read: the requested one, or the newest. UserError if it does not exist."""
-    steps = store.steps()
-    if not steps:
-        raise UserError("this run has no checkpoint yet", where=where, hint="`aurora resume RUN` continues it")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"no checkpoint of step {step}", where=where, hint=f"there are: {', '.join(map(str, steps))}")
-    return step
-
-
-def refuse_damage(store: CheckpointStore, step: int) -> None:
-    """Raise UserError if a checkpoint's bytes differ from those that were saved. Readers never walk back silently."""
-    lines = durable.faults(store.folder / str(step))
-    if lines:
-        others = ", ".join(map(str, store.steps()))
-        raise UserError(
-            f"the checkpoint of step {step} is damaged",
-            where=str(store.folder / str(step)),
-            why="\n  ".join(lines),
-            hint=f"choose another with --step (available: {others}), or let `aurora resume RUN` walk back to one",
-        )
-    store.refuse_frozen_damage(step)

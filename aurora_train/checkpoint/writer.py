@@ -16,6 +16,7 @@ import numpy as np
 
 from aurora_train.checkpoint.layout import Unread
 from aurora_train.checkpoint.save_failed import silence_closed_loops
+from aurora_train.machine import processes
 
 PIECE_BYTES = 256 * 2**20  # read before it is written; a larger leaf is a piece of its own
 STATE = "state"  # Orbax's name for what a checkpoint holds
@@ -25,15 +26,10 @@ _NEVER_S = 10 * 365 * 86_400
 
 def checkpointer(folder: Path):
     """Orbax's Checkpointer for a folder. It keeps every checkpoint: retention is ours."""
-    for name in ("absl", "asyncio"):  # these loggers print tracebacks of errors that Orbax also raises
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     silence_closed_loops()
     from orbax.checkpoint import v1 as ocp
 
     context = options()
-    context.asynchronous.timeout_secs = _NEVER_S
-    # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
-    context.asynchronous.create_directories_asynchronously = False
     keep_all = ocp.training.preservation_policies.PreserveAll()
     return ocp.training.Checkpointer(folder, context=context, preservation_policy=keep_all)
 
@@ -42,7 +38,14 @@ def options():
     """An Orbax Context for our checkpoints, which are dicts of numpy arrays and of `layout.Unread` leaves."""
     from orbax.checkpoint import v1 as ocp
 
+    for name in ("absl", "asyncio"):  # these loggers print tracebacks of errors that Orbax also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     context = ocp.Context()
+    context.asynchronous.timeout_secs = _NEVER_S
+    # If a folder cannot be created in the background, Orbax's threads wait for it forever, even at exit.
+    context.asynchronous.create_directories_asynchronously = False
+    if not processes.leads():  # else only process 0 would create folders; each has its own
+        context.multiprocessing.primary_host = None
     context.array.saving.use_compression = False  # ten times the save time for 8 % of the size
     context.memory.deepcopy_host_arrays = False  # they are copies already
     registry = ocp.handlers.local_registry(include_global_registry=False)

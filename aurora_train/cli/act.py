@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, OverrideOption, RunArgument, StepOption, print_json
+from aurora_train.cli.common import JsonOption, OverrideOption, RunArgument, StepOption, print_json, until_asked
 
 EXAMPLE = "aurora act runs/policy --port 7411"
 EXAMPLE_OF_STREAM = "aurora stream runs/decoder --socket decoder.sock"
@@ -47,13 +45,13 @@ def command(
     from aurora_train.serve.lines import LineServer
 
     verb, place = context.info_name, address(host, port, socket, token_file)
-    trained = load(run, step, by=verb)
+    trained = load(run, step, by=verb, at_once=True)
     recipe, folder = trained.recipe, Run(trained.run)
     scores = limits.scored(folder, trained.step)
     known = limits.exceeded(recipe, scores)
     for line in limits.refuse_exceeded(folder, known, verb, override_limits, trained.step):
         print(line, file=sys.stderr)
-    with _until_asked() as stop, contextlib.closing(LineServer(_answering(trained), place)) as server:
+    with until_asked() as stop, contextlib.closing(LineServer(_answering(trained), place)) as server:
         print(f"{trained!r} listens on {server.place}; Ctrl-C ends it", file=sys.stderr)
         server.run(stop, lambda line: print(line, file=sys.stderr), every)
     found = server.latencies.summary()
@@ -81,20 +79,3 @@ def _answering(trained):
             return trained.recipe.responder(predict)
 
     return connect
-
-
-@contextlib.contextmanager
-def _until_asked():
-    """An event that Ctrl-C, SIGTERM and SIGHUP set. A second signal has its usual effect."""
-    stop, before = threading.Event(), {}
-
-    def ask(number, frame):
-        signal.signal(number, before[number])
-        stop.set()
-
-    before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,3 +43,20 @@ def open_page(path: Path) -> None:
     import webbrowser
 
     webbrowser.open(path.absolute().as_uri())
+
+
+@contextlib.contextmanager
+def until_asked():
+    """An event that Ctrl-C, SIGTERM and SIGHUP set. A second signal has its usual effect."""
+    stop, before = threading.Event(), {}
+
+    def ask(number, frame):
+        signal.signal(number, before[number])
+        stop.set()
+
+    before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -86,11 +87,16 @@ def command(
 
 @contextlib.contextmanager
 def _made_for(to: Path):
-    """A new folder, which gets the name `to` at the end of this context, or is removed if it fails."""
+    """A new folder, which gets the name `to` at the end of this context, or is removed if it fails or is asked to end.
+    """
     import shutil
 
     from aurora_train.interop import export
 
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     made = export.beside(to)
     try:
         yield made
@@ -98,6 +104,9 @@ def _made_for(to: Path):
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _keep_limits(found, reason: str | None, recipe=None) -> None:

@@ -32,9 +32,9 @@ _STOPPED = (75, 77)
 _INTERRUPTED = 130  # 128 and SIGINT
 
 VERBS = (
-    "train", "plan", "resume", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes", "check",
-    "schema", "inspect", "inspect-batch", "profile", "doctor", "runs", "compare", "sweep",
-    "import", "export", "chat", "act", "stream",
+    "train", "plan", "resume", "launch", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes",
+    "check", "schema", "inspect", "inspect-batch", "profile", "doctor", "energy", "runs", "compare", "sweep",
+    "import", "export", "chat", "serve", "act", "stream",
 )
 
 _IN_ANOTHER = {  # verbs in the file of another
@@ -130,7 +130,10 @@ def _add(app: typer.Typer, verb: str) -> None:
     if hasattr(module, "app"):
         app.add_typer(module.app, name=verb)
     else:
-        app.command(verb, epilog=f"Example: {getattr(module, example)}")(getattr(module, function))
+        settings = getattr(module, "SETTINGS", None)
+        app.command(verb, epilog=f"Example: {getattr(module, example)}", context_settings=settings)(
+            getattr(module, function)
+        )
 
 
 def _print_version(asked: bool) -> None:

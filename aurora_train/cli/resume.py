@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from aurora_train.cli.common import JsonOption, OverrideOption, Overrides, RunArgument
+from aurora_train.cli.joined import CoordinatorOption, ProcessesOption, ProcessOption, joined
 
 EXAMPLE = "aurora resume runs/first train.steps=400"
 
@@ -22,12 +23,19 @@ def command(
     override_limits: OverrideOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
+    coordinator: CoordinatorOption = None,
+    process: ProcessOption = None,
+    processes: ProcessesOption = None,
 ):
     """Continue a run. Keys that are not frozen may be changed; each change is recorded in events.jsonl."""
     from aurora_train.check.intent import for_resume
-    from aurora_train.cli.train import go, joined
+    from aurora_train.cli.train import go
+    from aurora_train.machine.place import set_place
+    from aurora_train.machine.processes import told
 
-    config, known, changes = for_resume(run, overrides or [], allow_change or [])
-    with joined(config):
+    set_place(coordinator, process, processes)
+    with told():
+        config, known, changes = for_resume(run, overrides or [], allow_change or [])
+    with joined(config, replan=replan):
         return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan,
                   override_limits=override_limits)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from aurora_train.cli.common import ConfigArgument, JsonOption, OverrideOption, Overrides, print_json
+from aurora_train.cli.joined import CoordinatorOption, ProcessesOption, ProcessOption, joined
 
 EXAMPLE = "aurora train quickstart train.steps=200 --run runs/first"
 
@@ -24,34 +24,28 @@ def command(
     override_limits: OverrideOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show errors and the result only.")] = False,
     json: JsonOption = False,
+    coordinator: CoordinatorOption = None,
+    process: ProcessOption = None,
+    processes: ProcessesOption = None,
 ):
     """Train. The same command resumes a run that was interrupted; an edited config starts a new one beside it."""
     from aurora_train.check.intent import for_train
     from aurora_train.config import derived_lines, load
-    from aurora_train.machine import processes
+    from aurora_train.machine.place import set_place
+    from aurora_train.machine.processes import agreed, told
     from aurora_train.run import Run
 
     if online:
         os.environ.update(HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0")
         overrides = [*(overrides or ()), "data.online=true"]
-    loaded = load(config, overrides or ())
+    set_place(coordinator, process, processes)
+    with told():
+        loaded = load(config, overrides or ())
     for line in [] if quiet else [*derived_lines(loaded.derived), *loaded.overruled]:
         print(line, file=sys.stderr)
-    with joined(loaded):
-        folder = processes.agreed(lambda: str(for_train(loaded, run, fresh=fresh).folder))
+    with joined(loaded, fresh=fresh, replan=replan):
+        folder = agreed(lambda: str(for_train(loaded, run, fresh=fresh).folder))
         return go(loaded, Run(folder), quiet=quiet, json=json, replan=replan, override_limits=override_limits)
-
-
-@contextlib.contextmanager
-def joined(config):
-    """In this context, the process has joined the others that train the same run, if there are any."""
-    from aurora_train.machine import processes
-    from aurora_train.machine.profile import prepare_environment
-
-    if processes.place().count > 1:
-        prepare_environment(config)
-    with processes.together():
-        yield
 
 
 def go(

@@ -254,7 +254,8 @@ def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> 
 
 def _check(config: Core, tree: Tree) -> None:
     """Check what concerns several keys, and report all mistakes at once."""
-    faults = [fault for part in (config.train, config.memory, config.evaluate) for fault in part.conflicts(config)]
+    parts = (config.train, config.memory, config.evaluate, config.energy)
+    faults = [fault for part in parts for fault in part.conflicts(config)]
     try:
         config.recipe_class.check(config)
     except UserError as fault:

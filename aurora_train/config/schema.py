@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from aurora_train.config.energy import Energy
 from aurora_train.config.fields import Section, parse_bytes, setting
 from aurora_train.errors import UserError
 
@@ -120,10 +121,11 @@ class Optimizer(Section):
 
 
 class Mesh(Section):
-    """How the local devices are arranged."""
+    """How the devices of all processes are arranged."""
 
     data: int = setting(-1, resume="elastic", ge=-1, help="devices that split the batch; -1 = all that remain")
     fsdp: int = setting(1, resume="elastic", ge=1, help="devices that split the parameters (and the batch)")
+    tensor: int = setting(1, resume="elastic", ge=1, help="devices that split heads, hidden widths and vocabulary")
 
     @field_validator("data")
     @classmethod
@@ -320,6 +322,7 @@ class Core(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
+    energy: Energy = Energy()
     init: Init = Init()
 
     _loaded: Any = PrivateAttr(None)

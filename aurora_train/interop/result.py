@@ -21,6 +21,8 @@ from aurora_train.run import Run
 if TYPE_CHECKING:
     from aurora_train.interop.parts import Parts
 
+AS_IT_IS = "its run folder is complete: copy it as it is"  # the way of a recipe whose runs have no format to export
+
 
 class Adapters(NamedTuple):
     """What a run trained beside a frozen base (`nn.lora`), read when it is asked for.
@@ -105,7 +107,7 @@ def result_of(found: OnDisk, *, merge: bool = False) -> Result:
     if not isinstance(config, DecoderConfig) or "vocabulary" not in facts:
         formats = getattr(found.config.recipe_class, "formats", ())
         raise UserError(f"a run of {found.config.recipe} has no decoder to export", where=str(found.run),
-                        hint=f"its own format: --format {' or '.join(formats)}" if formats else None)  # fmt: skip
+                        hint=f"its own format: --format {' or '.join(formats)}" if formats else AS_IT_IS)  # fmt: skip
     from aurora_train.interop.placing import our_shapes
 
     plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aurora_train.errors import UserError
@@ -69,6 +70,10 @@ class ChatTemplate:
             raise UserError(f"not a valid template: {error.message}", where=f"{where}:{error.lineno}") from error
         # Whether the template says with `{% generation %}` which part of a conversation the model writes.
         self.marks_answers = environment.extensions[_Generation.identifier].used
+
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a variable, such as `tools`."""
+        return name in find_undeclared_variables(self._compiled.environment.parse(self.source))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list | None = None,
                documents: list | None = None, **variables) -> Rendered:  # fmt: skip

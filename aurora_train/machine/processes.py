@@ -1,9 +1,9 @@
 """Several processes that train one run: which one leads, and how all come to the same decisions.
 
-They are started by what the lab already has, each with the same command: Slurm, Open MPI, or anything that sets
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. The compiled step synchronises them. Decisions on the
-host (the plan, the checkpoint to continue from, when to stop) are made by process 0, the leader, which passes them to
-the others through the key-value store of `jax.distributed`. With one process, every function here is a plain call.
+`machine/place.py` says which one this is, in `machine/rendezvous.py` they meet, and `machine/line.py` notices the
+loss of one. The compiled step synchronises them. Decisions on the host (the plan, the checkpoint to continue from, when
+to stop) are made by process 0, the leader, which passes them to the others through the key-value store of
+`jax.distributed`. With one process, every function here is a plain call.
 """
 
 from __future__ import annotations
@@ -11,36 +11,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from aurora_train.errors import UserError
+from aurora_train.machine.line import EXIT_LOST, Line
+from aurora_train.machine.place import Place, local_devices, place
+from aurora_train.machine.rendezvous import meet as rendezvous
 
-_ADDRESS, _COUNT, _RANK = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-_LAUNCHERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
-_CONNECT_SECONDS = 120  # allowed for connecting: with a cold file system, imports may take long
-_SILENT_SECONDS = 60  # without a heartbeat before a process counts as dead and the others end
+_CONNECT_SECONDS = 60  # allowed to jax for connecting processes that have met
+_SILENT_SECONDS = 100  # jax's own time without a heartbeat: `machine/line.py` is sooner, and lets a slow process be
+_BROKEN_SECONDS = 5  # that a broken collective waits for the line to say why
 _ASK_MILLISECONDS = 500  # between two checks of a waiting process for its own signals
 _PART_SECONDS = 10  # that the leader, whose process holds the store, waits for others that may be compiling
 _STEPS_AHEAD = 2  # see `stop_asked`
 _SIGNS = ("Gloo", "gloo", "NCCL", "ocket closed", "onnection reset", "onnection closed", "UNAVAILABLE")
 
 
-class Place(NamedTuple):
-    """The index of this process and the number of processes; `address` is None if the launcher provides it."""
-
-    index: int
-    count: int
-    address: str | None = None
-
-
 class Ended(UserError):
-    """Another process left before the work was done. `status`: the leader's if it left, else 1 (start all again)."""
+    """Another process left before the work was done. `status`: the one that it left with, or that all start again."""
 
-    def __init__(self, who: str, why: str, status: int = 1):
+    def __init__(self, who: str, why: str, status: int = EXIT_LOST):
         super().__init__(f"{who} ended: {why}", hint="follow that process's own message, then start all of them again")
         self.status = status
 
@@ -48,8 +41,10 @@ class Ended(UserError):
 class _Team:
     """The processes that this one has joined."""
 
-    def __init__(self, place: Place, client):
-        self.place, self.client = place, client
+    def __init__(self, place: Place, client, line: Line):
+        self.place, self.client, self.line = place, client, line
+        self.heard: dict[str, Callable] = {}
+        line.heard = lambda process, message: self.heard.get(message["kind"], _ignore)(process, message)
         self.decisions = 0
         self.asked = self.left = False
         self.stop: tuple[int, str] | None = None  # (the step after which all stop, why)
@@ -73,107 +68,81 @@ class _Team:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise Ended("another process", str(error).splitlines()[0]) from error
-            left = self.get("aurora/left/any")
-            if left:
-                who, why = json.loads(left)
-                raise Ended(f"process {who}", why)
+            if self.line.left:
+                raise Ended(*self.line.left)
 
 
 _team: _Team | None = None
 
 
-def place(environ=None) -> Place:
-    """This process's place by the environment; Place(0, 1) if it is alone. UserError if settings are missing."""
-    environ = os.environ if environ is None else environ
-    if _COUNT in environ or _RANK in environ:
-        lacking = [name for name in (_ADDRESS, _COUNT, _RANK) if not environ.get(name)]
-        if lacking:
-            raise UserError(
-                f"{' and '.join(lacking)} not set", where="environment",
-                why=f"{_ADDRESS}, {_COUNT} and {_RANK} belong together",
-                hint=f"set all three (address HOST:PORT of process 0), or unset {_COUNT} and {_RANK} to train alone",
-            )  # fmt: skip
-        given = Place(_whole(environ, _RANK), _whole(environ, _COUNT), environ[_ADDRESS])
-        if not 0 <= given.index < given.count:
-            raise UserError(
-                f"{_RANK}={given.index} of {_COUNT}={given.count}", where="environment",
-                why="processes are numbered from 0",
-            )  # fmt: skip
-        if not given.address.rpartition(":")[2].isdigit():
-            raise UserError(f"{_ADDRESS}={given.address} has no port", where="environment", hint="HOST:PORT")
-        return given if given.count > 1 else Place(0, 1)
-    for count, rank in _LAUNCHERS:
-        if environ.get(count, "1") != "1" and rank in environ:
-            return Place(_whole(environ, rank), _whole(environ, count), environ.get(_ADDRESS))
-    return Place(0, 1)
+def join(facts: dict) -> None:
+    """Join the other processes, if there are any, and wait for all of them. Call it before jax looks for devices.
 
-
-def _whole(environ, name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise UserError(f"{name}={environ[name]!r} is not a whole number", where="environment") from None
-
-
-def join() -> None:
-    """Join the other processes, if there are any, and wait for all of them. Call it before jax looks for devices."""
+    `facts` (`machine/unlike.py`) are compared between all; a UserError says in every process what does not fit.
+    """
     global _team
     own = place()
     if own.count == 1 or _team is not None:
         return
+    met = rendezvous(own, facts)
+    line = Line(met, own.index)
+    _keep_stdout_for_results()
     import jax
     from jax._src import distributed  # the store has no public name; Orbax imports it in the same way
 
-    given: dict[str, Any] = {"local_device_ids": []} if _alone_on_its_box() else {}  # [] means all devices, not one
-    if own.address:
-        given = {"coordinator_address": own.address, "num_processes": own.count, "process_id": own.index}
-        given["cluster_detection_method"] = "deactivate"
-        if own.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
-            given["coordinator_bind_address"] = own.address  # jax would listen on every interface
     jax.config.update("jax_enable_preemption_service", False)  # `train.signals` handles signals
-    _say_waiting(own)
+    _let_gloo_use(met.address)
+    host, port = met.coordinator
+    host = f"[{host}]" if ":" in host else host
     try:
         jax.distributed.initialize(
-            **given, initialization_timeout=_CONNECT_SECONDS, heartbeat_timeout_seconds=_SILENT_SECONDS
-        )
+            f"{host}:{port}", own.count, own.index, local_devices(), cluster_detection_method="deactivate",
+            coordinator_bind_address=f"{host}:{port}" if own.index == 0 else None,
+            initialization_timeout=_CONNECT_SECONDS, heartbeat_timeout_seconds=_SILENT_SECONDS,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
+        line.leave(str(error).splitlines()[0], 1)
         raise UserError(
-            f"cannot join the other processes: {str(error).splitlines()[0]}", where="environment",
-            hint=f"set {_ADDRESS} (HOST:PORT of process 0), {_COUNT} and {_RANK} for each of them",
+            f"cannot join the other processes: {str(error).splitlines()[0]}", where="rendezvous",
+            hint="start all of them again",
         ) from error  # fmt: skip
-    _keep_stdout_for_results()
     jax.devices()  # connects the clients of all processes now; later, one of them may be waiting for a decision
-    _team = _Team(own, distributed.global_state.client)
+    _team = _Team(own, distributed.global_state.client, line)
+    _refuse_another_count(jax.process_count(), own.count)
     _each_for_itself()
 
 
-def _alone_on_its_box(environ=None) -> bool:
-    """Whether the launcher placed one process on each box, which then drives all of the box's devices."""
-    environ = os.environ if environ is None else environ
-    slurm = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
-    return "1" in (slurm, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
+def _let_gloo_use(address: str) -> None:
+    """Let gloo, which connects processors, take the address by which the others reach this machine.
+
+    jax leaves gloo with whatever the machine's own name resolves to (127.0.1.1 on a plain Debian), reads no variable,
+    and offers no setting.
+    """
+    from functools import partial
+
+    from jax._src.lib import _jax
+
+    _jax.make_gloo_tcp_collectives = partial(_jax.make_gloo_tcp_collectives, hostname=address)
 
 
-def _say_waiting(own: Place) -> None:
-    """Print what this process waits for: if the others do not come, jax ends it without raising a Python error."""
-    where = f" at {own.address}" if own.address else ""
-    whom = f"process 0{where}" if own.index else f"{own.count - 1} more{where}"
-    print(f"process {own.index} of {own.count}: waiting up to {_CONNECT_SECONDS} s for {whom}", file=sys.stderr)
-    if not (own.index and own.address):
-        return
-    host, _, port = own.address.rpartition(":")
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"process 0 does not answer at {own.address}: {error}", where="environment",
-                    why=f"waited {_CONNECT_SECONDS} s", hint=f"is it running, with the same {_ADDRESS}?",
-                ) from error  # fmt: skip
-            time.sleep(0.2)
+def _refuse_another_count(found: int, wanted: int) -> None:
+    """UserError if jax does not see the processes that were started: each would train alone, without a word."""
+    if found != wanted:
+        raise UserError(f"jax sees {found} processes and {wanted} were started", where="rendezvous",
+                        hint="was jax used before the processes had joined?")  # fmt: skip
+
+
+@contextlib.contextmanager
+def told():
+    """In this context a UserError of this process, which has not joined yet, ends the others at once too."""
+    try:
+        yield
+    except UserError as error:
+        own = place()
+        if own.count > 1 and _team is None:
+            with contextlib.suppress(UserError):  # this process has its own message
+                rendezvous(own, {"trouble": str(error)})
+        raise
 
 
 def _keep_stdout_for_results() -> None:
@@ -186,12 +155,16 @@ def _keep_stdout_for_results() -> None:
 def _each_for_itself() -> None:
     """Make Orbax, which reads and writes files in this process, see a single process.
 
-    Otherwise it would wait for all processes at every save, and no setting of its own turns that off everywhere.
+    Otherwise it would wait for all processes at every save, and no setting of its own turns that off everywhere. The
+    threads of a save would send each other their signals through the store that all processes share, under the same
+    names in each.
     """
     import jax
+    from orbax.checkpoint._src.multihost import multihost
 
     jax.process_count = lambda backend=None: 1
     jax.process_index = lambda backend=None: 0
+    multihost.is_jax_distributed_client_initialized = lambda: False
 
 
 def count() -> int:
@@ -236,17 +209,20 @@ def refuse_unlike(what: str, mine: str) -> None:
     """UserError in every process if one's `mine` differs from the leader's: it would train something else."""
     if _team is None:
         return
-    reply, theirs = f"aurora/{_team.decisions}/reply", agreed(lambda: mine)
+    reply, leaders = f"aurora/{_team.decisions}/reply", agreed(lambda: mine)
     if leads():
-        differ = [number for number in range(1, count()) if _team.wait(f"{reply}/{number}") != "same"]
+        known = {number: json.loads(_team.wait(f"{reply}/{number}")) for number in range(1, count())}
     else:
-        differ = [index()] if theirs != mine else []
-        _team.client.key_value_set(f"{reply}/{index()}", "other" if differ else "same")
+        known = {index(): mine}
+        _team.client.key_value_set(f"{reply}/{index()}", json.dumps(mine))
+    differ = [number for number, theirs in known.items() if theirs != leaders]
     if differ:
+        shown = f"{leaders} and {known[differ[0]]}"
         raise UserError(
-            f"process {differ[0]} has another {what} than process 0", where="environment",
-            hint="start every process with the same command, files and packages",
-        )
+            f"{name(differ[0])} has another {what} than {name(0)}", where="environment",
+            why=shown if len(shown) < 200 else None,
+            hint="start every process with the same command, files and packages, on machines of one kind",
+        )  # fmt: skip
 
 
 def stop_asked(step: int, mine: str | None) -> str | None:
@@ -271,15 +247,25 @@ def stop_asked(step: int, mine: str | None) -> str | None:
     return _team.stop[1] if _team.stop and step >= _team.stop[0] else None
 
 
+def post(key: str, value: str) -> None:
+    """Leave a message for the other processes, from any thread. A key is used once."""
+    _team.client.key_value_set(key, value)
+
+
+def await_post(key: str) -> str:
+    """The message that a process leaves under a key, from any thread; waits for it. `Ended` if a process left."""
+    return _team.wait(key)
+
+
 def meet() -> None:
     """Wait until every process has called this."""
     refuse_unlike("place", "here")
 
 
 @contextlib.contextmanager
-def together():
+def together(facts: dict):
     """Join the others. If this process leaves the context early, it notifies the others, so that none waits forever."""
-    join()
+    join(facts)
     try:
         yield
     except BaseException as error:
@@ -297,6 +283,7 @@ def _part() -> None:
     """
     import jax
 
+    _team.line.part()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if not leads():
             _team.client.key_value_set(f"aurora/parted/{index()}", "", allow_overwrite=True)
@@ -314,20 +301,52 @@ def leave(why: str, status: int) -> None:
     import jax
 
     _team.left = True
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        if leads():
+    _team.line.leave(why, status)
+    if leads():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             _team.client.key_value_set(f"aurora/{_team.decisions}", json.dumps({"ended": why, "status": status}))
-            if _team.client.key_value_dir_get("aurora/left") == []:
+            if _team.line.left is None:
                 _part()
-        else:  # leave at once: the leader may be in a collective, which only the end of this process interrupts
-            _team.client.key_value_set("aurora/left/any", json.dumps([index(), why]), allow_overwrite=True)
+    # Another leaves at once: the leader may be in a collective, which only the end of this process interrupts.
 
 
 def lost(error: Exception) -> Ended | None:
-    """The error of a collective that another process has left, as one line; None for any other error."""
+    """The error of a collective that another process has left, as one line; None for any other error.
+
+    Does not return if a process is lost: the line ends this one, with the name of the other.
+    """
     text = str(error)
-    broken = _team is not None and any(sign in text for sign in _SIGNS)
-    return Ended("another process", text.splitlines()[0][:200]) if broken else None
+    if _team is None or not any(sign in text for sign in _SIGNS):
+        return None
+    _team.line.await_loss(_BROKEN_SECONDS)
+    return Ended(*(_team.line.left or ("another process", text.splitlines()[0][:200])))
+
+
+def tell(kind: str, **fields) -> None:
+    """Send a message to all other processes. Does nothing in a single process."""
+    if _team is not None:
+        _team.line.tell(kind, **fields)
+
+
+def on(kind: str, heard: Callable[[int, dict], None]) -> None:
+    """Let `heard(process, message)` be called, in a thread, with each message of this kind that another sends."""
+    if _team is not None:
+        _team.heard[kind] = heard
+
+
+def at_loss(call: Callable[[str], None]) -> None:
+    """Let `call` be called with the name of a process that is lost, before this one is ended for it."""
+    if _team is not None:
+        _team.line.at_loss = call
+
+
+def name(process: int) -> str:
+    """How a message calls a process: its number and its machine."""
+    return f"process {process}" if _team is None else _team.line.name(process)
+
+
+def _ignore(process: int, message: dict) -> None:
+    """What is done with a message that nobody listens for yet."""
 
 
 def joined() -> bool:

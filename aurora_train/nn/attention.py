@@ -11,7 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aurora_train.errors import UserError
 from aurora_train.nn import lora, param
-from aurora_train.nn.attention_kernels import Rule, cudnn, masked_attention, reference, visible, xla
+from aurora_train.nn.attention_cached import attend
+from aurora_train.nn.attention_kernels import Rule, cudnn, reference, xla
 from aurora_train.nn.cpu.blocked import blocked
 from aurora_train.nn.decoder_config import DecoderConfig, Layer
 from aurora_train.nn.norms import Norm
@@ -24,7 +25,7 @@ BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "blocked": block
 class Context(NamedTuple):
     """Inputs that all layers share.
 
-    With a cache, `positions` are also the cache slots, `segments` is unused, and `prefix` is bool[B, S] over the slots.
+    With a cache, `segments` is unused, and `prefix` is bool[B, S] over positions.
     """
 
     positions: jax.Array  # int32[B, T]
@@ -38,6 +39,7 @@ class Context(NamedTuple):
     places: jax.Array | None = None
     memory_places: jax.Array | None = None
     real: jax.Array | None = None  # bool[B, T], with a cache: False for padding, which no state may take in
+    rows: jax.Array | None = None  # int32[B], with a cache of more rows: which of them these are
 
 
 class Choice(NamedTuple):
@@ -157,14 +159,16 @@ class Attention(nnx.Module):
 
     @staticmethod
     def empty_cache(config: DecoderConfig, row: Layer, batch: int, length: int, dtype: str):
-        """Zero keys and values for `length` positions; those of an encoder's output are not cached."""
-        shape = (batch, length, config.num_kv_heads, config.dim_per_head)
+        """Zero keys and values for `length` positions, of a window for no more than it sees (`nn.attention_cached`);
+        those of an encoder's output are not cached."""
+        slots = length if row.window is None else min(length, row.window)
+        shape = (batch, config.num_kv_heads, slots, config.dim_per_head)
         dtype = forms().cache_dtype(dtype)
         return {} if row.kind == "cross" else {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
 
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, context: Context, cache=None):
-        """Returns (output, cache). `cache`: {"key", "value"} of [B, S, kv_heads, head_dim], slot = position."""
+        """Returns (output, cache). `cache`: {"key", "value"} of [B, kv_heads, S, head_dim] (`nn.attention_cached`)."""
         source = _memory(context) if self.is_cross else x
         query = self._project(_placed(x, context.places), "query", self.heads)
         where = context.memory_places if self.is_cross else context.places
@@ -180,10 +184,7 @@ class Attention(nnx.Module):
         elif cache is None:
             out = BACKENDS[self.backend](query, key, value, self.rule, context.segments, prefix=context.prefix)
         else:
-            cache = _write(cache, key, value, context.positions)
-            slots = jnp.arange(cache["key"].shape[1])[None]
-            mask = visible(context.positions, slots, self.rule, prefix=context.prefix)
-            out = masked_attention(query, cache["key"], cache["value"], self.rule, mask)
+            out, cache = attend(query, key, value, cache, self.rule, context)
         flat = out.reshape(*x.shape[:-1], self.heads * self.dim)
         if self.gated:
             gate = checkpoint_name(lora.project(self, "out_gate", x), "attn_gate")
@@ -218,12 +219,3 @@ def _memory(context: Context) -> jax.Array:
 
 def _placed(x: jax.Array, places) -> jax.Array:
     return x if places is None else x + places.astype(x.dtype)
-
-
-def _write(cache, key, value, positions):
-    """Write the new keys and values to the slots of their positions, which differ between rows of the batch."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    return {
-        "key": cache["key"].at[rows, positions].set(key.astype(cache["key"].dtype)),
-        "value": cache["value"].at[rows, positions].set(value.astype(cache["value"].dtype)),
-    }

@@ -25,23 +25,31 @@ class Decoder(Transformer):
             self.head = param.kernel(rngs, (config.width, vocab_size), ("embed", "vocab"))
             lora.adapt(self, config.lora, (), rngs, plain=("head",))
 
-    def extend(self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None, real=None):
+    def extend(
+        self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None, real=None, lasts=None,
+        rows=None,
+    ):  # fmt: skip
         """A call with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier tokens of their row.
 
-        `prefix`: bool[B, S] over the cache's slots. `real`: bool[B, T], False for the padding at the end of a row.
+        Args:
+            prefix: bool[B, S] over positions. All of a prefix is read in one call, for its tokens see each other.
+            real: bool[B, T], False for the padding at the end of a row.
+            lasts: int32[B], the last position of each row's text, if a text is read by parts: longrope turns by it.
+            rows: int32[B], the row of each text in the caches, if those have more.
+
         Returns (hidden, caches). UserError for a bidirectional model.
         """
         if self.mask == "bidirectional":
             raise UserError("a bidirectional model reads a whole text at once and cannot continue one", where="model")
         if self.mask == "prefix" and prefix is None:
             raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
-        x, context = self.embedded(tokens, positions), make_context(self.config, positions, None, real)
-        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments, real=real)
+        x, context = self.embedded(tokens, positions), make_context(self.config, positions, None, real, lasts)
+        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments, real=real, rows=rows)
         x, caches, _ = self.stack(x, context, caches=caches)
         return self.final_norm(x), caches
 
     def empty_caches(self, batch: int, length: int):
-        """Zero keys and values for `length` positions of every layer."""
+        """Caches of every layer before the first token, for texts of up to `length` positions."""
         return empty_caches(self.config, self.stack, batch, length, self.dtype)
 
     def logits(self, hidden):

@@ -6,7 +6,7 @@ A head's state S [key_dim, value_dim] follows, token by token,
 
 with k and q of unit length, g <= 0 and 0 < beta < 1. A document begins with S = 0, so packed documents do not see each
 other. `chunked` computes the same for 64 tokens at a time by matrix products (section 3.3, the WY form of Yang et al.
-2024); `recurrent` is the definition above, for tests.
+2024); `recurrent` is the definition above, for one token after another, and for tests.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class DeltaNet(nnx.Module):
         self.value = param.kernel(rngs, (width, values), ("embed", "heads"))
         self.out_gate = param.kernel(rngs, (width, values), ("embed", "heads"))
         self.out = param.kernel(rngs, (values, width), ("heads", "embed"), gain=(2 * config.layers) ** -0.5)
-        self.write = param.kernel(rngs, (width, shape.value_heads), ("embed", "heads"))
-        self.forget = param.kernel(rngs, (width, shape.value_heads), ("embed", "heads"))
+        self.write = param.kernel(rngs, (width, shape.value_heads), ("embed", "value_heads"))
+        self.forget = param.kernel(rngs, (width, shape.value_heads), ("embed", "value_heads"))
         self.forget_rate = param.named(jnp.log(jnp.linspace(1.0, 16.0, shape.value_heads)), ("norm",))
         self.forget_bias = param.ones(shape.value_heads, "norm")
         self.conv = param.kernel(rngs, (shape.taps, 2 * keys + values), ("norm", "heads"))
@@ -66,10 +66,11 @@ class DeltaNet(nnx.Module):
 
     @jax.named_scope("delta")
     def __call__(self, x: jax.Array, context, cache=None):
-        """Returns (output, cache). With a cache, tokens that are not `context.real` leave it as it was."""
+        """Returns (output, cache). With a cache, a text begins at position 0, and what is not `context.real` leaves the
+        cache as it was."""
         shape, lead = self.shape, x.shape[:2]
         projected = jnp.concatenate([lora.project(self, name, x) for name in ("query", "key", "value")], -1)
-        before = None if cache is None else cache["conv"]
+        before, state = (None, None) if cache is None else self._so_far(cache, context)
         mixed = jax.nn.silu(convolve(projected, self.conv[...], context.segments, before).astype(jnp.float32))
         keys = shape.key_heads * shape.key_dim
         query, key, value = jnp.split(mixed, (keys, 2 * keys), -1)
@@ -82,14 +83,24 @@ class DeltaNet(nnx.Module):
         log_decay = -jnp.exp(self.forget_rate[...].astype(jnp.float32)) * jax.nn.softplus(forget)
         if context.real is not None:
             beta, log_decay = (jnp.where(context.real[..., None], a, 0) for a in (beta, log_decay))
-        state = None if cache is None else cache["state"]
-        out, state = chunked(query, key, value, log_decay, beta, starts(context.segments), state)
+        form = chunked if cache is None or lead[1] > 1 else recurrent  # of one token, its definition is the least work
+        out, state = form(query, key, value, log_decay, beta, starts(context.segments), state)
         if cache is not None:
-            cache = {"conv": _last_inputs(cache["conv"], projected, context.real), "state": state}
+            now, rows = {"conv": _last_inputs(before, projected, context.real), "state": state}, context.rows
+            cache = now if rows is None else {name: cache[name].at[rows].set(new) for name, new in now.items()}
         out = checkpoint_name(out.astype(x.dtype), "delta_out")
         gate = lora.project(self, "out_gate", x).reshape(value.shape).astype(jnp.float32)
         out = (self.norm(out).astype(jnp.float32) * jax.nn.silu(gate)).astype(x.dtype)
         return lora.project(self, "out", out.reshape(*lead, -1)), cache
+
+    @staticmethod
+    def _so_far(cache, context):
+        """(the last inputs of the convolution, the state) of each row: zeros where a text begins."""
+        begins = context.positions[:, 0] == 0
+        if context.real is not None:
+            begins &= context.real[:, 0]
+        own = (cache[name] if context.rows is None else cache[name][context.rows] for name in ("conv", "state"))
+        return (jnp.where(begins.reshape(-1, *[1] * (a.ndim - 1)), 0, a) for a in own)
 
 
 def convolve(x: jax.Array, taps: jax.Array, segments, before=None) -> jax.Array:

@@ -17,10 +17,12 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, wi
     In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to 8 bits, unless `wide`.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if x.dtype == jnp.float32:
-        y = flat @ weight.astype(x.dtype)
-    elif current().in_8_bits and not wide:
+    if x.dtype != jnp.float32 and current().in_8_bits and not wide:
         y = _quantized(forms(), flat, weight)
+    elif current().decoding:
+        y = forms().times_few(flat, weight, out_dtype=x.dtype)
+    elif x.dtype == jnp.float32:
+        y = flat @ weight.astype(x.dtype)
     else:
         y = _mixed(forms(), flat, weight)
     if bias is not None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_train.errors import UserError
-from aurora_train.nn import nf4
+from aurora_train.nn import int8, nf4
 from aurora_train.nn.linear import linear
 from aurora_train.nn.param import named
 from aurora_train.nn.tracing import current, forms
@@ -38,11 +38,16 @@ def adapt(module: nnx.Module, config, names: tuple[str, ...], rngs: nnx.Rngs, *,
         place: the module's name in its block, by which patterns may name its kernels (`mlp.*`).
         plain: names of further kernels, which are never encoded.
 
+    What a decoder does with the weights beforehand (`generate.weights`) it does to `module.kernels`, and stores in
+    fewer bits `module.encodable` of them: those in 8 bits are named by `module.rounded`.
+
     The keys are folded separately and take nothing from the stream, so kernels are drawn as without adapters. A second
     call for a module adds to the first.
     """
     module.lora_scale = None if config is None else config.scale
     module.coded = () if config is None or config.base != "nf4" else names
+    module.encodable, module.rounded = (*getattr(module, "encodable", ()), *names), ()
+    module.kernels = (*getattr(module, "kernels", ()), *names, *plain)
     chosen = () if config is None else tuple(name for name in (*names, *plain) if config.adapts(place, name))
     module.adapted = (*getattr(module, "adapted", ()), *chosen)
     for name in chosen:
@@ -71,6 +76,9 @@ def project(module: nnx.Module, name: str, x: jax.Array, bias: jax.Array | None 
     if name in module.coded:
         _refuse_both()
         y = nf4.linear(x, *(getattr(module, name + suffix)[...] for suffix in (nf4.CODES, nf4.SCALES)))
+        y = y if bias is None else forms().add_bias(y, bias)
+    elif name in module.rounded:
+        y = int8.linear(x, *(getattr(module, name + suffix)[...] for suffix in (int8.CODES, int8.SCALES)))
         y = y if bias is None else forms().add_bias(y, bias)
     else:
         y = linear(x, getattr(module, name)[...], bias)

@@ -16,15 +16,17 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from aurora_train.nn import plain
 from aurora_train.nn.plain import dot
-from aurora_train.nn.tracing import forms
+from aurora_train.nn.tracing import current, forms
 
 
 def logits_of(hidden, head, vocab_first: bool, softcap: float | None = None):
     """hidden[..., D] times head -> float32[..., V]. `head` is [V, D] if `vocab_first` (tied), else [D, V]."""
     hidden, head = _parts(hidden), _parts(head)
     flat = [part.reshape(-1, part.shape[-1]) for part in hidden]
-    products = (dot(x, one.astype(x.dtype), 1, 1 if vocab_first else 0) for x, one in zip(flat, head, strict=True))
+    times = forms().times_few if current().decoding else plain.times_few
+    products = (times(x, one, 1 if vocab_first else 0) for x, one in zip(flat, head, strict=True))
     logits = functools.reduce(operator.add, products)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)

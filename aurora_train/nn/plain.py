@@ -26,6 +26,11 @@ def times(x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
     return dot(x, low, 1, 0, out_dtype or x.dtype)
 
 
+def times_few(x: jax.Array, weight: jax.Array, axis: int = 0, out_dtype=jnp.float32) -> jax.Array:
+    """For decoding: x[n, in] times a weight as it is stored, [in, out] (`axis` 0) or [out, in] (`axis` 1)."""
+    return dot(x, weight.astype(x.dtype), 1, axis, out_dtype)
+
+
 def times_transposed(g: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
     """g[n, out] times the transpose of low[in, out]: the gradient of the other operand."""
     return dot(g, low, 1, 1, out_dtype or g.dtype)

@@ -60,15 +60,17 @@ def attention_factor(scaling: RopeScaling) -> float:
     return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
 
 
-def rope_table(positions: jax.Array, rope: Rope, real: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def rope_table(positions: jax.Array, rope: Rope, real=None, lasts=None) -> tuple[jax.Array, jax.Array]:
     """int32[B, T] -> cosines and sines, float32[B, T, dims / 2] each; made once for all layers.
 
     With longrope, a text with a position beyond the original length takes the long factors for all of its positions.
     A text is a run of positions that follow each other. `real`: bool[B, T], False for padding, which counts for none.
+    `lasts`: int32[B], the last position of the text of which each row is a part, if rows are parts.
     """
     frequencies, factor = rope_frequencies(rope), attention_factor(rope.scaling)
     if rope.scaling.kind == "longrope":
-        beyond = _last_of_text(positions, real)[..., None] >= rope.scaling.original_length
+        last = _last_of_text(positions, real) if lasts is None else lasts[:, None]
+        beyond = last[..., None] >= rope.scaling.original_length
         ratio = np.asarray(rope.scaling.short_factors) / np.asarray(rope.scaling.long_factors)
         frequencies = jnp.where(beyond, (frequencies * ratio).astype(np.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies

@@ -23,7 +23,7 @@ from aurora_train.errors import UserError
 from aurora_train.nn import fp8
 from aurora_train.nn.plain import entry
 from aurora_train.nn.saving import UNIT_INPUT, policy
-from aurora_train.nn.tracing import forms, tracing
+from aurora_train.nn.tracing import by_rows, forms, tracing
 
 SEGMENTS = "segments"  # the key that marks a nested dict of parameters as a stack
 UNITS = "units"  # its canonical counterpart, with one entry per unit
@@ -111,7 +111,7 @@ class Stack(nnx.Module):
             x, (out, report) = _run(segment, module, x, context, keys, part, self._is_quantized(segment))
             outs.append(out)
             reports.append(report)
-        return x, None if caches is None else outs, _added(reports)
+        return by_rows(x), None if caches is None else outs, _added(reports)
 
     def outputs(self, x, context, keys=None):
         """Run x through the units one by one, and yield the absolute index and the output of each."""
@@ -154,6 +154,7 @@ def _unit(segment: Segment, graph, context, keys, quantized: bool):
 
     def body(x, unit_inputs):
         state, index, cache = unit_inputs
+        x = by_rows(x)
         state = jax.tree.map(summed, state)
         unit_keys = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
         if UNIT_INPUT in segment.offload:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,6 +25,8 @@ class Tracing(NamedTuple):
     forms: str = "auto"  # `train.forms`: "auto" is the platform's own; a name of `FORMS` is taken on any platform
     fp8_ends: int | None = None  # units at either end of a stack that stay in bfloat16 in an fp8 step; None: no fp8
     in_8_bits: bool = False  # whether a unit is being traced that multiplies in 8 bits
+    decoding: bool = False  # whether texts are continued: few rows read all weights, and nothing is differentiated
+    rows: Any = None  # the sharding of what has a row for each example (`by_rows`); None on a single device
     adapters: bool = True  # False: as the frozen base alone, without what low-rank adapters add (`nn.lora`)
 
 
@@ -39,6 +42,18 @@ def tracing(**changes):
 def current() -> Tracing:
     """How models are traced here."""
     return _current.value
+
+
+def by_rows(tree):
+    """Arrays whose first axis is the examples, cut by it as the batch is.
+
+    Left to itself, the compiler may cut activations by their width as the weights are, and move them for every product.
+    """
+    rows = current().rows
+    if rows is None:
+        return tree
+    ways = math.prod(rows.mesh.shape[axis] for axis in rows.spec[0])
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, rows) if a.shape[0] % ways == 0 else a, tree)
 
 
 def platform() -> str:

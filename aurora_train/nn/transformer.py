@@ -74,6 +74,6 @@ class Transformer(nnx.Module):
         return x
 
 
-def make_context(config: DecoderConfig, positions: jax.Array, segments, real=None) -> Context:
-    """The inputs that all layers share, for any model built of these blocks. `real` as in `Decoder.extend`."""
-    return Context(positions, segments, tuple(rope_table(positions, rope, real) for rope in config.ropes))
+def make_context(config: DecoderConfig, positions: jax.Array, segments, real=None, lasts=None) -> Context:
+    """The inputs that all layers share, for any model built of these blocks. `real`, `lasts`: see `Decoder.extend`."""
+    return Context(positions, segments, tuple(rope_table(positions, rope, real, lasts) for rope in config.ropes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from aurora_train import mesh as meshes
 from aurora_train.checkpoint import layout
 from aurora_train.checkpoint.writer import PIECE_BYTES
 from aurora_train.nn import fp8
@@ -58,12 +59,12 @@ def sharded_bytes(tree, shardings) -> int:
 
 
 def unit_gradient_bytes(stack, mesh) -> int:
-    """Gradient bytes of one unit of an abstract Stack on one device of an fsdp mesh; 0 if none of it is trained."""
+    """Gradient bytes of one unit of an abstract Stack on one device of a mesh; 0 if none of it is trained."""
     from aurora_train.nn import lora
 
     _, state = nnx.split(stack.segments[0])
     trained, _ = lora.split(state)
-    return tree_bytes(trained) // stack.num_units // mesh.shape["fsdp"]
+    return sharded_bytes(trained, meshes.parameter_shardings(trained, mesh)) // stack.num_units
 
 
 def parameter_bytes(program) -> int:
@@ -81,7 +82,7 @@ def arguments(program, blueprint) -> dict[str, int]:
         cause: sum(sharded_bytes(getattr(state, name), getattr(places, name)) for name in names)
         for cause, names in parts.items()
     }
-    out["batch"] = tree_bytes(program.batch(program.config.train.batch)) // program.mesh.devices.size
+    out["batch"] = tree_bytes(program.batch(program.config.train.batch)) // meshes.batch_ways(program.mesh)
     return out
 
 
@@ -95,8 +96,10 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
     peak, if known; otherwise the inputs of the layers stand in for them. bfloat16 comes first: it is also faster.
     """
     config = program.config
-    count = sum(leaf.size for leaf in jax.tree.leaves(blueprint.state.params)) // program.mesh.shape["fsdp"]
-    state = tree_bytes(blueprint.state.opt_state) // program.mesh.shape["fsdp"]
+    params = blueprint.state.params
+    share = sharded_bytes(params, blueprint.shardings.params) / tree_bytes(params)  # of a state, on one device
+    count = share * sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = share * tree_bytes(blueprint.state.opt_state)
     unused = []
 
     def add(name, setting, saves):
@@ -105,7 +108,7 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
 
     for moments, name in (("bfloat16", "bfloat16 moments"), ("int8", "8-bit moments")):
         if moments != config.optimizer.moments and config.optimizer.name != "adafactor":
-            needed = tree_bytes(program.optimizer_state(moments=moments)) // program.mesh.shape["fsdp"]
+            needed = share * tree_bytes(program.optimizer_state(moments=moments))
             add(name, f"optimizer.moments={moments}", state - needed)
     if config.optimizer.master == "float32":
         add("bfloat16 parameters and gradients", "optimizer.master=bfloat16", 4 * count)
@@ -118,8 +121,8 @@ def levers(program, blueprint, plan=None, activations: int | None = None) -> lis
         kernels = [leaf for leaf in jax.tree.leaves(partition(blueprint.state.frozen)[1]) if leaf.ndim == 3]
         saves = tree_bytes(kernels) - sum(leaf.size for leaf in kernels) * 4.25 / 8
         if all(leaf.shape[1] % NF4_BLOCK == 0 for leaf in kernels):
-            add("a frozen base of 4 bits", "model.lora.base=nf4", saves / program.mesh.shape["fsdp"])
-    memory, local = config.memory, plan.microbatch // program.mesh.devices.size if plan else 1
+            add("a frozen base of 4 bits", "model.lora.base=nf4", share * saves)
+    memory, local = config.memory, plan.microbatch // meshes.batch_ways(program.mesh) if plan else 1
     inputs = local * sum(call[0].num_units * tree_bytes(call[1]) for call in program.stack_calls().values())
     if program.apart and memory.offload == "none" and memory.save != "all":
         add("the inputs of layers kept on the host", "memory.offload=[unit_input]", inputs)
@@ -154,6 +157,7 @@ def standing(planner, plan, activations: int | None = None) -> dict:
         "checkpoint": _checkpoint(program, blueprint),
         "attention": _attention(program.model()),
         "forms": taken,
+        "writing": program.writing(),
         "not_verified": _not_verified(planner),
         "compiles": planner.compiles,
     }

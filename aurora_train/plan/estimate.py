@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 
+from aurora_train.mesh import batch_ways
 from aurora_train.plan import account
 from aurora_train.plan.report import CAUSES
 from aurora_train.plan.residuals import trace_stack_unit
@@ -24,7 +25,7 @@ class Estimate:
     """The terms for one program (`train.rehearsal.Rehearsal`). Bytes on one device."""
 
     def __init__(self, program):
-        self.program, self.devices = program, program.mesh.devices.size
+        self.program, self.devices = program, batch_ways(program.mesh)
         blueprint = program.blueprint(program.simplest_plan())
         self.arguments = account.arguments(program, blueprint)
         trained = account.sharded_bytes(blueprint.state.params, blueprint.shardings.params)

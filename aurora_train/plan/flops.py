@@ -14,6 +14,7 @@ from aurora_train.compat import is_unreadable, jaxprs_in_params
 FREE = frozenset(
     ("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "rev", "iota", "copy", "name")
     + ("optimization_barrier", "stop_gradient", "reduce_precision", "concatenate", "pad", "split")
+    + ("sharding_constraint",)
 )
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
 

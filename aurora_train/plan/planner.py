@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from aurora_train.compat import is_unreadable
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import give_back_freed
+from aurora_train.mesh import batch_ways
 from aurora_train.plan import account, offload, unreadable
 from aurora_train.plan.estimate import Estimate
 from aurora_train.plan.plan import Plan
@@ -107,7 +108,20 @@ class Planner:
 
     def run(self) -> Plan:
         """The plan, verified by a compiler if there is one. UserError if nothing fits."""
-        return self._beside_copy_or_in_place(self._asked_or_searched)
+        plan = self._beside_copy_or_in_place(self._asked_or_searched)
+        self._refuse_writing(plan)
+        return plan
+
+    def _refuse_writing(self, plan: Plan) -> None:
+        """UserError if texts that the run will write do not fit beside its state: it would end where it is scored."""
+        writing, held = plan.details.get("writing"), sum(self.estimate.arguments.values())
+        if writing and held + writing["bytes"] > self.budget:
+            raise UserError(
+                f"{writing['texts']} texts of {writing['length']} tokens, written at once for samples or scores, take "
+                f"{size(writing['bytes'])} beside the {size(held)} of the state, and the budget is {size(self.budget)}",
+                where="samples.count", why=self.budget_reason,
+                hint="fewer texts (samples.count, score.exact_batch), or shorter ones (samples.max_tokens)",
+            )  # fmt: skip
 
     def unchanged(self, earlier: Plan) -> Plan | None:
         """The plan that `run` would make, if it is `earlier`, which an equal planner with other memory made; else None.
@@ -147,7 +161,7 @@ class Planner:
             if not is_unreadable(error):
                 raise
             fault = error  # handled outside of this block, so that a later error is not shown as its consequence
-        devices = self.program.mesh.devices.size
+        devices = batch_ways(self.program.mesh)
         return unreadable.plan_unreadable(self, microbatches(self.program.config, self.program.recipe, devices), fault)
 
     def _asked_or_searched(self) -> Plan:
@@ -179,7 +193,7 @@ class Planner:
 
     def _as_asked(self) -> Plan | None:
         """The plan if no search is needed: the config says what is kept, or a CPU has room for everything."""
-        program, devices = self.program, self.program.mesh.devices.size
+        program, devices = self.program, batch_ways(self.program.mesh)
         pairs = microbatches(program.config, program.recipe, devices)
         if not self.is_fixed and program.platform != "cpu":
             return None
@@ -250,13 +264,13 @@ class Planner:
             mine = tuple(tag for tag in moved if tag in offload.tags_of(calls[path][0]))
             scores = offload.with_offload(graph, graph.points(), wish, mine, program.apart)
             stacks.append(self._costs_of(path, scores))
-        return self._space_of(stacks, microbatches(program.config, program.recipe, program.mesh.devices.size))
+        return self._space_of(stacks, microbatches(program.config, program.recipe, batch_ways(program.mesh)))
 
     def _costs_of(self, path: str, scores: list) -> StackCosts:
         return StackCosts(path, self.program.stacks()[path].num_units, scores, self.estimate.gradient[path])
 
     def _space_of(self, stacks: list[StackCosts], pairs) -> Space:
-        return Space(stacks, pairs, self.program.mesh.devices.size, self._costs(), self.estimate.rest)
+        return Space(stacks, pairs, batch_ways(self.program.mesh), self._costs(), self.estimate.rest)
 
     def _costs(self) -> Costs:
         if self.rates is None:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from aurora_train.record.throughput import TimeLeft
-from aurora_train.units import count, decimal, duration, percent, size
+from aurora_train.units import count, decimal, duration, energy, percent, size
 
 _BAR_CELLS = 16
 _REFRESH_PER_SECOND = 4
@@ -189,6 +189,15 @@ class Progress(_Display):
             parts.append(f"MFU {percent(record['mfu'])}")
         if record.get("data_wait") is not None:
             parts.append(f"data wait {percent(record['data_wait'])}")
+        if record.get("joules_per_step") is not None:
+            parts.append(f"{count(record['joules_per_step'])} J/step")
+            parts.append(f"{count(record['tokens_per_joule'])} {self._unit}/J")
+        if record.get("total_joules") is not None:
+            parts.append(energy(record["total_joules"]))
+        if record.get("cost") is not None:
+            parts.append(f"cost {record['cost']:.3g}")
+        if record.get("co2_g") is not None:
+            parts.append(f"{count(record['co2_g'])}g CO2")
         if (record.get("memory_bytes") or 0) >= _WORTH_SHOWING:
             parts.append(size(record["memory_bytes"]))
         if step < self._total_steps and self._left.seconds() is not None:

@@ -1,1 +1,2 @@
-"""Answers requests over a local socket: JSON lines in, JSON lines out. It serves a function and knows no recipe."""
+"""Serves models: over HTTP by OpenAI's protocol (`server`), and functions by lines of JSON over a socket (`lines`). It
+knows no recipe."""

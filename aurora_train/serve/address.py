@@ -74,3 +74,10 @@ def make_way(path: Path) -> None:
         except OSError as error:
             raise UserError(f"this socket cannot be used: {error.strerror}", where=f"--socket {path}") from error
     raise UserError("another server listens here", where=f"--socket {path}", hint="name another path")
+
+
+def cannot_listen(address: Address, error: OSError) -> UserError:
+    """The error that an address gave, as the user has to hear it."""
+    where = f"--socket {address.path}" if address.path else f"{address.host}:{address.port}"
+    hint = "name another path" if address.path else "if another server listens there: --port 0 takes a free one"
+    return UserError(f"cannot listen: {error.strerror or error}", where=where, hint=hint)

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aurora_train.errors import UserError
-from aurora_train.serve.address import Address, make_way
+from aurora_train.serve.address import Address, cannot_listen, make_way
 from aurora_train.serve.arrays import decoded, encoded
 from aurora_train.serve.latency import Latencies
 
@@ -252,6 +252,4 @@ def _listening(address: Address):
         kind = _Tcp6 if ":" in address.host else _Tcp
         return kind((address.host, address.port), _Handler)
     except OSError as error:
-        where = f"--socket {address.path}" if address.path else f"{address.host}:{address.port}"
-        hint = "name another path" if address.path else "if another server listens there: --port 0 takes a free one"
-        raise UserError(f"cannot listen: {error.strerror or error}", where=where, hint=hint) from error
+        raise cannot_listen(address, error) from error

@@ -188,7 +188,7 @@ def step_config(state: State, size: Size, context: int):
         "data": {"sequence": context, "tokenizer": {"kind": "bpe", "vocab": size.vocab}},
         "train": {"batch": 1, "precision": "bfloat16"},
         "optimizer": state.sections.get("optimizer", {}),
-        "mesh": {"data": 1, "fsdp": 1},
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     }
     return config_class(config_recipe()).model_validate_json(json.dumps(tree))
 

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from aurora_train.files import cache_folder
+from aurora_train.machine import nvml
 from aurora_train.machine.memory import budget_bytes, device_memory
 from aurora_train.machine.profile import (
     Machine,
@@ -30,6 +31,7 @@ from aurora_train.machine.profile import (
     this_machine,
 )
 from aurora_train.machine.rates import flop_rate, rates_for, store
+from aurora_train.record.energy import in_words, sources
 from aurora_train.tools.calibrate import matmul_seconds, measure
 from aurora_train.units import percent, size
 
@@ -44,6 +46,10 @@ _EXTRAS = {  # extra -> (modules, any one of which suffices; its purpose)
     "robot": (("metaworld",), "robot policies: simulated arms (Meta-World, MuJoCo) and video"),
     "vision": (("sklearn",), "the handwritten digits of scikit-learn"),
     "plan": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "planning for an absent NVIDIA GPU"),
+    "serve": (("starlette", "uvicorn"), "`aurora serve`"),
+    "constrain": (("llguidance",), "answers of `aurora serve` that keep to a JSON schema or an expression"),
+    "energy": (("pynvml",), "the energy of NVIDIA GPUs, and their power caps"),
+    "lm-eval": (("lm_eval",), "the tasks of lm-eval (`aurora evaluate --suite`)"),
     "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
     "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),
 }
@@ -85,7 +91,7 @@ def examine(run_folder: Path, calibrate: bool = False) -> list[Check]:
         return [*checks, Check("devices", "fail", f"jax finds no device: {text}", "JAX_PLATFORMS=cpu aurora doctor")]
     checks += [*check_cuda(machine), check_devices(machine), *check_memory(machine)]
     checks += [check_matmul(machine, dtype) for dtype in ("float32", "bfloat16")]
-    checks.append(check_rates(machine, calibrate))
+    checks += [check_rates(machine, calibrate), check_energy()]
     checks += [check_disk(run_folder), check_cache(), check_shared_memory(), check_file_limit(), check_clock()]
     return checks
 
@@ -233,6 +239,14 @@ def check_rates(machine: Machine, calibrate: bool = False) -> Check:
     fix = None if rates.source == "measured" else "aurora doctor --calibrate"
     finding = rates.describe() if rates.source == "measured" else f"{rates.describe()}: {rates.note}"
     return Check("rates", "ok", finding, fix, asdict(rates))
+
+
+def check_energy() -> Check:
+    """What measures the energy of runs; `aurora energy` shows more."""
+    gpus, why = nvml.gpus()
+    found = sources(gpus, None)
+    finding = in_words(found) if found else f"not measured: {why or 'no meter can be read'}"
+    return Check("energy", "ok", finding, values={"sources": [source.describe() for source in found]})
 
 
 # ---- disk and system

@@ -28,8 +28,9 @@ from aurora_train.files import read_json, write_json
 from aurora_train.interop.export import CARD, lineage_lines
 from aurora_train.interop.hf import tensors_of_file
 from aurora_train.interop.proof import NAME as PROOF
-from aurora_train.interop.result import origin_of, published
+from aurora_train.interop.result import AS_IT_IS, origin_of, published
 from aurora_train.interop.source import same_bits
+from aurora_train.nn.decoder_config import DecoderConfig
 from aurora_train.run import Run
 from aurora_train.train.evaluate import weights_of
 from aurora_train.train.session import recipe_of
@@ -50,8 +51,9 @@ def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
     config = load_resolved(run.folder)
     formats = config.recipe_class.formats
     if format not in formats:
+        there = [*formats, *(known if isinstance(getattr(config, "model", None), DecoderConfig) else ())]
         raise UserError(f"a run of {config.recipe} has no format {format!r}", where="--format",
-                        hint=f"one of {', '.join([*formats, *known])}")  # fmt: skip
+                        hint=f"one of {', '.join(there)}" if there else AS_IT_IS)  # fmt: skip
 
 
 def write(trained, folder: Path, format: str) -> dict[str, Any]:

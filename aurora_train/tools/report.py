@@ -17,6 +17,7 @@ from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_atomically
 from aurora_train.run import Run, early_words
 from aurora_train.tools.recorded import Recorded, series
+from aurora_train.tools.report_energy import energy_section, energy_used
 from aurora_train.tools.report_memory import memory_section
 from aurora_train.tools.report_page import (
     cards,
@@ -46,12 +47,14 @@ def write_report(run_folder) -> Path:
             _head(held),
             _curves(held),
             _score(held.scores),
+            _suites(run.suites),
             _plots(read_json(run.plots, []), run.workdir),
             _samples(run.samples),
             _data(data),
             section("Config", f"<pre>{escape(run.config.read_text())}</pre>"),
             _machine(held.provenance),
             memory_section(plan, held.steps) or section("Memory plan", facts(plan) if plan else ""),
+            energy_section(held),
             _events(held.events),
             "<footer>Drawn by <code>aurora report</code> from the files of this run folder.</footer>",
         )
@@ -102,7 +105,6 @@ def _glance(held: Recorded) -> list[tuple[str, str]]:
         return [record[name] for record in held.steps if record.get(name) is not None]
 
     loss, over = held.recent_loss() or (held.steps[-1]["loss"] if held.steps else None, 1)
-    joules = [event["energy_joules"] for event in held.events if event.get("energy_joules") is not None]
     skipped, losses = sum(map(bool, known("skipped"))), held.validation_losses
     figures = [
         (words(held.headline or ""), number(held.score.get(held.headline)) if held.headline else None),
@@ -113,7 +115,7 @@ def _glance(held: Recorded) -> list[tuple[str, str]]:
         *((what, form(median(known(name))) if known(name) else None) for name, what, form in _RATES),
         ("memory, highest", size(max(known("memory_bytes"))) if known("memory_bytes") else None),
         ("training time", duration(held.seconds)),
-        ("energy", f"{sum(joules) / 3.6e6:.3g} kWh" if joules else "not measured"),
+        ("energy", energy_used(held) or "not measured"),
         ("updates not applied", str(skipped) if skipped else None),
     ]  # fmt: skip
     return [(what, figure) for what, figure in figures if figure is not None]
@@ -165,6 +167,17 @@ def _score(scores) -> str:
     return section("Score", *parts)
 
 
+def _suites(folder: Path) -> str:
+    """What the tasks of lm-eval gave (`evals/suite.py`)."""
+    tasks = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    rows = [
+        [task["task"], figure["name"], figure["value"], figure["interval"] or "none", task["examples"], task["step"]]
+        for task in tasks for figure in task["figures"]
+    ]  # fmt: skip
+    columns = ["task", "", "value", "95 %", "examples", "step"]
+    return section("Tasks of lm-eval", table(columns, rows)) if rows else ""
+
+
 def _plots(plots, workdir: Path) -> str:
     """The figures of the recipe's score (`Recipe.score`, "plots"): lines, and pictures in files of its work folder."""
     drawn = []
@@ -203,10 +216,11 @@ def _curves(held: Recorded) -> str:
         ("grad_norm", "gradient norm"),
         ("tokens_per_s", "targets per second"),
         ("memory_bytes", "memory, bytes"),
+        ("watts", "power, watts"),
     ):
         x, y = series(steps, name)
         if np.isfinite(y).sum() > 1:
-            absolute = name in ("tokens_per_s", "memory_bytes")
+            absolute = name in ("tokens_per_s", "memory_bytes", "watts")
             drawing = curve(name, [(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
             figures.append(f"<figure>{drawing}</figure>")
     summary = f"{counted(len(steps), 'step')}, {count(held.targets)} targets"
@@ -298,10 +312,10 @@ def _machine(provenance) -> str:
     if not provenance:
         return section("Machine and versions")
     parts = []
-    for title, name in (("Machine", "machine"), ("Versions", "versions"), ("Energy", "energy")):
+    for title, name in (("Machine", "machine"), ("Versions", "versions")):
         if provenance.get(name):
             parts += [f"<h3>{title}</h3>\n", facts(provenance[name])]
-    rest = {k: v for k, v in provenance.items() if k not in ("machine", "versions", "energy", "data")}
+    rest = {k: v for k, v in provenance.items() if k not in ("machine", "versions", "data")}
     if rest:
         parts += ["<h3>Code and command</h3>\n", facts(rest)]
     return section("Machine and versions", *parts)

@@ -39,7 +39,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
         _show_stack(name, cut, plan, console)
     _show_lines("", [*_offloaded(plan), *_alternatives(plan)], console)
     _show_levers(plan.details.get("levers") or [], console)
-    _show_lines("", [*time_lines(plan), *_disk(plan)], console)
+    _show_lines("", [*time_lines(plan), *_disk(plan), *_writing(plan)], console)
     _show_lines("not verified:", plan.details.get("not_verified") or [], console)
     _show_lines("", _made(plan), console)
 
@@ -71,6 +71,15 @@ def _show_bytes(plan: Plan, console) -> None:
     if plan.predicted_bytes and plan.compiled_bytes:
         both = f"predicted {amount(plan.predicted_bytes)}, compiled {amount(plan.compiled_bytes)}"
         console.print(f"{both} ({difference(plan.compiled_bytes, plan.predicted_bytes)})", soft_wrap=True)
+
+
+def _writing(plan: Plan) -> list[str]:
+    """What samples and scores take between steps, where the step's activations are not held."""
+    writing = plan.details.get("writing")
+    if not writing:
+        return []
+    texts = f"{writing['texts']} texts of up to {writing['length']} tokens"
+    return [f"samples and scores: {texts} at once take {amount(writing['bytes'])} beside the state, between steps"]
 
 
 def _unit(total: int) -> tuple[str, float]:

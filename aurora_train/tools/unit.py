@@ -76,6 +76,8 @@ def unit_text(
         "WorkingDirectory=~",
         *(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(variables.items())),
         "ExecStart=" + " ".join(map(_argument, go_on)),
+        # What a kill leaves of a power cap or a clock lock (`energy.mode`); the dash: a failure of it changes nothing.
+        "ExecStopPost=-" + " ".join(map(_argument, (*go_on[:4], "energy", "--restore"))),
         "Restart=on-failure",
         f"RestartSec={RESTART_SECONDS}",
         f"RestartPreventExitStatus={' '.join(map(str, NOT_AGAIN))}",

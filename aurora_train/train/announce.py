@@ -68,7 +68,8 @@ def announce(session: Session, state, start: int | None, num_recorded: int, voic
             text = f"metrics.jsonl has {num_recorded} of the {start} steps before this one"
             voice(text, "log_gap", start, recorded=num_recorded)
     else:
-        voice.record("start", 0, parameters=count, **({"frozen": still} if still else {}))
+        held = sum(meshes.bytes_per_device(state).values())
+        voice.record("start", 0, parameters=count, **({"frozen": still} if still else {}), state_bytes_here=held)
         if session.parents:
             voice.record("init", 0, **record_of(session.parents))
         for parent in session.parents:
@@ -142,10 +143,8 @@ def remarks(session: Session) -> list[str]:
     idle = jax.device_count() - mesh.devices.size
     if idle:
         lines.append(f"{idle} of {jax.device_count()} devices are not in the mesh")
-    shardings = session.blueprint.shardings
-    whole = meshes.kept_whole((shardings.params, shardings.frozen))
-    if mesh.shape["fsdp"] > 1 and whole:
-        lines.append(f"fsdp {mesh.shape['fsdp']} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
+    for axis, whole in meshes.kept_whole(session.blueprint.variables, mesh).items():
+        lines.append(f"{axis} {mesh.shape[axis]} does not divide {len(whole)} matrices, kept whole: {whole[0]}, ...")
     if session.config.train.forms == "plain":
         lines.append("operations in their plain forms, as train.forms asks")
     if session.config.train.precision == "fp8":

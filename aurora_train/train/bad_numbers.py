@@ -20,6 +20,7 @@ from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed
 from aurora_train.nn.carried import training_loss
 from aurora_train.nn.stack import named_stacks, watched
+from aurora_train.nn.tracing import tracing
 from aurora_train.random import example_keys, stream
 from aurora_train.record import metrics as logs
 from aurora_train.record.voice import Voice
@@ -139,12 +140,12 @@ def where_it_begins(session, state, window: Window) -> str:
     model = session.blueprint.merge(state.params, state.rest, state.frozen)
     paths = {id(stack): path for path, stack in named_stacks(model).items()}
     keys = example_keys(stream(config.seed, "dropout"), jnp.int32(window.first - 1), jnp.asarray(batch["example"]))
-    with session.program.here(), watched() as calls:
+    with session.program.here(), tracing(rows=None), watched() as calls:
         loss = training_loss(session.recipe, model, jax.tree.map(jnp.asarray, batch), keys)
     for stack, *given in calls:
         if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(given)):
             continue  # called within a transformation by the loss, from which no numbers come out
-        with session.program.here():
+        with session.program.here(), tracing(rows=None):
             for unit, out in stack.outputs(*given):
                 if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(out)):
                     return f"the output of unit {unit} of {paths.get(id(stack), 'a stack')}"

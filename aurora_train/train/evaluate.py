@@ -19,7 +19,7 @@ class Evaluator:
     def __init__(self, recipe, blueprint, mesh):
         self._recipe, self._blueprint, self._mesh = recipe, blueprint, mesh
         self._batch = meshes.batch_sharding(mesh)
-        self._num_devices = mesh.devices.size
+        self._num_devices = meshes.batch_ways(mesh)
         self._sums, self._predict = jax.jit(self._loss), jax.jit(self._outputs)
         self._compiled: dict[tuple, Callable] = {}
 
@@ -28,12 +28,15 @@ class Evaluator:
         return Evaluator(recipe, self._blueprint, self._mesh)
 
     def _loss(self, weights, batch):
-        with tracing(forms=self._recipe.config.train.forms):
+        with self._tracing():
             return Loss(*self._recipe.loss(self._judged(weights), batch, None))
 
     def _outputs(self, weights, batch):
-        with tracing(forms=self._recipe.config.train.forms):
+        with self._tracing():
             return self._recipe.predict(self._judged(weights), batch)
+
+    def _tracing(self):
+        return tracing(forms=self._recipe.config.train.forms, rows=meshes.rows(self._mesh))
 
     def _judged(self, weights):
         model = self._blueprint.merge(*weights)
@@ -69,7 +72,9 @@ class Evaluator:
             if short:
                 last = np.minimum(np.arange(size + short), size - 1)
                 batch = jax.tree.map(lambda leaf: leaf[last], batch)
-            out = jax.device_get(self._predict(weights, self._put(batch)))
+            if self._num_devices > 1:  # one takes arrays as they come, which is quicker
+                batch = self._put(batch)
+            out = jax.device_get(self._predict(weights, batch))
             return jax.tree.map(lambda a: a[:size], out) if short else out
 
         predict.model = lambda: self._judged(weights)

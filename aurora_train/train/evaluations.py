@@ -83,25 +83,25 @@ class Evaluations:
             # What the loss reports by the metric's name, of a few examples, is not what a score says of them all.
             result.pop(self._session.recipe.metric[0], None)
         if self._score_due(step):
-            def score():
-                recipe = self._session.recipe
-                return validation_score(recipe, self._config, *self.for_a_score(state), lambda *_: heed())
-
-            result |= processes.agreed(score)
+            recipe, judged = self._session.recipe, self.for_a_score(state)
+            result |= processes.agreed(lambda: validation_score(recipe, self._config, *judged, lambda *_: heed()))
         return result
 
     def for_a_score(self, state) -> tuple[Evaluator, object]:
-        """(evaluator, state) for a score: it may run any code, so only the leader computes it, on its own devices."""
+        """(evaluator, state) for a score: it may run any code, so only the leader computes it, on its own devices.
+
+        All processes call this: what they hold together is brought to each.
+        """
         if processes.count() == 1:
             return self.evaluator, state
         session = self._session
         local = Evaluator(session.recipe, session.blueprint, meshes.local_mesh(session.mesh))
-        return local, meshes.local_view(state)
+        return local, meshes.local_view(state._replace(opt_state={}))
 
     def _validation_batches(self) -> list:
         if self._batches is None:
             source = self._session.recipe.data("validation")
-            plan, devices = self._session.plan, self._session.mesh.devices.size
+            plan, devices = self._session.plan, meshes.batch_ways(self._session.mesh)
             batch, examples = self._config.train.batch, self._config.evaluate.examples
             self._batches = list(validation_batches(source, batch, examples, devices, plan.microbatch))
         return self._batches

@@ -31,8 +31,10 @@ from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.feed import open_feed
 from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
+from aurora_train.train.pace import Pace
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Process, Session
+from aurora_train.train.watchdog import STEP
 from aurora_train.units import decimal
 
 _EVALUATING = (
@@ -42,6 +44,7 @@ _EVALUATING = (
 
 
 UNSAVED = "a disk that cannot be written"  # why a run ended if it could not be saved
+_LOOK_SECONDS = 1.0  # while training is paused, between two looks at the clock and at what stops the run
 _SAVED_AT_LAST = "a disk that could not be written until the end"  # several processes had agreed to stop
 
 
@@ -64,6 +67,7 @@ class Loop:
     ):
         self.session, self.state, self._compiled, self.evaluations = session, state, compiled, evaluations
         self._stop, self._watchdog, self._process = process.stop, process.watchdog, process
+        self._energy = process.energy
         self._metrics, self._voice, self._progress = metrics, voice, progress
         self._throughput, self._memory_bytes, self._config = throughput, memory_bytes, session.config
         self.step = int(jax.device_get(state.step))  # how many steps the state has taken
@@ -73,7 +77,8 @@ class Loop:
         self._late: deque = deque()  # metrics of steps that may still be running
         self._timed = False  # the first step of a process includes work left by the compiler
         # In a fresh run the newest saved step is 0: nothing is saved yet.
-        self._saver = Saver(session, process.watchdog, metrics, voice, progress, last=self.step)
+        self._saver = Saver(session, process, metrics, voice, progress, last=self.step)
+        self._pace = Pace()
         self._guard = guard_of(session, saving=lambda: self._saver.under_way)
         process.set_deadline(self._config)
 
@@ -88,6 +93,7 @@ class Loop:
         last = self._config.train.steps
         if not self.session.evaluates:
             self._voice("nothing is held out for validation: its loss is not measured")
+        self._energy.begin(self._voice, self.step)
         with noticed(self._failing, self.finished_steps), self._stop.held(), self._guard:
             while True:
                 interrupted = not self._train(last)
@@ -117,14 +123,17 @@ class Loop:
                 return True
             data_step = self.step + self._lag
             with open_feed(self.session, data_step, last + self._lag) as feed:
-                while not self.has_ended() and not self._asked():
-                    with self._watchdog.during("a step"):
+                while not self.has_ended() and not self._asked() and self._may_go_on():
+                    with self._watchdog.during(STEP):
                         batch = self._timed_batch(feed)
                         self.state, metrics = self._compiled(self.state, batch)
                         self.step += 1
                         self._late.append((self.step, metrics))
                         while len(self._late) > 1:
                             self._record(*self._late.popleft())
+                    if self._pace.due():
+                        self._settle()
+                        self._aside(lambda step: self._pace.report(self._voice, step), self.step)
                     self.evaluations.compile_early(self.state, self._voice)
                     self._save_if_due(self.step)
                     if self.evaluations.due(self.step):
@@ -147,6 +156,7 @@ class Loop:
         batch = feed(self.step + self._lag, self.state)
         if self._idle():
             self._throughput.waited(time.perf_counter() - asked_at)
+        self._pace.waited(time.perf_counter() - asked_at)
         return batch
 
     def _failing(self) -> str:
@@ -188,6 +198,25 @@ class Loop:
         with self._throughput.excluding():
             work(step)
         self._progress.skip()
+        self._energy.disturbed()
+
+    def _may_go_on(self) -> bool:
+        """Outside of `energy.hours`: save, and wait with everything in place. False if a stop ended the wait."""
+        if not self._energy.rest_seconds():
+            return True
+        self._settle()
+        self._aside(self._rest, self.step)
+        return not self._asked()
+
+    def _rest(self, step: int) -> None:
+        if step != self._saver.last and not self._streak.length:
+            self._saver.save(self.state, step)
+        self._saver.finish()
+        self._voice.record("pause", step, hours=self._energy.hours)
+        self._progress.status(f"step {step}: saved and paused, to go on at {self._energy.hours} (energy.hours)")
+        while (left := self._energy.rest_seconds()) and not self._asked():
+            time.sleep(min(left, _LOOK_SECONDS))
+        self._voice(f"step {step}: going on", "go_on", step)
 
     # ---- records
 
@@ -203,9 +232,10 @@ class Loop:
         record = {"step": step, **values, "tokens": int(values["tokens"]), "skipped": int(values["skipped"])}
         if self._lag:
             record["data_step"] = step - 1 + self._lag
+        self._energy.step(values["tokens"], self._voice, step)
         if step % self._config.log.every == 0 or step == self._config.train.steps:
             record |= {**self._throughput.measure(), "memory_bytes": self._memory_bytes(), "time": time.time()}
-            self._process.energy.read()  # some counters wrap within the hour
+            record |= self._energy.measure(record["tokens_per_s"])
         self._metrics.write(record)
         self._recorded = self._watchdog.step = step
         self._progress.step(record)
@@ -221,7 +251,7 @@ class Loop:
     def _settle(self) -> None:
         """Log every outstanding record."""
         while self._late:
-            with self._watchdog.during("a step"):
+            with self._watchdog.during(STEP):
                 self._record(*self._late.popleft())
 
     # ---- saving and evaluating
@@ -259,16 +289,16 @@ class Loop:
             mine = "train.stop_after_minutes"
         if mine is None and self._saver.overdue():
             mine = UNSAVED
-        mine = mine or self._guard.asked(self.step, self._settle)
+        mine = mine or self._energy.asked() or self._guard.asked(self.step, self._settle)
         return processes.stop_asked(self.step, mine)
 
 
 def state_hash(state) -> str:
-    """sha256 hex over every leaf of a state by canonical name: equal hashes mean equal bits."""
+    """sha256 hex over every leaf of a state by canonical name: equal hashes mean equal bits. All processes call it."""
     import hashlib
 
     hasher = hashlib.sha256()
-    for name, leaf in sorted(layout.unread(state).items()):
+    for name, leaf in layout.each_whole(state):
         hasher.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-        hasher.update(leaf.read().tobytes())
+        hasher.update(leaf.tobytes())
     return hasher.hexdigest()

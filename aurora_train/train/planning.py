@@ -165,7 +165,7 @@ def _offload_beside(copy: int, program: Rehearsal) -> int | None:
 def pinned_plan(run, config, mesh) -> Plan | None:
     """The plan to which a run was pinned; None for a new run, or if the device, mesh or `memory` section changed."""
     known = files.read_json(run.plan)
-    if not known or known["mesh"] != dict(mesh.shape) or known["device"] != device_kind(mesh):
+    if not known or whole_shape(known["mesh"]) != dict(mesh.shape) or known["device"] != device_kind(mesh):
         return None
     return Plan.from_json(known["plan"]) if _asked_alike(known.get("asked"), config) else None
 
@@ -183,6 +183,11 @@ def _asked_alike(before: dict | None, config) -> bool:
 def asked(config) -> dict:
     """The keys of a config that decide the plan and may change within a run."""
     return config.memory.model_dump(mode="json", exclude={"on_oom", "guard"})
+
+
+def whole_shape(recorded: dict) -> dict:
+    """The shape of a mesh as a run recorded it, perhaps when there was no tensor axis."""
+    return {"tensor": 1, **recorded}
 
 
 def device_kind(mesh) -> str:

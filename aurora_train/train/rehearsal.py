@@ -7,6 +7,7 @@ config and a plan to a compiled step, so the planned step is the one that runs.
 from __future__ import annotations
 
 import contextlib
+import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,12 @@ from aurora_train import mesh as meshes
 from aurora_train import optimizer as optimizers
 from aurora_train.check.blame import place_of, recipe_code
 from aurora_train.errors import UserError
+from aurora_train.generate.engine import bucket, planned_bytes
+from aurora_train.generate.weights import bytes_beside
 from aurora_train.machine.memory import reserve_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.nn import carried, fp8
+from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.stack import Segment, named_stacks, watched
 from aurora_train.nn.tracing import tracing
 from aurora_train.plan.account import save_bytes
@@ -76,7 +80,8 @@ class Rehearsal:
     def here(self):
         """The context in which the step is traced: in the forms and the precision of the config, for its machine."""
         stack, train = contextlib.ExitStack(), self.config.train
-        stack.enter_context(tracing(forms=train.forms, fp8_ends=train.bf16_ends if train.precision == "fp8" else None))
+        ends = train.bf16_ends if train.precision == "fp8" else None
+        stack.enter_context(tracing(forms=train.forms, fp8_ends=ends, rows=meshes.rows(self.mesh)))
         if self.remote:
             stack.enter_context(tracing(target=self.platform))
             stack.enter_context(pretend_cudnn())
@@ -177,11 +182,22 @@ class Rehearsal:
         """Bytes of the processor's memory, for each device, that a save takes; where memory is shared, the device's."""
         return save_bytes(self.blueprint(self.simplest_plan()).state, in_place=in_place) // self.mesh.devices.size
 
+    def writing(self) -> dict | None:
+        """What samples and scores that write texts take on one device beside the state: `texts` at once, the tokens of
+        each (`length`), and their `bytes`, weights as they are decoded included. None if there are none."""
+        asked = self.recipe.writes()
+        if asked is None or not isinstance(self.model(), Decoder):  # another model is written with by its recipe
+            return None
+        texts, length = asked[0], bucket(asked[1], 64)
+        with self.here():
+            held = planned_bytes(self.model(), texts, length)
+            weights = bytes_beside(self.model()) // self.mesh.shape["fsdp"]
+        return {"texts": texts, "length": length, "bytes": weights + held["caches"] + held["rest"]}
+
     def asked_plan(self) -> Plan:
         """The plan that the config asks for, before any search and before the batch is split to fit."""
-        return make_plan(
-            self.config, self.model(), platform=self.platform, num_devices=self.mesh.devices.size, apart=self.apart
-        )
+        ways = meshes.batch_ways(self.mesh)
+        return make_plan(self.config, self.model(), platform=self.platform, num_devices=ways, apart=self.apart)
 
     def simplest_plan(self) -> Plan:
         """The whole batch at once and every stack whole: for what does not depend on the plan."""
@@ -293,19 +309,20 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     if shapes is None:
         shapes = batch_shapes(recipe, recipe.ready(progress or (lambda *_: None)).data("train"))
     if target is None:
-        mesh = mesh if mesh is not None else meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+        mesh = mesh if mesh is not None else meshes.asked(config.mesh)
         return rehearse_here(config, recipe, mesh, shapes)
-    data, fsdp = max(config.mesh.data, 1), config.mesh.fsdp
+    sizes = max(config.mesh.data, 1), config.mesh.fsdp, config.mesh.tensor
+    count = math.prod(sizes)
     # Tracing works with devices of any kind; only compiling needs the target's own.
-    devices = target_devices(target, data * fsdp) if can_compile_for_gpu() else jax.devices()[: data * fsdp]
-    if len(devices) < data * fsdp:
+    devices = target_devices(target, count) if can_compile_for_gpu() else jax.devices()[:count]
+    if len(devices) < count:
         raise UserError(
-            f"a plan for {data * fsdp} devices cannot be estimated with {len(devices)} here",
+            f"a plan for {count} devices cannot be estimated with {len(devices)} here",
             where="mesh",
-            hint="pip install 'aurora_train[plan]' to compile for them, or plan with mesh.data=1 mesh.fsdp=1",
+            hint="pip install 'aurora_train[plan]' to compile for them, or plan for one device: mesh.data=1 "
+            "mesh.fsdp=1 mesh.tensor=1",
         )
-    devices = np.asarray(devices, dtype=object).reshape(data, fsdp)
-    mesh = meshes.mesh_of(devices)
+    mesh = meshes.mesh_of(np.asarray(devices, dtype=object), *sizes)
     return Rehearsal(
         config, recipe, mesh, "gpu", True, shapes, apart=not target.row.unified, capability=target.compute_capability
     )

@@ -8,13 +8,13 @@ retried later, and training continues meanwhile.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from datetime import UTC, datetime
 
 import jax
 
 from aurora_train import facts, files
-from aurora_train import mesh as meshes
 from aurora_train.checkpoint.store import SaveFailed
 from aurora_train.errors import UserError
 from aurora_train.train.evaluations import Judged
@@ -36,11 +36,12 @@ class Saver:
     while training waits.
     """
 
-    def __init__(self, session, watchdog, metrics, voice, progress, *, last: int):
+    def __init__(self, session, process, metrics, voice, progress, *, last: int):
         self._store, self._folder = session.store, session.run.folder
         self._facts = facts.sha256(session.recipe.known)  # every checkpoint names it
         self._patience = 60 * session.config.checkpoint.patience_minutes  # seconds without being able to save
-        self._watchdog, self._metrics, self._voice, self._progress = watchdog, metrics, voice, progress
+        self._watchdog, self._energy = process.watchdog, process.energy
+        self._metrics, self._voice, self._progress = metrics, voice, progress
         self._in_place = session.plan.saves_in_place
         self._waited_s = 0.0  # how long training waited while the newest save was written in place
         self.last = last  # the newest step that is saved or being saved
@@ -64,24 +65,28 @@ class Saver:
         return self.failing and time.monotonic() - self._failing_since > self._patience
 
     def retry_due(self) -> bool:
-        """Whether a failed save should be retried at the current step."""
-        return self.failing and time.monotonic() - self._tried_at > _RETRY_SECONDS
+        """Whether a failed save should be retried at the current step.
+
+        Processes that save together do so only where a save is due: by their clocks, they would not agree.
+        """
+        return not self._store.writers.others and self.failing and time.monotonic() - self._tried_at > _RETRY_SECONDS
 
     def save(self, state, step: int) -> None:
         """Copy the state out and write it in the background, or write it in place; the previous save ends first."""
         self.finish()
         if step == self._committed:
             return  # this step was requested again while it was being saved
-        state = meshes.local_view(state)
         self.last, self._tried_at = step, time.monotonic()
         saved = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"data_step": int(jax.device_get(state.data_step)), "saved": saved, "facts": self._facts}
+        if (energy := self._energy.summary()) is not None:
+            record["energy"] = energy
         for attempt in ("first", "with room made"):
             try:
-                self._sync_records(step)
                 with refused(f"saving step {step}", _MEMORY), self._watchdog.during("a save", learn=False):
                     began = time.monotonic()
-                    self._store.save(step, state, record, copy=not self._in_place)
+                    first = functools.partial(self._sync_records, step)
+                    self._store.save(step, state, record, copy=not self._in_place, first=first)
                     self._waited_s = time.monotonic() - began
                 return
             except SaveFailed as error:
@@ -127,11 +132,10 @@ class Saver:
             self.finish()
             if not self.failing:
                 return True
-            if self._tried_at == 0.0:
-                continue  # room was made for another attempt
-            if self.overdue() or asked():
+            if self._store.writers.agreed(lambda: self._tried_at != 0.0 and (self.overdue() or bool(asked()))):
                 return False
-            time.sleep(min(_RETRY_SECONDS, 1 + self._patience / 10))
+            if self._tried_at != 0.0:  # else room was made for another attempt
+                time.sleep(min(_RETRY_SECONDS, 1 + self._patience / 10))
 
     def attach_score(self, step: int, score: Judged) -> None:
         """Attach the evaluation of a saved step, at once or when there is room."""

@@ -35,11 +35,13 @@ from aurora_train.origin.weights import (
     refuse_unknown_prefix,
     state_from,
 )
+from aurora_train.plan.account import sharded_bytes
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
-from aurora_train.record.energy import EnergyMeter
+from aurora_train.recipe import makes_experience
 from aurora_train.train.beginning import Beginning, refuse_other_data
-from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here
+from aurora_train.train.energy import Energy
+from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here, whole_shape
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.starting import Start, read_whole
@@ -56,7 +58,7 @@ class Process:
 
     run: runs.Run
     stop: StopRequest
-    energy: EnergyMeter
+    energy: Energy
     console: Any
     quiet: bool
     watchdog: Watchdog
@@ -128,31 +130,28 @@ class Session:
 
     def under(self, plan: Plan, *, reason: str, fault=None) -> Session:
         """The same run under another plan. This session must not be used any more; its store is closed."""
-        store = make_store(self.config, self.run)
+        store = make_store(self.config, self.run, self.program.blueprint(plan))
         return replace(self, plan=plan, store=store, given_up=self.plan, reason=reason, fault=fault)
 
     def restore(self, step: int) -> TrainState:
         """The state saved at `step`, as donatable arrays, placed like those of a fresh start."""
         shardings = self.blueprint.shardings
         refuse_facts_of_another(self.store, step, self.recipe.known)
-        return meshes.shared_view(self.store.restore(step, self.blueprint.state, meshes.local(shardings)), shardings)
+        return self.store.restore(step, self.blueprint.state, shardings)
 
     def fresh(self) -> TrainState:
         """The initial state: random, except for the parameters for which `init` names a source."""
         state = self.program.initialiser(self.plan).result()()
         if not self.parents:
             return state
-        shardings = self.blueprint.shardings
-        here = self.blueprint._replace(shardings=meshes.local(shardings))
-        state = meshes.local_view(state)
+        blueprint = self.blueprint
         drawn = drawn_beside(self.parents, {"params": state.params, "frozen": state.frozen})
         state = state._replace(params={}, frozen={})  # released first, because the model may not fit twice
-        params, frozen = parameters_from(self.parents, here, drawn)
-        rest = state_from(self.parents, here, state.rest)
+        params, frozen = parameters_from(self.parents, blueprint, drawn)
+        rest = state_from(self.parents, blueprint, state.rest)
         # Compiled, what a hook keeps of the parameters has buffers of its own: the step donates both.
-        extra = jax.jit(self.program.features.begin, out_shardings=here.shardings.extra)(params)
-        state = state._replace(params=params, frozen=frozen, rest=rest, extra=extra)
-        return meshes.shared_view(state, shardings)
+        extra = jax.jit(self.program.features.begin, out_shardings=blueprint.shardings.extra)(params)
+        return state._replace(params=params, frozen=frozen, rest=rest, extra=extra)
 
 
 def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Session:
@@ -178,9 +177,21 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
 
     plan = agreed(chosen, Plan.to_json, Plan.from_json)
     dropped = {"given_up": pinned, "reason": "--replan"} if replan and pinned else {}
-    return Session(
-        run, program, plan, source, make_store(config, run), parents=beginning.parents, evaluates=evaluates, **dropped
-    )
+    if makes_experience(recipe):
+        _refuse_cut_experience(program.blueprint(plan))
+    store = make_store(config, run, program.blueprint(plan))
+    return Session(run, program, plan, source, store, parents=beginning.parents, evaluates=evaluates, **dropped)
+
+
+def _refuse_cut_experience(blueprint: Blueprint) -> None:
+    """UserError if processes hold the model together: each makes its own experience, with the whole of it."""
+    places, leaves = jax.tree.leaves(blueprint.shardings.params), jax.tree.leaves(blueprint.state.params)
+    if not all(meshes.is_here(place, leaf.shape) for place, leaf in zip(places, leaves, strict=True)):
+        raise UserError(
+            "fsdp or tensor crosses processes, and this recipe makes its own experience", where="mesh",
+            why="every process makes its part of it with the whole model",
+            hint="for mesh.fsdp x mesh.tensor a number that divides the devices of one process",
+        )  # fmt: skip
 
 
 def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
@@ -195,7 +206,7 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
         if expected is not None and expected.keys() <= recipe.inherited.keys():  # nothing is only expected
             shapes = expected_shapes(recipe)
             if shapes is not None:
-                mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+                mesh = meshes.asked(config.mesh)
                 program = rehearse_here(config, recipe, mesh, shapes)
                 refuse_unknown_prefix(config, program.model())
                 _refuse_start(config, beginning, program)
@@ -209,7 +220,7 @@ def _prepared(config, beginning: Beginning, progress) -> tuple[Rehearsal, Any, b
     """(program, training data, whether there are validation data), once the data are prepared."""
     source, recipe = beginning.ready(progress), beginning.recipe
     evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = meshes.asked(config.mesh)
     program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
     refuse_unknown_prefix(config, program.model())
     return program, source, evaluates
@@ -221,7 +232,7 @@ def _refuse_start(config, beginning: Beginning, program) -> None:
     blueprint = program.blueprint(program.simplest_plan())
     refuse_other_shapes(beginning.parents, blueprint)
     state = blueprint.state
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // program.mesh.shape["fsdp"]
+    held = sharded_bytes(state, blueprint.shardings)
     limit, reason = most_here(config, program)
     if held > limit:
         raise UserError(
@@ -230,11 +241,12 @@ def _refuse_start(config, beginning: Beginning, program) -> None:
         )  # fmt: skip
 
 
-def make_store(config, run: runs.Run) -> CheckpointStore:
-    """The checkpoints of a run, with the config's retention rules."""
+def make_store(config, run: runs.Run, blueprint: Blueprint) -> CheckpointStore:
+    """The checkpoints of a run, with the config's retention rules, written by all processes that hold a part of it."""
     policy, kind = config.checkpoint, FollowedStore if run.follows else CheckpointStore
+    owners = meshes.owners(blueprint.state, blueprint.shardings) if count() > 1 else (0,)
     return kind(
-        run.checkpoints, run.trash, keep=policy.keep, keep_every=policy.keep_every, best=policy.best
+        run.checkpoints, run.trash, keep=policy.keep, keep_every=policy.keep_every, best=policy.best, owners=owners
     )
 
 
@@ -309,6 +321,7 @@ def moved(session: Session) -> list[tuple[str, object, object]]:
     if before:
         now["plan"], before["plan"] = session.plan.work, Plan.from_json(before["plan"]).work
         before.setdefault("processes", 1)  # as in runs from when there was only one
+        before["mesh"] = whole_shape(before["mesh"])
         moving = ("plan", "mesh", "device", "processes")
         changes = [(key, before[key], now[key]) for key in moving if before[key] != now[key]]
     known = files.read_json(session.run.provenance, {})

@@ -25,12 +25,12 @@ from aurora_train.machine.precision import settled
 from aurora_train.nn.param import parameter_count
 from aurora_train.origin.parents import record_of
 from aurora_train.record import metrics as logs
-from aurora_train.record.energy import EnergyMeter
 from aurora_train.record.progress import Progress, preparation, silent, stderr_console
 from aurora_train.record.throughput import Throughput
 from aurora_train.record.voice import Voice
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
+from aurora_train.train.energy import Energy
 from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
@@ -39,7 +39,7 @@ from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.score import score_before, score_run
 from aurora_train.train.session import Process, Session, open_session
 from aurora_train.train.signals import EXIT_STOPPED, StopRequest
-from aurora_train.train.watchdog import Watchdog
+from aurora_train.train.watchdog import watchdog_of
 
 _STATE = (
     "parameters and optimizer need the same memory under every plan: `aurora plan CONFIG` shows how much, and the "
@@ -73,12 +73,14 @@ def train(
     `changes` are the (key, old, new, class) requested for a resume; they are recorded as an event. `replan` drops the
     plan that the run is pinned to.
     """
-    console, energy = stderr_console(), EnergyMeter()
-    with _own(run) as own, own.lock(), StopRequest() as stop, _watchdog(config, own) as watchdog:
-        process = Process(own, stop, energy, console, quiet or own.follows, watchdog)
+    with (
+        _own(run) as own, own.lock(), StopRequest() as stop, watchdog_of(config, run) as watchdog,
+        Energy(config.energy, own) as energy,
+    ):  # fmt: skip
+        process = Process(own, stop, energy, stderr_console(), quiet or own.follows, watchdog)
         with _ends_noted(process) as ended:
             config = settled(config, run)
-            _refuse_unlike(config, run, replan)
+            _refuse_unlike(config, run)
             session = _opened(config, process, replan)
             with logs.EventLog(_recorded(session)) as events:
                 _record_changes(own, changes or [], events)
@@ -137,23 +139,14 @@ def _own(run: runs.Run):
         yield runs.FollowedRun(run, folder)
 
 
-def _refuse_unlike(config, run: runs.Run, replan: bool) -> None:
-    """Refuse processes of one run that differ in config, code or versions, or that do not share the run folder."""
+def _refuse_unlike(config, run: runs.Run) -> None:
+    """Refuse processes of one run that differ in what only jax knows, or that do not share the run folder."""
     if processes.count() == 1:
         return
-    processes.refuse_unlike("config", dump(config))
-    processes.refuse_unlike("recipe file", str(config.recipe_sha256))
-    processes.refuse_unlike("code", runs.code_hash())
-    processes.refuse_unlike("set of versions", str(runs.versions()))
-    processes.refuse_unlike("--replan", str(replan))
+    devices, _ = profile.choose_devices(jax.local_devices())
+    processes.refuse_unlike("set of devices", f"{len(devices)} x {devices[0].device_kind}")
+    processes.refuse_unlike("config", dump(config))  # what is `auto` in it may have been settled by the machine
     processes.refuse_unlike("run folder (it has to be on a disk that all of them see)", run.holder())
-
-
-def _watchdog(config, run: runs.Run) -> Watchdog:
-    """The watchdog, disabled in a process that follows: it may wait in a step for as long as the leader saves."""
-    setting = config.train.watchdog
-    fixed = 60 * setting if isinstance(setting, int | float) else None
-    return Watchdog(run.folder, run.events, fixed=fixed, enabled=setting != "off" and not run.follows)
 
 
 def _unrecorded_if_unsaved(status: int):
@@ -161,12 +154,12 @@ def _unrecorded_if_unsaved(status: int):
     return contextlib.suppress(UserError) if status == EXIT_UNSAVED else contextlib.nullcontext()
 
 
-def _close(outcome: Outcome, energy: EnergyMeter) -> None:
+def _close(outcome: Outcome, energy: Energy) -> None:
     """Record how the run ended. The caller draws the report, because the trainer does not import tools."""
     with logs.EventLog(outcome.run.events) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
-        events.event(name, outcome.step, **ending, **outcome.remarks, energy_joules=energy.total_joules())
+        events.event(name, outcome.step, **ending, **outcome.remarks, energy=energy.summary())
 
 
 def _opened(config, process: Process, replan: bool) -> Session:
@@ -263,8 +256,9 @@ def _placed_state(session: Session, start: int | None):
     """The state to continue with: the one saved at `start`, or the initial one; the same in every process."""
     refuse_full(session)
     state = _past_bad_data(session.restore(start) if start else session.fresh(), session.run, start or 0)
-    if processes.count() > 1:
-        processes.refuse_unlike("state", meshes.checksum(meshes.local_view(state)))
+    whole = [leaf for leaf in jax.tree.leaves(state) if meshes.is_here(leaf.sharding, leaf.shape)]
+    if processes.count() > 1:  # of what is cut, every process has another part
+        processes.refuse_unlike("state", meshes.checksum(meshes.local_view(whole)))
     return state
 
 
@@ -287,7 +281,7 @@ def _released(loop: Loop):
         loop.release()
         raise
     except BadNumbers as error:
-        error.fault = where_it_begins(loop.session, meshes.local_view(loop.state), error.window)
+        error.fault = where_it_begins(loop.session, meshes.local_view(loop.state._replace(opt_state={})), error.window)
         loop.release()
         raise
 
@@ -304,9 +298,9 @@ def _score_before(session: Session, evaluations: Evaluations, state, process: Pr
     """Score the state with which the run starts, for the comparison at its end."""
     began = time.perf_counter()
     progress.status("scoring the model before training")
+    evaluator, own = evaluations.for_a_score(state)
 
     def scored() -> None:
-        evaluator, own = evaluations.for_a_score(state)
         heed = process.stop.heeding(silent)
         score_before(session.recipe, session.config, session.run, evaluator, own, heed)
 
@@ -318,18 +312,18 @@ def _score_before(session: Session, evaluations: Evaluations, state, process: Pr
 def _scored(session: Session, loop: Loop, process: Process) -> Outcome:
     config, run = session.config, session.run
 
-    def scored() -> str:
-        evaluator, state = loop.evaluations.for_a_score(loop.state)
-        if config.evaluate.final:
-            with preparation(process.console, quiet=process.quiet) as shown:
-                score_run(
-                    session.recipe, config, run, evaluator, state, loop.step, process.stop.heeding(shown),
-                    baselines=config.evaluate.baselines,
-                )
-        return state_hash(state)
+    def score(evaluator, state) -> None:
+        with preparation(process.console, quiet=process.quiet) as shown:
+            score_run(
+                session.recipe, config, run, evaluator, state, loop.step, process.stop.heeding(shown),
+                baselines=config.evaluate.baselines,
+            )
 
     with refused("the finished run is scored", _SCORE):
-        digest = processes.agreed(scored)
+        if config.evaluate.final:
+            judged = loop.evaluations.for_a_score(loop.state)
+            processes.agreed(lambda: score(*judged))
+        digest = state_hash(loop.state)
     session.store.close()
     steps = config.train.steps
     early = {"early": runs.early_end(config.evaluate.patience, steps)} if loop.step < steps else {}

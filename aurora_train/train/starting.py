@@ -82,7 +82,7 @@ def read_whole(config, recipe, devices=None) -> tuple[Blueprint, Any]:
 
 def _mesh_of_one(devices) -> Any:
     chosen, _ = choose_devices(devices)
-    return meshes.mesh_of(np.asarray(chosen[:1], dtype=object).reshape(1, 1))
+    return meshes.mesh_of(np.asarray(chosen[:1], dtype=object))
 
 
 def whole_plan(config, recipe) -> Plan:

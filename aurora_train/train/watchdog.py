@@ -2,6 +2,10 @@
 
 A driver that stops answering, a network disk that stalls and a loader whose thread has died look alike from inside:
 nothing happens. The run itself shows how long that may last: a multiple of what that kind of work took before.
+
+Of several processes each has one. A step waits for the slowest of them, so whoever does something else (a save, a
+score) says so to the others, whose clocks then start anew; and whoever finds a hang lets all of them write their
+stacks, because only one of them shows the cause.
 """
 
 from __future__ import annotations
@@ -16,11 +20,22 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from aurora_train.machine import processes
+
 EXIT_HUNG = 76  # no progress within the budget; nothing was saved; the same command resumes
 FLOOR_SECONDS = 300.0  # no budget is shorter: a disk may spin up, a laptop may swap
 FIRST_SECONDS = 3600.0  # budget of a kind of work that was not seen before
+STEP = "a step"  # the kind of work in which processes wait for each other
 TIMES = 30.0  # a budget as a multiple of the longest time so far
 _LOOK_EVERY_SECONDS = 1.0
+_SAY_EVERY_SECONDS = 10.0  # that this process does something that the others wait for
+
+
+def append_event(events: Path, record: dict) -> None:
+    """Append to an event log without its own handle, whose lock may be held by a thread that hangs."""
+    with open(events, "ab+") as handle:
+        torn = handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n"
+        handle.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
 
 
 class Budgets:
@@ -46,7 +61,9 @@ class Watchdog:
     """Context manager: inside it, work within `during(kind)` that exceeds its budget ends the process.
 
     Args:
-        folder: the run's folder, in which `hang-<time>.txt` with all stacks is written.
+        folder: the run's folder, in which `hang-<time>.txt` with all stacks is written; `-process-<i>` is added where
+            another process leads.
+        events: the log that the leader writes.
         fixed: seconds for every kind of work instead of learned ones.
         enabled: False watches nothing.
     """
@@ -61,6 +78,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.enabled:
+            processes.on("busy", lambda process, message: self._start_anew())
+            processes.on("hang", self._end_with)
             self._thread.start()
         return self
 
@@ -87,8 +106,14 @@ class Watchdog:
                 before = (kind, now, now + self.budgets.of(kind))
             self._work = before
 
+    def _start_anew(self) -> None:
+        """Give the current work its whole budget again: another process does what this one waits for."""
+        if (work := self._work) is not None:
+            now = time.monotonic()
+            self._work = (work[0], now, now + self.budgets.of(work[0]))
+
     def _look(self) -> None:
-        last = time.monotonic()
+        last = said = time.monotonic()
         while not self._ended.wait(_LOOK_EVERY_SECONDS):
             now = time.monotonic()
             asleep, last, work = now - last - _LOOK_EVERY_SECONDS, now, self._work
@@ -99,11 +124,21 @@ class Watchdog:
                 if self._work is work:
                     self._work = (kind, began, deadline + asleep)
             elif now > deadline:
-                self._end(kind, now - began)
+                processes.tell("hang", doing=kind, seconds=now - began)
+                self._end(kind, now - began, processes.name(processes.index()))
+            elif kind != STEP and now - said > _SAY_EVERY_SECONDS:
+                processes.tell("busy")
+                said = now
 
-    def _end(self, kind: str, seconds: float) -> None:
+    def _end_with(self, process: int, message: dict) -> None:
+        """End this process because another one found a hang."""
+        self._end(message["doing"], message["seconds"], processes.name(process))
+
+    def _end(self, kind: str, seconds: float, found_by: str) -> None:
         now = datetime.now(UTC)
-        stacks = self.folder / f"hang-{now:%Y%m%dT%H%M%S}.txt"
+        of = "" if processes.leads() else f"-process-{processes.index()}"
+        stacks = self.folder / f"hang-{now:%Y%m%dT%H%M%S}{of}.txt"
+        by = f", says {found_by}" if processes.count() > 1 else ""
         try:
             with open(stacks, "w") as handle:
                 handle.write(f"{kind}: no progress for {seconds:.0f} s\n\n")
@@ -113,15 +148,28 @@ class Watchdog:
                 "event": "hang", "step": self.step, "time": now.isoformat(timespec="milliseconds"), "doing": kind,
                 "seconds": round(seconds, 1), "stacks": stacks.name,
             }  # fmt: skip
-            # Written without the log's own handle, because the hanging thread may hold its lock.
-            with open(self.events, "ab+") as handle:
-                torn = handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n"
-                handle.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+            if processes.leads():
+                append_event(self.events, record | ({"found_by": found_by} if by else {}))
         except OSError:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         message = (
-            f"\nhang: {kind} made no progress for {seconds:.0f} s; nothing was saved since the newest checkpoint\n"
+            f"\nhang: {kind} made no progress for {seconds:.0f} s{by}; nothing was saved since the newest checkpoint\n"
             f"  every stack is in {stacks}\n  the same command resumes; train.watchdog=off disables this check\n"
         )
         os.write(2, message.encode())
         os._exit(EXIT_HUNG)
+
+
+def watchdog_of(config, run) -> Watchdog:
+    """The watchdog of this process of a run. The leader also records the name of a process that is lost."""
+    setting = config.train.watchdog
+    fixed = 60 * setting if isinstance(setting, int | float) else None
+    watchdog = Watchdog(run.folder, run.events, fixed=fixed, enabled=setting != "off")
+
+    def lost(who: str) -> None:
+        if processes.leads():
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            append_event(run.events, {"event": "lost", "step": watchdog.step, "time": now, "process": who})
+
+    processes.at_loss(lost)
+    return watchdog

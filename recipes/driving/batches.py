@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from aurora_train.generate.sampler import Knobs
+from aurora_train.generate.drawing import Knobs
 from driving.agents import Agents, Seen
 from driving.closed_loop import Cast, Log, in_end_frame, rollout
 from driving.relations import Lanes

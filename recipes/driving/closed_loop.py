@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aurora_train.generate.sampler import draw
+from aurora_train.generate.drawing import draw
 from driving.agents import Agents, Seen
 from driving.scenes import STEP_S
 from driving.tokens import TOKEN_STEPS, distances, moved, relative, rotated
@@ -157,7 +157,7 @@ def rollout(model, templates, agents: Agents, seen: Seen, log: Log, cast: Cast, 
     Args:
         seen: the history's anchors, with the lights of the future as well; log: the recording, [B, ...], which ends
             `number` tokens after the last anchor, and whose future is read for replayed agents alone.
-        keys: key[B]; knobs: `aurora_train.generate.sampler.Knobs`.
+        keys: key[B]; knobs: `aurora_train.generate.drawing.Knobs`.
 
     Returns the states float32[B, A, 5 number, 5], whether each agent is there bool[B, A, 5 number], and whether the ego
     collided bool[B].

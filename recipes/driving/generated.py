@@ -8,8 +8,9 @@ from pathlib import Path
 from driving import car_following, roads, sumo_process, sumo_scenes
 from driving.scene_store import SPLITS, SceneStore, scene_store
 from driving.scenes import Scene
+from driving.settings import SUMO
 
-CAR_FOLLOWING, SUMO = "car-following", "sumo"
+CAR_FOLLOWING = "car-following"
 FIRST_MAP = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # seeds, so that more maps change no other split
 
 

@@ -54,7 +54,7 @@ class Motion(Recipe):
 
         maps = {"train": data.simulated_maps, "validation": max(data.simulated_held_out // 3, 1),
                 "test": data.simulated_held_out}  # fmt: skip
-        simulator = generated.SUMO if data.source == SUMO else generated.CAR_FOLLOWING
+        simulator = SUMO if data.source == SUMO else generated.CAR_FOLLOWING
         return generated.generated_scenes(folder, maps, data.simulated_scenes, data.simulated_seed, progress, simulator)
 
     def on(self, path: str):

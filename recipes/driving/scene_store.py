@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_train.data.prepared import Prepared, key_of, made, writing
 from driving.scenes import Lane, Scene
-from language.prepared import Prepared, key_of, made, writing
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
@@ -98,7 +98,7 @@ class SceneStore(Prepared):
 
 
 def scene_store(folder: Path, decisive: dict, scenes: Callable, about: dict, progress) -> SceneStore:
-    """The store below `folder` for what `decisive` names, made first if it is not there (`language.prepared.made`).
+    """The store below `folder` for what `decisive` names, made first if it is not there (`made`).
 
     Args:
         decisive: plain JSON that decides every scene: seeds, a listing of files, settings.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from language.intervals import Measure
+from aurora_train.evals.intervals import Measure
 from language.packing import PackedRows
 
 

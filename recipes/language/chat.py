@@ -80,6 +80,11 @@ class Dialogue:
         text = self._template.render(messages, add_generation_prompt=asking, tools=tools).text
         return text if text.lstrip().startswith(self._begins) else self._begins + text
 
+    @property
+    def presents_tools(self) -> bool:
+        """Whether the template tells the model of tools."""
+        return self._template.reads("tools")
+
     def ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The ids of a conversation up to where the model's answer begins.
 

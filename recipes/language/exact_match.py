@@ -14,7 +14,7 @@ import numpy as np
 
 from language.pieces import Pieces
 
-_LONGER = 4  # tokens beyond the reference's: the same text may be other tokens, and a match has to end
+LONGER = 4  # tokens beyond the reference's: the same text may be other tokens, and a match has to end
 
 
 def normalised(text: str) -> str:
@@ -49,7 +49,7 @@ def answers(store: Pieces, pieces: np.ndarray, generator, batch: int, progress: 
         progress(first, len(pieces), "writing answers")
         rows = order[np.minimum(np.arange(first, first + batch), len(pieces) - 1)]
         prompts = [store.ids(pieces[row])[: starts[row]].tolist() for row in rows]
-        prompts, most = generator.fitted(prompts, int(lengths[rows].max()) + _LONGER)
+        prompts, most = generator.fitted(prompts, int(lengths[rows].max()) + LONGER)
         for row, ids in zip(rows, generator.generate_batch(prompts, most, temperature=0), strict=True):
             written[row], ended[row] = _text(store, ids), len(ids) < most
     progress(len(pieces), len(pieces), "writing answers")

@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from language.prepared import Prepared
+from language.prepared import PreparedText
 from language.store import SPLITS
 from language.tokenizers import Tokenizer
 from language.windows import laid_out
@@ -18,7 +18,7 @@ from language.windows import laid_out
 _CONTEXT = 8  # tokens before a part with which it is decoded; a character has at most 4
 
 
-class Pieces(Prepared):
+class Pieces(PreparedText):
     """The pieces of all splits, in the order of the sources.
 
     The manifest has "sources", counts by the name of each source, and "splits", counts by split.

@@ -13,9 +13,9 @@ import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import comparison_table
 from aurora_train.recipe import Loss, few
 from language import conversations
-from language.intervals import comparison_table
 from language.settings import ALL_HELD_OUT, use_of
 from language.starting import ModelConfig
 from language.text_recipe import Samples, Writer
@@ -113,9 +113,9 @@ class Prefer(Tune):
 
     def _asked(self, progress) -> dict[str, np.ndarray]:
         """What the reference says of each split: log-probabilities, float32[examples, 2]."""
+        from aurora_train.data.prepared import key_of
         from aurora_train.facts import as_kept
         from language.pairs import LAYOUT
-        from language.prepared import key_of
         from language.reference import ROWS, measured
 
         config, train = self.config, self.config.train
@@ -192,8 +192,8 @@ class Prefer(Tune):
 
     def score(self, predict, split, key, workdir, progress) -> dict:
         """Whether the model tells better answers from worse by its implicit reward, beta log(p / p_reference)."""
+        from aurora_train.evals.intervals import interval_table
         from language import pair_scores
-        from language.intervals import interval_table
         from language.reference import in_batches
 
         source, parts = self._source(split), []

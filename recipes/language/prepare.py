@@ -1,7 +1,7 @@
 """Turns a source into a prepared store. `prepare(config, cache)` is the only entry, and may be called at every start.
 
 If the store for this source, tokenizer and split exists, it is opened and only file times are read; otherwise it is
-made, as `language.prepared` makes a folder.
+made, as `aurora_train.data.prepared` makes a folder.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_train.data.prepared import changed, key_of, made, writing
 from aurora_train.errors import UserError
 from language import tokenizers
 from language.corpus import Corpus, Mixture, open_corpus
-from language.prepared import changed, key_of, made, writing
 from language.screening import Screening, left_out, screen
 from language.settings import TextDataConfig, TokenizerConfig
 from language.store import FORMAT, SPLITS, Store

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_train.data.prepared import locked
 from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
 from aurora_train.machine.memory import give_back_freed
-from language.prepared import locked
 
 log = logging.getLogger("aurora_train")
 

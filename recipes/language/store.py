@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from language.prepared import Prepared
+from language.prepared import PreparedText
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
@@ -27,7 +27,7 @@ class Document:
     tokens: np.ndarray
 
 
-class Store(Prepared):
+class Store(PreparedText):
     """An open store. The manifest also has the licence and the documents left out."""
 
     @property

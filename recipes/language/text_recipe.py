@@ -169,6 +169,11 @@ class Writer(TextRecipe):
         adapted = model.lora is not None and not model.tied and model.lora.adapts("", "embedding")
         return self.known["vocabulary"] * model.lora.rank if adapted else 0
 
+    def writes(self) -> tuple[int, int] | None:
+        wanted = self.config.samples
+        longest = max((1 + len(prompt.encode()) for prompt in wanted.prompts), default=1)  # a token is a byte or more
+        return (wanted.count, longest + wanted.max_tokens) if wanted.count else None
+
     def samples(self, model, key) -> list[dict]:
         """Continuations of what `begun` gives, each with what `judged` says of it."""
         import jax
@@ -214,6 +219,11 @@ class Writer(TextRecipe):
 
         dialogue = Dialogue(self.tokenizer, self.known, options.get("template"))
         return dialogue.answer(model, messages, options, on_text)
+
+    def speaker(self, template: str | None = None):
+        from language.speaking import TextSpeaker
+
+        return TextSpeaker(self.tokenizer, self.known, template)
 
     def logits(self, model, tokens):
         import jax.numpy as jnp

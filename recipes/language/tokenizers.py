@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -136,7 +137,24 @@ class Tokenizer:
 
         return tokenizers.Tokenizer.from_str(self._definition)
 
-    @property
+    def spelled(self, number: int) -> bytes:
+        """The bytes that a token adds to a text, also where they are a part of a character; b"" for no such id."""
+        if self.backend is None:
+            return bytes([number]) if number < BYTE_SEPARATOR_ID else self.separator.encode()
+        token = self.backend.id_to_token(number)
+        if token is None or number in self.controls.values():
+            return (token or "").encode()
+        if '"ByteLevel"' in self._decoder:
+            letters = _byte_letters()
+            return bytes(letters[letter] for letter in token) if letters.keys() >= set(token) else token.encode()
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self._definition)["decoder"])
+
+    @functools.cached_property
     def controls(self) -> dict[str, int]:
         """Every control token with its id."""
         if self.backend is None:
@@ -180,6 +198,14 @@ class Tokenizer:
         import tokenizers
 
         return cls(tokenizers.Tokenizer.from_str(definition), separator)
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in a vocabulary of bytes: GPT-2's, whose printable bytes are their own."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
 def train_bpe(texts: Iterable[list[str]], vocab: int, split: str = "code") -> Tokenizer:
@@ -247,6 +273,9 @@ def _without_separators(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(tokenizer.backend, tokenizer.separator)
 
 
+_OVERLAP, _DECODED = 8, 64  # tokens that are decoded with those that follow, and the most that are decoded at once
+
+
 class Continuation:
     """A model's continuation of a prompt as text: `start` holds the ids of the prompt, `add` takes the new ids.
 
@@ -259,20 +288,31 @@ class Continuation:
         is_text = isinstance(prompt, str)
         ids = [int(i) for i in (tokenizer.encode(prompt) if is_text else prompt)]
         self.start = [tokenizer.eos_id, *ids] if is_text else ids
-        self._tokenizer, self._ids = tokenizer, ids if is_text else ids[-8:]
-        self._before, self._shown = tokenizer.decode(self._ids), 0
+        self._tokenizer, self._ids = tokenizer, ids if is_text else ids[-_OVERLAP:]
+        self._before, self._shown, self._done = tokenizer.decode(self._ids), 0, ""
 
     @property
     def text(self) -> str:
         """The whole continuation."""
-        whole = self._tokenizer.decode(self._ids)
-        return whole[len(os.path.commonprefix([self._before, whole])) :]
+        return self._done + self._fresh()
+
+    @property
+    def rest(self) -> str:
+        """What `add` has not returned: an incomplete character."""
+        return self._fresh()[self._shown :]
 
     def add(self, ids: Iterable[int]) -> str:
         """The text that these ids complete; "" while the last character is incomplete."""
         self._ids += [int(i) for i in ids]
-        text = self.text
-        if text.endswith("\ufffd"):
+        fresh = self._fresh()
+        if fresh.endswith("\ufffd"):
             return ""
-        new, self._shown = text[self._shown :], len(text)
+        new, self._shown = fresh[self._shown :], len(fresh)
+        if len(self._ids) > _DECODED:  # else a long text would be decoded again for each of its tokens
+            self._done, self._shown, self._ids = self._done + fresh, 0, self._ids[-_OVERLAP:]
+            self._before = self._tokenizer.decode(self._ids)
         return new
+
+    def _fresh(self) -> str:
+        whole = self._tokenizer.decode(self._ids)
+        return whole[len(os.path.commonprefix([self._before, whole])) :]

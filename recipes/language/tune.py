@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from datetime import datetime
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import numpy as np
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import comparison_table, interval_table
 from aurora_train.facts import DATE
 from aurora_train.interop.kept import TEMPLATE
 from aurora_train.recipe import few
-from language import conversations
-from language.intervals import comparison_table, interval_table
+from language import conversations, exact_match
 from language.settings import ALL_HELD_OUT, TokenizerConfig, check_tokenizer, use_of
 from language.settings_tune import ConversationDataConfig
 from language.starting import ModelConfig
@@ -199,8 +200,6 @@ class Tune(Writer):
 
     def _exact(self, predict, split: str, workdir: Path, progress) -> dict[str, float]:
         """{"exact_match": its share} if `score.exact` asks for it. The answers are left in the work folder."""
-        from language import exact_match
-
         generator, batch = self._generator(predict.model()), self.config.score.exact_batch
         pieces = self.store.of_split(split)
         if self.config.data.overlong == "cut":
@@ -217,6 +216,13 @@ class Tune(Writer):
         from language import answer_scores
 
         return comparison_table(*map(answer_scores.measures, (before, after)))
+
+    def writes(self) -> tuple[int, int] | None:
+        samples, row = self.config.samples, self.config.data.sequence
+        score = getattr(self.config, "score", None)  # a recipe built on this one may have no exact match
+        scored = score.exact_batch if score is not None and score.exact else 0
+        most = max((samples.count, row + samples.max_tokens), (scored, row + exact_match.LONGER), key=math.prod)
+        return most if most[0] else None
 
     def begun(self) -> list[tuple[str, str | list[int], dict]]:
         """`samples.prompts` as a user's messages; without any, held-out conversations up to their first answer."""

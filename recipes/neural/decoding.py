@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from aurora_train.config import Section, setting
-from aurora_train.recipe import Loss, Recipe, few
-from neural.settings import SIMULATED, Recorded, binned_trials, prepared, recording_path, refuse_heads
+from aurora_train.recipe import Loss, few
+from neural.settings import SIMULATED, OfRecording, Recorded, refuse_heads
 
 INPUT_SITE = 0xD  # distinguishes the mask of dropped spikes from the masks inside the model
 
@@ -41,11 +41,11 @@ class Config(Section):
     data: DataConfig = DataConfig()
 
 
-class NeuralDecoding(Recipe):
+class NeuralDecoding(OfRecording):
     """Spikes to velocity. Batches: spikes uint16[B, T, U], velocity float32[B, T, D] standardised, weights [B, T]."""
 
     Config = Config
-    unit, metric = "bins", ("r2", "max")
+    metric = ("r2", "max")
 
     @classmethod
     def check(cls, config) -> None:
@@ -54,16 +54,9 @@ class NeuralDecoding(Recipe):
 
     # Data
 
-    def prepare(self, progress) -> None:
-        prepared(self, progress)
-
-    @functools.cached_property
-    def _path(self):
-        return recording_path(self.config.data, self.cache)
-
-    @functools.cached_property
-    def _trials(self):
-        return binned_trials(self._path, self.config.data, self.config.data.behavior)
+    @property
+    def behavior(self) -> str:
+        return self.config.data.behavior
 
     def facts(self) -> dict:
         """The units and the number of axes, and the scale of each axis over the training trials."""
@@ -116,10 +109,6 @@ class NeuralDecoding(Recipe):
     def predict(self, model, batch):
         """Standardised velocity, float32[B, T, D]."""
         return model(batch["spikes"])
-
-    def flops_per_target(self, num_parameters: int) -> float:
-        """6 N per bin, forward and backward (Kaplan et al. 2020); attention over so few bins is neglected."""
-        return 6.0 * num_parameters
 
     def responder(self, predict):
         """Answers bins of spikes with velocity in the unit of the recording: see `neural.streaming.Stream`."""

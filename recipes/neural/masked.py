@@ -14,8 +14,8 @@ import functools
 import numpy as np
 
 from aurora_train.config import Section, setting
-from aurora_train.recipe import Loss, Recipe, few
-from neural.settings import SIMULATED, Recorded, binned_trials, prepared, recording_path, refuse_heads
+from aurora_train.recipe import Loss, few
+from neural.settings import SIMULATED, OfRecording, Recorded, refuse_heads
 
 MASK_SITE, UNITS_SITE, INPUT_SITE = 0xB, 0xC, 0xD  # distinguish these masks from the masks inside the model
 
@@ -48,28 +48,17 @@ class Config(Section):
     data: DataConfig = DataConfig()
 
 
-class MaskedModel(Recipe):
+class MaskedModel(OfRecording):
     """Spikes to rates. Batches: spikes uint16[B, T, U], of all units, and weights float32[B, T], 0 for padding."""
 
     Config = Config
-    unit, metric = "bins", ("co_bps", "max")
+    metric = ("co_bps", "max")
 
     @classmethod
     def check(cls, config) -> None:
         refuse_heads(config.model.width, config.model.heads)
 
     # Data
-
-    def prepare(self, progress) -> None:
-        prepared(self, progress)
-
-    @functools.cached_property
-    def _path(self):
-        return recording_path(self.config.data, self.cache)
-
-    @functools.cached_property
-    def _trials(self):
-        return binned_trials(self._path, self.config.data, behavior=None)
 
     def facts(self) -> dict:
         """The columns of held-in and held-out units; the mean and deviation of each unit over the training trials.
@@ -174,10 +163,6 @@ class MaskedModel(Recipe):
         import jax.numpy as jnp
 
         return jnp.exp(self._log_rates(model, batch))
-
-    def flops_per_target(self, num_parameters: int) -> float:
-        """6 N per bin, forward and backward (Kaplan et al. 2020); attention over so few bins is neglected."""
-        return 6.0 * num_parameters
 
     # Score
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
+from aurora_train.recipe import Recipe
 
 SIMULATED = "simulated"
 
@@ -50,15 +52,33 @@ def binned_trials(path: Path, data: Recorded, behavior: str | None):
     return bin_trials(recording, data.bin_ms / 1000, data.units)
 
 
-def prepared(recipe, progress) -> None:
-    """`Recipe.prepare` of a recipe with `_path` and `_trials`; it reports the trials, and those that were left out."""
-    simulated = recipe.config.data.source == SIMULATED
-    progress(0, 2, "simulating a session" if simulated else "reading the recording")
-    path = recipe._path
-    progress(1, 2, f"binning {path.name}")
-    trials = recipe._trials
-    reasons = "".join(f", {number} {reason} left out" for reason, number in trials.left_out.items())
-    progress(2, 2, f"{len(trials.ids)} trials{reasons}")
+class OfRecording(Recipe):
+    """What the recipes of a recording share: its trials, and their preparation."""
+
+    unit = "bins"
+    behavior: str | None = None  # path in the file of the series that is needed beside the spikes
+
+    def prepare(self, progress) -> None:
+        """Reports the trials, and those that were left out."""
+        simulated = self.config.data.source == SIMULATED
+        progress(0, 2, "simulating a session" if simulated else "reading the recording")
+        path = self._path
+        progress(1, 2, f"binning {path.name}")
+        trials = self._trials
+        reasons = "".join(f", {number} {reason} left out" for reason, number in trials.left_out.items())
+        progress(2, 2, f"{len(trials.ids)} trials{reasons}")
+
+    @functools.cached_property
+    def _path(self) -> Path:
+        return recording_path(self.config.data, self.cache)
+
+    @functools.cached_property
+    def _trials(self):
+        return binned_trials(self._path, self.config.data, self.behavior)
+
+    def flops_per_target(self, num_parameters: int) -> float:
+        """6 N per bin, forward and backward (Kaplan et al. 2020); attention over so few bins is neglected."""
+        return 6.0 * num_parameters
 
 
 def refuse_heads(width: int, heads: int) -> None:

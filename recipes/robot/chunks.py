@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from aurora_train.errors import UserError, nearest
-from robot.episodes import Episodes
+from robot.episodes import Episode, Episodes, digest
 from robot.settings import VECTORS, DataConfig
 
 CAMERA = "observation.images."
@@ -37,7 +37,7 @@ class Chunks:
                  state: Sequence[str] = ("observation.state",), cameras: Sequence[str] = (), action: str = "action",
                  tasks: Sequence[str] | None = None):  # fmt: skip
         self.episodes, self.chunk, self.state, self.cameras = episodes, chunk, tuple(state), tuple(cameras)
-        self.split, self.which = split, split_of(episodes, test, validation)[split]
+        self.split, self.which = split, split_of(episodes, test, validation, action)[split]
         self.tasks = tuple(sorted(set(episodes.tasks)) if tasks is None else tasks)
         self.rows = episodes.rows(self.which)
         self._last = np.repeat(episodes.starts[self.which] + episodes.lengths[self.which] - 1,
@@ -46,7 +46,7 @@ class Chunks:
         for name in (*self.state, *(CAMERA + one for one in self.cameras)):
             episodes.feature(name, "data.cameras" if name.startswith(CAMERA) else "data.state")
         self._action = episodes.feature(action, "data.action")
-        decisive = [1, episodes.fingerprint, split, self.which.tolist(), chunk, state, cameras, action, self.tasks]
+        decisive = [2, episodes.fingerprint, split, self.which.tolist(), chunk, state, cameras, action, self.tasks]
         self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
     def _task_of(self) -> np.ndarray:
@@ -123,20 +123,25 @@ def inputs(observation: dict[str, np.ndarray], state: Sequence[str], cameras: Se
     return seen
 
 
-def split_of(episodes: Episodes, test: float, validation: float) -> dict[str, np.ndarray]:
-    """int64 numbers of the episodes of "train", "validation" and "test"; an episode's own hash decides its split.
+def split_of(episodes: Episodes, test: float, validation: float, action: str = "action") -> dict[str, np.ndarray]:
+    """int64 numbers of the episodes of "train", "validation" and "test"; a hash of what was done decides the split.
 
-    Equal episodes are in one split, and an episode stays where it is when others are added. A split with a share above
-    0 that would be empty takes the training episode with the smallest hash. UserError if none is left for training.
+    It is the hash of an episode's instruction and of its `action`, so an episode stays where it is when others are
+    added, and whatever else of it is read: runs with other cameras hold the same episodes out. Equal episodes are in
+    one split. A split with a share above 0 that would be empty takes the training episode with the smallest hash.
+    UserError if none is left for training.
     """
-    draws = np.array([int(one[:13], 16) / 16**13 for one in episodes.digests])
+    array = episodes.feature(action, "data.action")
+    done = [digest(Episode({"action": array[start : start + length]}, task)) for start, length, task in zip(
+        episodes.starts, episodes.lengths, episodes.tasks, strict=True)]  # fmt: skip
+    draws = np.array([int(one[:13], 16) / 16**13 for one in done])
     of = np.where(draws < test, "test", np.where(draws < test + validation, "validation", "train"))
     for name, share in (("test", test), ("validation", validation)):
         if share > 0 and not (of == name).any() and (of == "train").any():
             of[draws == draws[of == "train"].min()] = name
     if not (of == "train").any():
         raise UserError(
-            f"no episode is left for training: there are {len(draws)}, {len(set(episodes.digests))} of them different",
+            f"no episode is left for training: there are {len(draws)}, {len(set(done))} of them different",
             where="data.source", hint="give more episodes, or hold smaller shares out",
         )  # fmt: skip
     return {name: np.flatnonzero(of == name) for name in ("train", "validation", "test")}

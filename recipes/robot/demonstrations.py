@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_train.data.prepared import key_of
 from aurora_train.errors import UserError
-from language.prepared import key_of
 from robot.episodes import Episode, Episodes, kept
 from robot.rollouts import Expert, Tape, run
 from robot.worlds import World, world

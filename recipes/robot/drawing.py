@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-MOST_PICTURES = 60  # of a film; a longer episode is shown faster
-PICTURE_MS = 100
+MOST_PICTURES = 60  # of a film; those of a longer episode are further apart
 
 
 def draw_paths(
@@ -45,11 +44,13 @@ def _drawn(paths, successes, axes_of: tuple[int, int], names) -> str:
     return svg_file(figure, f"paths-{axes_of[0]}-{axes_of[1]}", described)
 
 
-def write_gif(path: Path, film: Sequence[np.ndarray]) -> Path:
-    """Write pictures uint8[H, W, 3] as a moving GIF that repeats; of more than MOST_PICTURES, evenly spaced ones."""
+def write_gif(path: Path, film: Sequence[np.ndarray], seconds: float) -> Path:
+    """Write pictures uint8[H, W, 3] as a moving GIF that repeats and takes the `seconds` that the episode took, to the
+    hundredths for each picture that a GIF knows; of more than MOST_PICTURES, evenly spaced ones."""
     from PIL import Image
 
     chosen = np.unique(np.linspace(0, len(film) - 1, min(len(film), MOST_PICTURES)).round().astype(int))
     images = [Image.fromarray(film[number]) for number in chosen]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=PICTURE_MS, loop=0)
+    shown_ms = 10 * max(round(100 * seconds / len(images)), 2)  # players show what is shorter slowly
+    images[0].save(path, save_all=True, append_images=images[1:], duration=shown_ms, loop=0)
     return path

@@ -2,7 +2,7 @@
 
 A store grows episode by episode. Each episode is appended to one file per feature and then named in a journal with the
 sha256 of its content, so that a recording or a decoding that was killed goes on after the last whole episode. The store
-becomes visible, complete and hashed, only at its end: `language.prepared` publishes it.
+becomes visible, complete and hashed, only at its end: `aurora_train.data.prepared` publishes it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aurora_train.data.prepared import Prepared, key_of, made, writing
 from aurora_train.errors import UserError, nearest
-from language.prepared import Prepared, key_of, made, writing
 
 FORMAT = 1
 JOURNAL = "episodes.jsonl"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from aurora_train.errors import UserError, nearest
 from robot.chunks import CAMERA
-from robot.worlds import World, world
+from robot.worlds import Seen, world
 
 _HINT = "score it in the world of its demonstrations"
 
 
-def opened(known: dict, name: str) -> tuple[World, int]:
+def opened(known: dict, name: str) -> tuple[Seen, int]:
     """The world `name` as a policy with the facts `known` sees it, and the edge of its pictures, 0 without cameras."""
     cameras = known["cameras"]
     size = known["shapes"][cameras[0]][0] if cameras else 0
@@ -25,9 +25,9 @@ def refuse_other(known: dict, name: str) -> None:
         on.close()
 
 
-def refuse(known: dict, on: World) -> None:
+def refuse(known: dict, on: Seen) -> None:
     """UserError if the world's observations, actions, rate or instruction are not those of the training data."""
-    seen = on.reset(0)
+    seen = on.reset(0) | on.pictures()
     for name in known["state"]:
         wanted, there = tuple(known["shapes"][name]), seen[name].shape if name in seen else None
         if there != wanted:
@@ -50,8 +50,10 @@ def refuse(known: dict, on: World) -> None:
                      nearest(on.task, tasks, f"it knows: {', '.join(map(repr, tasks))}"))  # fmt: skip
 
 
-def continued(mine: dict, inherited: dict) -> dict:
+def continued(mine: dict, inherited: dict, language: str | None) -> dict:
     """The facts of a run: its own, with the scale and the instructions of the run that it starts from, if there is one.
+
+    Several new instructions are read by the model `language`, where one is named.
 
     UserError for a feature that the other run does not know, or knows with another size.
     """
@@ -64,7 +66,11 @@ def continued(mine: dict, inherited: dict) -> dict:
         if sizes[0] != sizes[1]:
             raise UserError(f"`{name}` has {sizes[0]} entries, and {sizes[1]} in the run that this one starts from",
                             where="data", hint="train from the beginning: leave `init` out")  # fmt: skip
-    return mine | {name: inherited[name] for name in ("scale", "tasks") if name in inherited}
+    if language is not None and len(mine["tasks"]) > 1 and not inherited:
+        from robot.instruction import encoded
+
+        mine["instructions"] = encoded(language, mine["tasks"])
+    return mine | {name: inherited[name] for name in ("scale", "tasks", "instructions") if name in inherited}
 
 
 def _other(what: str, hint: str = _HINT) -> UserError:

@@ -1,7 +1,8 @@
-"""Features of an instruction: hashed words and parts of words, which need no model and no vocabulary.
+"""Features of an instruction: hashed words, which need no model, or the hidden states of a language model.
 
-They tell instructions apart, and two that share words have similar features. They know nothing of meaning: "lift" and
-"raise" are as far apart as any two words. The instructions themselves are facts of a run.
+Hashed words and parts of words tell instructions apart, and two that share words have similar features. They know
+nothing of meaning: "lift" and "raise" are as far apart as any two words. What a language model says of the instructions
+is computed once and kept, as the instructions are, among the facts of a run, which then needs that model no more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import re
 
 import numpy as np
 
+from aurora_train.errors import UserError
+
 SIZE = 64
+OTHER_WORDS = 'The instruction "{}." in other words is: "'
 
 
 def features(text: str) -> np.ndarray:
@@ -29,12 +33,36 @@ def features(text: str) -> np.ndarray:
     return (found / max(np.linalg.norm(found), 1e-12)).astype(np.float32)
 
 
-def features_of(batch: dict, tasks: list[str]) -> dict:
-    """{"instruction": float32[B, SIZE]} of a batch: as given, or of `tasks[batch["task"]]`; {} if there is one task."""
-    if len(tasks) < 2:
+def encoded(source: str, tasks: list[str]) -> np.ndarray:
+    """float32[len(tasks), width]: the final hidden state of a language model that is about to say each in other words.
+
+    A causal model so describes a text better than by the mean of its states (PromptEOL: Jiang et al. 2023). What all
+    states share is taken away, since those of any two texts point in almost one direction (Ethayarajh 2019), and the
+    rest is scaled to a mean square of 1. `source`: a run or an open model. UserError for another model.
+    """
+    import jax.numpy as jnp
+
+    from aurora_train.loading import load
+    from aurora_train.nn.transformer import Transformer
+
+    read = load(source, by="facts")
+    if read.tokenizer is None or not isinstance(read.model, Transformer):
+        raise UserError(f"{source} is no language model", where="data.language",
+                        hint="an open model, a run of language_model, or none: hashed words")  # fmt: skip
+    rows = [jnp.asarray(read.tokenizer.encode(OTHER_WORDS.format(task)), jnp.int32)[None] for task in tasks]
+    states = np.stack([np.asarray(read.model(row)[0, -1].astype(jnp.float32)) for row in rows])
+    apart = states - states.mean(0)
+    return (apart / max(float(np.sqrt((apart**2).mean())), 1e-6)).astype(np.float32)
+
+
+def features_of(batch: dict, facts: dict) -> dict:
+    """{"instruction": float32[B, F]} of a batch: as given, or those of `batch["task"]`; {} if there is one task."""
+    if len(facts["tasks"]) < 2:
         return {}
     if "instruction" in batch:
         return {"instruction": batch["instruction"]}
     import jax.numpy as jnp
 
-    return {"instruction": jnp.asarray(np.stack([features(task) for task in tasks]))[batch["task"]]}
+    known = facts.get("instructions")
+    known = np.stack([features(task) for task in facts["tasks"]]) if known is None else np.asarray(known, np.float32)
+    return {"instruction": jnp.asarray(known)[batch["task"]]}

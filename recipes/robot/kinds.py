@@ -27,7 +27,8 @@ def shape_of(config, facts: dict) -> Shape:
     shapes = facts["shapes"]
     cameras = tuple((name, *shapes[name][:2]) for name in facts["cameras"])
     state = tuple(math.prod(shapes[name]) for name in facts["state"])
-    return Shape(state, cameras, SIZE if len(facts["tasks"]) > 1 else 0, config.data.chunk, shapes["action"][-1])
+    words = len(facts["instructions"][0]) if "instructions" in facts else SIZE
+    return Shape(state, cameras, words if len(facts["tasks"]) > 1 else 0, config.data.chunk, shapes["action"][-1])
 
 
 def flops(config, facts: dict) -> float:
@@ -41,6 +42,8 @@ def flops(config, facts: dict) -> float:
         if model.vision.kind == "vit":
             patches = (height // model.vision.patch) * (width // model.vision.patch)
             vit += patches * blocks_config(model, model.vision.layers).num_parameters(0)
+        elif model.vision.kind == "keypoints":
+            patches = 1
         else:
             patches = math.ceil(height / 16) * math.ceil(width / 16)
         tokens += patches

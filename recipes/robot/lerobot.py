@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_train.data.prepared import key_of
 from aurora_train.errors import UserError, nearest
 from aurora_train.files import sha256
-from language.prepared import key_of
 from robot.episodes import Episode, Episodes, kept
 from robot.lerobot_meta import EPISODES, INFO, OWN, TASKS, TOLERANCE_S, Feature, Meta, fault, read_meta, read_table
 from robot.video import Video

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_train.data.prepared import writing
 from aurora_train.errors import UserError
 from aurora_train.files import make_folder, sync, write_json
-from language.prepared import writing
 from robot import lerobot_statistics as statistics
 from robot.episodes import Episode, Episodes
 from robot.lerobot_meta import DATA_PATH, EPISODES_PATH, INFO, OWN, TASKS, VERSION, VIDEO_PATH

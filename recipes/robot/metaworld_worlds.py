@@ -19,8 +19,10 @@ import numpy as np
 
 from aurora_train.errors import MissingExtra, UserError, nearest
 
-# Two views of the place where the work is done, and Meta-World's own cameras, which see the whole table.
-NEAR = {"side": (180, -25), "front": (90, -35)}  # azimuth and elevation in degrees
+# Views of the place where the work is done, and Meta-World's own cameras, which see the whole table. Azimuth and
+# elevation in degrees, distance from the middle and its height in metres. From "above" what lies on the table is seen
+# whatever the arm does.
+NEAR = {"side": (180, -25, 0.75, 0.12), "front": (90, -35, 0.75, 0.12), "above": (180, -55, 0.5, 0.05)}
 CORNERS = ("corner", "corner2", "corner3", "corner4")  # these hang upside down
 CAMERAS = (*NEAR, *CORNERS, "topview", "behindGripper", "gripperPOV")
 _OBJECT = ("x", "y", "z", "qx", "qy", "qz", "qw")
@@ -108,12 +110,12 @@ def _metaworld() -> tuple[dict, dict]:
     return dict(ALL_V3_ENVIRONMENTS), dict(ENV_POLICY_MAP)
 
 
-def _near(azimuth: float, elevation: float):
-    """A camera 0.75 m from the middle of the places where objects and goals are drawn."""
+def _near(azimuth: float, elevation: float, distance: float, height: float):
+    """A camera that looks at the middle of the places where objects and goals are drawn."""
     import mujoco
 
     made = mujoco.MjvCamera()
-    made.type, made.lookat[:], made.distance = mujoco.mjtCamera.mjCAMERA_FREE, (0, 0.72, 0.12), 0.75
+    made.type, made.lookat[:], made.distance = mujoco.mjtCamera.mjCAMERA_FREE, (0, 0.72, height), distance
     made.azimuth, made.elevation = azimuth, elevation
     return made
 

@@ -107,14 +107,16 @@ class Policy(Recipe):
         state, cameras = state_features(data, episodes.arrays), list(data.cameras)
         shapes = {name: list(episodes.feature(feature).shape[1:]) for name, feature in used.items()}
         bound_of(self.config.limits, shapes["action"][-1])  # refuses bounds for other actions, before any training
-        numbers = of(episodes, split_of(episodes, data.test, data.validation)["train"], list(used.values()))
+        train = split_of(episodes, data.test, data.validation, data.action)["train"]
+        numbers = of(episodes, train, list(used.values()))
         mine = {
             "state": state, "cameras": cameras, "shapes": shapes, "tasks": sorted(set(episodes.tasks)),
             "scale": {name: numbers[feature] for name, feature in used.items()},
             "names": {name: list(episodes.names.get(feature, ())) for name, feature in used.items()},
             "fps": episodes.fps,
         }  # fmt: skip
-        facts, name, evaluate = continued(mine, self.inherited), self.config.score.world, self.config.evaluate
+        facts = continued(mine, self.inherited, data.language)
+        name, evaluate = self.config.score.world, self.config.evaluate
         if name is not None and (evaluate.final or evaluate.score_every):
             refuse_other(facts, name)  # before any training
         return facts
@@ -188,7 +190,7 @@ class Policy(Recipe):
             most = self.config.model.vision.shift
             names = [f"image.{name}" for name in self.known["cameras"]]
             batch = batch | {name: shifted(batch[name], keys, most) for name in names}
-        return self._scaling.seen(batch) | features_of(batch, self.known["tasks"])
+        return self._scaling.seen(batch) | features_of(batch, self.known)
 
     def loss(self, model, batch, key) -> Loss:
         """The kind's own loss of scaled actions, one number for each chunk; padded actions do not count."""

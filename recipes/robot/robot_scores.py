@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import wilson
 from aurora_train.recipe import few
-from language.intervals import wilson
 from robot.chunks import inputs
 from robot.drawing import draw_paths, write_gif
 from robot.fitting import opened, refuse
@@ -36,7 +36,7 @@ def score(recipe, predict: Callable, split: str, key, workdir: Path, progress: C
     seeds = np.arange(settings.episodes) + settings.seed + (VALIDATION if split == "validation" else 0)
     on, size = opened(recipe.known, recipe.world)
     try:
-        act, first = asker(recipe, on, predict, key), on.reset(int(seeds[0]))
+        act, first = asker(recipe, on, predict, key), on.reset(int(seeds[0])) | on.pictures()
         cannot = _cannot_draw(on) if settings.gifs and split == "test" else None
     finally:
         on.close()
@@ -172,7 +172,8 @@ def _shown(done: list[Rollout], on: World, workdir: Path) -> dict:
                        on.names["observation.state"][on.positions], workdir)  # fmt: skip
     for number, one in enumerate(one for one in done if one.film):
         said = f"Seed {one.seed}: {'success' if one.success else 'failure'} after {one.steps} steps"
-        plots.append({"title": said, "file": write_gif(workdir / f"rollout-{number}.gif", one.film).name})
+        film = write_gif(workdir / f"rollout-{number}.gif", one.film, one.steps / on.fps)
+        plots.append({"title": said, "file": film.name})
     rows = [[one.seed, one.success, one.steps, returned(one, on.max_steps)] for one in done]
     return {"plots": plots, "tables": [{"title": "Episodes", "columns": ["seed", "success", "steps", "return"],
                                         "rows": rows}]}  # fmt: skip

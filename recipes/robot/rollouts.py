@@ -52,8 +52,15 @@ class Tape:
     def __init__(self, on: World, seed: int, number: int, is_filmed: bool, keeps_images: bool = True):
         self.world, self.seed, self.number, self.is_filmed = on, seed, number, is_filmed
         self.keeps_images = keeps_images
-        self.observation, self.success = on.reset(seed), False
+        self._vectors, self._pictures, self.success = on.reset(seed), None, False
         self.seen, self.actions, self.rewards, self.film = [], [], [], []
+
+    @property
+    def observation(self) -> dict[str, np.ndarray]:
+        """What is observed now. Pictures are drawn when they are first looked at: one costs as much as many steps."""
+        if self._pictures is None:
+            self._pictures = self.world.pictures()
+        return self._vectors | self._pictures
 
     def act(self, action: np.ndarray) -> None:
         every = max(round(self.world.fps / FILM_RATE), 1)
@@ -61,7 +68,8 @@ class Tape:
             self.film.append(self.world.render(FILM_SIZE))
         self.seen.append(self._kept())
         self.actions.append(np.asarray(action, np.float32))
-        self.observation, self.success = self.world.step(action)
+        self._vectors, self.success = self.world.step(action)
+        self._pictures = None
         self.rewards.append(self.world.reward)
         if self.is_filmed and self.success:
             self.film.append(self.world.render(FILM_SIZE))
@@ -72,9 +80,7 @@ class Tape:
                        tuple(self.film))  # fmt: skip
 
     def _kept(self) -> dict[str, np.ndarray]:
-        if self.keeps_images:
-            return self.observation
-        return {name: one for name, one in self.observation.items() if one.dtype != np.uint8}
+        return self.observation if self.keeps_images else self._vectors
 
 
 def rollouts(

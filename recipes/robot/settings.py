@@ -17,9 +17,13 @@ VECTORS = ("observation.state", "observation.environment_state")
 class Vision(Section):
     """What turns a camera's picture into tokens; all cameras share its parameters."""
 
-    kind: Literal["cnn", "vit"] = setting("cnn", help="four strided convolutions, or patches and a transformer")
+    kind: Literal["cnn", "keypoints", "vit"] = setting(
+        "cnn", help="four strided convolutions, the places of learned features (spatial softmax), or patches and a "
+        "transformer",
+    )  # fmt: skip
     channels: int = setting(
-        32, ge=8, multiple_of=8, help="cnn: channels of the first convolution; the next have 2, 4 and 4 times as many"
+        32, ge=8, multiple_of=8, help="cnn, keypoints: channels of the first convolution; the next have 2, 4 (and cnn "
+        "again 4) times as many",
     )
     patch: int = setting(8, ge=2, help="vit: edge of a patch in pixels")
     layers: int = setting(2, ge=1, help="vit: blocks over the patches of one picture")
@@ -104,6 +108,11 @@ class DataConfig(Section):
     state: list[str] | None = setting(
         None, min_length=1, help=f"vector features that the policy sees; none: {' and '.join(VECTORS)}, where they are"
     )
+    language: str | None = setting(
+        None, resume="located", path_unless=("hub:", "package:"),
+        help="a language model that reads the instructions: a run, a Hugging Face folder, a GGUF file or package:NAME; "
+        "none: hashed words, which know nothing of meaning",
+    )  # fmt: skip
     cameras: list[str] = setting([], help="cameras that the policy sees: NAME of observation.images.NAME")
     action: str = setting("action", help="the feature that is predicted")
     validation: float = setting(0.1, ge=0, lt=0.6, help="share of episodes held out for evaluation while training")

@@ -1,4 +1,4 @@
-"""What turns a camera's picture into a grid of tokens: a small convolutional network or a small ViT."""
+"""What turns a picture into tokens: a small convolutional network, one that says where things are, or a small ViT."""
 
 from __future__ import annotations
 
@@ -35,6 +35,32 @@ class Convolutions(nnx.Module):
         return self.out(picture)
 
 
+class Keypoints(nnx.Module):
+    """float[B, H, W, 3] -> [B, 1, 1, width]: where in the picture each of 4 `channels` features is, as one token.
+
+    Three 3x3 convolutions, of stride 2, 2 and 1. Each channel of the last is a softmax over places, whose mean is a
+    place between -1 and 1 along each axis, finer than a pixel (spatial softmax: Levine et al. 2016, section 5.1).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, rngs: nnx.Rngs):
+        first = config.vision.channels
+        sizes, strides = [3, first, 2 * first, 4 * first], [2, 2, 1]
+        self.layers = nnx.List([
+            nnx.Conv(before, after, (3, 3), stride, use_bias=False, dtype=dtype, rngs=rngs)
+            for before, after, stride in zip(sizes[:-1], sizes[1:], strides, strict=True)
+        ])  # fmt: skip
+        self.norms = nnx.List([Norm(size, "layernorm") for size in sizes[1:-1]])
+        self.out = Affine(2 * sizes[-1], config.width, rngs)
+
+    def __call__(self, picture, keys=None):
+        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+            picture = jax.nn.gelu(norm(layer(picture)))
+        where = jax.nn.softmax(self.layers[-1](picture).astype(jnp.float32), (1, 2))
+        rows, columns = (jnp.linspace(-1, 1, size) for size in where.shape[1:3])
+        places = [jnp.einsum("bhwc,h->bc", where, rows), jnp.einsum("bhwc,w->bc", where, columns)]
+        return self.out(jnp.concatenate(places, -1).astype(picture.dtype))[:, None, None]
+
+
 class Patches(nnx.Module):
     """float[B, H, W, 3] -> [B, H / patch, W / patch, width]: a ViT (Dosovitskiy et al. 2021) without a class token."""
 
@@ -53,8 +79,8 @@ class Patches(nnx.Module):
 
 def make_vision(config: ModelConfig, cameras, dtype: str, rngs: nnx.Rngs):
     """The network of all cameras, (name, height, width) each. UserError for a picture that patches do not divide."""
-    if config.vision.kind == "cnn":
-        return Convolutions(config, dtype, rngs)
+    if config.vision.kind != "vit":
+        return {"cnn": Convolutions, "keypoints": Keypoints}[config.vision.kind](config, dtype, rngs)
     for name, height, width in cameras:
         if height % config.vision.patch or width % config.vision.patch:
             fitting = [str(n) for n in range(2, min(height, width) + 1) if height % n == 0 and width % n == 0]

@@ -55,8 +55,8 @@ class World(Protocol):
         """Give back what is held."""
 
 
-def world(name: str, cameras: Sequence[str] = (), size: int = 64) -> World:
-    """The world "two_modes" or "metaworld:TASK", whose observations have a picture from each of `cameras`.
+def world(name: str, cameras: Sequence[str] = (), size: int = 64) -> Seen:
+    """The world "two_modes" or "metaworld:TASK", with pictures from each of `cameras`.
 
     Raises UserError for an unknown name or camera, and MissingExtra if the simulator is not installed.
     """
@@ -75,24 +75,18 @@ def world(name: str, cameras: Sequence[str] = (), size: int = 64) -> World:
         if camera not in made.cameras:
             raise UserError(f"the world `{name}` has no camera `{camera}`", where="data.cameras",
                             hint=f"it has: {', '.join(made.cameras)}")  # fmt: skip
-    return Filmed(made, cameras, size) if cameras else made
+    return Seen(made, cameras, size)
 
 
-class Filmed:
-    """A world whose observations also have "observation.images.CAMERA", uint8[size, size, 3]."""
+class Seen:
+    """A world with cameras, or with none. Everything else is the world's own."""
 
     def __init__(self, of: World, cameras: Sequence[str], size: int):
-        self.of, self._cameras, self.size = of, tuple(cameras), size
+        self.of, self._seen_by, self.size = of, tuple(cameras), size
 
     def __getattr__(self, name: str):
         return getattr(self.of, name)
 
-    def reset(self, seed: int) -> dict[str, np.ndarray]:
-        return self._with_images(self.of.reset(seed))
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
-        observation, success = self.of.step(action)
-        return self._with_images(observation), success
-
-    def _with_images(self, observation: dict) -> dict:
-        return observation | {CAMERA + one: self.of.render(self.size, one) for one in self._cameras}
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the cameras see now: "observation.images.CAMERA", uint8[size, size, 3]."""
+        return {CAMERA + one: self.of.render(self.size, one) for one in self._seen_by}

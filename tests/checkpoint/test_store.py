@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint import durable, layout, writer
-from aurora_train.checkpoint.reading import Deleted, opened, reading
-from aurora_train.checkpoint.store import CheckpointStore, Damage, SaveFailed, refuse_damage, require_step
+from aurora_train.checkpoint.reading import Deleted, opened, reading, refuse_damage, require_step
+from aurora_train.checkpoint.store import CheckpointStore, Damage, SaveFailed
 from aurora_train.errors import UserError
 
 

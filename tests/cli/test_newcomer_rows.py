@@ -105,6 +105,6 @@ def test_every_verb_has_help_with_an_example(verb, option, capsys):
 
 
 # A conversation (chat) is for people; a script asks `generate`.
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"unit", "schema", "recipes", "chat"}))
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"unit", "schema", "recipes", "chat", "launch"}))
 def test_every_verb_that_prints_for_people_prints_for_scripts_too(verb, capsys):
     assert "--json" in said([verb, "--help"], capsys).out

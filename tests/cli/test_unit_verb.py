@@ -73,6 +73,11 @@ def test_every_path_is_absolute_and_escaped(run, capsys, monkeypatch):
     assert settings(text, "WantedBy") == ["default.target"] and settings(text, "User") == []
 
 
+def test_whatever_ends_the_run_its_power_cap_is_set_back(run, capsys):
+    (after,) = settings(printed(capsys, run), "ExecStopPost")
+    assert after == f"-{sys.executable} -P -m aurora_train energy --restore"
+
+
 def test_secrets_stay_out(run, capsys, monkeypatch):
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AURORA_SECRET", "NVIDIA_API_KEY"):
         monkeypatch.setenv(name, "hush")

@@ -51,10 +51,8 @@ class Killer:
         """One process, killed in `phase`; None lets it live to its end."""
         log = self.aurora.folder / "stderr.txt"
         with open(log, "w") as stderr:
-            process = subprocess.Popen(
-                self.aurora.command("train", self.config, "--run", self.run), cwd=self.aurora.folder,
-                env=self.aurora.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
-            )
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+            process = self.aurora.forked("train", self.config, "--run", self.run, **pipes)
         if phase is not None and self._wait_for(phase, process, log):
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -75,7 +73,7 @@ class Killer:
         known = self._known()
         # How far into the phase: a save takes some 50 ms here, a step some 5 ms, compiling and starting seconds.
         spans = {"prepare": 3.0, "reference": 1.5, "compile": 1.5, "resumed": 0.3, "save": 0.15, "score": 1.0,
-                 "recording": 0.3, "decoding": 0.3, "simulation": 0.3}  # fmt: skip
+                 "recording": 0.3, "decoding": 0.3, "simulation": 0.3, "forecasting": 0.3}  # fmt: skip
         while process.poll() is None:
             if reached(log, known):
                 time.sleep(self.random.uniform(0, spans.get(phase, 0.01)))
@@ -107,6 +105,9 @@ class Killer:
 
     def _simulation(self, log, known):
         return "episodes in simulation" in log.read_text()
+
+    def _forecasting(self, log, known):
+        return "forecasting" in log.read_text()
 
     def _compile(self, log, known):
         return "compiling ..." in log.read_text()

@@ -57,10 +57,8 @@ def test_the_bad_batch_is_left_out_and_the_steps_are_whole(undisturbed):
 def test_a_run_that_is_killed_around_a_return_ends_with_the_same_bits(undisturbed, tmp_path, after, shared_cache):
     aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     slow = {"TOY_SIGNAL": "take:9999:HANG"}
-    process = subprocess.Popen(
-        aurora.command("train", config, "--run", "run", *OPTIONS), cwd=tmp_path, env={**aurora.environment(), **slow},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = aurora.forked("train", config, "--run", "run", *OPTIONS, environment=slow, **pipes)
     log, until = tmp_path / "run" / "events.jsonl", time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         text = log.read_text() if log.exists() else ""
@@ -180,10 +178,7 @@ def test_a_loud_row_is_skipped_and_a_stop_in_between_changes_no_bit(tmp_path, sh
     loud = {event["step"] for event in skips}
     later = [loss for step, loss in told.items() if step > outliers.FEWEST and step not in loud]
     assert min(told[step] for step in loud) > 100 * max(later)
-    stopped = subprocess.run(
-        aurora.command("train", config, "--run", "cut", *options), cwd=tmp_path, capture_output=True,
-        env={**aurora.environment(), "TOY_SIGNAL": "take:33:SIGTERM"}, timeout=240,
-    )  # fmt: skip
+    stopped = aurora("train", config, "--run", "cut", *options, environment={"TOY_SIGNAL": "take:33:SIGTERM"})
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     aurora.good("resume", "cut", "--quiet")
     assert final_hash(tmp_path / "cut") == final_hash(tmp_path / "whole")

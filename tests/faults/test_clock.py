@@ -48,10 +48,8 @@ def assert_sane(run: Path, undisturbed: Path) -> None:
 def test_a_run_killed_and_resumed_three_days_earlier_says_so_and_ends_in_the_same_bits(tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     aurora.good("train", config, "--run", "whole", "log.every=5", "--quiet")
-    killed = subprocess.run(
-        aurora.command("train", config, "--run", "cut", "log.every=5", "--quiet"), cwd=tmp_path, capture_output=True,
-        env={**aurora.environment(), "TOY_SIGNAL": "take:27:SIGKILL"}, timeout=240,
-    )  # fmt: skip
+    kill = {"TOY_SIGNAL": "take:27:SIGKILL"}
+    killed = aurora("train", config, "--run", "cut", "log.every=5", "--quiet", environment=kill)
     assert killed.returncode == -9, killed.stderr[-2000:]
     before = time.time()
     resumed = subprocess.run(

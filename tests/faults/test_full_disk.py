@@ -52,7 +52,7 @@ def whole_checkpoints(run) -> list[int]:
 
 def test_older_rolling_checkpoints_make_room_and_the_run_ends_in_the_same_bits(undisturbed, tmp_path):
     process = on_a_small_disk(tmp_path, "6m")
-    _, err = process.communicate(timeout=150)
+    _, err = process.communicate(timeout=300)
     run = tmp_path / "kept" / "run"
     assert process.returncode == 0, err[-3000:]
     assert "the disk is full: gave up the rolling checkpoints" in err and "Traceback" not in err
@@ -71,7 +71,7 @@ def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed
     assert any("cannot save" in line for line in lines), lines
     time.sleep(2)
     (tmp_path / "free").touch()
-    _, err = process.communicate(timeout=150)
+    _, err = process.communicate(timeout=300)
     run = tmp_path / "kept" / "run"
     assert process.returncode == 0, err[-3000:]
     assert events(run, "save_failed") and "again" in err and "NOT SAVED" in "".join(lines) + err
@@ -92,7 +92,7 @@ def test_a_run_that_can_save_nothing_stops_with_its_own_status(how, tmp_path):
         for pid in trainer:
             if "unshare" not in (cmd := open(f"/proc/{pid}/cmdline").read()) and not cmd.startswith("sh"):
                 os.kill(int(pid), signal.SIGTERM)
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == EXIT_UNSAVED, (out, err[-3000:])
     assert "a disk that cannot be written" in out and "Traceback" not in err
     assert events(tmp_path / "kept" / "run", "save_failed")

@@ -36,15 +36,14 @@ def children_of(pid: int) -> list[str]:
     ],
 )
 def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(
-    where, environment, doing, undisturbed, tmp_path, shared_cache
+    where, environment, doing, tmp_path, shared_cache, request
 ):
     aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
-    command = aurora.command("train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet")
     began = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**aurora.environment(), **environment}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = aurora.start(
+        "train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet", environment=environment
+    )
+    undisturbed = request.getfixturevalue("undisturbed")  # which is trained while this one hangs
     _, err = process.communicate(timeout=240)
     took = time.monotonic() - began
     assert process.returncode == EXIT_HUNG, err[-2000:]
@@ -61,10 +60,8 @@ def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(
 @pytest.mark.slow
 def test_a_loader_whose_thread_ends_does_not_wait_for_ever(undisturbed, tmp_path, shared_cache):
     aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
-    process = subprocess.run(
-        aurora.command("train", config, "--run", "run", f"train.watchdog={BUDGET_S / 60}", "--quiet"), cwd=tmp_path,
-        env={**aurora.environment(), "TOY_SIGNAL": "take:13:DIE"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    settings, environment = [f"train.watchdog={BUDGET_S / 60}", "--quiet"], {"TOY_SIGNAL": "take:13:DIE"}
+    process = aurora("train", config, "--run", "run", *settings, environment=environment)
     assert process.returncode == 2 and "ended its thread" in process.stderr, process.stderr[-2000:]
     aurora.good("resume", "run", "--quiet")
     assert final_hash(tmp_path / "run") == final_hash(undisturbed)

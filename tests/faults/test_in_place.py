@@ -13,7 +13,7 @@ import toy
 from killing import assert_whole
 from kit import Aurora, events, final_hash, losses
 
-KILLS = 3
+KILLS = 2
 ON = "train.stop_after_minutes=null"
 
 
@@ -33,10 +33,7 @@ def unfinished(run) -> set[str]:
 def killed_in_a_save(lab: Aurora, run, wait_s: float) -> bool:
     """Resume, and kill while a checkpoint is being written. False if the run ended before."""
     left = unfinished(run)
-    process = subprocess.Popen(
-        lab.command("resume", run, ON), cwd=lab.folder, env=lab.environment(), stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = lab.forked("resume", run, ON, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not unfinished(run) - left:
         time.sleep(0.001)
     time.sleep(wait_s)

@@ -27,7 +27,7 @@ def test_kills_while_a_model_learns_to_drive_change_no_bit(tmp_path):
     config.write_text(DRIVING)
     Aurora(tmp_path, tmp_path / "undisturbed").good("train", config, "--run", tmp_path / "run")
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
-    phases = ["prepare", "step", "save", "score"]
+    phases = ["prepare", "step", "save", "forecasting"]
     killed = Aurora(tmp_path, tmp_path / "cache")
     assert_kills_change_no_bit(killed, config, STEPS, phases, SEED, tmp_path / "run")
     assert not list((tmp_path / "cache").rglob("*.tmp-*"))

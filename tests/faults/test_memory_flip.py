@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -97,10 +96,7 @@ def wait_for(process, condition, seconds: float) -> bool:
 
 def test_a_flipped_exponent_is_skipped_gone_back_from_and_in_no_checkpoint(tmp_path):
     aurora, config, run = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path), tmp_path / "run"
-    process = subprocess.Popen(
-        aurora.command("train", config, "--run", run, *OPTIONS), cwd=tmp_path, env=aurora.environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = aurora.start("train", config, "--run", run, *OPTIONS)
 
     def count(what: str) -> int:
         log = run / "events.jsonl"

@@ -37,10 +37,8 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_anything_is_co
 @pytest.mark.slow
 @pytest.mark.permissions
 def test_checkpoints_that_cannot_be_written_are_found_before_the_run_goes_on(aurora):
-    stopped = subprocess.run(
-        aurora.command("train", "toy.yaml", "--run", "run", "--quiet"), cwd=aurora.folder, capture_output=True,
-        env={**aurora.environment(), "TOY_SIGNAL": "take:13:SIGTERM"}, timeout=240,
-    )  # fmt: skip
+    stop = {"TOY_SIGNAL": "take:13:SIGTERM"}
+    stopped = aurora("train", "toy.yaml", "--run", "run", "--quiet", environment=stop)
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     folder = aurora.folder / "run" / "checkpoints"
     before = (aurora.folder / "run" / "events.jsonl").read_bytes()
@@ -80,12 +78,8 @@ def test_a_lock_file_that_names_a_living_process_holds_nobody_up(aurora):
 
 @pytest.mark.slow
 def test_of_trainers_that_start_at_once_one_trains_and_the_others_say_why(aurora):
-    command = aurora.command("train", "toy.yaml", "train.steps=500", "evaluate.every=null", "--run", "run", "--quiet")
-    racing = [
-        subprocess.Popen(command, cwd=aurora.folder, env=aurora.environment(), stdout=subprocess.DEVNULL,
-                         stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]  # fmt: skip
+    command = ["train", "toy.yaml", "train.steps=500", "evaluate.every=null", "--run", "run", "--quiet"]
+    racing = [aurora.start(*command) for _ in range(3)]
     told = [(process.communicate(timeout=240)[1], process.returncode) for process in racing]
     assert sorted(status for _, status in told) == [0, 2, 2], told
     (winner,) = (process for process in racing if process.returncode == 0)

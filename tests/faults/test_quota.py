@@ -36,7 +36,7 @@ def under_a_quota(folder, limit: str, *settings, meanwhile: str = ""):
     script = WITH_A_QUOTA.replace("LIMIT", limit).replace("MEANWHILE", meanwhile).replace("TRAIN", train)
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script], cwd=folder, env=aurora.environment(), capture_output=True, text=True,
-        timeout=200,
+        timeout=300,
     )  # fmt: skip
     if done.returncode == 99:
         pytest.skip(f"no btrfs with quotas can be mounted here: {done.stderr[-200:]}")

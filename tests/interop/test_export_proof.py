@@ -1,7 +1,9 @@
 """What an export writes beside its weights, what its proof looks at, and what it leaves alone on the disk."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 
 import ml_dtypes
@@ -170,6 +172,15 @@ def test_there_are_always_8_rows_and_none_is_longer_than_learned_positions(tmp_p
         proof.rows_of(digits, 1, DecoderConfig())
 
 
+def test_an_export_that_is_asked_to_end_leaves_nothing_behind(here, monkeypatch):
+    before, handler = sorted(here.iterdir()), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(proof, "prove", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        aurora("export", "base", "--to", "ended")
+    assert ended.value.code == 128 + signal.SIGTERM and sorted(here.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 @pytest.mark.slow
 def test_a_run_without_a_decoder_is_refused(here, capsys):
     lines = [f"{word} number {number},{word}" for number in range(10) for word in ("good", "bad")]
@@ -177,7 +188,11 @@ def test_a_run_without_a_decoder_is_refused(here, capsys):
     (here / "classify.yaml").write_text(CLASSIFY)
     assert aurora("train", "classify.yaml", "--run", "classes", "--quiet") == 0
     assert aurora("export", "classes", "--to", "none") == 2
-    assert "no decoder to export" in capsys.readouterr().err and not (here / "none").exists()
+    said = capsys.readouterr().err
+    assert "no decoder to export" in said and "copy it as it is" in said and not (here / "none").exists()
+    assert aurora("export", "classes", "--to", "none", "--format", "policy") == 2
+    said = capsys.readouterr().err
+    assert "has no format 'policy'" in said and "copy it as it is" in said and "gguf" not in said
 
 
 def test_a_decoder_whose_tokens_see_later_ones_is_refused(here):

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 from open_models import VOCABULARY, decoder_of, write_model
 
-from aurora_train.generate.sampler import _read_prompt, _read_token
+from aurora_train.generate import programs
+from aurora_train.generate.engine import empty
+from aurora_train.generate.weights import decoded
 from aurora_train.interop.placing import matched
 from aurora_train.interop.source import open_source
 
@@ -48,11 +50,13 @@ def test_prompts_of_unlike_length_are_continued_together_with_the_logits_of_each
     tokens = np.full((len(texts), 16), 7, np.int32)  # a real token as padding: what it adds would be seen
     for row, (text, length) in enumerate(zip(texts, LENGTHS, strict=True)):
         tokens[row, :length] = text[:length]
-    graph, state = nnx.split(model)
-    logits, caches = _read_prompt(graph, 32, state, tokens, lengths, None)
+    form, arrays = decoded(model)
+    rows = programs.Rows(np.zeros(3, np.int32), lengths, lengths, np.zeros(3, np.int32))
+    caches, logits = programs.read_all(form, 32, arrays, *empty(form, arrays, 3, 32), tokens, rows)
     for step in range(5):
         for row, length in enumerate(LENGTHS):
             np.testing.assert_allclose(logits[row], wanted[row][length - 1 + step], atol=1e-4, err_msg=f"{row} {step}")
         if step < 4:
             drawn = jnp.asarray([text[length + step] for text, length in zip(texts, LENGTHS, strict=True)], jnp.int32)
-            logits, caches = _read_token(graph, state, caches, drawn, jnp.asarray(lengths + step), None)
+            rows = programs.Rows(lengths + step, np.ones(3, np.int32), lengths + step + 1, np.zeros(3, np.int32))
+            caches, logits = programs.step(form, 32, False, arrays, caches, logits, drawn, rows)

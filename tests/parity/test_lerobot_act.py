@@ -16,7 +16,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from lerobot_act import SIZES  # noqa: E402
 
-STORED = Path(__file__).parent / "reference_lerobot_act.npz"
+STORED = {name: Path(__file__).parent / f"reference_lerobot_act{tail}.npz"
+          for name, tail in (("state", ""), ("camera", "_camera"))}  # fmt: skip
 LOSS, GRADIENT = 1e-4, 1e-3  # of a gradient: a share of its largest entry
 _BLOCK = {
     "self_attn.out_proj.weight": "attention.out", "self_attn.out_proj.bias": "attention.out_bias",
@@ -34,6 +35,7 @@ _MAPS = {
     "vae_encoder_robot_state_input_proj": "posterior.state", "vae_encoder_action_input_proj": "posterior.action",
     "vae_encoder_latent_output_proj": "posterior.out", "encoder_robot_state_input_proj": "trunk.state.0",
     "encoder_env_state_input_proj": "trunk.state.1", "encoder_latent_input_proj": "style", "action_head": "trunk.head",
+    "encoder_img_feat_input_proj": "trunk.vision",
 }  # fmt: skip
 _REST = {
     "vae_encoder_cls_embed.weight": "posterior.first", "encoder_1d_feature_pos_embed.weight": "trunk.places",
@@ -48,6 +50,7 @@ def as_ours(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Their parameters, or gradients, under our names and in our shapes."""
     ours = {}
     for name, array in theirs.items():
+        array = array[..., 0, 0] if array.ndim == 4 else array  # a convolution of 1 x 1
         array = array.T if array.ndim == 2 else array
         module, _, kind = name.rpartition(".")
         if module in _MAPS:
@@ -72,7 +75,8 @@ def ours_on(found, monkeypatch):
     from flax import nnx
 
     from aurora_train.checkpoint import layout
-    from robot import act
+    from robot import act, trunk
+    from robot.blocks import Affine
     from robot.settings import ModelConfig
     from robot.trunk import Shape
 
@@ -81,14 +85,26 @@ def ours_on(found, monkeypatch):
         decoder_layers=SIZES["decoder_layers"], posterior_layers=SIZES["posterior_layers"], latent=SIZES["latent"],
         activation="relu", norm_place="sum", kl_weight=10.0,
     )  # fmt: skip
-    shape = Shape((SIZES["state"], SIZES["environment"]), (), 0, SIZES["chunk"], SIZES["actions"])
+    cameras, size = (), SIZES["width"]
+    seen = {"state": np.concatenate([found["state"], found["environment"]], 1)}
+    if "features" in found.files:  # of their ResNet: our network of pictures is the map that follows it there
+
+        class Projection(Affine):
+            def __call__(self, x, keys=None):
+                return super().__call__(x)
+
+        cameras, seen["image.above"] = (("above", *found["features"].shape[1:3]),), found["features"]
+        channels = found["features"].shape[3]
+        monkeypatch.setattr(trunk, "make_vision", lambda config, cameras, dtype, rngs: Projection(channels, size, rngs))
+        monkeypatch.setattr(trunk, "sinusoid_2d", lambda *sizes: found["places"].reshape(-1, size))
+    shape = Shape((SIZES["state"], SIZES["environment"]), cameras, 0, SIZES["chunk"], SIZES["actions"])
     weights = as_ours({name[7:].removeprefix("model."): found[name] for name in found.files if name[:7] == "weight/"})
+    weights |= {"trunk.camera_places": np.zeros((1, size), np.float32)} if cameras else {}  # theirs has none
     graph, state = nnx.split(act.Act(config, shape, "float32", nnx.Rngs(0)))
     drawn = nnx.to_pure_dict(state)
     assert layout.snapshot(drawn).keys() == weights.keys()
     params = layout.assemble(weights, drawn, jax.tree.map(lambda leaf: leaf.sharding, drawn))
     monkeypatch.setattr(act, "style_noise", lambda keys, size: found["noise"])
-    seen = {"state": np.concatenate([found["state"], found["environment"]], 1)}
 
     def merged(params):
         nnx.replace_by_pure_dict(state, params)
@@ -125,16 +141,19 @@ def assert_alike(file: Path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_act_is_lerobots_by_its_stored_figures(monkeypatch):
-    assert_alike(STORED, monkeypatch)
+@pytest.mark.parametrize("sees", STORED)
+def test_act_is_lerobots_by_its_stored_figures(sees, monkeypatch):
+    assert_alike(STORED[sees], monkeypatch)
 
 
 @pytest.mark.release
-def test_act_is_lerobots_as_it_computes_now(monkeypatch, tmp_path):
+@pytest.mark.parametrize("sees", STORED)
+def test_act_is_lerobots_as_it_computes_now(sees, monkeypatch, tmp_path):
     python = os.environ.get("AURORA_LEROBOT_PYTHON")
     if python is None:
         pytest.skip("AURORA_LEROBOT_PYTHON names no Python that has lerobot")
     program, out = Path(__file__).parent / "lerobot_act.py", tmp_path / "theirs.npz"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, str(program), str(out), "--seed", "7"], check=True, env=environment, timeout=300)
+    camera = ["--camera"] if sees == "camera" else []
+    subprocess.run([python, str(program), str(out), "--seed", "7", *camera], check=True, env=environment, timeout=300)
     assert_alike(out, monkeypatch)

@@ -25,8 +25,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "int
 from open_models import END, VOCABULARY, write_model  # noqa: E402
 from trl_side import ALPHA, RANK, Side  # noqa: E402
 
-for package in ("torch", "transformers", "trl", "peft"):
-    pytest.importorskip(package)
+# Not imported here: that takes seconds of everyone who collects tests.
+MISSING = [name for name in ("torch", "transformers", "trl", "peft") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}, of the extra [parity]")
 
 BATCHES, PAIRS = 3, 4
 SPREAD = 1 / 64  # of the adapters on real weights: with 1/8 the model says nothing any more

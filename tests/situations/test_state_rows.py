@@ -96,6 +96,7 @@ optimizer: {lr: 1e-2, weight_decay: 0.0, schedule: {name: constant}}
 checkpoint: {every: 6}
 evaluate: {every: 12, examples: 64}
 """
+BARE = ("evaluate.every=null", "evaluate.final=false", "--quiet")  # where what is claimed is of training alone
 
 
 @pytest.fixture
@@ -128,8 +129,8 @@ def test_H1_statistics_are_carried_saved_restored_to_the_bit_and_used_in_evaluat
 
 
 def test_H1_a_run_that_starts_from_another_starts_with_its_statistics(here):
-    assert aurora("train", "normed.yaml", "train.steps=6", "--run", "parent", "--quiet") == 0
-    barely = ("init.from=parent", "optimizer.lr=1e-9", "train.steps=1", "--run", "child", "--quiet")
+    assert aurora("train", "normed.yaml", "train.steps=6", "--run", "parent", *BARE) == 0
+    barely = ("init.from=parent", "optimizer.lr=1e-9", "train.steps=1", "--run", "child", *BARE)
     assert aurora("train", "normed.yaml", *barely) == 0
     parent, child = (aurora_train.load(run).model for run in ("parent", "child"))
     assert int(child.calls[...]) == int(parent.calls[...]) + 1
@@ -137,7 +138,7 @@ def test_H1_a_run_that_starts_from_another_starts_with_its_statistics(here):
 
 
 def test_H1_a_skipped_step_leaves_the_statistics_as_they_were(here):
-    assert aurora("train", "normed.yaml", "data.bad=3", "train.steps=8", "--run", "bad", "--quiet") == 0
+    assert aurora("train", "normed.yaml", "data.bad=3", "train.steps=8", "--run", "bad", *BARE) == 0
     skipped = sum(record["skipped"] for record in records(here / "bad") if "skipped" in record)
     model = aurora_train.load("bad").model
     assert skipped == 2 and int(model.calls[...]) == 6
@@ -145,7 +146,7 @@ def test_H1_a_skipped_step_leaves_the_statistics_as_they_were(here):
 
 
 def test_H1_microbatches_are_the_users_alone_and_stay_what_they_were(here, capsys):
-    assert aurora("train", "normed.yaml", "memory.accumulation=2", "train.steps=4", "--run", "two", "--quiet") == 0
+    assert aurora("train", "normed.yaml", "memory.accumulation=2", "train.steps=4", "--run", "two", *BARE) == 0
     assert int(aurora_train.load("two").model.calls[...]) == 8
     assert json.loads((here / "two" / "plan.json").read_text())["plan"]["accumulation"] == 2
     assert aurora("resume", "two", "memory.accumulation=1", "train.steps=6", "--quiet") == 2
@@ -159,7 +160,7 @@ def test_H1_microbatches_are_the_users_alone_and_stay_what_they_were(here, capsy
 @pytest.mark.parametrize("rngs", ["rngs", "nnx.Rngs(0)", "None"], ids=["H2-rngs", "H3-own-rngs", "H3-none"])
 def test_dropout_as_it_is_written_drops_in_training_alone(rngs, here):
     (here / "normed.py").write_text(RECIPE.replace("DROPOUT", rngs))
-    rest = ("train.steps=3", "checkpoint.every=1", "--quiet")
+    rest = ("train.steps=1", *BARE)
     assert aurora("train", "normed.yaml", *rest, "--run", "run") == 0
     (here / "normed.py").write_text(RECIPE.replace("DROPOUT", rngs).replace("Dropout(0.3", "Dropout(0.0"))
     assert aurora("train", "normed.yaml", *rest, "--run", "without") == 0

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aurora_train.check.results import checked_result
@@ -31,7 +32,7 @@ def test_a_film_and_paths_of_rollouts_are_in_the_page(tmp_path):
     work.mkdir()
     (one, two) = rollouts(Expert(), "two_modes", [0, 1], filmed=1)
     assert one.film and not two.film
-    gif = write_gif(work / "rollout-0.gif", one.film)
+    gif = write_gif(work / "rollout-0.gif", one.film, one.steps / 10)
     paths = [r.observations["observation.state"] for r in (one, two)]
     plots = draw_paths(paths, [True, False], ("x", "y"), work)
     assert plots == [{"title": "Paths of 2 episodes, of which 1 succeeded", "file": "paths-x-y.svg"}]
@@ -52,8 +53,25 @@ def test_a_long_film_is_shortened(tmp_path):
 
     (one,) = rollouts(Expert(), "two_modes", [0], filmed=1)
     film = [*one.film, *[one.film[0]]] * 10
-    with Image.open(write_gif(tmp_path / "long.gif", film)) as moving:
-        assert moving.n_frames <= 60
+    with Image.open(write_gif(tmp_path / "long.gif", film, 6.0)) as moving:
+        assert moving.n_frames <= 60 and played(moving) == pytest.approx(6.0, rel=0.05)
+
+
+def test_a_film_takes_as_long_as_the_episode_did(tmp_path):
+    from PIL import Image
+
+    pictures = [np.full((8, 8, 3), 4 * number, np.uint8) for number in range(16)]  # 60 steps at 80 a second, each 4th
+    with Image.open(write_gif(tmp_path / "short.gif", pictures, 60 / 80)) as moving:
+        assert played(moving) == pytest.approx(0.75, rel=0.15)
+
+
+def played(moving) -> float:
+    """Seconds that a film takes."""
+    total = 0
+    for number in range(moving.n_frames):
+        moving.seek(number)
+        total += moving.info["duration"]
+    return total / 1000
 
 
 def test_what_is_missing_or_too_large_is_said(tmp_path, monkeypatch):

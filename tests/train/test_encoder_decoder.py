@@ -2,16 +2,13 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from kit import evaluations, events, final_hash, losses
+from kit import Aurora, evaluations, events, final_hash, losses
 
 from aurora_train.cli.main import main
 from aurora_train.config import load
@@ -130,7 +127,7 @@ class Reverse(Base):
 CONFIG = """recipe: reverse.py
 train: {steps: 24, batch: 8}
 optimizer: {name: adamw, lr: 3e-3, ema: 0.9, schedule: {warmup: 2}}
-memory: {accumulation: 2, save: [query, attn_out, mlp_up]}
+memory: {accumulation: 2, save: [query, attn_out, mlp_up], unroll: false}
 checkpoint: {every: 5}
 evaluate: {every: 12, examples: 16, final: false}
 """
@@ -147,7 +144,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("AURORA_CACHE", str(folder / "cache"))
     return folder
 
 
@@ -156,10 +152,10 @@ def built(here, *overrides):
     return config, config.recipe_class(config, here / "cache")
 
 
-def test_it_is_killed_and_resumed_to_the_bit(here):
+def test_it_is_killed_and_resumed_to_the_bit(here, shared_cache):
     assert main(["train", "reverse.yaml", "--run", "whole", "--quiet"]) == 0
-    command = [sys.executable, "-m", "aurora_train.cli.main", "train", "reverse.yaml", "--run", "killed", "--quiet"]
-    killed = subprocess.run(command, env=os.environ | {"KILLED_AT": "18"}, capture_output=True, text=True)
+    command, kill = ("train", "reverse.yaml", "--run", "killed", "--quiet"), {"KILLED_AT": "18"}
+    killed = Aurora(here, shared_cache)(*command, environment=kill)
     assert killed.returncode == -9, killed.stderr
     assert main(["resume", "killed", "--quiet"]) == 0
     whole, run = here / "whole", here / "killed"

@@ -4,13 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
-from kit import events, final_hash, losses, write_documented
+from kit import Aurora, events, final_hash, losses, write_documented
 
 from aurora_train.cli.main import main
 from aurora_train.train.experience import Actor, Journal
@@ -67,9 +66,7 @@ def here(tmp_path, monkeypatch):
 
 
 def killed(folder, *arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "DIES_AT": "25"}
-    command = [sys.executable, "-m", "aurora_train.cli.main", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = Aurora(folder, Path(os.environ["AURORA_CACHE"]))(*arguments, environment={"DIES_AT": "25"})
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert 23 <= losses(folder / "run")[-1][0] <= 25
 

@@ -6,12 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from kit import evaluations, events, final_hash, losses, records
+from kit import Aurora, evaluations, events, final_hash, losses, records
 
 from aurora_train.cli.main import main
 from aurora_train.data.order import indices
@@ -19,11 +19,9 @@ from aurora_train.data.order import indices
 TRAIN = ["train", "toy.yaml", "--run", "run", "--quiet"]
 
 
-def aurora(folder, arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "aurora_train.cli.main", *arguments], cwd=folder, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
+def started(folder, arguments) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return Aurora(folder, Path(os.environ["AURORA_CACHE"])).forked(*arguments, **pipes)
 
 
 def assert_equal(run, other):
@@ -81,7 +79,7 @@ def test_a_signal_while_preparing_exits_75_before_anything_is_trained(here, monk
 
 
 def test_a_real_process_stops_at_the_first_signal_and_quits_at_the_second(here):
-    process = aurora(here, [*TRAIN[:-1], "train.steps=1000000", "checkpoint.every=1000000", "evaluate.every=null"])
+    process = started(here, [*TRAIN[:-1], "train.steps=1000000", "checkpoint.every=1000000", "evaluate.every=null"])
     for line in process.stderr:
         if line.startswith("step "):
             break
@@ -91,7 +89,7 @@ def test_a_real_process_stops_at_the_first_signal_and_quits_at_the_second(here):
     saved = [int(name) for name in os.listdir(here / "run" / "checkpoints") if name.isdigit()]
     assert saved == [losses(here / "run")[-1][0]]
     # Stopped by a signal that is held back between two steps, so that the second one finds it waiting.
-    process = aurora(here, ["resume", "run"])
+    process = started(here, ["resume", "run"])
     for line in process.stderr:
         if line.startswith("step "):
             break
@@ -145,7 +143,7 @@ def test_how_saves_are_made_is_decided_again_once_an_estimated_plan_is_compiled(
 
 
 def test_a_second_trainer_is_told_who_holds_the_run_and_a_killed_one_leaves_no_lock(here, capsys):
-    process = aurora(here, [*TRAIN[:-1], "train.steps=1000000", "evaluate.every=null"])
+    process = started(here, [*TRAIN[:-1], "train.steps=1000000", "evaluate.every=null"])
     for line in process.stderr:
         if line.startswith("saved step"):
             break

@@ -30,11 +30,33 @@ print("ended")
 """
 
 
-def hang(folder, seconds, watched="on"):
-    return subprocess.Popen(
-        [sys.executable, "-c", HANG, str(folder), watched, str(seconds)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+CASES = {"hangs": (60, "on"), "slow": (0.5, "on"), "off": (3, "off"), "stopped": (0.5, "on")}
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """(folder, process) of each case: all are started at once, because what they do most of the time is to wait."""
+    started = {}
+    for case, (seconds, watched) in CASES.items():
+        folder = tmp_path_factory.mktemp(case)
+        (folder / "events.jsonl").write_text('{"event": "start"}\n{"torn')
+        command = [sys.executable, "-c", HANG, str(folder), watched, str(seconds)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started[case] = folder, subprocess.Popen(command, text=True, **pipes)
+    yield started
+    for _, process in started.values():
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_was_stopped_is_not_taken_for_hung(processes):
+    _, process = processes["stopped"]
+    assert process.stdout.readline() == "watching\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3)  # twice its budget
+    os.kill(process.pid, signal.SIGCONT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "ended" in out
 
 
 def test_budgets_are_learned_and_never_short():
@@ -48,33 +70,22 @@ def test_budgets_are_learned_and_never_short():
     assert Budgets(5.0).of("anything") == 5.0
 
 
-def test_work_that_makes_no_progress_ends_the_process_with_every_stack_on_disk(tmp_path):
-    (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"torn')
-    process = hang(tmp_path, 60)
+def test_work_that_makes_no_progress_ends_the_process_with_every_stack_on_disk(processes):
+    folder, process = processes["hangs"]
     out, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_HUNG and "ended" not in out and "hang: a step" in err
-    (stacks,) = tmp_path.glob("hang-*.txt")
+    (stacks,) = folder.glob("hang-*.txt")
     said = stacks.read_text()
     assert "no progress for" in said and 'line 16 in <module>' in said and "watchdog.py" in said
-    assert '"event": "hang"' in (tmp_path / "events.jsonl").read_text().splitlines()[-1]
+    assert '"event": "hang"' in (folder / "events.jsonl").read_text().splitlines()[-1]
     assert stacks.name in err
 
 
-@pytest.mark.parametrize("seconds,watched", [(0.5, "on"), (3, "off")])
-def test_slow_work_within_its_budget_and_a_watchdog_that_is_off_end_nothing(tmp_path, seconds, watched):
-    process = hang(tmp_path, seconds, watched)
+@pytest.mark.parametrize("case", ["slow", "off"])
+def test_slow_work_within_its_budget_and_a_watchdog_that_is_off_end_nothing(processes, case):
+    folder, process = processes[case]
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "ended" in out and not list(tmp_path.glob("hang-*"))
-
-
-def test_a_process_that_was_stopped_is_not_taken_for_hung(tmp_path):
-    process = hang(tmp_path, 0.5)
-    assert process.stdout.readline() == "watching\n"
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(6)
-    os.kill(process.pid, signal.SIGCONT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "ended" in out
+    assert process.returncode == 0 and "ended" in out and not list(folder.glob("hang-*"))
 
 
 def test_what_fails_or_is_no_measure_teaches_nothing(tmp_path):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from aurora_train.nn import plain
+from aurora_train.nn.cpu import few_rows
 from aurora_train.nn.plain import dot
 
 barrier = jax.lax.optimization_barrier
@@ -27,6 +28,15 @@ def times(x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
     if x.dtype == jnp.float32:
         return plain.times(x, low, out_dtype)
     return dot(barrier(x), low, 1, 0).astype(out_dtype or x.dtype)
+
+
+def times_few(x: jax.Array, weight: jax.Array, axis: int = 0, out_dtype=jnp.float32) -> jax.Array:
+    """See `plain.times_few`."""
+    if weight.dtype == jnp.float32 == x.dtype:
+        return plain.times_few(x, weight, axis)
+    if weight.dtype == jnp.float32 or len(x) > few_rows.most(x.dtype, weight.dtype):
+        return plain.times_few(barrier(x), weight, axis).astype(out_dtype)
+    return few_rows.times(x, weight, axis).astype(out_dtype)
 
 
 def times_transposed(g: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:

@@ -10,9 +10,10 @@ from aurora_train.config.load import load
 from aurora_train.errors import MissingExtra
 from driving import sumo_process
 from driving.driving_scores import ROAD_USERS, driving_scores
-from driving.generated import SUMO, generated_scenes
+from driving.generated import generated_scenes
 from driving.scene_store import SPLITS
 from driving.scenes import HISTORY, STEP_S, STEPS, Scene, boxes
+from driving.settings import SUMO
 from driving.sumo_driving import reactive_scores
 from driving.sumo_scenes import box_state
 

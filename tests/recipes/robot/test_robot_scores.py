@@ -8,8 +8,8 @@ import pytest
 
 from aurora_train.config import load
 from aurora_train.errors import UserError
+from aurora_train.evals.intervals import wilson
 from aurora_train.machine.precision import settled
-from language.intervals import wilson
 from robot.fitting import refuse_other
 from robot.robot_scores import jerk, measured, returned
 from robot.rollouts import Rollout

@@ -11,7 +11,7 @@ import pytest
 from aurora_train.errors import UserError
 from robot.demonstrations import record
 from robot.episodes import JOURNAL
-from robot.rollouts import Chunked, Expert, Uniform, rollouts
+from robot.rollouts import Chunked, Expert, Tape, Uniform, rollouts
 from robot.worlds import world
 
 
@@ -90,8 +90,19 @@ def test_an_unknown_world_or_camera_is_refused_with_what_there_is():
         world("two_mode")
     with pytest.raises(UserError, match="no camera `top`"):
         world("two_modes", ["top"])
-    seen = world("two_modes", ["above"], 24).reset(0)
-    assert seen["observation.images.above"].shape == (24, 24, 3)
+
+
+def test_pictures_are_drawn_when_they_are_looked_at_and_show_the_present(monkeypatch):
+    on, drawn = world("two_modes", ["above"], 24), []
+    monkeypatch.setattr(on.of, "render", lambda *of, render=on.of.render: drawn.append(of) or render(*of))
+    tape = Tape(on, 0, 0, False, False)
+    first = tape.observation["observation.images.above"]
+    assert first.shape == (24, 24, 3) and tape.observation["observation.images.above"] is first
+    for _ in range(4):
+        tape.act(np.ones(2, np.float32))
+    assert len(drawn) == 1  # nobody asked what was seen on the way
+    now = tape.observation["observation.images.above"]
+    assert len(drawn) == 2 and np.array_equal(now, on.of.render(24)) and not np.array_equal(now, first)
 
 
 def test_demonstrations_come_from_the_cache_and_fewer_are_the_first_of_more(tmp_path):

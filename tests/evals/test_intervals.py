@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from language.intervals import Measure, bootstrap, comparison_table, wilson
+from aurora_train.evals.intervals import Measure, bootstrap, comparison_table, wilson
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""`aurora launch`: start a run on several machines, or as several processes of this one, by one command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from aurora_train.errors import UserError
+
+EXAMPLE = "aurora launch --hosts box1,box2 quickstart train.steps=200 --run runs/first"
+SETTINGS = {"allow_interspersed_args": False}  # what follows the config belongs to the command that is launched
+
+_VERBS = ("train", "resume")
+
+
+def command(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG ...", help="As for `aurora train`; `resume RUN ...` continues a run."),
+    ],
+    hosts: Annotated[
+        str | None, typer.Option("--hosts", metavar="A,B", help="Machines, reached by ssh; localhost is this one.")
+    ] = None,
+    processes_here: Annotated[
+        int | None, typer.Option("--processes-here", metavar="N", min=1, help="N processes of this machine.")
+    ] = None,
+    interface: Annotated[
+        str | None, typer.Option("--interface", metavar="NAME", help="The network interface, instead of the fastest.")
+    ] = None,
+    ssh: Annotated[str, typer.Option("--ssh", metavar="COMMAND", help="How to reach a machine.")] = "ssh",
+    python: Annotated[
+        str | None, typer.Option("--python", metavar="PATH", help="The Python of every machine, if not this one's.")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Let the Ray cluster that is running place them.")] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", min=1, help="How many, with --ray.")
+    ] = None,
+):
+    """Train on several machines: the same command on each, in the folder and with the Python of this one."""
+    import sys
+
+    given = [option for option in (hosts, processes_here, ray or None) if option is not None]
+    if len(given) != 1 or ray != (processes is not None):
+        raise UserError(
+            "where shall the processes run?", where="command line",
+            hint="one of: --hosts A,B; --processes-here N; --ray --processes N",
+        )  # fmt: skip
+    arguments = arguments if arguments[0] in _VERBS else ["train", *arguments]
+    if ray:
+        from aurora_train.tools.by_ray import launch_by_ray
+
+        return launch_by_ray(processes, arguments)
+    from aurora_train.tools.launch import launch
+
+    names = ["localhost"] * processes_here if processes_here else [name.strip() for name in hosts.split(",")]
+    if not all(names):
+        raise UserError(f"a name is missing in {hosts!r}", where="--hosts", hint="--hosts box1,box2")
+    return launch(names, arguments, ssh=ssh, python=python or sys.executable, interface=interface)

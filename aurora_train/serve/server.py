@@ -1,0 +1,163 @@
+"""`Server`: a loaded model behind HTTP, from its first compilation until its last answer has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aurora_train.errors import MissingExtra, UserError
+from aurora_train.serve.address import Address, cannot_listen
+from aurora_train.units import counted
+
+_CLOSING_SECONDS = 5  # that clients have to take the end of their answers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served.
+
+    Attributes:
+        name: the model's name in the protocol.
+        slots, waiting: answers that are written at the same time, and that may wait for a slot.
+        length: the most tokens of a prompt and its answer; None: as many as the model was made for, at most `_LENGTH`.
+        memory: the most bytes that it may take, such as "8GB"; None: what it needs.
+        weights: how the weights are held: "float32", "bfloat16", "int8", "nf4", or None: as the run computes.
+        template: the text of a chat template that replaces the model's own.
+        hosts: further names by which clients may call the server.
+    """
+
+    name: str
+    slots: int = 8
+    waiting: int = 64
+    length: int | None = None
+    memory: str | None = None
+    weights: str | None = None
+    template: str | None = None
+    hosts: Sequence[str] = ()
+
+
+_LENGTH, _CHUNK = 4096, 256
+
+
+def refuse_missing() -> None:
+    """MissingExtra if what serves HTTP is not installed: before the model is read."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(package, "serve", "`aurora serve`")
+
+
+class Server:
+    """Listens from its construction until `close`.
+
+    Args:
+        trained: a `loading.Loaded`, whose model and state are taken from it.
+        address: where to listen.
+
+    Raises UserError for a recipe that writes no texts, without room (`room`), and if it cannot listen there; and
+    MissingExtra without starlette and uvicorn.
+    """
+
+    def __init__(self, trained: Any, settings: Settings, address: Address):
+        refuse_missing()
+        from aurora_train.serve import access
+        from aurora_train.serve.app import application
+
+        self._ended = threading.Event()
+        with contextlib.ExitStack() as undo:
+            self._socket = undo.enter_context(_listening(address))
+            service = _service(trained, settings, self._ended.set)
+            hosts = access.names(address.host, settings.hosts)
+            self._http = _http(application(service, address.token, hosts))
+            undo.pop_all()
+        self.name, self.converses, self._worker = settings.name, service.speaker.converses, service.worker
+        self.slots_in_words = f"{counted(settings.slots, 'slot')} of {service.length:,} tokens"
+        self._thread = threading.Thread(target=self._http.run, args=([self._socket],), name="http", daemon=True)
+        self._worker.start()
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """Where it listens: `http://HOST:PORT`."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, stop: threading.Event) -> None:
+        """Wait for `stop`. Raises what made the engine fail, if it fails before."""
+        while not stop.wait(0.2):
+            if self._ended.is_set() or not self._thread.is_alive():
+                raise self._worker.fault or RuntimeError("the HTTP server has ended")
+
+    def close(self) -> None:
+        """Accept nothing more, end all answers with a reason, and wait until they are sent."""
+        self._http.should_exit = True
+        self._worker.close()
+        self._thread.join(_CLOSING_SECONDS + 5)
+        self._socket.close()
+
+
+def _listening(address: Address) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        return socket.create_server((address.host, address.port), family=family, backlog=1024)
+    except OSError as error:
+        raise cannot_listen(address, error) from error
+
+
+def _http(app):
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", loop="asyncio",
+        http="h11", server_header=False, date_header=False, timeout_graceful_shutdown=_CLOSING_SECONDS,
+    ))  # fmt: skip
+
+
+def _service(trained: Any, settings: Settings, failed: Callable[[], None]):
+    from aurora_train.nn.tracing import tracing
+    from aurora_train.serve.constrained import Grammars
+    from aurora_train.serve.measures import Measures
+    from aurora_train.serve.tasks import Service
+    from aurora_train.serve.worker import Worker
+
+    def steering():
+        return tracing(forms=trained.config.train.forms)
+
+    speaker = trained.recipe.speaker(settings.template)
+    length = settings.length or min(speaker.longest or _LENGTH, _LENGTH)
+    if speaker.longest is not None and length > speaker.longest:
+        raise UserError(f"the model was made for {speaker.longest:,} tokens", where=f"--length {length}",
+                        hint=f"--length {speaker.longest}, or less")  # fmt: skip
+    with steering():
+        engine = _engine(trained, settings, length)
+    measures = Measures(settings.slots)
+    worker = Worker(engine, settings.slots, settings.waiting, measures, steering, failed)
+    return Service(settings.name, int(time.time()), speaker, length, worker, measures, Grammars(speaker))
+
+
+def _engine(trained: Any, settings: Settings, length: int):
+    """The engine, whose programs for a token and for the shortest and longest pieces of a prompt are compiled; those in
+    between are when they are needed. UserError without room."""
+    from aurora_train.generate.engine import Engine, planned_bytes
+    from aurora_train.generate.requests import Request
+    from aurora_train.generate.weights import decoded
+    from aurora_train.machine.memory import give_back_freed
+    from aurora_train.machine.profile import this_machine
+    from aurora_train.serve.room import refuse_without
+
+    model = decoded(trained.model, settings.weights)
+    trained.model = trained.state = None  # the units were copied, and are not to be held twice
+    give_back_freed()
+    planned = planned_bytes(model.model, settings.slots, length)
+    refuse_without(planned["weights"] + planned["caches"] + planned["rest"], settings.memory, this_machine())
+    engine = Engine(model, settings.slots, length, _CHUNK)
+    for size in {min(size, length - 2) for size in (1, _CHUNK)}:
+        engine.submit(Request((0,) * size, 2), lambda token, reason: None)
+    while engine.advance():
+        pass
+    return engine
