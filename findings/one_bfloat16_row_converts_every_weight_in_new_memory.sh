@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # jax 0.10.2 on a CPU: one row in bfloat16 through a chain of weights, as a decoder writes a token. XLA:CPU has no kernel for such a product;
 # it converts each weight to float32, all of them before the first product, since nothing holds them back. The temporary memory is that of
-# all weights in float32, beyond 32 MB it is new in every call, and mapping it takes most of the processor's time (AMD EPYC: 56 ms a call, 55 of
+# all weights in float32, beyond 32 MB it is new in every call, and mapping it takes most of the processor's time (AMD EPYC: 55 ms a call, 41 to 54 of
 # them in the kernel, where float32 weights take 4 ms). With 8 rows nothing is converted beforehand. Held back one after another, they share the
 # memory of one.
 # Seen: 10 weights of [576, 3072]: temporary memory 70.8 MB for one row, 0.0 MB for eight; 7.1 MB held back.

@@ -56,7 +56,7 @@ class Client:
     @contextlib.contextmanager
     def open(self, method: str, path: str, body=None, **headers: str):
         """The response while it comes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} | self.headers | headers
         try:

@@ -32,25 +32,16 @@ def command(
     python: Annotated[
         str | None, typer.Option("--python", metavar="PATH", help="The Python of every machine, if not this one's.")
     ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Let the Ray cluster that is running place them.")] = False,
-    processes: Annotated[
-        int | None, typer.Option("--processes", metavar="N", min=1, help="How many, with --ray.")
-    ] = None,
 ):
     """Train on several machines: the same command on each, in the folder and with the Python of this one."""
     import sys
 
-    given = [option for option in (hosts, processes_here, ray or None) if option is not None]
-    if len(given) != 1 or ray != (processes is not None):
+    if (hosts is None) == (processes_here is None):
         raise UserError(
             "where shall the processes run?", where="command line",
-            hint="one of: --hosts A,B; --processes-here N; --ray --processes N",
+            hint="either --hosts A,B or --processes-here N",
         )  # fmt: skip
     arguments = arguments if arguments[0] in _VERBS else ["train", *arguments]
-    if ray:
-        from aurora_train.tools.by_ray import launch_by_ray
-
-        return launch_by_ray(processes, arguments)
     from aurora_train.tools.launch import launch
 
     names = ["localhost"] * processes_here if processes_here else [name.strip() for name in hosts.split(",")]

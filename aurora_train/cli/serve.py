@@ -41,7 +41,7 @@ def command(
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Answers that may wait for a slot.")] = 64,
     length: Annotated[
         int | None,
-        typer.Option("--length", min=2, help="Most tokens of prompt and answer; by default the model's, up to 4096."),
+        typer.Option("--length", min=16, help="Most tokens of prompt and answer; by default the model's, up to 4096."),
     ] = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="AMOUNT", help="The most memory it may take, such as 8GB.")

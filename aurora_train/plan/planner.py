@@ -19,7 +19,7 @@ from aurora_train.plan.estimate import Estimate
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster, preference
 from aurora_train.plan.shortlist import Shortlist
-from aurora_train.plan.verify import compiled_bytes
+from aurora_train.plan.verify import collectives, compiled_bytes
 from aurora_train.units import size
 
 COMPILES = 4
@@ -64,6 +64,7 @@ class Planner:
     compiles: int = 0
     cpu_seconds: float = 0.0
     compiled: dict = field(default_factory=dict)
+    collectives: dict = field(default_factory=dict)  # of each compiled plan, by kind
     tried: list[tuple[Candidate, int]] = field(default_factory=list)  # plans of a search, with compiled bytes
 
     @property
@@ -99,7 +100,9 @@ class Planner:
             if self.progress:
                 self.progress(self.compiles - 1, COMPILES, f"compiling a plan for {self.machine}")
             paused = time.thread_time()
-            self.compiled[key] = compiled_bytes(self.program.compile(plan)).peak
+            compiled = self.program.compile(plan)
+            self.compiled[key] = compiled_bytes(compiled).peak
+            self.collectives[key] = collectives(compiled) if self.program.mesh.devices.size > 1 else None
             give_back_freed()  # or else the compiler's leftovers of every plan are part of the run's memory
             self.cpu_seconds -= time.thread_time() - paused
         return self.compiled[key]

@@ -6,9 +6,11 @@ different kernel than on the device; and cuDNN chooses its workspace on the devi
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +48,14 @@ def compiled_bytes(compiled) -> Compiled:
         memory.temp_size_in_bytes,
         memory.host_temp_size_in_bytes,
     )
+
+
+def collectives(compiled) -> dict[str, int]:
+    """How many operations of each kind in a compiled step communicate; one in a loop runs once for each unit."""
+    kinds = re.findall(
+        r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text()
+    )
+    return dict(collections.Counter(kinds).most_common())
 
 
 def can_compile_for_gpu() -> bool:

@@ -137,7 +137,7 @@ def _service(trained: Any, settings: Settings, failed: Callable[[], None]):
         engine = _engine(trained, settings, length)
     measures = Measures(settings.slots)
     worker = Worker(engine, settings.slots, settings.waiting, measures, steering, failed)
-    return Service(settings.name, int(time.time()), speaker, length, worker, measures, Grammars(speaker))
+    return Service(settings.name, int(time.time()), speaker, engine.length, worker, measures, Grammars(speaker))
 
 
 def _engine(trained: Any, settings: Settings, length: int):
@@ -156,7 +156,7 @@ def _engine(trained: Any, settings: Settings, length: int):
     planned = planned_bytes(model.model, settings.slots, length)
     refuse_without(planned["weights"] + planned["caches"] + planned["rest"], settings.memory, this_machine())
     engine = Engine(model, settings.slots, length, _CHUNK)
-    for size in {min(size, length - 2) for size in (1, _CHUNK)}:
+    for size in {min(size, engine.length - 2) for size in (1, _CHUNK)}:
         engine.submit(Request((0,) * size, 2), lambda token, reason: None)
     while engine.advance():
         pass

@@ -216,7 +216,11 @@ def _made(plan: Plan) -> list[str]:
         parts.append(f"planned in {duration(details['planning_seconds'])}")
     if details.get("compiles") is not None:
         parts.append("nothing compiled" if details["compiles"] == 0 else f"compiled {details['compiles']} x")
-    return [", ".join(parts)] if parts else []
+    lines = [", ".join(parts)] if parts else []
+    if details.get("collectives"):
+        listed = ", ".join(f"{number} {kind}" for kind, number in details["collectives"].items())
+        lines.insert(0, f"a compiled step communicates by {listed}; those in a stack's loop run once for each unit")
+    return lines
 
 
 def segments(cut: list, tags: list[str] | None = None) -> list[str]:

@@ -1,8 +1,7 @@
-"""The launchers that a lab has, for real: ssh to a real sshd, Open MPI, a Ray cluster; Slurm by its variables only."""
+"""The launchers that a lab has, for real: ssh to a real sshd, and Open MPI."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -60,13 +59,6 @@ def test_where_the_processes_shall_run_is_asked(capsys):
     assert "--processes-here N" in capsys.readouterr().err
     assert in_process("launch", "--hosts", "a,,b", "quickstart") == 2
     assert "a name is missing" in capsys.readouterr().err
-
-
-def test_ray_is_asked_for_by_its_extra(capsys):
-    if importlib.util.find_spec("ray"):
-        pytest.skip("ray is installed")
-    assert in_process("launch", "--ray", "--processes", "2", "quickstart") == 2
-    assert "pip install 'aurora_train[ray]'" in capsys.readouterr().err
 
 
 # ---- ssh
@@ -179,7 +171,7 @@ def test_the_faster_of_two_networks_is_chosen_and_a_cut_one_is_named(tmp_path):
             subprocess.run(["ip", "netns", "del", name])
 
 
-# ---- Open MPI and Ray
+# ---- Open MPI
 
 
 @pytest.mark.release
@@ -194,27 +186,6 @@ def test_a_run_started_by_mpirun(tmp_path):
                           timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 x cpu in 2 processes" in done.stderr and events(tmp_path / "r", "finish")[-1]["step"] == 6
-
-
-@pytest.mark.release
-def test_a_run_placed_by_a_ray_cluster_of_two_workers(tmp_path):
-    """AURORA_RAY_PYTHON: a Python with aurora_train[ray], if not this one."""
-    python = os.environ.get("AURORA_RAY_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import ray.train"], capture_output=True).returncode:
-        pytest.skip("needs the extra [ray]; AURORA_RAY_PYTHON may name another Python")
-    toy.write(tmp_path)
-    ray, variables = Path(python).with_name("ray"), environment(tmp_path) | {"RAY_USAGE_STATS_ENABLED": "0"}
-    start = [ray, "start", "--head", "--num-cpus=2", "--disable-usage-stats", "--include-dashboard=false"]
-    subprocess.run(start, check=True, env=variables, capture_output=True)
-    try:
-        command = [python, "-m", "aurora_train", "launch", "--ray", "--processes", "2", "toy.yaml", "train.steps=6",
-                   "--run", str(tmp_path / "r")]  # fmt: skip
-        done = subprocess.run(command, cwd=tmp_path, env=variables, text=True, capture_output=True, timeout=500)
-    finally:
-        subprocess.run([ray, "stop"], env=variables, capture_output=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert events(tmp_path / "r", "finish")[-1]["step"] == 6
-    assert "2 x cpu in 2 processes" in done.stdout + done.stderr
 
 
 @pytest.mark.release

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from chats import TEMPLATE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_train.generate.requests import Token
 from aurora_train.serve import calls
+from aurora_train.serve.refusal import Refusal
 from aurora_train.serve.written import Written
 from language.speaking import TextSpeaker
 from language.tokenizers import Continuation, Tokenizer
@@ -80,3 +82,16 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"proper
 def test_calls_are_read_in_both_forms_or_not_at_all(text, arguments):
     found = calls.read(text, TOOLS)
     assert arguments == (found and [json.loads(call["function"]["arguments"]) for call in found])
+
+
+def test_tools_are_taken_only_where_the_template_presents_them_and_has_calls_written():
+    presents = "{% if tools %}{{ tools | tojson }} Answer with <tool_call>.{% endif %}" + TEMPLATE
+    asked = [{"role": "user", "content": "Add."}]
+    for template, known in ((presents, True), (TEMPLATE, False), (TEMPLATE + "{# <tool_call> #}", False)):
+        speaker = TextSpeaker(Tokenizer(), {"vocabulary": 257}, template)
+        assert speaker.calls_tools is known and speaker.converses
+        assert ('"name": "add"' in speaker.text(speaker.asked(asked, TOOLS))) is known
+    assert not SPEAKER.converses and not SPEAKER.calls_tools
+    with pytest.raises(Refusal, match="does not know tools"):
+        calls.refuse_unknown(TOOLS, None, known=False)
+    assert calls.refuse_unknown(TOOLS, "auto", known=True) and not calls.refuse_unknown(TOOLS, "none", known=False)
