@@ -64,7 +64,7 @@ class SlotKnobs:
 
 @functools.lru_cache(1024)
 def _key(seed: int) -> np.ndarray:
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+    return np.array(jax.random.key_data(jax.random.key(seed)))  # a copy: else a device's array is kept for each
 
 
 @functools.partial(jax.jit, donate_argnums=0)

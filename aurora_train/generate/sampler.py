@@ -8,6 +8,7 @@ get by itself only as far as float order allows, and nothing depends on what the
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection
 
 from flax import nnx
@@ -32,6 +33,7 @@ class Generator:
         self.max_length = model.config.max_length if model.config.positions == "learned" else None
         self._split = nnx.split(model)
         self._engine: Engine | None = None
+        self._turn = threading.RLock()  # an engine is advanced by one thread at a time
 
     @functools.cached_property
     def _decoded(self):
@@ -85,15 +87,16 @@ class Generator:
                 if on_token is not None:
                     on_token(row, token.id)
 
-        engine = self._engine_for(len(prompts), max(map(len, prompts)) + max_new_tokens)
-        tickets = [engine.submit(request, functools.partial(listen, row)) for row, request in enumerate(requests)]
-        try:
-            while engine.advance():
+        with self._turn:
+            engine = self._engine_for(len(prompts), max(map(len, prompts)) + max_new_tokens)
+            tickets = [engine.submit(request, functools.partial(listen, row)) for row, request in enumerate(requests)]
+            try:
+                while engine.advance():
+                    for ticket in tickets:
+                        ticket.check()
+            finally:  # of whatever stopped it, nothing is left for the next call
                 for ticket in tickets:
-                    ticket.check()
-        finally:  # of whatever stopped it, nothing is left for the next call
-            for ticket in tickets:
-                engine.cancel(ticket)
+                    engine.cancel(ticket)
         return made
 
     def fitted(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
