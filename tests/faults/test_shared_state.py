@@ -156,7 +156,8 @@ with processes.together({}):
 def test_a_part_that_cannot_be_written_is_a_failed_save_in_every_process_and_the_next_one_counts(tmp_path):
     address, here = free_address(), Aurora(tmp_path, tmp_path / "cache").environment()
     place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command, pipes = [sys.executable, "-c", SAVES, str(tmp_path)], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", SAVES, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     team = [subprocess.Popen(command, env=here | place | {"JAX_PROCESS_ID": number}, text=True, **pipes)
             for number in "01"]  # fmt: skip
     said = [process.communicate(timeout=240) for process in team]
