@@ -214,15 +214,15 @@ class Engine:
 
     def _draw(self, fresh: list[int]) -> list[int]:
         """Draw a token in each of these slots, in those with constraints once what they drew has been read."""
-        logits, vocabulary = self._logits, self.vocabulary
+        mask = None
         if any(self._slots[i].ticket.request.allow for i in fresh):
             self._hear(behind=0)
             fresh = [i for i in fresh if self._slots[i] is not None]
-            mask = np.ones((self.slots, vocabulary), bool)
+            mask = np.ones((self.slots, self.vocabulary), bool)
             fresh = [i for i in fresh if self._allowed(self._slots[i].ticket, mask[i])]
             if not fresh:
                 return []
-            logits = jnp.where(mask, logits, -jnp.inf)
+        logits = self._logits if mask is None else jnp.where(mask, self._logits, -jnp.inf)
         counts = np.array([slot.drawn if slot else 0 for slot in self._slots], np.int32)
         self._tokens = self._knobs.next_tokens(logits, counts)
         asked = any(self._slots[i].ticket.request.logprobs >= 0 for i in fresh)

@@ -148,6 +148,13 @@ def test_a_listener_or_a_constraint_that_fails_ends_its_own_answer_and_no_other(
     for ticket in tickets[:2]:
         with pytest.raises(ValueError, match="mine"):
             ticket.check()
+    going, late = Heard(), Heard()
+    engine.submit(request(), going)
+    engine.advance()
+    engine.submit(request(allow=fails), late)
+    while engine.advance():
+        pass
+    assert late.reasons == ["failed"] and going.ids == others[0].ids
     assert refused.reasons == ["failed"] and all(one.ids == ask(engine, request())[0].ids for one in others)
     (none,) = ask(engine, request(allow=lambda drawn: np.full(VOCAB, not drawn)))
     assert len(none.ids) == 1 and none.reasons == ["stop"]
