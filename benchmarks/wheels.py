@@ -25,6 +25,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
 GLIBC = range(17, 29)  # 2.28 is of 2018; RHEL 8, Debian 10 and Ubuntu 20.04 have it or a newer one
 PINS = ROOT / "constraints.txt"
+SOURCES = ("sqlitedict", "word2number")  # what lm-eval asks for and is published without wheels; pure Python
 # pip takes wheels for the machine that is asked for, but reads the markers of requirements for the one it runs on.
 LAUNCH = """
 import json, sys
@@ -55,7 +56,8 @@ class Pip:
     def __init__(self, folder: Path):
         self.folder, self.python = folder, folder / "pip" / "bin" / "python"
         venv.create(folder / "pip", with_pip=True)
-        subprocess.run([self.python, "-m", "pip", "install", "-qq", "-U", "pip"], check=True)
+        for command in (["install", "-U", "pip"], ["wheel", "--no-deps", "-w", folder / "wheels", *SOURCES]):
+            subprocess.run([self.python, "-m", "pip", *command, "-qq"], check=True)
 
     def resolve(self, wanted: list[str], machine: str, python: str, *options: str) -> Answer:
         """What pip would install of `wanted` on a `machine` under a `python`, from wheels alone."""
@@ -64,6 +66,7 @@ class Pip:
         command = [
             self.python, "-c", LAUNCH, json.dumps(there), "install", "-q", "--dry-run", "--ignore-installed",
             "--only-binary=:all:", "--use-feature=fast-deps", "--implementation=cp", f"--python-version={python}",
+            f"--find-links={self.folder / 'wheels'}",
             *(f"--platform={tag}_{machine}" for tag in tags), f"--target={self.folder / 'none'}",
             "--report=-", *options, *wanted,
         ]  # fmt: skip

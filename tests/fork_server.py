@@ -36,6 +36,7 @@ class Forked(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
                        shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid,
                        umask, start_new_session, process_group):  # fmt: skip
+        assert preexec_fn is None and not pass_fds and process_group == -1, "a child of the server has none of these"
         self._report, theirs = socket.socketpair()
         request = {"arguments": args, "folder": str(cwd), "environment": env, "session": start_new_session}
         pipes = [fd if fd != -1 else own for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
@@ -138,6 +139,7 @@ def _become(request: dict) -> None:
     main = import_module("aurora_train.cli.main")
     sys.argv[:] = [main.__file__, *request["arguments"]]
     sys.path.insert(0, request["folder"])
+    sys.modules["numpy"].random.seed()  # as `random` does by itself: what nobody has seeded differs from run to run
     main.run()
 
 

@@ -19,6 +19,21 @@ def test_a_child_has_the_arguments_folder_and_pipes_of_its_call_and_says_as_much
     assert (forked.stdout, forked.stderr) == (new.stdout, new.stderr)
 
 
+DRAWS = """
+import random
+import sys
+import numpy as np
+print(random.random(), np.random.random(), file=sys.stderr)
+"""
+
+
+def test_what_nobody_has_seeded_differs_from_child_to_child(aurora, tmp_path):
+    (tmp_path / "draws.py").write_text(DRAWS)
+    (tmp_path / "draws.yaml").write_text("recipe: draws.py\n")
+    one, other = ([said for said in aurora("check", "draws.yaml").stderr.split() if said[:2] == "0."] for _ in "ab")
+    assert len(one) == len(other) == 2 and one[0] != other[0] and one[1] != other[1]
+
+
 def test_a_signal_and_a_timeout_reach_a_child(aurora, tmp_path):
     waits = {"environment": {"TOY_SIGNAL": "prepare:0:HANG"}}
     with aurora.start("train", toy.write(tmp_path), **waits) as process:

@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from aurora_train.files import cache_folder, make_folder, read_json, write_json
+from aurora_train.files import cache_folder, make_folder, write_json
 from aurora_train.machine import nvml
 
 POWER_CAP, CLOCK_LOCK = "power cap", "clock lock"
@@ -27,30 +27,30 @@ class _Held:
 
     def __init__(self, gpu: nvml.Gpu, kind: str, low: float, high: float, lock: int):
         self.gpu, self.kind, self.low, self.high, self._lock = gpu, kind, low, high, lock
-        self._set: list[float] = []
-        self._file = _folder() / f"{gpu.uuid}.json"
+        self._left: dict = {}  # the journal, which is kept here too: a cache may be emptied while a run lives
+        self._file = _journal(gpu.uuid)
 
     def turn(self, value: float) -> None:
         """Set it. The journal is on the disk before the GPU is told."""
-        self._set = [*self._set[-1:], value]
-        write_json(
-            self._file,
-            {"boot": _boot(), "gpu": self.gpu.uuid, "kind": self.kind, "before": self.high, "set": self._set},
-        )
+        newest = self._left.get("set", [])[-1:]
+        left = {"boot": _boot(), "gpu": self.gpu.uuid, "kind": self.kind, "before": self.high, "set": [*newest, value]}
+        write_json(self._file, left)
+        self._left = left
         _turn(self.gpu, self.kind, value)
 
     def release(self) -> None:
         """Set the GPU back, and let go of it."""
         try:
-            if self._set:
-                _restore(self.gpu, read_json(self._file))
+            if self._left:
+                _restore(self.gpu, self._left)
                 self._file.unlink(missing_ok=True)
         finally:
             os.close(self._lock)
 
 
 class Knob:
-    """The knobs of all GPUs of a run, turned together: 1 is as found, 0 the lowest. Raises `nvml.Refused`."""
+    """The knobs of all GPUs of a run, turned together: 1 is as found, 0 the lowest. Raises `nvml.Refused`,
+    and UserError for a journal that cannot be written."""
 
     def __init__(self, held: list[_Held]):
         self._held, self.kind = held, held[0].kind
@@ -121,18 +121,30 @@ def range_of(gpu: nvml.Gpu) -> tuple[str, float, float]:
 
 def _hold_one(gpu: nvml.Gpu) -> tuple[_Held | None, str]:
     try:
-        kind, low, high = range_of(gpu)
         lock = _lock(gpu.uuid)
-    except nvml.Refused as fault:
-        return None, f"{gpu.name} has neither a power cap nor a clock lock ({fault})"
     except OSError as error:
         return None, f"its journal cannot be kept: {error}"
     if lock is None:
         return None, f"another run holds the knob of {gpu.name}"
+    held, why = _held_under(lock, gpu)
+    if held is None:
+        os.close(lock)
+    return held, why
+
+
+def _held_under(lock: int, gpu: nvml.Gpu) -> tuple[_Held | None, str]:
+    file = _journal(gpu.uuid)
+    if file.exists():  # its run has died since the last look, or it could not be set back then
+        said = _restore_file(file, {gpu.uuid: gpu}, None)
+        if file.exists():
+            return None, said or "an earlier run's journal cannot be removed"
+    try:
+        kind, low, high = range_of(gpu)
+    except nvml.Refused as fault:
+        return None, f"{gpu.name} has neither a power cap nor a clock lock ({fault})"
     try:  # an order that changes nothing shows whether orders are taken
         gpu.set_cap(high) if kind == POWER_CAP else gpu.unlock_clock()
     except nvml.Refused as fault:
-        os.close(lock)
         needs = "setting it needs root, as for nvidia-smi -pl" if fault.permission else str(fault)
         return None, f"{gpu.name} has a {kind}, but {needs}"
     return _Held(gpu, kind, low, high, lock), ""
@@ -145,7 +157,11 @@ def restore_left() -> list[str]:
         return []
     gpus, why = nvml.gpus(all_of_them=True)
     for file in found:
-        lock = _lock(file.stem)
+        try:
+            lock = _lock(file.stem)
+        except OSError as error:
+            said.append(f"a knob of {file.stem} was left behind and cannot be set back: {error}")
+            continue
         if lock is None:  # its run is alive
             continue
         try:
@@ -161,17 +177,16 @@ def _restore_file(file: Path, gpus: dict[str, nvml.Gpu], why: str | None) -> str
         left = json.loads(file.read_text())
     except (OSError, ValueError):  # another process has just set it back
         return None
-    gpu = gpus.get(left["gpu"])
-    if left["boot"] != _boot():  # a driver that starts anew starts with its own settings
-        file.unlink()
-        return None
-    if gpu is None:
-        return f"the {left['kind']} of {left['gpu']} was left behind and cannot be set back: {why or 'it is gone'}"
+    gpu, line = gpus.get(left["gpu"]), None
     try:
-        line = _restore(gpu, left)
-    except nvml.Refused as fault:
-        return f"the {left['kind']} of {gpu.name} was left behind and cannot be set back: {fault}"
-    file.unlink()
+        if left["boot"] == _boot():  # a driver that starts anew starts with its own settings
+            if gpu is None:
+                raise nvml.Refused(why or "it is gone")
+            line = _restore(gpu, left)
+        file.unlink()
+    except (nvml.Refused, OSError) as fault:  # mostly: another user's, who was root
+        name = left["gpu"] if gpu is None else gpu.name
+        return line or f"the {left['kind']} of {name} was left behind and cannot be set back: {fault}"
     return line
 
 
@@ -197,10 +212,14 @@ def _folder() -> Path:
     return cache_folder() / "knobs"
 
 
+def _journal(uuid: str) -> Path:
+    return _folder() / f"{uuid}.json"
+
+
 def _lock(uuid: str) -> int | None:
     """An open, locked file for a GPU; None if another process holds it. The kernel lets go of it when this one dies."""
     make_folder(_folder())
-    handle = os.open(_folder() / f"{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(_folder() / f"{uuid}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -279,7 +279,7 @@ class EnergyMeter:
         leads = group[0] is self.sources[0]
         while not self._ended.wait(period):
             self._sample(group)
-            if leads and self._clock() - last >= TICK_SECONDS:
+            if leads and not self._ended.is_set() and self._clock() - last >= TICK_SECONDS:
                 last = self._clock()
                 self._each_time()
 

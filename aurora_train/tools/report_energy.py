@@ -22,7 +22,7 @@ def energy_section(held: Recorded) -> str:
     shown = {"energy, all resumes together": energy(joules)}
     shown |= {name: f"{newest[key]:.3g}{unit}" for name, key, unit in (("cost", "cost", ""), ("CO2", "co2_g", " g"))
               if newest.get(key) is not None}  # fmt: skip
-    if held.targets and ended:
+    if held.targets and ended and any("tokens_per_joule" in record for record in held.steps):
         shown["targets per joule, all of the run"] = count(held.targets / joules)
     rows = [
         [one["name"], one["method"], one["coverage"], energy(one["joules"]), f"{one['error_joules']:.3g} J",

@@ -90,7 +90,8 @@ class Energy:
         """The fields of a record at a log point; {} if nothing is measured.
 
         `total_joules` is the run's, over all resumes, saves and evaluations included. The others are of the interval
-        since the last log point: mean power, and from it and the rate of the steps the joules of a step and of a token.
+        since the last log point: mean power, and from it and the rate of the steps the joules of a step and of a token,
+        which a run of several processes lacks: this one's meters need not cover what the others use.
         """
         if not self._meter.sources:
             return {}
@@ -102,7 +103,7 @@ class Energy:
         self._logged = (read, joules, steps, tokens)
         watts = (joules - joules0) / (read - read0)
         fields["watts"] = round(watts, 3)
-        if tokens_per_s and watts > 0:
+        if tokens_per_s and watts > 0 and processes.count() == 1:
             fields["tokens_per_joule"] = tokens_per_s / watts
             fields["joules_per_step"] = (tokens - tokens0) / (steps - steps0) * watts / tokens_per_s
         return fields
@@ -167,7 +168,7 @@ class Energy:
         search, share, mode = None, 1.0, self._setting.mode
         if mode != "measure":
             self._knob, why = knob.hold(self._gpus)
-            if self._knob is not None and mode == "least" and not self._meter.sources:
+            if self._knob is not None and not self._meter.sources:  # nor is there a thread that would turn it
                 self._knob.release()
                 self._knob, why = None, "no energy is measured"
             if self._knob is None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from aurora_train.errors import UserError
 from aurora_train.machine import nvml
 from aurora_train.machine.knob import Knob
 from aurora_train.record.energy import EnergyMeter
@@ -77,6 +78,13 @@ class Search:
         if self._cap is not None:
             return max(allowed, key=lambda point: point.tokens_per_s, default=None)
         return min(allowed, key=lambda point: point.joules_per_token, default=None)
+
+    @property
+    def kept(self) -> float:
+        """The share to keep: the best one's; without one the lowest for a cap, else 1."""
+        if self.best is not None:
+            return self.best.share
+        return 1.0 if self._cap is None else min(SHARES)
 
     def _excess(self, point: Point) -> float:
         """By how much a setting breaks the promise; 0 or less if it keeps it."""
@@ -150,7 +158,7 @@ class Tuner:
             self._heed_heat()
             if self._knob is not None and self.lost is None:
                 self._search_on() if self._search is not None else self._keep()
-        except nvml.Refused as fault:
+        except (nvml.Refused, UserError) as fault:  # or the knob's journal cannot be written
             self.lost = str(fault)
             self._search = None
             self._say(f"the GPU's knob takes no orders any more ({fault}); training goes on", "power_lost")
@@ -185,7 +193,7 @@ class Tuner:
             return
         (steps0, tokens0, at0, _), (read0, joules0), gpu0 = self._began
         read, joules = self._meter.now()
-        if steps - steps0 < STEPS or read - read0 < SECONDS:
+        if steps - steps0 < STEPS or read - read0 < SECONDS or tokens == tokens0:
             return
         seconds = read - read0
         self._search.measured(
@@ -197,7 +205,7 @@ class Tuner:
 
     def _end(self) -> None:
         search, best = self._search, self._search.best
-        self._search, self._share = None, best.share if best else min(SHARES)
+        self._search, self._share = None, search.kept
         self._turn(self._share)
         first = search.points[0] if search.points else None
         tried = [
@@ -206,7 +214,8 @@ class Tuner:
         ]  # fmt: skip
         where = f"{self._knob.kind} set to {self._knob.value(self._share)} a GPU"
         if best is None:
-            text = f"{where}, the lowest: none that was tried keeps to the cap"
+            why = "the GPU is too hot for any to be measured" if self._share else "none that was tried keeps to the cap"
+            text = f"{where}: {why}"
         else:
             saved = percent(1 - best.joules_per_token / first.joules_per_token)
             slower = percent(first.tokens_per_s / best.tokens_per_s - 1)

@@ -55,7 +55,8 @@ def continued(mine: dict, inherited: dict, language: str | None) -> dict:
 
     Several new instructions are read by the model `language`, where one is named.
 
-    UserError for a feature that the other run does not know, or knows with another size.
+    UserError for a feature that the other run does not know, or knows with another size, and for a language model
+    where it has none.
     """
     scale = inherited.get("scale")
     for name in mine["scale"] if scale else ():
@@ -66,7 +67,10 @@ def continued(mine: dict, inherited: dict, language: str | None) -> dict:
         if sizes[0] != sizes[1]:
             raise UserError(f"`{name}` has {sizes[0]} entries, and {sizes[1]} in the run that this one starts from",
                             where="data", hint="train from the beginning: leave `init` out")  # fmt: skip
-    if language is not None and len(mine["tasks"]) > 1 and not inherited:
+    if language is not None and len(inherited.get("tasks", mine["tasks"])) > 1 and "instructions" not in inherited:
+        if "tasks" in inherited:
+            raise UserError("the run that this one starts from reads instructions as hashed words",
+                            where="data.language", hint="leave it out, or leave `init` out")  # fmt: skip
         from robot.instruction import encoded
 
         mine["instructions"] = encoded(language, mine["tasks"])

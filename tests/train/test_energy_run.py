@@ -8,6 +8,7 @@ import toy
 from kit import events, final_hash, losses, records
 
 from aurora_train.cli.main import main
+from aurora_train.errors import UserError
 from aurora_train.record import energy as meters
 from aurora_train.train import energy as energies
 from aurora_train.train import power
@@ -49,23 +50,26 @@ def assert_same_numbers(run, other) -> None:
 
 
 def test_a_run_that_seeks_the_least_energy_computes_the_same_bits_with_the_same_program(
-    here, gpu_box, monkeypatch, capsys
+    here, gpu_box, finished_once, monkeypatch, capsys
 ):
     texts, compile = [], Rehearsal.compile
 
     def compiled(program, plan):
         texts.append((made := compile(program, plan)).as_text())
+        if len(texts) == 1:
+            raise UserError("this is all that is wanted of it")
         return made
 
     monkeypatch.setattr(Rehearsal, "compile", compiled)
-    assert main(["train", "toy.yaml", "--run", "plain", *SHORT]) == 0
-    assert not any("total_joules" in record for record in records(here / "plain"))
-    assert events(here / "plain", "finish")[0]["energy"] is None
+    assert main(["train", "toy.yaml", "--run", "plain", "--quiet"]) == 2
+    assert "this is all that is wanted of it" in capsys.readouterr().err
+    assert not any("total_joules" in record for record in records(finished_once))
+    assert events(finished_once, "finish")[0]["energy"] is None
     fake = box_of(gpu_box, monkeypatch)
     least = ["energy.mode=least", "energy.max_slowdown=0.99", "energy.region=DEU", "energy.price_per_kwh=0.3"]
     assert main(["train", "toy.yaml", "--run", "least", "log.every=5", *least]) == 0
     assert len(texts) == 2 and texts[0] == texts[1]
-    assert_same_numbers(here / "least", here / "plain")
+    assert_same_numbers(here / "least", finished_once)
     assert fake.devices[0].writes > 3 and fake.devices[0].limit_w == 300, "turned, and set back"
     (meter,) = events(here / "least", "meter")
     assert meter["sources"][0]["method"] == "NVML total energy" and meter["sources"][0]["coverage"] == "GPU"
@@ -82,11 +86,11 @@ def test_a_run_that_seeks_the_least_energy_computes_the_same_bits_with_the_same_
     assert 0 < json.loads(manifest)["energy"]["total_joules"] <= joules[-1]
     page = (here / "least" / "report.html").read_text()
     assert "NVML total energy" in page and "sampling error" in page and "power, watts" in page
-    assert "not measured" in (here / "plain" / "report.html").read_text()
+    assert "not measured" in (finished_once / "report.html").read_text()
     assert "energy: GPU 0 (NVML total energy)" in capsys.readouterr().err
 
 
-def test_a_spent_budget_saves_stops_and_is_refused_until_it_is_raised(
+def test_a_spent_budget_stops_a_run_and_hours_pause_it_and_it_goes_on_to_the_same_bits(
     here, gpu_box, finished_once, monkeypatch, capsys
 ):
     box_of(gpu_box, monkeypatch)
@@ -99,29 +103,30 @@ def test_a_spent_budget_saves_stops_and_is_refused_until_it_is_raised(
     assert 2400 <= stop["energy"]["total_joules"] <= 11 * 240
     assert main(["resume", "cut", "--quiet"]) == 2
     assert "energy.budget_kwh: " in (err := capsys.readouterr().err) and "resume RUN energy.budget_kwh=N" in err
-    assert main(["resume", "cut", "--quiet", "energy.budget_kwh=1e9"]) == 0
+    asked = clock_that_pauses_the_fifth_step(monkeypatch)
+    assert main(["resume", "cut", "--quiet", "energy.budget_kwh=1e9", "energy.hours=22:00-06:00"]) == 0
     assert_same_numbers(here / "cut", finished_once)
     (finish,) = events(here / "cut", "finish")
     assert finish["energy"]["total_joules"] == pytest.approx(30 * 240), "all resumes together"
+    ((pause,), (goes_on,)) = events(here / "cut", "pause"), events(here / "cut", "go_on")
+    assert pause["step"] == goes_on["step"] == stop["step"] + 4 and len(asked) >= 9
+    assert pause["step"] in [event["step"] for event in events(here / "cut", "save")]
 
 
-def test_outside_of_its_hours_a_run_saves_waits_and_goes_on_to_the_same_bits(here, finished_once, monkeypatch):
+def clock_that_pauses_the_fifth_step(monkeypatch) -> list:
+    """It is half past 23, but half past 6 when it is looked at for the fifth to the eighth time; the looks so far."""
     asked = []
 
     class Clock(datetime):
         @classmethod
         def now(cls):
             asked.append(0)
-            return datetime(2026, 12, 1, 6 if 10 <= len(asked) < 14 else 23, 30)
+            return datetime(2026, 12, 1, 6 if 5 <= len(asked) < 9 else 23, 30)
 
     monkeypatch.setattr(energies, "datetime", Clock)
     monkeypatch.setattr(energies, "_CLOCK_SECONDS", 0.0)
     monkeypatch.setattr("aurora_train.train.loop._LOOK_SECONDS", 0.01)
-    assert main(["train", "toy.yaml", "--run", "night", *SHORT, "energy.hours=22:00-06:00"]) == 0
-    assert_same_numbers(here / "night", finished_once)
-    ((pause,), (goes_on,)) = events(here / "night", "pause"), events(here / "night", "go_on")
-    assert pause["step"] == goes_on["step"] == 9 and len(asked) >= 14
-    assert 9 in [event["step"] for event in events(here / "night", "save")]
+    return asked
 
 
 def test_a_machine_without_a_meter_cannot_promise_a_budget(here, capsys):
@@ -146,6 +151,17 @@ def test_a_cap_below_what_the_gpu_takes_is_refused_and_one_within_is_kept_to(her
     assert main([*cap, "energy.cap_watts=150"]) == 0
     (event,) = events(here / "r", "power")
     assert event["share"] == 0.25 and fake.devices[0].limit_w == 300
+
+
+def test_a_knob_is_not_held_where_nothing_is_measured_because_nobody_would_turn_it(here, gpu_box):
+    from aurora_train.config.energy import Energy as Section
+    from aurora_train.run import Run
+
+    fake = gpu_box()
+    fake.devices[0].no_energy = fake.devices[0].no_power = 1
+    with Energy(Section(mode="cap", cap_watts=150), Run(here / "none")) as energy:
+        assert [line for line, *_ in energy._says] == ["energy.mode=cap turns nothing: no energy is measured"]
+    assert fake.devices[0].limit_w == 300
 
 
 @pytest.mark.parametrize(

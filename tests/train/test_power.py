@@ -1,5 +1,7 @@
 """The search for the setting at which a token costs least energy: on the stand-in for NVML, whose clock is set."""
 
+import shutil
+
 import pytest
 from fake_nvml import Fake
 
@@ -132,6 +134,27 @@ def test_a_setting_that_is_too_hot_is_not_chosen(gpu_box, tmp_path):
     fake.devices[0].celsius = 50
     bench.train(400)
     assert bench.said[-1][2]["share"] < 0.75
+
+
+def test_a_journal_that_cannot_be_written_ends_the_search_and_not_the_meter(gpu_box, tmp_path):
+    bench = Bench(gpu_box(), tmp_path, 0.5, Search(0.3))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    bench.train(30)
+    assert "cannot write" in bench.tuner.lost and [event for event, *_ in bench.said] == ["power_lost"]
+    bench.knob.release()
+
+
+def test_a_gpu_that_is_too_hot_for_any_setting_is_left_as_it_was_found(gpu_box, tmp_path):
+    fake = gpu_box()
+    bench = Bench(fake, tmp_path, 0.5, Search(0.1))
+    bench.train(1)
+    fake.devices[0].celsius = 89
+    while bench.said[-1:] == [] or bench.said[-1][0] != "power":
+        bench.train(1)
+    assert bench.said[-1][2]["share"] == 1.0 and "too hot" in bench.said[-1][1]
+    bench.train(40)
+    assert fake.devices[0].limit_w == 100, "the heat still makes it give way"
 
 
 def test_a_gpu_that_vanishes_in_the_search_ends_it_and_not_the_run(gpu_box, tmp_path):

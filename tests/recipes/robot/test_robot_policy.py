@@ -20,6 +20,7 @@ from aurora_train.machine.precision import settled
 from robot.blocks import blocks_config, sinusoid
 from robot.chunks import state_features
 from robot.episodes import Episode, Episodes
+from robot.fitting import continued
 from robot.instruction import SIZE, encoded, features
 from robot.scaling import Scaling
 from robot.settings import DataConfig, ModelConfig
@@ -133,6 +134,15 @@ def test_a_language_model_reads_the_instructions_once_and_is_needed_no_more(tmp_
     seen = predict(state, batch)
     assert np.array_equal(seen, other(state, batch))
     assert np.abs(predict(state, batch | {"task": 1 - batch["task"]}) - seen).max() > 1e-4
+
+
+def test_a_language_model_is_refused_where_the_policy_has_learnt_hashed_words():
+    words = {"scale": {}, "tasks": list(TASKS)}
+    with pytest.raises(UserError, match="reads instructions as hashed words") as fault:
+        continued({"tasks": list(TASKS)}, words, "no/such/model")
+    assert fault.value.where == "data.language"
+    said = words | {"instructions": np.ones((2, 3))}
+    assert continued({"tasks": list(TASKS)}, said, "no/such/model")["instructions"] is said["instructions"]
 
 
 @SLOW
