@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def _listed(folder: Path) -> tuple[dict, list[str]]:
         return {}, [f"{MANIFEST}: unreadable ({error})"]
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         return {}, [f"{MANIFEST}: its content has changed since it was written"]
+    if not all(re.fullmatch(r"process-\d+", part) for part in content.get("parts", [])):
+        return {}, [f"{MANIFEST}: names a part that is none"]
     files, lines = dict(content["files"]), []
     for part in content.get("parts", []):
         inner, more = _listed(folder / part)

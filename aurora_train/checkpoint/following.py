@@ -75,7 +75,7 @@ class FollowedStore(CheckpointStore):
 
     def _frozen_written(self, step: int, tree, name: str) -> str:
         flat, folder = layout.unread(tree, frozen.is_frozen), self._part / frozen.FOLDER
-        with self._reported(step):
+        with self._told(name, later=False), self._reported(step):
             make_folder(self._part)
             shutil.rmtree(folder, ignore_errors=True)
             if flat:

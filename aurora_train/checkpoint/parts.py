@@ -19,6 +19,7 @@ import numpy as np
 
 from aurora_train.checkpoint import durable, layout, writer
 from aurora_train.checkpoint.save_failed import SaveFailed
+from aurora_train.errors import UserError
 from aurora_train.files import sync
 from aurora_train.machine import processes
 
@@ -117,11 +118,20 @@ def stored(folder: Path) -> dict[str, list[Piece]]:
 
 
 def shape_of(pieces: list[Piece]) -> Any:
-    """Shape and dtype of the leaf that pieces are parts of; what Orbax says of it, if it is whole."""
+    """Shape and dtype of the leaf that pieces are parts of; what Orbax says of it, if it is whole.
+
+    UserError if they are not all of it.
+    """
     if layout.PART not in pieces[0].name:
         return pieces[0].spec
     ends = [[a + n for a, n in zip(piece.start, piece.spec.shape, strict=True)] for piece in pieces]
-    return jax.ShapeDtypeStruct(tuple(map(max, zip(*ends, strict=True))), pieces[0].spec.dtype)
+    shape = tuple(map(max, zip(*ends, strict=True)))
+    if sum(math.prod(piece.spec.shape) for piece in pieces) != math.prod(shape):
+        raise UserError(
+            f"a part of {pieces[0].name.partition(layout.PART)[0]} is missing", where=str(pieces[0].folder),
+            hint="choose another step with --step, or let `aurora resume RUN` walk back to one",
+        )  # fmt: skip
+    return jax.ShapeDtypeStruct(shape, pieces[0].spec.dtype)
 
 
 def load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -230,24 +230,24 @@ class CheckpointStore:
         if not any(frozen.is_frozen(entry.names[0]) for entry in layout.entries(tree)):
             return {}
         if self._frozen is None:
-            with self._told(f"{name}/frozen", later=False):
-                self._frozen = self._frozen_written(step, tree, f"{name}/frozen")
+            self._frozen = self._frozen_written(step, tree, f"{name}/frozen")
         return {"frozen": self._frozen}
 
     def _frozen_written(self, step: int, tree, name: str) -> str:
         flat, folder = layout.unread(tree, frozen.is_frozen), self.folder / frozen.FOLDER
         content = None if self.writers.others else frozen.content_of(flat)  # nobody sees all of what is in parts
-        with self._reported(step):
-            if folder.exists():  # left by an attempt that was killed before its first checkpoint
-                self._delete(folder)
-            digest = content and frozen.shared(folder, content)
-        if digest is None:
-            self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
+        with self._told(name, later=False):
             with self._reported(step):
-                frozen.write(folder, flat)
-                inside = self.writers.collect(name, step, self.folder, folder)
-                digest = frozen.seal(folder, flat, content, inside)
-            self.writers.report(name, f"{parts.COMMITTED} {digest}")
+                if folder.exists():  # left by an attempt that was killed before its first checkpoint
+                    self._delete(folder)
+                digest = content and frozen.shared(folder, content)
+            if digest is None:
+                self._refuse_full_disk(step, sum(leaf.nbytes for leaf in flat.values()))
+                with self._reported(step):
+                    frozen.write(folder, flat)
+                    inside = self.writers.collect(name, step, self.folder, folder)
+                    digest = frozen.seal(folder, flat, content, inside)
+        self.writers.report(name, f"{parts.COMMITTED} {digest}")
         return digest
 
     @contextlib.contextmanager
@@ -263,7 +263,7 @@ class CheckpointStore:
             if reason is None:
                 raise
             self._discard(step)
-            no_space = reason in map(os.strerror, NO_SPACE)
+            no_space = any(os.strerror(code) in reason for code in NO_SPACE)  # perhaps after another process's name
             raise SaveFailed(step, reason, self.folder, needed=MARGIN_BYTES, no_space=no_space) from error
 
     def _discard(self, step: int) -> None:

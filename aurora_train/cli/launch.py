@@ -47,4 +47,6 @@ def command(
     names = ["localhost"] * processes_here if processes_here else [name.strip() for name in hosts.split(",")]
     if not all(names):
         raise UserError(f"a name is missing in {hosts!r}", where="--hosts", hint="--hosts box1,box2")
+    if options := [name for name in names if name.startswith("-")]:  # ssh would take it for one of its own
+        raise UserError(f"`{options[0]}` is no machine's name", where="--hosts", hint="--hosts box1,box2")
     return launch(names, arguments, ssh=ssh, python=python or sys.executable, interface=interface)

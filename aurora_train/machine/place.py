@@ -54,7 +54,15 @@ def place(environ=None) -> Place:
         found = _of_open_mpi(environ)
     else:
         return Place(0, 1)
+    for address in found.addresses:
+        _refuse_no_port(address)
     return found if found.count > 1 else Place(0, 1)
+
+
+def _refuse_no_port(address: str) -> None:
+    port = address.rpartition(":")[2]
+    if ":" not in address or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{ADDRESS}={address} has no port", where="environment", hint="HOST:PORT")
 
 
 def local_devices(environ=None) -> list[int] | None:
@@ -87,9 +95,6 @@ def _by_hand(environ) -> Place:
         raise UserError(
             f"{INDEX}={given.index} of {COUNT}={given.count}", where="environment", why="processes are numbered from 0"
         )
-    port = address.rpartition(":")[2]
-    if ":" not in address or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"{ADDRESS}={address} has no port", where="environment", hint="HOST:PORT")
     return given
 
 

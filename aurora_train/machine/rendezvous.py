@@ -25,6 +25,7 @@ from aurora_train.machine.place import Place
 from aurora_train.machine.unlike import fault_among
 
 _HELLO = "aurora_train rendezvous 1"
+_KINDS = {"job": str, "index": int, "count": int, "host": str, "door": int, "address": str, "facts": dict}
 _LINGER_SECONDS = 10  # that process 0 waits with a fault for those who have not come yet
 _REACH_SECONDS = 10  # that a process tries to reach another one
 _QUIET_SECONDS = 3  # of waiting before a process says what it is waiting for
@@ -186,21 +187,27 @@ def _first_message(connection: Connection):
     """The first message of a stranger: [] if it is not complete yet, None if it is no hello."""
     try:
         messages = connection.read()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return messages and messages[0]
 
 
+def _is_hello(message) -> bool:
+    """Whether a message of a stranger is what a process of a run says first."""
+    return (isinstance(message, dict) and message.get("hello") == _HELLO
+            and all(isinstance(message.get(key), kind) for key, kind in _KINDS.items()))  # fmt: skip
+
+
 def _let_in(place: Place, message, connection: Connection, guests: dict) -> dict | None:
     """Take one process in. Returns a fault for all; a stranger is sent away and is no fault."""
-    if not isinstance(message, dict) or message.get("hello") != _HELLO:
+    if not _is_hello(message):
         connection.socket.close()
         return None
     if message["job"] != place.job:
         with contextlib.suppress(OSError):
             connection.send({"fault": {
                 "what": f"process 0 at {place.addresses[0]} belongs to another start", "where": "rendezvous",
-                "why": f"it is of {place.job or 'a start by hand'}, this one of {message['job'] or 'a start by hand'}",
+                "why": f"this process is of {message['job'] or 'a start by hand'}",
                 "hint": "take another port",
             }})  # fmt: skip
         connection.socket.close()
@@ -212,6 +219,9 @@ def _let_in(place: Place, message, connection: Connection, guests: dict) -> dict
         return {"what": f"process {index} ({message['host']}) was started as one of {message['count']} processes, "
                         f"process 0 as one of {place.count}", "where": "rendezvous",
                 "hint": "start all of them with the same number of processes"}  # fmt: skip
+    if not 0 <= index < place.count:
+        guests[number] = connection, message
+        return {"what": f"{message['host']} has process number {index} of {place.count}", "where": "rendezvous"}
     if index in guests or index == 0:
         other = guests[index][1]["host"] if index in guests else socket.gethostname()
         guests[-number] = connection, message  # it hears the verdict too
@@ -385,6 +395,6 @@ def _free_port() -> int:
 
 
 def _say(place: Place, seconds: float, whom: str) -> bool:
-    line = f"process {place.index} of {place.count}: waiting up to {seconds:g} s for {whom}"
-    print(line, file=sys.stderr, flush=True)
+    said = f"process {place.index} of {place.count}: waiting up to {seconds:g} s for {whom}"
+    print(said, file=sys.stderr, flush=True)
     return True

@@ -35,6 +35,7 @@ def say(**message) -> None:
 
 def describe() -> dict:
     """What `aurora launch` compares and chooses by: versions, the clock (seconds), addresses, which machine this is."""
+    from aurora_train.machine.profile import installed_gpus
     from aurora_train.run import code_hash, versions
 
     addresses = [
@@ -46,7 +47,13 @@ def describe() -> dict:
     ]
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
     return {"versions": versions() | {"code": code_hash()[:12]}, "clock": time.time(), "addresses": addresses,
-            "machine": boot, "host": platform.node(), "port": free_port()}  # fmt: skip
+            "machine": boot, "host": platform.node(), "port": free_port(), "gpus": _visible(len(installed_gpus()))}
+
+
+def _visible(gpus: int) -> int:
+    """How many of so many GPUs CUDA shows to this process and its children."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if chosen is None else min(gpus, len([one for one in chosen.split(",") if one]))
 
 
 def free_port() -> int:

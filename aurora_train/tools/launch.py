@@ -156,10 +156,12 @@ def _supervise(hosts: list[Host], arguments, python: str, link: Link, signals) -
     kept, job = kept_environment(dict(os.environ), False), secrets.token_hex(8)
     address = f"{link.addresses[0]}:{hosts[0].facts['port']}"
     for host in hosts:
-        host.inbox = inbox
+        early, host.inbox = host.inbox, inbox
+        while not early.empty():  # it may have gone already
+            inbox.put(early.get())
         own = {ADDRESS: address, COUNT: str(len(hosts)), INDEX: str(host.index), "AURORA_JOB": job}
         host.ask("run", arguments=[python, "-P", "-m", "aurora_train", *arguments],
-                 variables=kept | link.variables(host.index) | own)  # fmt: skip
+                 variables=_accelerators(hosts, host) | kept | link.variables(host.index) | own)  # fmt: skip
     shown, ends, told, deadline = _Shown(hosts), {}, 0, None
     while len(ends) < len(hosts):
         if signals.count > told:
@@ -187,6 +189,19 @@ def _supervise(hosts: list[Host], arguments, python: str, link: Link, signals) -
     return 130 if told > 1 else status_of_all(list(ends.values()))
 
 
+def _accelerators(hosts: list[Host], host: Host) -> dict[str, str]:
+    """The variable that gives a process its share of a machine's GPUs; {} if it is alone there, or there are too few.
+
+    Without it, each process of a machine would take all of them.
+    """
+    beside = [other.index for other in hosts if other.facts["machine"] == host.facts["machine"]]
+    share = host.facts["gpus"] // len(beside)
+    if len(beside) == 1 or share == 0:
+        return {}
+    first = share * beside.index(host.index)
+    return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + share)))}
+
+
 def status_of_all(statuses: list[int]) -> int:
     """The status of the whole, from those of its processes in the order in which they ended.
 
@@ -203,13 +218,13 @@ class _Shown:
     """What the user sees of the processes: all of process 0, and of another one only why it was the first to fail."""
 
     def __init__(self, hosts: list[Host]):
-        self._seen: set[str] = set()
+        self._seen: deque[str] = deque(maxlen=400)
         self._held = {host.index: deque(maxlen=400) for host in hosts}
         self._failed = False
 
     def take(self, host: Host, stream: str, line: str) -> None:
         if host.index == 0:
-            self._seen.add(line.strip())
+            self._seen.append(line.strip())
             print(line, end="", file=sys.stdout if stream == "out" else sys.stderr, flush=True)
         else:
             self._held[host.index].append(line)

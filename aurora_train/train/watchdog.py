@@ -73,6 +73,7 @@ class Watchdog:
         self.budgets = Budgets(fixed)
         self.step = 0  # the last recorded step
         self._work: tuple[str, float, float] | None = None  # (kind, began, deadline) in time.monotonic()
+        self._anew = 0.0  # when another process last said that it does what this one waits for
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
@@ -108,9 +109,7 @@ class Watchdog:
 
     def _start_anew(self) -> None:
         """Give the current work its whole budget again: another process does what this one waits for."""
-        if (work := self._work) is not None:
-            now = time.monotonic()
-            self._work = (work[0], now, now + self.budgets.of(work[0]))
+        self._anew = time.monotonic()  # `_work` is the main thread's to write
 
     def _look(self) -> None:
         last = said = time.monotonic()
@@ -120,6 +119,7 @@ class Watchdog:
             if work is None:
                 continue
             kind, began, deadline = work
+            deadline = max(deadline, self._anew + self.budgets.of(kind))
             if asleep > 2 * _LOOK_EVERY_SECONDS:  # the whole process was stopped (by Ctrl-Z, a debugger, high load)
                 if self._work is work:
                     self._work = (kind, began, deadline + asleep)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy
 from kit import Aurora, events, in_process, losses
 
 from aurora_train.errors import UserError
+from aurora_train.tools import launch as launching
 from aurora_train.tools.launch import Host, status_of_all
 from aurora_train.tools.network import choose_link, common_links
 
@@ -59,6 +61,18 @@ def test_where_the_processes_shall_run_is_asked(capsys):
     assert "--processes-here N" in capsys.readouterr().err
     assert in_process("launch", "--hosts", "a,,b", "quickstart") == 2
     assert "a name is missing" in capsys.readouterr().err
+    assert in_process("launch", "--hosts", "a,-oProxyCommand=touch x", "quickstart") == 2
+    assert "`-oProxyCommand=touch x` is no machine's name" in capsys.readouterr().err
+
+
+def test_processes_of_one_machine_divide_its_gpus():
+    def shares(*boxes: tuple[str, int]) -> list[str | None]:
+        hosts = [SimpleNamespace(index=index, facts={"machine": machine, "gpus": gpus})
+                 for index, (machine, gpus) in enumerate(boxes)]  # fmt: skip
+        return [launching._accelerators(hosts, host).get("JAX_LOCAL_DEVICE_IDS") for host in hosts]
+
+    assert shares(("a", 8), ("b", 2), ("a", 8)) == ["0,1,2,3", None, "4,5,6,7"]
+    assert shares(("a", 0), ("a", 0)) == [None, None]
 
 
 # ---- ssh

@@ -257,6 +257,7 @@ def test_the_environment_says_which_process_this_is(environ, found):
         (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2"),
         (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two' is not a whole number"),
         ({"JAX_COORDINATOR_ADDRESS": "box", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "has no port"),
+        (SLURM | {"SLURM_STEP_NODELIST": "box1", "JAX_COORDINATOR_ADDRESS": "box1"}, "has no port"),
         (SLURM, "SLURM_STEP_NODELIST is not set"),
         (MPI, "does not say where process 0 is"),
     ],

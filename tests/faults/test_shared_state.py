@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +15,11 @@ import babble
 import jax
 import numpy as np
 import pytest
-from kit import Aurora, events, losses, records
+from kit import Aurora, events, free_address, losses, records
 
 from aurora_train.checkpoint import durable, layout, parts
 from aurora_train.checkpoint.store import CheckpointStore
+from aurora_train.errors import UserError
 
 SETTINGS = (
     "model.layers=3", "model.attention=reference", "optimizer.schedule.name=constant", "checkpoint.every=3",
@@ -109,3 +113,64 @@ def test_one_process_reads_what_four_wrote_in_parts(chain):
     assert not any(layout.PART in name for name in shapes)
     read = store.restore_some(last, {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in shapes.items()})
     assert read["step"] == last and all(np.isfinite(array).all() for array in read.values())
+
+
+SAVES = """
+import json, shutil, sys
+from pathlib import Path
+from aurora_train.machine import processes
+with processes.together({}):
+    import jax
+    import numpy as np
+    from aurora_train import mesh as meshes
+    from aurora_train.checkpoint.following import FollowedStore
+    from aurora_train.checkpoint.store import CheckpointStore, SaveFailed
+    checkpoints, trash = Path(sys.argv[1]) / "checkpoints", Path(sys.argv[1]) / ".trash"
+    place = jax.NamedSharding(meshes.make_mesh(1, 2), jax.P("fsdp"))
+    kind = CheckpointStore if processes.leads() else FollowedStore
+    store = kind(checkpoints, trash, owners=(0, 1))
+    for attempt in ("process 0 cannot", "process 1 cannot", "both can"):
+        if processes.leads():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            (checkpoints / "frozen").mkdir(parents=True)
+            if trash.is_file():
+                trash.unlink()
+            if attempt == "process 0 cannot":
+                trash.touch()  # so it cannot move away the frozen parameters that are there
+            elif attempt == "process 1 cannot":
+                (checkpoints / "process-1").touch()
+        processes.meet()
+        tree = meshes.put({name: {"w": np.arange(8.0)} for name in ("params", "frozen")}, place)
+        try:
+            store.save(3, tree, {})
+            store.wait()
+            print(json.dumps("saved"))
+        except SaveFailed as error:
+            print(json.dumps(error.reason))
+        processes.meet()
+    store.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_cannot_be_written_is_a_failed_save_in_every_process_and_the_next_one_counts(tmp_path):
+    address, here = free_address(), Aurora(tmp_path, tmp_path / "cache").environment()
+    place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", SAVES, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    team = [subprocess.Popen(command, env=here | place | {"JAX_PROCESS_ID": number}, text=True, **pipes)
+            for number in "01"]  # fmt: skip
+    said = [process.communicate(timeout=240) for process in team]
+    assert [process.returncode for process in team] == [0, 0], said
+    heard = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
+    assert [one == "saved" for one in heard[0]] == [one == "saved" for one in heard[1]] == [False, False, True]
+    assert heard[0][1].startswith("process 1: ")
+    store = CheckpointStore(tmp_path / "checkpoints", tmp_path / ".trash")
+    assert store.newest_intact() == (3, [])
+    read = store.restore_some(3, dict(store.shapes(3)))
+    assert {name: array.tolist() for name, array in read.items()} == dict.fromkeys(read, list(range(8)))
+    whole = store.folder / "3"
+    found = parts.stored(whole)["params.w"]
+    assert len(found) == 2
+    with pytest.raises(UserError, match="a part of params.w is missing"):
+        parts.shape_of(found[1:])
