@@ -66,7 +66,8 @@ class Run:
         if not run.config.is_file():
             nearby = sorted(p.parent.name for p in run.folder.parent.glob("[!.]*/config.yaml"))[:5]
             hint = f"runs there: {', '.join(nearby)}" if nearby else "`aurora train CONFIG` starts one"
-            raise UserError("not a run folder (it has no config.yaml)", where=str(folder),
+            why = "it has no config.yaml" if run.folder.exists() else "there is nothing at this path"
+            raise UserError(f"not a run folder ({why})", where=str(folder),
                             hint=gguf_in(run.folder) or hint)  # fmt: skip
         return run
 

@@ -9,6 +9,7 @@ import typer
 from aurora_train.cli.common import JsonOption, print_json
 
 EXAMPLE = "aurora energy --restore"
+_WHAT_WOULD = "  root can read the processor's counter (RAPL), where there is one; a wall plug is given by --plug FILE"
 
 
 def command(
@@ -51,7 +52,7 @@ def _knob(gpu) -> dict:
 def _lines(found: dict) -> list[str]:
     lines = [f"{one['name']}: {one['method']}; covers the {one['coverage']}" for one in found["sources"]]
     if not lines:
-        lines = [f"energy is not measured here: {found['no_gpu'] or 'no meter can be read'}"]
+        lines = [f"energy is not measured here: {found['no_gpu'] or 'no meter can be read'}", _WHAT_WOULD]
     for one in found["knobs"]:
         what = "{kind}, {from:.0f} to {to:.0f} {unit}".format(**one) if one["kind"] else f"none ({one['why']})"
         lines.append(f"{one['gpu']}: knob: {what}")

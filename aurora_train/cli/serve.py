@@ -70,10 +70,12 @@ def command(
     from aurora_train.loading import load
     from aurora_train.run import Run
     from aurora_train.serve.address import address
+    from aurora_train.serve.room import allowed_bytes
     from aurora_train.serve.server import Server, Settings, refuse_missing
 
     refuse_missing()
     place = address(host, port, None, token_file)
+    allowed_bytes(memory)  # refused before the model is read
     text = None if template is None else read_text(template, "template")
     if text:  # refused by its name and line before the model is read
         ChatTemplate(text, {}, datetime.now(), f"--template {template}")
@@ -84,7 +86,7 @@ def command(
         print(line, file=sys.stderr)
     named = name or (trained.run.stem if trained.run.suffix == ".gguf" else trained.run.name)
     settings = Settings(named, slots, waiting, length, memory, weights, text, tuple(allow_host or ()))
-    print(f"{trained!r}: compiling", file=sys.stderr)
+    print(f"{trained!r}: compiling; the address follows once requests are answered", file=sys.stderr)
     with until_asked() as stop, contextlib.closing(Server(trained, settings, place)) as server:
         print(f"{named} listens on {server.url} with {server.slots_in_words}; Ctrl-C ends it", file=sys.stderr)
         if json:

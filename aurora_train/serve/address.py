@@ -47,15 +47,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _token(file: Path) -> str:
+    make = f"(umask 077; openssl rand -hex 32 > {file})"
     try:
         token, mode = file.expanduser().read_text().strip(), file.expanduser().stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the token cannot be read: {error}", where=f"--token-file {file}") from error
+        raise UserError(f"the token cannot be read: {error}", where=f"--token-file {file}", hint=make) from error
     if mode & 0o077:
         raise UserError("other users can read this token", where=f"--token-file {file}", hint=f"chmod 600 {file}")
     if len(token) < 16:
-        raise UserError("a token has at least 16 characters", where=f"--token-file {file}",
-                        hint=f"(umask 077; openssl rand -hex 32 > {file})")  # fmt: skip
+        raise UserError("a token has at least 16 characters", where=f"--token-file {file}", hint=make)
     return token
 
 

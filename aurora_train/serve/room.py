@@ -51,6 +51,14 @@ def _held(run: Run, machine) -> Held | None:
     return Held(run.folder, int(planned) * devices)
 
 
+def allowed_bytes(asked: str | None) -> int | None:
+    """The bytes of `--memory`, such as "8GB"; None without it. UserError if it is no amount."""
+    try:
+        return None if asked is None else parse_bytes(asked)
+    except ValueError as error:
+        raise UserError(str(error), where=f"--memory {asked}") from None
+
+
 def refuse_without(needed: int, asked: str | None, machine) -> None:
     """UserError if a server of `needed` bytes exceeds what `--memory` allows it, or if that, or else what it needs, has
     no room beside the runs that train here.
@@ -59,10 +67,7 @@ def refuse_without(needed: int, asked: str | None, machine) -> None:
         asked: the amount of `--memory`, such as "8GB"; None: as much as is needed.
         machine: the `machine.profile.Machine`.
     """
-    try:
-        allowed = needed if asked is None else parse_bytes(asked)
-    except ValueError as error:
-        raise UserError(str(error), where=f"--memory {asked}") from None
+    allowed = needed if asked is None else allowed_bytes(asked)
     smaller = "fewer --slots, a shorter --length, or --weights int8"
     if needed > allowed:
         raise UserError(f"the server needs {size(needed)}, and may take {size(allowed)}", where=f"--memory {asked}",

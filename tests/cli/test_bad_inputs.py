@@ -214,3 +214,14 @@ def test_a_folder_without_write_permission_is_one_message(here):
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "locked/run" in done.stderr and "cannot write" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--memory", "8GBB", "must be a size such as 96GB"), ("--token-file", "nowhere", "openssl rand -hex 32 > now")],
+)
+def test_a_wrong_option_of_serve_is_refused_before_the_model_is_read(option, value, says, capsys):
+    pytest.importorskip("uvicorn")
+    assert main(["serve", "no-such-run", option, value]) == 2
+    said = capsys.readouterr().err
+    assert f"{option} {value}" in said and says in said and "no-such-run" not in said

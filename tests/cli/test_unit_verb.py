@@ -116,7 +116,9 @@ def test_the_kernel_is_to_kill_the_run_first_and_a_leak_ends_at_a_limit(run, cap
 
 def test_no_run_no_unit(tmp_path, capsys):
     assert main(["unit", str(tmp_path / "nowhere")]) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "not a run folder (there is nothing at this path)" in capsys.readouterr().err
+    assert main(["unit", str(tmp_path)]) == 2
+    assert "not a run folder (it has no config.yaml)" in capsys.readouterr().err
 
 
 def test_the_table_of_statuses_is_the_units_and_the_codes(run, capsys):

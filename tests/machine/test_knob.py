@@ -172,6 +172,13 @@ def test_the_verb_shows_meters_and_knobs(gpu_box, capsys):
     assert [one["to"] for one in json.loads(capsys.readouterr().out)["knobs"]] == [300, 300]
 
 
+def test_where_nothing_measures_the_verb_says_what_would(monkeypatch, capsys):
+    monkeypatch.setattr("aurora_train.record.energy.sources", lambda gpus, plug: [])
+    assert main(["energy"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured here" in out and "RAPL" in out and "--plug FILE" in out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [knob.POWER_CAP, knob.CLOCK_LOCK])
 def test_the_knob_is_as_it_was_after_twenty_kills(gpu_box, tmp_path, kind):
