@@ -86,7 +86,7 @@ def command(
         print(line, file=sys.stderr)
     named = name or (trained.run.stem if trained.run.suffix == ".gguf" else trained.run.name)
     settings = Settings(named, slots, waiting, length, memory, weights, text, tuple(allow_host or ()))
-    print(f"{trained!r}: compiling; the address follows once requests are answered", file=sys.stderr)
+    print(f"{named}: compiling; the address follows once requests are answered", file=sys.stderr)
     with until_asked() as stop, contextlib.closing(Server(trained, settings, place)) as server:
         print(f"{named} listens on {server.url} with {server.slots_in_words}; Ctrl-C ends it", file=sys.stderr)
         if json:
