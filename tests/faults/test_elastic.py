@@ -10,8 +10,9 @@ LEGS = ((8, 13), (4, 26), (1, 39), (2, 50))  # devices, and the step that they t
 PLAIN = {"schedule: {warmup: 3}": "schedule: {name: constant}", "{accumulation: 2}": "{accumulation: 1}"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
+@pytest.mark.parametrize(
+    "axis", [pytest.param("data", marks=pytest.mark.release), pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_from_eight_devices_to_four_to_one_to_two(axis, tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path, **PLAIN)
     aurora.good("train", config, "train.steps=50", "--run", "still", "--quiet")

@@ -78,8 +78,9 @@ def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed
     assert final_hash(run) == final_hash(undisturbed) and whole_checkpoints(run)[-1] == 120
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["patience", "SIGTERM"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("patience", marks=pytest.mark.slow), pytest.param("SIGTERM", marks=pytest.mark.release)]
+)
 def test_a_run_that_can_save_nothing_stops_with_its_own_status(how, tmp_path):
     patience = "0.05" if how == "patience" else "60"
     process = on_a_small_disk(tmp_path, "6m", f"checkpoint.patience_minutes={patience}", filler="5400000")

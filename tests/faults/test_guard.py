@@ -221,7 +221,7 @@ def assert_left_in_time(lab: Aurora, box: Box, run: Path, ended) -> str:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_that_left_a_full_box_goes_on_to_the_same_bits(lab, shared_box, tmp_path):
     run, settings = tmp_path / "run", ("train.steps=300", "checkpoint.every=200")
     ended = trained_beside(lab, shared_box, run, *settings, rate=100)

@@ -32,7 +32,7 @@ def children_of(pid: int) -> list[str]:
     [
         ("the loader", {"TOY_SIGNAL": "take:13:HANG"}, "a step"),
         pytest.param("the step", {"TOY_HANG": "step"}, "a step", marks=pytest.mark.slow),
-        pytest.param("a save", {"TOY_HANG": "save"}, "a save", marks=pytest.mark.slow),
+        pytest.param("a save", {"TOY_HANG": "save"}, "a save", marks=pytest.mark.release),
     ],
 )
 def test_a_hang_ends_within_its_budget_and_the_next_process_goes_on(

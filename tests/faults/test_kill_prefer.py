@@ -10,7 +10,7 @@ from preferring import pairs, write_config, write_start
 STEPS, SEED = 24, 20261130
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ten_kills_of_a_run_on_preferences_change_no_bit(tmp_path):
     config = write_config(tmp_path, write_start(tmp_path), pairs(600), STEPS)
     text = config.read_text().replace(", schedule", ", ema: 0.9, schedule").replace(".gguf}", ".gguf, dropout: 0.1}")

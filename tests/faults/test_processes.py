@@ -17,6 +17,7 @@ from aurora_train.machine.line import EXIT_LOST
 from aurora_train.machine.place import Place, local_devices, place
 
 PLAIN = {"schedule: {warmup: 3}": "schedule: {name: constant}", "{accumulation: 2}": "{accumulation: 1}"}
+BOTH = [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.release)]  # the leader, the other
 
 
 def ended(processes, timeout: float = 240) -> list[tuple[int, str, str]]:
@@ -77,8 +78,7 @@ def still(tmp_path_factory, cache):
     return folder / "still"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", BOTH)
 def test_a_signal_to_one_stops_all_after_the_same_step_and_the_rest_is_the_same_to_the_bit(
     told, still, tmp_path, cache
 ):
@@ -95,8 +95,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_the_rest_is_the_same_
     assert final_hash(tmp_path / "stopped") == final_hash(still)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", BOTH)
 def test_one_that_is_killed_takes_the_others_with_it_and_the_run_comes_back(killed, still, tmp_path, cache):
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
     team = aurora.team(2, "train", config, "train.steps=60", "--run", "killed")
@@ -113,7 +112,7 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_comes_back(kill
     assert final_hash(tmp_path / "killed") == final_hash(still)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_one_that_is_late_for_the_first_step_is_waited_for(still, tmp_path, cache):
     """For longer than the 30 s that gloo gives those who come to a collective."""
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
@@ -193,8 +192,7 @@ def test_a_process_whose_recipe_file_is_another_one_does_not_train(tmp_path, cac
     assert all("differ in their code" in said and "recipe: " in said for _, _, said in results)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", BOTH)
 def test_a_signal_before_the_first_step_ends_all(told, tmp_path):
     aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
     team = aurora.team(2, "train", config, "model.layers=12", "memory.unroll=true", "--run", "early")

@@ -174,10 +174,11 @@ def test_ends_kept_in_bfloat16_are_products_of_bfloat16():
     assert counts[1][("bf16", "bf16")] > counts[0][("bf16", "bf16")] + 2 * 7
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wishes", [
-    ["memory.accumulation=4"], ["memory.save=nothing"], ["mesh.data=1", "model.lora.rank=4"],
-])  # fmt: skip
+    pytest.param(["memory.accumulation=4"], marks=pytest.mark.slow),
+    pytest.param(["memory.save=nothing"], marks=pytest.mark.release),
+    pytest.param(["mesh.data=1", "model.lora.rank=4"], marks=pytest.mark.release),
+])
 def test_every_way_of_taking_a_step_learns_in_8_bits(small, losses_of, wishes):
     """Beside the same in bfloat16, from the same weights and examples."""
     if "model.lora.rank=4" in wishes:  # beside a model that exists
