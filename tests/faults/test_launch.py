@@ -145,6 +145,17 @@ def test_a_machine_that_cannot_be_used_is_named(ssh, options, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def wait_for_carriers(names):
+    """Until both ends of each cable are running: the kernel notices that up to a second after the other end is up."""
+    deadline = time.monotonic() + 30
+    for name in names:
+        for cable in ("slow", "fast"):
+            while " UP " not in subprocess.run(["ip", "-n", name, "-br", "link", "show", cable],
+                                               capture_output=True, text=True, check=True).stdout:  # fmt: skip
+                assert time.monotonic() < deadline, (name, cable)
+                time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_the_faster_of_two_networks_is_chosen_and_a_cut_one_is_named(tmp_path):
     """Two network namespaces stand for two machines, with a slow cable and a fast one between them."""
@@ -166,6 +177,7 @@ def test_the_faster_of_two_networks_is_chosen_and_a_cut_one_is_named(tmp_path):
         for name in names:
             shaped = f"-n {name} qdisc add dev slow root tbf rate 20mbit burst 64k latency 50ms"
             subprocess.run(["tc", *shaped.split()], check=True)
+        wait_for_carriers(names)
         said: list[str] = []
         hosts = [Host(index, name, str(shell), sys.executable, str(tmp_path)) for index, name in enumerate(names)]
         for host in hosts:
