@@ -233,7 +233,7 @@ def test_a_run_that_left_a_full_box_goes_on_to_the_same_bits(lab, shared_box, tm
     assert final_hash(run) == final_hash(tmp_path / "undisturbed")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_whose_recipe_leaks_says_that_it_is_itself(lab, shared_box, tmp_path):
     ended = trained_beside(lab, shared_box, tmp_path / "run", *LONG, leak=4)
     out = assert_left_in_time(lab, shared_box, tmp_path / "run", ended)

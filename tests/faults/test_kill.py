@@ -40,7 +40,7 @@ def test_twenty_kills_over_all_phases_change_no_bit(undisturbed, tiny, tmp_path)
     kill(schedule(20, SEED + 1), SEED + 1, undisturbed, tiny, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_kills_during_preparation_and_again_right_after_each_resume_change_no_bit(
     undisturbed, tiny, tmp_path
 ):

@@ -127,7 +127,7 @@ def test_one_that_is_late_for_the_first_step_is_waited_for(still, tmp_path, cach
     assert losses(tmp_path / "late") == losses(still)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_bad_data_takes_all_of_them_back_together(tmp_path, cache):
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
     settings = ("data.bad=7", "train.rewind_after=1", "train.rewinds=20", "checkpoint.every=2")
@@ -156,7 +156,7 @@ def test_what_the_leader_refuses_ends_all(tmp_path, cache):
     assert gone in results[0][2] and "process 0 ended" in results[1][2] and gone in results[1][2]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_finished_run_is_shown_once_and_started_over_by_all(tmp_path, cache):
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
     aurora.good("train", config, "train.steps=4", "--run", "done", "--quiet")
@@ -167,7 +167,7 @@ def test_a_finished_run_is_shown_once_and_started_over_by_all(tmp_path, cache):
     assert losses(tmp_path / "done")[-1][0] == 6 and len(list(tmp_path.glob("done*"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_processes_that_see_different_runs_do_not_train(tmp_path, cache):
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
     for name, seed in (("one", 0), ("two", 1)):

@@ -37,7 +37,7 @@ def losses_of(small):
     return lambda run: [loss for _, loss in losses(small.parent / run)]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_in_8_bits_says_so_resumes_to_the_bit_and_learns_as_one_in_16(small, losses_of, capsys):
     assert main(["train", str(small), FP8, "train.bf16_ends=0", "--run", "whole"]) == 0
     said = capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_on_two_gpus_no_activation_is_gathered():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.release
 def test_ends_kept_in_bfloat16_are_products_of_bfloat16():
     plan = Plan(16, 1, {"stack": [Segment(0, 4, ())]})
     counts = [product_operands(rehearsal(train=t).compile(plan).as_text()) for t in ({}, {"bf16_ends": 1})]

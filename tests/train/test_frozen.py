@@ -328,7 +328,7 @@ def test_a_base_is_coded_as_it_is_read_and_the_run_resumes_scores_and_counts_as_
     assert whole.params["stack"]["segments"][0]["mlp"]["up_lora_b"].any()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_base_of_4_bits_is_not_read_as_one_of_more(here):
     assert main(["train", "counted.yaml", *WIDE, "train.steps=1", "--run", "wide", "--quiet"]) == 0
     coded = [*CODED, "init.from=wide", "train.steps=2"]
