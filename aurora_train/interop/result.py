@@ -117,6 +117,7 @@ def result_of(found: OnDisk, *, merge: bool = False) -> Result:
         raise UserError(
             f"a run of {found.config.recipe} has no decoder to export", where=str(found.run),
             why=f"it has no parameter {missing[0]}" if missing else "its tokens see those that come after them",
+            hint=AS_IT_IS,
         )  # fmt: skip
     if config.lora is not None and not merge:
         raise UserError(

@@ -44,7 +44,7 @@ def trained(folder: Path, name: str, **extra: str) -> tuple[str, int]:
     return final_hash(folder / name), resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.optimized
 def test_large_pages_change_no_bit_and_spare_page_faults(tmp_path):
     if tunables(None, Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(), platform.libc_ver()) is None:

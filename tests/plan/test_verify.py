@@ -138,7 +138,7 @@ def test_the_estimated_peak_is_near_the_compiled_one(name):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.release
 def test_8_bit_moments_keep_nothing_beside_them_while_they_are_updated():
     """A comparison with zero once made XLA hold a stack of zeros throughout the step: 37 MB here, 19 GB of an 8B."""
     held = {}
@@ -150,7 +150,7 @@ def test_8_bit_moments_keep_nothing_beside_them_while_they_are_updated():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.release
 def test_estimated_and_compiled_steps_rank_alike():
     cuts = [[Segment(0, LAYERS, ())], *(cut for cut, n, sections, _ in CASES.values() if n == 1 and not sections)]
     cuts.append([Segment(0, LAYERS, ("attn_flash", "mlp_up", "mlp_gate", "query", "key", "value"))])
