@@ -116,8 +116,9 @@ store.close()
 '''
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.release), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_save_takes_the_state_once_and_a_save_in_place_takes_a_piece_of_it(devices, aurora):
     command = [sys.executable, "-c", SAVING, aurora.folder]
     result = subprocess.run(command, env=aurora.environment(devices), capture_output=True, text=True, timeout=300)

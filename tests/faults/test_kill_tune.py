@@ -10,7 +10,7 @@ from kit import Aurora, losses
 STEPS, SEED = 40, 20261130
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ten_kills_of_a_tuning_change_no_bit(tmp_path):
     config = tmp_path / "tune.yaml"
     config.write_text(TUNE.format(folder=write_chats(tmp_path / "chats")))

@@ -49,7 +49,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_then_one_then_two_with_two_devices_each(tmp_path, cache):
     aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path, **PLAIN)
     aurora.good("train", config, "train.steps=50", "--run", "still", "--quiet")

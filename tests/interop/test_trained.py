@@ -25,13 +25,12 @@ from aurora_train.interop.source import open_source
 from aurora_train.nn import lora
 from aurora_train.nn.stack import Segment
 
-pytestmark = pytest.mark.slow
-
 STEPS = 20
 IMPORTED = sorted(FAMILIES.keys() - {"llama_yarn", "qwen2_window"})  # without second forms of a family
 # Unlike in what a trainer meets: plain attention, windows and four norms, learned positions and biases, fused kernels,
 # a linear state.
 UNLIKE = ("llama2", "gemma3", "gpt2", "phi3", "qwen3_5")
+EACH = [pytest.param(n, marks=pytest.mark.slow if n == "qwen3_5" else pytest.mark.release) for n in UNLIKE]
 # A period of two layers and not of four, so that there are two units to cut.
 CHANGED = {"qwen3_5": {"rms_norm_eps": 1e-2, "layer_types": ["linear_attention", "full_attention"] * 2}}
 CONFIG = f"""
@@ -74,6 +73,7 @@ def trained(here, shared_cache):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPORTED)
 def test_every_family_takes_twenty_steps_and_learns(name, trained):
     found = losses(trained(name))
@@ -81,6 +81,7 @@ def test_every_family_takes_twenty_steps_and_learns(name, trained):
     assert np.mean([loss for _, loss in found[-3:]]) < 0.8 * found[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPORTED)
 def test_every_family_can_be_planned(name, here, capsys):
     assert in_process("plan", "tiny.yaml", f"model.from={name}", "--no-compile", "--json") == 0
@@ -91,7 +92,7 @@ def test_every_family_can_be_planned(name, here, capsys):
     assert 4 * weights < plan["predicted_bytes"] < plan["budget_bytes"]  # weights, gradients, two moments
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", EACH)
 def test_a_run_that_is_killed_resumes_to_the_same_bits(name, here, trained, shared_cache):
     whole, run = trained(name), here / f"killed-{name}"
     # It takes the compiled programs of the run that was not killed, as the resume does.
@@ -108,7 +109,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(name, here, trained, shar
     assert losses(run) == losses(whole) and final_hash(run) == final_hash(whole)
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", EACH)
 def test_a_cut_into_two_segments_changes_losses_by_rounding_alone(name, trained):
     def in_two(units: int) -> list[Segment]:
         return [Segment(0, 1, ()), Segment(1, units, None, True)]
@@ -118,6 +119,7 @@ def test_a_cut_into_two_segments_changes_losses_by_rounding_alone(name, trained)
     np.testing.assert_allclose(cut, whole, rtol=2e-5)
 
 
+@pytest.mark.release
 def test_eight_devices_take_the_steps_of_one(here, trained, shared_cache):
     wanted = [[f"model.from={name}", "mesh.data=2", "mesh.fsdp=4"] for name in UNLIKE]
     done = subprocess.run(
@@ -130,7 +132,7 @@ def test_eight_devices_take_the_steps_of_one(here, trained, shared_cache):
         np.testing.assert_allclose(cut, whole, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", EACH)
 def test_adapters_are_trained_and_nothing_else(name, here):
     before, after = stepping.take("tiny.yaml", [f"model.from={name}", "model.lora.rank=2"], 3)[1:]
     source = matched(open_source(here / name))
