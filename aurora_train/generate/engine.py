@@ -147,7 +147,7 @@ class Engine:
                 self._slots[number] = None
                 self._knobs.clear(number)
                 if slot.read and not (slot.drawn and slot.read == len(slot.text)):
-                    self._erase(number)  # no draw has told whether what was read is finite
+                    self._erase(number)  # no draw has shown whether what was read is finite
 
     def _erase(self, number: int) -> None:
         """Empty a slot. A later text sees nothing of an earlier one, but zero times NaN is NaN."""
@@ -256,8 +256,8 @@ class Engine:
         ticket.fault = ticket.fault or fault
         try:
             ticket.finish(reason)
-        except Exception as told:
-            ticket.fault = ticket.fault or told
+        except Exception as error:
+            ticket.fault = ticket.fault or error
 
     def _hear(self, behind: int) -> None:
         """Read what was drawn, but for the last `behind` draws, and tell the listeners."""

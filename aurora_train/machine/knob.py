@@ -31,7 +31,7 @@ class _Held:
         self._file = _journal(gpu.uuid)
 
     def turn(self, value: float) -> None:
-        """Set it. The journal is on the disk before the GPU is told."""
+        """Set it. The journal is on the disk before the GPU is changed."""
         newest = self._left.get("set", [])[-1:]
         left = {"boot": _boot(), "gpu": self.gpu.uuid, "kind": self.kind, "before": self.high, "set": [*newest, value]}
         write_json(self._file, left)

@@ -109,7 +109,7 @@ async def _progress(task: Task, exchange: Exchange, answers: list[Written]):
 
 
 def _failed(fault: Exception | None) -> Refusal:
-    """What a client is told of an answer that failed; the log has the rest, and others are answered."""
+    """What a client reads of an answer that failed. The log has the traceback, and other answers go on."""
     log.error("an answer failed", exc_info=fault)
     said = fault.what if isinstance(fault, UserError) else type(fault).__name__
     return Refusal(f"this answer failed: {said}", code="answer_failed", status=500)

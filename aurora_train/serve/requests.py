@@ -112,7 +112,7 @@ class Chat(Asked):
 
     @property
     def alternatives(self) -> int:
-        """How many alternatives of each token are told; -1: no log-probability at all."""
+        """How many alternatives of each token are returned; -1: no log-probability at all."""
         if self.top_logprobs is not None and not self.logprobs:
             raise Refusal("top_logprobs needs logprobs: true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else -1
@@ -192,7 +192,7 @@ def understood(kind: type[Asked], body: dict[str, Any]) -> Any:
 
 def _refusal(kind: type[BaseModel], faults: list[dict]) -> Refusal:
     """The first fault that pydantic found, by the name of its field. Of a field of several types, which has a fault
-    for each, the types are told."""
+    for each, it names the types."""
     first = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])
     place = [part for part in first["loc"] if isinstance(part, int) or _is_field(part)]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")

@@ -2,7 +2,7 @@
 
 They are written so that the library finds what it would have computed; our own training uses `robot.statistics`. Two
 things are otherwise here: sums are float64, and the deviation of images is that of the pixels, where release 0.4 adds
-up squares that wrapped around in uint8 (mended in lerobot's pull request 3697).
+up squares that wrapped around in uint8 (fixed in lerobot's pull request 3697).
 """
 
 from __future__ import annotations
