@@ -30,7 +30,12 @@ from aurora_train.train.state import together
 from pieces import rehearsed
 from aurora_train.data.batches import read_batch
 
-programs, out = {}, {}
+def far(a, b):
+    "Against the largest of `b`; a leaf that has no gradient on one device (a LoRA's first factor) has none anywhere."
+    return float(np.max(np.abs(a - b)) / (np.max(np.abs(b)) or 1.0))
+
+
+out = {}
 for name, (file, settings, shape, steps) in json.loads(sys.argv[1]).items():
     config = load(file, settings)
     model, mesh = config.model, meshes.make_mesh(*shape)
@@ -50,7 +55,7 @@ for name, (file, settings, shape, steps) in json.loads(sys.argv[1]).items():
     parts = {"params": state.params, "opt_state": state.opt_state}
     out[name] = {
         "losses": losses,
-        "gradients": max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in zip(gradients, first)),
+        "gradients": float(np.max([far(a, b) for a, b in zip(gradients, first, strict=True)])),
         "total": {k: sum(leaf.nbytes for leaf in jax.tree.leaves(v)) for k, v in parts.items()},
         "held": {k: list(meshes.bytes_per_device(v).values()) for k, v in parts.items()},
         "text": compiled.as_text(), "units": units,
