@@ -70,10 +70,11 @@ def command(
     from aurora_train.loading import load
     from aurora_train.run import Run
     from aurora_train.serve.address import address
+    from aurora_train.serve.http import refuse_missing
     from aurora_train.serve.room import allowed_bytes
-    from aurora_train.serve.server import Server, Settings, refuse_missing
+    from aurora_train.serve.server import PACKAGES, Server, Settings
 
-    refuse_missing()
+    refuse_missing(*PACKAGES, by="aurora serve")
     place = address(host, port, None, token_file)
     allowed_bytes(memory)  # refused before the model is read
     text = None if template is None else read_text(template, "template")

@@ -6,14 +6,15 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from http.cookies import CookieError, SimpleCookie
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from aurora_train.serve.refusal import Refusal
 
 LONGEST_BYTES = 16 << 20  # of a request's body
-_OPEN = ("/", "/health")  # paths that need no token and hold no secret
+OPEN = ("/", "/health")  # paths that need no token and hold no secret
 
 
 class Access:
@@ -23,11 +24,16 @@ class Access:
         token: what a client sends as `Authorization: Bearer TOKEN`; None: nothing.
         hosts: the names by which the server may be called, besides any address: no name leads to an address that was
             typed, so that no page can have made it lead here.
+        free: the paths that need no token.
+        cookie: the name of a cookie that may stand for the token (`cookie_of`), for pages that a browser opens.
+        told: makes the answer of a refusal; None: `answer`.
     """
 
-    def __init__(self, app, token: str | None, hosts: Iterable[str]):
-        self._app, self._token = app, token
+    def __init__(self, app, token: str | None, hosts: Iterable[str], free: Iterable[str] = OPEN,
+                 cookie: str | None = None, told: Callable[[Refusal], Response] | None = None):  # fmt: skip
+        self._app, self._token, self._free, self._cookie = app, token, set(free), cookie
         self._hosts = {"localhost", *(host.lower().rstrip(".") for host in hosts)}
+        self._told = told or answer
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -35,7 +41,7 @@ class Access:
         refusal = self._refusal(scope["path"], {name: value.decode("latin-1") for name, value in scope["headers"]})
         if refusal is None:
             return await self._app(scope, receive, send)
-        return await answer(refusal)(scope, receive, send)
+        return await self._told(refusal)(scope, receive, send)
 
     def _refusal(self, path: str, headers: dict[bytes, str]) -> Refusal | None:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
@@ -44,13 +50,22 @@ class Access:
                            status=403)  # fmt: skip
         if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
             return Refusal(f"a page of {origin} may not ask this server", code="foreign_origin", status=403)
-        if self._token is None or path in _OPEN:
+        if self._token is None or path in self._free or self._has_cookie(headers.get(b"cookie", "")):
             return None
         kind, _, given = headers.get(b"authorization", "").partition(" ")
-        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token.encode()):
+        if kind.lower() == "bearer" and is_token(given, self._token):
             return None
         said = "this is not the server's token" if given else "this server wants its token: Authorization: Bearer TOKEN"
         return Refusal(said, code="invalid_api_key", status=401, headers={"WWW-Authenticate": "Bearer"})
+
+    def _has_cookie(self, header: str) -> bool:
+        if self._cookie is None:
+            return False
+        try:
+            found = SimpleCookie(header).get(self._cookie)
+        except CookieError:
+            return False
+        return found is not None and hmac.compare_digest(found.value.encode(), cookie_of(self._token).encode())
 
     def _is_ours(self, name: str) -> bool:
         if name in self._hosts:
@@ -60,6 +75,16 @@ class Access:
         except ValueError:
             return False
         return True
+
+
+def is_token(given: str, token: str) -> bool:
+    """Whether a text that was sent is the token; it is compared in constant time."""
+    return hmac.compare_digest(given.strip().encode(), token.encode())
+
+
+def cookie_of(token: str) -> str:
+    """What a cookie holds in place of a token, which is not to lie in a browser's files."""
+    return hmac.digest(token.encode(), b"a cookie of aurora watch", "sha256").hex()
 
 
 def names(host: str, further: Iterable[str]) -> set[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from aurora_train.errors import MissingExtra, UserError
-from aurora_train.serve.address import Address, cannot_listen
+from aurora_train.errors import UserError
+from aurora_train.serve.address import Address
+from aurora_train.serve.http import Http, refuse_missing
 from aurora_train.units import counted
 
-_CLOSING_SECONDS = 5  # that clients have to take the end of their answers
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,6 @@ class Settings:
 _LENGTH, _CHUNK = 4096, 256
 
 
-def refuse_missing() -> None:
-    """MissingExtra if what serves HTTP is not installed: before the model is read."""
-    for package in ("starlette", "uvicorn", "prometheus_client"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra(package, "serve", "`aurora serve`")
-
-
 class Server:
     """Listens from its construction until `close`.
 
@@ -66,58 +58,38 @@ class Server:
     """
 
     def __init__(self, trained: Any, settings: Settings, address: Address):
-        refuse_missing()
+        refuse_missing(*PACKAGES, by="aurora serve")
         from aurora_train.serve import access
         from aurora_train.serve.app import application
 
         self._ended = threading.Event()
         with contextlib.ExitStack() as undo:
-            self._socket = undo.enter_context(_listening(address))
+            self._http = undo.enter_context(contextlib.closing(Http(address)))
             service = _service(trained, settings, self._ended.set)
             hosts = access.names(address.host, settings.hosts)
-            self._http = _http(application(service, address.token, hosts))
+            app = application(service, address.token, hosts)
             undo.pop_all()
         self.name, self.converses, self._worker = settings.name, service.speaker.converses, service.worker
         self.slots_in_words = f"{counted(settings.slots, 'slot')} of {service.length:,} tokens"
-        self._thread = threading.Thread(target=self._http.run, args=([self._socket],), name="http", daemon=True)
         self._worker.start()
-        self._thread.start()
+        self._http.start(app)
 
     @property
     def url(self) -> str:
         """Where it listens: `http://HOST:PORT`."""
-        host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return self._http.url
 
     def run(self, stop: threading.Event) -> None:
         """Wait for `stop`. Raises what made the engine fail, if it fails before."""
         while not stop.wait(0.2):
-            if self._ended.is_set() or not self._thread.is_alive():
+            if self._ended.is_set() or not self._http.is_alive:
                 raise self._worker.fault or RuntimeError("the HTTP server has ended")
 
     def close(self) -> None:
         """Accept nothing more, end all answers with a reason, and wait until they are sent."""
-        self._http.should_exit = True
+        self._http.end()
         self._worker.close()
-        self._thread.join(_CLOSING_SECONDS + 5)
-        self._socket.close()
-
-
-def _listening(address: Address) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        return socket.create_server((address.host, address.port), family=family, backlog=1024)
-    except OSError as error:
-        raise cannot_listen(address, error) from error
-
-
-def _http(app):
-    import uvicorn
-
-    return uvicorn.Server(uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", loop="asyncio",
-        http="h11", server_header=False, date_header=False, timeout_graceful_shutdown=_CLOSING_SECONDS,
-    ))  # fmt: skip
+        self._http.close()
 
 
 def _service(trained: Any, settings: Settings, failed: Callable[[], None]):

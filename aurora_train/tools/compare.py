@@ -14,9 +14,10 @@ from aurora_train.errors import UserError
 from aurora_train.files import write_atomically
 from aurora_train.record.console import plain_console, table_of
 from aurora_train.run import Run
+from aurora_train.tools.chart import curve, running_mean, thin
+from aurora_train.tools.markup import escape
 from aurora_train.tools.recorded import Recorded, series
-from aurora_train.tools.report_page import escape, number, page, section, table
-from aurora_train.tools.report_plots import curve, running_mean, thin
+from aurora_train.tools.report_page import number, page, section, table
 from aurora_train.tools.runs import Row, described, differences, find
 from aurora_train.units import count, decimal, duration, words
 
@@ -197,15 +198,12 @@ def write_page(comparison: Comparison, path: Path) -> Path:
 
 
 def _figures(recipe: str, runs: list[Compared]) -> str:
-    mark = "".join(letter if letter.isalnum() else "-" for letter in recipe)
     drawn = []
     training = [(run.name, *_smooth(*series(run.held.steps, "loss"))) for run in runs if run.held.steps]
     validation = [(run.name, *series(run.held.evaluations, "loss")) for run in runs if run.held.evaluations]
-    for name, lines, label in (("training", training, "training loss, smoothed"),
-                               ("validation", validation, "validation loss")):  # fmt: skip
+    for lines, label in ((training, "training loss, smoothed"), (validation, "validation loss")):
         if lines:
-            drawing = curve(f"{mark}-{name}", lines, label, wide=True)
-            drawn.append(f'<figure class="wide">{drawing}</figure>')
+            drawn.append(f'<figure class="wide">{curve(lines, label)}</figure>')
     return section(f"Curves: {words(recipe)}", f'<div class="figures">{"".join(drawn)}</div>\n' if drawn else "")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -16,22 +17,12 @@ import numpy as np
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_atomically
 from aurora_train.run import Run, early_words
+from aurora_train.tools.chart import curve
+from aurora_train.tools.markup import escape
 from aurora_train.tools.recorded import Recorded, series
 from aurora_train.tools.report_energy import energy_section, energy_used
 from aurora_train.tools.report_memory import memory_section
-from aurora_train.tools.report_page import (
-    cards,
-    escape,
-    facts,
-    flatten,
-    folded,
-    number,
-    page,
-    picture,
-    section,
-    table,
-)
-from aurora_train.tools.report_plots import bars, curve
+from aurora_train.tools.report_page import bars, cards, facts, flatten, folded, number, page, picture, section, table
 from aurora_train.units import count, counted, decimal, duration, percent, size, words
 
 _SAMPLES_SHOWN, _EVENTS_SHOWN, _ROWS_SHOWN = 4, 30, 12
@@ -46,16 +37,16 @@ def write_report(run_folder) -> Path:
         (
             _head(held),
             _curves(held),
-            _score(held.scores),
+            score_section(held.scores),
             _suites(run.suites),
-            _plots(read_json(run.plots, []), run.workdir),
-            _samples(run.samples),
+            plots_section(read_json(run.plots, []), lambda file, title: picture(run.workdir / file, title)),
+            samples_section(run.samples),
             _data(data),
             section("Config", f"<pre>{escape(run.config.read_text())}</pre>"),
             _machine(held.provenance),
             memory_section(plan, held.steps) or section("Memory plan", facts(plan) if plan else ""),
             energy_section(held),
-            _events(held.events),
+            events_section(held.events),
             "<footer>Drawn by <code>aurora report</code> from the files of this run folder.</footer>",
         )
     )
@@ -130,7 +121,8 @@ _RATES = (
 # ---- the score
 
 
-def _score(scores) -> str:
+def score_section(scores) -> str:
+    """What `scores.json` holds: the headline beside its baselines, and all else that was measured."""
     if not scores:
         return section("Score")
     headline = scores["headline"]
@@ -144,9 +136,9 @@ def _score(scores) -> str:
     if rows:
         rows.sort(key=lambda row: row[1])
         ours = next((i for i, row in enumerate(rows) if row[2]), None)
-        parts.append('<div class="figures"><figure>')
-        parts.append(bars("score", rows, words(headline)))
-        parts.append("</figure><div>")
+        parts.append('<div class="figures"><div>')
+        parts.append(bars(rows))
+        parts.append("</div><div>")
         parts.append(table(["", words(headline)], [[name, float(value)] for name, value, _ in rows], ours))
         parts.append("</div></div>\n")
     made = scores.get("baselines_made") or {}
@@ -178,17 +170,18 @@ def _suites(folder: Path) -> str:
     return section("Tasks of lm-eval", table(columns, rows)) if rows else ""
 
 
-def _plots(plots, workdir: Path) -> str:
-    """The figures of the recipe's score (`Recipe.score`, "plots"): lines, and pictures in files of its work folder."""
+def plots_section(plots, shown: Callable[[str, str], str]) -> str:
+    """The figures of the recipe's score (`Recipe.score`, "plots"): lines, and pictures. `shown` gives the HTML of a
+    file of its work folder, by name and title."""
     drawn = []
-    for index, plot in enumerate(plots):
+    for plot in plots:
         title = f"<h3>{escape(plot.get('title', ''))}</h3>"
         if "file" in plot:
-            drawn.append(f"<figure>{title}{picture(workdir / Path(plot['file']).name, plot.get('title', ''))}</figure>")
+            drawn.append(f"<figure>{title}{shown(Path(plot['file']).name, plot.get('title', ''))}</figure>")
             continue
         lines = [(name, np.array(x, float), np.array(y, float)) for name, (x, y) in plot["series"].items()]
         labels = {"ylabel": plot.get("y_label", ""), "xlabel": plot.get("x_label", "")}
-        drawing = curve(f"plot-{index}", lines, wide=True, **labels)
+        drawing = curve(lines, labels["ylabel"], xlabel=labels["xlabel"])
         drawn.append(f'<figure class="wide">{title}{drawing}</figure>')
     return section("What it did", f'<div class="figures">{"".join(drawn)}</div>\n') if drawn else ""
 
@@ -210,7 +203,7 @@ def _curves(held: Recorded) -> str:
     losses = [("training", *series(steps, "loss"))]
     if held.validation_losses:
         losses.append(("validation", *series(validation, "loss")))
-    figures = [f'<figure class="wide">{curve("loss", losses, "loss", smooth=True, wide=True)}</figure>']
+    figures = [f'<figure class="wide">{curve(losses, "loss", smooth=True)}</figure>']
     for name, label in (
         ("lr", "learning rate"),
         ("grad_norm", "gradient norm"),
@@ -221,7 +214,7 @@ def _curves(held: Recorded) -> str:
         x, y = series(steps, name)
         if np.isfinite(y).sum() > 1:
             absolute = name in ("tokens_per_s", "memory_bytes", "watts")
-            drawing = curve(name, [(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
+            drawing = curve([(label, x, y)], label, smooth=name == "grad_norm", from_zero=absolute)
             figures.append(f"<figure>{drawing}</figure>")
     summary = f"{counted(len(steps), 'step')}, {count(held.targets)} targets"
     if validation and "loss" in validation[-1]:
@@ -232,7 +225,8 @@ def _curves(held: Recorded) -> str:
 # ---- samples
 
 
-def _samples(folder: Path) -> str:
+def samples_section(folder: Path) -> str:
+    """The samples in a folder, the newest in full; "" if there are none. UserError for a damaged file."""
     files = sorted(folder.glob("*.json"), key=_step_of)
     if not files:
         return ""
@@ -321,7 +315,8 @@ def _machine(provenance) -> str:
     return section("Machine and versions", *parts)
 
 
-def _events(events) -> str:
+def events_section(events) -> str:
+    """A table of events in their order; of more than a few, the rare ones first."""
     if not events:
         return section("Events")
     rows = []

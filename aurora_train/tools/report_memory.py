@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aurora_train.tools.report_page import escape, facts, folded, section, table
+from aurora_train.tools.markup import escape
+from aurora_train.tools.report_page import facts, folded, section, table
 
 
 def memory_section(pinned: dict | None, steps: list[dict]) -> str:

@@ -1,16 +1,16 @@
-"""HTML parts of the report. All outside text passes through `escape`, because a sample may contain markup."""
+"""HTML parts of the report and of `aurora watch`. All outside text passes through `escape`: it may contain markup."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-from html import escape as _escape
 from pathlib import Path
 from typing import Any
 
 from aurora_train.record import PICTURES
-from aurora_train.tools.report_plots import decimals
+from aurora_train.tools import chart
+from aurora_train.tools.markup import escape
 from aurora_train.units import count, size
 
 CSS = """
@@ -54,24 +54,26 @@ pre ins { color: var(--series-3); font-weight: 600; text-decoration: underline d
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
+.bars { display: grid; grid-template-columns: auto 1fr; gap: .45rem .9rem; align-items: center;
+  font-variant-numeric: tabular-nums; }
+.bars div { display: flex; align-items: center; gap: .6rem; }
+.bars div::before { content: ""; width: calc(var(--share) * .85); height: 1.3rem; border-radius: .2rem;
+  background: var(--faint); }
+.bars .ours::before { background: var(--main); }
 @media (max-width: 40rem) { body { padding: 1.25rem 1rem 3rem; } .facts td:first-child { white-space: normal; } }
-"""
+""" + chart.CSS
 
 PICTURE_BYTES = 4_000_000  # of one file
 NOT_RECORDED = '<p class="soft">not recorded</p>'
 
 
-def escape(text: Any) -> str:
-    """Text for HTML. Control characters that HTML forbids become their visible symbols (U+2400 and on)."""
-    visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(text))
-    return _escape(visible.encode("utf-8", "replace").decode())
-
-
-def page(title: str, body: str) -> str:
+def page(title: str, body: str, *, style: str = "", script: str = "", head: str = "") -> str:
+    """A whole page; `style`, `script` and `head` are CSS, a script and elements of the head beyond the report's."""
+    script = script and f"<script>{script}</script>\n"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{head}'
+        f"<title>{escape(title)}</title>\n<style>{CSS}{style}</style>\n</head>\n<body>\n{body}\n{script}</body>\n</html>\n"
     )
 
 
@@ -167,3 +169,19 @@ def number(value: Any) -> str:
 
 def folded(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>\n{content}</details>\n"
+
+
+def bars(rows: list[tuple[str, float, bool]]) -> str:
+    """Horizontal bars from zero for (name, value, whether it is this run's), top to bottom, with their values."""
+    values = [value for _, value, _ in rows]
+    digits, longest = decimals(values), max(map(abs, values)) or 1.0
+    return '<div class="bars">' + "".join(
+        f'<span>{escape(name)}</span><div{" class=ours" if ours else ""} '
+        f'style="--share:{100 * abs(value) / longest:.1f}%">{value:.{digits}f}</div>' for name, value, ours in rows
+    ) + "</div>\n"  # fmt: skip
+
+
+def decimals(values: list[float]) -> int:
+    """Decimals that give the largest of `values` four figures, so that a column of them lines up."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return min(max(3 - math.floor(math.log10(largest)), 0), 8) if largest else 3

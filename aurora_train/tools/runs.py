@@ -109,20 +109,25 @@ def described(folder: Path, name: str) -> tuple[Row, dict]:
     row = Row(name, str(run.folder), "failed start", bytes=_bytes(folder), written=_written(run))
     try:
         known = settings(run.config) if run.config.is_file() else {}
-        return _looked_at(run, row, known), known
+        last, evaluation = newest(run.metrics, "loss"), newest(run.metrics, "evaluation")
+        validation_loss = evaluation["evaluation"].get("loss") if evaluation else None
+        return looked_at(run, row, known, last["step"] if last else 0, validation_loss), known
     except (UserError, OSError, ValueError) as error:
-        return replace(row, state="unreadable", why=str(error).splitlines()[0]), {}
+        return unreadable(row, error), {}
 
 
-def _looked_at(run: Run, row: Row, known: dict) -> Row:
-    steps, saved = known.get("train.steps"), run.step()
-    last, finish = newest(run.metrics, "loss"), newest(run.events, "event", "finish")
-    recorded = last["step"] if last else 0
-    evaluation, scores = newest(run.metrics, "evaluation"), read_json(run.scores)
-    row = replace(
-        row, recipe=known.get("recipe"), steps=steps, score=_headline(scores),
-        validation_loss=evaluation["evaluation"].get("loss") if evaluation else None,
-    )
+def unreadable(row: Row, error: Exception) -> Row:
+    """The row of a run of which some file cannot be read."""
+    return replace(row, state="unreadable", why=(str(error) or type(error).__name__).splitlines()[0])
+
+
+def looked_at(run: Run, row: Row, known: dict, recorded: int, validation_loss: float | None) -> Row:
+    """A run's row, completed from its settings and from its log: the step of the last record, the last validation loss.
+
+    Raises UserError, OSError or ValueError for what cannot be read."""
+    steps, saved, finish = known.get("train.steps"), run.step(), newest(run.events, "event", "finish")
+    row = replace(row, recipe=known.get("recipe"), steps=steps, score=_headline(read_json(run.scores)),
+                  validation_loss=validation_loss)  # fmt: skip
     if run.is_held():
         return replace(row, state="training", step=recorded, why=run.holder())
     if finish is not None and is_end(finish, steps, known.get("evaluate.patience")):
