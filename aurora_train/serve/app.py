@@ -6,8 +6,6 @@ A request is read (`requests`) and made into a task for the engine (`tasks`), wh
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -108,9 +106,7 @@ def _page() -> tuple[str, str]:
     """(the chat page, the policy that lets it run its own script and reach nothing but this server)."""
     page = resources.files("aurora_train.serve").joinpath("page.html").read_text()
     script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
-    own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return page, (f"default-src 'none'; script-src 'sha256-{own}'; style-src 'unsafe-inline'; connect-src 'self'; "
-                  "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+    return page, access.policy(script)
 
 
 def _model(service: Service) -> dict[str, Any]:

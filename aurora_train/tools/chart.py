@@ -24,7 +24,7 @@ _MARKED = 40  # a line of at most this many points shows each of them
 CSS = """
 .chart { position: relative; height: 12.5rem; margin: .4rem .6rem 1.5rem 3.6rem; border-bottom: 1px solid var(--line); }
 .wide > .chart { height: 17rem; }
-.chart svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+.chart svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .chart path { fill: none; stroke-width: 1.6; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .band { stroke: none; opacity: .16; }
@@ -74,13 +74,17 @@ class Axes:
     form_x: Callable[[float], str] | None = None
 
 
-def chart(title: str, lines: Sequence[Line], axes: Axes = Axes(), marks: Sequence[tuple[float, str]] = ()) -> str:
-    """The inside of a <figure>: a caption with the lines' names, and the chart. `marks` are (x, what was there)."""
+def chart(
+    title: str, lines: Sequence[Line], axes: Axes = Axes(), marks: Sequence[tuple[float, str]] = (), *,
+    named: bool = True,
+) -> str:  # fmt: skip
+    """The inside of a <figure>: a caption, with the lines' names if `named`, and the chart. `marks` are (x, what was
+    there)."""
     across = _Scale.of([line.x for line in lines], axes.log_x)
     up = _Scale.of([values for line in lines for values in (line.y, line.raw) if values is not None],
                    axes.log_y, from_zero=axes.from_zero, room=0.04)  # fmt: skip
-    named = [line.label for line in lines if line.label]
-    keys = "".join(_key(line, place) for place, line in enumerate(lines)) if len(lines) > 1 else ""
+    labels = [line.label for line in lines if line.label]
+    keys = "".join(_key(line, place) for place, line in enumerate(lines)) if named and len(lines) > 1 else ""
     caption = f"<figcaption>{escape(title)} <small>{keys}</small></figcaption>"
     if across is None or up is None:
         return caption + '<div class="chart"><i class="x" style="left:50%;top:45%">nothing to draw yet</i></div>\n'
@@ -88,7 +92,7 @@ def chart(title: str, lines: Sequence[Line], axes: Axes = Axes(), marks: Sequenc
     drawn = "".join(_drawn(line, place, across, up) for place, line in enumerate(lines))
     drawn += "".join(f'<path class="mark" d="M{across.at(x):.1f},0v{_SIDE}"><title>{escape(said)}</title></path>'
                      for x, said in marks if across.low <= x <= across.high)  # fmt: skip
-    said = escape(f"{title} by {axes.xlabel}" + (f": {', '.join(named)}" if named else ""))
+    said = escape(f"{title} by {axes.xlabel}" + (f": {', '.join(labels)}" if labels else ""))
     data = (f'data-x="{across.low!r} {across.high!r} {int(across.log)}" data-y="{up.low!r} {up.high!r} {int(up.log)}" '
             f'data-unit="{escape(axes.xlabel)}"')  # fmt: skip
     drawn = f'<path class="grid" d="{grid}"/>{drawn}'
@@ -212,7 +216,7 @@ def _written(ticks: Sequence[float], form: Callable[[float], str] | None) -> lis
     largest, apart = max(map(abs, ticks)), min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
     if largest >= 1e4:
         return [count(float(f"{tick:.10g}")) for tick in ticks]
-    if largest < 1e-3 or any(tick and abs(tick) < 1e-4 * largest for tick in ticks):
+    if largest < 1e-4 or any(tick and abs(tick) < 1e-4 * largest for tick in ticks):
         return [f"{tick:.3g}" for tick in ticks]
     decimals = min(max(0, -math.floor(math.log10(apart) + 1e-9)), 6)
     if any(round(tick, decimals) != round(tick, 9) for tick in ticks):  # steps of 2.5

@@ -14,8 +14,6 @@ from aurora_train.watch.catalog import Watched
 from aurora_train.watch.figures import View, drawn_names, figure
 from aurora_train.watch.layout import left_words, link, loss, page, state_mark
 
-MOST = 2 * len(COLOURS)  # runs that can be told apart, dashed lines included
-
 
 def compare_page(chosen: Sequence[Watched], missing: Sequence[str], query, complete: bool) -> str:
     """The page of some runs; `missing` are names that no run has; `complete`: their logs were read to the ends."""

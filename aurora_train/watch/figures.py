@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from aurora_train.tools.chart import Axes, Line, chart, running_mean
+from aurora_train.tools.chart import COLOURS, Axes, Line, chart, running_mean
 from aurora_train.tools.markup import escape
 from aurora_train.units import count, counted, energy, percent, size, words
 from aurora_train.watch.curves import Curves
 
+MOST = 2 * len(COLOURS)  # runs that can be told apart in a figure, dashed lines included
 _BY = {"step": "step", "hours": "hours", "targets": "targets"}
 _SMOOTH = (0, 1, 2, 5, 10)  # percent of the points that are averaged
 _MOST_MARKS = 200
@@ -55,15 +56,19 @@ class _About:
     title: str
     form: Callable[[float], str] | None = None
     from_zero: bool = False
+    noisy: bool = True  # else it is never smoothed
+    unit: float = 1.0  # in which round numbers are sought for the axis
 
 
 _ABOUT = {
-    "loss": _About("loss"), "evaluation/loss": _About("validation loss"), "grad_norm": _About("gradient norm"),
-    "lr": _About("learning rate"), "tokens_per_s": _About("targets per second", count, True),
-    "data_wait": _About("waiting for data", percent, True), "memory_bytes": _About("memory", size, True),
+    "loss": _About("loss"), "evaluation/loss": _About("validation loss", noisy=False),
+    "grad_norm": _About("gradient norm"), "lr": _About("learning rate", noisy=False),
+    "tokens_per_s": _About("targets per second", count, True),
+    "data_wait": _About("waiting for data", percent, True), "memory_bytes": _About("memory", size, True, noisy=False),
     "mfu": _About("MFU", percent, True), "hfu": _About("HFU (recomputation counted)", percent, True),
     "watts": _About("power, watts", None, True), "joules_per_step": _About("joules per step", count, True),
-    "tokens_per_joule": _About("targets per joule", count, True), "total_joules": _About("energy so far", energy, True),
+    "tokens_per_joule": _About("targets per joule", count, True),
+    "total_joules": _About("energy so far", energy, True, noisy=False, unit=3600.0),
 }  # fmt: skip
 _NO_FIGURE = ("loss", "evaluation/loss", "time", "tokens", "skipped", "cost", "co2_g")
 
@@ -81,7 +86,7 @@ def figure(
 ) -> str:  # fmt: skip
     """A <figure> of quantities by name: of one run all of them, each with the band of its extremes; of several runs
     one, with a line a run, which keeps its colour where others lack the quantity. `marks` are (step, what happened)."""
-    about = _ABOUT.get(names[0]) or _About(words(names[0].removeprefix("evaluation/")))
+    about = _about(names[0])
     lines, not_finite, marked = [], 0, []
     for place, (label, curves) in enumerate(runs):
         for name in names:
@@ -89,8 +94,10 @@ def figure(
             not_finite += curves.series[name].not_finite if name in curves.series else 0
             if series is None:
                 continue
-            steps, means, low, high = series.points()
-            smooth = max(round(len(means) * view.smooth / 100), 2) if view.smooth and len(means) > 20 else 0
+            steps, *values = series.points()
+            means, low, high = (one / about.unit for one in values)
+            noisy = view.smooth and len(means) > 20 and _about(name).noisy
+            smooth = max(round(len(means) * view.smooth / 100), 2) if noisy else 0
             alone = len(runs) == 1
             lines.append(Line(
                 _label(name, len(names) > 1) if alone else label, curves.placed(steps, view.by),
@@ -99,10 +106,17 @@ def figure(
             ))  # fmt: skip
         if len(runs) == 1:
             marked = [(x, said) for step, said in [*marks][-_MOST_MARKS:] for x in curves.placed([step], view.by)]
-    axes = Axes(view.by, view.log_x, view.log_y, about.from_zero and not view.log_y, about.form)
+    form = about.form and (lambda value: about.form(value * about.unit))
+    axes = Axes(view.by, view.log_x, view.log_y, about.from_zero and not view.log_y, form)
     note = f'<p class="note">{counted(not_finite, "value")} not finite</p>' if not_finite else ""
     kind = ' class="wide"' if wide else ""
-    return f'<figure id="figure {escape(names[0])}"{kind}>{chart(about.title, lines, axes, marked)}{note}</figure>\n'
+    drawn = chart(about.title, lines, axes, marked, named=wide)
+    return f'<figure id="figure {escape(names[0])}"{kind}>{drawn}{note}</figure>\n'
+
+
+def _about(name: str) -> _About:
+    """How a quantity is drawn; one of a recipe's own by its name."""
+    return _ABOUT.get(name) or _About(words(name.removeprefix("evaluation/")), noisy=not name.startswith("evaluation/"))
 
 
 def _label(name: str, several: bool) -> str:

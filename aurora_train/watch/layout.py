@@ -66,7 +66,7 @@ def bar(one: Watched) -> str:
     if row is None or not isinstance(row.steps, int) or row.steps < 1:
         return ""
     share = min(max(row.step / row.steps, 0), 1)
-    return f'<div class="bar"><div style="--share:{100 * share:.1f}%"></div></div>'
+    return f'<div class="bar {escape(row.state)}"><div style="--share:{100 * share:.1f}%"></div></div>'
 
 
 def age(then: float) -> str:

@@ -12,6 +12,7 @@ from aurora_train.tools.markup import escape
 from aurora_train.tools.runs import DEFAULT, shown_differences
 from aurora_train.units import count, counted, percent, size, words
 from aurora_train.watch.catalog import Overview, Watched
+from aurora_train.watch.figures import MOST
 from aurora_train.watch.layout import age, bar, inverse, left_words, link, loss, page, state, state_mark
 
 _NUMERIC = (("tokens_per_s", "targets/s", count), ("tokens_per_joule", "J/target", inverse),
@@ -70,12 +71,13 @@ def _none_last(value) -> tuple:
 
 
 def _tools(shown: list[Watched], asked: str, sort: str) -> str:
-    together = link("compare", run=[one.name for one in shown if one.row is not None][:16])
+    together = link("compare", run=[one.name for one in shown if one.row is not None][:MOST])
+    said = f"Compare all {len(shown)}" if len(shown) <= MOST else f"Compare the first {MOST}"
     return (
         f'<form class="tools live" role="search"><input type="search" name="q" value="{escape(asked)}" '
         f'placeholder="Filter: name, state, recipe, setting" aria-label="Filter"><input type="hidden" name="sort" '
         f'value="{escape(sort)}"><button form="compare">Compare ticked</button> '
-        f'<a href="{together}">Compare the first {min(len(shown), 16)}</a></form>\n' if shown else
+        f'<a href="{together}">{said}</a></form>\n' if shown else
         f'<form class="tools live" role="search"><input type="search" name="q" value="{escape(asked)}" '
         'aria-label="Filter"> <span class="note">no run has these words</span></form>\n'
     )  # fmt: skip
@@ -110,21 +112,21 @@ def _row(one: Watched, there: list[tuple]) -> str:
     begin = f'<tr id="run {name}" class="{escape(state(one)[0])}"><td class="pick">{pick}</td>'
     named = f'<td class="name"><a href="{link("run", one.name)}">{name}</a>'
     if row is None:
-        return f'{begin}{named}</td><td data-what="state">{state_mark(one)}</td></tr>\n'
+        return f'{begin}{named}</td><td data-what="state" colspan="20">{state_mark(one)}</td></tr>\n'
     apart = shown_differences(row.differs) or words(str(row.recipe or ""))
     how_far = f"{row.step:,} of {row.steps:,}" if isinstance(row.steps, int) else f"{row.step:,}" if row.step else ""
     left = left_words(one)
     best, score = one.glance.best, _score(one)
     cells = [
-        ("state", False, f"{state_mark(one)}{bar(one)}<small>{escape(how_far)}{' · ' if left else ''}{left}</small>"),
-        ("loss", False, spark(one.glance.sketch, f"loss of {one.name}") + f" {loss(last.get('loss'))}"),
-        ("validation", True, loss(best[1]) + f"<small>step {best[0]:,}</small>" if best else ""),
-        ("score", True, "" if score is None else f"{loss(score)}<small>{escape(words(row.score['name']))}</small>"),
-        *((title, True, form(last[key]) if _is_number(last.get(key)) else "") for key, title, form in there),
-        ("written", True, age(row.written) if row.written else ""),
+        ("state", "how", f"{state_mark(one)}{bar(one)}<small>{escape(how_far)}{' · ' if left else ''}{left}</small>"),
+        ("loss", "loss", spark(one.glance.sketch, f"loss of {one.name}") + f"<b>{loss(last.get('loss'))}</b>"),
+        ("validation", "number", loss(best[1]) + f"<small>step {best[0]:,}</small>" if best else ""),
+        ("score", "number", "" if score is None else f"{loss(score)}<small>{escape(words(row.score['name']))}</small>"),
+        *((title, "number", form(last[key]) if _is_number(last.get(key)) else "") for key, title, form in there),
+        ("written", "number", age(row.written) if row.written else ""),
     ]  # fmt: skip
     return begin + f"{named}<small>{escape(apart or row.why)}</small></td>" + "".join(
-        f'<td data-what="{what}"{" class=number" if number else ""}>{content}</td>' for what, number, content in cells
+        f'<td data-what="{what}" class="{kind}">{content}</td>' for what, kind, content in cells
     ) + "</tr>\n"  # fmt: skip
 
 

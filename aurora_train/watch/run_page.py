@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from aurora_train.files import read_json
@@ -27,7 +28,7 @@ def run_page(one: Watched, query: Mapping[str, str], complete: bool) -> str:
     view, name, run = View.of(query), escape(one.name), one.run
     row = one.row
     told = [words(str(row.recipe or "")), f"step {row.step:,} of {row.steps:,}" if isinstance(row.steps, int) else "",
-            left_words(one), row.why]  # fmt: skip
+            left_words(one), row.why, *_told(one.events)]  # fmt: skip
     reports = f'<a href="{link("report", one.name)}">report</a>' if run.report.is_file() else ""
     body = (f'<div class="head"><h1>{name}</h1>{state_mark(one)} <span class="note">'
             f'{escape(" · ".join(filter(None, told)))}</span> {reports}{bar(one)}</div>\n'
@@ -60,8 +61,6 @@ def _glance(one: Watched) -> list[tuple[str, str]]:
         value = last.get(name)
         return form(value) if isinstance(value, (int, float)) and value == value else ""
 
-    skipped = sum(event["event"] == "skip" for event in one.events)
-    resumed = sum(event["event"] == "resume" for event in one.events)
     figures = [
         *([(words(score["name"]), loss(score["value"]))] if score else []),
         ("loss, last step", loss(last.get("loss"))),
@@ -70,9 +69,15 @@ def _glance(one: Watched) -> list[tuple[str, str]]:
         ("joules per target", known("tokens_per_joule", inverse)),
         ("energy so far", known("total_joules", energy)), ("memory", known("memory_bytes", size)),
         ("waiting for data", known("data_wait", percent)),
-        ("resumed", str(resumed) if resumed else ""), ("updates not applied", str(skipped) if skipped else ""),
     ]  # fmt: skip
     return [(what, figure) for what, figure in figures if figure]
+
+
+def _told(events: list[dict]) -> list[str]:
+    """What happened more than it should, in words."""
+    number = Counter(event["event"] for event in events)
+    kinds = (("resume", "resume"), ("rewind", "rewind"), ("skip", "skipped update"), ("save_failed", "failed save"))
+    return [counted(number[event], noun) for event, noun in kinds if number[event]]
 
 
 def _figures(one: Watched, view: View) -> str:

@@ -100,7 +100,14 @@ document.addEventListener("pointermove", event => {
   const [first] = found.toSorted((a, b) => Math.abs(a.x - share * 1000) - Math.abs(b.x - share * 1000));
   const title = document.createElement("b");
   title.textContent = `${chart.dataset.unit} ${written(value(first.x / 1000, chart.dataset.x), chart.dataset.x)}`;
-  box.replaceChildren(title, ...found.map(({y, name, colour}) => {
+  const marks = [...chart.querySelectorAll("path.mark")].filter(mark =>
+    Math.abs(Number(mark.getAttribute("d").match(/[\d.]+/)[0]) / 1000 - share) * area.width < 8).slice(0, 5);
+  const happened = marks.map(mark => {
+    const line = document.createElement("span");
+    line.textContent = mark.textContent;
+    return line;
+  });
+  box.replaceChildren(title, ...happened, ...found.map(({y, name, colour}) => {
     const line = document.createElement("span");
     line.className = "swatch";
     line.style.setProperty("--colour", colour);
