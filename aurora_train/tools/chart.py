@@ -19,6 +19,7 @@ from aurora_train.units import count
 COLOURS = ("--main", "--second", *(f"--series-{number}" for number in range(3, 9)))  # variables of the page
 POINTS = 500  # a curve of more points is drawn as means over equal spans of steps
 _SIDE = 1000  # of the drawing, in its own units
+_LARGEST = 1e100  # whatever is larger is not drawn, nor what is smaller than its inverse on a logarithmic axis
 _MARKED = 40  # a line of at most this many points shows each of them
 
 CSS = """
@@ -163,14 +164,13 @@ class _Scale:
     def of(cls, values: Sequence[np.ndarray], log: bool, *, from_zero: bool = False, room: float = 0.0):
         """The scale with a place for all finite values, or all above zero on a logarithmic one; None without any."""
         known = np.concatenate([np.asarray(one, float) for one in values]) if values else np.empty(0)
-        known = known[np.isfinite(known) & (known > 0)] if log else known[np.isfinite(known)]
+        known = known[(known > 1 / _LARGEST if log else known > -_LARGEST) & (known < _LARGEST)]
         if not len(known):
             return None
         low, high = float(known.min()), float(known.max())
         if log:
-            span = math.log10(high / low) or 0.1
-            low, high = low / 10 ** (room * span), high * 10 ** (room * span)
-            return cls(low, high if high > low else low * 1.25, True, _ticks_of_log(low, high))
+            room = 10 ** (room * math.log10(high / low)) if high > low else 1.25
+            return cls(low / room, high * room, True, _ticks_of_log(low / room, high * room))
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         span = (high - low) or abs(high) * 0.1 or 1.0

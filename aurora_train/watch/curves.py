@@ -71,13 +71,11 @@ class Curves:
         self.log, self.series = log, {}
 
     def read(self, deadline: float) -> bool:
-        """Read on until a moment of `time.monotonic`, at least one block. True if the log is read to its end."""
+        """Read on until a moment of `time.monotonic`. True if the log is read to its end."""
         if self.log.is_another():
             self.series = {}
-        while (records := self.log.next()) is not None:
+        while left(deadline) and (records := self.log.next()) is not None:
             self._take(records)
-            if not left(deadline):
-                break
         return not self.log.behind
 
     @property

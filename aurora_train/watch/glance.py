@@ -10,7 +10,7 @@ from aurora_train.record.metrics import decode_lines, scalars
 from aurora_train.watch.log import Log, left
 
 SKETCHED = 40  # places of the log whose loss is in the sketch
-_LINE_BYTES = 1 << 11  # which hold a whole record
+_LINES_BYTES = 1 << 11  # which hold a whole record, or some
 _GROWN = 1.04  # times the size at which the sketch was drawn: then it is drawn anew
 _SEARCHED_BYTES = 1 << 22  # of which evaluations are searched at once
 _EVALUATION = b'"evaluation"'
@@ -67,14 +67,13 @@ class Glance:
             self.seconds_a_step = median(rates)
 
     def _sketched(self) -> np.ndarray:
-        begins = np.linspace(0, max(self._log.size - _LINE_BYTES, 0), SKETCHED).astype(int)
+        begins = np.linspace(0, max(self._log.size - _LINES_BYTES, 0), SKETCHED).astype(int)
         found = [self._loss_at(int(begin)) for begin in dict.fromkeys(begins.tolist())]
         return np.array([one for one in [*found, self.last.get("loss")] if isinstance(one, float)])
 
     def _loss_at(self, begin: int) -> float | None:
-        part = self._log.piece(begin, begin + _LINE_BYTES)
-        first = part.find(b"\n") + 1 if begin else 0
-        records, _ = decode_lines(part[first : part.find(b"\n", first) + 1])
+        part = self._log.piece(begin, begin + _LINES_BYTES)
+        records, _ = decode_lines(part[part.find(b"\n") + 1 if begin else 0 : part.rfind(b"\n") + 1])
         return next((record["loss"] for record in records if "loss" in record), None)
 
     def _search(self, deadline: float) -> None:
