@@ -1,6 +1,6 @@
 """How long the page of `aurora watch` takes over many long runs: until it is painted, and to be brought up to date.
 
-    python benchmarks/watch.py [--runs 100] [--steps 100000] [--folder DIR] [--rounds 7] [--no-browser]
+    python benchmarks/watch.py [--runs 100] [--steps 100000] [--folder DIR] [--rounds 7] [--page list]
 
 Writes the runs into DIR (kept, if it is named; 17 MB a run of 100,000 steps), starts the server as a process of its
 own, and asks in turns for the list, the page of one run and the comparison of eight: first by a server that has just
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--page", action="append", choices=("list", "run", "compare"))
     parser.add_argument("--no-browser", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -139,8 +140,8 @@ def main() -> None:
               f"{options.runs} runs of {options.steps:,} steps, {size / 1e9:.2f} GB of logs")  # fmt: skip
         together = "&".join(f"run=run-{number:03d}" for number in range(min(options.runs, 8)))
         pages = {"list": "/", "run": "/run/run-000?smooth=2", "compare": f"/compare?{together}&smooth=2"}
-        for name, path in pages.items():
-            measure(name, path, folder, options)
+        for name in options.page or pages:
+            measure(name, pages[name], folder, options)
 
 
 def measure(name: str, path: str, folder: Path, options) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ class Watched:
         return self.curves.read(deadline)
 
     @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the best evaluation, as far as is known."""
+        series = self.curves.known("evaluation/loss")
+        return series.lowest if series else self.glance.best
+
+    @property
     def unreadable(self) -> int:
         """Lines of its logs that are no records."""
         return self.curves.log.unreadable + self._event_log.unreadable
@@ -137,12 +144,12 @@ class Catalog:
         for one in looked:
             one.row = replace(one.row, differs=self._apart[1].get(one.name, {}))
 
-    def run(self, name: str) -> Watched | None:
-        """The run of this name, looked at; None if there is none."""
+    def chosen(self, names: Iterable[str]) -> list[Watched]:
+        """The runs of these names that there are, looked at: at the ends of their logs alone."""
         self._find()
-        found = self._known.get(name)
-        if found is not None:
-            found.look(time.monotonic() + 0.1)
+        found = [self._known[name] for name in names if name in self._known]
+        for one in found:
+            one.look(time.monotonic())
         return found
 
     def _find(self) -> None:

@@ -39,7 +39,7 @@ def _recipe(recipe: str, runs: Sequence[Watched], view: View) -> str:
     rows = "".join(_row(one, place) for place, one in enumerate(runs))
     columns = ("run", "state", "step", "left", "loss", "validation", "score")
     head = "".join(f"<th>{name}</th>" for name in columns)
-    whole = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
+    whole = f'<div class="scroll"><table class="compared"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
     named = [(one.name, one.curves) for one in runs]
     drawn = figure(["loss"], named, view, wide=True)
     others = drawn_names(curves for _, curves in named)
@@ -55,7 +55,7 @@ def _recipe(recipe: str, runs: Sequence[Watched], view: View) -> str:
 
 
 def _row(one: Watched, place: int) -> str:
-    row, best = one.row, one.glance.best
+    row, best = one.row, one.best
     dash = ";--dash:dashed" if place // len(COLOURS) % 2 else ""
     style = f"--colour:var({COLOURS[place % len(COLOURS)]}){dash}"
     score = f"{loss(row.score['value'])} {words(row.score['name'])}" if row.score else ""

@@ -54,7 +54,7 @@ def _safely(part: Callable[..., str], one: Watched, *more) -> str:
 
 def _glance(one: Watched) -> list[tuple[str, str]]:
     """(what, figure) for each card; what was not recorded has none."""
-    last, best, row = one.glance.last, one.glance.best, one.row
+    last, best, row = one.glance.last, one.best, one.row
     score = row.score if row.score and isinstance(row.score["value"], (int, float)) else None
 
     def known(name: str, form: Callable[[float], str]) -> str:

@@ -99,7 +99,8 @@ document.addEventListener("pointermove", event => {
   if (!found.length || share < 0 || share > 1) return;
   const [first] = found.toSorted((a, b) => Math.abs(a.x - share * 1000) - Math.abs(b.x - share * 1000));
   const title = document.createElement("b");
-  title.textContent = `${chart.dataset.unit} ${written(value(first.x / 1000, chart.dataset.x), chart.dataset.x)}`;
+  const x = value(first.x / 1000, chart.dataset.x), unit = chart.dataset.unit;
+  title.textContent = `${unit} ${unit === "step" && x < 1e4 ? Math.round(x) : written(x, chart.dataset.x)}`;
   const marks = [...chart.querySelectorAll("path.mark")].filter(mark =>
     Math.abs(Number(mark.getAttribute("d").match(/[\d.]+/)[0]) / 1000 - share) * area.width < 8).slice(0, 5);
   const happened = marks.map(mark => {

@@ -120,7 +120,7 @@ def test_L7_the_report_has_curves_first_a_smoothed_loss_what_the_score_drew_and_
     titles = [title for title in page.texts if title in ("Training", "Score", "What it did", "Samples", "Memory")]
     assert titles == ["Training", "Score", "What it did", "Memory"]
     assert "training loss, mean of the last 10 steps" in page.texts and "One <row>" in page.texts
-    assert "plot-0-figure_1" in page.ids and "13 rows" in page.texts
+    assert "13 rows" in page.texts
     held = Recorded.of(Run(run))
     assert held.recent_loss()[0] == pytest.approx(np.mean([record["loss"] for record in held.steps[-10:]]))
     assert replace(held, steps=[{"loss": float("nan")}]).recent_loss() is None
