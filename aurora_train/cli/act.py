@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, OverrideOption, RunArgument, StepOption, print_json, until_asked
+from aurora_train.cli.common import (
+    HostOption,
+    JsonOption,
+    OverrideOption,
+    RunArgument,
+    StepOption,
+    TokenFileOption,
+    print_json,
+    until_asked,
+)
 
 EXAMPLE = "aurora act runs/policy --port 7411"
 EXAMPLE_OF_STREAM = "aurora stream runs/decoder --socket decoder.sock"
@@ -22,12 +31,8 @@ def command(
     socket: Annotated[
         Path | None, typer.Option("--socket", metavar="PATH", help="Listen on this Unix socket, not on a port.")
     ] = None,
-    host: Annotated[
-        str | None, typer.Option("--host", help="Listen on this address, not on 127.0.0.1; needs --token-file.")
-    ] = None,
-    token_file: Annotated[
-        Path | None, typer.Option("--token-file", metavar="FILE", help="A secret that a client has to send first.")
-    ] = None,
+    host: HostOption = None,
+    token_file: TokenFileOption = None,
     step: StepOption = None,
     override_limits: OverrideOption = None,
     every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two lines of latencies.")] = 10.0,

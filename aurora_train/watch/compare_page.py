@@ -39,7 +39,8 @@ def _recipe(recipe: str, runs: Sequence[Watched], view: View) -> str:
     rows = "".join(_row(one, place) for place, one in enumerate(runs))
     columns = ("run", "state", "step", "left", "loss", "validation", "score")
     head = "".join(f"<th>{name}</th>" for name in columns)
-    whole = f'<div class="scroll"><table class="compared"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
+    whole = (f'<div class="scroll"><table class="compared"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+             "</div>\n")  # fmt: skip
     named = [(one.name, one.curves) for one in runs]
     drawn = figure(["loss"], named, view, wide=True)
     others = drawn_names(curves for _, curves in named)
