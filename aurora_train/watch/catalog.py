@@ -121,17 +121,25 @@ class Catalog:
         self._known: dict[str, Watched] = {}
         self._apart: tuple[list, dict] = ([], {})  # settings, and what differs among them
 
-    def look(self, seconds: float) -> Overview:
-        """Look at all runs for at most some seconds; those that changed first were not looked at for the longest."""
-        deadline = time.monotonic() + seconds
+    def look(self, seconds: float, unseen_seconds: float) -> Overview:
+        """Look at all runs: at the ends of all their logs, for about `unseen_seconds` at those that were not looked at
+        yet; and then into long logs, for about `seconds`."""
+        began = time.monotonic()
         try:
             self._find()
         except (UserError, OSError) as error:
             return Overview(fault=str(error))
         waiting = 0
-        for one in sorted(self._known.values(), key=lambda one: one.row is not None):
-            if left(deadline) or one.row is not None and not one.glance.behind:
-                one.look(deadline)
+        for one in self._known.values():  # what has a row and is quickly brought up to date; then those that are new
+            if one.row is not None:
+                one.look(0.0)
+        unseen = [one for one in self._known.values() if one.row is None]
+        for one in sorted(unseen, key=lambda one: -stamp(one.run.metrics)[0]):
+            if left(began + unseen_seconds):
+                one.look(0.0)
+        for one in self._known.values():
+            if one.glance.behind and left(began + seconds):
+                one.look(began + seconds)
             waiting += one.row is None or one.glance.behind
         self._set_apart([one for one in self._known.values() if one.row is not None])
         return Overview(sorted(self._known.values(), key=_order), waiting)

@@ -67,14 +67,11 @@ class Glance:
             self.seconds_a_step = median(rates)
 
     def _sketched(self) -> np.ndarray:
-        begins = np.linspace(0, max(self._log.size - _LINES_BYTES, 0), SKETCHED).astype(int)
-        found = [self._loss_at(int(begin)) for begin in dict.fromkeys(begins.tolist())]
+        begins = np.linspace(0, max(self._log.size - _LINES_BYTES, 0), SKETCHED).astype(int).tolist()
+        begins = list(dict.fromkeys(begins))
+        parts = zip(begins, self._log.pieces(begins, _LINES_BYTES), strict=False)
+        found = [_first_loss(part.split(b"\n")[bool(begin) : -1]) for begin, part in parts]
         return np.array([one for one in [*found, self.last.get("loss")] if isinstance(one, float)])
-
-    def _loss_at(self, begin: int) -> float | None:
-        part = self._log.piece(begin, begin + _LINES_BYTES)
-        records, _ = decode_lines(part[part.find(b"\n") + 1 if begin else 0 : part.rfind(b"\n") + 1])
-        return next((record["loss"] for record in records if "loss" in record), None)
 
     def _search(self, deadline: float) -> None:
         """Search evaluations where none were searched yet. Their lines alone are decoded."""
@@ -94,3 +91,9 @@ class Glance:
         loss, step = self.evaluation.get("loss"), record.get("step")
         if isinstance(step, int) and loss is not None and loss == loss and (self.best is None or loss < self.best[1]):
             self.best = (step, loss)
+
+
+def _first_loss(lines: list[bytes]) -> float | None:
+    """The first loss in lines, of which the first two are looked at: one of them may be an evaluation."""
+    records, _ = decode_lines(b"".join(line + b"\n" for line in lines[:2]))
+    return next((record["loss"] for record in records if "loss" in record), None)

@@ -12,7 +12,7 @@ from aurora_train.tools.markup import escape
 from aurora_train.units import decimal, duration
 from aurora_train.watch.catalog import Watched
 
-SOON_MS = 150  # until the next refresh while there is something left to read
+SOON_MS = 50  # until the next refresh while there is something left to read
 _ICON = (
     "<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     "%3Cpath d='M1 13 6 6l4 4 5-8' fill='none' stroke='%230b6bcb' stroke-width='2.4'/%3E%3C/svg%3E\">"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from aurora_train.record.metrics import decode_lines
@@ -53,11 +53,7 @@ class Log:
 
     def piece(self, begin: int, end: int) -> bytes:
         """The bytes of the file between two places, fewer where it ends or cannot be read."""
-        try:
-            with open(self.path, "rb") as file:
-                return os.pread(file.fileno(), end - begin, begin)
-        except OSError:
-            return b""
+        return next(iter(self.pieces([begin], end - begin)), b"")
 
     def next(self) -> list[dict] | None:
         """The records of the next block; None if all complete lines that there were at `is_another` have been read."""
@@ -84,7 +80,15 @@ class Log:
             else:
                 asked *= 4
 
-    def last(self, size: int = 1 << 16) -> list[dict]:
+    def pieces(self, begins: Iterable[int], size: int) -> list[bytes]:
+        """Parts of one size of the file; [] if it cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                return [os.pread(file.fileno(), size, begin) for begin in begins]
+        except OSError:
+            return []
+
+    def last(self, size: int = 1 << 14) -> list[dict]:
         """The records of the last bytes of the file, whatever was read before."""
         begin = max(self.size - size, 0)
         end = self.piece(begin, self.size)
