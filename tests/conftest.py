@@ -9,6 +9,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 import quick
@@ -24,6 +25,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # as a 
 # A test compiles programs that run for milliseconds, so that optimising them costs far more than it gains. What is
 # claimed of rounding, of the compiler or of speed is tested as a run compiles: those tests are marked `optimized`.
 quick.compile_quickly()
+# Hypothesis limits an example to 0.2 s by default, which says nothing on a machine that does other work.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # As `aurora_train.cli.main` sets them: tracing makes millions of objects, and with Python's own thresholds the
 # collector looks through all of them again and again.
 gc.set_threshold(100_000, 20, 100)

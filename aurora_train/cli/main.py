@@ -92,7 +92,10 @@ def _told_again(lost) -> None:
     Ctrl-C that arrives within it would be printed and lost, and is therefore sent again once the callback is over."""
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         return sys.__unraisablehook__(lost)
-    threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    try:
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    except KeyboardInterrupt:  # on a busy machine it is there before `start` returns, and would be lost here as well
+        _told_again(lost)
 
 
 def _printable(record: logging.LogRecord) -> bool:

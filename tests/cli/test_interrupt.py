@@ -3,7 +3,9 @@
 import gc
 import signal
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from kit import Aurora
@@ -38,3 +40,20 @@ def test_ctrl_c_within_garbage_collection_is_not_lost(monkeypatch, capsys):
         gc.collect()
         time.sleep(5)
     assert not capsys.readouterr().err
+
+
+def test_ctrl_c_that_comes_again_at_once_is_not_lost_either(monkeypatch):
+    """On a busy machine the second signal is there before the hook is over."""
+    timer, starts = threading.Timer, []
+
+    def at_once(_, *arguments):
+        starts.append(arguments)
+        if len(starts) == 1:
+            raise KeyboardInterrupt
+        return timer(0.01, *arguments)
+
+    monkeypatch.setattr(main.threading, "Timer", at_once)
+    with pytest.raises(KeyboardInterrupt):
+        main._told_again(SimpleNamespace(exc_type=KeyboardInterrupt))
+        time.sleep(60)
+    assert len(starts) == 2

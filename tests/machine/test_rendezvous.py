@@ -71,8 +71,8 @@ UNLIKE = {
     "the config": (facts(config={"optimizer.lr": 0.02, "train.seed": 0}), "config", "optimizer.lr: 0.01 and 0.02"),
     "the command": (facts(command={"replan": True}), "differ in their command", "replan: False and True"),
     "XLA's flags": (facts(environment={"XLA_FLAGS": "--x"}), "environment variables", "XLA_FLAGS: none and --x"),
-    "a clock ahead": (facts(clock=time.time() + 900), "s ahead of that of process 0", "they may differ by 30 s"),
-    "a clock behind": (facts(clock=time.time() - 900), "s behind that of process 0", "they may differ by 30 s"),
+    "a clock ahead": (facts(clock=900.0), "s ahead of that of process 0", "they may differ by 30 s"),
+    "a clock behind": (facts(clock=-900.0), "s behind that of process 0", "they may differ by 30 s"),
     "trouble of its own": (facts(trouble="data.source: no such file"), "cannot take part", "data.source: no such file"),
 }
 
@@ -82,7 +82,8 @@ def test_every_process_hears_what_one_of_them_has_otherwise(mistake, monkeypatch
     theirs, what, why = UNLIKE[mistake]
     everyones = [facts(), facts(), theirs]
     if "clock" in mistake:
-        monkeypatch.setattr("aurora_train.machine.rendezvous.time", Clock(theirs["clock"] - time.time()))
+        monkeypatch.setattr("aurora_train.machine.rendezvous.time", Clock(theirs["clock"]))
+        theirs = facts(clock=time.time() + theirs["clock"])
         everyones = [facts(), theirs, theirs]
     said = all_meet(places(3), everyones)
     assert said[0] == said[1] == said[2] and what in said[0] and why in said[0]
