@@ -30,10 +30,11 @@ _KEYS_SHOWN = 6
 class Row:
     """One run. `name` is its path below the listed folder; `written` is in seconds since 1970.
 
-    `state`: "training" (a process holds it now), "finished", "stopped" (it can be resumed), "imported" (an open model,
-    at step 0, which has no data and no length of its own yet), "failed start" (no step was taken) or "unreadable", with
-    the reason in `why`. `score` is {"name", "value", "better"} of the headline; `differs` has the config keys whose
-    values differ among the listed runs of the same recipe, the imported ones apart.
+    `state`: "training" (a process holds it now), "finished", "stopped" (on request), "failed" (by an error), "killed"
+    (neither is on record; all three can be resumed), "imported" (an open model, at step 0, which has no data and no
+    length of its own yet), "failed start" (no step was taken) or "unreadable", with the reason in `why`. `score` is
+    {"name", "value", "better"} of the headline; `differs` has the config keys whose values differ among the listed runs
+    of the same recipe, the imported ones apart.
     """
 
     name: str
@@ -138,8 +139,20 @@ def looked_at(run: Run, row: Row, known: dict, recorded: int, validation_loss: f
         return replace(row, state="imported", steps=None)
     if not (recorded or saved):
         return replace(row, why="it took no step; start it again, or delete the folder")
-    stop = newest(run.events, "event", "stop")
-    return replace(row, state="stopped", step=saved, why=f"by {stop['by']}" if stop and stop["step"] >= saved else "")
+    last = _last_bound(run)
+    if last.get("event") == "stop":
+        return replace(row, state="stopped", step=saved, why=f"by {last.get('by')}")
+    if last.get("event") in ("fail", "hang"):
+        why = last.get("why", f"{last.get('doing')} made no progress")
+        return replace(row, state="failed", step=saved, why=str(why))
+    return replace(row, state="killed", step=saved)
+
+
+def _last_bound(run: Run) -> dict:
+    """The newest event with which a process of a run began or ended; {} if there is none."""
+    bounds = ("hang", "fail", "stop", "resume", "start")  # of two in the same millisecond, the first is the later
+    found = [newest(run.events, "event", name) for name in bounds]
+    return max((event for event in found if event), key=lambda event: str(event.get("time")), default={})
 
 
 def _headline(scores: dict | None) -> dict | None:

@@ -27,7 +27,7 @@ from aurora_train.origin.parents import record_of
 from aurora_train.record import metrics as logs
 from aurora_train.record.progress import Progress, preparation, silent, stderr_console
 from aurora_train.record.throughput import Throughput
-from aurora_train.record.voice import Voice
+from aurora_train.record.voice import Voice, failure_recorded
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
 from aurora_train.train.energy import Energy
@@ -82,7 +82,7 @@ def train(
             config = settled(config, run)
             _refuse_unlike(config, run)
             session = _opened(config, process, replan)
-            with logs.EventLog(_recorded(session)) as events:
+            with logs.EventLog(_recorded(session)) as events, failure_recorded(events, own.step):
                 _record_changes(own, changes or [], events)
                 ooms_in_a_row = 0
                 while True:

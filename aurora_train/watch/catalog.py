@@ -18,22 +18,16 @@ from aurora_train.watch.curves import Curves
 from aurora_train.watch.glance import Glance
 from aurora_train.watch.log import Log, left
 
-_BOUNDS = ("start", "resume", "stop", "finish")  # events with which a process of a run begins and ends
 _MOST_EVENTS = 5000  # kept of one run; a run of weeks has some thousands
 
 
 class Watched:
-    """One run. `row` is None until the run was looked at; `events` are filled by `read`.
-
-    `ending` is the last event if it ended the run's last process ("stop" or "finish"), else None: with the lock free,
-    the process was killed, lost power, or failed.
-    """
+    """One run. `row` is None until the run was looked at; `events` are filled by `read`."""
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name, self.run = folder, name, Run(folder)
         self.row: Row | None = None
         self.settings: dict[str, Any] = {}
-        self.ending: dict | None = None
         self.glance = Glance(Log(self.run.metrics))
         self.curves = Curves(Log(self.run.metrics))
         self.events: list[dict] = []
@@ -57,16 +51,9 @@ class Watched:
                 self._config_seen = seen[0]
             step, loss = self.glance.last.get("step", 0), self.glance.evaluation.get("loss")
             self.row = runs.looked_at(run, row, self.settings, step, loss)
-            self.ending = self._ending()
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # files of someone else
             self.row = runs.unreadable(row, error)
         self._seen = seen
-
-    def _ending(self) -> dict | None:
-        log = Log(self.run.events)
-        log.is_another()
-        last = next((one for one in reversed(log.last()) if one.get("event") in _BOUNDS), None)
-        return last if last and last["event"] in ("stop", "finish") else None
 
     def _may_have_died(self) -> bool:
         return self.row is not None and self.row.state == "training" and not self.run.is_held()

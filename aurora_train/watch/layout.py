@@ -49,10 +49,9 @@ def state(one: Watched) -> tuple[str, str]:
     """(the word for a run's state, what is known of it)."""
     if one.row is None:
         return "reading", "its files are still to be read"
-    if one.row.state != "stopped" or one.ending is not None:
-        by = one.ending.get("by") if one.ending and one.row.state == "stopped" else None
-        return one.row.state, f"stopped by {by}" if by else one.row.why
-    return "killed", "no stop is on record: it was killed, lost power, or ended with an error; aurora resume goes on"
+    if one.row.state == "killed":
+        return "killed", "neither a stop nor an error is on record: it was killed or lost power; aurora resume goes on"
+    return one.row.state, one.row.why
 
 
 def state_mark(one: Watched) -> str:

@@ -19,6 +19,7 @@ _EVENTS_SHOWN = 300
 # Events that are drawn into the loss: with them a curve may break.
 _MARKED = {
     "resume": "resumed", "rewind": "went back past bad data", "skip": "update not applied", "replan": "replanned",
+    "fail": "failed",
     "walk_back": "a checkpoint was damaged", "override": "settings changed", "pause": "paused", "power": "power set",
 }  # fmt: skip
 

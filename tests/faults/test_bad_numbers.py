@@ -20,6 +20,7 @@ from aurora_train import load as load_run
 from aurora_train.cli.main import main
 from aurora_train.config import load
 from aurora_train.run import Run
+from aurora_train.tools.runs import listing
 from aurora_train.train import outliers
 from aurora_train.train.bad_numbers import BadNumbers, Streak, Window, where_it_begins
 from aurora_train.train.session import open_session
@@ -78,6 +79,8 @@ def test_after_as_many_returns_as_allowed_it_stops_and_names_the_batch_and_the_e
     err = capsys.readouterr().err
     assert f"y of example {BAD_ROW}" in err and "after 1 returns to step 0" in err and "Traceback" not in err
     (event,) = events(tmp_path / "run", "rewind")
+    (row,), (fail,) = listing(tmp_path / "run"), events(tmp_path / "run", "fail")
+    assert row.state == "failed" and row.why == fail["why"] and "was skipped, after 1 returns to step 0" in fail["why"]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = records[-1]
     assert last["skipped"] == 1 and last["data_step"] == last["step"] - 1 + event["data_step"]

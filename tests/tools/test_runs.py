@@ -15,7 +15,7 @@ from tools.folders import make
 
 from aurora_train.cli.main import main
 from aurora_train.errors import UserError
-from aurora_train.record.metrics import MetricsLog, newest
+from aurora_train.record.metrics import EventLog, MetricsLog, newest
 from aurora_train.run import Run
 from aurora_train.tools.runs import listing, settings
 
@@ -82,6 +82,17 @@ def test_a_run_that_a_process_holds_is_training_and_looking_does_not_keep_others
     assert by_name()["a"].state == "stopped"
 
 
+def test_a_run_that_ended_by_an_error_says_it_until_it_is_resumed_and_one_without_a_word_was_killed(here):
+    folder = make(here / "runs" / "a", done=20)
+    with EventLog(folder / "events.jsonl") as events:
+        time.sleep(0.002)
+        events.event("fail", 20, why="the data are gone")
+        assert (by_name()["a"].state, by_name()["a"].why) == ("failed", "the data are gone")
+        time.sleep(0.002)
+        events.event("resume", 20)
+        assert (by_name()["a"].state, by_name()["a"].why, by_name()["a"].step) == ("killed", "", 20)
+
+
 @pytest.mark.parametrize("harm", ["config", "scores", "metrics", "events"])
 def test_one_damaged_run_does_not_hide_the_others(here, harm):
     make(here / "runs" / "good")
@@ -90,7 +101,7 @@ def test_one_damaged_run_does_not_hide_the_others(here, harm):
     (bad / name).write_bytes(b"\xff{{{\n")
     rows = by_name()
     assert rows["good"].state == "finished"
-    assert rows["bad"].state == ("stopped" if harm == "events" else "finished" if harm == "metrics" else "unreadable")
+    assert rows["bad"].state == ("killed" if harm == "events" else "finished" if harm == "metrics" else "unreadable")
     assert rows["bad"].why or harm in ("metrics", "events")
 
 
