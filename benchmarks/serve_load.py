@@ -8,8 +8,8 @@ kept to JSON (with llguidance), completions of several prompts, requests that ar
 after some tokens. A request is lost if its answer is not complete, or not the one that is due: the same request with
 the same seed is sent again and again, and has to be answered alike. Times are a client's: from sending to the first
 token, and from one token to the next. Memory is the server's resident memory, every two seconds; what it grew is the
-slope of a line through the samples after the first fifth, in which programs are still compiled. Status 1 if any was
-lost.
+slope of a line through the samples after the first fifth, in which programs are still compiled, and the median of each
+minute is shown. Status 1 if any was lost.
 """
 
 from __future__ import annotations
@@ -200,6 +200,8 @@ def summary(load: Load, samples: list, options, started: float) -> dict:
         "first_token_ms_p50_p99": first.round(1).tolist(), "next_token_ms_p50_p99": between.round(1).tolist(),
         "resident_mb_after_warm_up_and_at_end": [round(float(np.median(part)) / 1e6, 1) for part in
                                                  (held[warm][:5], held[warm][-5:])],
+        "resident_mb_by_minute": [round(float(np.median(held[(times - times[0]) // 60 == minute])) / 1e6, 1)
+                                  for minute in range(int((times[-1] - times[0]) // 60) + 1)],
         "resident_mb_grown_a_minute": round(60 * float(slope) / 1e6, 3), "cpu": cpu_model(), "date": str(date.today()),
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aurora_train import mesh as meshes
 from aurora_train.errors import UserError
 from aurora_train.machine.memory import host_memory
-from aurora_train.nn import int8, nf4, param
+from aurora_train.nn import int8, lora, nf4, param
 from aurora_train.nn.decoder_config import KINDS, LINEAR
 from aurora_train.nn.stack import stacks
 from aurora_train.nn.tracing import form_name
@@ -136,6 +136,8 @@ def _store(model, weights) -> None:
         for name in module.kernels:
             if model.dtype == "bfloat16" and hasattr(module, name):
                 _replace(module, name, name, jnp.asarray(getattr(module, name)[...], jnp.bfloat16))
+        if form_name() == "cpu":
+            _turn(module)
 
 
 def _encode(module, weights) -> None:
@@ -156,6 +158,19 @@ def _encode(module, weights) -> None:
         module.rounded = names
     else:
         module.coded = (*module.coded, *names)
+
+
+def _turn(module) -> None:
+    """Store kernels as [out, in], as `nn.cpu.few_rows` reads them; but no embedding, which is so already, and no head
+    with an adapter, whose products are of one form."""
+    fixed = {lora.TABLE, *module.adapted} - set(module.encodable)
+    names = tuple(name for name in module.kernels if hasattr(module, name) and name not in fixed)
+    for name in names:
+        kernel = getattr(module, name)
+        *units, inputs, outputs = kernel.get_metadata()["out_sharding"]
+        setattr(module, name + lora.TURNED, param.named(kernel[...].swapaxes(-1, -2), (*units, outputs, inputs)))
+        delattr(module, name)
+    module.turned = names
 
 
 def _replace(module, old: str, new: str, value) -> None:

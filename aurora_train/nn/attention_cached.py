@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from aurora_train.nn.attention_kernels import MASKED, Rule, visible
-from aurora_train.nn.cpu.cached import by_blocks
+from aurora_train.nn.cpu.cached import by_blocks, by_head, from_heads
 from aurora_train.nn.tracing import form_name
 
 
@@ -54,25 +54,22 @@ def _attend(query, key, value, rule: Rule, mask, used, rows=None):
     rows, of which these are `rows`."""
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[1]
-    grouped = query.astype(key.dtype).reshape(batch, length, kv_heads, -1, dim)
-    # The heads of a group are rows of one product.
-    grouped = jnp.moveaxis(grouped, 2, 1).reshape(batch, kv_heads, -1, dim)
+    grouped = query.reshape(batch, length, kv_heads, -1, dim)
     mask = jnp.broadcast_to(mask, (batch, length, key.shape[2]))
     out = (by_blocks if form_name() == "cpu" else whole)(grouped, key, value, rule, mask, used, rows)
-    out = jnp.moveaxis(out.reshape(batch, kv_heads, length, -1, dim), 1, 2)
     return out.reshape(batch, length, heads, dim).astype(query.dtype)
 
 
 def whole(query, key, value, rule: Rule, mask, used=None, rows=None):
-    """All scores at once: query[B, K, T x groups, D] -> float32, like it."""
-    key, value = _of(key, rows), _of(value, rows)
+    """All scores at once: query[B, T, K, groups, D] -> float32, like it."""
+    length, query, key, value = query.shape[1], by_head(query).astype(key.dtype), _of(key, rows), _of(value, rows)
     scores = jnp.einsum("bkqd,bksd->bkqs", query, key, preferred_element_type=jnp.float32) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     groups = query.shape[2] // mask.shape[1]
     scores = jnp.where(jnp.repeat(mask, groups, 1)[:, None], scores, MASKED)
     shares = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("bkqs,bksd->bkqd", shares, value, preferred_element_type=jnp.float32)
+    return from_heads(jnp.einsum("bkqs,bksd->bkqd", shares, value, preferred_element_type=jnp.float32), length)
 
 
 def _of(cache: jax.Array, rows) -> jax.Array:
@@ -91,6 +88,10 @@ def _write(cache, key, value, places, real, rows):
     count = jnp.full(places.shape[:1], length) if real is None else real.sum(1)
     kept = (jnp.arange(length) < count[:, None]) & (jnp.arange(length) >= count[:, None] - slots)
     places = jnp.where(kept, places, slots)  # beyond the end: dropped
+    if places.size == 1 and form_name() == "cpu":
+        # A write of one place is merged into all that reads the cache, each with a copy of it; one of two is not.
+        places = jnp.pad(places, ((0, 0), (0, 1)), constant_values=slots)
+        key, value = (jnp.pad(new, ((0, 0), (0, 1), (0, 0), (0, 0))) for new in (key, value))
     rows = (jnp.arange(places.shape[0]) if rows is None else rows)[:, None]
     return {
         name: cache[name].at[rows, :, places].set(new.astype(cache[name].dtype), mode="drop")

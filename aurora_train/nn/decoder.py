@@ -13,6 +13,7 @@ from aurora_train.errors import UserError
 from aurora_train.nn import lora, losses, param
 from aurora_train.nn.block import empty_caches
 from aurora_train.nn.decoder_config import DecoderConfig
+from aurora_train.nn.tracing import forms
 from aurora_train.nn.transformer import Transformer, make_context
 
 
@@ -44,7 +45,8 @@ class Decoder(Transformer):
         if self.mask == "prefix" and prefix is None:
             raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
         x, context = self.embedded(tokens, positions), make_context(self.config, positions, None, real, lasts)
-        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments, real=real, rows=rows)
+        context = context._replace(rope=forms().kept(context.rope), real=real, rows=rows)
+        context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
         x, caches, _ = self.stack(x, context, caches=caches)
         return self.final_norm(x), caches
 
@@ -82,4 +84,6 @@ class Decoder(Transformer):
     def _products(self, hidden):
         """(hidden, head, vocab_first) as `nn.losses` takes them, with the product of an adapter where there is one."""
         name, vocab_first = (lora.TABLE, True) if self.config.tied else ("head", False)
+        if name in self.turned:
+            return hidden, getattr(self, name + lora.TURNED)[...], True
         return *lora.head_products(self, name, hidden, vocab_first), vocab_first

@@ -11,23 +11,26 @@ from aurora_train.nn import fp8
 from aurora_train.nn.tracing import current, forms
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, wide: bool = False) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, wide: bool = False, turned: bool = False
+) -> jax.Array:
     """x[..., in] times weight[in, out] plus bias[out], in the dtype of x.
 
-    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to 8 bits, unless `wide`.
+    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to 8 bits, unless `wide`. `turned`: the weight is
+    stored as [out, in], which has no gradient here.
     """
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype != jnp.float32 and current().in_8_bits and not wide:
         y = _quantized(forms(), flat, weight)
-    elif current().decoding:
-        y = forms().times_few(flat, weight, out_dtype=x.dtype)
+    elif turned or current().decoding:
+        y = forms().times_few(flat, weight, int(turned), out_dtype=x.dtype)
     elif x.dtype == jnp.float32:
         y = flat @ weight.astype(x.dtype)
     else:
         y = _mixed(forms(), flat, weight)
     if bias is not None:
         y = forms().add_bias(y, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

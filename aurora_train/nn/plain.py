@@ -80,6 +80,11 @@ def after(tree, g: jax.Array):
     return tree
 
 
+def kept(tree):
+    """Arrays [..., n] that many layers read, computed once."""
+    return tree
+
+
 def cache_dtype(dtype):
     """The dtype in which a cache keeps keys and values that are computed in `dtype`."""
     return dtype

@@ -4,14 +4,23 @@ XLA:CPU multiplies one row by float32 alone, and would first convert a whole wei
 that is new for each token, which the kernel maps page by page. That took ten times as long as the product itself
 (docs/log.md, 2026-12-01). So a weight is converted in pieces that a cache holds, each only when the product before it
 is done, and all in the same small memory.
+
+Where there are kernels for the dtype, they pack the right operand anew in every call, but read the left one as it is
+stored. So weights that are kept as [out, in] are the left operand of a few rows (`by_outputs`).
 """
 
 from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from aurora_train.nn.plain import dot
+
+barrier = jax.lax.optimization_barrier
 
 _ROWS, _ROWS_OF_CODES = 4, 64
 _PIECE = 1 << 20  # values of a weight that are converted at a time: 4 MB
@@ -21,6 +30,26 @@ def most(dtype, stored) -> int:
     """How many rows of a dtype are best multiplied here by weights of another that is stored: for more in bfloat16, XLA
     has kernels; but 8-bit codes have to be converted in any case."""
     return _ROWS if dtype == stored else _ROWS_OF_CODES
+
+
+@functools.cache
+def has_kernel(dtype) -> bool:
+    """Whether products of this dtype need no conversion here: of bfloat16 on x86 with AVX-512 BF16 or AMX."""
+    if dtype == jnp.float32:
+        return True
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return dtype == jnp.bfloat16 and flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+
+
+def by_outputs(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x[n, in] times a weight [out, in] of its dtype -> float32[n, out]; for few rows the weight is the left operand."""
+    count, wide = len(x), x.dtype == jnp.float32
+    if count > (16 if wide else 32) or (wide and count == 1):
+        return dot(barrier(x), weight, 1, 1)
+    padded = jnp.pad(x, ((0, -count % 8), (0, 0)))  # kernels take eight columns at a time
+    # A mere transpose would be folded into the product, for which there is no kernel then.
+    columns = jnp.where(_never(padded), jnp.zeros((), x.dtype), padded.T)
+    return barrier(dot(weight, columns, 1, 0))[:, :count].T
 
 
 def times(x: jax.Array, weight: jax.Array, axis: int = 0) -> jax.Array:
@@ -41,5 +70,9 @@ def times(x: jax.Array, weight: jax.Array, axis: int = 0) -> jax.Array:
 def _converted(piece: jax.Array, done: jax.Array) -> jax.Array:
     """A piece in float32, but not before `done` (float32) exists: it depends on a test of it that is never true, as in
     `forms.after`."""
-    never = (jax.lax.bitcast_convert_type(done[0, 0], jnp.int32) | 1) == 0
-    return jnp.where(never, 0.0, piece.astype(jnp.float32))
+    return jnp.where(_never(done), 0.0, piece.astype(jnp.float32))
+
+
+def _never(x):
+    """False, as only LLVM finds out."""
+    return (jax.lax.bitcast_convert_type(x[0, 0], jnp.int32 if x.dtype.itemsize == 4 else jnp.int16) | 1) == 0

@@ -32,8 +32,10 @@ def times(x: jax.Array, low: jax.Array, out_dtype=None) -> jax.Array:
 
 def times_few(x: jax.Array, weight: jax.Array, axis: int = 0, out_dtype=jnp.float32) -> jax.Array:
     """See `plain.times_few`."""
-    if weight.dtype == jnp.float32 == x.dtype:
+    if weight.dtype == jnp.float32 == x.dtype and axis == 0:
         return plain.times_few(x, weight, axis)
+    if axis == 1 and weight.dtype == x.dtype and few_rows.has_kernel(x.dtype):
+        return few_rows.by_outputs(x, weight).astype(out_dtype)
     if weight.dtype == jnp.float32 or len(x) > few_rows.most(x.dtype, weight.dtype):
         return plain.times_few(barrier(x), weight, axis).astype(out_dtype)
     return few_rows.times(x, weight, axis).astype(out_dtype)
@@ -118,6 +120,12 @@ def after(tree, g: jax.Array):
     word = jax.lax.bitcast_convert_type(g[(0,) * g.ndim], jnp.int16 if g.dtype.itemsize == 2 else jnp.int32)
     never = (word | 1) == 0
     return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
+
+
+def kept(tree):
+    """See `plain.kept`: a product with the identity, which changes no number. XLA:CPU would merge cosines and sines
+    into every layer, and compute them anew for each head."""
+    return jax.tree.map(lambda a: a @ jnp.eye(a.shape[-1], dtype=a.dtype), tree)
 
 
 def cache_dtype(dtype):
