@@ -16,8 +16,8 @@ def linear(
 ) -> jax.Array:
     """x[..., in] times weight[in, out] plus bias[out], in the dtype of x.
 
-    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to 8 bits, unless `wide`. `turned`: the weight is
-    stored as [out, in], which has no gradient here.
+    In a unit that multiplies in 8 bits (`nn.fp8`) operands are rounded to 8 bits, unless `wide`. `turned`: the weight
+    is stored as [out, in], for decoding.
     """
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype != jnp.float32 and current().in_8_bits and not wide:

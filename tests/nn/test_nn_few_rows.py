@@ -47,6 +47,27 @@ def test_weights_are_converted_one_after_another_in_the_same_memory():
     assert temporary_bytes(forms.times_few) < 2 * one
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_a_weight_that_is_stored_by_outputs_gives_the_same_product(dtype, rows):
+    x, weight = drawn((rows, 48), dtype), drawn((73, 48), dtype, 1)
+    made = jax.jit(few_rows.by_outputs)(x, weight)
+    whole = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert made.dtype == jnp.float32 and np.allclose(made, whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not few_rows.has_kernel(jnp.bfloat16), reason="XLA:CPU has no bfloat16 kernel on this processor")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_weight_that_is_stored_by_outputs_is_not_converted(rows):
+    lowered = jax.jit(few_rows.by_outputs).lower(drawn((rows, 512), "bfloat16"), drawn((512, 512), "bfloat16"))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * 512 * 512
+
+
+def test_what_is_kept_for_many_layers_has_the_same_bits():
+    angles = drawn((2, 5, 6), "float32")
+    assert (jax.jit(forms.kept)(angles) == angles).all()
+
+
 @pytest.mark.parametrize("name", ["plain", "cpu"])
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_a_linear_layer_says_the_same_while_decoding(name, dtype, tolerance):

@@ -42,7 +42,7 @@ def has_kernel(dtype) -> bool:
 
 
 def by_outputs(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x[n, in] times a weight [out, in] of its dtype -> float32[n, out]; for few rows the weight is the left operand."""
+    """x[n, in] times a weight [out, in] of its dtype -> float32[n, out]; for few rows it is the left operand."""
     count, wide = len(x), x.dtype == jnp.float32
     if count > (16 if wide else 32) or (wide and count == 1):
         return dot(barrier(x), weight, 1, 1)
