@@ -187,7 +187,7 @@ class Engine:
             reading = sorted(reading, key=lambda i: self._slots[i].ticket.number)[:1]
         if not reading:
             return []
-        room = self._chunk if not self._together else max(16, 8 * self._chunk // self.slots)
+        room = self._chunk if not self._together else max(16, min(self._chunk, 8 * self._chunk // self.slots))
         size = self._rules.size(max(len(self._slots[i].text) - self._slots[i].read for i in reading), room)
         tokens, rows = np.zeros((self.slots, size), np.int32), self._rows()
         for i in reading:
