@@ -7,7 +7,7 @@ stays fast; it imports jax inside the methods that need it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -153,6 +153,10 @@ class Recipe:
         """A recipe with this one's facts whose "test" split is all of `path`, for `evaluate --on`; not yet prepared."""
         raise UserError(f"the recipe {self.config.recipe!r} cannot be scored on other data", where="--on",
                         hint="a recipe supports this by defining `on(path)`: docs/extend.md")  # fmt: skip
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of everything that is trained on, once it is prepared, for the `gates` that search it."""
+        raise NotImplementedError
 
     def model(self, rngs):
         """Construct the nnx.Module from `self.config` and `self.known` alone: no data, no files, no globals."""

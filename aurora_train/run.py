@@ -39,6 +39,7 @@ class Run:
     metrics = property(lambda self: self.folder / "metrics.jsonl")
     metrics_set_aside = property(lambda self: self.folder / "metrics.set-aside.jsonl")
     events = property(lambda self: self.folder / "events.jsonl")
+    lineage = property(lambda self: self.folder / "lineage.jsonl")
     scores = property(lambda self: self.folder / "scores.json")
     plots = property(lambda self: self.folder / "plots.json")
     before = property(lambda self: self.folder / "before")
@@ -187,7 +188,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
-        for path in (self.provenance, self.plan, self.events, self.config):
+        for path in (self.provenance, self.plan, self.events, self.lineage, self.config):
             path.unlink(missing_ok=True)
 
     def finished_at(self, config) -> int | None:

@@ -85,6 +85,10 @@ class Recipe(Writer):
         weights = {name: part.weight for name, part in mix.items()} or None
         return TokenSource(self.store, split, self.config.data.sequence, weights)
 
+    def texts(self):
+        for number, name in enumerate(self.store.names("train")):
+            yield name, self.store.text("train", number).decode(errors="replace")
+
     def score(self, predict, split, key, workdir, progress) -> dict:
         from language.windows import bits_per_document, windows
 

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from aurora_train.cli.common import (
+    BecauseOption,
+    GateOption,
     HostOption,
     JsonOption,
     OverrideOption,
@@ -35,6 +37,8 @@ def command(
     token_file: TokenFileOption = None,
     step: StepOption = None,
     override_limits: OverrideOption = None,
+    override: GateOption = None,
+    because: BecauseOption = None,
     every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two lines of latencies.")] = 10.0,
     json: JsonOption = False,
 ):
@@ -44,6 +48,8 @@ def command(
     protocol. The latencies of the answers are printed while it runs and at the end.
     """
     from aurora_train.check import limits
+    from aurora_train.gates.judge import keep
+    from aurora_train.lineage.following import catch_up
     from aurora_train.loading import load
     from aurora_train.run import Run
     from aurora_train.serve.address import address
@@ -54,8 +60,7 @@ def command(
     recipe, folder = trained.recipe, Run(trained.run)
     scores = limits.scored(folder, trained.step)
     known = limits.exceeded(recipe, scores)
-    for line in limits.refuse_exceeded(folder, known, verb, override_limits, trained.step):
-        print(line, file=sys.stderr)
+    keep(trained, verb, override=override or (), because=because, limits_reason=override_limits, recipe=recipe)
     with until_asked() as stop, contextlib.closing(LineServer(_answering(trained), place)) as server:
         print(f"{trained!r} listens on {server.place}; Ctrl-C ends it", file=sys.stderr)
         server.run(stop, lambda line: print(line, file=sys.stderr), every)
@@ -64,6 +69,7 @@ def command(
     status, said = 0, []
     if found["exceeded"]:  # by the latencies
         status, said = limits.judged(folder, found["exceeded"], verb, override_limits, trained.step)
+        catch_up(folder)
     if json:
         print_json(found)
     else:

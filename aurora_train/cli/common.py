@@ -39,6 +39,16 @@ TokenFileOption = Annotated[
 AllowHostOption = Annotated[
     list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A further name that clients may use.")
 ]
+GateOption = Annotated[
+    list[str] | None,
+    typer.Option("--override", metavar="GATE", help="Go on although this gate fails; needs --because."),
+]
+BecauseOption = Annotated[
+    str | None, typer.Option("--because", metavar="REASON", help="Why a gate is overridden; it is put on record.")
+]
+KeyOption = Annotated[
+    Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (PEM): docs/lineage.md.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 

@@ -60,7 +60,10 @@ def command(
         except UserError as fault:
             raise _without_keys(fault, on) from fault
     from aurora_train.check.limits import EXCEEDED
+    from aurora_train.lineage.following import catch_up
+    from aurora_train.run import Run
 
+    catch_up(Run(trained.run))
     if json:
         print_json(record)
     else:
@@ -81,14 +84,17 @@ def _refuse_both(suite: str | None, of_the_score: dict, of_a_suite: dict) -> Non
 
 def _of_a_suite(run: Path, step: int | None, suite: str, folder: Path | None, limit: int | None, quiet, json) -> None:
     from aurora_train.evals.suite import asked, run_suite, suite_table
+    from aurora_train.lineage.following import catch_up
     from aurora_train.loading import load
     from aurora_train.record.console import show_table
     from aurora_train.record.progress import preparation
+    from aurora_train.run import Run
 
     tasks = asked(suite, folder, limit)
     with preparation(quiet=quiet) as progress:
         trained = load(run, step, by="evaluate", progress=progress)
         record = run_suite(trained, tasks, limit, progress)
+    catch_up(Run(trained.run))
     if json:
         print_json(record)
     else:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aurora_train.cli.common import JsonOption, OverrideOption, RunArgument, print_json
+from aurora_train.cli.common import (
+    BecauseOption,
+    GateOption,
+    JsonOption,
+    KeyOption,
+    OverrideOption,
+    RunArgument,
+    print_json,
+)
 
 EXAMPLE = "aurora export runs/first --to first-hf --verify transformers"
 
@@ -56,26 +63,36 @@ def command(
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="The checkpoint; by default the newest.")] = None,
     override_limits: OverrideOption = None,
+    override: GateOption = None,
+    because: BecauseOption = None,
+    sign: KeyOption = None,
     json: JsonOption = False,
 ):
-    """Write a run as a model that other programs load. It is read back and compared before it gets its name."""
+    """Write a run as a model that other programs load. It is read back and compared before it gets its name.
+
+    It has to pass the gates of its config first (exit status 4 if it does not), and takes its lineage with it.
+    """
+    from aurora_train.gates.judge import keep
     from aurora_train.interop import export, proof
     from aurora_train.loading import unread
 
     export.refuse_target(to)
+    _refuse_key(sign)
+    overridden = {"override": override or (), "because": because, "limits_reason": override_limits}
     if format not in list(Format):
         given = {"--dtype": dtype, "--merge": merge or None, "--verify": verify, "--base": base}
-        return _export_by_recipe(run, to, format, step, override_limits, json, given)
+        return _export_by_recipe(run, to, format, step, overridden, sign, json, given)
     format = Format(format)
     _refuse_clash(format, merge, base)
     with unread(run, step, by="export") as found:
-        _keep_limits(found, override_limits)
+        keep(found, "export", **overridden)
         result = _result(found, format, dtype, merge)
         write, chosen = _way(format, dtype, result, verify, base)
         with _made_for(to) as made:
             family = write(result, made, chosen)
             proved = proof.prove(result, family, made, chosen, verify and verify.value)
-            export.write_card(result, family, made, chosen, proved)
+            about = {"format": format.value, **export.about(result, family, made, chosen)}
+            _complete(found, made, about, proved, sign)
     if json:
         print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
                     "says": proved["says"]})  # fmt: skip
@@ -109,22 +126,27 @@ def _made_for(to: Path):
             signal.signal(number, handler)
 
 
-def _keep_limits(found, reason: str | None, recipe=None) -> None:
-    """Raise LimitExceeded if the run exceeds a limit of its config, unless there is a reason, which is recorded."""
-    from aurora_train.check import limits
-    from aurora_train.run import Run
-    from aurora_train.train.rehearsal import make_recipe
+def _refuse_key(key: Path | None) -> None:
+    """UserError for a key that cannot sign, before the work of an export."""
+    if key is not None:
+        from aurora_train.lineage import signing
 
-    run = Run(found.run)
-    if run.config.is_file():
-        lines = limits.exceeded(recipe or make_recipe(found.config), limits.scored(run, found.step))
-        for line in limits.refuse_exceeded(run, lines, "export", reason, found.step):
-            print(line, file=sys.stderr)
+        signing.identity(key)
 
 
-def _export_by_recipe(run, to: Path, format: str, step, reason, json: bool, given: dict) -> int:
+def _complete(found, made: Path, about: dict, proved: dict, key: Path | None) -> None:
+    """Write the chain and the card of an export, and sign it if there is a key."""
+    from aurora_train.lineage import exporting, signing
+
+    exporting.complete(found, made, about, proved)
+    if key is not None:
+        signing.sign(made, key)
+
+
+def _export_by_recipe(run, to: Path, format: str, step, overridden: dict, sign, json: bool, given: dict) -> int:
     """Export in a format that the recipe names."""
     from aurora_train.errors import UserError
+    from aurora_train.gates.judge import keep
     from aurora_train.loading import load
     from aurora_train.run import Run
     from aurora_train.tools import exported
@@ -134,11 +156,11 @@ def _export_by_recipe(run, to: Path, format: str, step, reason, json: bool, give
         if value is not None:
             raise UserError(f"--format {format} has no {option}", where=option, hint="leave it out")
     trained = load(run, step, by="export")
-    _keep_limits(trained, reason, trained.recipe)
+    keep(trained, "export", recipe=trained.recipe, **overridden)
     with _made_for(to) as made:
         compared = exported.write(trained, made, format)
         proved = exported.prove(compared, load(made, by="export").predict, made)
-        exported.write_card(trained, made, proved)
+        _complete(trained, made, {**exported.about(trained, format), "step": trained.step}, proved, sign)
     if json:
         print_json({"folder": str(to), "format": format, "proof": proved["kind"], "says": proved["says"]})
     else:

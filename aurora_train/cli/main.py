@@ -34,7 +34,7 @@ _INTERRUPTED = 130  # 128 and SIGINT
 VERBS = (
     "train", "plan", "resume", "launch", "unit", "generate", "evaluate", "report", "checkpoints", "verify", "recipes",
     "check", "schema", "inspect", "inspect-batch", "profile", "doctor", "energy", "runs", "compare", "sweep",
-    "import", "export", "chat", "serve", "act", "stream", "watch",
+    "lineage", "import", "export", "chat", "serve", "act", "stream", "watch",
 )
 
 _IN_ANOTHER = {  # verbs in the file of another

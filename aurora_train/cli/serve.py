@@ -12,6 +12,8 @@ import typer
 
 from aurora_train.cli.common import (
     AllowHostOption,
+    BecauseOption,
+    GateOption,
     HostOption,
     ModelArgument,
     OverrideOption,
@@ -60,18 +62,19 @@ def command(
     step: StepOption = None,
     online: Annotated[bool, typer.Option("--online", help="Download a hub: source, or what is new of it.")] = False,
     override_limits: OverrideOption = None,
+    override: GateOption = None,
+    because: BecauseOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print where it listens as a JSON document.")] = False,
 ):
     """Serve a run or an open model to OpenAI's clients and to a browser, until Ctrl-C or SIGTERM.
 
     docs/serve.md says what of the protocol is supported, and what is refused. Needs the extra [serve].
     """
-    from aurora_train.check import limits
     from aurora_train.config.yaml import read_text
+    from aurora_train.gates.judge import keep
     from aurora_train.interop.source import located
     from aurora_train.interop.templates import ChatTemplate
     from aurora_train.loading import load
-    from aurora_train.run import Run
     from aurora_train.serve.address import address
     from aurora_train.serve.http import refuse_missing
     from aurora_train.serve.room import allowed_bytes
@@ -84,10 +87,8 @@ def command(
     if text:  # refused by its name and line before the model is read
         ChatTemplate(text, {}, datetime.now(), f"--template {template}")
     trained = load(located(str(run), online=online), step, by="serve")
-    folder = Run(trained.run)
-    exceeded = limits.exceeded(trained.recipe, limits.scored(folder, trained.step))
-    for line in limits.refuse_exceeded(folder, exceeded, "serve", override_limits, trained.step):
-        print(line, file=sys.stderr)
+    keep(trained, "serve", override=override or (), because=because, limits_reason=override_limits,
+         recipe=trained.recipe)  # fmt: skip
     named = name or (trained.run.stem if trained.run.suffix == ".gguf" else trained.run.name)
     settings = Settings(named, slots, waiting, length, memory, weights, text, tuple(allow_host or ()))
     print(f"{named}: compiling; the address follows once requests are answered", file=sys.stderr)

@@ -109,12 +109,15 @@ def show(
     """Print the end of a run: its score and report, or the command that resumes it. Returns the exit status."""
     from aurora_train.check import limits
     from aurora_train.files import read_json
+    from aurora_train.lineage.following import catch_up
     from aurora_train.record.console import show_table
     from aurora_train.units import decimal
 
     scores, said = read_json(run.scores), []
     if not (status or stopped_by):
         status, said = limits.judged(run, (scores or {}).get("exceeded", []), "train", override_limits, step)
+        if override_limits is not None:
+            catch_up(run)
     if json:
         print_json({"run": str(run.folder), "step": step, "status": status, "stopped_by": stopped_by, "scores": scores})
     elif status == _UNSAVED:

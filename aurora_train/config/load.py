@@ -254,7 +254,7 @@ def _derive(recipe: FoundRecipe, tree: Tree, schema: type[Core], file: Path) -> 
 
 def _check(config: Core, tree: Tree) -> None:
     """Check what concerns several keys, and report all mistakes at once."""
-    parts = (config.train, config.memory, config.evaluate, config.energy)
+    parts = (config.train, config.memory, config.evaluate, config.energy, config.gates)
     faults = [fault for part in parts for fault in part.conflicts(config)]
     try:
         config.recipe_class.check(config)

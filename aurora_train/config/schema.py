@@ -15,6 +15,7 @@ from pydantic_core import PydanticKnownError
 
 from aurora_train.config.energy import Energy
 from aurora_train.config.fields import Section, parse_bytes, setting
+from aurora_train.config.gates import Gates
 from aurora_train.errors import UserError
 
 
@@ -323,6 +324,7 @@ class Core(Section):
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     energy: Energy = Energy()
+    gates: Gates = Gates()
     init: Init = Init()
 
     _loaded: Any = PrivateAttr(None)

@@ -24,7 +24,7 @@ from aurora_train.interop.hf import DTYPES as STORED
 from aurora_train.interop.hf import INDEX
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
 from aurora_train.interop.placing import Theirs, their_shapes, theirs
-from aurora_train.interop.result import Result, published
+from aurora_train.interop.result import Result
 from aurora_train.interop.tokenizer_files import special_tokens, tokenizer_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -213,40 +213,16 @@ def _as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return cast
 
 
-def write_card(result: Result, family: Family, folder: Path, dtype: str, proof: dict[str, Any]) -> None:
-    """README.md: origin, licence and which proof the export has."""
+def about(result: Result, family: Family, folder: Path, dtype: str) -> dict[str, Any]:
+    """What the record of an export, and so its card, says of it beside what the run's own lineage has."""
     record = result.record
     alone = (folder / "adapter_config.json").is_file()
-    head = {"library_name": "peft" if alone else "transformers", "pipeline_tag": "text-generation"}
-    head |= {"license": record["licence"]} if record["licence"] else {}
-    head |= {"base_model": record["base"]} if record["base"] else {}
-    source, how = Path(record["data"].get("source") or "").name, proof["kind"]  # not where it lay on this machine
-    lines = [
-        "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
-        f"# {record['run']}", "",
-        f"A model of the family {family.title}, exported from step {record['step']} of the run `{record['run']}`"
-        f" (recipe `{record['recipe']}`). " + (
-            "These are its LoRA adapters alone, in float32; the base is named in `adapter_config.json`." if alone else
-            f"Its weights are stored in {dtype}"
-            + (f", {len(result.dtypes)} of its tensors in the dtype of its base." if result.dtypes else ".")), "",
-        *([f"It was trained on `{source}`, starting from `{record['base']}`." if record["base"] else
-           f"It was trained on `{source}`."] if source else []), "",
-        *([record["parts"], ""] if record.get("parts") else []),
-        *lineage_lines(published(record)),
-        "Licence: " + (f"that of its base, `{record['licence']}`." if record["licence"] else "not recorded."), "",
-        "## Proof", "", f"**{how}**: {proof['says']}", "",
-        "`aurora verify FOLDER` repeats it.", "",
-    ]  # fmt: skip
-    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
-
-
-def lineage_lines(origin: dict[str, Any]) -> list[str]:
-    """What the weights were made from and with, as lines of the card."""
-    parent, versions = origin["parent"], origin["versions"] or {}
-    at = "" if not parent or parent["step"] is None else f" at step {parent['step']}"
-    at = f" at revision {parent['revision']}" if parent and "revision" in parent else at
-    lines = [f"Started from: `{parent['from']}`{at} (sha256 {parent['digest']})."] if parent else []
-    lines += [f"Code: sha256 {origin['code_sha256']}."] if origin["code_sha256"] else []
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines += [f"Versions: {named}."] if named else []
-    return [one for line in lines for one in (line, "")]
+    own = f", {len(result.dtypes)} of its tensors in the dtype of its base" if result.dtypes else ""
+    stored = f"Its weights are stored in {dtype}{own}."
+    if alone:
+        stored = "These are its LoRA adapters alone, in float32; the base is named in `adapter_config.json`."
+    known = ("run", "step", "recipe", "base", "licence", "parts")
+    return {
+        "library_name": "peft" if alone else "transformers", "pipeline_tag": "text-generation", "dtype": dtype,
+        "what": f"A model of the family {family.title}", "stored": stored, **{name: record.get(name) for name in known},
+    }  # fmt: skip

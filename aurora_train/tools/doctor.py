@@ -49,6 +49,8 @@ _EXTRAS = {  # extra -> (modules, any one of which suffices; its purpose)
     "serve": (("starlette", "uvicorn"), "`aurora serve`"),
     "constrain": (("llguidance",), "answers of `aurora serve` that keep to a JSON schema or an expression"),
     "energy": (("pynvml",), "the energy of NVIDIA GPUs, and their power caps"),
+    "sign": (("model_signing",), "signatures of runs and exports (`aurora lineage --sign`)"),
+    "gates": (("detect_secrets",), "the gate that looks for keys and passwords in the training texts"),
     "lm-eval": (("lm_eval",), "the tasks of lm-eval (`aurora evaluate --suite`)"),
     "tensorboard": (("tensorboardX",), "the TensorBoard sink"),
     "wandb": (("wandb",), "the Weights & Biases sink (offline unless asked)"),

@@ -25,7 +25,7 @@ from aurora_train.checkpoint import layout
 from aurora_train.config import dump_without_folders, load_resolved
 from aurora_train.errors import UserError
 from aurora_train.files import read_json, write_json
-from aurora_train.interop.export import CARD, lineage_lines
+from aurora_train.interop.export import CARD
 from aurora_train.interop.hf import tensors_of_file
 from aurora_train.interop.proof import NAME as PROOF
 from aurora_train.interop.result import AS_IT_IS, origin_of, published
@@ -35,7 +35,6 @@ from aurora_train.run import Run
 from aurora_train.train.evaluate import weights_of
 from aurora_train.train.session import recipe_of
 from aurora_train.train.starting import read_whole
-from aurora_train.units import decimal
 
 PROBE = "probe.safetensors"
 EXAMPLES = 16  # of the batch that is compared
@@ -43,7 +42,8 @@ EXAMPLES = 16  # of the batch that is compared
 # is larger than TINY are compared as if something were.
 BOUND, TINY = 1e-3, 1e-6
 _KEPT = ("scores.json", "facts", "code")  # what is copied as it is
-_CHANGING = ("events.jsonl", CARD, PROOF, "provenance.json")  # what is not part of the proof
+# What is not part of the proof.
+_CHANGING = ("events.jsonl", CARD, PROOF, "provenance.json", "lineage.jsonl", "model.sig")
 
 
 def refuse_format(run: Run, format: str, known: tuple[str, ...]) -> None:
@@ -164,29 +164,16 @@ def differences(compared: dict[str, np.ndarray], found: dict[str, np.ndarray]) -
     return lines
 
 
-def write_card(trained, folder: Path, proof: dict[str, Any]) -> None:
-    """README.md: what the model is, how it scored, where it comes from, and what was proved."""
-    origin, scores = _origin(trained), read_json(Run(trained.run).scores) or {}
+def about(trained, format: str) -> dict[str, Any]:
+    """What the record of an export, and so its card, says of it beside what the run's own lineage has."""
+    origin = _origin(trained)
     count = sum(int(np.prod(array.shape)) for array in jax.tree.leaves(trained.state.params))
     own = limits.scored(Run(trained.run), trained.step)  # a score of another step says nothing of these weights
-    numbers = own | scores.get("baselines", {}) if own else {}
-    rows = [f"| {name} | {decimal(float(one))} |" for name, one in numbers.items() if isinstance(one, int | float)]
-    overridden = [f"- {line} ({one['by']}, {one['time']}: {one['reason']})"
-                  for one in trained.provenance.get("limits_overridden", []) for line in one["exceeded"]]  # fmt: skip
-    exceeded = [f"- {line}" for line in limits.exceeded(trained.recipe, own)]
-    lines = [
-        "---", "library_name: aurora_train", "---", "", f"# {origin['run']}", "",
-        f"A {proof['format']} of {count:,} trained parameters, exported from step {origin['step']} of the run "
-        f"`{origin['run']}` (recipe `{origin['recipe']}`)"
-        + (f", which was trained on `{origin['data']}`." if origin["data"] else "."), "",
-        "`aurora act FOLDER` answers requests with it; `aurora verify FOLDER` repeats its proof.", "",
-        *(["## Score", "", "| | |", "|---|---|", *rows, ""] if rows else []),
-        *(["## Limits that it exceeds", "", *exceeded, ""] if exceeded else []),
-        *(["## Limits that were overridden", "", *overridden, ""] if overridden else []),
-        "## Origin", "", *lineage_lines(origin),
-        "## Proof", "", f"**{proof['kind']}**: {proof['says']}.", "",
-    ]  # fmt: skip
-    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+    return {
+        "library_name": "aurora_train", "format": format, "what": f"A {format} of {count:,} trained parameters",
+        "use": "`aurora act FOLDER` answers requests with it.", "exceeded": limits.exceeded(trained.recipe, own),
+        **{name: origin.get(name) for name in ("run", "step", "recipe", "base", "licence")},
+    }  # fmt: skip
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from aurora_train.tools.chart import curve
 from aurora_train.tools.markup import escape
 from aurora_train.tools.recorded import Recorded, series
 from aurora_train.tools.report_energy import energy_section, energy_used
+from aurora_train.tools.report_lineage import lineage_section
 from aurora_train.tools.report_memory import memory_section
 from aurora_train.tools.report_page import bars, cards, facts, flatten, folded, number, page, picture, section, table
 from aurora_train.units import count, counted, decimal, duration, percent, size, words
@@ -46,6 +47,7 @@ def write_report(run_folder) -> Path:
             _machine(held.provenance),
             memory_section(plan, held.steps) or section("Memory plan", facts(plan) if plan else ""),
             energy_section(held),
+            lineage_section(run),
             events_section(held.events),
             "<footer>Drawn by <code>aurora report</code> from the files of this run folder.</footer>",
         )

@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +17,7 @@ from aurora_train import run as runs
 from aurora_train.check import preflight
 from aurora_train.config import dump
 from aurora_train.errors import Stopped, UserError
+from aurora_train.lineage.following import ChainedEvents
 from aurora_train.machine import processes, profile
 from aurora_train.machine.gauge import Gauge
 from aurora_train.machine.memory import give_back_freed
@@ -82,7 +82,7 @@ def train(
             config = settled(config, run)
             _refuse_unlike(config, run)
             session = _opened(config, process, replan)
-            with logs.EventLog(_recorded(session)) as events, failure_recorded(events, own.step):
+            with _recorded(session) as events, failure_recorded(events, own.step):
                 _record_changes(own, changes or [], events)
                 ooms_in_a_row = 0
                 while True:
@@ -156,10 +156,11 @@ def _unrecorded_if_unsaved(status: int):
 
 def _close(outcome: Outcome, energy: Energy) -> None:
     """Record how the run ended. The caller draws the report, because the trainer does not import tools."""
-    with logs.EventLog(outcome.run.events) as events:
+    with ChainedEvents(outcome.run) as events:
         ending = {"by": outcome.stopped_by} if outcome.stopped_by else {"state_sha256": outcome.state_sha256}
         name = "stop" if outcome.stopped_by else "finish"
         events.event(name, outcome.step, **ending, **outcome.remarks, energy=energy.summary())
+        events.seal()
 
 
 def _opened(config, process: Process, replan: bool) -> Session:
@@ -349,8 +350,8 @@ def claim(session: Session, damaged: list) -> int | None:
     return start
 
 
-def _recorded(session: Session) -> Path:
-    """Record the run's origin, now that nothing can refuse it. Returns the path of its events.
+def _recorded(session: Session) -> ChainedEvents:
+    """Record the run's origin, now that nothing can refuse it. Returns the log of its events.
 
     The config makes a folder a run, so the recipe's code is written before it: a run without code could not be read.
     """
@@ -366,7 +367,7 @@ def _recorded(session: Session) -> Path:
         # An imported run keeps the record of what it was imported from.
         parents = {"parent": recorded["parent"]} if "parent" in recorded else record_of(session.parents)
         files.write_json(run.provenance, runs.provenance(config, session, machine, parents))
-    return run.events
+    return ChainedEvents(run, begun=True)
 
 
 def sinks(config, run, after_step: int) -> list:

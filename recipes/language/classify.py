@@ -111,6 +111,10 @@ class Classify(TextRecipe):
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
         return {"tokens": tokens, "segments": segments}
 
+    def texts(self):
+        for number in self.split["train"]:
+            yield self.rows[number].place, self.rows[number].text
+
     @functools.cache  # noqa: B019 - a recipe lives as long as its run
     def data(self, split: str):
         rows = [self.rows[i] for i in self.split[split]]

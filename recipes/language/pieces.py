@@ -7,6 +7,7 @@ last. A piece ends with its last learned token, because nothing after it is a ta
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -63,6 +64,11 @@ class Pieces(PreparedText):
     def shown(self, piece: int) -> list[tuple[str, bool]]:
         """The piece's text, cut where its learned tokens begin and end: (text, is it learned)."""
         return shown(self.tokenizer, self.ids(piece), self.learned(piece))
+
+    def texts(self, split: str) -> Iterator[tuple[str, str]]:
+        """(place, text) of every piece of a split."""
+        for piece in self.of_split(split):
+            yield self.place(piece), "".join(text for text, _ in self.shown(piece))
 
     def answer_bytes(self, piece: int) -> int:
         """UTF-8 bytes of the learned text, without the control tokens in it."""

@@ -152,6 +152,9 @@ class Tune(Writer):
             return None
         return PackedRows(self.store, split, self.config.data.sequence, self.weights_of(split))
 
+    def texts(self):
+        return self.store.texts("train")
+
     def weights_of(self, split: str) -> dict[str, float] | None:
         """The weights of a mixture's sources, which are for training alone; None without a mixture."""
         return {name: part.weight for name, part in self.config.data.mix.items() if split == "train"} or None

@@ -33,7 +33,8 @@ def test_a_run_goes_out_as_gguf_with_a_modelfile_and_a_proof(run, tmp_path, caps
     folder = tmp_path / "out"
     assert main(["export", str(run), "--to", str(folder), "--format", "gguf", "--dtype", "q8_0"]) == 0
     assert "proof (round trip)" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "README.md", "proof.json", "tiny-q8_0.gguf"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "Modelfile", "README.md", "lineage.jsonl", "proof.json", "tiny-q8_0.gguf"]
     back, source = open_gguf(folder / "tiny-q8_0.gguf"), source_of("qwen3")
     assert back.tensors.keys() == source.tensors.keys() and back.chat_template == source.chat_template
     assert back.eos_ids == source.eos_ids and back.licence == "apache-2.0"
