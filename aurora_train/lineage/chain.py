@@ -62,9 +62,19 @@ class Head(NamedTuple):
 
 
 def head_of(path: Path) -> Head:
-    """The end of a chain as it lies on the disk."""
+    """The end of a chain as it lies on the disk. Last lines that are no records were torn by a power cut."""
     held = lines(path)
+    while held and decoded(held[-1]) is None:
+        held.pop()
     return Head(sum(map(len, held)), len(held), digest(held[-1]) if held else "")
+
+
+def decoded(line: bytes) -> dict | None:
+    """The record in a line; None if it is none."""
+    try:
+        return decode(line)
+    except ValueError:
+        return None
 
 
 @contextlib.contextmanager
@@ -106,9 +116,8 @@ def faults(held: list[bytes]) -> list[str]:
     """What is wrong with the lines of a chain: a line for each place at which it was changed; [] if it is whole."""
     found, before = [], ""
     for number, line in enumerate(held, 1):
-        try:
-            record = decode(line)
-        except ValueError:
+        record = decoded(line)
+        if record is None:
             found.append(f"{NAME}:{number} is no record any more")
             before = digest(line)
             continue

@@ -13,7 +13,6 @@ from aurora_train.interop.source import digest as foreign_digest
 from aurora_train.interop.source import is_foreign
 from aurora_train.lineage import begin, chain, signing
 from aurora_train.lineage.following import digests, is_fixed, manifest_digest
-from aurora_train.record.metrics import decode
 from aurora_train.run import Run
 
 _TRAINING, _ENDED = ("start", "resume"), ("finish", "stop")
@@ -41,7 +40,7 @@ def verify(folder: Path, key: Path | None = None) -> Found:
     torn = path.stat().st_size - sum(map(len, held))
     if torn:
         faults.append(f"{chain.NAME} ends with {torn} bytes that are no record: its end was cut, or a kill tore it")
-    records = [record for line in held if (record := _decoded(line)) is not None]
+    records = [record for line in held if (record := chain.decoded(line)) is not None]
     faults += _of_a_run(Run(folder), records, notes) if _is_run(folder) else _of_an_export(folder, records)
     signed = (folder / signing.SIGNATURE).is_file()
     if key is not None:
@@ -62,13 +61,6 @@ def no_chain(folder: Path) -> UserError:
 def _is_run(folder: Path) -> bool:
     run = Run(folder)
     return run.config.is_file() and not run.is_export()
-
-
-def _decoded(line: bytes) -> dict | None:
-    try:
-        return decode(line)
-    except ValueError:
-        return None
 
 
 # ---- a run

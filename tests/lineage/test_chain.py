@@ -78,6 +78,17 @@ def test_a_torn_record_is_named_and_the_next_writer_goes_on_after_the_last_whole
     assert not any(chain.NAME in line for line in verify(run.folder).faults)
 
 
+@pytest.mark.parametrize("torn", [bytes(40), bytes(40) + b'"prev": ""}\n', b"{}\n"[:1] + b"\n"])
+def test_what_a_power_cut_leaves_at_the_end_is_removed_by_the_next_writer(run, torn):
+    catch_up(run)
+    whole = run.lineage.read_bytes()
+    run.lineage.write_bytes(whole + torn)
+    with ChainedEvents(run) as events:
+        events.event("resume", 3)
+    assert run.lineage.read_bytes().startswith(whole) and chain.faults(chain.lines(run.lineage)) == []
+    assert chain.read(run.lineage)[-1]["kind"] == "resume"
+
+
 def test_a_log_that_was_edited_between_two_processes_is_a_fault_for_ever_and_stops_no_run(run):
     catch_up(run)
     lines = run.events.read_bytes().splitlines(keepends=True)
