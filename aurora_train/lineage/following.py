@@ -44,7 +44,7 @@ class Follower:
         """
         with chain.locked(self.path):
             new = self._read_again()
-            new += self._events(synced=not files)
+            new += self._events()
             if files:
                 new += self._changed(ended)
             self._head = chain.append(self.path, self._head, [*new, *also]) if new or also else self._head
@@ -74,14 +74,15 @@ class Follower:
         self._lines, self._offset = len(events), sum(map(len, events))
         return [{"kind": "departed", "lines": self._lines, "events": chain.digest(b"".join(events))}]
 
-    def _events(self, synced: bool) -> list[dict]:
-        """The records of events that came after those on record. `synced`: their writer has synced them."""
+    def _events(self) -> list[dict]:
+        """The records of events that came after those on record.
+
+        They are not synced here but by their writer, who has to know of a sync that fails.
+        """
         records = []
         if not self.run.events.exists():
             return records
         with open(self.run.events, "rb") as file:
-            if not synced:
-                os.fsync(file.fileno())
             file.seek(self._offset)
             for line in file:
                 try:
