@@ -4,8 +4,8 @@ A verb is one module of this package with either `command`, a function for typer
 or `app`, a typer group. Only the requested verb is imported, and no verb imports jax at module level, so that
 `aurora --help` and `aurora check` answer at once.
 
-Exit status: 0 done, 1 a failure the verb reports, 2 something the user can fix, 4 a limit is exceeded or a gate fails, 75 stopped and
-resumable, 130 interrupted; all of them are in docs/always-on.md.
+Exit status: 0 done, 1 a failure the verb reports, 2 something the user can fix, 4 a limit is exceeded or a gate fails,
+75 stopped and resumable, 130 interrupted; all of them are in docs/always-on.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ _DIGITS = 12  # of a hash, as shown
 # How often each happened, in the order of telling; what is never said is a matter of the record alone.
 _TOLD = {"resume": "resumed", "skip": "updates skipped", "rewind": "went back", "override": "settings changed",
          "replan": "planned again", "versions": "versions changed", "walk_back": "walked past damage",
-         "limits_overridden": "limits overridden", "gate_overridden": "gates overridden", "departed": "record departed"}
+         "limits_overridden": "limits overridden", "gate_overridden": "gates overridden", "departed": "record departed",
+         "fail": "failed", "hang": "hung"}
 
 
 def document(folder: Path) -> dict[str, Any]:
