@@ -14,6 +14,10 @@ from pathlib import Path
 FOUND = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
+class Left(Exception):
+    """The page was left while it was asked something."""
+
+
 class Page:
     """One page of a browser."""
 
@@ -39,6 +43,8 @@ class Page:
             line, _, self._held = self._held.partition(b"\0")
             answer = json.loads(line)
             if answer.get("id") == self._number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Left
                 assert "error" not in answer, answer
                 return answer["result"]
 
@@ -59,7 +65,13 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str, seconds: int = 60) -> None:
-        """Until a JavaScript condition holds."""
+        """Until a JavaScript condition holds, on this page or the one to which it leads."""
+        try:
+            self._wait(condition, seconds)
+        except Left:
+            self._wait(condition, seconds)
+
+    def _wait(self, condition: str, seconds: int) -> None:
         held = self.js(
             f"new Promise(done => {{ const end = performance.now() + {1000 * seconds}; const look = () => {{"
             f" let held = false; try {{ held = Boolean({condition}); }} catch {{ }}"
