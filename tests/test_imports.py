@@ -19,6 +19,7 @@ ORDER = [
     {"tools"},
     {"serve", "evals", "gates"},
     {"train"},
+    {"boxes"},
     {"lineage"},
     {"origin"},
     {"check"},

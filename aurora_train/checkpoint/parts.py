@@ -155,9 +155,9 @@ def _load_pieces(found: dict[str, list[Piece]], wanted: dict[str, Any]) -> dict[
     out = {}
     for group in _groups(wanted):
         needed = {name: [piece for piece in found[name] if _is_needed(piece, wanted[name])] for name in group}
-        arrays = _read([piece for pieces in needed.values() for piece in pieces])
+        arrays = {(piece.folder, piece.name): (piece, array) for piece, array in read(sum(needed.values(), []))}
         for name, pieces in needed.items():
-            out[name] = _placed(wanted[name], [(piece, arrays.pop((piece.folder, piece.name))) for piece in pieces])
+            out[name] = _placed(wanted[name], [arrays.pop((piece.folder, piece.name)) for piece in pieces])
     return out
 
 
@@ -180,10 +180,11 @@ def _places(spec) -> list[tuple[slice, ...]]:
     if sharding is None:
         return [tuple(slice(0, n) for n in spec.shape)]
     held = sharding.addressable_devices_indices_map(spec.shape).values()
-    return [_whole(index, spec.shape) for index in held]
+    return [whole(index, spec.shape) for index in held]
 
 
-def _whole(index, shape) -> tuple[slice, ...]:
+def whole(index, shape) -> tuple[slice, ...]:
+    """A place as slices that have a start and a stop each."""
     return tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True))
 
 
@@ -196,29 +197,35 @@ def _is_needed(piece: Piece, spec) -> bool:
     return any(_overlap(piece.place, place) is not None for place in _places(spec))
 
 
-def _read(pieces: list[Piece]) -> dict[tuple[Path, str], np.ndarray]:
+def read(pieces: list[Piece]) -> list[tuple[Piece, np.ndarray]]:
+    """Pieces with their arrays, in memory of the host."""
     from orbax.checkpoint import v1 as ocp
 
-    context, out = ocp.Context(), {}
+    context, out = ocp.Context(), []
     context.pytree.loading.partial_load = True
     for folder in dict.fromkeys(piece.folder for piece in pieces):
         # An empty array stands for what is to be read: numpy in, numpy out.
-        part = {p.name: np.empty(p.spec.shape, p.spec.dtype) for p in pieces if p.folder == folder}
+        part = {p.name: p for p in pieces if p.folder == folder}
+        into = {name: np.empty(p.spec.shape, p.spec.dtype) for name, p in part.items()}
         with context:
-            loaded = ocp.load(folder, part, checkpointable_name=writer.STATE)
-        out.update({(folder, name): array for name, array in loaded.items()})
+            loaded = ocp.load(folder, into, checkpointable_name=writer.STATE)
+        out += [(part[name], array) for name, array in loaded.items()]
+    return out
+
+
+def filled(place: tuple[slice, ...], dtype, arrays: list[tuple[Piece, np.ndarray]]) -> np.ndarray:
+    """A part of a leaf, put together from pieces of it."""
+    out = np.empty([one.stop - one.start for one in place], dtype)
+    for piece, array in arrays:
+        both = _overlap(piece.place, place)
+        if both is not None:
+            out[_moved(both, place)] = array[_moved(both, piece.place)]
     return out
 
 
 def _placed(spec, arrays: list[tuple[Piece, np.ndarray]]):
     def part(index):
-        place = _whole(index, spec.shape)
-        filled = np.empty([one.stop - one.start for one in place], spec.dtype)
-        for piece, array in arrays:
-            both = _overlap(piece.place, place)
-            if both is not None:
-                filled[_moved(both, place)] = array[_moved(both, piece.place)]
-        return filled
+        return filled(whole(index, spec.shape), spec.dtype, arrays)
 
     sharding = getattr(spec, "sharding", None)
     if sharding is None:

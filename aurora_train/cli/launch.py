@@ -42,11 +42,33 @@ def command(
             hint="either --hosts A,B or --processes-here N",
         )  # fmt: skip
     arguments = arguments if arguments[0] in _VERBS else ["train", *arguments]
-    from aurora_train.tools.launch import launch
-
     names = ["localhost"] * processes_here if processes_here else [name.strip() for name in hosts.split(",")]
     if not all(names):
         raise UserError(f"a name is missing in {hosts!r}", where="--hosts", hint="--hosts box1,box2")
     if options := [name for name in names if name.startswith("-")]:  # ssh would take it for one of its own
         raise UserError(f"`{options[0]}` is no machine's name", where="--hosts", hint="--hosts box1,box2")
+    _refuse_unreadable(*arguments, here="localhost" in names)
+    from aurora_train.tools.launch import launch
+
     return launch(names, arguments, ssh=ssh, python=python or sys.executable, interface=interface)
+
+
+def _refuse_unreadable(verb: str, *words: str, here: bool) -> None:
+    """UserError, before a machine is reached, for what every process would refuse: an option, a config, an override.
+
+    `here`: whether a process runs on this machine. If none does, what is not on its disk is left to the others.
+    """
+    import importlib
+    from pathlib import Path
+
+    from aurora_train.check.intent import for_resume
+    from aurora_train.config import load
+
+    alone = typer.Typer(add_completion=False)
+    alone.command()(importlib.import_module(f"aurora_train.cli.{verb}").command)
+    given = typer.main.get_command(alone).make_context(f"aurora {verb}", list(words)).params
+    if verb == "resume" and (here or Path(given["run"]).exists()):
+        for_resume(given["run"], given["overrides"] or [], given["allow_change"] or [])
+    elif verb == "train" and (here or Path(given["config"]).exists() or "/" not in given["config"]):
+        online = ["data.online=true"] if given["online"] else []
+        load(given["config"], [*(given["overrides"] or ()), *online])

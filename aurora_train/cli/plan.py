@@ -22,6 +22,9 @@ def command(
     machine: Annotated[
         str | None, typer.Option("--machine", metavar="NAME", help="Plan for this machine, not the local one.")
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option("--devices", metavar="N", min=1, help="How many devices of --machine, over all boxes.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="SIZE", help="Bytes per device, such as 96GB, not memory.budget.")
     ] = None,
@@ -41,7 +44,7 @@ def command(
     from aurora_train.record.progress import preparation
 
     if capacity:
-        _refuse_beside_capacity(CONFIG=config, **{"--budget": budget, "--pareto": pareto})
+        _refuse_beside_capacity(CONFIG=config, **{"--budget": budget, "--pareto": pareto, "--devices": devices})
         with preparation(quiet=json) as progress:
             figures = _capacity(machine, progress, verify=bool(compile))
         from aurora_train.tools.report_capacity import show_capacity
@@ -49,8 +52,11 @@ def command(
         return (print_json if json else show_capacity)(figures)
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
+    if devices is not None and machine is None:
+        raise UserError("the devices of this machine are counted, not given", where="--devices",
+                        hint="--machine NAME --devices N plans for those of another one")  # fmt: skip
     with preparation(quiet=json) as progress:
-        plan = _plan(config, overrides or (), machine, budget, compile is not False, progress)
+        plan = _plan(config, overrides or (), machine, devices, budget, compile is not False, progress)
     from aurora_train.tools import report_plan as report
 
     if json:
@@ -63,7 +69,7 @@ def command(
         pareto_svg(plan, pareto)
 
 
-def _plan(config: str, overrides, machine: str | None, budget: str | None, verify: bool, progress):
+def _plan(config: str, overrides, machine: str | None, devices: int | None, budget: str | None, verify: bool, progress):
     """The plan of a config for a machine (None: this one)."""
     from aurora_train.config import load, parse_bytes
     from aurora_train.machine.profile import prepare_environment
@@ -81,7 +87,9 @@ def _plan(config: str, overrides, machine: str | None, budget: str | None, verif
 
     loaded = settled(loaded, machine=machine)
     recipe = Beginning.of(loaded).recipe
-    return plan_config(loaded, recipe, machine=machine, budget=limit, verify=verify, progress=progress)
+    return plan_config(
+        loaded, recipe, machine=machine, devices=devices, budget=limit, verify=verify, progress=progress
+    )
 
 
 def _refuse_beside_capacity(**about_one_run) -> None:

@@ -35,7 +35,20 @@ def command(
 
     set_place(coordinator, process, processes)
     with told():
+        _refuse_absent(run)
         config, known, changes = for_resume(run, overrides or [], allow_change or [])
     with joined(config, replan=replan):
         return go(config, known, quiet=quiet, json=json, changes=changes, replan=replan,
                   override_limits=override_limits)  # fmt: skip
+
+
+def _refuse_absent(folder: str) -> None:
+    """UserError on a machine that does not have the run folder, because it shares no disk with process 0's."""
+    from aurora_train.errors import UserError
+    from aurora_train.machine.place import place
+    from aurora_train.run import Run
+
+    if place().index > 0 and not Run(folder).config.is_file():
+        raise UserError("this machine does not have that run folder", where=folder,
+                        hint="machines that share no disk continue a run by the command that started it: "
+                        "aurora train CONFIG --run DIR checkpoint.gather=true")  # fmt: skip

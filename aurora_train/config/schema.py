@@ -124,9 +124,16 @@ class Optimizer(Section):
 class Mesh(Section):
     """How the devices of all processes are arranged."""
 
-    data: int = setting(-1, resume="elastic", ge=-1, help="devices that split the batch; -1 = all that remain")
-    fsdp: int = setting(1, resume="elastic", ge=1, help="devices that split the parameters (and the batch)")
-    tensor: int = setting(1, resume="elastic", ge=1, help="devices that split heads, hidden widths and vocabulary")
+    data: Literal["auto"] | Annotated[int, Field(ge=-1)] = setting(
+        -1, resume="elastic", help="devices that split the batch; -1 = all that remain; auto = the planner's choice"
+    )
+    fsdp: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
+        1, resume="elastic", help="devices that split the parameters (and the batch); auto = the planner's choice"
+    )
+    tensor: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
+        1, resume="elastic",
+        help="devices that split heads, hidden widths and vocabulary; auto = the planner's choice",
+    )
 
     @field_validator("data")
     @classmethod
@@ -207,6 +214,10 @@ class Checkpoint(Section):
     )
     patience_minutes: float = setting(
         60, resume="free", ge=0, help="how long the run continues while no save succeeds, for instance on a full disk"
+    )
+    gather: bool = setting(
+        False, resume="free",
+        help="for several processes that share no disk: process 0 writes the state of all, and reads it for all",
     )
 
 

@@ -41,8 +41,8 @@ class Ended(UserError):
 class _Team:
     """The processes that this one has joined."""
 
-    def __init__(self, place: Place, client, line: Line):
-        self.place, self.client, self.line = place, client, line
+    def __init__(self, place: Place, client, line: Line, address: str):
+        self.place, self.client, self.line, self.address = place, client, line, address
         self.heard: dict[str, Callable] = {}
         line.heard = lambda process, message: self.heard.get(message["kind"], _ignore)(process, message)
         self.decisions = 0
@@ -107,7 +107,7 @@ def join(facts: dict) -> None:
             hint="start all of them again",
         ) from error  # fmt: skip
     jax.devices()  # connects the clients of all processes now; later, one of them may be waiting for a decision
-    _team = _Team(own, distributed.global_state.client, line)
+    _team = _Team(own, distributed.global_state.client, line, met.address)
     _refuse_another_count(jax.process_count(), own.count)
     _each_for_itself()
 
@@ -175,6 +175,16 @@ def count() -> int:
 def index() -> int:
     """The number of this process, from 0."""
     return 0 if _team is None else _team.place.index
+
+
+def boxes() -> int:
+    """On how many machines they run, by the names that these give themselves."""
+    return 1 if _team is None else len(set(_team.line.hosts))
+
+
+def address() -> str:
+    """The address by which the others reach this one."""
+    return _team.address
 
 
 def leads() -> bool:

@@ -92,8 +92,10 @@ class TargetChip(Section):
 class KnownMachine(Section):
     """One machine of machines.toml. `kinds`: the words of jax's `device_kind` that name the device.
 
-    `link`: bytes/s to or from the processor's memory, one way; None if memory is `unified`. `reached`: share of the
-    bfloat16 peak. `sees`, `free`: bytes. `chip` is None if this trainer cannot compile for the device in its absence.
+    `link`: bytes/s to or from the processor's memory, one way; None if memory is `unified`. `peers`, `network`: bytes/s
+    one way into a device from the others of its box, and from another box; `per_box`: devices of a box. `reached`:
+    share of the bfloat16 peak. `sees`, `free`: bytes. `chip` is None if this trainer cannot compile for the device in
+    its absence.
     """
 
     name: str
@@ -105,6 +107,9 @@ class KnownMachine(Section):
     unified: bool = False
     memory_rule: str = _OWN_RULE
     link: Bytes | None = None
+    peers: Bytes | None = None
+    network: Bytes | None = None
+    per_box: int | None = setting(None, ge=1)
     reached: Share | None = None
     device_kind: str | None = None
     chip: TargetChip | None = None
@@ -200,9 +205,10 @@ def _checked(file: Path, tree: dict, ours: dict) -> dict[str, KnownMachine]:
                 "this is not a name that `--machine` takes", where=f"{file}: machine.{name}",
                 why="such names are in lower case, with hyphens between words", hint=f"[machine.{slug(name)}]",
             )  # fmt: skip
-        link, chip = (entry.get(key) for key in ("link", "chip")) if isinstance(entry, dict) else (None, None)
-        if isinstance(link, str):
-            entry["link"] = _named(link, ours["link"], f"{file}: machine.{name}.link")
+        chip = entry.get("chip") if isinstance(entry, dict) else None
+        for kind in ("link", "peers", "network") if isinstance(entry, dict) else ():
+            if isinstance(entry.get(kind), str):
+                entry[kind] = _named(entry[kind], ours["link"], f"{file}: machine.{name}.{kind}")
         if isinstance(chip, dict):
             entry["chip"] = _limits(chip, ours["capability"], f"{file}: machine.{name}.chip") | chip
         if isinstance(entry, dict) and entry.get("unified"):

@@ -151,8 +151,7 @@ def standing(planner, plan, activations: int | None = None) -> dict:
     blueprint = program.blueprint(plan)
     with program.here():
         taken = form_name()
-    communicates = planner.collectives.get(repr(plan.work))
-    return ({"collectives": communicates} if communicates else {}) | {
+    return planner.collectives.get(repr(plan.work), {}) | {
         "parameters": parameter_count((blueprint.state.params, blueprint.state.frozen)),
         "levers": [_with_speed(lever, planner.rates) for lever in levers(program, blueprint, plan, activations)],
         "checkpoint": _checkpoint(program, blueprint),

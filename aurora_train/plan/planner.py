@@ -19,6 +19,7 @@ from aurora_train.plan.estimate import Estimate
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.search import Candidate, Costs, Space, StackCosts, cheapest, next_faster, preference
 from aurora_train.plan.shortlist import Shortlist
+from aurora_train.plan.traffic import received
 from aurora_train.plan.verify import collectives, compiled_bytes
 from aurora_train.units import size
 
@@ -64,7 +65,7 @@ class Planner:
     compiles: int = 0
     cpu_seconds: float = 0.0
     compiled: dict = field(default_factory=dict)
-    collectives: dict = field(default_factory=dict)  # of each compiled plan, by kind
+    collectives: dict = field(default_factory=dict)  # of each compiled plan: how many by kind, and their bytes
     tried: list[tuple[Candidate, int]] = field(default_factory=list)  # plans of a search, with compiled bytes
 
     @property
@@ -102,7 +103,8 @@ class Planner:
             paused = time.thread_time()
             compiled = self.program.compile(plan)
             self.compiled[key] = compiled_bytes(compiled).peak
-            self.collectives[key] = collectives(compiled) if self.program.mesh.devices.size > 1 else None
+            if self.program.mesh.devices.size > 1:
+                self.collectives[key] = {"collectives": collectives(compiled), "received": received(compiled.as_text())}
             give_back_freed()  # or else the compiler's leftovers of every plan are part of the run's memory
             self.cpu_seconds -= time.thread_time() - paused
         return self.compiled[key]

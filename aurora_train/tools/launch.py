@@ -22,6 +22,7 @@ import time
 from collections import deque
 
 from aurora_train.errors import UserError
+from aurora_train.machine import links
 from aurora_train.machine.line import EXIT_LOST
 from aurora_train.machine.place import ADDRESS, COUNT, INDEX
 from aurora_train.machine.unlike import CLOCK_SECONDS
@@ -159,7 +160,8 @@ def _supervise(hosts: list[Host], arguments, python: str, link: Link, signals) -
         early, host.inbox = host.inbox, inbox
         while not early.empty():  # it may have gone already
             inbox.put(early.get())
-        own = {ADDRESS: address, COUNT: str(len(hosts)), INDEX: str(host.index), "AURORA_JOB": job}
+        own = {ADDRESS: address, COUNT: str(len(hosts)), INDEX: str(host.index), "AURORA_JOB": job,
+               links.MEASURED: str(link.rate)}  # fmt: skip
         host.ask("run", arguments=[python, "-P", "-m", "aurora_train", *arguments],
                  variables=_accelerators(hosts, host) | kept | link.variables(host.index) | own)  # fmt: skip
     shown, ends, told, deadline = _Shown(hosts), {}, 0, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aurora_train.boxes.choice import lines_of
 from aurora_train.nn.saving import UNIT_INPUT
 from aurora_train.plan.account import WRITTEN_PER_SECOND
 from aurora_train.plan.report import amount, by_cause, difference, verdict
@@ -38,6 +39,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     for name, cut in plan.stacks.items():
         _show_stack(name, cut, plan, console)
     _show_lines("", [*_offloaded(plan), *_alternatives(plan)], console)
+    _show_lines("", lines_of(plan.details.get("meshes") or []), console)
     _show_levers(plan.details.get("levers") or [], console)
     _show_lines("", [*time_lines(plan), *_disk(plan), *_writing(plan)], console)
     _show_lines("not verified:", plan.details.get("not_verified") or [], console)
@@ -181,10 +183,24 @@ def time_lines(plan: Plan) -> list[str]:
     source = f": {time['source']}" if time.get("source") else ""
     least = "at least " if time.get("rates") == "bound" else ""
     lines.append(f"time: {least}{', '.join(durations)} ({mark}{source})")
+    lines += _links(plan, time)
     if plan.platform == "gpu":
         much = ", which is most of a step this short" if (time.get("step_seconds") or 1) < _SHORT_STEP_S else ""
         lines.append(f"not included: the time to launch each kernel{much}; saves and evaluations")
     return lines
+
+
+def _links(plan: Plan, time: dict) -> list[str]:
+    """What a step communicates under a mesh, and how much of its time that is."""
+    links = plan.details.get("links")
+    if not links:
+        return []
+    moved = ", ".join(f"{amount(number)} over {axis}" for axis, number in links["bytes"].items())
+    if links["seconds"] is None:
+        return [f"links: a step moves {moved} into each device; {links['rates']}"]
+    share = f"of a step are {duration(links['seconds'])} of links, if products hide none of them"
+    beside = f" beside {duration(time['product_seconds'])} of products" if time.get("product_seconds") else ""
+    return [f"links: {share},{beside}: it moves {moved} into each device, at {links['rates']}"]
 
 
 def _disk(plan: Plan) -> list[str]:
@@ -219,7 +235,10 @@ def _made(plan: Plan) -> list[str]:
     lines = [", ".join(parts)] if parts else []
     if details.get("collectives"):
         listed = ", ".join(f"{number} {kind}" for kind, number in details["collectives"].items())
-        lines.insert(0, f"a compiled step communicates by {listed}; those in a stack's loop run once for each unit")
+        brought = details.get("received") or {}
+        into = ", ".join(f"{amount(number)} by {kind}" for kind, number in brought.items())
+        lines.insert(0, f"a compiled step communicates by {listed}; those in a stack's loop run once for each unit"
+                     + (f"; into each device come {into}" if into else ""))  # fmt: skip
     return lines
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax
 
 from aurora_train import mesh as meshes
+from aurora_train.boxes.choice import lines_of
 from aurora_train.check.remarks import remarks_on_config, remarks_on_data
 from aurora_train.machine import processes, profile
 from aurora_train.nn import fp8
@@ -77,6 +78,10 @@ def announce(session: Session, state, start: int | None, num_recorded: int, voic
             voice(f"{part} from {parent}")
         for line in (*remarks_on_config(session.config), *remarks_on_data(session.config, session.source)):
             voice(line, "remark", 0, text=line)
+    for line in lines_of(session.program.weighed):
+        voice(line)
+    if session.program.weighed:
+        voice.record("mesh", start or 0, weighed=session.program.weighed)
     for what, before, after in moved(session):
         name = "replan" if what in ("plan", "mesh", "device", "processes") else "versions"
         now = "are not what this run had" if what == "processes" else "is not what this run had"

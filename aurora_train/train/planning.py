@@ -9,11 +9,16 @@ import jax
 
 from aurora_train import facts as kept_facts
 from aurora_train import files
+from aurora_train import mesh as meshes
 from aurora_train import run as runs
+from aurora_train.boxes import choice
+from aurora_train.boxes.cost import priced, with_links
 from aurora_train.config import dump, parse_bytes, removed
 from aurora_train.errors import UserError
+from aurora_train.machine import processes
+from aurora_train.machine.links import Links, links_of
 from aurora_train.machine.memory import budget_bytes
-from aurora_train.machine.profile import this_machine
+from aurora_train.machine.profile import choose_devices, this_machine
 from aurora_train.machine.rates import rates_for
 from aurora_train.machine.targets import find_machine
 from aurora_train.plan import cache
@@ -25,11 +30,13 @@ from aurora_train.units import size
 
 
 def plan_config(
-    config, recipe, *, machine: str | None = None, budget: int | None = None, verify: bool = True, progress=None
+    config, recipe, *, machine: str | None = None, devices: int | None = None, budget: int | None = None,
+    verify: bool = True, progress=None,
 ) -> Plan:
     """The fastest plan that fits `machine` (a name of `machine.targets`), or this machine if None.
 
     Args:
+        devices: how many of a `machine` there are, over all boxes; by default as many as the axes of the mesh take.
         budget: bytes on one device; by default the config's `memory.budget`, else what the machine allows.
         verify: compile the chosen plan. For an absent GPU that needs the extra `[plan]`; without it the plan is only
             estimated and says so.
@@ -39,7 +46,8 @@ def plan_config(
     """
     progress = progress or (lambda *_: None)
     if machine is None:
-        return planner_here(config, recipe, budget=budget, verify=verify, progress=progress).run()
+        planner = planner_here(config, recipe, budget=budget, verify=verify, progress=progress)
+        return priced_here(planner.run(), planner.program)
     target = find_machine(machine)
     if not can_compile_for_gpu():
         verify = False
@@ -47,21 +55,77 @@ def plan_config(
     key = cache.key_of({
         "config": dump(config), "recipe": config.recipe_sha256, "code": runs.code_hash(), "versions": runs.versions(),
         "target": target.config_text, "budget": (budget, target.budget_bytes), "rates": rates, "verify": verify,
+        "devices": devices,
     })  # fmt: skip
     plan = cache.load(key)
     if plan is None:
-        program = rehearse(config, recipe, target=target, progress=progress)
-        limits = _limits(config, budget, program, functools.partial(_budget_of, target))
 
-        def planned(verify: bool) -> Plan:
-            return Planner(program, *limits[0], target.slug, rates, verify, progress=progress, **limits[1]).run()
+        def on(shape) -> Rehearsal:
+            return rehearse(config, recipe, target=target, sizes=shape, progress=progress)
 
+        def planned(program: Rehearsal, verify: bool = False) -> Plan:
+            limit, saves = _limits(config, budget, program, functools.partial(_budget_of, target))
+            links = links_of(target.row, program.mesh.devices.size)
+            within = with_links(rates, program, links)
+            planner = Planner(program, *limit, target.slug, within, verify, progress=progress, **saves)
+            return priced(planner.run(), program, links, rates)
+
+        program = _on_so_many(config, on, planned, target, devices)
         try:
-            plan = planned(verify)
+            plan = planned(program, verify)
         except jax.errors.JaxRuntimeError as fault:  # a fault of the compiler, which says nothing of the memory
-            plan = _uncompiled(planned(False), target.slug, fault)
+            plan = _uncompiled(planned(program), target.slug, fault)
         cache.store(key, plan)
     return plan
+
+
+def _on_so_many(config, on, planned, target, devices: int | None) -> Rehearsal:
+    """The rehearsal on so many devices of a target, in the mesh that is chosen where the config says `auto`."""
+    if devices is None:
+        if choice.is_auto(config.mesh):
+            raise UserError("for how many devices shall the mesh be chosen?", where="mesh",
+                            hint=f"--machine {target.slug} --devices N counts those of all boxes")  # fmt: skip
+        return on(None)
+    shapes = choice.shapes_of(config.mesh, devices)
+    shape, weighed = choice.choose(shapes, on, planned, links_of(target.row, devices))
+    program = on(shape)
+    program.weighed = weighed
+    return program
+
+
+def in_mesh(config, on, run=None, budget=None) -> Rehearsal:
+    """The rehearsal on the devices of all processes: in the config's mesh or, where that says `auto`, in the one with
+    which `run` was begun, or that is chosen now. `on(shape)` makes it for a mesh."""
+    section = config.mesh
+    if not choice.is_auto(section):
+        return on((section.data, section.fsdp, section.tensor))
+    devices, _ = choose_devices(jax.devices())
+    shapes = choice.shapes_of(section, len(devices))
+
+    def decide():
+        known = run and files.read_json(run.plan)
+        before = choice.kept(section, known, len(devices), devices[0].device_kind) if known else None
+        return (before, []) if before else choice.choose(shapes, on, planned, links_here())
+
+    def planned(program: Rehearsal) -> Plan:
+        planner = planner_here(config, program.recipe, program=program, budget=budget, verify=False)
+        return priced_here(planner.run(), program)
+
+    shape, weighed = processes.agreed(decide)
+    program = on(tuple(shape))
+    program.weighed = weighed
+    return program
+
+
+def links_here() -> Links:
+    """The links between the devices of this run, over all of its processes."""
+    devices, machine = len(choose_devices(jax.devices())[0]), this_machine()
+    return links_of(machine.known, devices, max(devices // processes.boxes(), 1), machine.device_count)
+
+
+def priced_here(plan: Plan, program: Rehearsal) -> Plan:
+    """A plan for this machine, with what its mesh communicates."""
+    return priced(plan, program, links_here(), rates_for(this_machine()))
 
 
 def _uncompiled(plan: Plan, machine: str, fault: Exception) -> Plan:
@@ -87,19 +151,22 @@ def plan_here(config, recipe, program: Rehearsal, progress) -> Plan:
         plan = planner.run()
         if planner.unchanged(plan) is not None:
             cache.store(key, plan)
-    return plan
+    return priced_here(plan, program)
 
 
 def planner_here(
     config, recipe, *, program: Rehearsal | None = None, budget=None, verify=True, progress=None, compiled_later=False
 ) -> Planner:
     """The planner for this machine's own devices."""
-    program = program or rehearse(config, recipe, progress=progress)
+    if program is None:
+        program = in_mesh(
+            config, lambda shape: rehearse(config, recipe, mesh=meshes.make_mesh(*shape), progress=progress),
+            budget=budget,
+        )  # fmt: skip
     machine = this_machine()
     (limit, reason), saves = _limits(config, budget, program, _budget_here)
-    return Planner(
-        program, limit, reason, machine.device_kind, rates_for(machine), verify, progress, compiled_later, **saves
-    )
+    rates = with_links(rates_for(machine), program, links_here())
+    return Planner(program, limit, reason, machine.device_kind, rates, verify, progress, compiled_later, **saves)
 
 
 def most_here(config, program: Rehearsal) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ class Rehearsal:
     apart: bool = False
     capability: tuple[int, int] | None = None
     host_bytes: int | None = None
+    weighed: list = field(default_factory=list)  # what `boxes.choice` found of the meshes among which it chose
 
     def __post_init__(self):
         self.optimizer = optimizers.build(
@@ -300,10 +301,11 @@ def expected_shapes(recipe) -> dict[str, jax.ShapeDtypeStruct] | None:
     return shapes
 
 
-def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehearsal:
+def rehearse(config, recipe, *, mesh=None, target=None, sizes=None, progress=None) -> Rehearsal:
     """A rehearsal on `mesh`, or for `target` (a `machine.targets.Target`), whose devices need not be present.
 
-    If the recipe cannot name its arrays without its data, the data is prepared first.
+    `sizes`: of the axes of a target's mesh; by default those of the config, with one device for `data` -1. If the
+    recipe cannot name its arrays without its data, the data is prepared first.
     """
     shapes = recipe.shapes() if recipe.known else expected_shapes(recipe)
     if shapes is None:
@@ -311,7 +313,7 @@ def rehearse(config, recipe, *, mesh=None, target=None, progress=None) -> Rehear
     if target is None:
         mesh = mesh if mesh is not None else meshes.asked(config.mesh)
         return rehearse_here(config, recipe, mesh, shapes)
-    sizes = max(config.mesh.data, 1), config.mesh.fsdp, config.mesh.tensor
+    sizes = sizes or (max(config.mesh.data, 1), config.mesh.fsdp, config.mesh.tensor)
     count = math.prod(sizes)
     # Tracing works with devices of any kind; only compiling needs the target's own.
     devices = target_devices(target, count) if can_compile_for_gpu() else jax.devices()[:count]

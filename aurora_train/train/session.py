@@ -17,6 +17,7 @@ from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
+from aurora_train.boxes.gather import GatheredRun, GatheringRun
 from aurora_train.check.recipe_calls import rehearse_recipe
 from aurora_train.check.source import source_of
 from aurora_train.checkpoint.following import FollowedStore
@@ -41,7 +42,7 @@ from aurora_train.plan.verify import compiled_bytes
 from aurora_train.recipe import makes_experience
 from aurora_train.train.beginning import Beginning, refuse_other_data
 from aurora_train.train.energy import Energy
-from aurora_train.train.planning import asked, device_kind, most_here, pinned_plan, plan_here, whole_shape
+from aurora_train.train.planning import asked, device_kind, in_mesh, most_here, pinned_plan, plan_here, whole_shape
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.starting import Start, read_whole
@@ -162,7 +163,7 @@ def open_session(config, run: runs.Run, progress, *, replan: bool = False) -> Se
     config = settled(config, run)
     beginning = Beginning.of(config, run)
     recipe, fresh = beginning.recipe, run.step() == 0 and not run.plan.exists()
-    program, source, evaluates = _prepared(config, beginning, progress)
+    program, source, evaluates = _prepared(config, beginning, progress, None if replan else run)
     pinned = pinned_plan(run, config, program.mesh)
     if not config.recipe_bundled and (run.step() == 0 or runs.changed_code(run, config)):
         for line in rehearse_recipe(config, recipe, program, source):
@@ -206,8 +207,7 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
         if expected is not None and expected.keys() <= recipe.inherited.keys():  # nothing is only expected
             shapes = expected_shapes(recipe)
             if shapes is not None:
-                mesh = meshes.asked(config.mesh)
-                program = rehearse_here(config, recipe, mesh, shapes)
+                program = _program(config, recipe, shapes)
                 refuse_unknown_prefix(config, program.model())
                 _refuse_start(config, beginning, program)
         return ["not rehearsed: the data are not prepared yet; --prepare does that, and so does `aurora train`"]
@@ -216,14 +216,17 @@ def rehearse_config(config, progress, *, prepare: bool) -> list[str]:
     return rehearse_recipe(config, beginning.recipe, program, source)
 
 
-def _prepared(config, beginning: Beginning, progress) -> tuple[Rehearsal, Any, bool]:
+def _prepared(config, beginning: Beginning, progress, run=None) -> tuple[Rehearsal, Any, bool]:
     """(program, training data, whether there are validation data), once the data are prepared."""
     source, recipe = beginning.ready(progress), beginning.recipe
     evaluates = source_of(recipe, "validation") is not None  # an empty one is refused now, not at the last step
-    mesh = meshes.asked(config.mesh)
-    program = rehearse_here(config, recipe, mesh, batch_shapes(recipe, source))
+    program = _program(config, recipe, batch_shapes(recipe, source), run)
     refuse_unknown_prefix(config, program.model())
     return program, source, evaluates
+
+
+def _program(config, recipe, shapes, run=None) -> Rehearsal:
+    return in_mesh(config, lambda shape: rehearse_here(config, recipe, meshes.make_mesh(*shape), shapes), run)
 
 
 def _refuse_start(config, beginning: Beginning, program) -> None:
@@ -243,11 +246,12 @@ def _refuse_start(config, beginning: Beginning, program) -> None:
 
 def make_store(config, run: runs.Run, blueprint: Blueprint) -> CheckpointStore:
     """The checkpoints of a run, with the config's retention rules, written by all processes that hold a part of it."""
-    policy, kind = config.checkpoint, FollowedStore if run.follows else CheckpointStore
+    kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "best")}
     owners = meshes.owners(blueprint.state, blueprint.shardings) if count() > 1 else (0,)
-    return kind(
-        run.checkpoints, run.trash, keep=policy.keep, keep_every=policy.keep_every, best=policy.best, owners=owners
-    )
+    if isinstance(run, GatheringRun | GatheredRun):
+        return run.store(owners, **kept)
+    kind = FollowedStore if run.follows else CheckpointStore
+    return kind(run.checkpoints, run.trash, owners=owners, **kept)
 
 
 def open_for_reading(config, run: runs.Run, step: int | None, progress):

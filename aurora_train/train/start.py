@@ -14,6 +14,7 @@ import numpy as np
 from aurora_train import facts, files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
+from aurora_train.boxes import gather
 from aurora_train.check import preflight
 from aurora_train.config import dump
 from aurora_train.errors import Stopped, UserError
@@ -74,12 +75,12 @@ def train(
     plan that the run is pinned to.
     """
     with (
-        _own(run) as own, own.lock(), StopRequest() as stop, watchdog_of(config, run) as watchdog,
+        _own(run, config) as own, own.lock(), StopRequest() as stop, watchdog_of(config, run) as watchdog,
         Energy(config.energy, own) as energy,
     ):  # fmt: skip
         process = Process(own, stop, energy, stderr_console(), quiet or own.follows, watchdog)
         with _ends_noted(process) as ended:
-            config = settled(config, run)
+            config = settled(config, own)
             _refuse_unlike(config, run)
             session = _opened(config, process, replan)
             with _recorded(session) as events, failure_recorded(events, own.step):
@@ -130,13 +131,19 @@ def _ends_noted(process: Process):
 
 
 @contextlib.contextmanager
-def _own(run: runs.Run):
+def _own(run: runs.Run, config):
     """The run that this process writes: the run itself, or a temporary copy if another process leads."""
+    gathers = config.checkpoint.gather and processes.count() > 1
     if processes.leads():
-        yield run
+        with gather.leading(run) if gathers else contextlib.nullcontext(run) as own:
+            yield own
         return
     with tempfile.TemporaryDirectory(prefix=f"aurora-process-{processes.index()}-") as folder:
-        yield runs.FollowedRun(run, folder)
+        if gathers:
+            with gather.following(run, folder) as own:
+                yield own
+        else:
+            yield runs.FollowedRun(run, folder)
 
 
 def _refuse_unlike(config, run: runs.Run) -> None:
@@ -146,7 +153,8 @@ def _refuse_unlike(config, run: runs.Run) -> None:
     devices, _ = profile.choose_devices(jax.local_devices())
     processes.refuse_unlike("set of devices", f"{len(devices)} x {devices[0].device_kind}")
     processes.refuse_unlike("config", dump(config))  # what is `auto` in it may have been settled by the machine
-    processes.refuse_unlike("run folder (it has to be on a disk that all of them see)", run.holder())
+    if not config.checkpoint.gather:
+        gather.refuse_unshared(run)
 
 
 def _unrecorded_if_unsaved(status: int):
