@@ -155,9 +155,11 @@ def _keep_stdout_for_results() -> None:
 def _each_for_itself() -> None:
     """Make Orbax, which reads and writes files in this process, see a single process.
 
-    Otherwise it would wait for all processes at every save, and no setting of its own turns that off everywhere. The
-    threads of a save would send each other their signals through the store that all processes share, under the same
-    names in each.
+    Otherwise it would wait for all processes at every save. No setting turns that off everywhere: Orbax 0.12.8 takes
+    jax's store for the signals between the threads of a save whenever there is one (`signaling_client`), under the
+    same names in each process, so that two saves at once wait for ever; and its barriers and broadcasts ask
+    `jax.process_count`, whatever `multiprocessing` says. Its own saves over processes are no way out: they need a disk
+    that all machines share, and none of ours does with `checkpoint.gather`.
     """
     import jax
     from orbax.checkpoint._src.multihost import multihost

@@ -65,6 +65,16 @@ def test_where_the_processes_shall_run_is_asked(capsys):
     assert "`-oProxyCommand=touch x` is no machine's name" in capsys.readouterr().err
 
 
+def test_the_config_is_read_before_a_machine_is_reached(capsys, monkeypatch):
+    monkeypatch.setattr(launching, "Host", lambda *arguments: pytest.fail("a machine was reached"))
+    assert in_process("launch", "--processes-here", "2", "quickstart", "optimizer.lrr=1") == 2
+    assert "did you mean `lr`" in capsys.readouterr().err
+    assert in_process("launch", "--hosts", "a,b", "quickstart", "--replann") == 2
+    assert "--replann" in capsys.readouterr().err
+    assert in_process("launch", "--processes-here", "2", "resume", "no/such/run") == 2
+    assert "not a run folder" in capsys.readouterr().err
+
+
 def test_processes_of_one_machine_divide_its_gpus():
     def shares(*boxes: tuple[str, int]) -> list[str | None]:
         hosts = [SimpleNamespace(index=index, facts={"machine": machine, "gpus": gpus})
