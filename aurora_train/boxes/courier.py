@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from aurora_train.errors import UserError
+from aurora_train.machine import processes
 
 log = logging.getLogger("aurora_train")
 
@@ -144,6 +145,15 @@ class Depot:
             channel.send({"failed": str(error)})
 
 
+@contextlib.contextmanager
+def _while_process_0_is_there():
+    """In this context, a connection that breaks is the end of process 0, as it is known to the line between them."""
+    try:
+        yield
+    except OSError as error:
+        raise processes.lost(ConnectionError(f"connection reset: {error}")) from None
+
+
 class Courier:
     """The side of another process: asks process 0, and offers its part of a save."""
 
@@ -152,26 +162,27 @@ class Courier:
         self._channel = self._connected({})
 
     def _connected(self, hello: dict) -> Channel:
-        channel = Channel(socket.create_connection((self._place["host"], self._place["port"])))
-        channel.send({"word": self._place["word"], **hello})
+        with _while_process_0_is_there():
+            channel = Channel(socket.create_connection((self._place["host"], self._place["port"])))
+            channel.send({"word": self._place["word"], **hello})
         return channel
 
     def ask(self, what: str, **about) -> dict:
         """Process 0's answer. UserError if it has none."""
-        with self._lock:
+        with self._lock, _while_process_0_is_there():
             self._channel.send({"ask": what, **about})
             return self._channel.receive()
 
     def files(self) -> tuple[dict, bytes]:
         """(what process 0 knows of the run, an archive of its small files)."""
-        with self._lock:
+        with self._lock, _while_process_0_is_there():
             self._channel.send({"ask": "files"})
             known = self._channel.receive()
             return known, self._channel.bytes(known["bytes"])
 
     def array(self, **which) -> np.ndarray:
         """A part of a stored leaf, in the dtype in which it is stored."""
-        with self._lock:
+        with self._lock, _while_process_0_is_there():
             self._channel.send({"ask": "array", **which})
             answer = self._channel.receive()
             return self._channel.array(answer["shape"], answer["dtype"])

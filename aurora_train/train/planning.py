@@ -125,6 +125,8 @@ def links_here() -> Links:
 
 def priced_here(plan: Plan, program: Rehearsal) -> Plan:
     """A plan for this machine, with what its mesh communicates."""
+    if program.mesh.devices.size == 1:
+        return plan
     return priced(plan, program, links_here(), rates_for(this_machine()))
 
 
@@ -165,7 +167,9 @@ def planner_here(
         )  # fmt: skip
     machine = this_machine()
     (limit, reason), saves = _limits(config, budget, program, _budget_here)
-    rates = with_links(rates_for(machine), program, links_here())
+    rates = rates_for(machine)
+    if program.mesh.devices.size > 1:
+        rates = with_links(rates, program, links_here())
     return Planner(program, limit, reason, machine.device_kind, rates, verify, progress, compiled_later, **saves)
 
 
