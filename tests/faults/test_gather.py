@@ -52,7 +52,7 @@ def apart():
         pytest.skip("needs root and mount namespaces")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_without_a_shared_disk_a_run_is_refused_gathers_is_killed_and_comes_back_to_the_bit(apart, tmp_path):
     still, moved = Boxes(tmp_path / "still"), Boxes(tmp_path / "moved")
     refused = ended(still.start("train", "toy.yaml", *SETTINGS, "--run", "r"))
