@@ -210,9 +210,12 @@ def _ticks_of_log(low: float, high: float) -> tuple[float, ...]:
     return tuple(found) if len(found) > 2 else _ticks(low, high)
 
 
-def _written(ticks: Sequence[float], form: Callable[[float], str] | None) -> list[str]:
-    if form is not None:
+def _written(scale: _Scale, form: Callable[[float], str] | None) -> list[str]:
+    ticks = scale.ticks
+    if form is not None or not ticks:
         return [form(tick) for tick in ticks]
+    if scale.log and ticks[-1] >= 5 * ticks[0]:
+        return [count(tick) if tick >= 1e4 else f"{tick:.3g}" for tick in ticks]
     largest, apart = max(map(abs, ticks)), min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
     if largest >= 1e4:
         return [count(float(f"{tick:.10g}")) for tick in ticks]
@@ -226,9 +229,9 @@ def _written(ticks: Sequence[float], form: Callable[[float], str] | None) -> lis
 
 def _texts(across: _Scale, up: _Scale, axes: Axes) -> str:
     parts = [f'<i class="y" style="top:{100 - up.at(tick) * 100 / _SIDE:.2f}%">{escape(text)}</i>'
-             for tick, text in zip(up.ticks, _written(up.ticks, axes.form), strict=True)]  # fmt: skip
+             for tick, text in zip(up.ticks, _written(up, axes.form), strict=True)]  # fmt: skip
     shown = [(float(across.at(tick)) * 100 / _SIDE, text)
-             for tick, text in zip(across.ticks, _written(across.ticks, axes.form_x), strict=True)]  # fmt: skip
+             for tick, text in zip(across.ticks, _written(across, axes.form_x), strict=True)]  # fmt: skip
     parts += [f'<i class="x" style="left:{place:.2f}%">{escape(text)}</i>' for place, text in shown if place < 88]
     parts.append(f'<i class="x last" style="left:100%">{escape(axes.xlabel)}</i>')
     return "".join(parts)
