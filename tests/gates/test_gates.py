@@ -43,7 +43,8 @@ def lab(tmp_path_factory, shared_cache, corpus):
             for number in range(DOCUMENTS):
                 (texts / f"{number}.txt").write_text(words[number * 300 : number * 300 + 300] + more)
             (folder / f"{name}.yaml").write_text(CONFIG.format(corpus=texts.name))
-            assert in_process("train", f"{name}.yaml", "--run", name, "--quiet") == 0
+            scored = f"evaluate.final={str(name == 'clean').lower()}"
+            assert in_process("train", f"{name}.yaml", scored, "--run", name, "--quiet") == 0
         row = json.dumps({"question": ITEM.upper(), "answer": "the Elbe"})
         other = json.dumps({"q": "How many moons of the outer planets were known before the first probe flew by?"})
         Path("held.jsonl").write_text(f"{row}\n{other}\n")
@@ -106,7 +107,7 @@ CASES = {
     "secrets: a key is in the texts": ("dirty", lambda: {"secrets": True}, "AWS Access Key (AKIA...)"),
     "secrets: none is": ("clean", lambda: {"secrets": True}, ""),
     "all, and one fails": (
-        "dirty", lambda: {"licence": ["see LICENSE"], "secrets": True, "score": {"bits_per_byte": {"max": 20}}},
+        "dirty", lambda: {"licence": ["see LICENSE"], "secrets": True, **sets("other.jsonl")},
         "does not pass the gate `secrets`, and so there is no `aurora export` of it"),
     "all, and two fail": (
         "dirty", lambda: {"licence": ["MIT"], "secrets": True}, "the gate `licence` and the gate `secrets`"),
