@@ -19,10 +19,10 @@ from datetime import date
 from pathlib import Path
 
 from aurora_train.config.energy import Energy as Setting
+from aurora_train.energy.account import Energy
+from aurora_train.energy.meter import in_words
 from aurora_train.machine.profile import cpu_model
-from aurora_train.record.energy import in_words
 from aurora_train.run import Run
-from aurora_train.train.energy import Energy
 
 ROUNDS, LOG_EVERY = 7, 10
 

@@ -22,13 +22,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
+from aurora_train import bundled
 from aurora_train.compat import jaxprs_in_params
 from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.sequence import CausalGRU, CausalTransformer
 from aurora_train.nn.tracing import platform, tracing
 from aurora_train.nn.transformer import make_context
 from aurora_train.plan.residuals import equation_flops, frontier, num_bytes, stack_unit, trace_unit
+
+sys.path.insert(0, str(bundled.recipes_folder()))  # for the kit
+from neural.sequence import CausalGRU, CausalTransformer  # noqa: E402
 
 BATCH, LENGTH = 2, 128
 SHAPE = {"width": 64, "layers": 2, "heads": 4, "mlp_width": 160}

@@ -21,6 +21,7 @@ ORDER = [
     {"train"},
     {"boxes"},
     {"lineage"},
+    {"always_on", "energy", "score"},
     {"origin"},
     {"check"},
     {"interop"},

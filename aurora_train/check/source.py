@@ -1,11 +1,13 @@
-"""Checks a recipe's data: whether they are a Source, and the arrays that it returns."""
+"""Checks a recipe's data: whether they are a Source, the arrays that it returns, and whether a run began with them."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from aurora_train import files
 from aurora_train.check.blame import place_of, recipe_code
 from aurora_train.errors import UserError
+from aurora_train.run import Run
 
 _OWED = {
     "fingerprint": "a sha256 over all that decides what `take` returns", "__len__": "the number of examples",
@@ -43,3 +45,19 @@ def taken(recipe, source, indices) -> dict[str, np.ndarray]:
                 hint=f"its leading axis is the examples: [{len(indices)}, ...]",
             )  # fmt: skip
     return batch
+
+
+def refuse_other_data(run: Run, source) -> None:
+    """UserError unless a resumed run reads the data that it started with."""
+    known = files.read_json(run.provenance)
+    if known is None or "data" not in known:  # an imported run has had none
+        return
+    started_on = known["data"]["fingerprint"]
+    if started_on != source.fingerprint:
+        raise UserError(
+            "the training data is not what this run started on",
+            where=str(run.folder),
+            why=f"its fingerprint was {started_on[:16]}, it is now {source.fingerprint[:16]}",
+            hint="restore the old data, or start a new run: `aurora train CONFIG --fresh`; "
+            "`aurora generate RUN` and `aurora evaluate RUN --on FILE` do not need it",
+        )

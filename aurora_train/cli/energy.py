@@ -22,8 +22,8 @@ def command(
     json: JsonOption = False,
 ):
     """Show what measures energy here, what it covers, how far off it may be, and the knob for power."""
+    from aurora_train.energy.meter import sources
     from aurora_train.machine import knob, nvml
-    from aurora_train.record.energy import sources
 
     restored = knob.restore_left()
     if restore:

@@ -53,7 +53,7 @@ def command(
 
     with preparation(quiet=quiet) as progress:
         trained = load(run, step, recipe=recipe, by="evaluate", progress=progress)
-        from aurora_train.train.score import score_lines, score_loaded
+        from aurora_train.score import score_lines, score_loaded
 
         try:
             record = score_loaded(trained, progress, on=on, baselines=baselines)

@@ -24,7 +24,7 @@ def command(
     json: JsonOption = False,
 ):
     """Import an open model: weights, tokenizer, chat template and licence, as a run at step 0."""
-    from aurora_train.train.importing import import_model
+    from aurora_train.interop.importing import import_model
 
     run, opened = import_model(source, str(to), online=online)
     count = sum(_size(shape) for shape in opened.shapes.values())

@@ -53,7 +53,7 @@ def _show(config, run, split: str, data_step: int, rows: int, json: bool, exampl
     from aurora_train.machine.profile import prepare_environment
 
     prepare_environment(config)  # a recipe may measure its data by the model that the run starts from
-    from aurora_train.data.inspection import inspect_batch, inspect_example, show
+    from aurora_train.check.inspection import inspect_batch, inspect_example, show
     from aurora_train.machine.precision import settled
     from aurora_train.record.console import plain_console
     from aurora_train.record.progress import preparation

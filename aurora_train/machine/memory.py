@@ -2,7 +2,7 @@
 
 If processor and accelerator share their memory, the total that the device reports is not usable: allocating it freezes
 the machine. The budget there is MemAvailable less a reserve, and never more than the cgroup leaves. Only this module
-reads /proc/meminfo, memory pressure and cgroups; `train/guard.py` calls it during training.
+reads /proc/meminfo, memory pressure and cgroups; `always_on/guard.py` calls it during training.
 """
 
 from __future__ import annotations

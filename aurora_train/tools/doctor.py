@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from aurora_train.energy.meter import in_words, sources
 from aurora_train.files import cache_folder
 from aurora_train.machine import nvml
 from aurora_train.machine.memory import budget_bytes, device_memory
@@ -31,7 +32,6 @@ from aurora_train.machine.profile import (
     this_machine,
 )
 from aurora_train.machine.rates import flop_rate, rates_for, store
-from aurora_train.record.energy import in_words, sources
 from aurora_train.tools.calibrate import matmul_seconds, measure
 from aurora_train.units import percent, size
 

@@ -62,7 +62,7 @@ def report_ending(outcome) -> None:
     No report is written if the run stopped for lack of memory, because drawing takes a hundred megabytes, or if
     another process writes the run's record. Raises UserError if the folder cannot be written.
     """
-    from aurora_train.train.guard import EXIT_LOW_MEMORY
+    from aurora_train.always_on.guard import EXIT_LOW_MEMORY
     from aurora_train.train.saving import EXIT_UNSAVED
     from aurora_train.train.signals import StopRequest
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aurora_train.check.inspection import inspect_batch, not_finite
 from aurora_train.checkpoint import layout
-from aurora_train.data.inspection import inspect_batch, not_finite
 from aurora_train.errors import UserError
 from aurora_train.machine.processes import agreed
 from aurora_train.nn.carried import training_loss

@@ -14,7 +14,7 @@ from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import run as runs
 from aurora_train.check.blame import recipe_code
-from aurora_train.check.source import source_of, taken
+from aurora_train.check.source import refuse_other_data, source_of, taken
 from aurora_train.config import Config, tree_of
 from aurora_train.errors import UserError
 from aurora_train.facts import Facts
@@ -95,19 +95,3 @@ def _marker(config):
     own = {name: section for name, section in tree_of(config).items() if name not in Config.model_fields}
     decisive = json.dumps([config.recipe, config.recipe_sha256, own], sort_keys=True)
     return files.cache_folder() / "prepared" / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.json"
-
-
-def refuse_other_data(run: runs.Run, source) -> None:
-    """UserError unless a resumed run reads the data that it started with."""
-    known = files.read_json(run.provenance)
-    if known is None or "data" not in known:  # an imported run has had none
-        return
-    started_on = known["data"]["fingerprint"]
-    if started_on != source.fingerprint:
-        raise UserError(
-            "the training data is not what this run started on",
-            where=str(run.folder),
-            why=f"its fingerprint was {started_on[:16]}, it is now {source.fingerprint[:16]}",
-            hint="restore the old data, or start a new run: `aurora train CONFIG --fresh`; "
-            "`aurora generate RUN` and `aurora evaluate RUN --on FILE` do not need it",
-        )

@@ -15,8 +15,8 @@ import jax
 from aurora_train import mesh as meshes
 from aurora_train.checkpoint.retention import is_among_best
 from aurora_train.machine import processes
+from aurora_train.score import validation_score
 from aurora_train.train.evaluate import Evaluator, validation_batches, weights_of
-from aurora_train.train.score import validation_score
 
 
 class Judged(NamedTuple):

@@ -19,6 +19,9 @@ from collections.abc import Callable
 
 import jax
 
+from aurora_train.always_on.guard import guard_of
+from aurora_train.always_on.pace import Pace
+from aurora_train.always_on.watchdog import STEP
 from aurora_train.checkpoint import layout
 from aurora_train.errors import Stopped, UserError
 from aurora_train.machine import processes
@@ -29,12 +32,9 @@ from aurora_train.record.voice import Voice
 from aurora_train.train.bad_numbers import Streak
 from aurora_train.train.evaluations import Evaluations
 from aurora_train.train.feed import open_feed
-from aurora_train.train.guard import guard_of
 from aurora_train.train.oom import noticed, refused
-from aurora_train.train.pace import Pace
 from aurora_train.train.saving import Saver
 from aurora_train.train.session import Process, Session
-from aurora_train.train.watchdog import STEP
 from aurora_train.units import decimal
 
 _EVALUATING = (

@@ -17,12 +17,14 @@ from aurora_train import facts as kept_facts
 from aurora_train import files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
+from aurora_train.always_on.watchdog import Watchdog
 from aurora_train.boxes.gather import GatheredRun, GatheringRun
 from aurora_train.check.recipe_calls import rehearse_recipe
-from aurora_train.check.source import source_of
+from aurora_train.check.source import refuse_other_data, source_of
 from aurora_train.checkpoint.following import FollowedStore
 from aurora_train.checkpoint.reading import opened
 from aurora_train.checkpoint.store import CheckpointStore
+from aurora_train.energy.account import Energy
 from aurora_train.errors import UserError
 from aurora_train.machine.precision import settled
 from aurora_train.machine.processes import agreed, count
@@ -40,14 +42,12 @@ from aurora_train.plan.account import sharded_bytes
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.verify import compiled_bytes
 from aurora_train.recipe import makes_experience
-from aurora_train.train.beginning import Beginning, refuse_other_data
-from aurora_train.train.energy import Energy
+from aurora_train.train.beginning import Beginning
 from aurora_train.train.planning import asked, device_kind, in_mesh, most_here, pinned_plan, plan_here, whole_shape
 from aurora_train.train.rehearsal import Rehearsal, batch_shapes, expected_shapes, make_recipe, rehearse_here
 from aurora_train.train.signals import StopRequest
 from aurora_train.train.starting import Start, read_whole
 from aurora_train.train.state import Blueprint, TrainState, together
-from aurora_train.train.watchdog import Watchdog
 from aurora_train.units import size
 
 log = logging.getLogger("aurora_train")

@@ -14,9 +14,12 @@ import numpy as np
 from aurora_train import facts, files
 from aurora_train import mesh as meshes
 from aurora_train import run as runs
+from aurora_train.always_on.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
+from aurora_train.always_on.watchdog import watchdog_of
 from aurora_train.boxes import gather
 from aurora_train.check import preflight
 from aurora_train.config import dump
+from aurora_train.energy.account import Energy
 from aurora_train.errors import Stopped, UserError
 from aurora_train.lineage.following import ChainedEvents
 from aurora_train.machine import processes, profile
@@ -29,18 +32,15 @@ from aurora_train.record import metrics as logs
 from aurora_train.record.progress import Progress, preparation, silent, stderr_console
 from aurora_train.record.throughput import Throughput
 from aurora_train.record.voice import Voice, failure_recorded
+from aurora_train.score import score_before, score_run
 from aurora_train.train.announce import announce, say_damage, say_measured, say_replan
 from aurora_train.train.bad_numbers import BadNumbers, data_step_of, go_back, where_it_begins
-from aurora_train.train.energy import Energy
 from aurora_train.train.evaluations import Evaluations
-from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY, refuse_full
 from aurora_train.train.loop import UNSAVED, Loop, state_hash
 from aurora_train.train.oom import OutOfMemory, noticed, refused, replanned
 from aurora_train.train.saving import EXIT_UNSAVED
-from aurora_train.train.score import score_before, score_run
 from aurora_train.train.session import Process, Session, open_session
 from aurora_train.train.signals import EXIT_STOPPED, StopRequest
-from aurora_train.train.watchdog import watchdog_of
 
 _STATE = (
     "parameters and optimizer need the same memory under every plan: `aurora plan CONFIG` shows how much, and the "

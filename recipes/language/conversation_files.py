@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from aurora_train.data import readers
 from aurora_train.errors import UserError
-from language import tables, tasks
+from language import readers, tables, tasks
 from language.corpus import Corpus, licence, listed, located, of_hub
 from language.settings import resolve
 from language.settings_tune import MixedConversationsConfig

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
 from language import conversation_files
 from language.corpus import Corpus
+from language.readers import LeftOut
 from language.row_formats import FIELDS, FORMATS, TUNED, Row, fitting, missing_field
 from language.settings_tune import ConversationDataConfig, check_conversations
 from language.turns import BadRow, type_of

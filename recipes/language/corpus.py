@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aurora_train.data import find, readers
-from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
-from language import listing, tables
+from language import find, listing, readers, tables
+from language.readers import LeftOut
 from language.settings import TextDataConfig, check_settings, resolve
 
 log = logging.getLogger("aurora_train")

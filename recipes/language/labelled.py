@@ -22,10 +22,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from aurora_train.data import find
-from aurora_train.data.readers import Cell, LeftOut, Mistake
 from aurora_train.errors import UserError
-from language import tables
+from language import find, tables
+from language.readers import Cell, LeftOut, Mistake
 
 STDLIB = "python-stdlib"
 log = logging.getLogger("aurora_train")

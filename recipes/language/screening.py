@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aurora_train.data.readers import LeftOut
 from aurora_train.errors import UserError
 from language.corpus import Corpus, Mixture
+from language.readers import LeftOut
 from language.settings import ALL_HELD_OUT, TextDataConfig
 from language.store import SPLITS
 

@@ -86,7 +86,7 @@ class NeuralDecoding(OfRecording):
 
     def model(self, rngs):
         """spikes [B, T, U] -> standardised velocity float32[B, T, D]; output t sees bins up to t."""
-        from aurora_train.nn.sequence import CausalGRU, CausalTransformer
+        from neural.sequence import CausalGRU, CausalTransformer
 
         config = self.config.model
         shape = {"width": config.width, "layers": config.layers, "dropout": config.dropout}

@@ -88,7 +88,7 @@ class MaskedModel(OfRecording):
 
     def model(self, rngs):
         """float32[B, T, F] as `_inputs` makes them -> float32[B, T, U], log rates about their means."""
-        from aurora_train.nn.sequence import BidirectionalTransformer
+        from neural.sequence import BidirectionalTransformer
 
         config = self.config.model
         inputs = len(self.known["held_in"]) * (2 if config.smooth_ms else 1) + 1

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from aurora_train.always_on.guard import EXIT_LOW_MEMORY
+from aurora_train.always_on.watchdog import EXIT_HUNG
 from aurora_train.cli.main import main
 from aurora_train.machine.memory import host_memory
 from aurora_train.tools import unit
-from aurora_train.train.guard import EXIT_LOW_MEMORY
 from aurora_train.train.saving import EXIT_UNSAVED
 from aurora_train.train.signals import EXIT_STOPPED
-from aurora_train.train.watchdog import EXIT_HUNG
 
 DOC = Path(__file__).parents[2] / "docs" / "always-on.md"
 

@@ -21,9 +21,9 @@ import pytest
 import toy
 from kit import Aurora, events, final_hash, losses
 
+from aurora_train.always_on.guard import EXIT_LOW_MEMORY, LOW_MEMORY
 from aurora_train.checkpoint.audit import sealed_steps
 from aurora_train.plan.account import SAVE_COPIES
-from aurora_train.train.guard import EXIT_LOW_MEMORY, LOW_MEMORY
 
 MIB, GIB = 2**20, 2**30
 FIRST_TO_GO = 900  # oom_score_adj: however large the ballast is

@@ -10,7 +10,7 @@ import pytest
 import toy
 from kit import Aurora, events, final_hash, losses
 
-from aurora_train.train.watchdog import EXIT_HUNG
+from aurora_train.always_on.watchdog import EXIT_HUNG
 
 BUDGET_S = 15.0  # longer than compiling and saving take on two busy cores
 

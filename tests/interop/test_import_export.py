@@ -10,7 +10,7 @@ from open_models import FAMILIES, settings_of, weights_of, write_model
 
 import aurora_train
 from aurora_train.config import load_values
-from aurora_train.interop import export, families
+from aurora_train.interop import export, families, importing
 from aurora_train.interop.kept import facts_of
 from aurora_train.interop.placing import matched
 from aurora_train.interop.result import Result
@@ -18,7 +18,6 @@ from aurora_train.interop.source import open_source
 from aurora_train.interop.tokenizer_files import tokenizer_json
 from aurora_train.origin.parents import Parent, inherited_facts
 from aurora_train.tools.runs import listing
-from aurora_train.train import importing
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -173,7 +173,7 @@ def test_the_verb_shows_meters_and_knobs(gpu_box, capsys):
 
 
 def test_where_nothing_measures_the_verb_says_what_would(monkeypatch, capsys):
-    monkeypatch.setattr("aurora_train.record.energy.sources", lambda gpus, plug: [])
+    monkeypatch.setattr("aurora_train.energy.meter.sources", lambda gpus, plug: [])
     assert main(["energy"]) == 0
     out = capsys.readouterr().out
     assert "not measured here" in out and "RAPL" in out and "--plug FILE" in out

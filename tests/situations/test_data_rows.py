@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from texts import T, config, document, kept, texts, write_lines
 
-from aurora_train.data.inspection import inspect_batch
+from aurora_train.check.inspection import inspect_batch
 from aurora_train.errors import UserError
 from language.corpus import check_data, open_corpus
 from language.prepare import prepare

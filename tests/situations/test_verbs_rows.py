@@ -22,9 +22,9 @@ from aurora_train.plan.plan import Plan
 from aurora_train.recipe import few
 from aurora_train.record import metrics as logs
 from aurora_train.run import Run
+from aurora_train.score import _depends_on
 from aurora_train.tools import report_plan
 from aurora_train.tools.recorded import Recorded
-from aurora_train.train.score import _depends_on
 from aurora_train.train.start import sinks
 from neural.spikes import Trials
 from neural.velocity import velocity_plots

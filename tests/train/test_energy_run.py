@@ -8,11 +8,10 @@ import toy
 from kit import events, final_hash, losses, records
 
 from aurora_train.cli.main import main
+from aurora_train.energy import account, tuner
+from aurora_train.energy import meter as meters
+from aurora_train.energy.account import Energy
 from aurora_train.errors import UserError
-from aurora_train.record import energy as meters
-from aurora_train.train import energy as energies
-from aurora_train.train import power
-from aurora_train.train.energy import Energy
 from aurora_train.train.rehearsal import Rehearsal
 
 SHORT = ("--quiet", "log.every=5")
@@ -26,7 +25,7 @@ def here(tmp_path, shared_cache, monkeypatch):
     monkeypatch.setattr(meters, "_POWERCAP", tmp_path / "none")
     monkeypatch.setattr(meters, "TICK_SECONDS", 1e9)  # the steps of `box_of` tick
     for name, value in (("SETTLE_STEPS", 0), ("SETTLE_SECONDS", 0.0), ("STEPS", 1), ("SECONDS", 0.0), ("_REFINED", 0)):
-        monkeypatch.setattr(power, name, value)
+        monkeypatch.setattr(tuner, name, value)
     toy.write(tmp_path)
     return tmp_path
 
@@ -123,8 +122,8 @@ def clock_that_pauses_the_fifth_step(monkeypatch) -> list:
             asked.append(0)
             return datetime(2026, 12, 1, 6 if 5 <= len(asked) < 9 else 23, 30)
 
-    monkeypatch.setattr(energies, "datetime", Clock)
-    monkeypatch.setattr(energies, "_CLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(account, "datetime", Clock)
+    monkeypatch.setattr(account, "_CLOCK_SECONDS", 0.0)
     monkeypatch.setattr("aurora_train.train.loop._LOOK_SECONDS", 0.01)
     return asked
 

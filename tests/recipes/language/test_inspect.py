@@ -7,8 +7,8 @@ import pytest
 from corpora import config, write_folder
 from rich.console import Console
 
+from aurora_train.check.inspection import inspect_batch, show
 from aurora_train.data.batches import read_batch
-from aurora_train.data.inspection import inspect_batch, show
 from language.prepare import prepare
 from language.rows import TokenSource
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import Aurora, losses
 
+from aurora_train.check.inspection import inspect_batch
 from aurora_train.data.batches import read_batch
-from aurora_train.data.inspection import inspect_batch
 from aurora_train.data.order import Part, mixed, slots
 from aurora_train.errors import UserError
 from language.prepare import prepare

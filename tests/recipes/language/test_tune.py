@@ -7,8 +7,8 @@ import pytest
 from chats import TEMPLATE, TUNE, chat, write_chats
 from kit import in_process, losses
 
+from aurora_train.check.inspection import LEARNED_MARKS, inspect_batch
 from aurora_train.config import load_values
-from aurora_train.data.inspection import LEARNED_MARKS, inspect_batch
 from aurora_train.data.order import Part
 from aurora_train.errors import UserError
 from language import answer_scores

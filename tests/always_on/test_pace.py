@@ -2,7 +2,7 @@
 
 import pytest
 
-from aurora_train.train.pace import stragglers
+from aurora_train.always_on.pace import stragglers
 
 
 def figures(waited=0.01, product=0.002):

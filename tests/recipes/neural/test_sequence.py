@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aurora_train.nn.sequence import CausalGRU, CausalTransformer, GRULayer
+from neural.sequence import CausalGRU, CausalTransformer, GRULayer
 
 # Half the compile time, the same mathematics.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_train.train.guard import LOW_MEMORY, Guard, falling
+from aurora_train.always_on.guard import LOW_MEMORY, Guard, falling
 
 MIB, GIB = 2**20, 2**30
 HIDDEN = "memory of no process here (a GPU's, another container's, the kernel's)"

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from aurora_train.train.watchdog import EXIT_HUNG, FIRST_SECONDS, FLOOR_SECONDS, TIMES, Budgets, Watchdog
+from aurora_train.always_on.watchdog import EXIT_HUNG, FIRST_SECONDS, FLOOR_SECONDS, TIMES, Budgets, Watchdog
 
 HANG = """
 import sys, time
 from pathlib import Path
-from aurora_train.train.watchdog import Watchdog
+from aurora_train.always_on.watchdog import Watchdog
 folder = Path(sys.argv[1])
 with Watchdog(folder, folder / "events.jsonl", fixed=1.5, enabled=sys.argv[2] == "on") as dog:
     with dog.during("a step"):

@@ -8,9 +8,9 @@ import time
 import pytest
 from fake_nvml import Fake
 
+from aurora_train.energy.meter import EnergyMeter, gpu_source, in_words, sources
 from aurora_train.errors import UserError
 from aurora_train.machine import nvml
-from aurora_train.record.energy import EnergyMeter, gpu_source, in_words, sources
 
 
 def meter_of(fake: Fake, **settings) -> EnergyMeter:

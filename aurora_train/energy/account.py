@@ -1,7 +1,7 @@
 """A run's energy: what it has used over all its resumes, what that costs, and what the config's `energy` section asks.
 
 The loop calls `step` after each step, `measure` where it logs, `disturbed` after what is not training, and asks
-`asked` and `rest_seconds` between steps. Meters and knob are served by the meter's own thread (`record/energy.py`), so
+`asked` and `rest_seconds` between steps. Meters and knob are served by the meter's own thread (`energy/meter.py`), so
 that a step pays for a few additions. The batch and the maths are never touched.
 """
 
@@ -11,11 +11,11 @@ import time
 from collections import deque
 from datetime import datetime
 
+from aurora_train.energy.meter import GPU, EnergyMeter, Source, in_words, sources
+from aurora_train.energy.tuner import Search, Tuner
 from aurora_train.errors import UserError
 from aurora_train.machine import knob, nvml, processes
 from aurora_train.record import metrics as logs
-from aurora_train.record.energy import GPU, EnergyMeter, Source, in_words, sources
-from aurora_train.train.power import Search, Tuner
 from aurora_train.units import decimal
 
 BUDGET = "energy.budget_kwh"  # the first line of the reason for such a stop

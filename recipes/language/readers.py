@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aurora_train.data.arrow_json import plain_rows
+from language.arrow_json import plain_rows
 
 _BLOCK = 1 << 20
 _ROWS_PER_BATCH = 1024

@@ -16,6 +16,7 @@ from aurora_train.check.blame import recipe_code
 from aurora_train.check.limits import exceeded
 from aurora_train.check.remarks import remarks_on_losses
 from aurora_train.check.results import checked_result, checked_samples
+from aurora_train.check.source import refuse_other_data
 from aurora_train.config import dump
 from aurora_train.errors import UserError
 from aurora_train.nn.tracing import tracing
@@ -24,7 +25,6 @@ from aurora_train.recipe import makes_experience
 from aurora_train.record import metrics as logs
 from aurora_train.record.metrics import now
 from aurora_train.run import Run
-from aurora_train.train.beginning import refuse_other_data
 from aurora_train.units import decimal
 
 log = logging.getLogger("aurora_train")

@@ -5,9 +5,9 @@ import shutil
 import pytest
 from fake_nvml import Fake
 
+from aurora_train.energy.meter import EnergyMeter, sources
+from aurora_train.energy.tuner import Search, Tuner
 from aurora_train.machine import knob, nvml
-from aurora_train.record.energy import EnergyMeter, sources
-from aurora_train.train.power import Search, Tuner
 
 TOKENS = 1000  # of a step
 

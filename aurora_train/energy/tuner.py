@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from aurora_train.energy.meter import EnergyMeter
 from aurora_train.errors import UserError
 from aurora_train.machine import nvml
 from aurora_train.machine.knob import Knob
-from aurora_train.record.energy import EnergyMeter
 from aurora_train.units import percent
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the knob's range; 1 = as found

@@ -16,8 +16,8 @@ from corpora import config, text, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_train.data import readers
 from aurora_train.errors import UserError
+from language import readers
 from language.corpus import check_data, open_corpus
 from language.prepare import prepare
 
