@@ -60,8 +60,17 @@ KITS = {"language_model": {"language"}, "language/classify": {"language"}, "lang
         "neural/decoding": {"neural"}, "neural/masked": {"neural"}, "robot/policy": {"robot"},
         "driving/motion": {"driving"}}
 CONFIGS = bundled.configs()
-LONG = (*TUNED, "driving/motion")  # also in the slow tier alone
-SIZES = tuple(f"language/{size}" for size in NAMED)  # shrunk, they are much alike
+FIRST_TUNED = next(iter(TUNED))
+LONG = (FIRST_TUNED, "driving/motion")  # also in the slow tier alone
+# Shrunk, they are much alike: a release trains each of them.
+ALIKE = (*(f"language/{size}" for size in [*NAMED][1:]), *(name for name in TUNED if name != FIRST_TUNED))
+
+
+def shrunk() -> list:
+    """The configs to train, each with the marks of its tier."""
+    params = bundled_configs(pytest.mark.slow, also=LONG, needed=NEEDED_TO_RUN)
+    return [pytest.param(*one.values, marks=[*one.marks, pytest.mark.release]) if one.values[0] in ALIKE else one
+            for one in params]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,7 +85,7 @@ def test_a_kit_is_no_recipe():
     assert set(bundled.recipes()) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", bundled_configs(pytest.mark.slow, also=(*LONG, *SIZES[1:]), needed=NEEDED_TO_RUN))
+@pytest.mark.parametrize("name", shrunk())
 def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared_cache, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     monkeypatch.chdir(tmp_path)
@@ -96,7 +105,9 @@ def test_a_shrunk_config_trains_and_keeps_all_of_its_code(name, tmp_path, shared
     assert {path.partition("/")[0] for path in kept.beside} == KITS.get(recipe, set())
 
 
-@pytest.mark.parametrize("size", [s if s in ("125m", "8b") else pytest.param(s, marks=pytest.mark.slow) for s in NAMED])
+@pytest.mark.parametrize("size", [
+    size if size in ("125m", "8b") else pytest.param(size, marks=pytest.mark.release) for size in NAMED
+])  # fmt: skip
 def test_a_pretraining_config_is_planned_for_its_machine_as_its_comment_says(size, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path))  # rates that someone measured would give another time
     name = f"language/{size}"
@@ -113,8 +124,9 @@ def test_a_pretraining_config_is_planned_for_its_machine_as_its_comment_says(siz
 
 
 @pytest.mark.parametrize(("name", "machine"), [
-    pytest.param(name, machine, marks=[] if (name, machine) == ("language/qwen3-8b_qlora", "rtx-5090") else
-                 pytest.mark.slow) for name, machines in TUNED.items() for machine in machines
+    pytest.param(name, machine, marks={("language/qwen3-8b_qlora", "rtx-5090"): [],
+                                       ("language/70b_qlora", "dgx-station"): pytest.mark.slow}
+                 .get((name, machine), pytest.mark.release)) for name, machines in TUNED.items() for machine in machines
 ])  # fmt: skip
 def test_a_tuning_config_is_planned_without_weights_as_its_comment_says(name, machine, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path))  # rates that someone measured would give another time

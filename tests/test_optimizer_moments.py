@@ -23,12 +23,15 @@ from aurora_train.random import stream
 PLAIN = {"lr": 1e-2, "clip": None, "schedule": Schedule(name="constant")}
 CUT = ((0, 2), (2, 4))
 NARROW = [("adamw", "int8", "bfloat16"), ("muon", "bfloat16", "float32")]
+# The slow tier has what the two above leave out: each optimizer with 8 bits, and a moment of two bytes beside float32.
+UNLIKE = (("adamw", "bfloat16", "float32"), ("lion", "int8", "bfloat16"), ("muon", "int8", "bfloat16"))
 NARROW += [
-    pytest.param(name, moments, master, marks=pytest.mark.slow)
+    pytest.param(name, moments, master,
+                 marks=pytest.mark.slow if (name, moments, master) in UNLIKE else pytest.mark.release)
     for name in ("adamw", "lion", "muon")
     for moments, master in (("bfloat16", "float32"), ("int8", "float32"), ("float32", "bfloat16"), ("int8", "bfloat16"))
     if (name, moments, master) not in NARROW
-]
+]  # fmt: skip
 
 
 def model(seed, cuts=((0, 4),), units=4):
@@ -265,7 +268,7 @@ def test_each_stored_value_lies_under_the_name_and_in_the_shape_of_its_parameter
 
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-    "name,moments,master", [*NARROW[:2], pytest.param("muon", "int8", "float32", marks=pytest.mark.slow)]
+    "name,moments,master", [*NARROW[:2], pytest.param("muon", "int8", "float32", marks=pytest.mark.release)]
 )
 def test_an_update_that_is_not_good_leaves_everything_as_it_was(name, moments, master):
     config = Optimizer(name=name, moments=moments, master=master, **PLAIN)
@@ -313,8 +316,8 @@ def test_a_toy_loss_ends_where_float32_ends(name, moments, master):
     np.testing.assert_allclose(narrow[-1], wide[-1], rtol=0.03)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+@pytest.mark.parametrize("moments", [pytest.param("bfloat16", marks=pytest.mark.release),
+                                     pytest.param("int8", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_run_of_two_hundred_steps_ends_within_three_percent_of_float32(moments, tmp_path):
     from train.pieces import trained as run
 

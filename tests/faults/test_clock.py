@@ -45,8 +45,8 @@ def assert_sane(run: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.release
-def test_a_run_killed_and_resumed_three_days_earlier_says_so_and_ends_in_the_same_bits(tmp_path):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+def test_a_run_killed_and_resumed_three_days_earlier_says_so_and_ends_in_the_same_bits(tmp_path, shared_cache):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     aurora.good("train", config, "--run", "whole", "log.every=5", "--quiet")
     kill = {"TOY_SIGNAL": "take:27:SIGKILL"}
     killed = aurora("train", config, "--run", "cut", "log.every=5", "--quiet", environment=kill)
@@ -68,8 +68,8 @@ def test_a_run_killed_and_resumed_three_days_earlier_says_so_and_ends_in_the_sam
 
 
 @pytest.mark.release
-def test_a_clock_that_jumps_while_a_run_trains_confuses_neither_deadline_nor_watchdog(tmp_path):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+def test_a_clock_that_jumps_while_a_run_trains_confuses_neither_deadline_nor_watchdog(tmp_path, shared_cache):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     aurora.good("train", config, "--run", "whole", *MANY, "--quiet")
     clock = tmp_path / "clock"
 

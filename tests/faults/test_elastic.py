@@ -13,8 +13,8 @@ PLAIN = {"schedule: {warmup: 3}": "schedule: {name: constant}", "{accumulation: 
 @pytest.mark.parametrize(
     "axis", [pytest.param("data", marks=pytest.mark.release), pytest.param("fsdp", marks=pytest.mark.slow)]
 )
-def test_a_run_goes_from_eight_devices_to_four_to_one_to_two(axis, tmp_path):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path, **PLAIN)
+def test_a_run_goes_from_eight_devices_to_four_to_one_to_two(axis, tmp_path, shared_cache):
+    aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path, **PLAIN)
     aurora.good("train", config, "train.steps=50", "--run", "still", "--quiet")
     said = ""
     for devices, steps in LEGS:

@@ -25,9 +25,9 @@ def undisturbed(tmp_path_factory, shared_cache):
     return folder / "run"
 
 
-def on_a_small_disk(tmp_path, size: str, *settings, filler: str = "0", then: str = ""):
+def on_a_small_disk(tmp_path, cache, size: str, *settings, filler: str = "0", then: str = ""):
     """Train on a tmpfs of its own; `filler` bytes of another file come when it compiles. The rest ends in `kept`."""
-    config, aurora = toy.write(tmp_path), Aurora(tmp_path, tmp_path / "cache")
+    config, aurora = toy.write(tmp_path), Aurora(tmp_path, cache)
     (tmp_path / "disk").mkdir()
     command = " ".join(f"'{part}'" for part in aurora.command("train", config, *WIDE, *settings, "--run", "disk/run"))
     script = f"""mount -t tmpfs -o size={size} tmpfs disk || exit 99
@@ -50,8 +50,8 @@ def whole_checkpoints(run) -> list[int]:
     return sorted(int(path.name) for path in sealed)
 
 
-def test_older_rolling_checkpoints_make_room_and_the_run_ends_in_the_same_bits(undisturbed, tmp_path):
-    process = on_a_small_disk(tmp_path, "6m")
+def test_older_rolling_checkpoints_make_room_and_the_run_ends_in_the_same_bits(undisturbed, tmp_path, shared_cache):
+    process = on_a_small_disk(tmp_path, shared_cache, "6m")
     _, err = process.communicate(timeout=300)
     run = tmp_path / "kept" / "run"
     assert process.returncode == 0, err[-3000:]
@@ -61,9 +61,10 @@ def test_older_rolling_checkpoints_make_room_and_the_run_ends_in_the_same_bits(u
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed, tmp_path):
+def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed, tmp_path, shared_cache):
     freed = "(while [ ! -e free ]; do sleep 0.1; done; rm -f disk/filler) &"
-    process = on_a_small_disk(tmp_path, "6m", "checkpoint.patience_minutes=5", filler="5400000", then=freed)
+    settings = {"filler": "5400000", "then": freed}
+    process = on_a_small_disk(tmp_path, shared_cache, "6m", "checkpoint.patience_minutes=5", **settings)
     deadline = time.monotonic() + 120
     lines = []
     while time.monotonic() < deadline and not any("cannot save" in line for line in lines):
@@ -81,9 +82,9 @@ def test_a_disk_without_room_is_waited_for_and_the_next_save_commits(undisturbed
 @pytest.mark.parametrize(
     "how", [pytest.param("patience", marks=pytest.mark.slow), pytest.param("SIGTERM", marks=pytest.mark.release)]
 )
-def test_a_run_that_can_save_nothing_stops_with_its_own_status(how, tmp_path):
+def test_a_run_that_can_save_nothing_stops_with_its_own_status(how, tmp_path, shared_cache):
     patience = "0.05" if how == "patience" else "60"
-    process = on_a_small_disk(tmp_path, "6m", f"checkpoint.patience_minutes={patience}", filler="5400000")
+    process = on_a_small_disk(tmp_path, shared_cache, "6m", f"checkpoint.patience_minutes={patience}", filler="5400000")
     if how == "SIGTERM":
         while "cannot save" not in (line := process.stderr.readline()):
             assert line, "it ended before a save failed"

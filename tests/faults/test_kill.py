@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from killing import assert_kills_change_no_bit, schedule
+from killing import PHASES, assert_kills_change_no_bit, schedule
 from kit import TINY, Aurora, losses
 
 STEPS = 40  # of the tiny config: accumulation 2, dropout, BPE, packing, EMA and Muon are on
@@ -36,8 +36,8 @@ def test_a_run_killed_while_it_compiles_saves_steps_and_is_scored_is_the_run_tha
 
 
 @pytest.mark.slow
-def test_twenty_kills_over_all_phases_change_no_bit(undisturbed, tiny, tmp_path):
-    kill(schedule(20, SEED + 1), SEED + 1, undisturbed, tiny, tmp_path)
+def test_a_kill_in_every_phase_changes_no_bit(undisturbed, tiny, tmp_path):
+    kill(schedule(len(PHASES), SEED + 1), SEED + 1, undisturbed, tiny, tmp_path)
 
 
 @pytest.mark.release

@@ -94,8 +94,8 @@ def wait_for(process, condition, seconds: float) -> bool:
     return condition()
 
 
-def test_a_flipped_exponent_is_skipped_gone_back_from_and_in_no_checkpoint(tmp_path):
-    aurora, config, run = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path), tmp_path / "run"
+def test_a_flipped_exponent_is_skipped_gone_back_from_and_in_no_checkpoint(tmp_path, shared_cache):
+    aurora, config, run = Aurora(tmp_path, shared_cache), toy.write(tmp_path), tmp_path / "run"
     process = aurora.start("train", config, "--run", run, *OPTIONS)
 
     def count(what: str) -> int:

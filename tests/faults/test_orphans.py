@@ -28,8 +28,8 @@ def marked(mark: bytes) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "text"])
-def test_a_trainer_has_no_children_and_kill_9_leaves_nobody(kind, tmp_path, corpus):
-    aurora, config, mark = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path), uuid.uuid4().hex
+def test_a_trainer_has_no_children_and_kill_9_leaves_nobody(kind, tmp_path, corpus, shared_cache):
+    aurora, config, mark = Aurora(tmp_path, shared_cache), toy.write(tmp_path), uuid.uuid4().hex
     if kind == "text":  # prepares a tokenizer and a store
         config = tmp_path / "text.yaml"
         config.write_text(TINY.format(corpus=corpus))

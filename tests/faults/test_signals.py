@@ -20,13 +20,13 @@ SEED = 20261125
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def asked_again_and_again(tmp_path, number: int, seed: int, steps: int):
+def asked_again_and_again(tmp_path, number: int, seed: int, steps: int, cache):
     """Lives of one run, each asked to stop after a random part of its steps, until `number` signals were sent.
 
     Returns (signals by name, seconds from signal to exit, the run).
     """
     draw, sent, seconds = random.Random(seed), Counter(), []
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path)
+    aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path)
     settings = (f"train.steps={steps}", "checkpoint.every=1000", "evaluate.every=null")
     arguments = ("train", config, *settings, "--run", "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -49,25 +49,25 @@ def asked_again_and_again(tmp_path, number: int, seed: int, steps: int):
     return sent, seconds, tmp_path / "run"
 
 
-def undisturbed(tmp_path, steps: int):
-    aurora, config = Aurora(tmp_path, tmp_path / "cache"), toy.write(tmp_path / "plain")
+def undisturbed(tmp_path, steps: int, cache):
+    aurora, config = Aurora(tmp_path, cache), toy.write(tmp_path / "plain")
     settings = (f"train.steps={steps}", "checkpoint.every=1000", "evaluate.every=null")
     aurora.good("train", config, *settings, "--run", tmp_path / "plain" / "run", "--quiet")
     return tmp_path / "plain" / "run"
 
 
-def ask(tmp_path, number: int, steps: int):
-    sent, seconds, run = asked_again_and_again(tmp_path, number, SEED, steps)
+def ask(tmp_path, number: int, steps: int, cache):
+    sent, seconds, run = asked_again_and_again(tmp_path, number, SEED, steps, cache)
     print(json.dumps({"seed": SEED, "sent": sent, "median_s": statistics.median(seconds), "longest_s": max(seconds)}))
-    assert final_hash(run) == final_hash(undisturbed(tmp_path, steps))
+    assert final_hash(run) == final_hash(undisturbed(tmp_path, steps, cache))
     assert [step for step, _ in losses(run)] == list(range(1, steps + 1))
 
 
 @pytest.mark.slow
-def test_a_signal_of_each_kind_is_a_save_an_exit_75_and_no_other_bit(tmp_path):
-    ask(tmp_path, 3, 3000)
+def test_a_signal_of_each_kind_is_a_save_an_exit_75_and_no_other_bit(tmp_path, shared_cache):
+    ask(tmp_path, 3, 1500, shared_cache)
 
 
 @pytest.mark.release
 def test_sixty_signals_change_no_bit(tmp_path):
-    ask(tmp_path, 60, 20000)
+    ask(tmp_path, 60, 20000, tmp_path / "cache")

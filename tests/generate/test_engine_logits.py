@@ -1,7 +1,6 @@
 """Every way in which a text can be read gives the logits of the whole text without a cache, for every kind of layer."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from kit import Aurora
 from test_engine import ask, request
 from test_sampler import LONGROPE, SHAPES, VOCAB, decoder
 
@@ -74,10 +74,12 @@ def assert_alike(model, *heard):
             assert len(token.top) == 20 and all(abs(value - row[i]) < 1e-4 for i, value in token.top)
 
 
-FAST = ("windowed",)
+# In the slow tier those with unlike caches: a state, a table of positions, two turnings of one text, a prefix.
+SLOW = ("qwen3.5", "gpt2", "longrope", "prefix")
+TIERS = {"windowed": ()} | dict.fromkeys(SLOW, pytest.mark.slow)
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", [pytest.param(f, marks=TIERS.get(f, pytest.mark.release)) for f in FAMILIES])
 def test_a_text_has_the_same_logits_however_it_is_read(family):
     model = decoder(**FAMILIES[family])
     asked = [request(prompt, 10, logprobs=20) for prompt in PROMPTS]
@@ -116,12 +118,12 @@ def test_a_layer_of_a_recipes_own_kind_sees_neither_padding_nor_idle_rows():
 
 
 @pytest.mark.slow
-def test_eight_devices_write_what_one_writes_and_each_holds_its_share_of_slots_and_weights():
+def test_eight_devices_write_what_one_writes_and_each_holds_its_share_of_slots_and_weights(tmp_path, shared_cache):
     tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     code = "import json, sys; sys.path[:0] = json.loads(sys.argv[1]); import test_engine_logits as t; t.on_eight()"
-    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = Aurora(tmp_path, shared_cache).environment(devices=8)
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(tests)], env=os.environ | env, capture_output=True,
+        [sys.executable, "-c", code, json.dumps(tests)], env=env, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -132,13 +134,12 @@ def on_eight():
     assert jax.device_count() == 8
     mesh = meshes.make_mesh(4, 2)
     asked = [request(prompt, 10, logprobs=20) for prompt in PROMPTS]
-    for family in ("windowed", "qwen3.5"):
+    for family, together in (("windowed", True), ("qwen3.5", False)):
         model = decoder(**FAMILIES[family])
-        for together in (False, True):
-            engine = Engine(model, 8, 80, chunk=16, mesh=mesh, together=together)
-            assert_alike(model, ask(engine, *asked))
-            planned = engine.planned_bytes()
-            held = meshes.bytes_per_device(engine._caches)
-            assert len(held) == 8 and set(held.values()) == {planned["caches"] // 8}
-            kernels = [a for a in engine._weights if a.ndim == 3 and a.shape[1] % 2 == 0]
-            assert any(len({str(s.index) for s in a.addressable_shards}) == 2 for a in kernels)
+        engine = Engine(model, 8, 80, chunk=16, mesh=mesh, together=together)
+        assert_alike(model, ask(engine, *asked))
+        planned = engine.planned_bytes()
+        held = meshes.bytes_per_device(engine._caches)
+        assert len(held) == 8 and set(held.values()) == {planned["caches"] // 8}
+        kernels = [a for a in engine._weights if a.ndim == 3 and a.shape[1] % 2 == 0]
+        assert any(len({str(s.index) for s in a.addressable_shards}) == 2 for a in kernels)

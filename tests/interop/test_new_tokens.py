@@ -111,7 +111,7 @@ def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
     [
         pytest.param(("model.from=plain", "model.lora.rank=2"), "`embedding` is frozen", marks=pytest.mark.slow),
         pytest.param(("model.from=plain", "model.lora.targets=[query, embedding]"), "`head` is frozen",
-                     marks=pytest.mark.slow),
+                     marks=pytest.mark.release),
         ((), "tokens are added to the tokenizer of `from`"),
         (("model.from=plain", "init.facts=own"), "tokens are added to the tokenizer of `from`"),
     ],  # fmt: skip

@@ -1,5 +1,7 @@
 """Products of 8-bit operands, held to float64 sums of operands that ml_dtypes rounds, and which units take them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,7 +19,7 @@ from aurora_train.nn.decoder import Decoder
 from aurora_train.nn.decoder_config import DecoderConfig, Lora
 from aurora_train.nn.linear import linear
 from aurora_train.nn.stack import Segment
-from aurora_train.nn.tracing import tracing
+from aurora_train.nn.tracing import forms, tracing
 
 RNG = np.random.default_rng(11)
 FORMATS = [fp8.FORWARD, fp8.GRADIENT]
@@ -110,6 +112,17 @@ TOKENS = jnp.asarray(RNG.integers(0, 64, (2, 16)), jnp.int32)
 
 def gradients(ends=None, cut=None, **settings):
     """(gradients of a small model by dotted name, the jaxpr). `ends` None: in bfloat16."""
+    if settings:
+        return _gradients(ends, cut, **settings)
+    return _kept(ends, cut and tuple(cut), forms())
+
+
+@functools.cache  # the same few gradients serve several tests
+def _kept(ends, cut, form):
+    return _gradients(ends, cut)
+
+
+def _gradients(ends, cut, **settings):
     with tracing(fp8_ends=ends):
         model = Decoder(DecoderConfig(**SHAPE | settings), 64, "bfloat16", nnx.Rngs(params=0))
         model.stack.cut(tuple(cut or [Segment(0, 4)]), ends or 0)

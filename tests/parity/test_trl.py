@@ -206,8 +206,8 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in ("sums", "the start stored") else
+                                               pytest.mark.release) for c in CASES])  # fmt: skip
 def test_a_dpo_step_is_that_of_dpo_trainer(case, tiny, tmp_path):
     objective, settings, count, metrics = CASES[case]
     ours = Ours("language/prefer", tiny, pairs(), tmp_path / "ours", 80, objective=objective)

@@ -124,7 +124,10 @@ QUICK = "four microbatches"
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [c if c == QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("name", [
+    c if c == QUICK else pytest.param(c, marks=pytest.mark.slow if c == "two segments" else pytest.mark.release)
+    for c in CASES
+])  # fmt: skip
 def test_the_estimated_peak_is_near_the_compiled_one(name):
     cut, accumulation, sections, most = CASES[name]
     program = rehearsal(**sections)

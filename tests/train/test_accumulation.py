@@ -34,7 +34,7 @@ CUTS = {
     "one scan that keeps all": [Segment(0, 4)],
     "unrolled": [Segment(0, 4, None, True)],
 }
-SLOW = pytest.mark.slow
+SLOW, RELEASE = pytest.mark.slow, pytest.mark.release
 
 
 class Language(Recipe):
@@ -129,19 +129,24 @@ GRADIENTS = returning(lambda p, g: g)  # the step's new parameters are its gradi
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 
 
-@pytest.mark.parametrize("tied,precision", [(True, "float32"), pytest.param(False, "bfloat16", marks=SLOW)])
-@pytest.mark.parametrize("cuts", [pytest.param(cut, id=n, marks=SLOW if i else ()) for i, (n, cut) in
-                                  enumerate(CUTS.items())])
-def test_it_is_the_sum_of_whole_gradient_trees(cuts, tied, precision):
-    (ours, _), (naive, _) = both(Language(precision, tied=tied), cuts, GRADIENTS, 1)
+def in_tiers(marks: dict) -> list:
+    """Every (cut, precision), those that `marks` does not name before a release."""
+    return [pytest.param(cut, precision, id=f"{name}-{precision}", marks=marks.get((name, precision), RELEASE))
+            for name, cut in CUTS.items() for precision in TOLERANCE]  # fmt: skip
+
+
+@pytest.mark.parametrize("cuts,precision", in_tiers({("unlike save sets", "float32"): (),
+                                                     ("one scan that keeps all", "bfloat16"): SLOW}))  # fmt: skip
+def test_it_is_the_sum_of_whole_gradient_trees(cuts, precision):
+    recipe = Language(precision, tied=precision == "float32")
+    (ours, _), (naive, _) = both(recipe, cuts, GRADIENTS, 1)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours.params), jax.tree.leaves(naive.params), strict=True):
         limit = TOLERANCE[precision] * float(jnp.abs(b).max())
         np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
 
 
-@SLOW
-@pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts,precision", in_tiers({("unlike save sets", "float32"): SLOW,
+                                                     ("unrolled", "bfloat16"): SLOW}))  # fmt: skip
 def test_five_steps_on_it_are_five_steps_on_whole_gradient_trees(cuts, precision):
     recipe = Language(precision, tied=precision == "float32")
     (_, ours), (_, naive) = both(recipe, cuts, optimizers.build(OptimizerConfig(), 10), 5)

@@ -62,11 +62,11 @@ CONFIG = "recipe: policy.py\ntrain: {steps: 2, batch: 8}\noptimizer: {lr: 1e-2}\
 
 
 @pytest.fixture
-def policy(tmp_path) -> Aurora:
+def policy(tmp_path, shared_cache) -> Aurora:
     """A folder with the recipe and its config."""
     (tmp_path / "policy.py").write_text(POLICY)
     (tmp_path / "policy.yaml").write_text(CONFIG)
-    return Aurora(tmp_path, tmp_path / "cache")
+    return Aurora(tmp_path, shared_cache)
 
 
 def assert_drawn_and_remembered(aurora: Aurora) -> None:

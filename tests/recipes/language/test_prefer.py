@@ -266,7 +266,7 @@ def test_the_base_alone_is_the_start_also_under_trained_adapters(here, trained):
     assert np.abs(np.asarray(after.logits(tokens)) - base).max() > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.release  # in the slow tier TRL's steps are those of both (tests/parity/test_trl.py)
 def test_the_stored_reference_and_that_by_the_base_train_alike(here, config, trained):
     both = ["model.lora.rank=4", "model.lora.targets=['*']", "--quiet"]
     assert in_process("train", config, *both, "--run", here / "stored") == 0
