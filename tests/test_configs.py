@@ -17,7 +17,7 @@ from aurora_train.errors import UserError
 from aurora_train.interop import families
 from aurora_train.interop.placing import our_shapes, their_shapes
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.sizes import NAMED
+from aurora_train.tools.sizes import NAMED
 
 SHRUNK = ["train.steps=2", "train.batch=4", "memory.accumulation=1", "memory.unroll=false", "evaluate.examples=4",
           "evaluate.before=false", "evaluate.final=false", "checkpoint.every=2"]

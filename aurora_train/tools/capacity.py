@@ -18,12 +18,12 @@ from aurora_train.files import cache_folder
 from aurora_train.machine.memory import budget_bytes
 from aurora_train.machine.profile import this_machine
 from aurora_train.machine.targets import find_machine, machine_names
-from aurora_train.nn.sizes import GPT3, LLAMA3, LLAMA3_PAPER, NAMED
 from aurora_train.nn.stack import Segment
 from aurora_train.plan.plan import Plan
 from aurora_train.plan.planner import Planner
 from aurora_train.plan.verify import can_compile_for_gpu, target_devices
 from aurora_train.tools.report_page import flatten
+from aurora_train.tools.sizes import GPT3, LLAMA3, LLAMA3_PAPER, NAMED
 from aurora_train.train.rehearsal import Rehearsal, rehearse
 from aurora_train.units import percent
 

@@ -16,8 +16,8 @@ from aurora_train.errors import UserError
 from aurora_train.facts import DATE
 from aurora_train.interop.kept import TEMPLATE
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.sizes import derive_from_size
 from aurora_train.recipe import Derived, Loss, Recipe
+from aurora_train.tools.sizes import derive_from_size
 from language.starting import derive_from_source
 
 

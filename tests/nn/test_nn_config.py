@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from aurora_train.errors import UserError
 from aurora_train.nn.decoder_config import DecoderConfig
-from aurora_train.nn.sizes import NAMED, derive_from_size
+from aurora_train.tools.sizes import NAMED, derive_from_size
 
 REFUSED = [
     ({"width": 100, "heads": 6}, "heads (6) must divide width (100); heads: 5 would"),
@@ -140,7 +140,7 @@ def test_an_unknown_size_names_those_there_are():
 
 def test_the_config_imports_no_jax():
     code = (
-        "import sys, aurora_train.nn.decoder_config, aurora_train.nn.sizes;"
+        "import sys, aurora_train.nn.decoder_config, aurora_train.tools.sizes;"
         "print([m for m in ('jax', 'flax') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
