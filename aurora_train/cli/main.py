@@ -27,7 +27,7 @@ from aurora_train.machine import processes
 from aurora_train.machine.hugepages import restart_with_huge_pages
 from aurora_train.units import printable
 
-# `train.signals.EXIT_STOPPED` and `train.guard.EXIT_LOW_MEMORY`, repeated here because those modules import jax.
+# `train.signals.EXIT_STOPPED` and `always_on.guard.EXIT_LOW_MEMORY`, repeated here because those modules import jax.
 _STOPPED = (75, 77)
 _INTERRUPTED = 130  # 128 and SIGINT
 
