@@ -61,7 +61,8 @@ KITS = {"language_model": {"language"}, "language/classify": {"language"}, "lang
         "driving/motion": {"driving"}}
 CONFIGS = bundled.configs()
 FIRST_TUNED = next(iter(TUNED))
-LONG = (FIRST_TUNED, "driving/motion")  # also in the slow tier alone
+# Also in the slow tier alone: the tests of these recipes train them, too.
+LONG = (FIRST_TUNED, "driving/motion", "robot/two_modes", "language/classify", "neural/decoding")
 # Shrunk, they are much alike: a release trains each of them.
 ALIKE = (*(f"language/{size}" for size in [*NAMED][1:]), *(name for name in TUNED if name != FIRST_TUNED))
 

@@ -46,6 +46,7 @@ def test_the_documents_recipe_is_a_single_short_file(folder):
     assert len((folder / "forecast.py").read_text().splitlines()) < 110
 
 
+@pytest.mark.slow
 def test_a_layer_kind_of_a_users_own_trains_and_what_it_reports_is_on_record(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("AURORA_CACHE", str(folder / "cache"))
@@ -66,6 +67,7 @@ def test_a_users_own_recipe_passes_check_and_its_typos_are_found_by_line(folder)
     assert typo.returncode == 2 and "forecast.yaml:3:" in typo.stderr and "width" in typo.stderr
 
 
+@pytest.mark.slow
 def test_a_users_own_recipe_comes_back_from_a_kill_though_its_file_has_gone_and_is_scored(folder):
     run = folder / "run"
     arguments = ["train", "forecast.yaml", *SHORT, "train.steps=100000", "checkpoint.every=20", "--run", "run"]

@@ -69,7 +69,7 @@ def test_the_document_names_every_limit_and_its_client_is_python():
     compile(DOC.files["client.py"], "client.py", "exec")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_every_command_of_the_document_works_in_its_order(here, capsys, monkeypatch):
     assert len(DOC.commands) >= 12
     answers = {}

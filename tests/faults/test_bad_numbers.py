@@ -54,7 +54,7 @@ def test_the_bad_batch_is_left_out_and_the_steps_are_whole(undisturbed):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("after", ["rewind", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", ["rewind", pytest.param("save", marks=pytest.mark.release)])
 def test_a_run_that_is_killed_around_a_return_ends_with_the_same_bits(undisturbed, tmp_path, after, shared_cache):
     aurora, config = Aurora(tmp_path, shared_cache), toy.write(tmp_path)
     slow = {"TOY_SIGNAL": "take:9999:HANG"}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 
+import pytest
 import toy
 from killing import assert_whole
 from kit import Aurora, events, final_hash, losses
@@ -41,6 +42,7 @@ def killed_in_a_save(lab: Aurora, run, wait_s: float) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_in_place_is_the_run_that_copied_and_was_never_killed(tmp_path):
     settings = ("model.width=256", "train.steps=60", "checkpoint.every=5", "checkpoint.keep=2")
     toy.write(tmp_path)

@@ -107,7 +107,7 @@ def test_a_config_that_names_it_is_refused_at_the_key_while_the_network_is_off(h
     assert "tiny.yaml:3" in said and "the network is off" in said and "data.online=true" in said
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_starts_from_it_and_does_not_need_the_cache_afterwards(hub, tmp_path):
     (tmp_path / "texts").mkdir()
     for number in range(12):

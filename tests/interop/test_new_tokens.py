@@ -90,7 +90,7 @@ def test_new_rows_begin_as_the_mean_are_trained_and_go_out_and_come_back(here):
     assert aurora_train.load("wider-run").tokenizer.controls["<|t39|>"] == 296
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_is_a_base_too_and_hands_its_tokens_on(here, capsys):
     assert aurora("import", "plain", "--to", "plain-run") == 0
     two = 'init.tokens=["<a>", "<b>"]'

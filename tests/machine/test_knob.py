@@ -179,8 +179,8 @@ def test_where_nothing_measures_the_verb_says_what_would(monkeypatch, capsys):
     assert "not measured here" in out and "RAPL" in out and "--plug FILE" in out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [knob.POWER_CAP, knob.CLOCK_LOCK])
+@pytest.mark.parametrize("kind", [pytest.param(knob.POWER_CAP, marks=pytest.mark.slow),
+                                  pytest.param(knob.CLOCK_LOCK, marks=pytest.mark.release)])  # fmt: skip
 def test_the_knob_is_as_it_was_after_twenty_kills(gpu_box, tmp_path, kind):
     fake = gpu_box(count=2)
     for device in fake.devices:

@@ -135,7 +135,7 @@ def test_a_rank_stabilised_adapter_is_scaled_by_the_root_of_its_rank():
     assert nnx.eval_shape(lambda: Decoder(config, VOCAB, "float32", nnx.Rngs(params=0))).lora_scale == 2.0
 
 
-@pytest.mark.parametrize("tied,softcap", [(False, None), (True, 3.0)])
+@pytest.mark.parametrize("tied,softcap", [pytest.param(False, None, marks=pytest.mark.slow), (True, 3.0)])
 def test_adapters_of_embedding_and_head_are_those_of_the_merged_tables(tied, softcap):
     """Loss, gradients, token losses, logits and hidden states against a model whose tables hold the sum."""
     targets = ("embedding",) if tied else ("embedding", "head")
@@ -176,7 +176,7 @@ def outcome(graph, state):
     return found, nnx.to_pure_dict(slopes)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_frozen_head_with_an_adapter_costs_no_gradient_of_its_own():
     """By the compiler's count, of a head that is most of the model: it has two products of three, as without one."""
 
@@ -197,7 +197,7 @@ def test_a_frozen_head_with_an_adapter_costs_no_gradient_of_its_own():
     assert flops(Lora(rank=1, targets=("head",))) < 1.1 * alone and flops(None) > 1.25 * alone
 
 
-@pytest.mark.parametrize("save", [None, ()])
+@pytest.mark.parametrize("save", [None, pytest.param((), marks=pytest.mark.release)])
 @pytest.mark.optimized
 def test_no_gradient_of_a_frozen_kernel_is_computed_in_a_scanned_stack(save):
     """By the compiler's count: forward and input gradients are two of the three products of each kernel."""

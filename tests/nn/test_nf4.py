@@ -121,7 +121,8 @@ def test_the_kernels_of_the_blocks_are_coded_as_they_were_drawn_and_nothing_else
     np.testing.assert_array_equal(coded["embedding"], plain["embedding"])
 
 
-@pytest.mark.parametrize("save", [None, (), ("mlp_up", "query")])
+@pytest.mark.parametrize("save", [None, *(pytest.param(save, marks=pytest.mark.release)
+                                         for save in ((), ("mlp_up", "query")))])  # fmt: skip
 def test_a_model_and_its_adapters_gradients_are_those_of_the_base_as_read(save):
     graph, coded, rest = made("nf4", save)
     plain_graph, plain, _ = made("compute", save)

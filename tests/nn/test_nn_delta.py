@@ -96,6 +96,7 @@ def test_a_document_has_no_gradient_in_the_one_before():
         assert not gradient[1, :128].any() and np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_a_prompt_with_padding_and_then_single_tokens_give_what_the_whole_gives(model):
     rng = np.random.default_rng(4)
     tokens, lengths = rng.integers(0, 50, (2, 24)), np.array([9, 16])
@@ -111,6 +112,7 @@ def test_a_prompt_with_padding_and_then_single_tokens_give_what_the_whole_gives(
         np.testing.assert_allclose(hidden[:, 0], whole[jnp.arange(2), at], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_prompts_of_unlike_length_continue_together_as_alone(model):
     generator = Generator(model, [0])
     prompts = [[1, 2, 3], [4] * 20]

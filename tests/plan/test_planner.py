@@ -243,7 +243,7 @@ def test_what_a_cut_keeps_and_its_gradients_come_on_top_of_what_every_plan_needs
 # ---- less than before
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_each_smaller_plan_needs_clearly_less_until_there_is_none():
     search = again(0.8 * full())
     plan, seen = search.run(), []

@@ -35,6 +35,7 @@ def unread(monkeypatch):
     monkeypatch.setattr(residuals, "equation_flops", missing)
 
 
+@pytest.mark.slow
 def test_train_and_plan_go_on_and_say_what_could_not_be_read(here, monkeypatch, capsys):
     unread(monkeypatch)
     said = "recomputes everything: the planner cannot read `dot_general` (KeyError: 'no such name', residuals.py:"

@@ -233,6 +233,7 @@ def test_beside_adapters_the_head_is_trained_as_a_whole(trained, capsys):
     assert "model.lora.targets: the head of a classifier begins at random" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_new_texts_are_classified_where_the_table_is_not(trained, capsys):
     folder, run = trained
     (folder / "machines.csv").rename(folder / "gone.csv")

@@ -130,15 +130,22 @@ def test_setting_aside_again_after_a_kill_between_the_two_files_adds_nothing_twi
 KILLED_AT_CALL = """
     import os, signal, sys
     from aurora_train.record.metrics import set_aside
-    left = int(sys.argv[1])
-    def count(event, arguments):
-        global left
-        if event in ("open", "os.rename", "os.mkdir"):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(count)
-    set_aside(sys.argv[2], 3, sys.argv[3])
+
+    def ended(left):  # the status of a child that is killed at so many file operations
+        if pid := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        def count(event, arguments):
+            nonlocal left
+            if event in ("open", "os.rename", "os.mkdir"):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(count)
+        set_aside(sys.argv[1], 3, sys.argv[2])
+        os._exit(0)
+
+    for line in sys.stdin:
+        print(ended(int(line)), flush=True)
 """
 
 
@@ -148,10 +155,13 @@ def test_set_aside_killed_at_each_file_operation_leaves_the_old_log_or_the_new_o
     whole = path.read_bytes()
     kept = b"".join(whole.splitlines(keepends=True)[:3])
     code, kills = textwrap.dedent(KILLED_AT_CALL), 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-c", code, str(path), str(aside)], **pipes)
     for call in range(1, 40):
         path.write_bytes(whole)
         aside.unlink(missing_ok=True)
-        status = subprocess.run([sys.executable, "-c", code, str(call), str(path), str(aside)]).returncode
+        print(call, file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
         assert path.read_bytes() in (whole, kept)
         set_aside(path, 3, aside)
         assert path.read_bytes() + aside.read_bytes() == whole
@@ -159,6 +169,7 @@ def test_set_aside_killed_at_each_file_operation_leaves_the_old_log_or_the_new_o
             break
         assert status == -signal.SIGKILL
         kills += 1
+    server.communicate(timeout=60)
     assert kills >= 4
 
 

@@ -68,7 +68,8 @@ def test_what_a_recipe_imports_from_beside_itself_is_kept_hashed_and_its_own(her
     assert len(data) == 2
 
 
-@pytest.mark.parametrize("name", ["helpers/deep.py", pytest.param("toy.py", marks=pytest.mark.release)])
+@pytest.mark.parametrize("name", [pytest.param("helpers/deep.py", marks=pytest.mark.slow),
+                                  pytest.param("toy.py", marks=pytest.mark.release)])  # fmt: skip
 def test_H8_changed_code_is_said_by_a_read_and_refused_by_a_resume(name, here, capsys):
     file = here / "run" / "code" / name
     before = json.loads((here / "run" / "provenance.json").read_text())["recipe"]["sha256"]

@@ -148,6 +148,7 @@ def test_a_start_that_cannot_be_read_is_named_before_any_work(start, said, here,
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_R1_weights_and_averages_of_any_float_dtype_are_read(here):
     wide = ("optimizer.ema=0.9", "optimizer.master=bfloat16", "train.steps=2")
     assert aurora("train", "tiny.yaml", *wide, "--run", "e", "--quiet") == 0

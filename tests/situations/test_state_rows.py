@@ -128,6 +128,7 @@ def test_H1_statistics_are_carried_saved_restored_to_the_bit_and_used_in_evaluat
     assert final_hash(here / "stopped") == final_hash(here / "whole")
 
 
+@pytest.mark.slow
 def test_H1_a_run_that_starts_from_another_starts_with_its_statistics(here):
     assert aurora("train", "normed.yaml", "train.steps=6", "--run", "parent", *BARE) == 0
     barely = ("init.from=parent", "optimizer.lr=1e-9", "train.steps=1", "--run", "child", *BARE)
@@ -145,6 +146,7 @@ def test_H1_a_skipped_step_leaves_the_statistics_as_they_were(here):
     assert np.isfinite(np.asarray(model.norm.mean[...])).all() and np.isfinite(np.asarray(model.norm.var[...])).all()
 
 
+@pytest.mark.slow
 def test_H1_microbatches_are_the_users_alone_and_stay_what_they_were(here, capsys):
     assert aurora("train", "normed.yaml", "memory.accumulation=2", "train.steps=4", "--run", "two", *BARE) == 0
     assert int(aurora_train.load("two").model.calls[...]) == 8
@@ -157,7 +159,10 @@ def test_H1_microbatches_are_the_users_alone_and_stay_what_they_were(here, capsy
     assert "cannot be split into microbatches" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rngs", ["rngs", "nnx.Rngs(0)", "None"], ids=["H2-rngs", "H3-own-rngs", "H3-none"])
+@pytest.mark.parametrize("rngs", [
+    pytest.param("rngs", id="H2-rngs"), pytest.param("nnx.Rngs(0)", id="H3-own-rngs"),
+    pytest.param("None", id="H3-none", marks=pytest.mark.release),
+])  # fmt: skip
 def test_dropout_as_it_is_written_drops_in_training_alone(rngs, here):
     (here / "normed.py").write_text(RECIPE.replace("DROPOUT", rngs))
     rest = ("train.steps=1", *BARE)

@@ -46,6 +46,7 @@ def test_R12_a_space_after_the_prompt_is_kept(tmp_path, prompt):
     assert written.start == [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
+@pytest.mark.slow
 def test_R10_R12_one_file_trains_unscored_and_writes_after_a_prompt(tmp_path, monkeypatch, shared_cache, capsys):
     monkeypatch.setenv("AURORA_CACHE", str(shared_cache))
     (tmp_path / "one.txt").write_text(document(0, 2000))

@@ -113,7 +113,7 @@ SWEEP = ("sweep", "toy.yaml", "optimizer.lr=1e-3,1e-2", "train.steps=600", "chec
          "train.spike=null", "--run", "S")  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_M10_a_sweep_that_is_interrupted_and_killed_goes_on_to_what_it_would_have_been(aurora, here):
     aurora.good(*SWEEP[:-1], "whole", "--quiet")
 

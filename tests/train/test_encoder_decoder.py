@@ -152,6 +152,7 @@ def built(here, *overrides):
     return config, config.recipe_class(config, here / "cache")
 
 
+@pytest.mark.slow
 def test_it_is_killed_and_resumed_to_the_bit(here, shared_cache):
     assert main(["train", "reverse.yaml", "--run", "whole", "--quiet"]) == 0
     command, kill = ("train", "reverse.yaml", "--run", "killed", "--quiet"), {"KILLED_AT": "18"}

@@ -32,6 +32,7 @@ def test_plan_step_evaluation_and_score_take_one_form_which_is_printed(wish, tak
     assert json.loads((here / "run" / "plan.json").read_text())["plan"]["details"]["forms"] == taken
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_in_another_form_and_says_so(finished, traced, capsys):
     assert main(["resume", "run", "train.steps=32", "train.forms=plain"]) == 0
     assert set(traced) == {"plain"}

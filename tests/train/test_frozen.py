@@ -128,7 +128,7 @@ def resumed_without(run, *steps):
 # ---- the step
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.release), 2])
 def test_a_step_changes_adapters_alone_and_the_frozen_leaves_are_neither_donated_nor_moved(here, accumulation):
     session = opened(here, f"memory.accumulation={accumulation}")
     state = session.fresh()

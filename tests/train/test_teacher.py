@@ -90,6 +90,7 @@ def test_a_frozen_teacher_costs_no_gradient_and_no_moments_and_the_plan_knows(pa
     session.store.close()
 
 
+@pytest.mark.slow
 def test_it_lies_on_disk_once_for_all_checkpoints_and_is_the_run_that_it_came_from(pair, capsys):
     assert main(["train", "toy.yaml", *SETTINGS, "init.teacher=run", "--run", "new"]) == 0
     assert "the parameters under `teacher` start from" in capsys.readouterr().err

@@ -138,6 +138,7 @@ def test_constant_velocity_in_closed_loop_is_that_of_the_baselines():
         assert bool(collided[row]) == bool(scores["collision_6s"])
 
 
+@pytest.mark.slow
 def test_in_a_rollout_some_replay_and_the_others_follow_templates(batch, templates, roll):
     replayed = np.arange(batch["valid"].shape[1]) >= 3
     out = roll(cast(batch, replayed, False))

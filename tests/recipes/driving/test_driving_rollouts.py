@@ -86,6 +86,7 @@ def test_who_knows_the_recording_has_no_error_and_drives_as_recorded(source, tmp
     assert result["remarks"] == ["the score rests on 2 scenes: raise rollout.scenes, or hold out more"]
 
 
+@pytest.mark.slow
 def test_who_goes_straight_on_scores_as_constant_velocity_does(straight_on):
     forecasts, driven = rows_of(straight_on[0], 0), rows_of(straight_on[0], 1)
     np.testing.assert_allclose(forecasts["the model"], forecasts["constant velocity"], atol=1e-4)
@@ -103,6 +104,7 @@ def test_a_forecaster_is_shown_nothing_of_the_future(source, straight_on):
     np.testing.assert_array_equal(hidden["states"][:, :, :HISTORY], batch["states"][:, :, :HISTORY])
 
 
+@pytest.mark.slow
 def test_a_pedestrian_is_forecast_but_is_no_ego_car(source, straight_on, tmp_path):
     """Recordings have focal agents of all kinds. A car's rates are those of cars."""
     class Walked:

@@ -135,7 +135,7 @@ def test_a_source_with_less_than_a_row_is_named(folder):
         TokenSource(store, "train", 512, {"code": 1.0, "small": 1.0})
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_mixture_of_the_documentation_trains_is_scored_by_source_and_comes_back(folder, tmp_path):
     (yaml,) = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs/data.md").read_text(), flags=re.S)
     for name in ("code", "notes"):

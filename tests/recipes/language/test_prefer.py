@@ -308,6 +308,7 @@ def test_outcomes_are_counted_over_all_pairs_with_ties_as_halves(tmp_path):
     assert pair_scores.measures(tmp_path)["pair_accuracy"].value == pytest.approx(np.mean(every))
 
 
+@pytest.mark.slow
 def test_an_open_model_is_scored_on_conversations_by_the_loss_of_their_answers(here, capsys):
     """Beside a sum over the logits of one conversation."""
     said = [user("is 3 a number")[0], assistant("yes 3")[0]]

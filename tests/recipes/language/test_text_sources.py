@@ -82,6 +82,7 @@ def test_a_folder_of_tables_is_read_as_tables_and_says_what_it_leaves(tmp_path, 
     assert "1 other files are not read" in caplog.text
 
 
+@pytest.mark.slow
 def test_reading_a_local_table_looks_up_no_host(tmp_path):
     write_table(tmp_path / "table.parquet", [text(i) for i in range(5)])
     code = (

@@ -53,7 +53,9 @@ def alone(batch):
     return {name: np.stack([one[name] for one in rows]) for name in batch}
 
 
-@pytest.mark.parametrize("table", ["all", *(pytest.param(one, marks=pytest.mark.slow) for one in list(TABLES)[1:])])
+@pytest.mark.parametrize("table", [
+    pytest.param(one, marks=pytest.mark.slow if one == "all" else pytest.mark.release) for one in TABLES
+])  # fmt: skip
 def test_packed_rows_have_the_loss_and_gradients_of_single_conversations(folder, shared_cache, table):
     import jax
     from flax import nnx

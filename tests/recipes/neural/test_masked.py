@@ -113,6 +113,7 @@ def test_the_loss_is_the_likelihood_of_the_units_held_out_and_of_masked_bins(rec
     assert float(total) == pytest.approx(inferred.sum() / 4, rel=1e-5) and float(weight) == float(loss.weight)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_and_the_weight_does_not_depend_on_the_mask(recipe, model):
     batch, keys = batch_of(recipe, 8), jax.random.split(jax.random.key(0), 8)
     loss = jax.jit(lambda batch, keys: tuple(recipe.loss(model, batch, keys))[:2])

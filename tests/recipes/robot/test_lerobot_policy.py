@@ -25,6 +25,7 @@ def write(folder, damage=lambda folder: None):
     return folder / "mine.yaml"
 
 
+@pytest.mark.slow
 def test_a_bad_dataset_ends_a_run_with_one_message(tmp_path, monkeypatch, capsys):
     config = write(tmp_path, cell(DATA, 12, "action", [0.0, float("nan")]))
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path / "cache"))

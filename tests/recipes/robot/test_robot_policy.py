@@ -156,6 +156,7 @@ def test_instructions_that_mean_the_same_are_alike_to_a_language_model():
         assert alike[one, one + 1] > 0.2 + np.delete(alike[one], [one, one + 1]).max()
 
 
+@pytest.mark.slow
 def test_keypoints_say_where_a_feature_is_to_a_fraction_of_a_cell():
     module = Keypoints(ModelConfig(width=16, heads=2), "float32", nnx.Rngs(0))
     module.layers, module.norms, module.out = [lambda picture: 20 * picture[..., :1]], [], lambda places: places
@@ -167,6 +168,7 @@ def test_keypoints_say_where_a_feature_is_to_a_fraction_of_a_cell():
         np.testing.assert_allclose(found.ravel(), [row / 7.5 - 1, column / 7.5 - 1], atol=0.25 / 7.5)
 
 
+@pytest.mark.slow
 def test_a_policy_of_pictures_alone_has_no_array_without_entries():
     """Which no checkpoint could hold."""
     made = recorded()
@@ -179,6 +181,7 @@ def test_a_policy_of_pictures_alone_has_no_array_without_entries():
     assert chunk.shape == (3, CHUNK, 2)
 
 
+@pytest.mark.slow
 def test_each_camera_draws_other_dropout_than_the_encoder_and_other_cameras():
     drawn = []
 
