@@ -36,6 +36,7 @@ ORDER = [
     {"mesh"},
     {"machine"},
     {"config"},
+    {"sources"},
     {"recipe"},
     {"bundled", "compat", "errors", "facts", "files", "learning_rate", "random", "units"},
 ]

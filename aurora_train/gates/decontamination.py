@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aurora_train.data import find, readers
 from aurora_train.errors import UserError
+from aurora_train.sources import find, readers
 
 SHORTEST = 5  # words: every text holds shorter phrases of others
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",

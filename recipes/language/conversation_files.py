@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from aurora_train.errors import UserError
-from language import readers, tables, tasks
+from aurora_train.sources import readers
+from language import tables, tasks
 from language.corpus import Corpus, licence, listed, located, of_hub
 from language.settings import resolve
 from language.settings_tune import MixedConversationsConfig

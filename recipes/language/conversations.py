@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aurora_train.errors import UserError
+from aurora_train.sources.readers import LeftOut
 from language import conversation_files
 from language.corpus import Corpus
-from language.readers import LeftOut
 from language.row_formats import FIELDS, FORMATS, TUNED, Row, fitting, missing_field
 from language.settings_tune import ConversationDataConfig, check_conversations
 from language.turns import BadRow, type_of

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aurora_train.errors import UserError
-from language import find, listing, readers, tables
-from language.readers import LeftOut
+from aurora_train.sources import find, readers
+from aurora_train.sources.readers import LeftOut
+from language import listing, tables
 from language.settings import TextDataConfig, check_settings, resolve
 
 log = logging.getLogger("aurora_train")

@@ -23,8 +23,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from aurora_train.errors import UserError
-from language import find, tables
-from language.readers import Cell, LeftOut, Mistake
+from aurora_train.sources import find
+from aurora_train.sources.readers import Cell, LeftOut, Mistake
+from language import tables
 
 STDLIB = "python-stdlib"
 log = logging.getLogger("aurora_train")

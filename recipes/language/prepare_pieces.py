@@ -17,11 +17,11 @@ import numpy as np
 
 from aurora_train.data.prepared import changed, key_of, made, writing
 from aurora_train.errors import UserError
+from aurora_train.sources.readers import LeftOut
 from language.answers import RefusedRow
 from language.conversations import sources
 from language.pieces import Pieces
 from language.prepare import tokenizer_record
-from language.readers import LeftOut
 from language.screening import assign
 from language.settings import ALL_HELD_OUT
 from language.settings_tune import ConversationDataConfig

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from language.readers import LeftOut
+from aurora_train.sources.readers import LeftOut
 from language.turns import BadRow, answer, in_order, messages, schemas, text, wrong_type
 
 Placed = list[tuple[str, dict]]  # messages, each with its place in the row

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from aurora_train.errors import UserError
+from aurora_train.sources.readers import LeftOut
 from language.corpus import Corpus, Mixture
-from language.readers import LeftOut
 from language.settings import ALL_HELD_OUT, TextDataConfig
 from language.store import SPLITS
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from aurora_train.errors import UserError
-from language import readers
-from language.readers import Cell, LeftOut, Mistake
+from aurora_train.sources import readers
+from aurora_train.sources.readers import Cell, LeftOut, Mistake
 
 KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv",

@@ -11,9 +11,9 @@ import pytest
 from rows_of_chats import GOOD, TOOL, TOOLS, A, S, U, lines, rows_of, said, user
 
 from aurora_train.errors import UserError
+from aurora_train.sources.readers import LeftOut
 from language import conversations
 from language.conversations import Conversation, check, read, read_judged, read_pairs
-from language.readers import LeftOut
 from language.settings_tune import ConversationDataConfig, MixedConversationsConfig
 
 

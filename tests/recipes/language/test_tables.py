@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_train.errors import UserError
-from language import readers
+from aurora_train.sources import readers
 from language.corpus import check_data, open_corpus
 from language.prepare import prepare
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from language.arrow_json import plain_rows
+from aurora_train.sources.arrow_json import plain_rows
 
 _BLOCK = 1 << 20
 _ROWS_PER_BATCH = 1024
