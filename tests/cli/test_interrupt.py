@@ -29,6 +29,14 @@ def test_ctrl_c_while_a_plan_is_compiled_ends_it_at_once(tiny, tmp_path):
     assert err.endswith("interrupted\n") and "Traceback" not in err and not out
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C raises as usual: a suite that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_within_garbage_collection_is_not_lost(monkeypatch, capsys):
     def pressed(phase, info):  # as jax's own callback, in which nothing can be raised
         gc.callbacks.remove(pressed)

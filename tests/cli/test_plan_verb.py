@@ -33,8 +33,9 @@ def planner(monkeypatch):
     """A planner and a table of capacities that write down what they were asked: the real ones have their own tests."""
     made = types.SimpleNamespace(plan=PLAN, asked=[])
 
-    def plan_config(config, recipe, *, machine, budget=None, verify=True, progress=None):
-        made.asked.append({"config": config, "recipe": recipe, "machine": machine, "budget": budget, "verify": verify})
+    def plan_config(config, recipe, *, machine, devices=None, budget=None, verify=True, progress=None):
+        made.asked.append({"config": config, "recipe": recipe, "machine": machine, "devices": devices,
+                           "budget": budget, "verify": verify})  # fmt: skip
         progress(0, None, "searching")
         return made.plan
 
@@ -62,10 +63,10 @@ def test_the_page_begins_with_the_verdict_and_a_pipe_gets_no_colours(here, plann
 
 
 def test_what_the_options_say_reaches_the_planner(here, planner, capsys):
-    options = ["--machine", "dgx-spark", "--budget", "96GB", "--no-compile"]
+    options = ["--machine", "dgx-spark", "--devices", "2", "--budget", "96GB", "--no-compile"]
     said(["plan", "toy.yaml", "train.batch=16", "model.layers=2", *options], capsys)
     (asked,) = planner.asked
-    assert (asked["machine"], asked["budget"], asked["verify"]) == ("dgx-spark", 96 * GB, False)
+    assert (asked["machine"], asked["devices"], asked["budget"], asked["verify"]) == ("dgx-spark", 2, 96 * GB, False)
     assert (asked["config"].train.batch, asked["config"].model.layers) == (16, 2)
 
 
