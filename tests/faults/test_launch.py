@@ -150,6 +150,7 @@ def test_a_run_over_ssh_is_stopped_and_continued_by_one_command(ssh, tmp_path):
     ],
 )
 def test_a_machine_that_cannot_be_used_is_named(ssh, options, said, tmp_path):
+    toy.write(tmp_path)
     command = [*LAUNCH, *options, "--ssh", ssh, "toy.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), text=True, capture_output=True, timeout=120)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
