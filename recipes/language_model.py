@@ -11,12 +11,12 @@ import numpy as np
 from aurora_train.config import Section, setting
 from aurora_train.errors import UserError
 from aurora_train.interop.kept import ORIGIN, TEMPLATE
-from aurora_train.recipe import few
+from aurora_train.recipe import Loss, few
 from aurora_train.units import size
 from language import conversations
 from language.corpus import check_data
 from language.settings import ALL_HELD_OUT, TextDataConfig, TokenizerConfig
-from language.starting import ModelConfig
+from language.starting import CopyingConfig
 from language.text_recipe import Samples, Writer, refuse_no_test
 
 
@@ -28,14 +28,14 @@ class Scoring(Section):
 
 
 class Config(Section):
-    model: ModelConfig = setting(ModelConfig())
+    model: CopyingConfig = setting(CopyingConfig())
     data: TextDataConfig = setting(TextDataConfig())
     score: Scoring = setting(Scoring())
     samples: Samples = setting(Samples())
 
 
 class Recipe(Writer):
-    """One decoder, next-token cross-entropy, bits per byte."""
+    """One decoder, next-token cross-entropy, bits per byte. With `model.copying`, batches also have `matches`."""
 
     Config = Config
     unit, metric = "tok", ("bits_per_byte", "min")
@@ -46,7 +46,7 @@ class Recipe(Writer):
         refuse_no_test(config)
         super().check(config)
 
-    store = None  # the prepared data, once there is any
+    store = matches = None  # the prepared data, once there are any
 
     def facts(self) -> dict:
         return self.facts_with(self.store.tokenizer)
@@ -56,11 +56,41 @@ class Recipe(Writer):
 
         inherited = self.inherited_tokenizer
         self.store = prepare(self.config.data, self.cache / "data", progress=progress, inherited=inherited)
+        if self.copying:
+            from language.matches import prepare_matches
+
+            self.matches = prepare_matches(self.store, self.copying, self.cache / "data", progress)
+
+    @property
+    def copying(self) -> tuple[int, ...]:
+        return self.config.model.copying
+
+    def shapes(self) -> dict:
+        import jax
+
+        shape = (self.config.data.sequence, len(self.copying), 3)
+        return super().shapes() | ({"matches": jax.ShapeDtypeStruct(shape, "int32")} if self.copying else {})
+
+    def model(self, rngs):
+        if not self.copying:
+            return super().model(rngs)
+        from language.copying import CopyingDecoder
+
+        return CopyingDecoder(self.config.model, self.known["vocabulary"], self.config.train.dtype, rngs)
+
+    def read(self, model, batch: dict, key=None):
+        beside = {"matches": batch["matches"]} if self.copying else {}
+        return model(batch["tokens"], batch["segments"], batch["positions"], key, **beside)
+
+    def loss(self, model, batch: dict, key) -> Loss:
+        if not self.copying or key is None:  # an evaluation's loss is that of the score
+            return super().loss(model, batch, key)
+        return Loss(*model.objective(self.read(model, batch, key), batch["targets"], batch["weights"]))
 
     def on(self, path: str):
         """A recipe whose test split is a whole source, tokenized like the training text. Conversations are scored as
         `language/tune` does, if the model has a template."""
-        if TEMPLATE in self.known and conversations.are_in(path):
+        if TEMPLATE in self.known and not self.copying and conversations.are_in(path):
             return self._tuning().on(path)
         return self.scoring(
             source=path, mix={}, pattern="**/*", max_documents=None, tokenizer=TokenizerConfig(),
@@ -83,7 +113,7 @@ class Recipe(Writer):
             return None
         mix = self.config.data.mix if split == "train" else {}
         weights = {name: part.weight for name, part in mix.items()} or None
-        return TokenSource(self.store, split, self.config.data.sequence, weights)
+        return TokenSource(self.store, split, self.config.data.sequence, weights, self.matches)
 
     def texts(self):
         for number, name in enumerate(self.store.names("train")):
@@ -97,7 +127,8 @@ class Recipe(Writer):
             raise UserError("the test split has no document", where="data.holdout_test", hint="data.holdout_test=0.02")
         sequence = self.config.data.sequence
         overlap = int(sequence * self.config.score.overlap)
-        batches = list(windows([d.tokens for d in documents], sequence, overlap, self.config.score.batch))
+        beside = {"matches": self.matches.documents(split)} if self.copying else {}
+        batches = windows([d.tokens for d in documents], sequence, overlap, self.config.score.batch, beside)
 
         def scored():
             for number, batch in enumerate(batches):

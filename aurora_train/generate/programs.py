@@ -85,7 +85,7 @@ def erased(form: Form, caches, logits, slot):
 
 
 def _extend(model, length, caches, tokens, rows: Rows, slots=None):
-    """(hidden states of each row's last real token [rows, D], caches)."""
+    """(hidden states of each row's last real token [rows, D], or a tree of such arrays; caches)."""
     order = jnp.arange(tokens.shape[1])
     prefix = jnp.arange(length) < rows.prefixes[:, None] if model.mask == "prefix" else None
     hidden, caches = model.extend(
@@ -93,7 +93,7 @@ def _extend(model, length, caches, tokens, rows: Rows, slots=None):
         lasts=rows.lengths - 1, rows=slots,
     )  # fmt: skip
     last = jnp.maximum(rows.counts - 1, 0)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], caches
+    return jax.tree.map(lambda a: jnp.take_along_axis(a, last[:, None, None], axis=1)[:, 0], hidden), caches
 
 
 def _begun(caches, rows: Rows):

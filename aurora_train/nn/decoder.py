@@ -28,7 +28,7 @@ class Decoder(Transformer):
 
     def extend(
         self, tokens, positions, caches, *, prefix=None, memory=None, memory_segments=None, real=None, lasts=None,
-        rows=None,
+        rows=None, added=None,
     ):  # fmt: skip
         """A call with a cache: tokens[B, T] at `positions` int32[B, T] see all cached earlier tokens of their row.
 
@@ -37,6 +37,7 @@ class Decoder(Transformer):
             real: bool[B, T], False for the padding at the end of a row.
             lasts: int32[B], the last position of each row's text, if a text is read by parts: longrope turns by it.
             rows: int32[B], the row of each text in the caches, if those have more.
+            added: see `run`.
 
         Returns (hidden, caches). UserError for a bidirectional model.
         """
@@ -44,7 +45,7 @@ class Decoder(Transformer):
             raise UserError("a bidirectional model reads a whole text at once and cannot continue one", where="model")
         if self.mask == "prefix" and prefix is None:
             raise UserError("the model needs the prefix of each row", where="model", hint="extend(..., prefix=...)")
-        x, context = self.embedded(tokens, positions), make_context(self.config, positions, None, real, lasts)
+        x, context = self.embedded(tokens, positions, added), make_context(self.config, positions, None, real, lasts)
         context = context._replace(rope=forms().kept(context.rope), real=real, rows=rows)
         context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
         x, caches, _ = self.stack(x, context, caches=caches)

@@ -40,7 +40,7 @@ def chunk_tokens(setting: str | int, vocab_size: int) -> int:
 
 def token_nll(hidden, head, targets, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
     """-log p of each target, float32[B, T], for hidden[B, T, D] and targets int32[B, T]. Differentiable."""
-    return _by_token(_nll_of, hidden, head, targets, vocab_first, softcap, chunk)
+    return by_token(_nll_of, hidden, head, (targets,), vocab_first=vocab_first, softcap=softcap, chunk=chunk)
 
 
 def token_scores(hidden, head, targets, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
@@ -49,28 +49,36 @@ def token_scores(hidden, head, targets, *, vocab_first: bool, softcap: float | N
     def measure(logits, targets):
         return _nll_of(logits, targets), logits.argmax(-1) == targets
 
-    return _by_token(measure, hidden, head, targets, vocab_first, softcap, chunk)
+    return by_token(measure, hidden, head, (targets,), vocab_first=vocab_first, softcap=softcap, chunk=chunk)
 
 
 def _nll_of(logits, targets):
     return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
 
-def _by_token(measure, hidden, head, targets, vocab_first, softcap, chunk):
-    """`measure(logits, targets)` of every token, [B, T] each, with the logits of a chunk at a time."""
+def by_token(measure, hidden, head, beside, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
+    """`measure(logits, *beside)` of every token, [B, T] each, with the logits of a chunk at a time. `beside`: arrays
+    [B, T, ...]."""
 
     @jax.checkpoint
     def one(inputs):
-        hidden, targets = inputs
-        return measure(logits_of(hidden, head, vocab_first, softcap), targets)
+        hidden, beside = inputs
+        return measure(logits_of(hidden, head, vocab_first, softcap), *beside)
 
-    length = targets.shape[1]
-    measured = jax.lax.map(one, _chunks(chunk, hidden, targets))
+    length = _parts(hidden)[0].shape[1]
+    measured = jax.lax.map(one, _chunks(chunk, hidden, beside))
     return jax.tree.map(lambda each: each.swapaxes(0, 1).reshape(each.shape[1], -1)[:, :length], measured)
 
 
-def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0):
-    """Sum of weights x -log p(target), a float32 scalar.
+def itself(nll):
+    return nll
+
+
+def chunked_nll(
+    hidden, head, targets, weights, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0, of=itself,
+    parts=(),
+):  # fmt: skip
+    """Sum of weights x of(-log p(target), *parts), a float32 scalar.
 
     Args:
         hidden: [B, T, D] in the compute dtype.
@@ -78,22 +86,23 @@ def chunked_nll(hidden, head, targets, weights, *, vocab_first: bool, softcap: f
         targets: int32[B, T]; weights: float32[B, T], not differentiated.
         softcap: logits become softcap x tanh(logits / softcap).
         chunk: about how many tokens' logits to hold at a time; 0 holds all.
+        of: a function of each token by itself, named in a module: it is static.
+        parts: float32[B, T] arrays, differentiated.
     """
-    return _nll(forms(), vocab_first, softcap, chunk, _parts(hidden), _parts(head), targets, weights)
+    return _nll(forms(), vocab_first, softcap, chunk, of, _parts(hidden), _parts(head), targets, weights, parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _nll(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _nll(form, vocab_first, softcap, chunk, of, hidden, head, targets, weights, parts):
     def add(total, inputs):
-        hidden, targets, weights = inputs
-        logits = logits_of(hidden, head, vocab_first, softcap)
-        hit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return total + ((jax.nn.logsumexp(logits, -1) - hit) * weights).sum(), None
+        hidden, targets, weights, parts = inputs
+        nll = _nll_of(logits_of(hidden, head, vocab_first, softcap), targets)
+        return total + (of(nll, *parts) * weights).sum(), None
 
-    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk, hidden, targets, weights))[0]
+    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk, hidden, targets, weights, parts))[0]
 
 
-def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weights):
+def _nll_forward(form, vocab_first, softcap, chunk, of, hidden, head, targets, weights, parts):
     low = tuple(one.astype(x.dtype) for one, x in zip(head, hidden, strict=True))
     wide = low[0].shape[0] if vocab_first else low[0].shape[1]
     # The head's gradient is summed in the layout of its product, and transposed once at the end.
@@ -101,13 +110,15 @@ def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weigh
 
     def add(carry, inputs):
         total, d_head = carry
-        hidden, targets, weights = inputs
+        hidden, targets, weights, parts = inputs
         flat = tuple(x.reshape(-1, x.shape[-1]) for x in hidden)
         logits = logits_of(flat, head, vocab_first, softcap)
         lse = jax.nn.logsumexp(logits, -1, keepdims=True)
-        targets, weights = targets.reshape(-1, 1), weights.reshape(-1, 1)
+        targets, weights, *parts = (x.reshape(-1, 1) for x in (targets, weights, *parts))
         hit = jnp.take_along_axis(logits, targets, -1)
-        d_logits = (jnp.exp(logits - lse) - (jnp.arange(wide) == targets)) * weights
+        values, pull = jax.vjp(of, lse - hit, *parts)
+        d_nll, *d_parts = pull(weights)
+        d_logits = (jnp.exp(logits - lse) - (jnp.arange(wide) == targets)) * d_nll
         if softcap is not None:
             d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
         d_logits = d_logits.astype(hidden[0].dtype)
@@ -116,20 +127,23 @@ def _nll_forward(form, vocab_first, softcap, chunk, hidden, head, targets, weigh
             for one, x in zip(low, hidden, strict=True)
         )  # fmt: skip
         outers = (form.outer(d_logits, x) if vocab_first and not turned else form.outer(x, d_logits) for x in flat)
-        return (total + ((lse - hit) * weights).sum(), tuple(map(operator.add, d_head, outers))), d_hidden
+        d_parts = tuple(one.reshape(hidden[0].shape[:-1]) for one in d_parts)
+        return (total + (values * weights).sum(), tuple(map(operator.add, d_head, outers))), (d_hidden, d_parts)
 
     start = tuple(jnp.zeros(one.shape[::-1] if turned else one.shape, jnp.float32) for one in head)
-    (total, d_head), d_hidden = jax.lax.scan(add, (jnp.float32(0), start), _chunks(chunk, hidden, targets, weights))
+    chunks = _chunks(chunk, hidden, targets, weights, tuple(parts))
+    (total, d_head), (d_hidden, d_parts) = jax.lax.scan(add, (jnp.float32(0), start), chunks)
     if turned:
         # folded into the product, XLA:CPU would crash
         d_head = tuple(jax.lax.optimization_barrier(one).T for one in d_head)
     d_hidden = tuple(_joined(one, x.shape) for one, x in zip(d_hidden, hidden, strict=True))
-    return total, (d_hidden, tuple(one.astype(was.dtype) for one, was in zip(d_head, head, strict=True)))
+    d_parts = tuple(_joined(one, x.shape) for one, x in zip(d_parts, parts, strict=True))
+    return total, (d_hidden, tuple(one.astype(was.dtype) for one, was in zip(d_head, head, strict=True)), d_parts)
 
 
-def _nll_backward(form, vocab_first, softcap, chunk, residuals, g):
-    d_hidden, d_head = jax.tree.map(lambda one: (one * g).astype(one.dtype), residuals)
-    return d_hidden, d_head, None, None
+def _nll_backward(form, vocab_first, softcap, chunk, of, residuals, g):
+    d_hidden, d_head, d_parts = jax.tree.map(lambda one: (one * g).astype(one.dtype), residuals)
+    return d_hidden, d_head, None, None, d_parts
 
 
 _nll.defvjp(_nll_forward, _nll_backward)
@@ -144,8 +158,8 @@ def _chunks(chunk, *arrays):
 
 
 def _joined(chunks, shape):
-    """The inverse of `_cut`, of an array [B, T, D] of this shape."""
-    return chunks.swapaxes(0, 1).reshape(shape[0], -1, shape[2])[:, : shape[1]]
+    """The inverse of `_cut`, of an array [B, T, ...] of this shape."""
+    return chunks.swapaxes(0, 1).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
 
 
 def _cut(x, chunk):

@@ -41,7 +41,9 @@ class Transformer(nnx.Module):
         """Final hidden states, without the sums: see `run`."""
         return self.run(tokens, segments, positions, keys, **beside)[0]
 
-    def run(self, tokens, segments=None, positions=None, keys=None, *, prefix=None, memory=None, memory_segments=None):
+    def run(
+        self, tokens, segments=None, positions=None, keys=None, *, prefix=None, memory=None, memory_segments=None, added=None,
+    ):  # fmt: skip
         """Run the model. Returns (final hidden states, the layers' sums by name, as in `Stack`).
 
         Args:
@@ -50,28 +52,29 @@ class Transformer(nnx.Module):
             prefix: bool[B, T], for mask "prefix": tokens that every token of their document sees.
             memory: [B, S, memory_width], an encoder's output, for layers of kind cross.
             memory_segments: int32[B, S]; tokens see the memory of their own segment. Padding has one of its own.
+            added: [B, T, width], added to what the first layer reads of the tokens.
         """
         if (prefix is None) == (self.mask == "prefix"):
             what = "needs the prefix of each row" if prefix is None else f"has no prefix: its mask is {self.mask}"
             raise UserError(f"the model {what}", where="model", hint="Transformer(..., mask='prefix')(..., prefix=...)")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = dropout(self.embedded(tokens, positions), self.config.dropout, keys, EMBEDDING_SITE)
+        x = dropout(self.embedded(tokens, positions, added), self.config.dropout, keys, EMBEDDING_SITE)
         context = make_context(self.config, positions, segments)
         context = context._replace(prefix=prefix, memory=memory, memory_segments=memory_segments)
         x, _, sums = self.stack(x, context, keys)
         return self.final_norm(x), sums
 
     @jax.named_scope("embedding")
-    def embedded(self, tokens, positions):
-        """What the first layer reads: [B, T, width] of tokens and positions int32[B, T]."""
+    def embedded(self, tokens, positions, added=None):
+        """What the first layer reads: [B, T, width] of tokens and positions int32[B, T], and what is `added`."""
         config = self.config
         x = lora.look_up(self, tokens, self.dtype)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, self.dtype)
         if config.positions == "learned":
             x = x + self.positions[...][positions].astype(self.dtype)
-        return x
+        return x if added is None else x + added
 
 
 def make_context(config: DecoderConfig, positions: jax.Array, segments, real=None, lasts=None) -> Context:

@@ -15,6 +15,7 @@ import numpy as np
 
 from aurora_train.data.order import Part
 from aurora_train.errors import UserError
+from language.matches import Matches
 from language.store import Store
 
 _LAYOUT = 1  # part of the fingerprint: raise it when `take` returns other arrays for the same store
@@ -23,9 +24,13 @@ _LAYOUT = 1  # part of the fingerprint: raise it when `take` returns other array
 class TokenSource:
     """Rows of one split. `take` is a pure function of the indices and reads only the tokens it returns."""
 
-    def __init__(self, store: Store, split: str, sequence: int, weights: dict[str, float] | None = None):
-        """`weights`: the weights of a mixture's sources by name; None for a single source."""
-        self.store, self.split, self.sequence = store, split, sequence
+    def __init__(
+        self, store: Store, split: str, sequence: int, weights: dict[str, float] | None = None,
+        matches: Matches | None = None,
+    ):  # fmt: skip
+        """`weights`: the weights of a mixture's sources by name; None for a single source. `matches`: of the store, if
+        rows are to have them."""
+        self.store, self.split, self.sequence, self._matches = store, split, sequence, matches
         self.tokenizer = store.tokenizer
         self._tokens, self._offsets = store.tokens(split), np.asarray(store.offsets(split))
         self.num_targets = len(self._tokens) - 1
@@ -44,6 +49,7 @@ class TokenSource:
         self.mixture = None if weights is None else self._parts(self.weights)
         decisive = f"rows {_LAYOUT} {store.fingerprint} {split} {sequence}"
         decisive += "" if weights is None else f" {sorted(weights.items())}"
+        decisive += "" if matches is None else f" {matches.fingerprint}"
         self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
 
     def _parts(self, weights: dict[str, float]) -> tuple[Part, ...]:
@@ -69,7 +75,8 @@ class TokenSource:
         """int64[B] -> tokens, targets, segments, positions int32[B, T] and weights float32[B, T].
 
         `segments` counts a row's documents from 1 (0 is padding); `positions` restarts at 0 with each document and
-        with each row; `weights` is 1 for a real target, 0 for padding.
+        with each row; `weights` is 1 for a real target, 0 for padding. With matches also `matches` int32[B, T, contexts,
+        3], as `Matches.at` gives them: of the whole document so far, also of what stands in earlier rows.
         """
         starts = np.asarray(indices, np.int64)[:, None] * self.sequence
         places = starts + np.arange(self.sequence + 1)
@@ -78,7 +85,11 @@ class TokenSource:
         real = places < self.num_targets
         document = np.searchsorted(self._offsets, places, side="right") - 1
         begins = np.maximum(self._offsets[document], starts)
-        return {
+        beside = {}
+        if self._matches is not None:
+            matches = self._matches.at(self.split, np.minimum(places, self.num_targets - 1))
+            beside = {"matches": np.where(real[..., None, None], matches, 0)}
+        return beside | {
             "tokens": window[:, :-1],
             "targets": window[:, 1:],
             "segments": np.where(real, document - document[:, :1] + 1, 0).astype(np.int32),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, model_validator
 
 from aurora_train.config import load_resolved, setting
 from aurora_train.errors import UserError
@@ -28,6 +28,29 @@ class ModelConfig(DecoderConfig):
         help="start from this model: a Hugging Face folder, a GGUF file (package:NAME: that of an installed package), "
         "hub:owner/name (downloaded with data.online), or a run; its shape, weights, tokenizer and template follow",
     )
+
+
+class CopyingConfig(ModelConfig):
+    """A decoder that may also copy from the document so far (`language.copying`)."""
+
+    copying: tuple[int, ...] = setting(
+        (), strict=False,
+        help="lengths of contexts, such as [1, 2, 3, 5, 8]: beside its own softmax, the model may copy what followed the "
+        "last earlier occurrence, in the document so far, of its last so many tokens; []: it does not copy",
+    )
+
+    @model_validator(mode="after")
+    def _contexts_grow(self):
+        if self.copying and self.from_ is not None:
+            raise ValueError("a model that is started from another one (from) cannot be given copying")
+        before = 1
+        for number, length in enumerate(self.copying):
+            least, most = (1, 1) if number == 0 else (before + 1, 2 * before)
+            if not least <= length <= most:
+                raise ValueError(f"copying begins with 1, and {before} may be followed by {before + 1} to {2 * before}, "
+                                 f"not {length}" if number else "copying begins with 1: [1, 2, 3, 5, 8]")  # fmt: skip
+            before = length
+        return self
 
 
 def derive_from_source(given: dict) -> list[Derived]:
@@ -78,6 +101,12 @@ def _shape_of(start: str) -> tuple[DecoderConfig, str]:
     model = getattr(load_resolved(start), "model", None)
     if not isinstance(model, DecoderConfig):
         raise UserError(f"the run {start} is not one of a decoder", where="model.from")
+    if getattr(model, "copying", ()):
+        raise UserError(
+            f"the run {start} copies from the document so far, which a model that starts from it cannot",
+            where="model.from", why=f"its model.copying is {list(model.copying)}",
+            hint="start from a run without model.copying",
+        )  # fmt: skip
     fields = {name: getattr(model, name) for name in DecoderConfig.model_fields if name not in _FREE}
     return DecoderConfig(**fields), "the model of a run"
 

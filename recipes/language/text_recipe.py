@@ -142,13 +142,15 @@ class Writer(TextRecipe):
         return Decoder(self.config.model, self.known["vocabulary"], self.config.train.dtype, rngs)
 
     def loss(self, model, batch: dict, key) -> Loss:
-        hidden = model(batch["tokens"], batch["segments"], batch["positions"], key)
-        return Loss(*model.nll(hidden, batch["targets"], batch["weights"]))
+        return Loss(*model.nll(self.read(model, batch, key), batch["targets"], batch["weights"]))
 
     def predict(self, model, batch: dict):
         """-log p of each target in nats, float32[B, T]."""
-        hidden = model(batch["tokens"], batch["segments"], batch["positions"])
-        return model.token_nll(hidden, batch["targets"])
+        return model.token_nll(self.read(model, batch), batch["targets"])
+
+    def read(self, model, batch: dict, key=None):
+        """The model's hidden states of a batch."""
+        return model(batch["tokens"], batch["segments"], batch["positions"], key)
 
     def flops_per_target(self, num_parameters: int) -> float:
         """6 N for the matrices and 6 L T D for causal attention, each pair counted once (Chowdhery et al. 2022, B).

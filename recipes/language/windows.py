@@ -16,7 +16,10 @@ import numpy as np
 _NO_DOCUMENT = -1
 
 
-def windows(documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int) -> Windows:
+def windows(
+    documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int,
+    beside: dict[str, Sequence[np.ndarray]] | None = None,
+) -> Windows:  # fmt: skip
     """Batches that score `documents`: an iterable that may be iterated repeatedly; its `len` is the number of batches.
 
     Args:
@@ -24,20 +27,23 @@ def windows(documents: Sequence[np.ndarray], sequence: int, overlap: int, batch:
         sequence: T, tokens per row. A window holds at most T inputs.
         overlap: inputs at the start of a later window whose targets the previous one scores, 0 <= overlap < T.
         batch: B, rows per batch. The last batch is padded with rows of weight 0.
+        beside: further int32 arrays of each document by name, [its tokens less one, ...]: one entry for each input.
 
     Yields dicts of [B, T] arrays: int32 `tokens`, `targets`, `segments` (from 1; 0 is padding), `positions` (from 0
     in each window), float32 `weights` (1 for a target scored here, else 0), and int32 `document`, the index of the
-    document whose target is scored here, else -1: that one is for `bits_per_document`, not for the model.
+    document whose target is scored here, else -1: that one is for `bits_per_document`, not for the model. Arrays of
+    `beside` are 0 at padding.
     """
-    return Windows(documents, sequence, overlap, batch)
+    return Windows(documents, sequence, overlap, batch, beside or {})
 
 
 class Windows:
     """The batches of `windows`. `num_targets` is the number of scored tokens."""
 
-    def __init__(self, documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int):
+    def __init__(self, documents: Sequence[np.ndarray], sequence: int, overlap: int, batch: int, beside: dict):
         assert 0 <= overlap < sequence, f"windows of {sequence} tokens cannot overlap by {overlap}"
         self._documents, self._sequence, self._overlap, self._batch = documents, sequence, overlap, batch
+        self._beside = beside
         num_targets = np.array([max(len(document) - 1, 0) for document in documents], np.int64)
         self.num_targets = int(num_targets.sum())
         self._cut(num_targets)
@@ -68,15 +74,17 @@ class Windows:
     def _fill(self, chosen: np.ndarray, first_row: int) -> dict[str, np.ndarray]:
         """One batch of the windows `chosen`, ordered by row and column."""
         length, row = self._length[chosen], self._row[chosen] - first_row
-        pieces = [
-            np.asarray(self._documents[self._document[w]][self._first[w] : self._first[w] + self._length[w] + 1])
-            for w in chosen
-        ]
+        spans = [(self._document[w], self._first[w], self._first[w] + self._length[w]) for w in chosen]
+        pieces = [np.asarray(self._documents[document][first : last + 1]) for document, first, last in spans]
         scored = _places_within(length) >= np.repeat(self._context[chosen], length)
         document = np.where(scored, np.repeat(self._document[chosen], length), _NO_DOCUMENT)
         shape = (self._batch, self._sequence)
         batch = laid_out(pieces, row, self._column[chosen], scored, shape)
-        return batch | {"document": _spread(document, batch["segments"] > 0, np.int32, _NO_DOCUMENT)}
+        real = batch["segments"] > 0
+        for name, arrays in self._beside.items():
+            values = [arrays[document][first:last] for document, first, last in spans]
+            batch[name] = _spread(np.concatenate(values), real, np.int32)
+        return batch | {"document": _spread(document, real, np.int32, _NO_DOCUMENT)}
 
 
 def laid_out(
@@ -115,7 +123,7 @@ def _places_within(length: np.ndarray) -> np.ndarray:
 
 def _spread(values: np.ndarray, real: np.ndarray, dtype, filler=0) -> np.ndarray:
     """The values, ordered by row and column, at the `real` places; `filler` elsewhere."""
-    whole = np.full(real.shape, filler, dtype)
+    whole = np.full((*real.shape, *values.shape[1:]), filler, dtype)
     whole[real] = values
     return whole
 

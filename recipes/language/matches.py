@@ -1,0 +1,106 @@
+"""Where the last tokens stood before in their document: what `model.copying` reads beside the tokens.
+
+For each token and each context length n: the last earlier place, in the same document, where the same n tokens end, and
+how often they did. It depends on the document so far alone, however rows are cut or packed, so it is found once for a
+prepared text, exactly, and kept beside it under a hash of both. `language.copying` finds the same in a text that grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from aurora_train.data.prepared import Prepared, key_of, made, writing
+from language.store import SPLITS, Store
+
+FARTHEST = 65_535  # tokens back; what stood before that is not found
+MOST_SEEN = 255  # as often or more
+_FORMAT = 1
+_BLOCK = 1 << 22  # tokens, or one document: what is sorted at a time
+
+
+class Matches(Prepared):
+    """The matches of a store's splits, [tokens, contexts] each: `distance` uint16, 0 where there is none, and `seen`."""
+
+    store: Store
+
+    def at(self, split: str, places: np.ndarray) -> np.ndarray:
+        """int64[...] places in a split's stream -> int32[..., contexts, 3]: what followed the earlier occurrence, how
+        often there was one, and how many tokens ago; zeros where there was none."""
+        contexts = len(self.manifest["contexts"])
+        distance, seen = (
+            self.array(f"{name}-{split}.bin", kind).reshape(-1, contexts)[places]
+            for name, kind in (("distance", "uint16"), ("seen", "uint8"))
+        )
+        followed = self.store.tokens(split)[places[..., None] - distance + (distance > 0)]
+        return np.stack([np.where(distance > 0, followed, 0), seen, distance], -1).astype(np.int32)
+
+    def documents(self, split: str) -> list[np.ndarray]:
+        """`at` of every token of each document, but for the separator that ends it."""
+        offsets = self.store.offsets(split)
+        return [self.at(split, np.arange(first, last)) for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def prepare_matches(store: Store, contexts: tuple[int, ...], cache: Path, progress: Callable) -> Matches:
+    """Find the matches of a store for these lengths of contexts, or open those that were found before.
+
+    `contexts`: as `starting.CopyingConfig` has them. Raises UserError for a cache that cannot be written.
+    """
+    key = key_of({"format": _FORMAT, "store": store.fingerprint, "contexts": list(contexts)})
+
+    def write(folder: Path) -> dict:
+        for split in SPLITS:
+            tokens, offsets = store.tokens(split), store.offsets(split)
+            paths = [folder / f"{name}-{split}.bin" for name in ("distance", "seen")]
+            with writing(folder.parent), paths[0].open("wb") as distances, paths[1].open("wb") as counts:
+                for first, last in _blocks(offsets):
+                    progress(int(offsets[first]), int(offsets[-1]), "finding earlier occurrences")
+                    starts = offsets[first : last + 1] - offsets[first]
+                    distance, seen = find(tokens[offsets[first] : offsets[last]], starts, contexts)
+                    distances.write(distance.tobytes())
+                    counts.write(seen.tobytes())
+        return {"format": _FORMAT, "key": key, "contexts": list(contexts)}
+
+    found = made(Matches, cache / f"matches-{key[:16]}", write, progress)
+    found.store = store
+    return found
+
+
+def _blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges [first, last) of documents that have `_BLOCK` tokens together, or are one."""
+    first = 0
+    while first < len(offsets) - 1:
+        last = int(np.searchsorted(offsets, offsets[first] + _BLOCK, side="right")) - 1
+        yield first, max(last, first + 1)
+        first = max(last, first + 1)
+
+
+def find(tokens: np.ndarray, offsets: np.ndarray, contexts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(distance uint16, seen uint8)[tokens, contexts] of documents, one after the other; `offsets` int64[documents + 1].
+
+    Equal contexts get equal numbers, those of n tokens by sorting pairs of numbers of shorter ones, so nothing is hashed.
+    """
+    document = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    within = np.arange(len(tokens)) - offsets[document]
+    distance = np.zeros((len(tokens), len(contexts)), np.uint16)
+    seen = np.zeros((len(tokens), len(contexts)), np.uint8)
+    number, known = document, 0  # a context of no tokens is the document
+    for column, length in enumerate(contexts):
+        here = np.flatnonzero(within >= length - 1)
+        first = number[here - (length - known)] if known else number[here]
+        second = number[here] if known else np.asarray(tokens, np.int64)[here]
+        pairs = first * (int(second.max(initial=0)) + 1) + second
+        order = np.argsort(pairs, kind="stable")
+        fresh = np.diff(pairs[order], prepend=-1) != 0
+        begins = np.flatnonzero(fresh)
+        group = np.cumsum(fresh) - 1
+        number, known = np.zeros(len(tokens), np.int64), length
+        number[here[order]] = group
+        back = np.where(fresh, 0, np.diff(here[order], prepend=0))
+        back[back > FARTHEST] = 0
+        times = np.minimum(np.arange(len(here)) - begins[group], MOST_SEEN)
+        distance[here[order], column] = back
+        seen[here[order], column] = np.where(back > 0, times, 0)
+    return distance, seen
