@@ -19,16 +19,20 @@ from aurora_train.config.gates import Gates
 from aurora_train.errors import UserError
 
 
+UNSETTLED = ("auto", "native")  # values of `train.precision` that the device decides
+
+
 class Train(Section):
     """Length, batch size, seed and number format of the training."""
 
     steps: int = setting(1000, resume="warned", ge=1, help="optimizer steps of the whole run")
     batch: int = setting(32, ge=1, help="examples per optimizer step, over all devices and microbatches")
     seed: int = setting(0, ge=0, lt=2**63, help="root of every random stream and of the data order")
-    precision: Literal["auto", "float32", "bfloat16", "fp8"] = setting(
+    precision: Literal["auto", "native", "float32", "bfloat16", "fp8"] = setting(
         "auto",
         help="number format of the compute; auto = bfloat16 on an accelerator that has it, else float32, resolved when "
-        "the run starts; fp8 = bfloat16 with the products of the blocks in 8 bits while training; parameters are "
+        "the run starts; native = the same, and bfloat16 also on a processor with instructions for it (avx512_bf16); "
+        "fp8 = bfloat16 with the products of the blocks in 8 bits while training; parameters are "
         "stored in the format of optimizer.master",
     )
     bf16_ends: int = setting(0, ge=0, help="with fp8: blocks (units of a stack) at either end that stay in bfloat16")
@@ -57,7 +61,7 @@ class Train(Section):
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """The dtype of activations, for a recipe to pass to its model. The linear layers apply fp8 themselves."""
-        assert self.precision != "auto", "train.precision is settled (machine/precision.py) before a model is built"
+        assert self.precision not in UNSETTLED, "machine/precision.py settles it before a model is built"
         return "bfloat16" if self.precision == "fp8" else self.precision
 
     def conflicts(self, config) -> Iterator[UserError]:

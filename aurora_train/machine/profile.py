@@ -92,11 +92,13 @@ def choose_devices(devices: list) -> tuple[list, list]:
     return [d for d in devices if d.device_kind == best], [d for d in devices if d.device_kind != best]
 
 
-def precision_here() -> str:
-    """The `train.precision` for this machine's devices if the user chose none; see `precision_on`."""
+def precision_here(asked: str = "auto") -> str:
+    """The `train.precision` for this machine's devices if the user chose "auto" or "native"; see `precision_on`."""
     import jax
 
     first = choose_devices(jax.local_devices())[0][0]
+    if first.platform == "cpu":
+        return _precision_of_processor(asked)
     return precision_on(first.platform, getattr(first, "compute_capability", None))
 
 
@@ -110,18 +112,25 @@ def precision_on(platform: str, capability: str | None) -> str:
     return "bfloat16" if platform == "tpu" or platform == "gpu" and able else "float32"
 
 
-def precision_expected() -> str | None:
+def _precision_of_processor(asked: str) -> str:
+    """ "bfloat16" if that is asked for wherever there are instructions for it, and XLA multiplies with them here."""
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    able = flags is not None and "avx512_bf16" in flags[1].split()
+    return "bfloat16" if asked == "native" and able else "float32"
+
+
+def precision_expected(asked: str = "auto") -> str | None:
     """`precision_here` without importing jax, from what the driver reports; None if that does not determine it."""
     from importlib.util import find_spec
 
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return "float32"
+        return _precision_of_processor(asked)
     if any(map(find_spec, ("libtpu", "jax_rocm_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin"))):
         return None
     gpus = installed_gpus() if any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))) else []
     rows = [lookup(gpu) for gpu in gpus]
     if not gpus:
-        return "float32"
+        return _precision_of_processor(asked)
     return "bfloat16" if all(row and "bfloat16" in row.peak_flops for row in rows) else None
 
 

@@ -70,13 +70,9 @@ def by_token(measure, hidden, head, beside, *, vocab_first: bool, softcap: float
     return jax.tree.map(lambda each: each.swapaxes(0, 1).reshape(each.shape[1], -1)[:, :length], measured)
 
 
-def itself(nll):
-    return nll
-
-
 def chunked_nll(
-    hidden, head, targets, weights, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0, of=itself,
-    parts=(),
+    hidden, head, targets, weights, *, vocab_first: bool, softcap: float | None = None, chunk: int = 0,
+    of=operator.pos, parts=(),
 ):  # fmt: skip
     """Sum of weights x of(-log p(target), *parts), a float32 scalar.
 

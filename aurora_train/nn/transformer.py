@@ -42,7 +42,8 @@ class Transformer(nnx.Module):
         return self.run(tokens, segments, positions, keys, **beside)[0]
 
     def run(
-        self, tokens, segments=None, positions=None, keys=None, *, prefix=None, memory=None, memory_segments=None, added=None,
+        self, tokens, segments=None, positions=None, keys=None, *, prefix=None, memory=None, memory_segments=None,
+        added=None,
     ):  # fmt: skip
         """Run the model. Returns (final hidden states, the layers' sums by name, as in `Stack`).
 

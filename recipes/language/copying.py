@@ -1,10 +1,10 @@
 """`CopyingDecoder`: a decoder that may also copy what followed earlier occurrences of its last tokens in the document.
 
-Its distribution is a mixture: p = g_0 softmax + sum_k g_k p_k, where p_k puts nearly all on the token that followed the
-last earlier occurrence of the last n_k tokens. The gates g are a softmax over what the hidden state and the matches say
-(compare See et al. 2017 and Merity et al. 2017, whose pointers are attention). The candidates' embeddings are also added
-to what the first layer reads. Matches are int32[..., contexts, 3] as `language.matches` gives them; without them, a call
-finds those of its own rows, and `extend` those of its caches.
+Its distribution is a mixture: p = g_0 softmax + sum_k g_k p_k, where p_k puts nearly all on the token that followed
+the last earlier occurrence of the last n_k tokens. The gates g are a softmax of the hidden state and of features of the
+matches (compare See et al. 2017 and Merity et al. 2017, whose pointers are attention). The candidates' embeddings are
+also added to what the first layer reads. Matches are int32[..., contexts, 3] as `language.matches` gives them; without
+them, a call finds those of its own rows, and `extend` those of its caches.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def mixed_and_own(nll, gate, copied):
 
 
 def features(matches):
-    """float32[..., features] from 0 to 1: for each context, whether it was found, how often, and how near; for each two,
-    whether they name the same token."""
+    """float32[..., features] from 0 to 1: for each context, whether it was found, how often, and how near; for each
+    two, whether they name the same token."""
     candidates, seen, distance = (matches[..., i] for i in range(3))
     there = distance > 0
     often = jnp.log1p(seen.astype(jnp.float32)) / jnp.log1p(MOST_SEEN)

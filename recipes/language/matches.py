@@ -22,7 +22,7 @@ _BLOCK = 1 << 22  # tokens, or one document: what is sorted at a time
 
 
 class Matches(Prepared):
-    """The matches of a store's splits, [tokens, contexts] each: `distance` uint16, 0 where there is none, and `seen`."""
+    """The matches of a store's splits: `distance` uint16[tokens, contexts], 0 where there is none, and `seen` uint8."""
 
     store: Store
 
@@ -78,9 +78,9 @@ def _blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def find(tokens: np.ndarray, offsets: np.ndarray, contexts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(distance uint16, seen uint8)[tokens, contexts] of documents, one after the other; `offsets` int64[documents + 1].
+    """(distance uint16, seen uint8)[tokens, contexts] of documents in a row; `offsets` int64[documents + 1].
 
-    Equal contexts get equal numbers, those of n tokens by sorting pairs of numbers of shorter ones, so nothing is hashed.
+    Equal contexts get equal numbers: those of n tokens by sorting pairs of numbers of shorter ones. Nothing is hashed.
     """
     document = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     within = np.arange(len(tokens)) - offsets[document]

@@ -75,8 +75,9 @@ class TokenSource:
         """int64[B] -> tokens, targets, segments, positions int32[B, T] and weights float32[B, T].
 
         `segments` counts a row's documents from 1 (0 is padding); `positions` restarts at 0 with each document and
-        with each row; `weights` is 1 for a real target, 0 for padding. With matches also `matches` int32[B, T, contexts,
-        3], as `Matches.at` gives them: of the whole document so far, also of what stands in earlier rows.
+        with each row; `weights` is 1 for a real target, 0 for padding. With matches also `matches`
+        int32[B, T, contexts, 3], as `Matches.at` gives them: of the whole document so far, what stands in earlier rows
+        too.
         """
         starts = np.asarray(indices, np.int64)[:, None] * self.sequence
         places = starts + np.arange(self.sequence + 1)

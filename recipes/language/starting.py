@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,19 @@ class CopyingConfig(ModelConfig):
 
     copying: tuple[int, ...] = setting(
         (), strict=False,
-        help="lengths of contexts, such as [1, 2, 3, 5, 8]: beside its own softmax, the model may copy what followed the "
-        "last earlier occurrence, in the document so far, of its last so many tokens; []: it does not copy",
+        help="lengths of contexts, such as [1, 2, 3, 5, 8]: the model may also copy what followed the last earlier "
+        "occurrence, in the document so far, of its last so many tokens; []: it does not",
     )
 
     @model_validator(mode="after")
     def _contexts_grow(self):
         if self.copying and self.from_ is not None:
             raise ValueError("a model that is started from another one (from) cannot be given copying")
-        before = 1
-        for number, length in enumerate(self.copying):
-            least, most = (1, 1) if number == 0 else (before + 1, 2 * before)
-            if not least <= length <= most:
-                raise ValueError(f"copying begins with 1, and {before} may be followed by {before + 1} to {2 * before}, "
-                                 f"not {length}" if number else "copying begins with 1: [1, 2, 3, 5, 8]")  # fmt: skip
-            before = length
+        if self.copying[:1] not in ((), (1,)):
+            raise ValueError("copying begins with a context of 1 token: [1, 2, 3, 5, 8]")
+        for before, length in itertools.pairwise(self.copying):
+            if not before < length <= 2 * before:
+                raise ValueError(f"in copying, {before} is followed by {before + 1} to {2 * before}, not {length}")
         return self
 
 
