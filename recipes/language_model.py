@@ -151,7 +151,9 @@ class Recipe(Writer):
             "remarks": few(len(documents), "document", more, size(sizes.sum())),
             "notes": [
                 f"{len(documents)} {self.store.held_out}; windows of {sequence} tokens, "
-                f"{overlap} of them context seen before; each document is read from its start without other context"
+                f"{overlap} of them context seen before; each document is read from its start without other context",
+                *(["the model may copy from the whole document so far, of which a window shows the end"]
+                  if self.copying else []),
             ],
         }
 
@@ -168,7 +170,9 @@ class Recipe(Writer):
 
         test, train = ([self.store.text(split, i) for i in range(self.store.num_documents(split))]
                        for split in ("test", "train"))  # fmt: skip
-        return baselines(np.load(workdir / "bits.npy"), self.store.names("test"), test, train, progress)
+        tokens = *([one.tokens for one in self.store.documents(split)] for split in ("train", "test")),
+        tokens += (self.store.tokenizer.vocab_size,)
+        return baselines(np.load(workdir / "bits.npy"), self.store.names("test"), test, train, tokens, progress)
 
     def judged(self, text: str) -> dict:
         """Whether a sample of a model of Python is Python."""

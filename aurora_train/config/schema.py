@@ -18,7 +18,6 @@ from aurora_train.config.fields import Section, parse_bytes, setting
 from aurora_train.config.gates import Gates
 from aurora_train.errors import UserError
 
-
 UNSETTLED = ("auto", "native")  # values of `train.precision` that the device decides
 
 

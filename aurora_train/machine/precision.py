@@ -13,9 +13,11 @@ from aurora_train.machine.targets import find_machine
 
 
 def settled(config, run=None, *, machine: str | None = None):
-    """A config without `auto` and `native`: as `run` began, else for `machine` (a name of `machine.targets`), else for this one.
+    """A config without `auto` and `native`: as `run` began, else for `machine` (a name of `machine.targets`), else for
+    this one.
 
-    Returns the same object if nothing is to be settled. Jax is asked for the device if neither `run` nor `machine` decides.
+    Returns the same object if nothing is to be settled. Jax is asked for the device if neither `run` nor `machine`
+    decides.
     """
     if config.train.precision not in UNSETTLED:
         return config
@@ -43,4 +45,5 @@ def expected(config) -> str | None:
     unknown."""
     asked = config.train.precision
     here = precision_expected(asked) if asked in UNSETTLED else None
-    return here and f"train.precision: {asked} is {here} on this machine; a run settles it at its first start and keeps it"
+    said = f"train.precision: {asked} is {here} on this machine; a run settles it at its first start and keeps it"
+    return here and said

@@ -88,19 +88,35 @@ def find(tokens: np.ndarray, offsets: np.ndarray, contexts: tuple[int, ...]) -> 
     seen = np.zeros((len(tokens), len(contexts)), np.uint8)
     number, known = document, 0  # a context of no tokens is the document
     for column, length in enumerate(contexts):
-        here = np.flatnonzero(within >= length - 1)
-        first = number[here - (length - known)] if known else number[here]
-        second = number[here] if known else np.asarray(tokens, np.int64)[here]
-        pairs = first * (int(second.max(initial=0)) + 1) + second
-        order = np.argsort(pairs, kind="stable")
-        fresh = np.diff(pairs[order], prepend=-1) != 0
-        begins = np.flatnonzero(fresh)
-        group = np.cumsum(fresh) - 1
-        number, known = np.zeros(len(tokens), np.int64), length
-        number[here[order]] = group
-        back = np.where(fresh, 0, np.diff(here[order], prepend=0))
+        whole, apart = within >= length - 1, length - known if known else 0
+        number, places, fresh = numbered(number, apart, number if known else tokens, whole)
+        known = length
+        back = np.where(fresh, 0, np.diff(places, prepend=0))
         back[back > FARTHEST] = 0
-        times = np.minimum(np.arange(len(here)) - begins[group], MOST_SEEN)
-        distance[here[order], column] = back
-        seen[here[order], column] = np.where(back > 0, times, 0)
+        distance[places, column] = back
+        seen[places, column] = np.where(back > 0, np.minimum(place_in_group(fresh), MOST_SEEN), 0)
     return distance, seen
+
+
+def numbered(number: np.ndarray, apart: int, last: np.ndarray, whole: np.ndarray):
+    """Numbers of contexts that are one of `number`, `apart` tokens before, and `last` here, where `whole` is True.
+
+    Returns (numbers int64[tokens], their places by number, then by place, and where in these each number begins).
+    """
+    here = np.flatnonzero(whole)
+    order, fresh = sorted_pairs(number[here - apart], last[here])
+    made, places = np.zeros(len(number), np.int64), here[order]
+    made[places] = np.cumsum(fresh) - 1
+    return made, places, fresh
+
+
+def sorted_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the stable order of pairs of numbers from 0, where in it another pair begins)."""
+    pairs = first * (int(second.max(initial=0)) + 1) + second
+    order = np.argsort(pairs, kind="stable")
+    return order, np.diff(pairs[order], prepend=-1) != 0
+
+
+def place_in_group(fresh: np.ndarray) -> np.ndarray:
+    """0, 1, ... from each True on."""
+    return np.arange(len(fresh)) - np.flatnonzero(fresh)[np.cumsum(fresh) - 1]

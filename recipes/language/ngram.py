@@ -86,7 +86,7 @@ class NGram:
         If there are more than `max_bytes` of text, it uses whole documents of about that total size, evenly spread over
         the list. Counting takes about 20 bytes per byte of text, and the tables about 10 per distinct n-gram.
         """
-        stream = _Stream(_spread(texts, max_bytes), order)
+        stream = _Stream(spread(texts, max_bytes), order)
         tables = []
         for length, contexts in enumerate(stream.contexts(), start=1):
             progress(length - 1, order, "counting n-grams")
@@ -166,7 +166,7 @@ def _sums(values: np.ndarray, first: np.ndarray, after: np.ndarray) -> np.ndarra
     return running[after] - running[first]
 
 
-def _spread(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
+def spread(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
     total = sum(map(len, texts))
     share = min(1.0, max_bytes / max(total, 1))
     return [text for i, text in enumerate(texts) if int((i + 1) * share) > int(i * share)]

@@ -27,6 +27,8 @@ from aurora_train.machine.profile import (
     environment_defaults,
     installed_gpus,
     peak_flops,
+    precision_expected,
+    precision_here,
     precision_on,
     this_machine,
 )
@@ -234,6 +236,13 @@ def test_this_process_holds_some_memory():
 ])  # fmt: skip
 def test_M8_an_accelerator_that_has_bfloat16_computes_in_it(platform, capability, precision):
     assert precision_on(platform, capability) == precision
+
+
+def test_a_processor_that_has_bfloat16_computes_in_it_only_if_asked_for_its_native_format():
+    able = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    for choose in (precision_here, precision_expected):
+        assert choose("auto") == choose() == "float32"
+        assert choose("native") == ("bfloat16" if able else "float32")
 
 
 def test_a_display_gpu_is_left_out():
