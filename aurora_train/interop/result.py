@@ -113,6 +113,9 @@ def result_of(found: OnDisk, *, merge: bool = False) -> Result:
     plain = DecoderConfig(**{name: getattr(config, name) for name in DecoderConfig.model_fields if name != "lora"})
     shapes = our_shapes(plain, facts["vocabulary"])
     missing = [name for name in shapes if name not in found.specs and name + nf4.CODES not in found.specs]
+    if getattr(config, "copying", ()):
+        raise UserError("a model that copies from the document so far cannot be exported", where=str(found.run),
+                        why="no other format has such a head", hint=AS_IT_IS)  # fmt: skip
     if missing or found.mask != "causal":
         raise UserError(
             f"a run of {found.config.recipe} has no decoder to export", where=str(found.run),
