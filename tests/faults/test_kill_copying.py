@@ -20,11 +20,9 @@ def test_a_run_that_copies_is_the_run_that_was_never_killed_and_is_complete(tmp_
     assert_kills_change_no_bit(killed, config, STEPS, ["prepare", "step"], 20261201, tmp_path / "run")
     elsewhere = Aurora(tmp_path, tmp_path / "empty")
     text = (corpus / "abc.py").read_text()
-    (tmp_path / "other.txt").write_text(text)
-    said = elsewhere.good("evaluate", "run", "--on", "other.txt", "--json").stdout
-    twice = (tmp_path / "twice.txt").write_text(text + text) and elsewhere.good(
-        "evaluate", "run", "--on", "twice.txt", "--json"
-    ).stdout  # fmt: skip
-    first, second = (json.loads(one)["score"]["bits_per_byte"] for one in (said, twice))
+    for name, times in (("once.txt", 1), ("twice.txt", 2)):
+        (tmp_path / name).write_text(text * times)
+    said = [elsewhere.good("evaluate", "run", "--on", name, "--json").stdout for name in ("once.txt", "twice.txt")]
+    first, second = (json.loads(one)["score"]["bits_per_byte"] for one in said)
     assert second < 0.75 * first  # what was said before is copied, though no row reaches back to it
     assert elsewhere.good("generate", "run", "--prompt", "def f(", "--max-tokens", "8").stdout
