@@ -15,7 +15,7 @@ from language.matches import numbered, place_in_group, sorted_pairs
 from language.ngram import spread
 
 TRAINED, OWN = 4, (1, 2, 3, 4, 6)  # number of contexts of the training text, from 0 tokens; those of the document
-DISCOUNT = 0.5
+DISCOUNT = 0.75  # of 0.5 and 0.75, the better on the validation split of the quickstart (1.285 and 1.182 bits per byte)
 MOST_TRAINED = 1 << 24  # tokens
 
 
