@@ -11,7 +11,7 @@ from kit import TINY, Aurora
 STEPS = 40
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_that_copies_is_the_run_that_was_never_killed_and_is_complete(tmp_path, corpus):
     config = tmp_path / "copying.yaml"
     config.write_text(TINY.format(corpus=corpus).replace("tied: false", "tied: false, copying: [1, 2, 3, 5]"))
