@@ -19,7 +19,7 @@ OTHER = [
     "true", "false", "1", "2", "3", "8", "16", "64", "5000", "0.25", "0.5", "0.05", "1e-3", "float32", "bfloat16",
     "other", "own", "byte", "lion", "muon", "adamw", "layernorm", "rmsnorm", "gelu", "swiglu", "learned", "rope", "{}",
     "bpe", "null", "d12", "all", "none", "linear", "[0.8, 0.9]", "int8", "{rank: 2}", "[{kind: full}]", "after",
-    "[local, global]", str(GOLDEN), "{other: {source: python-stdlib}}", "{policy: runs/other}",
+    "[1, 2]", "[local, global]", str(GOLDEN), "{other: {source: python-stdlib}}", "{policy: runs/other}",
 ]  # fmt: skip
 # A value that fits, of keys for which many of OTHER do not.
 FITS = {
