@@ -70,10 +70,7 @@ def command(
     if found["exceeded"]:  # by the latencies
         status, said = limits.judged(folder, found["exceeded"], verb, override_limits, trained.step)
         catch_up(folder)
-    if json:
-        print_json(found)
-    else:
-        print(server.latencies.line())
+    print_json(found) if json else print(server.latencies.line())
     for line in said:
         print(line, file=sys.stderr)
     return status

@@ -47,9 +47,16 @@ def command(
                  {"--suite-tasks": suite_tasks, "--limit": limit})  # fmt: skip
     if suite is not None:
         return _of_a_suite(run, step, suite, suite_tasks, limit, quiet, json)
+    return _of_the_score(run, step, on, recipe, baselines, quiet, json)
+
+
+def _of_the_score(run: Path, step: int | None, on, recipe: Path | None, baselines: bool | None, quiet, json) -> int:
+    from aurora_train.check.limits import EXCEEDED
+    from aurora_train.lineage.following import catch_up
     from aurora_train.loading import load
     from aurora_train.record.console import show_table
     from aurora_train.record.progress import preparation
+    from aurora_train.run import Run
 
     with preparation(quiet=quiet) as progress:
         trained = load(run, step, recipe=recipe, by="evaluate", progress=progress)
@@ -59,10 +66,6 @@ def command(
             record = score_loaded(trained, progress, on=on, baselines=baselines)
         except UserError as fault:
             raise _without_keys(fault, on) from fault
-    from aurora_train.check.limits import EXCEEDED
-    from aurora_train.lineage.following import catch_up
-    from aurora_train.run import Run
-
     catch_up(Run(trained.run))
     if json:
         print_json(record)

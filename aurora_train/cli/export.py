@@ -76,8 +76,7 @@ def command(
     from aurora_train.interop import export, proof
     from aurora_train.loading import unread
 
-    export.refuse_target(to)
-    _refuse_key(sign)
+    _refuse_early(to, sign)
     overridden = {"override": override or (), "because": because, "limits_reason": override_limits}
     if format not in list(Format):
         given = {"--dtype": dtype, "--merge": merge or None, "--verify": verify, "--base": base}
@@ -93,13 +92,16 @@ def command(
             proved = proof.prove(result, family, made, chosen, verify and verify.value)
             about = {"format": format.value, **export.about(result, family, made, chosen)}
             _complete(found, made, about, proved, sign)
+    _say(to, format, family, chosen, proved, json)
+
+
+def _say(to: Path, format: Format, family, chosen: str, proved: dict, json: bool) -> None:
     if json:
-        print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
-                    "says": proved["says"]})  # fmt: skip
-    else:
-        what = "adapters of" if format is Format.peft else "a model of"
-        print(f"{to}: {what} the family {family.title}" + ("" if format is Format.peft else f", in {chosen}"))
-        print(f"proof ({proved['kind']}): {proved['says']}")
+        return print_json({"folder": str(to), "family": family.model_type, "dtype": chosen, "proof": proved["kind"],
+                           "says": proved["says"]})  # fmt: skip
+    what = "adapters of" if format is Format.peft else "a model of"
+    print(f"{to}: {what} the family {family.title}" + ("" if format is Format.peft else f", in {chosen}"))
+    print(f"proof ({proved['kind']}): {proved['says']}")
 
 
 @contextlib.contextmanager
@@ -126,8 +128,11 @@ def _made_for(to: Path):
             signal.signal(number, handler)
 
 
-def _refuse_key(key: Path | None) -> None:
-    """UserError for a key that cannot sign, before the work of an export."""
+def _refuse_early(to: Path, key: Path | None) -> None:
+    """UserError for a target that exists and a key that cannot sign, before the work of an export."""
+    from aurora_train.interop import export
+
+    export.refuse_target(to)
     if key is not None:
         from aurora_train.lineage import signing
 

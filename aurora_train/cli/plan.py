@@ -45,11 +45,7 @@ def command(
 
     if capacity:
         _refuse_beside_capacity(CONFIG=config, **{"--budget": budget, "--pareto": pareto, "--devices": devices})
-        with preparation(quiet=json) as progress:
-            figures = _capacity(machine, progress, verify=bool(compile))
-        from aurora_train.tools.report_capacity import show_capacity
-
-        return (print_json if json else show_capacity)(figures)
+        return _show_capacity(machine, bool(compile), json)
     if config is None:
         raise UserError("a plan needs a config", where="CONFIG", hint="aurora plan quickstart, or --capacity")
     if devices is not None and machine is None:
@@ -67,6 +63,15 @@ def command(
         from aurora_train.tools.pareto import pareto_svg
 
         pareto_svg(plan, pareto)
+
+
+def _show_capacity(machine: str | None, verify: bool, json: bool) -> None:
+    from aurora_train.record.progress import preparation
+    from aurora_train.tools.report_capacity import show_capacity
+
+    with preparation(quiet=json) as progress:
+        figures = _capacity(machine, progress, verify=verify)
+    (print_json if json else show_capacity)(figures)
 
 
 def _plan(config: str, overrides, machine: str | None, devices: int | None, budget: str | None, verify: bool, progress):

@@ -70,32 +70,50 @@ def command(
 
     docs/serve.md says what of the protocol is supported, and what is refused. Needs the extra [serve].
     """
-    from aurora_train.config.yaml import read_text
     from aurora_train.gates.judge import keep
-    from aurora_train.interop.source import located
-    from aurora_train.interop.templates import ChatTemplate
-    from aurora_train.loading import load
     from aurora_train.serve.address import address
     from aurora_train.serve.http import refuse_missing
     from aurora_train.serve.room import allowed_bytes
-    from aurora_train.serve.server import PACKAGES, Server, Settings
+    from aurora_train.serve.server import PACKAGES, Settings
 
     refuse_missing(*PACKAGES, by="aurora serve")
     place = address(host, port, None, token_file)
-    allowed_bytes(memory)  # refused before the model is read
-    text = None if template is None else read_text(template, "template")
-    if text:  # refused by its name and line before the model is read
-        ChatTemplate(text, {}, datetime.now(), f"--template {template}")
-    trained = load(located(str(run), online=online), step, by="serve")
-    keep(trained, "serve", override=override or (), because=because, limits_reason=override_limits,
-         recipe=trained.recipe)  # fmt: skip
-    named = name or (trained.run.stem if trained.run.suffix == ".gguf" else trained.run.name)
-    settings = Settings(named, slots, waiting, length, memory, weights, text, tuple(allow_host or ()))
-    print(f"{named}: compiling; the address follows once requests are answered", file=sys.stderr)
+    allowed_bytes(memory)  # this and the template are refused before the model is read
+    text = _template(template)
+    trained = _loaded(run, step, online)
+    overridden = {"override": override or (), "because": because, "limits_reason": override_limits}
+    keep(trained, "serve", recipe=trained.recipe, **overridden)
+    name = name or (trained.run.stem if trained.run.suffix == ".gguf" else trained.run.name)
+    settings = Settings(name, slots, waiting, length, memory, weights, text, tuple(allow_host or ()))
+    _serve(trained, settings, place, json)
+
+
+def _loaded(source, step: int | None, online: bool):
+    from aurora_train.interop.source import located
+    from aurora_train.loading import load
+
+    return load(located(str(source), online=online), step, by="serve")
+
+
+def _template(path: Path | None) -> str | None:
+    """The text of a chat template. UserError, by name and line, for one that is none."""
+    from aurora_train.config.yaml import read_text
+    from aurora_train.interop.templates import ChatTemplate
+
+    text = None if path is None else read_text(path, "template")
+    if text:
+        ChatTemplate(text, {}, datetime.now(), f"--template {path}")
+    return text
+
+
+def _serve(trained, settings, place, json: bool) -> None:
+    from aurora_train.serve.server import Server
+
+    print(f"{settings.name}: compiling; the address follows once requests are answered", file=sys.stderr)
     with until_asked() as stop, contextlib.closing(Server(trained, settings, place)) as server:
-        print(f"{named} listens on {server.url} with {server.slots_in_words}; Ctrl-C ends it", file=sys.stderr)
+        print(f"{settings.name} listens on {server.url} with {server.slots_in_words}; Ctrl-C ends it", file=sys.stderr)
         if json:
-            print_json({"url": server.url, "model": named, "chat": server.converses, "slots": slots})
+            print_json({"url": server.url, "model": settings.name, "chat": server.converses, "slots": settings.slots})
             sys.stdout.flush()
         else:
             print(_started(server, place.token is not None), file=sys.stderr)

@@ -74,7 +74,7 @@ def _parent(known: dict) -> dict[str, Any]:
     path = Path(known["from"]) / chain.NAME
     try:
         records = chain.read(path)
-    except (UserError, OSError):  # a file of weights, or a chain that its own `--verify` will tell of
+    except (UserError, OSError):  # a file of weights, or a chain whose damage its own `--verify` reports
         records = []
     if records:
         head = chain.head_of(path)

@@ -11,8 +11,8 @@ from aurora_train.lineage import chain, signing
 from aurora_train.units import counted, decimal, energy
 
 _DIGITS = 12  # of a hash, as shown
-# How often each happened, in the order of telling; what is never said is a matter of the record alone.
-_TOLD = {"resume": "resumed", "skip": "updates skipped", "rewind": "went back", "override": "settings changed",
+# Events that the tree counts, in this order; others are in the record alone.
+_SHOWN = {"resume": "resumed", "skip": "updates skipped", "rewind": "went back", "override": "settings changed",
          "replan": "planned again", "versions": "versions changed", "walk_back": "walked past damage",
          "limits_overridden": "limits overridden", "gate_overridden": "gates overridden", "departed": "record departed",
          "fail": "failed", "hang": "hung"}
@@ -142,8 +142,8 @@ def _run(held: dict[str, Any]) -> list[str]:
         rest.append(", ".join([*named, f"{counted(len(begin.get('packages') or {}), 'package')} on record"]))
     if machine:
         rest.append(f"on {machine.get('device_count')} x {machine.get('device_kind')} ({machine.get('cpu_model')})")
-    told = [f"{what} {counted(events[kind], 'time')}" for kind, what in _TOLD.items() if events.get(kind)]
-    rest += ["; ".join(told)] if told else []
+    happened = [f"{what} {counted(events[kind], 'time')}" for kind, what in _SHOWN.items() if events.get(kind)]
+    rest += ["; ".join(happened)] if happened else []
     joules = (held["energy"] or {}).get("total_joules")
     rest.append(f"energy: {energy(joules)}" if joules is not None else "energy: not measured")
     rest += _scored(held["scores"])

@@ -134,7 +134,7 @@ def _parents(run: Run, records: list[dict], notes: list[str]) -> Iterator[str]:
     try:
         known = begin.parents_in(read_json(run.provenance, {}))
     except UserError:
-        return  # told of as a file
+        return  # `_files` reports it
     for parent in known:
         name, one = Path(parent["from"]).name, recorded.get(parent.get("prefix", ""))
         if one is None or (one.get("digest"), one.get("step")) != (parent.get("digest"), parent.get("step")):

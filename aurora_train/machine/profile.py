@@ -6,6 +6,7 @@ at module level; `this_machine` imports it when called.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -114,9 +115,7 @@ def precision_on(platform: str, capability: str | None) -> str:
 
 def _precision_of_processor(asked: str) -> str:
     """ "bfloat16" if that is asked for wherever there are instructions for it, and XLA multiplies with them here."""
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    able = flags is not None and "avx512_bf16" in flags[1].split()
-    return "bfloat16" if asked == "native" and able else "float32"
+    return "bfloat16" if asked == "native" and "avx512_bf16" in cpu_flags() else "float32"
 
 
 def precision_expected(asked: str = "auto") -> str | None:
@@ -146,6 +145,16 @@ def peak_flops(machine: Machine, dtype: str) -> float | None:
     others = {"float32": ("tf32", "float32"), "fp8": ("fp8", "bfloat16")}
     figure = next((rates[name] for name in others.get(dtype, (dtype,)) if name in rates), None)
     return figure.value if figure else None
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's instruction sets as Linux names them for x86; empty on others, which name theirs otherwise."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return frozenset()
+    return frozenset(found[1].split() if found else ())
 
 
 def cpu_model() -> str:

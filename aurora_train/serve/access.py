@@ -1,5 +1,5 @@
 """Who may ask the server over HTTP. A page of the web can make a browser send requests to a server of this machine: it
-is told by the name under which it asks (Host; DNS rebinding) and by where it comes from (Origin)."""
+is recognised by the name under which it asks (Host; DNS rebinding) and by where it comes from (Origin)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Access:
             typed, so that no page can have made it lead here.
         free: the paths that need no token.
         cookie: the name of a cookie that may stand for the token (`cookie_of`), for pages that a browser opens.
-        told: makes the answer of a refusal; None: `answer`.
+        respond: makes the answer to a refused request; None: `answer`.
     """
 
     def __init__(self, app, token: str | None, hosts: Iterable[str], free: Iterable[str] = OPEN,
-                 cookie: str | None = None, told: Callable[[Refusal], Response] | None = None):  # fmt: skip
+                 cookie: str | None = None, respond: Callable[[Refusal], Response] | None = None):  # fmt: skip
         self._app, self._token, self._free, self._cookie = app, token, set(free), cookie
         self._hosts = {"localhost", *(host.lower().rstrip(".") for host in hosts)}
-        self._told = told or answer
+        self._respond = respond or answer
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -43,7 +43,7 @@ class Access:
         refusal = self._refusal(scope["path"], {name: value.decode("latin-1") for name, value in scope["headers"]})
         if refusal is None:
             return await self._app(scope, receive, send)
-        return await self._told(refusal)(scope, receive, send)
+        return await self._respond(refusal)(scope, receive, send)
 
     def _refusal(self, path: str, headers: dict[bytes, str]) -> Refusal | None:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")

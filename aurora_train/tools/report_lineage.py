@@ -14,6 +14,6 @@ def lineage_section(run: Run) -> str:
         return ""
     try:
         drawn = "\n".join(drawing.tree(drawing.document(run.folder)))
-    except (UserError, KeyError, IndexError) as fault:  # an edited chain, which `aurora lineage --verify` tells of
+    except (UserError, KeyError, IndexError) as fault:  # an edited chain, which `aurora lineage --verify` reports
         drawn = f"{run.lineage.name} cannot be read: {fault}"
     return section("Lineage", f"<pre>{escape(drawn)}</pre>")

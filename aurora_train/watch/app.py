@@ -57,7 +57,7 @@ def application(folder: Path | None, token: str | None, hosts: set[str]) -> Star
             Route("/health", health), Route("/enter", enter, methods=["POST"]),
         ],
         middleware=[Middleware(access.Access, token=token, hosts=hosts, free=("/health", "/enter"), cookie=_COOKIE,
-                               told=_refused)],
+                               respond=_refused)],
         exception_handlers={HTTPException: _absent, Exception: _failed},
     )  # fmt: skip
 
@@ -153,8 +153,8 @@ async def _entered(request: Request, token: str | None) -> Response:
 
 
 async def _absent(request: Request, error: HTTPException) -> Response:
-    told = "There is nothing at this address" if error.detail == "Not Found" else error.detail
-    body = f'<h1>{escape(told)}</h1>\n<p><a href="/">All runs</a></p>'
+    text = "There is nothing at this address" if error.detail == "Not Found" else error.detail
+    body = f'<h1>{escape(text)}</h1>\n<p><a href="/">All runs</a></p>'
     return _html(page("aurora watch", body), error.status_code)
 
 

@@ -27,8 +27,8 @@ def list_page(overview: Overview, folder: Path | None, query: Mapping[str, str])
         shown.sort(key=lambda one: _none_last(_SORTS[sort](one)))
     where = str(Path(folder or DEFAULT).absolute())
     number = Counter(state(one)[0] for one in overview.runs)
-    told = ", ".join(f"{amount} {name}" for name, amount in number.most_common())
-    body = f"<p class=note>{counted(len(overview.runs), 'run')}{': ' if told else ''}{escape(told)}</p>"
+    states = ", ".join(f"{amount} {name}" for name, amount in number.most_common())
+    body = f"<p class=note>{counted(len(overview.runs), 'run')}{': ' if states else ''}{escape(states)}</p>"
     if overview.fault:
         body = f'<p class="fault">{escape(overview.fault)}</p>'
     elif not overview.runs:

@@ -28,11 +28,11 @@ def run_page(one: Watched, query: Mapping[str, str], complete: bool) -> str:
     """The page of a run whose logs were read as far as they are; `complete`: to their ends."""
     view, name, run = View.of(query), escape(one.name), one.run
     row = one.row
-    told = [words(str(row.recipe or "")), f"step {row.step:,} of {row.steps:,}" if isinstance(row.steps, int) else "",
-            left_words(one), row.why, *_told(one.events)]  # fmt: skip
+    facts = [words(str(row.recipe or "")), f"step {row.step:,} of {row.steps:,}" if isinstance(row.steps, int) else "",
+            left_words(one), row.why, *_mentioned(one.events)]  # fmt: skip
     reports = f'<a href="{link("report", one.name)}">report</a>' if run.report.is_file() else ""
     body = (f'<div class="head"><h1>{name}</h1>{state_mark(one)} <span class="note">'
-            f'{escape(" · ".join(filter(None, told)))}</span> {reports}{bar(one)}</div>\n'
+            f'{escape(" · ".join(filter(None, facts)))}</span> {reports}{bar(one)}</div>\n'
             + cards(_glance(one)) + view.tools())  # fmt: skip
     if not complete:
         body += f'<p class="note">{percent(one.curves.share)} of the log is read; the curves grow.</p>\n'
@@ -74,7 +74,7 @@ def _glance(one: Watched) -> list[tuple[str, str]]:
     return [(what, figure) for what, figure in figures if figure]
 
 
-def _told(events: list[dict]) -> list[str]:
+def _mentioned(events: list[dict]) -> list[str]:
     """What happened more than it should, in words."""
     number = Counter(event["event"] for event in events)
     kinds = (("resume", "resume"), ("rewind", "rewind"), ("skip", "skipped update"), ("save_failed", "failed save"))

@@ -11,13 +11,10 @@ stored. So weights that are kept as [out, in] are the left operand of a few rows
 
 from __future__ import annotations
 
-import functools
-import re
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 
+from aurora_train.machine.profile import cpu_flags
 from aurora_train.nn.plain import dot
 
 barrier = jax.lax.optimization_barrier
@@ -32,13 +29,11 @@ def most(dtype, stored) -> int:
     return _ROWS if dtype == stored else _ROWS_OF_CODES
 
 
-@functools.cache
 def has_kernel(dtype) -> bool:
     """Whether products of this dtype need no conversion here: of bfloat16 on x86 with AVX-512 BF16 or AMX."""
     if dtype == jnp.float32:
         return True
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return dtype == jnp.bfloat16 and flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+    return dtype == jnp.bfloat16 and not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def by_outputs(x: jax.Array, weight: jax.Array) -> jax.Array:
