@@ -198,9 +198,9 @@ def _links(plan: Plan, time: dict) -> list[str]:
     moved = ", ".join(f"{amount(number)} over {axis}" for axis, number in links["bytes"].items())
     if links["seconds"] is None:
         return [f"links: a step moves {moved} into each device; {links['rates']}"]
-    share = f"of a step are {duration(links['seconds'])} of links, if products hide none of them"
-    beside = f" beside {duration(time['product_seconds'])} of products" if time.get("product_seconds") else ""
-    return [f"links: {share},{beside}: it moves {moved} into each device, at {links['rates']}"]
+    beside = f", beside {duration(time['product_seconds'])} of products" if time.get("product_seconds") else ""
+    return [f"links: a step moves {moved} into each device, which takes {duration(links['seconds'])} if products hide "
+            f"none of it{beside}; {links['rates']}"]  # fmt: skip
 
 
 def _disk(plan: Plan) -> list[str]:
