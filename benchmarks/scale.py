@@ -4,8 +4,8 @@
 
 Each row is `aurora plan` for machines that are not here, with `mesh: auto` (`tensor` inside a box only), and the
 richest state that fits. Nothing is run. Without --compile nothing is compiled either; with it, what the compiled step
-moves stands beside the estimate (needs the extra [plan], minutes a row). About ten minutes without it (Intel Xeon, one core,
-2026-12-01).
+moves stands beside the estimate (needs the extra [plan], minutes a row). About ten minutes without it (Intel Xeon, one
+core, 2026-12-01).
 """
 
 from __future__ import annotations
